@@ -1,0 +1,116 @@
+"""What the three entry points share: Hydra outside, one clear line on a wrong input, quiet secondary ranks.
+
+``model=PATH`` is accepted beside Hydra's ``model=<group option>``: a value that names no file of the group is taken as
+``model.path=PATH``.
+"""
+
+import difflib
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from shared.errors import GranaryError
+
+# Groups whose value may also be a plain path, and the key that path belongs to.
+PATH_SHORTHANDS = {"model": "model.path"}
+
+
+def run_stage(task: Callable[[Any], None], config_name: str) -> None:
+    """Compose ``conf/<config_name>.yaml`` with the command line, and call `task` with the filled schema object.
+
+    Exits with status 2 and one line on stderr for a wrong configuration or a GranaryError, 130 on Ctrl-C.
+    """
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # raise, so that the line below is ours and not Hydra's multi-line one
+    sys.argv[1:] = expand_shorthands(sys.argv[1:]) + rank_overrides()
+
+    def run(cfg: DictConfig) -> None:
+        task(OmegaConf.to_object(cfg))
+
+    try:
+        hydra.main(version_base="1.3", config_path="pkg://conf", config_name=config_name)(run)()
+    except GranaryError as error:
+        fail(str(error))
+    except (HydraException, OmegaConfBaseException) as error:
+        fail(describe_config_error(error))
+    except KeyboardInterrupt:
+        print("interrupted; run the same command again to continue", file=sys.stderr)  # noqa: T201
+        sys.exit(130)
+
+
+def fail(message: str) -> None:
+    """Print one line on stderr and exit with status 2."""
+    line = " ".join(message.split())
+    rank = os.environ.get("RANK")
+    where = f" (rank {rank})" if rank not in (None, "0") else ""
+    print(f"error{where}: {line}", file=sys.stderr, flush=True)  # noqa: T201
+    sys.exit(2)
+
+
+def expand_shorthands(overrides: Sequence[str]) -> list[str]:
+    """Rewrite ``model=/path/or/hub-id`` to ``model.path=...`` where no option of the group has that name."""
+    expanded = []
+    for override in overrides:
+        group, equals, value = override.partition("=")
+        is_option = (resources.files("conf") / group / f"{value}.yaml").is_file() if group in PATH_SHORTHANDS else True
+        if equals and not is_option and "," not in value:
+            override = f"{PATH_SHORTHANDS[group]}={value}"
+        expanded.append(override)
+    return expanded
+
+
+def rank_overrides() -> list[str]:
+    """Under torchrun only rank 0 owns the run folder and the log file."""
+    if os.environ.get("RANK", "0") == "0":
+        return []
+    return ["hydra.output_subdir=null", "hydra/job_logging=rank"]
+
+
+def describe_config_error(error: Exception) -> str:
+    """One line that names the key and the nearest valid one."""
+    full_key = getattr(error, "full_key", None)
+    text = str(error).strip().splitlines()[0]
+    cause = error.__cause__
+    if isinstance(cause, OmegaConfBaseException):
+        full_key = cause.full_key or full_key
+        text = str(cause).strip().splitlines()[0]
+    unknown = re.search(r"Key '([^']+)' (?:is not in struct|not in '([^']+)')", text)
+    if unknown:
+        key = full_key or unknown[1]
+        return f"unknown configuration key {key!r}{suggestion(cause or error, unknown[1])}"
+    missing = re.search(r"Missing mandatory value: (\S+)", text)
+    if missing:
+        return f"{missing[1]} has no value: give {missing[1]}=... on the command line"
+    option = re.search(r"Could not find '([^']+)'", text)
+    if option:
+        group, _, name = option[1].rpartition("/")
+        return f"no option {name!r} in group {group!r}: choose from {', '.join(group_options(group))}"
+    prefix = f"{full_key}: " if full_key and full_key not in text else ""
+    return f"{prefix}{text}"
+
+
+def suggestion(error: BaseException, key: str) -> str:
+    """`` (did you mean ...?)`` from the valid keys of the node that refused `key`."""
+    object_type = getattr(error, "object_type", None)
+    names: list[str] = list(getattr(object_type, "__dataclass_fields__", {}))
+    parent = getattr(error, "parent_node", None)
+    if not names and isinstance(parent, DictConfig):
+        names = [str(name) for name in parent]
+    close = difflib.get_close_matches(key, names, n=1)
+    if close:
+        return f" (did you mean {close[0]!r}?)"
+    return f": choose from {', '.join(sorted(names))}" if names else ""
+
+
+def group_options(group: str) -> list[str]:
+    """Names of the YAML files of a config group."""
+    folder = Path(str(resources.files("conf"))) / group
+    return sorted(path.stem for path in folder.glob("*.yaml"))

@@ -1,0 +1,9 @@
+"""The one exception a user is meant to see."""
+
+
+class GranaryError(Exception):
+    """A wrong input or a full disk: one line that says what is wrong and how to mend it.
+
+    The entry points print it without a traceback and exit with status 2. Everything else that escapes a stage is a
+    bug of ours and keeps its traceback.
+    """
