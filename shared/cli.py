@@ -7,13 +7,16 @@
 import difflib
 import os
 import re
+import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -33,7 +36,10 @@ def run_stage(task: Callable[[Any], None], config_name: str) -> None:
     sys.argv[1:] = expand_shorthands(sys.argv[1:]) + rank_overrides()
 
     def run(cfg: DictConfig) -> None:
-        task(OmegaConf.to_object(cfg))
+        if cfg.nproc > 1 and "RANK" not in os.environ:
+            relaunch(f"stage_{config_name}", cfg.nproc)
+        else:
+            task(OmegaConf.to_object(cfg))
 
     try:
         hydra.main(version_base="1.3", config_path="pkg://conf", config_name=config_name)(run)()
@@ -46,13 +52,27 @@ def run_stage(task: Callable[[Any], None], config_name: str) -> None:
         sys.exit(130)
 
 
-def fail(message: str) -> None:
+def fail(message: str) -> NoReturn:
     """Print one line on stderr and exit with status 2."""
-    line = " ".join(message.split())
-    rank = os.environ.get("RANK")
-    where = f" (rank {rank})" if rank not in (None, "0") else ""
-    print(f"error{where}: {line}", file=sys.stderr, flush=True)  # noqa: T201
+    rank = os.environ.get("RANK", "0")
+    if rank != "0":
+        time.sleep(2)  # a fault all ranks share is told once: rank 0's exit makes torchrun end this one first
+    where = f" (rank {rank})" if rank != "0" else ""
+    print(f"error{where}: {' '.join(message.split())}", file=sys.stderr, flush=True)  # noqa: T201
     sys.exit(2)
+
+
+def relaunch(module: str, nproc: int) -> None:
+    """Run this one Hydra job as `nproc` ranks: Hydra outside, torchrun inside, one output folder.
+
+    A multirun cannot itself run under torchrun, where every rank would sweep.
+    """
+    job = HydraConfig.get()
+    overrides = [override for override in job.overrides.task if not override.startswith("nproc=")]
+    launcher = [sys.executable, "-m", "shared.parallel.launch", "--standalone", f"--nproc-per-node={nproc}"]
+    status = subprocess.run([*launcher, "-m", module, *overrides, f"hydra.run.dir={job.runtime.output_dir}"]).returncode
+    if status:
+        sys.exit(status)
 
 
 def expand_shorthands(overrides: Sequence[str]) -> list[str]:

@@ -1,0 +1,78 @@
+# Granary: harvest activations once, train sparse autoencoders many times. `make help` lists the targets.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+ARGS ?=
+NPROC ?= 1
+NNODES ?= 1
+# With NNODES > 1: the same on every node, host:port of node 0.
+RDZV ?=
+K ?= 8,16
+EXPANSION ?= 4,8
+NAME ?= demo
+
+comma := ,
+rendezvous := $(if $(filter 1,$(NNODES)),--standalone,--rdzv-backend=c10d --rdzv-endpoint=$(RDZV) --rdzv-id=granary)
+ifeq ($(NPROC)/$(NNODES),1/1)
+STAGE := $(BIN)/python -m
+else
+STAGE := $(BIN)/python -m shared.parallel.launch --nnodes=$(NNODES) --nproc-per-node=$(NPROC) $(rendezvous) -m
+endif
+
+.PHONY: help setup demo harvest train eval sweep test test-all check bench compile-kernels clean
+
+help: ## this list
+	@echo 'usage: make TARGET [ARGS="key=value ..."] [NPROC=processes] [NNODES=machines RDZV=host:port]'
+	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## (.*)/  \1|\2/' | column -t -s '|'
+
+setup: $(VENV)/.installed ## the virtual environment with the pinned versions
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@echo "installing the pinned packages into $(VENV)"
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "error: Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11")'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: setup ## text to a scored SAE: harvest, train, evaluate the bundled LLaMA (5 minutes, 2 cores)
+	@$(BIN)/python -m stage_harvest $(ARGS)
+	@$(BIN)/python -m stage_train
+	@$(BIN)/python -m stage_eval
+
+harvest: setup ## run a LLaMA over a corpus and write its activations to a store
+	@$(STAGE) stage_harvest $(ARGS)
+
+train: setup ## train a sparse autoencoder from a store
+	@$(STAGE) stage_train $(ARGS)
+
+eval: setup ## score a trained SAE: FVU, L0, loss recovered, plots, report
+	@$(STAGE) stage_eval $(ARGS)
+
+sweep: setup ## train and compare K=8,16 x EXPANSION=4,8 on the store of runs/NAME
+	@$(BIN)/python -m stage_train -m name=$(NAME) nproc=$(NPROC) sae.k=$(K) sae.expansion=$(EXPANSION) $(ARGS)
+	@$(STAGE) stage_eval name=$(NAME) 'sae="runs/$(NAME)/sweep/*"' 
+
+test: setup ## the default tests (under 6 minutes on 2 cores)
+	@$(BIN)/python -m pytest -q -m "not slow and not gpu and not s3 and not cluster"
+
+test-all: setup ## the default and the slow tests
+	@$(BIN)/python -m pytest -q -m "not s3 and not cluster"
+
+check: setup ## lint, types, and composing every config
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/python -m pytest -q tests/unit/test_configs.py
+
+compile-kernels: setup ## compile every Triton kernel for sm_80 and sm_90 (no GPU needed)
+	@$(BIN)/python -m shared.kernels.compile_check
+
+bench: setup ## every benchmark, quick form
+	@for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script --quick; done
+
+clean: ## remove the virtual environment and caches (runs/ stays)
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,41 @@
+"""torchrun with quiet failures: ``python -m shared.parallel.launch --nproc-per-node 8 -m stage_train key=value``.
+
+Takes torchrun's own arguments. When a rank fails, its one-line message is all the user sees, and its exit status is
+the job's.
+"""
+
+import logging
+import os
+import sys
+from collections.abc import Sequence
+
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.run import main as torchrun
+
+
+def launch(arguments: Sequence[str]) -> int:
+    """Run torchrun; returns the exit status of the first rank that failed, or 0."""
+    # torchrun would pin every rank to one thread: share this node's cores among its ranks instead.
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads_per_rank(arguments)))
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    logging.getLogger("torch.distributed.run").setLevel(logging.CRITICAL)
+    try:
+        torchrun(list(arguments))
+    except ChildFailedError as error:
+        _, failure = error.get_first_failure()
+        return failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
+    return 0
+
+
+def threads_per_rank(arguments: Sequence[str]) -> int:
+    """Cores of this node divided by the ranks torchrun will start on it, at least 1."""
+    for position, argument in enumerate(arguments):
+        name, _, value = argument.partition("=")
+        if name in ("--nproc-per-node", "--nproc_per_node"):
+            ranks = value or arguments[position + 1]
+            return max(1, (os.cpu_count() or 1) // int(ranks)) if ranks.isdecimal() else 1
+    return os.cpu_count() or 1
+
+
+if __name__ == "__main__":
+    sys.exit(launch(sys.argv[1:]))

@@ -1,0 +1,52 @@
+"""The multi-process launcher: a failing rank's line and status, and nothing of torchrun's own."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from shared.parallel.launch import threads_per_rank
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+FAILING = """
+from shared.cli import fail
+fail("the disk is full: free some")
+"""
+
+SUMMING = """
+import torch
+from shared.parallel import all_reduce_sum, broadcast_object, init_world, shutdown
+world = init_world("cpu")
+total = all_reduce_sum(torch.tensor([world.rank + 1]))
+assert broadcast_object(world.rank) == 0
+if world.is_main:
+    print("sum", total.item(), "of", world.size)
+shutdown()
+"""
+
+
+def launch(script: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    path = folder / "script.py"
+    path.write_text(script)
+    command = [sys.executable, "-m", "shared.parallel.launch", "--standalone", "--nproc-per-node=2", str(path)]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment, cwd=REPOSITORY)
+
+
+def test_ranks_find_one_another(tmp_path: Path) -> None:
+    done = launch(SUMMING, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "sum 3 of 2\n"
+
+
+def test_a_shared_fault_is_told_once(tmp_path: Path) -> None:
+    done = launch(FAILING, tmp_path)
+    assert done.returncode == 2
+    assert done.stderr == "error: the disk is full: free some\n"
+
+
+def test_cores_are_shared_among_ranks() -> None:
+    cores = os.cpu_count() or 1
+    assert threads_per_rank(["--nproc-per-node", "1", "-m", "x"]) == cores
+    assert threads_per_rank([f"--nproc-per-node={2 * cores}"]) == 1
