@@ -38,8 +38,11 @@ def run_stage(task: Callable[[Any], None], config_name: str) -> None:
     def run(cfg: DictConfig) -> None:
         if cfg.nproc > 1 and "RANK" not in os.environ:
             relaunch(f"stage_{config_name}", cfg.nproc)
-        else:
+            return
+        try:
             task(OmegaConf.to_object(cfg))
+        except GranaryError as error:
+            fail(str(error))  # here: on its way out Hydra would add a line of its own
 
     try:
         hydra.main(version_base="1.3", config_path="pkg://conf", config_name=config_name)(run)()

@@ -2,26 +2,22 @@
 
     python -m shared.bundled.make_model --out shared/bundled/model --compile
 
-One step is 8192 tokens. Most steps see contexts of 1024 tokens; every sixteenth step and the last of them see
-contexts of 4096, so that all the positions a store may use are trained. The same seed, versions and machine give the
+One step is 4096 tokens. Most steps see eight contexts of 512 tokens; every twelfth step and the last of them see
+one context of 4096, so that all the positions a store may use are trained. The same seed, versions and machine give the
 same model; another Python version has another corpus and gives another model.
 """
 
 import argparse
-import json
 import logging
 import math
 import os
-import platform
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tokenizers
 import torch
-import transformers
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch.nn import functional as F
 from transformers import (
@@ -41,6 +37,7 @@ from shared.bundled.measure import (
     token_stream,
     unigram_entropy,
 )
+from shared.bundled.record import provenance, save
 from shared.errors import GranaryError
 
 log = logging.getLogger(__name__)
@@ -52,6 +49,9 @@ _WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+
+_POSITION_CONTEXTS = 16
+"""Contexts of held-out text whose loss is measured by position, eight times over."""
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -68,20 +68,20 @@ class Recipe:
     num_key_value_heads: int = 2
     max_position_embeddings: int = 4096
     rope_theta: float = 10000.0
-    tokens_per_step: int = 8192
-    short_length: int = 1024
-    """Context length in tokens of most steps: attention over 4096 is three times as slow here."""
-    long_every: int = 16
+    tokens_per_step: int = 4096
+    short_length: int = 512
+    """Context length in tokens of most steps: attention over 4096 is three times as slow on a CPU."""
+    long_every: int = 12
     """Every so many steps the contexts have `max_position_embeddings` tokens."""
     long_at_end: float = 0.06
     """The share of the steps, at the end, that all have the long contexts."""
     bos_share: float = 0.5
     """The share of training contexts that begin with BOS; the others begin wherever the stream was cut."""
-    peak_lr: float = 4e-3
-    warmup_steps: int = 100
-    betas: tuple[float, float] = (0.9, 0.98)
+    peak_lr: float = 5e-3
+    warmup_steps: int = 50
+    betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 0.1
-    """Applied to matrices, not to the RMSNorm scales."""
+    """Applied to the layers' matrices, not to the embedding or the RMSNorm scales."""
     max_grad_norm: float = 1.0
 
     def context_length(self, step: int) -> int:
@@ -120,7 +120,6 @@ def train_tokenizer(recipe: Recipe) -> PreTrainedTokenizerFast:
         tokenizer_object=bpe,
         bos_token=BOS,
         eos_token=EOS,
-        model_max_length=recipe.max_position_embeddings,
         clean_up_tokenization_spaces=False,
         # A document that spells "<s>" (the library's HTML tests do) must not forge a BOS.
         split_special_tokens=True,
@@ -159,7 +158,10 @@ def sample_contexts(
 def train(
     model: LlamaForCausalLM, stream_N: TokenArray, bos_id: int, recipe: Recipe, compile_step: bool
 ) -> list[dict[str, float]]:
-    """Train in place with AdamW, matmuls in bfloat16; returns the points of the loss curve (nats)."""
+    """Train in place, matmuls in bfloat16; returns the points of the loss curve (nats).
+
+    Muon updates the layers' matrices, which at so few steps gets further than AdamW; AdamW updates the rest.
+    """
 
     def mean_loss(ids_BT: torch.Tensor) -> torch.Tensor:
         with torch.autocast("cpu", torch.bfloat16):
@@ -168,10 +170,12 @@ def train(
             return F.cross_entropy(logits_BTV.flatten(0, 1), ids_BT[:, 1:].flatten())
 
     loss_of = torch.compile(mean_loss, dynamic=False) if compile_step else mean_loss
-    matrices = [p for p in model.parameters() if p.ndim >= 2]
-    scales = [p for p in model.parameters() if p.ndim < 2]
-    groups = [{"params": matrices, "weight_decay": recipe.weight_decay}, {"params": scales, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=recipe.peak_lr, betas=recipe.betas, fused=True)
+    matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
+    others = [model.model.embed_tokens.weight, *(p for p in model.parameters() if p.ndim < 2)]
+    optimizers = [
+        torch.optim.Muon(matrices, lr=recipe.peak_lr, weight_decay=recipe.weight_decay, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, lr=recipe.peak_lr, betas=recipe.betas, weight_decay=0.0, fused=True),
+    ]
     rng = np.random.default_rng(recipe.seed)
     curve: list[dict[str, float]] = []
     every = max(1, recipe.steps // 60)
@@ -181,13 +185,14 @@ def train(
     for step in range(recipe.steps):
         length = recipe.context_length(step)
         ids_BT = sample_contexts(stream_N, length, recipe.tokens_per_step // length, bos_id, recipe, rng)
-        for group in optimizer.param_groups:
+        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
             group["lr"] = recipe.learning_rate(step)
         loss = loss_of(ids_BT)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.max_grad_norm)
-        optimizer.step()
-        optimizer.zero_grad()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
         recent.append(loss.item())
         if not math.isfinite(recent[-1]):
             raise GranaryError(f"training diverged at step {step}: lower Recipe.peak_lr or use another --seed")
@@ -207,7 +212,8 @@ def train(
 
 def figures(model: LlamaForCausalLM, train_N: TokenArray, heldout_N: TokenArray, recipe: Recipe) -> dict[str, Any]:
     """What the finished model does on the held-out documents, in nats per token, with the weights as they are saved."""
-    contexts_CT = pack(heldout_N, recipe.max_position_embeddings)
+    length = recipe.max_position_embeddings
+    contexts_CT = pack(heldout_N, length)
     return {
         "parameters": sum(p.numel() for p in model.parameters()),
         "tokens_seen": recipe.steps * recipe.tokens_per_step,
@@ -215,91 +221,14 @@ def figures(model: LlamaForCausalLM, train_N: TokenArray, heldout_N: TokenArray,
         "heldout_split_tokens": len(heldout_N),
         "heldout_loss": round(float(next_token_loss(model, contexts_CT).mean()), 4),
         "heldout_unigram_entropy": round(unigram_entropy(contexts_CT), 4),
-        "heldout_loss_by_position": loss_by_position(model, heldout_N, recipe.max_position_embeddings),
+        "heldout_loss_by_position": loss_by_position(model, heldout_N[: _POSITION_CONTEXTS * length], length),
     }
-
-
-def provenance(command: str) -> dict[str, Any]:
-    """Which corpus, versions and machine made the model."""
-    return {
-        "command": command,
-        "corpus": stdlib.description("train"),
-        "corpus_hash": {
-            "train": stdlib.content_hash(stdlib.documents("train")),
-            "heldout": stdlib.content_hash(stdlib.documents("heldout")),
-        },
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "tokenizers": tokenizers.__version__,
-            "numpy": np.__version__,
-        },
-        "machine": {
-            "system": platform.system(),
-            "architecture": platform.machine(),
-            "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-            "threads": torch.get_num_threads(),
-        },
-    }
-
-
-def model_card(record: dict[str, Any]) -> str:
-    """The README.md of the model's folder, from what `training.json` says."""
-    recipe = record["recipe"]
-    rows = "\n".join(f"| {bucket} | {loss:.3f} |" for bucket, loss in record["heldout_loss_by_position"].items())
-    return f"""# Bundled LLaMA
-
-A `LlamaForCausalLM` with {record["parameters"]:,} parameters ({recipe["num_hidden_layers"]} layers, d_model
-{recipe["hidden_size"]}, {recipe["num_attention_heads"]} query and {recipe["num_key_value_heads"]} key-value heads, tied
-embeddings, {recipe["max_position_embeddings"]} positions) and its own byte-level BPE tokenizer of
-{recipe["vocab_size"]} tokens. It exists so that the demonstration and the tests run without a download. It has learnt
-something about Python source and its documentation, and nothing else: do not use it for anything but trying Granary.
-
-Trained on the {record["corpus"]}, for {recipe["steps"]} steps ({record["tokens_seen"] / 1e6:.1f} million tokens,
-{record["tokens_seen"] / record["train_split_tokens"]:.1f} passes). The weights are stored as bfloat16 and load as
-float32 with `dtype=torch.float32`. There is no padding token. Documents were joined as `[BOS] doc [BOS] doc ...`,
-so the model ends a document with BOS, at which generation stops.
-
-## Figures
-
-On the held-out split ({record["heldout_split_tokens"]:,} tokens in files the model never saw), contexts of
-{recipe["max_position_embeddings"]} tokens, in nats per token, with the saved weights computed in float32:
-
-| | nats per token |
-|---|---|
-| loss | {record["heldout_loss"]:.3f} |
-| unigram entropy of the same tokens | {record["heldout_unigram_entropy"]:.3f} |
-
-By position in the context, every token counted once in each part of it:
-
-| position | nats per token |
-|---|---|
-{rows}
-
-`training.json` has the loss curve, the whole recipe, corpus hashes, versions and machine.
-
-## Making it again
-
-    {record["command"]}
-
-The source it was trained on is Python's, under the PSF License Version 2.
-"""
-
-
-def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, record: dict[str, Any], out: Path) -> None:
-    """Write the Hugging Face folder, `training.json` and `README.md`."""
-    out.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(out)
-    tokenizer.save_pretrained(out)
-    (out / "training.json").write_text(json.dumps(record, indent=1) + "\n", encoding="ascii")
-    (out / "README.md").write_text(model_card(record), encoding="ascii")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train the bundled tokenizer and model on the standard library.")
     parser.add_argument("--out", type=Path, required=True, help="folder to write; its files are replaced")
-    parser.add_argument("--steps", type=int, default=3000, help="optimizer steps of 8192 tokens (default 3000)")
+    parser.add_argument("--steps", type=int, default=2400, help="optimizer steps of 4096 tokens (default 2400)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2, help="torch threads (default 2)")
     parser.add_argument("--compile", action="store_true", help="torch.compile: half the time, needs a C++ compiler")
@@ -321,7 +250,9 @@ def main() -> None:
     train_documents = list(stdlib.documents("train"))
     order = np.random.default_rng(recipe.seed).permutation(len(train_documents))
     train_N = token_stream(tokenizer, (train_documents[i] for i in order))
-    heldout_N = token_stream(tokenizer, stdlib.documents("heldout"))
+    heldout_documents = list(stdlib.documents("heldout"))
+    order = np.random.default_rng(recipe.seed).permutation(len(heldout_documents))
+    heldout_N = token_stream(tokenizer, (heldout_documents[i] for i in order))
     log.info("corpus encoded: %d train and %d held-out tokens", len(train_N), len(heldout_N))
 
     model = new_model(recipe, tokenizer)
@@ -329,7 +260,7 @@ def main() -> None:
     curve = train(model, train_N, tokenizer.bos_token_id, recipe, args.compile)
     minutes = (time.monotonic() - began) / 60
 
-    model.to(torch.bfloat16)
+    model.bfloat16()
     rounded = LlamaForCausalLM(model.config).eval()
     rounded.load_state_dict(model.state_dict())
     record = {
@@ -344,7 +275,9 @@ def main() -> None:
         bos_token_id=tokenizer.bos_token_id, eos_token_id=[tokenizer.eos_token_id, tokenizer.bos_token_id]
     )
     save(model, tokenizer, record, args.out)
-    log.info("held-out loss %.3f nats (unigram entropy %.3f)", record["heldout_loss"], record["heldout_unigram_entropy"])
+    log.info(
+        "held-out loss %.3f nats (unigram entropy %.3f)", record["heldout_loss"], record["heldout_unigram_entropy"]
+    )
     log.info("by position: %s", record["heldout_loss_by_position"])
     log.info("written to %s", args.out)
 

@@ -1,0 +1,24 @@
+"""The sparse step's operations. Imports torch and triton only, so that it can be tested alone on a GPU machine."""
+
+from shared.kernels.autograd import attach_encoder, sparse_decode
+from shared.kernels.decode import decode, dot_picks
+from shared.kernels.dispatch import KERNELS, Kernels, resolve
+from shared.kernels.encode_topk import encode_topk
+from shared.kernels.pairs import PairOrder, SortedPairs, sort_pairs
+from shared.kernels.row_grad import latent_sum, row_grad
+
+__all__ = [
+    "KERNELS",
+    "Kernels",
+    "PairOrder",
+    "SortedPairs",
+    "attach_encoder",
+    "decode",
+    "dot_picks",
+    "encode_topk",
+    "latent_sum",
+    "resolve",
+    "row_grad",
+    "sort_pairs",
+    "sparse_decode",
+]

@@ -1,0 +1,117 @@
+"""The encoder and the decoder as differentiable functions whose backward costs N x K, not N x F.
+
+Shapes: N rows, D d_model, F latents, K picks per row.
+"""
+
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from shared.kernels.decode import decode as decode_forward
+from shared.kernels.decode import dot_picks
+from shared.kernels.pairs import PairOrder
+from shared.kernels.row_grad import latent_sum, row_grad
+
+
+class _PickedPreactivations(torch.autograd.Function):
+    """z at the picks, which the selection has already computed; backward spreads dz over the picked rows only."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_ND: torch.Tensor,
+        b_pre_D: torch.Tensor | None,
+        W_enc_FD: torch.Tensor,
+        b_enc_F: torch.Tensor,
+        values_NK: torch.Tensor,
+        indices_NK: torch.Tensor,
+        order: PairOrder,
+        kernels: str,
+    ) -> torch.Tensor:
+        ctx.save_for_backward(x_ND, b_pre_D, W_enc_FD, indices_NK)
+        ctx.order, ctx.kernels = order, kernels
+        return values_NK.view_as(values_NK)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dz_NK: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x_ND, b_pre_D, W_enc_FD, indices_NK = ctx.saved_tensors
+        num_latents, options = W_enc_FD.shape[0], {"kernels": ctx.kernels}
+        need_x, need_pre, need_W, need_b = ctx.needs_input_grad[:4]
+        dx_ND = decode_forward(dz_NK, indices_NK, W_enc_FD, **options) if need_x else None
+        dW_FD = None
+        if need_W:
+            centred_ND = x_ND if b_pre_D is None else x_ND - b_pre_D
+            dW_FD = row_grad(dz_NK, indices_NK, centred_ND, num_latents, ctx.order, **options)
+        db_F = db_pre_D = None
+        if need_b or need_pre:
+            db_F = latent_sum(dz_NK, indices_NK, num_latents, ctx.order, **options)
+        if need_pre:
+            # -sum_n dx[n] without the [N, D] gradient: sum the picks per latent first.
+            db_pre_D = -(db_F @ W_enc_FD)
+        return dx_ND, db_pre_D, dW_FD, db_F if need_b else None, None, None, None, None
+
+
+class _SparseDecode(torch.autograd.Function):
+    """Weighted sum of the picked rows."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        values_NK: torch.Tensor,
+        indices_NK: torch.Tensor,
+        W_dec_FD: torch.Tensor,
+        order: PairOrder,
+        kernels: str,
+    ) -> torch.Tensor:
+        ctx.save_for_backward(values_NK, indices_NK, W_dec_FD)
+        ctx.order, ctx.kernels = order, kernels
+        return decode_forward(values_NK, indices_NK, W_dec_FD, kernels=kernels)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_ND: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        values_NK, indices_NK, W_dec_FD = ctx.saved_tensors
+        need_values, _, need_W = ctx.needs_input_grad[:3]
+        grad_ND = grad_ND.contiguous()
+        dv_NK = dot_picks(grad_ND, indices_NK, W_dec_FD, kernels=ctx.kernels) if need_values else None
+        dW_FD = None
+        if need_W:
+            dW_FD = row_grad(values_NK, indices_NK, grad_ND, W_dec_FD.shape[0], ctx.order, kernels=ctx.kernels)
+        return dv_NK, None, dW_FD, None, None
+
+
+def attach_encoder(
+    x_ND: torch.Tensor,
+    b_pre_D: torch.Tensor | None,
+    W_enc_FD: torch.Tensor,
+    b_enc_F: torch.Tensor,
+    values_NK: torch.Tensor,
+    indices_NK: torch.Tensor,
+    order: PairOrder,
+    *,
+    kernels: str = "auto",
+) -> torch.Tensor:
+    """Selected values as a differentiable function of the encoder: ``z = (x - b_pre) W_enc^T + b_enc`` at the picks.
+
+    `values_NK` must be z at `indices_NK` where the index is >= 0; a pick with index -1 passes no gradient, which is
+    what ReLU's zeroed picks need. Gradients flow to x, b_pre, W_enc and b_enc, each only if it is asked for.
+    """
+    result: torch.Tensor = _PickedPreactivations.apply(
+        x_ND, b_pre_D, W_enc_FD, b_enc_F, values_NK, indices_NK, order, kernels
+    )
+    return result
+
+
+def sparse_decode(
+    values_NK: torch.Tensor,
+    indices_NK: torch.Tensor,
+    W_dec_FD: torch.Tensor,
+    order: PairOrder,
+    *,
+    kernels: str = "auto",
+) -> torch.Tensor:
+    """``decode`` with gradients for the values and for W_dec; [N, D]."""
+    result: torch.Tensor = _SparseDecode.apply(values_NK, indices_NK, W_dec_FD, order, kernels)
+    return result

@@ -1,0 +1,22 @@
+"""Encoder forward with exact top-k selection: the only part of a step that needs the dense N x F product."""
+
+import torch
+
+from shared.kernels.dispatch import resolve
+from shared.kernels.encode_topk import cpu, reference
+
+
+def encode_topk(
+    x_ND: torch.Tensor, W_FD: torch.Tensor, b_F: torch.Tensor, k: int, *, kernels: str = "auto"
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The k largest of ``relu(x W^T + b)`` per row, and where they are. No gradient: see ``shared.kernels.autograd``.
+
+    x_ND [N, D], W_FD [F, D], b_F [F] of one floating type; 1 <= k <= F.
+    Returns values [N, k] in descending order (same type) and indices int64 [N, k]. Equal values are taken in index
+    order. A slot that ReLU zeroed has value 0 and index -1: an index >= 0 means the latent fired.
+    The torch and triton forms never hold an [N, F] tensor.
+    """
+    if not 1 <= k <= W_FD.shape[0]:
+        raise ValueError(f"k={k} is not between 1 and the number of latents, {W_FD.shape[0]}")
+    implementation = reference if resolve(kernels, x_ND) == "reference" else cpu
+    return implementation.encode_topk(x_ND, W_FD, b_F, k)

@@ -1,0 +1,29 @@
+"""The language model, as far as harvesting and splicing need it: load it, name its activations, read and replace them.
+
+This is the only package that knows how Hugging Face models are built inside.
+"""
+
+from shared.lm.checkpoint import ModelIdentity, load_config, model_identity, resolve_model
+from shared.lm.hooks import capture, check_hooks, decoder_blocks, needed_depth, splice
+from shared.lm.load import load_causal_lm, load_trunk
+from shared.lm.positions import segment_positions
+from shared.lm.tokenizer import SpecialIds, load_tokenizer, special_ids, tokenizer_hash
+
+__all__ = [
+    "ModelIdentity",
+    "SpecialIds",
+    "capture",
+    "check_hooks",
+    "decoder_blocks",
+    "load_causal_lm",
+    "load_config",
+    "load_tokenizer",
+    "load_trunk",
+    "model_identity",
+    "needed_depth",
+    "resolve_model",
+    "segment_positions",
+    "special_ids",
+    "splice",
+    "tokenizer_hash",
+]

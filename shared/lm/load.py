@@ -1,0 +1,101 @@
+"""Loading a model: the trunk as far as the deepest hook for harvesting, the whole of it for evaluation."""
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModel, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from shared.errors import GranaryError
+from shared.lm.checkpoint import load_config, quiet_transformers, resolve_model
+from shared.lm.hooks import decoder_blocks, final_norm
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def load_trunk(
+    path: str,
+    dtype: torch.dtype | str = "float32",
+    *,
+    num_layers: int | None = None,
+    last_mlp: bool = True,
+    device: torch.device | str = "cpu",
+    revision: str | None = None,
+    attn_implementation: str = "sdpa",
+) -> PreTrainedModel:
+    """The first `num_layers` decoder layers (None: all) without final norm and LM head, in evaluation mode.
+
+    Weights of later layers and of the head are not read from disk. The forward's ``last_hidden_state`` is the residual
+    stream after the last loaded layer, since the final norm is an Identity. `last_mlp=False` drops the last layer's
+    MLP too, for hooks before it: the stream is then meaningless from that MLP on. Weights need no gradient and the
+    forward keeps no cache.
+
+    Raises GranaryError for a model that can't be had, has fewer layers, or whose files lack some of the weights.
+    """
+    config = copy.deepcopy(load_config(path, revision))
+    total = config.num_hidden_layers
+    if num_layers is not None:
+        if not 1 <= num_layers <= total:
+            raise GranaryError(f"{num_layers} layers asked of model {path}, which has {total}")
+        truncate_config(config, num_layers)
+    model = _load(AutoModel, path, config, dtype, revision, attn_implementation)
+    holder, name = final_norm(model)
+    setattr(holder, name, nn.Identity())
+    if not last_mlp:
+        decoder_blocks(model)[-1].mlp = nn.Identity()
+    return _move(model, device)
+
+
+def load_causal_lm(
+    path: str,
+    dtype: torch.dtype | str = "float32",
+    *,
+    device: torch.device | str = "cpu",
+    revision: str | None = None,
+    attn_implementation: str = "sdpa",
+) -> PreTrainedModel:
+    """The whole model with its LM head, in evaluation mode, weights without gradient; raises as `load_trunk`."""
+    config = copy.deepcopy(load_config(path, revision))
+    return _move(_load(AutoModelForCausalLM, path, config, dtype, revision, attn_implementation), device)
+
+
+def truncate_config(config: PretrainedConfig, num_layers: int) -> None:
+    """Make `config` describe the first `num_layers` layers, its per-layer lists included."""
+    layer_types = getattr(config, "layer_types", None)
+    if layer_types is not None:
+        config.layer_types = list(layer_types)[:num_layers]
+    config.num_hidden_layers = num_layers
+
+
+def _load(
+    auto_class: Any,
+    path: str,
+    config: PretrainedConfig,
+    dtype: torch.dtype | str,
+    revision: str | None,
+    attn_implementation: str,
+) -> PreTrainedModel:
+    config.use_cache = False
+    with quiet_transformers():
+        try:
+            model, report = auto_class.from_pretrained(
+                resolve_model(path, revision),
+                config=config,
+                dtype=DTYPES[dtype] if isinstance(dtype, str) else dtype,
+                attn_implementation=attn_implementation,
+                use_safetensors=True,
+                output_loading_info=True,
+            )
+        except (ValueError, ImportError) as error:
+            raise GranaryError(f"model {path} can't be loaded: {str(error).splitlines()[0]}") from error
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise GranaryError(f"model {path}: its files lack {len(missing)} of the weights, {missing[0]} among them")
+    model.requires_grad_(False)
+    return model.eval()
+
+
+def _move(model: PreTrainedModel, device: torch.device | str) -> PreTrainedModel:
+    nn.Module.to(model, device)  # in place; PreTrainedModel.to is the same, behind a wrapper without types
+    return model

@@ -1,0 +1,103 @@
+"""Adam for an SAE: clip, project, update and renormalise in one pass over the rows.
+
+Shapes: F latents, D d_model.
+"""
+
+import torch
+
+from shared.errors import GranaryError
+from shared.sae.model import SAE
+
+# Rows of a matrix updated together: their weight, gradient and moments stay in cache between the operations.
+TILE_ELEMENTS = 1 << 18
+
+
+class SAEAdam:
+    """Adam (Kingma and Ba 2015) on all parameters of an SAE; decoder rows are kept at unit norm.
+
+    ``step`` does, in this order: scale all gradients so that their joint norm is at most `clip_norm`; remove from each
+    decoder row's gradient its component along the row; the Adam update; divide each decoder row by its norm.
+    """
+
+    def __init__(
+        self,
+        sae: SAE,
+        lr: float,
+        *,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        clip_norm: float | None = 1.0,
+    ) -> None:
+        if not lr > 0:
+            raise GranaryError(f"optim.lr={lr}: must be positive")
+        if not all(0 <= beta < 1 for beta in betas):
+            raise GranaryError(f"optim.betas={betas}: each must lie in [0, 1)")
+        if clip_norm is not None and not clip_norm > 0:
+            raise GranaryError(f"optim.clip_norm={clip_norm}: must be positive, or null for no clipping")
+        self.parameters = dict(sae.named_parameters())
+        self.lr, self.betas, self.eps, self.clip_norm = lr, betas, eps, clip_norm
+        self.num_steps = torch.zeros((), dtype=torch.int64)
+        self.first = {name: torch.zeros_like(parameter) for name, parameter in self.parameters.items()}
+        self.second = {name: torch.zeros_like(parameter) for name, parameter in self.parameters.items()}
+
+    def zero_grad(self) -> None:
+        """Drop all gradients."""
+        for parameter in self.parameters.values():
+            parameter.grad = None
+
+    @torch.no_grad()
+    def grad_norm(self) -> torch.Tensor:
+        """Euclidean norm of all gradients together, a scalar tensor on their device."""
+        norms = [p.grad.norm() for p in self.parameters.values() if p.grad is not None]
+        if not norms:
+            raise GranaryError("SAEAdam.step before backward: there is no gradient")
+        return torch.stack(norms).norm()
+
+    @torch.no_grad()
+    def step(self, lr: float | None = None, grad_norm: torch.Tensor | None = None) -> torch.Tensor:
+        """Update every parameter from its ``.grad``; returns the gradient norm before clipping, a scalar tensor.
+
+        `lr` overrides the constructor's, for schedules. `grad_norm` is the norm over all ranks where the gradients are
+        sharded; None computes it here. A parameter without a gradient counts as one with gradient 0.
+        """
+        lr = self.lr if lr is None else lr
+        if grad_norm is None:
+            grad_norm = self.grad_norm()
+        self.num_steps += 1
+        count = int(self.num_steps)
+        clip = torch.ones_like(grad_norm)
+        if self.clip_norm is not None:
+            clip = (self.clip_norm / grad_norm.clamp_min(torch.finfo(grad_norm.dtype).tiny)).clamp_max(1.0)
+        correction1, correction2 = 1 - self.betas[0] ** count, 1 - self.betas[1] ** count
+        for name, parameter in self.parameters.items():
+            columns = parameter[0].numel() if parameter.ndim > 1 else 1
+            tile = max(1, TILE_ELEMENTS // columns)
+            for start in range(0, parameter.shape[0] if parameter.ndim else 1, tile):
+                rows = slice(start, start + tile) if parameter.ndim else ...
+                weight = parameter[rows]
+                grad = parameter.grad[rows] * clip if parameter.grad is not None else torch.zeros_like(weight)
+                if name == "W_dec":
+                    grad.addcmul_((grad * weight).sum(1, keepdim=True), weight, value=-1)
+                first, second = self.first[name][rows], self.second[name][rows]
+                first.lerp_(grad, 1 - self.betas[0])
+                second.mul_(self.betas[1]).addcmul_(grad, grad, value=1 - self.betas[1])
+                denominator = second.sqrt().div_(correction2**0.5).add_(self.eps)
+                weight.addcdiv_(first, denominator, value=-lr / correction1)
+                if name == "W_dec":
+                    weight.div_(weight.norm(dim=1, keepdim=True))
+        return grad_norm
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """Moments and step count, keyed ``first.W_enc`` and so on."""
+        state = {"num_steps": self.num_steps}
+        for name in self.parameters:
+            state[f"first.{name}"], state[f"second.{name}"] = self.first[name], self.second[name]
+        return state
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        """Put moments and step count back, in place."""
+        own = self.state_dict()
+        if own.keys() != state.keys():
+            raise GranaryError(f"optimiser state does not match: {', '.join(sorted(own.keys() ^ state.keys()))}")
+        for name, tensor in own.items():
+            tensor.copy_(state[name])

@@ -1,0 +1,20 @@
+"""The activation store: the only code that knows Zarr. See docs/store.md for the format."""
+
+from shared.store.capacity import bytes_planned, free_bytes
+from shared.store.layout import FORMAT_VERSION, StorePlan
+from shared.store.manifest import DamagedObjectError, ShardRecord
+from shared.store.objectio import ObjectMissingError
+from shared.store.statistics import HookStatistics
+from shared.store.store import Store
+
+__all__ = [
+    "FORMAT_VERSION",
+    "DamagedObjectError",
+    "HookStatistics",
+    "ObjectMissingError",
+    "ShardRecord",
+    "Store",
+    "StorePlan",
+    "bytes_planned",
+    "free_bytes",
+]

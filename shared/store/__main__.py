@@ -1,0 +1,172 @@
+"""Look at a store, check it, clean it: ``python -m shared.store info|ls|verify|drop-incomplete URL``.
+
+Exit status: 0 all is well, 1 the store is damaged or incomplete, 2 the command could not be carried out.
+"""
+
+import argparse
+import sys
+
+from rich.console import Console
+from rich.table import Table
+from tqdm import tqdm
+
+from shared.cli import fail
+from shared.errors import GranaryError
+from shared.store.layout import FORMAT_VERSION
+from shared.store.store import Store
+from shared.store.verify import VerifyReport, drop_incomplete, verify
+
+UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m shared.store", description="Look at, check or clean a store.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    help_texts = {
+        "info": "what the store holds and how far its harvest is",
+        "ls": "one line per shard",
+        "verify": "re-read every byte and compare it with the commit records",
+        "drop-incomplete": "delete leftovers of killed harvests",
+    }
+    for name, text in help_texts.items():
+        command = commands.add_parser(name, help=text, description=text)
+        command.add_argument("url", help="local path or URL of a store")
+        if name == "drop-incomplete":
+            command.add_argument(
+                "--damaged", action="store_true", help="verify first, and drop damaged shards for the next harvest too"
+            )
+    arguments = parser.parse_args(argv)
+    console = Console(soft_wrap=True)
+    try:
+        if arguments.command == "info":
+            return show_info(Store.open(arguments.url), console)
+        if arguments.command == "ls":
+            return show_shards(Store.open(arguments.url), console)
+        if arguments.command == "verify":
+            return show_report(verify_with_bar(arguments.url), console)
+        report = verify_with_bar(arguments.url) if arguments.damaged else None
+        dropped = drop_incomplete(arguments.url, report)
+        for key in dropped:
+            console.print(f"dropped {key}", highlight=False)
+        console.print(f"{len(dropped)} objects dropped" if dropped else "nothing to drop")
+    except GranaryError as error:
+        fail(str(error))
+    return 0
+
+
+def human_bytes(size: float) -> str:
+    """``1.5 GB``; powers of 1000."""
+    unit = 0
+    while size >= 1000 and unit < len(UNITS) - 1:
+        size, unit = size / 1000, unit + 1
+    return f"{size:.0f} {UNITS[unit]}" if unit == 0 else f"{size:.1f} {UNITS[unit]}"
+
+
+def show_info(store: Store, console: Console) -> int:
+    """Two columns: property, value; then one line per hook."""
+    records = store.committed()
+    plan = store.plan
+    table = Table(title=store.url, show_header=False, title_justify="left")
+    contexts = sum(record.num_contexts for record in records.values())
+    rows = {
+        "format": f"{FORMAT_VERSION}, plan {plan.hash()[:12]}",
+        "shards": f"{len(records)} of {store.num_shards} committed, {len(store.heldout_shards)} held out",
+        "complete": "yes" if store.complete else "no",
+        "contexts": f"{contexts:,} of {store.plan.seq_len:,} tokens each",
+        "trainable tokens": f"{sum(record.num_tokens for record in records.values()):,}",
+        "bytes": human_bytes(sum(record.num_bytes for record in records.values())),
+        "storage": f"{plan.dtype}, codec {plan.codec}, {plan.shard_contexts} contexts per shard, "
+        f"{plan.chunk_rows} tokens per chunk",
+        "digest": store.digest(),
+    }
+    for extent in store.extents[1:]:
+        rows[f"extended at shard {extent.first_shard}"] = f"{extent.plan.num_contexts:,} contexts"
+    rows |= dict(flat(plan.provenance))
+    for name, value in rows.items():
+        table.add_row(name, value)
+    console.print(table)
+    hooks = Table(title="hooks", title_justify="left")
+    for name in ("hook", "d_model", "mean norm", "median", "max", "storage error"):
+        hooks.add_column(name, justify="left" if name == "hook" else "right")
+    trained = [shard for shard in records if shard not in store.heldout_shards]
+    for hook, d_model in plan.hooks.items():
+        if not trained:
+            hooks.add_row(hook, str(d_model), "", "", "", "")
+            continue
+        figures = store.statistics(hook, trained)
+        norms = [f"{value:.4g}" for value in (figures.mean_norm, figures.median_norm, figures.max_norm)]
+        hooks.add_row(hook, str(d_model), *norms, f"{figures.relative_squared_error:.2g}")
+    console.print(hooks)
+    return 0
+
+
+def flat(value: object, prefix: str = "") -> list[tuple[str, str]]:
+    """Leaves of a JSON value as dotted names and text."""
+    if isinstance(value, dict):
+        return [leaf for key, item in value.items() for leaf in flat(item, f"{prefix}.{key}" if prefix else str(key))]
+    return [(prefix, str(value))]
+
+
+def show_shards(store: Store, console: Console) -> int:
+    """One line per planned shard."""
+    records = store.committed()
+    table = Table(title=store.url, title_justify="left")
+    for name in ("shard", "contexts", "tokens", "bytes", "split", "state"):
+        table.add_column(name, justify="right" if name in ("shard", "tokens", "bytes") else "left")
+    for shard in range(store.num_shards):
+        contexts = store.shard_contexts(shard)
+        split = "heldout" if shard in store.heldout_shards else "train"
+        record = records.get(shard)
+        row = [str(shard), f"{contexts.start}-{contexts.stop - 1}"]
+        if record is None:
+            table.add_row(*row, "", "", split, "missing")
+        else:
+            table.add_row(*row, f"{record.num_tokens:,}", human_bytes(record.num_bytes), split, "committed")
+    console.print(table)
+    return 0
+
+
+def verify_with_bar(url: str) -> VerifyReport:
+    """`verify` with a progress bar on stderr."""
+    with tqdm(total=0, unit="B", unit_scale=True, desc="verify", disable=not sys.stderr.isatty()) as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        return verify(url, progress)
+
+
+def show_report(report: VerifyReport, console: Console) -> int:
+    """Name every bad and missing shard; returns 1 where there is one."""
+    for problem in report.problems:
+        where = f"shard {problem.shard}: " if problem.shard >= 0 else ""
+        console.print(f"[red]damaged[/red] {where}{problem.key} {problem.what}", highlight=False)
+    if report.missing:
+        console.print(f"[yellow]missing[/yellow] shards {spans(report.missing)}", highlight=False)
+    for key in report.leftovers + report.uncommitted:
+        console.print(f"leftover {key}", highlight=False)
+    for key in report.foreign:
+        console.print(f"not part of the store: {key}", highlight=False)
+    console.print(
+        f"{report.num_objects} objects, {human_bytes(report.num_bytes)} checked: "
+        f"{len(report.problems)} damaged, {len(report.missing)} of {report.num_shards} shards missing",
+        highlight=False,
+    )
+    return 0 if report.intact else 1
+
+
+def spans(numbers: list[int]) -> str:
+    """Ascending numbers as ``0-4, 7, 9-12``."""
+    parts: list[list[int]] = []
+    for number in numbers:
+        if parts and number == parts[-1][1] + 1:
+            parts[-1][1] = number
+        else:
+            parts.append([number, number])
+    return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in parts)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,164 @@
+"""Extents: the harvest that made a store, and each one that extended it later.
+
+An extent is a run of whole shards with a plan of its own. Its records are the claim (plan and metadata documents), put
+first, and the token record, put when all its tokens, masks and segments are written.
+"""
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from shared.errors import GranaryError
+from shared.store import layout
+from shared.store.buffers import Buffer
+from shared.store.checksum import crc32c
+from shared.store.integrity import object_crc32c
+from shared.store.layout import StorePlan
+from shared.store.manifest import seal, unseal
+from shared.store.metadata import metadata_documents
+from shared.store.objectio import ObjectIO
+from shared.store.reader import TOKEN_TYPES
+from shared.store.shard import encode_chunks, encode_index
+
+TOKEN_THREADS = 4
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Extent:
+    """Shards [first_shard, end_shard) of a store and the plan they follow."""
+
+    first_shard: int
+    plan: StorePlan
+    documents: dict[str, str]
+    """Key to text of every zarr.json as of this extent."""
+
+    @property
+    def first_context(self) -> int:
+        return self.first_shard * self.plan.shard_contexts
+
+    @property
+    def end_shard(self) -> int:
+        return self.first_shard + self.plan.num_shards
+
+    @property
+    def end_context(self) -> int:
+        return self.first_context + self.plan.num_contexts
+
+    @property
+    def heldout(self) -> frozenset[int]:
+        return frozenset(self.first_shard + shard for shard in self.plan.heldout_shards)
+
+    def contexts(self, shard: int) -> range:
+        """Contexts of one of the extent's shards; the last shard may be short."""
+        start = shard * self.plan.shard_contexts
+        return range(start, min(start + self.plan.shard_contexts, self.end_context))
+
+    @classmethod
+    def planned(cls, first_shard: int, plan: StorePlan) -> Self:
+        """The extent that `plan` makes behind `first_shard` shards."""
+        num_contexts = first_shard * plan.shard_contexts + plan.num_contexts
+        documents = metadata_documents(plan, num_contexts, first_shard + plan.num_shards)
+        return cls(first_shard, plan, documents)
+
+    def to_bytes(self) -> bytes:
+        return seal(
+            {
+                "format": layout.FORMAT_VERSION,
+                "first_shard": self.first_shard,
+                "plan": self.plan.to_json(),
+                "plan_hash": self.plan.hash(),
+                "documents": self.documents,
+            }
+        )
+
+    @classmethod
+    def from_bytes(cls, data: bytes, key: str) -> Self:
+        """Raises DamagedObjectError, or GranaryError for a format this version does not know."""
+        record = unseal(data, key)
+        if record["format"] > layout.FORMAT_VERSION:
+            raise GranaryError(
+                f"the store has format {record['format']}, this Granary reads up to {layout.FORMAT_VERSION}: upgrade it"
+            )
+        return cls(record["first_shard"], StorePlan.from_json(record["plan"]), record["documents"])
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TokenRecord:
+    """Bytes and checksums of the token, mask and segment objects of an extent."""
+
+    sizes: dict[str, list[int]]
+    crcs: dict[str, list[int]]
+
+    def to_bytes(self) -> bytes:
+        return seal({"sizes": self.sizes, "crcs": self.crcs})
+
+    @classmethod
+    def from_bytes(cls, data: bytes, key: str) -> Self:
+        return cls(**unseal(data, key))
+
+
+def write_extent(io: ObjectIO, extent: Extent, tokens: Any, mask: Any, segments: Any) -> None:
+    """Everything of an extent but its activations; picks up where a killed writer stopped.
+
+    The arrays are [num_contexts, T] and anything sliceable. Every object is a pure function of the input, so what is
+    already there is either equal or an error.
+    """
+    sources = {layout.TOKENS: tokens, layout.MASK: mask, layout.SEGMENTS: segments}
+    for name, source in sources.items():
+        wanted = (extent.plan.num_contexts, extent.plan.seq_len)
+        if tuple(source.shape) != wanted:
+            raise GranaryError(f"{name} has shape {tuple(source.shape)}, the plan says {wanted}")
+        if name != layout.MASK and not np.issubdtype(source.dtype, np.integer):
+            raise GranaryError(f"{name} must be integers, not {source.dtype}")
+    for key, text in extent.documents.items():
+        put_same(io, key, text.encode(), replace=extent.first_shard > 0)
+    jobs = [(name, shard) for shard in range(extent.first_shard, extent.end_shard) for name in sources]
+
+    def write(job: tuple[str, int]) -> tuple[int, int]:
+        name, shard = job
+        rows = [context - extent.first_context for context in extent.contexts(shard)]
+        return write_token_object(io, extent.plan, name, shard, sources[name][rows[0] : rows[-1] + 1])
+
+    with ThreadPoolExecutor(TOKEN_THREADS, thread_name_prefix="granary-tokens") as pool:
+        figures = list(pool.map(write, jobs))
+    record = TokenRecord({name: [] for name in sources}, {name: [] for name in sources})
+    for (name, _), (size, crc) in zip(jobs, figures, strict=True):
+        record.sizes[name].append(size)
+        record.crcs[name].append(crc)
+    put_same(io, layout.extent_tokens_key(extent.first_shard), record.to_bytes())
+
+
+def write_token_object(io: ObjectIO, plan: StorePlan, name: str, shard: int, rows: npt.NDArray[Any]) -> tuple[int, int]:
+    """One shard of tokens, mask or segments [n, T], one chunk per context; returns its bytes and checksum."""
+    stored = np.ascontiguousarray(rows, dtype=TOKEN_TYPES[name])
+    if not np.array_equal(stored, rows):
+        raise GranaryError(f"{name} of shard {shard} holds values that do not fit {TOKEN_TYPES[name]}")
+    chunks = encode_chunks(stored, 1, "none")
+    parts: list[Buffer] = [part for chunk in chunks for part in chunk.parts()]
+    parts.append(encode_index([chunk.num_bytes for chunk in chunks], plan.shard_contexts))
+    data = b"".join(parts)
+    put_same(io, layout.object_key(name, shard, 2), data)
+    return len(data), crc32c(data)
+
+
+def put_same(io: ObjectIO, key: str, data: bytes, *, replace: bool = False) -> None:
+    """Put a small object; where the key is taken it must hold these very bytes."""
+    if io.put(key, [data], replace=replace):
+        return
+    size = io.size(key)
+    if size != len(data) or object_crc32c(io, key, size) != crc32c(data):
+        raise GranaryError(
+            f"{io.url}/{key} exists with other content: it belongs to another harvest; choose another store.url, or "
+            "delete the folder if it is a broken leftover"
+        )
+
+
+def read_extents(io: ObjectIO, run: Callable[..., Any] = map) -> list[Extent]:
+    """All extents in shard order; empty where the URL holds no store."""
+    keys = [key for key in sorted(io.listing("extents")) if not key.endswith(".tokens.json")]
+    extents: list[Extent] = list(run(lambda key: Extent.from_bytes(io.get(key), key), keys))
+    return extents

@@ -1,0 +1,140 @@
+"""Rows of committed shards into the caller's memory, each chunk checked against the commit record.
+
+Shapes: T positions, D = d_model, n contexts.
+"""
+
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from shared.errors import GranaryError
+from shared.store import layout
+from shared.store.buffers import bits_of, byte_view
+from shared.store.checksum import CRC_BYTES, crc32c, crc_from_bytes
+from shared.store.dtypes import scales_per_row, storage_type
+from shared.store.layout import StorePlan
+from shared.store.manifest import DamagedObjectError, ShardRecord
+from shared.store.objectio import ObjectIO
+from shared.store.quantise import dequantise
+from shared.store.shard import ArrayRecord, decode_chunk
+
+TOKEN_TYPES = {layout.TOKENS: np.dtype("<i4"), layout.MASK: np.dtype("?"), layout.SEGMENTS: np.dtype("<i4")}
+
+
+class ContextReader:
+    """Reads contexts of shards whose plans share one format. Safe to use from several threads."""
+
+    def __init__(self, io: ObjectIO, plan: StorePlan) -> None:
+        self.io = io
+        self.plan = plan
+        self.kind = storage_type(plan.dtype)
+        self.chunks_per_context = plan.chunks_per_context
+        self._scratch = threading.local()
+
+    def read(self, hook: str, record: ShardRecord, context: int, out: torch.Tensor, verify: bool) -> None:
+        """Context `context` of `record`'s shard into contiguous `out` [T, D] of the read dtype."""
+        T, D = self.plan.seq_len, self.plan.hooks[hook]
+        main = record.arrays[layout.array_path(hook)]
+        slot = context - record.first_context
+        if self.plan.dtype != "int8":
+            self._read_rows(main, record.shard, slot, bits_of(out), verify)
+            return
+        q_TD = self._buffer("int8", (T, D), torch.int8)
+        scale_TG = self._buffer("scale", (T, scales_per_row(D)), torch.float16)
+        self._read_rows(main, record.shard, slot, bits_of(q_TD), verify)
+        self._read_rows(record.arrays[layout.scale_path(hook)], record.shard, slot, bits_of(scale_TG), verify)
+        dequantise(q_TD, scale_TG, out)
+
+    def _read_rows(self, record: ArrayRecord, shard: int, slot: int, out: npt.NDArray[Any], verify: bool) -> None:
+        """One context of one object: a contiguous run of chunks, fetched with one request."""
+        first = slot * self.chunks_per_context
+        sizes = record.chunk_bytes[first : first + self.chunks_per_context].tolist()
+        crcs = record.crc32c[first : first + self.chunks_per_context].tolist()
+        offset = int(record.chunk_bytes[:first].sum())
+        rows = out.reshape(self.chunks_per_context, self.plan.chunk_rows, -1)
+        compressed = self.plan.codec != "none"
+        if compressed:
+            whole = memoryview(self._bytes("encoded", sum(sizes)))[: sum(sizes)]
+            payloads, start = [], 0
+            for size in sizes:
+                payloads.append(whole[start : start + size - CRC_BYTES])
+                start += size
+            self.io.read_into(record.key, offset, [whole])
+        else:
+            payloads = [byte_view(chunk) for chunk in rows]
+            trailers = [memoryview(bytearray(CRC_BYTES)) for _ in sizes]
+            pairs = zip(payloads, trailers, strict=True)
+            self.io.read_into(record.key, offset, [view for pair in pairs for view in pair])
+        if verify:
+            for number, (payload, crc) in enumerate(zip(payloads, crcs, strict=True)):
+                if crc32c(payload) != crc:
+                    raise damaged(self.io.url, record.key, shard, f"chunk {first + number} fails its checksum")
+        if compressed:
+            for payload, chunk in zip(payloads, rows, strict=True):
+                decode_chunk(payload, self.plan.codec, chunk)
+
+    def _buffer(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """A tensor that this thread uses again and again."""
+        tensor: torch.Tensor | None = getattr(self._scratch, name, None)
+        if tensor is None or tuple(tensor.shape) != shape:
+            tensor = torch.empty(shape, dtype=dtype)
+            setattr(self._scratch, name, tensor)
+        return tensor
+
+    def _bytes(self, name: str, size: int) -> bytearray:
+        """At least `size` bytes that this thread uses again and again."""
+        buffer: bytearray | None = getattr(self._scratch, name, None)
+        if buffer is None or len(buffer) < size:
+            buffer = bytearray(size)
+            setattr(self._scratch, name, buffer)
+        return buffer
+
+
+def damaged(url: str, key: str, shard: int, what: str) -> DamagedObjectError:
+    """The error that a reader raises at a torn or flipped object, and how to mend it."""
+    return DamagedObjectError(
+        f"shard {shard} of {url} is damaged: {key}: {what}; run "
+        f"`python -m shared.store drop-incomplete --damaged {url}` and harvest again",
+        key=key,
+        shard=shard,
+    )
+
+
+def read_token_rows(
+    io: ObjectIO, name: str, shard: int, slots: Sequence[int], seq_len: int, out: npt.NDArray[Any]
+) -> None:
+    """Rows `slots` (ascending) of one shard of tokens, mask or segments into `out` [n, T]."""
+    dtype = TOKEN_TYPES[name]
+    row_bytes = seq_len * dtype.itemsize + CRC_BYTES
+    first, last = slots[0], slots[-1]
+    key = layout.object_key(name, shard, 2)
+    data = memoryview(bytearray((last - first + 1) * row_bytes))
+    io.read_into(key, first * row_bytes, [data])
+    for number, slot in enumerate(slots):
+        row = data[(slot - first) * row_bytes : (slot - first + 1) * row_bytes]
+        if crc32c(row[:-CRC_BYTES]) != crc_from_bytes(row[-CRC_BYTES:]):
+            raise damaged(io.url, key, shard, f"row {slot} fails its checksum")
+        out[number] = np.frombuffer(row, dtype, count=seq_len)
+
+
+def read_moments(io: ObjectIO, record: ShardRecord, hook: str, d_model: int) -> npt.NDArray[np.float64]:
+    """[2, D]: mean and M2 of one shard."""
+    array = record.arrays[layout.statistics_path(hook)]
+    moments = np.empty((2, d_model), "<f8")
+    crc = bytearray(CRC_BYTES)
+    io.read_into(array.key, 0, [byte_view(moments), memoryview(crc)])
+    if crc32c(byte_view(moments)) != int(array.crc32c[0]):
+        raise damaged(io.url, array.key, record.shard, "fails its checksum")
+    return moments
+
+
+def read_dtype_error(hook: str, out: torch.Tensor, shape: tuple[int, int], dtype: torch.dtype) -> GranaryError:
+    """Why `out` can't take a context."""
+    return GranaryError(
+        f"{hook}: a context is {dtype} of shape {shape}, the buffer given for it is {out.dtype} of shape "
+        f"{tuple(out.shape)}"
+    )

@@ -1,0 +1,186 @@
+"""Moments and norms of activations, gathered as they are written and merged over shards.
+
+Shapes: N rows, D = d_model. All figures are over trainable (masked-in) positions and over the values as stored, which
+is what training will read. The result does not depend on the number of threads: rows are reduced in blocks, in order,
+in float32 within a block and in float64 between blocks (Chan, Golub & LeVeque 1979).
+"""
+
+import math
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+
+BLOCK_ROWS = 128  # 2 MiB of float32 at d_model 4096: stays in the core's own cache
+BINS_PER_OCTAVE = 16  # the norm histogram's bins are 4.4 % wide
+
+
+@dataclass(slots=True, eq=False)
+class Moments:
+    """Count, mean [D] and sum of squared deviations M2 [D], float64."""
+
+    count: int
+    mean: npt.NDArray[np.float64]
+    m2: npt.NDArray[np.float64]
+
+    @classmethod
+    def empty(cls, d_model: int) -> Self:
+        return cls(0, np.zeros(d_model), np.zeros(d_model))
+
+    def merge(self, count: int, mean: npt.NDArray[Any], m2: npt.NDArray[Any]) -> None:
+        """Add a second set of rows."""
+        if count == 0:
+            return
+        total = self.count + count
+        delta = mean - self.mean
+        self.mean = self.mean + delta * (count / total)
+        self.m2 = self.m2 + m2 + delta**2 * (self.count * count / total)
+        self.count = total
+
+
+@dataclass(slots=True)
+class NormFigures:
+    """Euclidean norms of rows, and what storing them cost."""
+
+    count: int = 0
+    total: float = 0.0
+    total_squared: float = 0.0
+    maximum: float = 0.0
+    squared_error: float = 0.0
+    """Sum of squared differences between the values offered to the store and those it holds."""
+    histogram: Counter[int] = field(default_factory=Counter)
+    """floor(16 log2 norm) to number of rows; rows of norm 0 under a bin below all others."""
+
+    def add(self, squared_norms: npt.NDArray[np.float64]) -> None:
+        """Count rows with these squared norms."""
+        norms = np.sqrt(squared_norms)
+        self.count += len(norms)
+        self.total += float(norms.sum())
+        self.total_squared += float(squared_norms.sum())
+        self.maximum = max(self.maximum, float(norms.max(initial=0.0)))
+        bins = np.floor(BINS_PER_OCTAVE * np.log2(np.maximum(norms, 2.0**-150))).astype(np.int64)
+        values, counts = np.unique(bins, return_counts=True)
+        self.histogram.update(dict(zip(values.tolist(), counts.tolist(), strict=True)))
+
+    def merge(self, other: "NormFigures") -> None:
+        """Add a second set of rows."""
+        self.count += other.count
+        self.total += other.total
+        self.total_squared += other.total_squared
+        self.maximum = max(self.maximum, other.maximum)
+        self.squared_error += other.squared_error
+        self.histogram.update(other.histogram)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "count": self.count,
+            "total": self.total,
+            "total_squared": self.total_squared,
+            "maximum": self.maximum,
+            "squared_error": self.squared_error,
+            "histogram": [[bin_, count] for bin_, count in sorted(self.histogram.items())],
+        }
+
+    @classmethod
+    def from_json(cls, record: dict[str, Any]) -> Self:
+        return cls(**{**record, "histogram": Counter(dict(record["histogram"]))})
+
+    def quantile(self, q: float) -> float:
+        """Norm below which a share `q` of the rows lies, to within half a histogram bin (2.2 %); nan without rows."""
+        if self.count == 0:
+            return math.nan
+        wanted = q * self.count
+        seen = 0
+        for bin_, count in sorted(self.histogram.items()):
+            if seen + count >= wanted:
+                inside = max(wanted - seen, 0.0) / count
+                return min(2.0 ** ((bin_ + inside) / BINS_PER_OCTAVE), self.maximum)
+            seen += count
+        return self.maximum
+
+
+@dataclass(slots=True, eq=False)
+class RowStatistics:
+    """Moments and norms of the same rows."""
+
+    moments: Moments
+    norms: NormFigures
+
+    @classmethod
+    def empty(cls, d_model: int) -> Self:
+        return cls(Moments.empty(d_model), NormFigures())
+
+    def add_block(self, x_ND: npt.NDArray[np.float32]) -> bool:
+        """Add rows, at most a block of them; False, and nothing added, where one is not finite.
+
+        `x_ND` is overwritten.
+        """
+        n = len(x_ND)
+        if n == 0:
+            return True
+        squared = np.einsum("nd,nd->n", x_ND, x_ND).astype(np.float64)
+        if not np.isfinite(squared).all():
+            if not np.isfinite(x_ND).all():
+                return False
+            squared = np.einsum("nd,nd->n", x_ND, x_ND, dtype=np.float64)  # finite, but the square is not in float32
+        self.norms.add(squared)
+        mean = x_ND.sum(axis=0) / np.float32(n)
+        np.subtract(x_ND, mean, out=x_ND)
+        np.multiply(x_ND, x_ND, out=x_ND)
+        self.moments.merge(n, mean.astype(np.float64), x_ND.sum(axis=0).astype(np.float64))
+        return True
+
+    def merge(self, other: "RowStatistics") -> None:
+        """Add a second set of rows."""
+        self.moments.merge(other.moments.count, other.moments.mean, other.moments.m2)
+        self.norms.merge(other.norms)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class HookStatistics:
+    """Figures of one hook over the trainable positions of a set of shards."""
+
+    count: int
+    """Rows."""
+    mean: npt.NDArray[np.float64]
+    """Per-dimension mean, [D]."""
+    var: npt.NDArray[np.float64]
+    """Per-dimension population variance, [D]."""
+    mean_norm: float
+    rms_norm: float
+    median_norm: float
+    """To within 2.2 %, from a histogram."""
+    max_norm: float
+    relative_squared_error: float
+    """What the storage type cost: squared error over total variance; 0 where values were stored as they came."""
+
+    @classmethod
+    def from_rows(cls, rows: RowStatistics) -> Self:
+        count = rows.norms.count
+        variance = float(rows.moments.m2.sum())
+        return cls(
+            count=count,
+            mean=rows.moments.mean,
+            var=rows.moments.m2 / max(count, 1),
+            mean_norm=rows.norms.total / count if count else math.nan,
+            rms_norm=math.sqrt(rows.norms.total_squared / count) if count else math.nan,
+            median_norm=rows.norms.quantile(0.5),
+            max_norm=rows.norms.maximum,
+            relative_squared_error=rows.norms.squared_error / variance if variance > 0 else 0.0,
+        )
+
+    def summary(self) -> dict[str, float]:
+        """The scalars, as JSON."""
+        names = ("count", "mean_norm", "rms_norm", "median_norm", "max_norm", "relative_squared_error")
+        return {name: getattr(self, name) for name in names if not math.isnan(getattr(self, name))}
+
+
+def merge_rows(parts: Iterable[RowStatistics], d_model: int) -> RowStatistics:
+    """All parts together, merged in the order given."""
+    merged = RowStatistics.empty(d_model)
+    for part in parts:
+        merged.merge(part)
+    return merged

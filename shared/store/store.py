@@ -1,0 +1,383 @@
+"""The store: one object that stages create, fill and read.
+
+Shapes: S contexts, T = seq_len, D = d_model of a hook, n contexts asked for.
+"""
+
+import bisect
+import hashlib
+import os
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Literal, Self
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from shared.errors import GranaryError
+from shared.store import layout
+from shared.store.dtypes import storage_type
+from shared.store.extent import Extent, put_same, read_extents, write_extent
+from shared.store.layout import StorePlan
+from shared.store.manifest import DamagedObjectError, ShardRecord, seal, unseal
+from shared.store.objectio import ObjectIO, open_io
+from shared.store.reader import TOKEN_TYPES, ContextReader, read_dtype_error, read_moments, read_token_rows
+from shared.store.statistics import HookStatistics, Moments, RowStatistics, merge_rows
+from shared.store.writer import ShardWriter
+
+Split = Literal["train", "heldout", "all"]
+IO_THREADS = 8
+
+
+class Store:
+    """An activation store at a local path or any fsspec URL.
+
+    Readers trust commit records only. All methods may be called from several threads.
+    """
+
+    def __init__(self, io: ObjectIO, extents: Sequence[Extent]) -> None:
+        """Use `create` or `open`."""
+        self.io = io
+        self.extents = tuple(extents)
+        self._lock = threading.Lock()
+        self._records: dict[int, ShardRecord] = {}
+        self._reader = ContextReader(io, self.plan)
+        self._first_shards = [extent.first_shard for extent in extents]
+
+    # What it is
+
+    @property
+    def url(self) -> str:
+        return self.io.url
+
+    @property
+    def plan(self) -> StorePlan:
+        """The plan of the harvest that made the store."""
+        return self.extents[0].plan
+
+    @property
+    def hooks(self) -> list[str]:
+        return list(self.plan.hooks)
+
+    @property
+    def num_contexts(self) -> int:
+        """Length of the arrays: contexts planned, committed or not."""
+        return self.extents[-1].end_context
+
+    @property
+    def num_shards(self) -> int:
+        return self.extents[-1].end_shard
+
+    @property
+    def seq_len(self) -> int:
+        return self.plan.seq_len
+
+    @property
+    def read_dtype(self) -> torch.dtype:
+        """Dtype of `read_context`: the stored one; bfloat16 for int8 stores."""
+        return storage_type(self.plan.dtype).read
+
+    @property
+    def heldout_shards(self) -> frozenset[int]:
+        """Shards that training never reads."""
+        return frozenset().union(*(extent.heldout for extent in self.extents))
+
+    # Making one
+
+    @classmethod
+    def create(cls, url: str | os.PathLike[str], plan: StorePlan, tokens: Any, mask: Any, segments: Any) -> Self:
+        """Make the store and write its tokens, or open the one that the same plan made before.
+
+        `tokens`, `mask`, `segments` are [S, T] int32, bool, int32, and anything sliceable (a numpy memmap). A creation
+        that was killed half-way is completed. Raises GranaryError naming the fields where the URL holds a store of
+        another plan.
+        """
+        io = open_io(url)
+        key = layout.extent_key(0)
+        wanted = Extent.planned(0, plan)
+        if io.size(key) is None and is_foreign(io):
+            raise GranaryError(f"{io.url} holds a Zarr group that is not a Granary store: choose another store.url")
+        io.put(key, [wanted.to_bytes()])
+        existing = Extent.from_bytes(io.get(key), key)
+        if existing.plan.hash() != plan.hash():
+            difference = layout.describe_difference(existing.plan.identity(), plan.identity())
+            raise GranaryError(
+                f"{io.url} holds another harvest: {difference}; choose another store.url or the same settings"
+            )
+        if io.size(layout.extent_tokens_key(0)) is None:
+            write_extent(io, existing, tokens, mask, segments)
+        store = cls.open(url)
+        store.io.claim(exclusive=False)
+        store.sweep()
+        return store
+
+    @classmethod
+    def append(cls, url: str | os.PathLike[str], plan: StorePlan, tokens: Any, mask: Any, segments: Any) -> Self:
+        """Extend the store at `url` by the contexts of another harvest, from the next whole shard on.
+
+        Its format, model, tokenizer and hooks must be those of the store (GranaryError naming what differs); corpus and
+        held-out share may differ. The same plan again completes or opens the extension it made before. The new shards
+        are in `pending` until they are harvested.
+        """
+        store = cls.open(url)
+        io = store.io
+        difference = layout.describe_difference(layout.extension_identity(store.plan), layout.extension_identity(plan))
+        if difference:
+            raise GranaryError(f"{io.url} cannot be extended by this harvest: {difference}")
+        extents = read_extents(io)
+        same = [extent for extent in extents if extent.plan.hash() == plan.hash()]
+        if not same and len(extents) > len(store.extents):
+            raise GranaryError(
+                f"another extension of {io.url} was begun and not finished: run its harvest again, or remove it with "
+                f"`python -m shared.store drop-incomplete {io.url}`"
+            )
+        extent = same[0] if same else Extent.planned(extents[-1].end_shard, plan)
+        put_same(io, layout.extent_key(extent.first_shard), extent.to_bytes())
+        if io.size(layout.extent_tokens_key(extent.first_shard)) is None:
+            write_extent(io, extent, tokens, mask, segments)
+        store = cls.open(url)
+        store.io.claim(exclusive=False)
+        return store
+
+    @classmethod
+    def open(cls, url: str | os.PathLike[str]) -> Self:
+        """Open a store; raises GranaryError where there is none, or one of a newer format, or a half-made one."""
+        io = open_io(url)
+        extents = read_extents(io)
+        if not extents:
+            if is_foreign(io):
+                raise GranaryError(f"{io.url} holds a Zarr group that is not a Granary store: check store.url")
+            raise GranaryError(f"no activation store at {io.url}: run stage_harvest first, or check store.url")
+        finished = [extent for extent in extents if io.size(layout.extent_tokens_key(extent.first_shard)) is not None]
+        if extents[0] not in finished:
+            raise GranaryError(f"the store at {io.url} has no tokens yet: run its harvest again to complete it")
+        return cls(io, finished)
+
+    def extent_of(self, shard: int) -> Extent:
+        """The extent a shard belongs to; raises GranaryError for a shard that is not planned."""
+        if not 0 <= shard < self.num_shards:
+            raise GranaryError(f"shard {shard} is not in the store: it has shards 0 to {self.num_shards - 1}")
+        return self.extents[bisect.bisect_right(self._first_shards, shard) - 1]
+
+    def shard_contexts(self, shard: int) -> range:
+        """Contexts that a shard covers."""
+        return self.extent_of(shard).contexts(shard)
+
+    def shard_of(self, context: int) -> int:
+        """Shard that covers a context; raises GranaryError where none does."""
+        shard = context // self.plan.shard_contexts
+        if context < 0 or shard >= self.num_shards or context not in self.shard_contexts(shard):
+            raise GranaryError(f"context {context} is not in the store: it has {self.num_contexts}")
+        return shard
+
+    def pending(self, rank: int = 0, world: int = 1) -> list[int]:
+        """Shards without a commit record that fall to `rank` of `world`, round robin."""
+        committed = self.committed()
+        return [shard for shard in range(self.num_shards) if shard not in committed][rank::world]
+
+    def write_shard(self, shard: int, activations: dict[str, torch.Tensor]) -> ShardRecord:
+        """Write one shard of every hook and commit it; a committed shard is left as it is.
+
+        `activations[hook]` is [n, T, D] for the n contexts of the shard, on the CPU; a tensor that has the stored dtype
+        already goes to the file without a copy, any other float dtype is converted. Raises GranaryError for a wrong
+        shape, NaN or infinity at a trainable position (naming hook, context, position) and a full disk; nothing
+        is committed then.
+        """
+        extent = self.extent_of(shard)
+        done = self.committed().get(shard)
+        if done is not None:
+            return done
+        contexts = extent.contexts(shard)
+        writer = ShardWriter(self.io, extent.plan)
+        record = writer.write(shard, contexts.start, self.mask(contexts), activations)
+        with self._lock:
+            self._records[shard] = record
+        return record
+
+    def finalize(self) -> dict[str, Any]:
+        """Write ``_COMPLETE.json`` and return its content: shards, contexts, tokens, digest, statistics per hook.
+
+        Raises GranaryError where shards are missing. Calling it again changes nothing.
+        """
+        missing = self.pending()
+        if missing:
+            raise GranaryError(
+                f"{len(missing)} of {self.num_shards} shards of {self.url} are missing, the first is {missing[0]}: "
+                "run the same harvest again"
+            )
+        records = self.committed()
+        summary = {
+            "shards": len(records),
+            "contexts": sum(record.num_contexts for record in records.values()),
+            "tokens": sum(record.num_tokens for record in records.values()),
+            "bytes": sum(record.num_bytes for record in records.values()),
+            "heldout_shards": sorted(self.heldout_shards),
+            "digest": self.digest(),
+            "statistics": {hook: self.statistics(hook).summary() for hook in self.hooks},
+        }
+        put_same(self.io, layout.COMPLETE, seal(summary), replace=len(self.extents) > 1)
+        self.sweep()
+        return summary
+
+    @property
+    def complete(self) -> bool:
+        """True where the harvest has finished."""
+        return self.io.size(layout.COMPLETE) is not None and self.summary()["shards"] == self.num_shards
+
+    def summary(self) -> dict[str, Any]:
+        """Content of ``_COMPLETE.json``; raises ObjectMissingError before `finalize`."""
+        return unseal(self.io.get(layout.COMPLETE), layout.COMPLETE)
+
+    def sweep(self) -> list[str]:
+        """Remove the temporary files of writers that no longer live; returns their keys."""
+        leftovers = self.io.leftovers()
+        for key in leftovers:
+            self.io.delete(key)
+        return leftovers
+
+    # Reading it
+
+    def committed(self) -> dict[int, ShardRecord]:
+        """Commit records by shard, ascending, from a fresh listing."""
+        names = (key.removeprefix("manifest/").removesuffix(".json") for key in self.io.listing("manifest"))
+        shards = sorted(int(name) for name in names if name.isdigit())
+        with self._lock:
+            unknown = [shard for shard in shards if shard not in self._records]
+        found = self._run(self._load_record, unknown)
+        with self._lock:
+            self._records.update(zip(unknown, found, strict=True))
+            self._records = {shard: self._records[shard] for shard in shards}
+            return dict(self._records)
+
+    def contexts(self, split: Split) -> npt.NDArray[np.int64]:
+        """Indices of committed contexts of a split, ascending."""
+        if split not in ("train", "heldout", "all"):
+            raise GranaryError(f"split {split!r} is not known: choose from train, heldout, all")
+        heldout = self.heldout_shards
+        chosen = [
+            np.arange(record.first_context, record.first_context + record.num_contexts)
+            for shard, record in self.committed().items()
+            if split == "all" or (shard in heldout) == (split == "heldout")
+        ]
+        return np.concatenate([np.empty(0, np.int64), *chosen])
+
+    def tokens(self, contexts: Iterable[int]) -> npt.NDArray[np.int32]:
+        """Token ids [n, T]."""
+        return self._token_rows(layout.TOKENS, contexts)
+
+    def mask(self, contexts: Iterable[int]) -> npt.NDArray[np.bool_]:
+        """True where a position may be trained on, [n, T]."""
+        return self._token_rows(layout.MASK, contexts)
+
+    def segments(self, contexts: Iterable[int]) -> npt.NDArray[np.int32]:
+        """Document index within the context, [n, T]."""
+        return self._token_rows(layout.SEGMENTS, contexts)
+
+    def trainable_counts(self, contexts: Iterable[int]) -> npt.NDArray[np.int64]:
+        """Masked-in positions of committed contexts, [n]."""
+        wanted = np.fromiter((int(context) for context in contexts), np.int64)
+        counts = np.empty(len(wanted), np.int64)
+        order = np.argsort(wanted, kind="stable")
+        shards, starts = np.unique(wanted[order] // self.plan.shard_contexts, return_index=True)
+        for shard, mine in zip(shards.tolist(), np.split(order, starts[1:]), strict=True):
+            self.shard_of(int(wanted[mine].max()))  # raises where the shard is shorter than that
+            record = self._record(shard)
+            counts[mine] = np.array(record.trainable)[wanted[mine] - record.first_context]
+        return counts
+
+    def read_context(
+        self, hook: str, context: int, out: torch.Tensor | None = None, *, verify: bool = True
+    ) -> torch.Tensor:
+        """Activations [T, D] of one context, `read_dtype`, straight into `out` where given (contiguous, on the CPU).
+
+        Every chunk is compared with the checksum in the commit record unless `verify` is False. Raises
+        DamagedObjectError (a GranaryError with ``.shard``) naming shard and object where they differ.
+        """
+        if hook not in self.plan.hooks:
+            raise GranaryError(f"the store at {self.url} has no hook {hook}: it has {', '.join(self.hooks)}")
+        shape = (self.seq_len, self.plan.hooks[hook])
+        if out is None:
+            out = torch.empty(shape, dtype=self.read_dtype)
+        elif tuple(out.shape) != shape or out.dtype != self.read_dtype or not out.is_contiguous():
+            raise read_dtype_error(hook, out, shape, self.read_dtype)
+        self._reader.read(hook, self._record(self.shard_of(int(context))), int(context), out, verify)
+        return out
+
+    def statistics(self, hook: str, shards: Iterable[int] | None = None) -> HookStatistics:
+        """Mean, variance and norms over the trainable positions of `shards` (default: the committed training shards).
+
+        Merged in shard order, so the result does not depend on who wrote what when.
+        """
+        if hook not in self.plan.hooks:
+            raise GranaryError(f"the store at {self.url} has no hook {hook}: it has {', '.join(self.hooks)}")
+        if shards is None:
+            shards = [shard for shard in self.committed() if shard not in self.heldout_shards]
+        records = [self._record(shard) for shard in sorted(shards)]
+        if not records:
+            raise GranaryError(f"the store at {self.url} has no committed training shard yet")
+        d_model = self.plan.hooks[hook]
+
+        def load(record: ShardRecord) -> RowStatistics:
+            mean, m2 = read_moments(self.io, record, hook, d_model)
+            norms = record.norms[hook]
+            return RowStatistics(Moments(norms.count, mean, m2), norms)
+
+        return HookStatistics.from_rows(merge_rows(self._run(load, records), d_model))
+
+    def digest(self, shards: Iterable[int] | None = None) -> str:
+        """SHA-256 over the commit records of `shards` (default: all committed), in shard order."""
+        chosen = sorted(self.committed() if shards is None else shards)
+        digest = hashlib.sha256(self.plan.hash().encode())
+        for shard in chosen:
+            digest.update(f"{shard}:{self._record(shard).crc:08x}\n".encode())
+        return digest.hexdigest()
+
+    def _load_record(self, shard: int) -> ShardRecord:
+        key = layout.manifest_key(shard)
+        record = ShardRecord.from_bytes(self.io.get(key), key)
+        plan_hash = self.extent_of(shard).plan.hash()
+        if record.plan_hash != plan_hash or record.shard != shard:
+            raise DamagedObjectError(f"{key} of {self.url} belongs to another store or shard", key=key, shard=shard)
+        return record
+
+    def _record(self, shard: int) -> ShardRecord:
+        with self._lock:
+            record = self._records.get(shard)
+        if record is None:
+            record = self.committed().get(shard)
+        if record is None:
+            raise GranaryError(f"shard {shard} of {self.url} is not committed yet: let the harvest reach it")
+        return record
+
+    def _token_rows(self, name: str, contexts: Iterable[int]) -> npt.NDArray[Any]:
+        wanted = np.fromiter((int(context) for context in contexts), np.int64)
+        rows = np.empty((len(wanted), self.seq_len), TOKEN_TYPES[name])
+        by_shard: dict[int, list[int]] = {}
+        for number, context in enumerate(wanted.tolist()):
+            by_shard.setdefault(self.shard_of(context), []).append(number)
+
+        def read(item: tuple[int, list[int]]) -> None:
+            shard, numbers = item
+            numbers.sort(key=lambda number: wanted[number])
+            first = shard * self.plan.shard_contexts
+            slots = [int(wanted[number]) - first for number in numbers]
+            part = np.empty((len(numbers), self.seq_len), TOKEN_TYPES[name])
+            read_token_rows(self.io, name, shard, slots, self.seq_len, part)
+            rows[numbers] = part
+
+        self._run(read, list(by_shard.items()))
+        return rows
+
+    @staticmethod
+    def _run(function: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
+        """`function` over `items`, on threads where it pays."""
+        if len(items) < 4:
+            return [function(item) for item in items]
+        with ThreadPoolExecutor(IO_THREADS, thread_name_prefix="granary-io") as pool:
+            return list(pool.map(function, items))
+
+
+def is_foreign(io: ObjectIO) -> bool:
+    """True where the URL holds a Zarr group that Granary did not make."""
+    return io.size("zarr.json") is not None and b"granary_format" not in io.get("zarr.json")

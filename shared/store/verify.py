@@ -1,0 +1,254 @@
+"""Re-read a whole store, compare every bit with the commit records, and remove what does not belong.
+
+A store is right when: its plan, its zarr.json files and its token objects are as recorded; every shard has a commit
+record that passes its own checksum; every chunk and index of every object a record names matches it.
+"""
+
+import re
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+from shared.errors import GranaryError
+from shared.store import layout
+from shared.store.checksum import crc32c
+from shared.store.extent import Extent, TokenRecord, put_same, read_extents
+from shared.store.integrity import check_array_object, object_crc32c
+from shared.store.manifest import DamagedObjectError, ShardRecord, unseal
+from shared.store.objectio import ObjectIO, open_io
+from shared.store.reader import TOKEN_TYPES
+from shared.store.shard import ArrayRecord
+from shared.store.store import Store
+
+VERIFY_THREADS = 4
+_SHARD_OBJECT = re.compile(r"(?P<array>(?:statistics/)?layers/\d+/\w+)/c/(?P<shard>\d+)/0/0")
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Problem:
+    """One object that is not what it must be. `shard` is -1 where it belongs to no shard."""
+
+    shard: int
+    key: str
+    what: str
+
+
+@dataclass(slots=True)
+class VerifyReport:
+    """What `verify` found."""
+
+    problems: list[Problem] = field(default_factory=list)
+    missing: list[int] = field(default_factory=list)
+    """Planned shards without a commit record."""
+    uncommitted: list[str] = field(default_factory=list)
+    """Objects of shards without a commit record."""
+    leftovers: list[str] = field(default_factory=list)
+    """Temporary files of dead writers."""
+    foreign: list[str] = field(default_factory=list)
+    """Objects that are no part of the format."""
+    num_objects: int = 0
+    num_bytes: int = 0
+    num_shards: int = 0
+
+    @property
+    def intact(self) -> bool:
+        """True where nothing is damaged and nothing missing."""
+        return not self.problems and not self.missing
+
+    @property
+    def damaged_shards(self) -> list[int]:
+        return sorted({problem.shard for problem in self.problems if problem.shard >= 0})
+
+
+Check = tuple[int, str, int, Callable[[], str | None]]  # shard or -1, key, bytes, what is wrong or None
+
+
+def verify(url: str, progress: Callable[[int, int], None] | None = None) -> VerifyReport:
+    """Check every object of the store at `url`.
+
+    `progress(done, total)` is called with bytes. Raises GranaryError only where there is no store to check.
+    """
+    io = open_io(url)
+    sizes = io.listing()
+    report = VerifyReport(leftovers=io.leftovers())
+    if layout.extent_key(0) not in sizes and not any(key.startswith("manifest/") for key in sizes):
+        Store.open(url)  # raises with the reason
+        raise GranaryError(f"no activation store at {url}")
+    checks, known = _plan_checks(io, sizes, report)
+    total, done = sum(size for _, _, size, _ in checks), 0
+    with ThreadPoolExecutor(VERIFY_THREADS, thread_name_prefix="granary-verify") as pool:
+        for (shard, key, size, _), wrong in zip(checks, pool.map(lambda check: check[3](), checks), strict=True):
+            if wrong is not None:
+                report.problems.append(Problem(shard, key, wrong))
+            done += size
+            if progress is not None:
+                progress(done, total)
+    report.problems.sort()
+    report.num_objects, report.num_bytes = len(checks), total
+    for key in sizes.keys() - known:
+        (report.uncommitted if _SHARD_OBJECT.fullmatch(key) else report.foreign).append(key)
+    report.uncommitted.sort()
+    report.foreign.sort()
+    return report
+
+
+def _plan_checks(io: ObjectIO, sizes: dict[str, int], report: VerifyReport) -> tuple[list[Check], set[str]]:
+    """All checks of large objects; reads the small ones (plans, commit records) on the way."""
+    checks: list[Check] = []
+    known: set[str] = set()
+    extents: list[Extent] = []
+    for key in [key for key in sorted(sizes) if key.startswith("extents/") and not key.endswith(".tokens.json")]:
+        known.add(key)
+        try:
+            extents.append(Extent.from_bytes(io.get(key), key))
+        except DamagedObjectError as error:
+            report.problems.append(Problem(-1, key, str(error)))
+    if layout.extent_key(0) not in sizes:
+        report.problems.append(Problem(-1, layout.extent_key(0), "is missing"))
+    for extent in extents:
+        checks += _token_checks(io, extent, report, known)
+    documents = {key: text for extent in extents for key, text in extent.documents.items()}
+    for key, text in documents.items():
+        known.add(key)
+        checks.append((-1, key, len(text), _bytes_check(io, key, text.encode())))
+    planned = {shard: extent for extent in extents for shard in range(extent.first_shard, extent.end_shard)}
+    report.num_shards = len(planned)
+    for shard in sorted(planned):
+        key = layout.manifest_key(shard)
+        known.add(key)
+        if key not in sizes:
+            report.missing.append(shard)
+            continue
+        try:
+            record = ShardRecord.from_bytes(io.get(key), key)
+        except DamagedObjectError as error:
+            report.problems.append(Problem(shard, key, str(error)))
+            continue
+        plan = planned[shard].plan
+        if record.plan_hash != plan.hash() or record.shard != shard:
+            report.problems.append(Problem(shard, key, "belongs to another store or shard"))
+        slots = plan.shard_contexts * plan.chunks_per_context
+        for path, array in record.arrays.items():
+            known.add(array.key)
+            in_shards = None if path.startswith("statistics/") else slots
+            checks.append((shard, array.key, array.num_bytes, _array_check(io, array, in_shards)))
+    known.add(layout.COMPLETE)
+    if layout.COMPLETE in sizes:
+        checks.append((-1, layout.COMPLETE, sizes[layout.COMPLETE], _complete_check(io, report)))
+    return checks, known
+
+
+def _token_checks(io: ObjectIO, extent: Extent, report: VerifyReport, known: set[str]) -> Iterator[Check]:
+    key = layout.extent_tokens_key(extent.first_shard)
+    known.add(key)
+    shards = range(extent.first_shard, extent.end_shard)
+    known.update(layout.object_key(name, shard, 2) for name in TOKEN_TYPES for shard in shards)
+    size = io.size(key)
+    if size is None:
+        report.problems.append(Problem(-1, key, "is missing: the harvest was stopped while it wrote its tokens"))
+        return
+    try:
+        record = TokenRecord.from_bytes(io.get(key), key)
+    except DamagedObjectError as error:
+        report.problems.append(Problem(-1, key, str(error)))
+        return
+    for name, token_sizes in record.sizes.items():
+        for shard, num_bytes, crc in zip(shards, token_sizes, record.crcs[name], strict=True):
+            token_key = layout.object_key(name, shard, 2)
+            yield shard, token_key, num_bytes, _crc_check(io, token_key, num_bytes, crc)
+
+
+def _bytes_check(io: ObjectIO, key: str, data: bytes) -> Callable[[], str | None]:
+    return _crc_check(io, key, len(data), crc32c(data))
+
+
+def _crc_check(io: ObjectIO, key: str, num_bytes: int, crc: int) -> Callable[[], str | None]:
+    def check() -> str | None:
+        size = io.size(key)
+        if size is None:
+            return "is missing"
+        if size != num_bytes:
+            return f"has {size} bytes instead of {num_bytes}"
+        try:
+            return None if object_crc32c(io, key, size) == crc else "fails its checksum"
+        except GranaryError as error:
+            return f"cannot be read: {error}"
+
+    return check
+
+
+def _array_check(io: ObjectIO, array: ArrayRecord, num_slots: int | None) -> Callable[[], str | None]:
+    return lambda: check_array_object(io, array, num_slots)
+
+
+def _complete_check(io: ObjectIO, report: VerifyReport) -> Callable[[], str | None]:
+    def check() -> str | None:
+        try:
+            summary = unseal(io.get(layout.COMPLETE), layout.COMPLETE)
+        except DamagedObjectError as error:
+            return str(error)
+        if any(problem.key.startswith(("manifest/", "extents/")) for problem in report.problems) or report.missing:
+            return None  # those are reported; the digest cannot be computed
+        try:
+            digest = Store.open(io.url).digest(range(summary["shards"]))
+        except GranaryError as error:
+            return f"cannot be compared: {error}"
+        return None if digest == summary["digest"] else "has another digest than the commit records it was written for"
+
+    return check
+
+
+def drop_incomplete(url: str, report: VerifyReport | None = None) -> list[str]:
+    """Delete what no commit record names; with a `report` of `verify`, also take back what it found damaged.
+
+    Returns the keys deleted. A damaged shard loses its commit record first, then its objects, and the next harvest
+    makes it again; damaged tokens and metadata are written again by the next harvest too. Raises GranaryError while a
+    harvest on this machine has the store open.
+    """
+    io = open_io(url)
+    sizes = io.listing()
+    if not any(key.startswith("extents/") for key in sizes):
+        Store.open(url)  # raises with the reason
+    if not io.claim(exclusive=True):
+        raise GranaryError(f"a harvest is writing to {url}: stop it first")
+    doomed: list[str] = []
+    if report is not None and report.problems:
+        doomed.append(layout.COMPLETE)
+        for problem in report.problems:
+            if problem.shard >= 0 and not problem.key.startswith(tuple(TOKEN_TYPES)):
+                doomed.append(layout.manifest_key(problem.shard))
+            else:  # what `create` writes: without the token record it looks at each object again
+                doomed += [key for key in sizes if key.endswith(".tokens.json")]
+                doomed.append(problem.key)
+    doomed += _drop_unfinished_extensions(io, sizes)
+    _delete(io, doomed)
+    committed = {key for key in sizes if key.startswith("manifest/")} - set(doomed)
+    orphans = [
+        key
+        for key in sizes
+        if (match := _SHARD_OBJECT.fullmatch(key)) and layout.manifest_key(int(match["shard"])) not in committed
+    ]
+    leftovers = io.leftovers()
+    _delete(io, orphans + leftovers)
+    return [key for key in dict.fromkeys(doomed + orphans + leftovers) if key in sizes or key in leftovers]
+
+
+def _drop_unfinished_extensions(io: ObjectIO, sizes: dict[str, int]) -> list[str]:
+    """Keys of extensions whose tokens were never finished; puts back the metadata from before them."""
+    extents = read_extents(io)
+    finished = [extent for extent in extents if layout.extent_tokens_key(extent.first_shard) in sizes]
+    unfinished = [extent for extent in extents if extent.first_shard > 0 and extent not in finished]
+    if not unfinished or not finished:
+        return []
+    for key, text in finished[-1].documents.items():
+        put_same(io, key, text.encode(), replace=True)
+    keys = [layout.extent_key(extent.first_shard) for extent in unfinished]
+    for extent in unfinished:
+        shards = range(extent.first_shard, extent.end_shard)
+        keys += [layout.object_key(name, shard, 2) for name in TOKEN_TYPES for shard in shards]
+    return keys
+
+
+def _delete(io: ObjectIO, keys: list[str]) -> None:
+    for key in dict.fromkeys(keys):
+        io.delete(key)

@@ -1,0 +1,238 @@
+"""One shard: activations in, objects and a commit record out.
+
+Shapes: T positions, D = d_model. A context at a time is converted, checked for NaN, measured and checksummed by a few
+threads while the calling thread writes the one before, so memory beyond the caller's tensors is bounded by
+`LOOKAHEAD` contexts (and is zero where the tensors already have the stored dtype and no codec is chosen).
+"""
+
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from shared.errors import GranaryError
+from shared.store import layout
+from shared.store.buffers import Buffer, bits_of
+from shared.store.checksum import crc32c
+from shared.store.dtypes import scales_per_row, storage_type, widen
+from shared.store.integrity import check_array_object
+from shared.store.layout import StorePlan
+from shared.store.manifest import ShardRecord, seal
+from shared.store.objectio import ObjectIO
+from shared.store.quantise import dequantise_f32, quantise
+from shared.store.shard import ArrayRecord, EncodedChunk, encode_chunks, encode_index
+from shared.store.statistics import BLOCK_ROWS, NormFigures, RowStatistics
+
+LOOKAHEAD = 3  # contexts being prepared ahead of the write
+ENCODE_THREADS = 2
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedContext:
+    """One context of one hook, ready to be written."""
+
+    chunks: list[EncodedChunk]
+    scale_chunks: list[EncodedChunk]  # of int8 only
+    statistics: RowStatistics
+
+
+@dataclass(slots=True)
+class ObjectDraft:
+    """An object while its chunks pass by."""
+
+    key: str
+    num_slots: int | None  # None: a plain chunk without an index
+    sizes: list[int] = field(default_factory=list)
+    crcs: list[int] = field(default_factory=list)
+
+    def add(self, chunk: EncodedChunk) -> tuple[Buffer, Buffer]:
+        self.sizes.append(chunk.num_bytes)
+        self.crcs.append(chunk.crc)
+        return chunk.parts()
+
+    def index(self) -> bytes:
+        return b"" if self.num_slots is None else encode_index(self.sizes, self.num_slots)
+
+    def record(self) -> ArrayRecord:
+        sizes = np.array(self.sizes, np.int64)
+        return ArrayRecord(self.key, int(sizes.sum()) + len(self.index()), sizes, np.array(self.crcs, np.uint32))
+
+
+class ShardWriter:
+    """Writes shards of one plan."""
+
+    def __init__(self, io: ObjectIO, plan: StorePlan) -> None:
+        self.io = io
+        self.plan = plan
+        self.kind = storage_type(plan.dtype)
+        self.slots = plan.shard_contexts * plan.chunks_per_context
+
+    def write(
+        self, shard: int, first_context: int, mask: npt.NDArray[np.bool_], activations: dict[str, torch.Tensor]
+    ) -> ShardRecord:
+        """Write every hook's objects, then the commit record.
+
+        `mask` is [n, T]; `activations[hook]` is [n, T, D] on the CPU, any float dtype. Raises GranaryError for tensors
+        that don't fit the plan, NaN or infinity at a trainable position, a full disk, or a key that holds other bytes.
+        """
+        self._check_shapes(len(mask), activations)
+        arrays: dict[str, ArrayRecord] = {}
+        norms: dict[str, NormFigures] = {}
+        with ThreadPoolExecutor(ENCODE_THREADS, thread_name_prefix="granary-encode") as pool:
+            for hook in self.plan.hooks:
+                norms[hook] = self._write_hook(hook, shard, first_context, mask, activations[hook], arrays, pool)
+        record = ShardRecord(
+            shard=shard,
+            first_context=first_context,
+            plan_hash=self.plan.hash(),
+            trainable=tuple(mask.sum(axis=1, dtype=np.int64).tolist()),
+            arrays=arrays,
+            norms=norms,
+        )
+        data = seal(record.to_json())
+        key = layout.manifest_key(shard)
+        if not self.io.put(key, [data]) and self.io.get(key) != data:
+            raise GranaryError(
+                f"shard {shard} of {self.io.url} was committed by another harvest with other values: "
+                "two harvests must not write one store at once"
+            )
+        return replace(record, crc=crc32c(data))
+
+    def _check_shapes(self, num_contexts: int, activations: dict[str, torch.Tensor]) -> None:
+        if activations.keys() != self.plan.hooks.keys():
+            raise GranaryError(
+                f"the store holds hooks {', '.join(self.plan.hooks)}, but was given {', '.join(activations) or 'none'}"
+            )
+        for hook, tensor in activations.items():
+            wanted = (num_contexts, self.plan.seq_len, self.plan.hooks[hook])
+            if tuple(tensor.shape) != wanted:
+                raise GranaryError(f"{hook}: activations have shape {tuple(tensor.shape)}, the shard needs {wanted}")
+            if not tensor.is_floating_point() or tensor.device.type != "cpu":
+                raise GranaryError(f"{hook}: activations must be float tensors on the CPU, not {tensor.dtype} there")
+
+    def _write_hook(
+        self,
+        hook: str,
+        shard: int,
+        first_context: int,
+        mask: npt.NDArray[np.bool_],
+        tensor: torch.Tensor,
+        arrays: dict[str, ArrayRecord],
+        pool: ThreadPoolExecutor,
+    ) -> NormFigures:
+        statistics = RowStatistics.empty(self.plan.hooks[hook])
+        main = ObjectDraft(layout.object_key(layout.array_path(hook), shard, 3), self.slots)
+        scales: list[EncodedChunk] = []
+
+        def parts() -> Iterator[Buffer]:
+            for prepared in self._prepared(hook, first_context, mask, tensor, pool):
+                statistics.merge(prepared.statistics)
+                scales.extend(prepared.scale_chunks)
+                for chunk in prepared.chunks:
+                    yield from main.add(chunk)
+            yield main.index()
+
+        arrays[layout.array_path(hook)] = self._put(main, parts())
+        if self.plan.dtype == "int8":
+            draft = ObjectDraft(layout.object_key(layout.scale_path(hook), shard, 3), self.slots)
+            scale_parts = [part for chunk in scales for part in draft.add(chunk)]
+            arrays[layout.scale_path(hook)] = self._put(draft, iter([*scale_parts, draft.index()]))
+        moments = np.stack([statistics.moments.mean, statistics.moments.m2])
+        draft = ObjectDraft(layout.object_key(layout.statistics_path(hook), shard, 3), None)
+        moment_parts = [part for chunk in encode_chunks(moments, 2, "none") for part in draft.add(chunk)]
+        arrays[layout.statistics_path(hook)] = self._put(draft, iter(moment_parts))
+        return statistics.norms
+
+    def _put(self, draft: ObjectDraft, parts: Iterator[Buffer]) -> ArrayRecord:
+        """Store one object; where its key is taken, it must hold exactly these bytes already."""
+        stored = self.io.put(draft.key, parts)
+        for _ in parts:  # not consumed where the store saw at once that the key is taken
+            pass
+        record = draft.record()
+        if not stored and check_array_object(self.io, record, draft.num_slots) is not None:
+            raise GranaryError(
+                f"{self.io.url}/{draft.key} holds other bytes than this run makes, left by an unfinished harvest on "
+                "other hardware or versions: stop every harvest of this store, run "
+                f"`python -m shared.store drop-incomplete {self.io.url}`, then this command again"
+            )
+        return record
+
+    def _prepared(
+        self,
+        hook: str,
+        first_context: int,
+        mask: npt.NDArray[np.bool_],
+        tensor: torch.Tensor,
+        pool: ThreadPoolExecutor,
+    ) -> Iterator[PreparedContext]:
+        """Contexts in order, a few of them in the making."""
+        running: deque[Future[PreparedContext]] = deque()
+        try:
+            for number in range(len(mask)):
+                running.append(pool.submit(self._prepare, hook, first_context + number, tensor[number], mask[number]))
+                if len(running) > LOOKAHEAD:
+                    yield running.popleft().result()
+            while running:
+                yield running.popleft().result()
+        finally:
+            for future in running:  # after an error: no thread may still look at the caller's memory
+                future.cancel()
+            for future in running:
+                if not future.cancelled():
+                    future.exception()
+
+    def _prepare(self, hook: str, context: int, source: torch.Tensor, mask: npt.NDArray[np.bool_]) -> PreparedContext:
+        """Convert one context [T, D] to the stored dtype, measure it over `mask` [T], cut it into chunks."""
+        T, D = source.shape
+        statistics = RowStatistics.empty(D)
+        scratch = np.empty((BLOCK_ROWS, D), np.float32)
+        scale_TG: npt.NDArray[np.float16] | None = None
+        if self.plan.dtype == "int8":
+            scale_TG = np.empty((T, scales_per_row(D)), np.float16)
+        converted = source.dtype != self.kind.storage
+        stored = torch.empty((T, D), dtype=self.kind.storage) if converted else source.contiguous()
+        bits: npt.NDArray[Any] = bits_of(stored)
+        for start in range(0, T, BLOCK_ROWS):
+            block = slice(start, min(start + BLOCK_ROWS, T))
+            chosen = mask[block]
+            values = scratch[: len(chosen)]
+            if scale_TG is not None:
+                offered = source[block].float().numpy()
+                self._require_finite(offered, chosen, hook, context, start)
+                quantise(offered, bits[block], scale_TG[block])
+                dequantise_f32(bits[block], scale_TG[block], values)
+            else:
+                if converted:
+                    stored[block].copy_(source[block])
+                widen(bits[block], values)
+            if not chosen.all():
+                values = values[chosen]
+            if converted:
+                difference = source[block].float().numpy()[chosen] - values
+                error = float(np.einsum("nd,nd->", difference, difference, dtype=np.float64))
+                statistics.norms.squared_error += error if np.isfinite(error) else 0.0  # refused just below
+            if not statistics.add_block(values):
+                self._require_finite(source[block].float().numpy(), chosen, hook, context, start)
+                raise GranaryError(
+                    f"{hook}: context {context} has a value that does not fit {self.plan.dtype}: "
+                    "use store.dtype=bfloat16 or float32"
+                )
+        chunks = encode_chunks(bits, self.plan.chunk_rows, self.plan.codec)
+        scale_chunks = [] if scale_TG is None else encode_chunks(scale_TG, self.plan.chunk_rows, self.plan.codec)
+        return PreparedContext(chunks, scale_chunks, statistics)
+
+    def _require_finite(
+        self, x_ND: npt.NDArray[np.float32], chosen: npt.NDArray[np.bool_], hook: str, context: int, start: int
+    ) -> None:
+        bad = ~np.isfinite(x_ND).all(axis=1) & chosen
+        if bad.any():
+            position = start + int(bad.argmax())
+            raise GranaryError(
+                f"{hook}: context {context}, position {position} is NaN or infinite: the model overflows in its dtype; "
+                "try model.dtype=bfloat16 or float32"
+            )

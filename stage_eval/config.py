@@ -1,0 +1,106 @@
+"""Schema of evaluation: what ``conf/eval.yaml`` may hold. Types and meanings here, values in ``conf/``.
+
+Imports nothing heavy, so that a wrong key is reported at once.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING
+
+import shared.config
+from shared.config import DeviceSchema, ModelDtype
+
+
+class Split(Enum):
+    """Which contexts of the store."""
+
+    heldout = "heldout"
+    """Those of the held-out shards, which training never reads."""
+    train = "train"
+    all = "all"
+
+
+@dataclass(kw_only=True)
+class SAEInput:
+    """Which SAEs to evaluate."""
+
+    path: Any = MISSING
+    """A folder with an SAE, a folder of such folders, a glob, a hub id, or a list of these."""
+    per_pass: int = MISSING
+    """SAEs held in memory at a time; those of one hook share the reads and the unspliced passes."""
+
+
+@dataclass(kw_only=True)
+class StoreInput:
+    """Which activations to evaluate on."""
+
+    url: str = MISSING
+    """Folder or fsspec URL of an activation store."""
+
+
+@dataclass(kw_only=True)
+class ModelInput:
+    """The language model to splice into; null takes what the store records."""
+
+    path: str | None = MISSING
+    """Local folder in Hugging Face form, a hub id, or ``bundled``."""
+    revision: str | None = MISSING
+    dtype: ModelDtype | None = MISSING
+    """Precision of weights and arithmetic."""
+    attn_implementation: str = MISSING
+    """Attention kernel as transformers names it."""
+    allow_other: bool = MISSING
+    """Accept a model that differs from the harvested one, for example a fine-tuned version of it."""
+
+
+@dataclass(kw_only=True)
+class EvalSchema:
+    """``conf/eval.yaml``."""
+
+    name: str = MISSING
+    """Name of the run; its folder is ``run_dir``."""
+    run_dir: str = MISSING
+    out_dir: str = MISSING
+    """Where eval.json, report.html and plots/ go for one SAE, and the comparison for several."""
+    seed: int = MISSING
+    """Which decoder directions are sampled for their nearest neighbours."""
+    sae: SAEInput = field(default_factory=SAEInput)
+    store: StoreInput = field(default_factory=StoreInput)
+    model: ModelInput = field(default_factory=ModelInput)
+    device: DeviceSchema = field(default_factory=DeviceSchema)
+    hook: str | None = MISSING
+    """Which of the store's hooks; null takes the one that each SAE was trained on."""
+    split: Split = MISSING
+    contexts: int | None = MISSING
+    """Evaluate this many contexts, evenly spaced over the split; null takes all."""
+    batch_contexts: int | None = MISSING
+    """Contexts per forward; null: as many as make 4,096 tokens."""
+    downstream: bool = MISSING
+    """Run the language model too; false scores the reconstruction alone and needs no model."""
+    splice_bos: bool = MISSING
+    """Replace the activation of BOS as well. SAEs are not trained on BOS, so it is left alone by default."""
+    joint: bool = MISSING
+    """With SAEs of several hooks, one per hook: also splice all of them at once."""
+
+
+def register() -> None:
+    """Put the schemas into Hydra's ConfigStore."""
+    shared.config.register()
+    ConfigStore.instance().store(name="eval_schema", node=EvalSchema)
+
+
+def path_overrides(overrides: Sequence[str]) -> list[str]:
+    """``sae=PATH`` and ``model=PATH`` as the keys they stand for, quoted: sweep folders hold ``=`` and commas."""
+    expanded = []
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if equals and key in ("sae", "sae.path", "model", "model.path"):
+            is_quoted = value[:1] in ("'", '"', "[") or value == "null"
+            value = value if is_quoted else "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
+            override = f"{key.partition('.')[0]}.path={value}"
+        expanded.append(override)
+    return expanded

@@ -1,0 +1,232 @@
+"""The figures of one evaluation, drawn from what eval.json holds."""
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.ticker import FuncFormatter, NullLocator, PercentFormatter
+
+from stage_eval.theme import Palette, Plot
+
+Report = dict[str, Any]
+
+
+def evaluation_plots(report: Report) -> list[Plot]:
+    """Every figure that this evaluation has the data for."""
+    plots = [loss_bars(report), firing_histogram(report)]
+    breakdown = report["breakdown"]
+    plots += [fvu_by(breakdown["position"], "position"), loss_by(breakdown["position"], "position")]
+    plots += [fvu_by(breakdown["frequency"], "frequency"), loss_by(breakdown["frequency"], "frequency")]
+    plots.append(dimension_spectrum(report))
+    if report.get("decoder"):
+        plots.append(decoder_similarity(report))
+    if report.get("training"):
+        plots.append(training_curve(report))
+    return plots
+
+
+def loss_bars(report: Report) -> Plot:
+    """Cross-entropy clean, spliced, mean- and zero-ablated."""
+    downstream = report["downstream"]
+    bars = [("clean", "ce_clean"), ("spliced", "ce_spliced"), ("mean-ablated", "ce_mean"), ("zero-ablated", "ce_zero")]
+
+    def draw(axes: Axes, palette: Palette) -> None:
+        colours = [palette.muted, palette.series1, palette.series2, palette.series5]
+        values = [downstream[key] for _, key in bars]
+        labels = [label for label, _ in bars]
+        axes.barh(labels, values, color=colours, height=0.62)
+        widest = max(values)
+        for row, (_, key) in enumerate(bars):
+            interval = downstream["confidence95"][key]
+            end = values[row]
+            if interval:
+                axes.plot(interval, [row, row], color=palette.text, linewidth=1, solid_capstyle="butt")
+                end = max(end, interval[1])
+            axes.annotate(
+                f"{values[row]:.3f}", (end, row), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8
+            )
+        axes.set_xlim(0, widest * 1.16)
+        axes.invert_yaxis()
+        axes.grid(visible=False)
+        axes.set_xlabel("cross-entropy, nats per token")
+        axes.tick_params(axis="y", labelsize=8, labelcolor=palette.text)
+
+    return Plot(
+        "cross_entropy",
+        "Next-token loss",
+        "The model's loss with the activation left alone, replaced by the reconstruction, by the training mean, and by"
+        " zero. Lines are 95 % intervals over contexts.",
+        draw,
+        height=2.4,
+    )
+
+
+def firing_histogram(report: Report) -> Plot:
+    """How often latents fire, on a log axis, with the dense region marked."""
+    latents = report["latents"]
+    edges, counts = latents["histogram"]["log10_edges"], latents["histogram"]["latents"]
+    bound = math.log10(latents["dense_frequency_bound"])
+
+    def draw(axes: Axes, palette: Palette) -> None:
+        colours = [palette.series5 if left >= bound - 1e-9 else palette.series1 for left in edges[:-1]]
+        widths = [right - left for left, right in pairwise(edges)]
+        axes.bar(
+            edges[:-1], counts, width=widths, align="edge", color=colours, edgecolor=palette.surface, linewidth=0.6
+        )
+        axes.axvline(bound, color=palette.muted, linewidth=0.8, linestyle=(0, (3, 3)))
+        axes.set_xlabel("share of tokens the latent fires on")
+        axes.set_ylabel("latents")
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: power_of_ten(value)))
+        axes.set_xticks(range(math.floor(edges[0]), 1))
+        axes.set_xlim(edges[0], 0)
+
+    return Plot(
+        "firing_frequency",
+        "Firing frequency",
+        f"{latents['dead']:,} of {latents['d_latent']:,} latents never fired on the held-out tokens and are not drawn;"
+        f" {latents['dense']:,} fire on more than {latents['dense_frequency_bound']:.0%} of them (right of the line).",
+        draw,
+    )
+
+
+def fvu_by(groups: dict[str, Any], by: str) -> Plot:
+    """FVU along positions or token frequencies."""
+    points = [
+        (centre(low, high, by), fvu)
+        for low, high, fvu in zip(groups["edges"], groups["edges"][1:], groups["fvu"], strict=False)
+        if fvu is not None
+    ]
+
+    def draw(axes: Axes, palette: Palette) -> None:
+        log_line(axes, points, palette.series1, by)
+        axes.set_ylabel("FVU")
+        axes.set_ylim(bottom=0)
+
+    where = "position in the document" if by == "position" else "how common the token is"
+    return Plot(
+        f"fvu_by_{by}",
+        f"Reconstruction by {where}",
+        "Fraction of variance unexplained, the variance taken about the training mean.",
+        draw,
+    )
+
+
+def loss_by(groups: dict[str, Any], by: str) -> Plot:
+    """Increase of cross-entropy along positions or label frequencies."""
+    points = [
+        (centre(low, high, by), value)
+        for low, high, value in zip(groups["edges"], groups["edges"][1:], groups["ce_increase"], strict=False)
+        if value is not None
+    ]
+
+    def draw(axes: Axes, palette: Palette) -> None:
+        log_line(axes, points, palette.series2, by)
+        axes.axhline(0, color=palette.muted, linewidth=0.8)
+        axes.set_ylabel("increase, nats per token")
+
+    where = "position in the document" if by == "position" else "how common the predicted token is"
+    return Plot(
+        f"loss_by_{by}",
+        f"Added loss by {where}",
+        "Cross-entropy with the reconstruction spliced in, minus the clean cross-entropy.",
+        draw,
+    )
+
+
+def dimension_spectrum(report: Report) -> Plot:
+    """Spread and mean of every activation dimension, largest first."""
+    spectrum = report["activations"]["spectrum"]
+
+    def draw(axes: Axes, palette: Palette) -> None:
+        axes.plot(spectrum["rank"], spectrum["std"], color=palette.series1, label="standard deviation")
+        axes.plot(spectrum["rank"], spectrum["abs_mean"], color=palette.series2, label="absolute mean")
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        axes.yaxis.set_minor_locator(NullLocator())
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.set_xlabel("dimension, each curve in falling order")
+        axes.legend(loc="lower left")
+
+    return Plot(
+        "activation_spectrum",
+        "Activation dimensions",
+        f"Training tokens: mean norm {report['activations']['mean_norm']:.3g}. A steep left end means that a few"
+        " dimensions carry most of the variance.",
+        draw,
+    )
+
+
+def decoder_similarity(report: Report) -> Plot:
+    """Cosine of each decoder direction with its nearest neighbour, and what random directions would give."""
+    decoder = report["decoder"]
+    edges, counts, random = decoder["edges"], decoder["nearest"], decoder["nearest_random"]
+
+    def draw(axes: Axes, palette: Palette) -> None:
+        axes.stairs(counts, edges, fill=True, color=palette.series1, alpha=0.85, label="this SAE")
+        axes.stairs(random, edges, color=palette.series2, linewidth=1.4, label="random directions")
+        axes.set_xlabel("cosine with the nearest other latent")
+        axes.set_ylabel("share of latents")
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        axes.legend(loc="upper left" if decoder["nearest_median"] > 0.5 else "upper right")
+
+    return Plot(
+        "decoder_cosine",
+        "Decoder directions",
+        "How close each latent's decoder direction comes to its nearest neighbour. Mass near 1 means that latents"
+        " repeat one another.",
+        draw,
+    )
+
+
+def training_curve(report: Report) -> Plot:
+    """Training FVU, as the run logged it."""
+    training = report["training"]
+
+    def draw(axes: Axes, palette: Palette) -> None:
+        axes.plot(training["tokens"], training["fvu"], color=palette.series1, label="training batches")
+        axes.axhline(report["fvu"], color=palette.series2, linewidth=1.2, linestyle=(0, (4, 3)), label="held out, now")
+        axes.set_xlabel("training tokens")
+        axes.set_ylabel("FVU")
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: thousands(value)))
+        top = sorted(training["fvu"])[int(0.97 * (len(training["fvu"]) - 1))]
+        axes.set_ylim(0, max(top, report["fvu"]) * 1.1)
+        axes.legend(loc="upper right")
+
+    return Plot("training", "Training", "The fraction of variance unexplained while the SAE was trained.", draw)
+
+
+def log_line(axes: Axes, points: Sequence[tuple[float, float]], colour: str, by: str) -> None:
+    """A marked line over a logarithmic axis of positions or frequencies."""
+    axes.plot([x for x, _ in points], [y for _, y in points], color=colour, marker="o", markersize=3)
+    axes.set_xscale("log")
+    axes.xaxis.set_minor_locator(NullLocator())
+    if by == "position":
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+        axes.set_xlabel("position")
+    else:
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: power_of_ten(math.log10(value))))
+        axes.set_xlabel("share of all held-out tokens")
+
+
+def centre(low: float, high: float, by: str) -> float:
+    """Where a group is drawn: the geometric middle; integer positions run up to high - 1."""
+    if by == "position":
+        return math.sqrt(max(low, 0.7) * max(high - 1, 0.7))
+    return math.sqrt(low * high)
+
+
+def power_of_ten(exponent: float) -> str:
+    """``100 %``, ``1 %``, ``0.01 %`` for 0, -2, -4."""
+    return f"{10.0 ** (exponent + 2):g} %"
+
+
+def thousands(value: float) -> str:
+    """``2M``, ``500k``."""
+    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= size:
+            return f"{value / size:g}{unit}"
+    return f"{value:g}"

@@ -1,0 +1,123 @@
+"""The figures that compare several SAEs: quality against k and against L0, a line per expansion."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator, PercentFormatter
+
+from stage_eval.theme import MARKERS, Palette, Plot
+
+Row = dict[str, Any]
+
+FVU = ("fvu", "FVU", "lower is better")
+RECOVERED = ("loss_recovered", "loss recovered", "higher is better")
+KL = ("kl", "KL to clean", "lower is better")
+DEAD = ("dead_fraction", "dead share", "lower is better")
+
+
+def sweep_plots(rows: Sequence[Row]) -> list[Plot]:
+    """Figures for the rows of a comparison."""
+    plots = [pareto(rows, FVU), pareto(rows, RECOVERED)]
+    if all(row["k"] is not None for row in rows):
+        plots = [against(rows, "k", FVU), against(rows, "k", RECOVERED), *plots]
+        plots += [against(rows, "k", KL), against(rows, "k", DEAD)]
+    return plots
+
+
+def lines(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """Rows by the line they belong to: expansion, and whatever else differs among them."""
+    parts = [name for name in ("hook", "activation") if len({row[name] for row in rows}) > 1]
+    grouped: dict[str, list[Row]] = defaultdict(list)
+    for row in sorted(rows, key=lambda row: (row["expansion"], *(row[name] for name in parts), row["k"] or 0)):
+        label = " ".join([*(str(row[name]) for name in parts), f"x{row['expansion']:g}"])
+        grouped[label].append(row)
+    return dict(grouped)
+
+
+def against(rows: Sequence[Row], x: str, metric: tuple[str, str, str]) -> Plot:
+    """`metric` against `x` on a logarithmic axis; seeds of one setting are averaged into the line."""
+    key, label, direction = metric
+
+    def draw(axes: Axes, palette: Palette) -> None:
+        for index, (name, group) in enumerate(lines(rows).items()):
+            points: dict[float, list[float]] = defaultdict(list)
+            for row in group:
+                points[row[x]].append(row[key])
+            xs = sorted(points)
+            means = [sum(points[value]) / len(points[value]) for value in xs]
+            colour = palette.series(index)
+            axes.plot(xs, means, color=colour, marker=MARKERS[index % len(MARKERS)], label=name)
+            errorbars(axes, group, x, key, colour)
+        finish(axes, sorted({row[x] for row in rows}), label)
+        if key == "dead_fraction":
+            axes.set_ylim(0, max(0.01, 1.15 * max(row[key] for row in rows)))
+            axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+        axes.set_xlabel(f"{x} (latents per token)")
+
+    return Plot(f"{key}_{x}", f"{label[0].upper()}{label[1:]} against {x}", f"A line per expansion; {direction}.", draw)
+
+
+def pareto(rows: Sequence[Row], metric: tuple[str, str, str]) -> Plot:
+    """`metric` against the measured L0, with the front of settings that no other one beats on both."""
+    key, label, direction = metric
+    front = pareto_front(rows, key, larger_is_better=key == "loss_recovered")
+
+    def draw(axes: Axes, palette: Palette) -> None:
+        axes.plot(
+            [row["l0"] for row in front],
+            [row[key] for row in front],
+            color=palette.muted,
+            linewidth=6,
+            alpha=0.22,
+            solid_capstyle="round",
+            label="Pareto front",
+        )
+        for index, (name, group) in enumerate(lines(rows).items()):
+            colour = palette.series(index)
+            marker = MARKERS[index % len(MARKERS)]
+            ordered = sorted(group, key=lambda row: row["l0"])
+            axes.plot(
+                [row["l0"] for row in ordered], [row[key] for row in ordered], color=colour, marker=marker, label=name
+            )
+        finish(axes, sorted({round(row["l0"]) for row in rows}), label)
+        axes.set_xlabel("L0 (nonzero latents per token, measured)")
+
+    return Plot(
+        f"pareto_{key}",
+        f"{label[0].upper()}{label[1:]} against sparsity",
+        f"The band joins the settings that no other beats on both axes; {direction}.",
+        draw,
+    )
+
+
+def pareto_front(rows: Sequence[Row], key: str, *, larger_is_better: bool) -> list[Row]:
+    """Rows, by L0, that are better in `key` than every row of the same or a smaller L0."""
+    sign = 1 if larger_is_better else -1
+    front: list[Row] = []
+    for row in sorted(rows, key=lambda row: (row["l0"], -sign * row[key])):
+        if not front or sign * row[key] > sign * front[-1][key]:
+            front.append(row)
+    return front
+
+
+def errorbars(axes: Axes, rows: Sequence[Row], x: str, key: str, colour: str) -> None:
+    """95 % intervals over contexts, where there are any."""
+    for row in rows:
+        interval = row["confidence95"].get(key)
+        if interval:
+            axes.plot([row[x]] * 2, interval, color=colour, linewidth=1, alpha=0.6)
+
+
+def finish(axes: Axes, ticks: Sequence[float], label: str) -> None:
+    """A log axis with a tick at each of at most eight settings, and the legend."""
+    axes.set_xscale("log")
+    axes.xaxis.set_minor_locator(NullLocator())
+    if len(ticks) <= 8:
+        axes.xaxis.set_major_locator(FixedLocator(list(ticks)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    if len(ticks) == 1:
+        axes.set_xlim(ticks[0] / 2, ticks[0] * 2)
+    axes.set_ylabel(label)
+    axes.legend(loc="best")

@@ -1,0 +1,15 @@
+"""Entry point of the harvest: ``python -m stage_harvest model=... corpus=... run_dir=...``."""
+
+from shared.cli import run_stage
+from stage_harvest.config import HarvestSchema, register
+
+
+def main(cfg: HarvestSchema) -> None:
+    """Harvest as `cfg` says; the heavy imports wait until the configuration is known to be sound."""
+    from stage_harvest.harvest import harvest
+
+    harvest(cfg)
+
+
+register()
+run_stage(main, "harvest")

@@ -1,0 +1,222 @@
+"""Schema of the harvest: what ``conf/harvest.yaml`` and the groups corpus, packing and store may hold.
+
+Types and meanings here, values in ``conf/``. Imports nothing heavy, so that a wrong key is reported at once.
+"""
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING
+
+import shared.config
+from shared.config import DeviceSchema, ModelSchema
+
+
+class PackingMode(Enum):
+    """Whether documents that share a context see one another."""
+
+    isolated = "isolated"
+    """Attention stays inside a document and positions restart: each document as if it were alone."""
+    joined = "joined"
+    """One causal sequence: a document sees those before it in its context."""
+
+
+class BosPlacement(Enum):
+    """Where BOS is put. A document whose ids begin with BOS already gets no second one."""
+
+    none = "none"
+    document = "document"
+    """Before each document; a document that goes on in the next context goes on there without BOS."""
+    context = "context"
+    """Before each document and at the start of each context, so no trainable position is an attention sink."""
+
+
+class LongDocuments(Enum):
+    """What happens to the part of a document that does not fit into its context."""
+
+    split = "split"
+    """It goes on in the next context."""
+    truncate = "truncate"
+    """It is dropped: every document is seen from its start, and the next context begins with a new one."""
+
+
+class HeldoutPlacement(Enum):
+    """Which shards are held out."""
+
+    spread = "spread"
+    last = "last"
+
+
+class StdlibSplit(Enum):
+    """Which files of the standard library; the bundled model was trained on ``train``."""
+
+    train = "train"
+    heldout = "heldout"
+    all = "all"
+
+
+@dataclass(kw_only=True)
+class HooksSchema:
+    """Which activations are stored; all of them in one forward."""
+
+    layers: str = MISSING
+    """``all``, ``16``, ``0,8,16`` or ``0-7``; layers are counted from 0."""
+    sites: list[str] = MISSING
+    """Of resid_pre, resid_post, attn_out, mlp_in, mlp_out."""
+
+
+@dataclass(kw_only=True)
+class PackingSchema:
+    """Group ``packing``: how documents become contexts."""
+
+    mode: PackingMode = MISSING
+    seq_len: int = MISSING
+    """Tokens per context, T."""
+    bos: BosPlacement = MISSING
+    long_documents: LongDocuments = MISSING
+    drop_last: bool = MISSING
+    """Leave out the last context when documents do not fill it; else it is padded (and the padding masked)."""
+    mask_special: bool = MISSING
+    """Mask BOS, EOS and the tokenizer's other special tokens, so that nothing trains on them."""
+
+
+@dataclass(kw_only=True)
+class CorpusSchema:
+    """What every kind of corpus has; group ``corpus``."""
+
+    contexts: int | None = MISSING
+    """Stop after so many contexts; null takes the whole corpus."""
+    shuffle: bool = MISSING
+    """Shuffle files, then documents within a moving window; a function of ``seed`` alone."""
+    shuffle_window: int = MISSING
+    """Documents held in memory to shuffle among."""
+
+
+@dataclass(kw_only=True)
+class StdlibCorpus(CorpusSchema):
+    """The standard library of the running interpreter: a corpus that is on every machine."""
+
+    split: StdlibSplit = MISSING
+    include_tests: bool = MISSING
+    """Also the library's own tests, more than half of it."""
+
+
+@dataclass(kw_only=True)
+class TextCorpus(CorpusSchema):
+    """UTF-8 text files, also compressed (.gz, .bz2, .xz, .zst)."""
+
+    files: str = MISSING
+    """Path, glob or fsspec URL."""
+    separator: str | None = MISSING
+    """A line that ends a document, for example <|endoftext|>; null: each file is one document."""
+
+
+@dataclass(kw_only=True)
+class JsonlCorpus(CorpusSchema):
+    """One JSON object per line, also compressed."""
+
+    files: str = MISSING
+    """Path, glob or fsspec URL."""
+    field: str = MISSING
+    """The object's field: text, or a list of chat messages (then through the tokenizer's chat template)."""
+
+
+@dataclass(kw_only=True)
+class ParquetCorpus(CorpusSchema):
+    """Parquet files."""
+
+    files: str = MISSING
+    """Path, glob or fsspec URL."""
+    column: str = MISSING
+    """Text, chat messages (then through the tokenizer's chat template), or lists of token ids."""
+
+
+@dataclass(kw_only=True)
+class HubCorpus(CorpusSchema):
+    """A dataset of the Hugging Face hub, streamed; needs the extra ``hub``."""
+
+    path: str = MISSING
+    """Hub id, or a local folder that ``datasets`` can read."""
+    config: str | None = MISSING
+    """The dataset's configuration (subset)."""
+    split: str = MISSING
+    revision: str | None = MISSING
+    """Branch, tag or commit; give a commit to be able to make the same store later."""
+    column: str = MISSING
+    """Text, chat messages, or lists of token ids."""
+
+
+@dataclass(kw_only=True)
+class TokensCorpus(CorpusSchema):
+    """Token ids made elsewhere with this model's tokenizer: .npy arrays or raw .bin files."""
+
+    files: str = MISSING
+    """Path, glob or fsspec URL. Each row of a 2-D .npy is a document."""
+    dtype: str = MISSING
+    """Of raw .bin files: uint16, uint32, int32 or int64; a .npy file knows its own."""
+    document_end: int | None = MISSING
+    """Token id that ends a document in a 1-D array and stays its last token; null: one document per file."""
+
+
+@dataclass(kw_only=True)
+class StoreSchema:
+    """Group ``store``: the activation store to write."""
+
+    url: str = MISSING
+    """Folder or fsspec URL."""
+    dtype: str = MISSING
+    """bfloat16, float16, float32 or int8."""
+    shard_contexts: int = MISSING
+    """Contexts per shard object: the unit of writing, resuming and holding out."""
+    chunk_tokens: int = MISSING
+    """Positions per chunk inside a shard, at most seq_len."""
+    codec: str = MISSING
+    """none, lz4 or zstd."""
+    heldout_fraction: float = MISSING
+    """Share of the shards that training never reads."""
+    heldout_placement: HeldoutPlacement = MISSING
+
+
+@dataclass(kw_only=True)
+class HarvestSchema:
+    """``conf/harvest.yaml``."""
+
+    name: str = MISSING
+    """Name of the run; its folder is ``run_dir``."""
+    run_dir: str = MISSING
+    seed: int = MISSING
+    """Decides the order of documents when the corpus is shuffled."""
+    nproc: int = MISSING
+    """Processes on this machine, each a replica of the model; more machines by `make harvest NNODES=...`."""
+    model: ModelSchema = field(default_factory=ModelSchema)
+    corpus: CorpusSchema = field(default_factory=CorpusSchema)
+    packing: PackingSchema = field(default_factory=PackingSchema)
+    store: StoreSchema = field(default_factory=StoreSchema)
+    device: DeviceSchema = field(default_factory=DeviceSchema)
+    hooks: HooksSchema = field(default_factory=HooksSchema)
+    batch_contexts: int | None = MISSING
+    """Contexts per forward; null: as many as make 4,096 tokens. Part of the store's identity (see forward.py)."""
+    dry_run: bool = MISSING
+    """Print the plan and stop."""
+    spool_dir: str | None = MISSING
+    """Where tokens wait until the store is made (9 bytes each); null: the system's temporary folder."""
+
+
+def register() -> None:
+    """Put the schemas into Hydra's ConfigStore."""
+    shared.config.register()
+    store = ConfigStore.instance()
+    store.store(name="harvest_schema", node=HarvestSchema)
+    store.store(group="packing", name="schema", node=PackingSchema)
+    store.store(group="store", name="schema", node=StoreSchema)
+    kinds = {
+        "stdlib": StdlibCorpus,
+        "text": TextCorpus,
+        "jsonl": JsonlCorpus,
+        "parquet": ParquetCorpus,
+        "hub": HubCorpus,
+        "tokens": TokensCorpus,
+    }
+    for kind, node in kinds.items():
+        store.store(group="corpus", name=f"{kind}_schema", node=node)

@@ -1,0 +1,99 @@
+"""Files behind a path, a glob or an fsspec URL, and what tells their contents apart."""
+
+import hashlib
+import random
+from dataclasses import dataclass, field
+from typing import IO, Any
+
+import fsspec
+from fsspec.core import url_to_fs
+from fsspec.utils import infer_compression
+
+from shared.errors import GranaryError
+
+# Up to this many bytes a corpus is hashed whole; above, the beginning of each file and its size.
+FULL_HASH_BYTES = 64 << 20
+HEAD_BYTES = 64 << 10
+
+
+@dataclass(frozen=True, slots=True)
+class SourceFile:
+    """One file of a corpus."""
+
+    name: str
+    """Path below the folder that all the corpus's files share: the same wherever that folder lies."""
+    path: str
+    size: int
+    fs: Any = field(repr=False, compare=False)
+
+    def open(self, *, decompress: bool = True) -> IO[bytes]:
+        """A binary stream, decompressed as the suffix says."""
+        stream: IO[bytes] = self.fs.open(self.path, "rb")
+        compression = infer_compression(self.path) if decompress else None
+        if compression is None:
+            return stream
+        decompressed: IO[bytes] = fsspec.compression.compr[compression](stream, mode="rb")
+        return decompressed
+
+
+def find_files(pattern: str) -> list[SourceFile]:
+    """The files that `pattern` (path, glob, folder or fsspec URL) names, sorted by path.
+
+    Raises GranaryError when there are none, when all of them are empty, or when the place can't be reached.
+    """
+    try:
+        fs, path = url_to_fs(pattern)
+        names = sorted(fs.glob(path)) if any(sign in path for sign in "*?[") else [path]
+        infos = [fs.info(name) for name in names if fs.isfile(name)]
+        if not infos and fs.isdir(path):
+            infos = [info for _, info in sorted(fs.find(path, detail=True).items())]
+    except ImportError as error:
+        raise GranaryError(f"corpus.files={pattern}: {error}") from error
+    except (OSError, ValueError) as error:
+        raise GranaryError(f"corpus.files={pattern} can't be reached: {str(error).splitlines()[0]}") from error
+    if not infos:
+        raise GranaryError(f"no file matches corpus.files={pattern}: give a path, a glob or an fsspec URL")
+    paths = [str(info["name"]) for info in infos]
+    if not any(info["size"] for info in infos):
+        raise GranaryError(f"corpus.files={pattern}: {paths[0]} is empty")
+    shared_folder = _common_folder(paths)
+    return [
+        SourceFile(name=path[len(shared_folder) :], path=path, size=int(info["size"]), fs=fs)
+        for path, info in zip(paths, infos, strict=True)
+    ]
+
+
+def ordered(files: list[SourceFile], order: random.Random | None) -> list[SourceFile]:
+    """`files` without the empty ones, shuffled by `order` if there is one."""
+    files = [file for file in files if file.size]
+    if order is not None:
+        order.shuffle(files)
+    return files
+
+
+def fingerprint_files(files: list[SourceFile]) -> str:
+    """SHA-256 over names, sizes and contents; of large corpora (`FULL_HASH_BYTES`) over the files' beginnings."""
+    is_small = sum(file.size for file in files) <= FULL_HASH_BYTES
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(f"{file.name}\0{file.size}\0".encode())
+        with file.open(decompress=False) as stream:
+            digest.update(stream.read(file.size if is_small else HEAD_BYTES))
+    return digest.hexdigest()
+
+
+def describe_files(kind: str, files: list[SourceFile]) -> str:
+    """One line: kind, number of files, bytes, first name."""
+    total = sum(file.size for file in files)
+    more = f" and {len(files) - 1} more" if len(files) > 1 else ""
+    return f"{kind}: {files[0].name}{more}, {total} bytes"
+
+
+def _common_folder(paths: list[str]) -> str:
+    folders = [path.rsplit("/", 1)[0].split("/") for path in paths]
+    shared: list[str] = []
+    for parts in zip(*folders, strict=False):
+        if len(set(parts)) > 1:
+            break
+        shared.append(parts[0])
+    return "/".join(shared) + "/" if "/" in paths[0] else ""

@@ -1,0 +1,53 @@
+"""Plain text files: a document per file, or documents between separator lines."""
+
+import random
+from collections.abc import Iterator
+
+from shared.errors import GranaryError
+from stage_harvest.corpus.base import Corpus, Document
+from stage_harvest.corpus.files import SourceFile, describe_files, find_files, fingerprint_files, ordered
+
+
+class TextFiles(Corpus):
+    """UTF-8 text; a line that equals `separator` ends a document, which is given without its outer line breaks."""
+
+    def __init__(self, files: str, separator: str | None = None) -> None:
+        self.files = find_files(files)
+        self.separator = separator
+
+    @property
+    def description(self) -> str:
+        return describe_files("text", self.files)
+
+    def fingerprint(self) -> str:
+        return fingerprint_files(self.files)
+
+    def documents(self, order: random.Random | None = None) -> Iterator[Document]:
+        for file in ordered(self.files, order):
+            yield from self._split(file)
+
+    def _split(self, file: SourceFile) -> Iterator[str]:
+        separator = None if self.separator is None else self.separator.encode()
+        with file.open() as stream:
+            if separator is None:
+                yield decode(stream.read(), file, 0)
+                return
+            start, end, lines = 0, 0, list[bytes]()
+            for line in stream:
+                end += len(line)
+                if line.rstrip(b"\r\n") != separator:
+                    lines.append(line)
+                    continue
+                yield decode(b"".join(lines), file, start).strip("\r\n")
+                start, lines = end, []
+            yield decode(b"".join(lines), file, start).strip("\r\n")
+
+
+def decode(data: bytes, file: SourceFile, start: int) -> str:
+    """The UTF-8 bytes at `start` of `file` as text, without a byte-order mark; GranaryError if they are not UTF-8."""
+    try:
+        return data.decode("utf-8").removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        raise GranaryError(
+            f"{file.path} is not UTF-8 at byte {start + error.start}: convert it, for example with iconv"
+        ) from error

@@ -1,0 +1,190 @@
+"""Schema of training: what ``conf/train.yaml`` and the groups sae, optim, schedule, stream, parallel, logger may hold.
+
+Types and meanings here, values in ``conf/``. Imports nothing heavy, so that a wrong key is reported at once.
+"""
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING, OmegaConf
+
+import shared.config
+from shared.config import DeviceSchema
+from shared.sae.schema import SAESchema
+
+
+class DecayShape(Enum):
+    """How the learning rate falls at the end."""
+
+    linear = "linear"
+    cosine = "cosine"
+    sqrt = "sqrt"
+
+
+class BufferPlace(Enum):
+    """Which memory holds the contexts that are being mixed."""
+
+    auto = "auto"
+    """The GPU's when they take at most a quarter of what is free there, else the host's."""
+    host = "host"
+    device = "device"
+
+
+class Resume(Enum):
+    """What to do with the checkpoints of an earlier run in the same folder."""
+
+    auto = "auto"
+    """Continue from the newest, where there is one."""
+    never = "never"
+    """Remove them and begin anew."""
+    must = "must"
+    """Continue from the newest; an error without one."""
+
+
+class LoggerKind(Enum):
+    """Where metrics go beside ``metrics.jsonl``."""
+
+    tensorboard = "tensorboard"
+    wandb = "wandb"
+
+
+class WandbMode(Enum):
+    """As wandb names them."""
+
+    online = "online"
+    offline = "offline"
+
+
+@dataclass(kw_only=True)
+class StoreInput:
+    """Which activations to train on."""
+
+    url: str = MISSING
+    """Folder or fsspec URL of an activation store. It need not be complete: what is committed now is used."""
+    weight: float = MISSING
+    """Times each of its tokens is read per epoch."""
+    others: dict[str, float] = field(default_factory=dict)
+    """Further stores with their weights, read as one with the first: '{"s3://bucket/store": 0.5}'."""
+
+
+@dataclass(kw_only=True)
+class StreamSchema:
+    """Group ``stream``: the order of tokens, and how far to read ahead. See docs/stream.md."""
+
+    batch_size: int = MISSING
+    """Tokens per step, all processes together."""
+    lanes: int = MISSING
+    """Virtual readers; a multiple of the number of processes."""
+    mix_contexts: int = MISSING
+    """Contexts whose tokens each lane mixes. lanes x mix_contexts contexts are held in memory."""
+    drop_last: bool = MISSING
+    """Leave out an epoch's last batch when it is short."""
+    max_norm_multiple: float | None = MISSING
+    """Drop tokens whose norm is above this multiple of the median; null keeps all."""
+    prefetch_gib: float = MISSING
+    """Memory for reading ahead, all processes together, beside what is being mixed."""
+    io_threads: int = MISSING
+    """Reading threads per process."""
+    buffer: BufferPlace = MISSING
+
+
+@dataclass(kw_only=True)
+class OptimSchema:
+    """Group ``optim``: Adam with a unit-norm decoder."""
+
+    lr: float = MISSING
+    """Peak learning rate."""
+    beta1: float = MISSING
+    beta2: float = MISSING
+    eps: float = MISSING
+    clip_norm: float | None = MISSING
+    """Largest global gradient norm; null does not clip."""
+
+
+@dataclass(kw_only=True)
+class ScheduleSchema:
+    """Group ``schedule``: how long, and the learning rate along the way."""
+
+    tokens: int | None = MISSING
+    """Length of the run in tokens; it ends with the first batch that reaches it."""
+    epochs: float | None = MISSING
+    """Length in passes over the store; give this or tokens."""
+    warmup: int | float = MISSING
+    """Linear warm-up: a whole number of steps, or a share of the run up to 1.0."""
+    decay: int | float = MISSING
+    """Decay at the end, likewise; 1.0 is all that follows the warm-up."""
+    shape: DecayShape = MISSING
+    final: float = MISSING
+    """Learning rate at the end, as a share of the peak."""
+
+
+@dataclass(kw_only=True)
+class CheckpointSchema:
+    """When training state is saved."""
+
+    every: int | float = MISSING
+    """Steps between saves, or a share of the run up to 1.0; 0 saves at the end alone."""
+    keep: int = MISSING
+    """How many are kept."""
+    resume: Resume = MISSING
+
+
+@dataclass(kw_only=True)
+class LoggerSchema:
+    """Group ``logger``: ``metrics.jsonl`` is always written."""
+
+    every: int = MISSING
+    """Steps between lines; nothing waits for the device in between."""
+    kinds: list[LoggerKind] = MISSING
+    """Of tensorboard, wandb."""
+    progress: bool = MISSING
+    """Show a progress bar."""
+    project: str = MISSING
+    """Weights & Biases project."""
+    mode: WandbMode = MISSING
+
+
+@dataclass(kw_only=True)
+class TrainSchema:
+    """``conf/train.yaml``."""
+
+    name: str = MISSING
+    """Name of the run; its folder is ``run_dir``."""
+    run_dir: str = MISSING
+    out_dir: str = MISSING
+    """Where this SAE goes: checkpoints, metrics, and config.json + sae.safetensors at the end."""
+    seed: int = MISSING
+    """Order of the tokens and the initial weights."""
+    hook: str | None = MISSING
+    """Which of the store's hooks; null takes the only one."""
+    store: StoreInput = field(default_factory=StoreInput)
+    sae: SAESchema = field(default_factory=SAESchema)
+    optim: OptimSchema = field(default_factory=OptimSchema)
+    schedule: ScheduleSchema = field(default_factory=ScheduleSchema)
+    stream: StreamSchema = field(default_factory=StreamSchema)
+    checkpoint: CheckpointSchema = field(default_factory=CheckpointSchema)
+    logger: LoggerSchema = field(default_factory=LoggerSchema)
+    device: DeviceSchema = field(default_factory=DeviceSchema)
+
+
+def register() -> None:
+    """Put the schemas into Hydra's ConfigStore."""
+    shared.config.register()
+    OmegaConf.register_new_resolver("sweep_name", sweep_name, replace=True)
+    store = ConfigStore.instance()
+    store.store(name="train_schema", node=TrainSchema)
+    store.store(group="sae", name="schema", node=SAESchema)
+    store.store(group="optim", name="schema", node=OptimSchema)
+    store.store(group="schedule", name="schema", node=ScheduleSchema)
+    store.store(group="stream", name="schema", node=StreamSchema)
+    store.store(group="logger", name="schema", node=LoggerSchema)
+
+
+def sweep_name(override_dirname: str) -> str:
+    """Folder of one run of a sweep: ``sae.expansion=8,sae.k=16`` becomes ``expansion=8,k=16``.
+
+    Values with a slash (paths) are left out: they would make subfolders.
+    """
+    parts = [part for part in override_dirname.split(",") if "/" not in part]
+    return ",".join(part.partition("=")[0].rpartition(".")[2] + "=" + part.partition("=")[2] for part in parts) or "run"

@@ -1,0 +1,118 @@
+"""Open the stores of a run and fix what of them it may read, the same on every rank and after every resume."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import reduce
+from typing import Any
+
+import numpy as np
+
+from shared.errors import GranaryError
+from shared.parallel import World, broadcast_object
+from shared.store import HookStatistics, Store
+from stage_train.stream import Source
+
+
+@dataclass(frozen=True)
+class FrozenStore:
+    """A store, and the training shards of it that were committed when the run began."""
+
+    store: Store
+    weight: float
+    shards: tuple[int, ...]
+
+    @property
+    def source(self) -> Source:
+        """As the stream reads it."""
+        contexts = [np.asarray(self.store.shard_contexts(shard), np.int64) for shard in self.shards]
+        return Source(self.store, np.concatenate([np.empty(0, np.int64), *contexts]), self.weight)
+
+    def record(self) -> dict[str, Any]:
+        """JSON for the checkpoint."""
+        return {
+            "url": self.store.url,
+            "plan": self.store.plan.hash(),
+            "weight": self.weight,
+            "shards": list(self.shards),
+            "digest": self.store.digest(self.shards),
+        }
+
+
+def freeze(urls: Mapping[str, float], world: World) -> list[FrozenStore]:
+    """Open stores and take their committed training shards; rank 0's listing holds for all ranks.
+
+    Raises GranaryError for a missing store, one without a committed training shard, and a weight that is not positive.
+    """
+    frozen = []
+    for url, weight in urls.items():
+        if not weight > 0:
+            raise GranaryError(f"store weight {weight} of {url}: it must be above 0")
+        store = Store.open(url)
+        mine = tuple(shard for shard in store.committed() if shard not in store.heldout_shards)
+        shards = broadcast_object(mine)
+        if not shards:
+            raise GranaryError(
+                f"the store at {url} has no committed training shard yet: run stage_harvest, or wait for its first shard"
+            )
+        frozen.append(FrozenStore(store, weight, shards))
+    return frozen
+
+
+def refreeze(urls: Mapping[str, float], records: Sequence[Mapping[str, Any]]) -> list[FrozenStore]:
+    """The shards that a checkpoint names, from stores that may have moved or grown since.
+
+    Raises GranaryError when a store no longer holds the same activations.
+    """
+    if len(urls) != len(records):
+        raise GranaryError(f"the checkpoint was trained on {len(records)} stores, the configuration has {len(urls)}")
+    frozen = []
+    for (url, weight), record in zip(urls.items(), records, strict=True):
+        part = FrozenStore(Store.open(url), weight, tuple(record["shards"]))
+        missing = sorted(set(part.shards) - set(part.store.committed()))
+        if missing:
+            raise GranaryError(f"shard {missing[0]} of {url}, on which this run was trained, is gone: harvest it again")
+        if part.store.digest(part.shards) != record["digest"]:
+            raise GranaryError(f"the store at {url} does not hold the activations that this run began with")
+        frozen.append(part)
+    return frozen
+
+
+def choose_hook(hook: str | None, stores: Sequence[FrozenStore]) -> str:
+    """The hook to train on. Raises GranaryError listing the hooks there are when it is absent or not clear."""
+    for part in stores:
+        available = part.store.hooks
+        if hook is None and len(available) == 1:
+            hook = available[0]
+        if hook is None:
+            raise GranaryError(f"the store at {part.store.url} has several hooks: choose hook={' | '.join(available)}")
+        if hook not in available:
+            raise GranaryError(f"hook {hook} is not in the store at {part.store.url}: it has {', '.join(available)}")
+    assert hook is not None
+    if len({(part.store.plan.hooks[hook], part.store.read_dtype) for part in stores}) != 1:
+        raise GranaryError(f"the stores hold {hook} with different widths or dtypes: they cannot be read as one")
+    return hook
+
+
+def combined_statistics(stores: Sequence[FrozenStore], hook: str) -> HookStatistics:
+    """Statistics over the training shards of all stores, each counted by its weight."""
+    parts = [(part.weight, part.store.statistics(hook, part.shards)) for part in stores]
+    if len(parts) == 1:
+        return parts[0][1]
+    weights = [weight * part.count for weight, part in parts]
+    total = sum(weights)
+
+    def average(values: Sequence[Any]) -> Any:
+        return sum(weight * value for weight, value in zip(weights, values, strict=True)) / total
+
+    mean = average([part.mean for _, part in parts])
+    return replace(
+        parts[0][1],
+        count=sum(part.count for _, part in parts),
+        mean=mean,
+        var=average([part.var + (part.mean - mean) ** 2 for _, part in parts]),
+        mean_norm=average([part.mean_norm for _, part in parts]),
+        rms_norm=average([part.rms_norm**2 for _, part in parts]) ** 0.5,
+        median_norm=average([part.median_norm for _, part in parts]),
+        max_norm=reduce(max, [part.max_norm for _, part in parts]),
+        relative_squared_error=average([part.relative_squared_error for _, part in parts]),
+    )

@@ -1,0 +1,35 @@
+"""The bar that a user watches."""
+
+from collections.abc import Mapping
+
+from tqdm import tqdm
+
+
+class ProgressBar:
+    """Tokens done, speed and ETA; FVU, L0, dead share and waiting share as of the last logging step."""
+
+    def __init__(self, total_tokens: int, done_tokens: int, *, enabled: bool) -> None:
+        self._bar = tqdm(
+            total=total_tokens,
+            initial=done_tokens,
+            unit="tok",
+            unit_scale=True,
+            dynamic_ncols=True,
+            smoothing=0.1,
+            disable=not enabled,
+        )
+
+    def advance(self, tokens: int) -> None:
+        """Count a batch."""
+        self._bar.update(tokens)
+
+    def show(self, metrics: Mapping[str, float | int]) -> None:
+        """Show a logging step's figures."""
+        self._bar.set_postfix_str(
+            f"FVU {metrics['fvu']:.4f} L0 {metrics['l0']:.1f} dead {metrics['dead_fraction']:.1%} "
+            f"wait {metrics['wait_share']:.0%}"
+        )
+
+    def close(self) -> None:
+        """Leave the bar as it stands."""
+        self._bar.close()

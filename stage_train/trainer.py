@@ -1,0 +1,157 @@
+"""The training loop: batch, losses, one reduction of the gradients, one optimiser step.
+
+Shape letters: N rows of this rank's batch, D d_model, K picks per token, F latents, R dead latents.
+"""
+
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shared.errors import GranaryError
+from shared.parallel import World, all_reduce_sum
+from shared.sae import SAE, DeadLatents, SAEAdam
+from stage_train.layout import Replicated
+from stage_train.metrics import MetricWindow
+from stage_train.schedule import LearningRate
+from stage_train.stream import Batch, TokenStream
+
+# Steps between looks at which latents are dead: a look waits for the device, and the answer changes slowly. It is part
+# of what fixes the result.
+DEAD_EVERY = 16
+
+METRICS = ("loss", "reconstruction", "auxk", "multi_topk", "fvu", "l0")
+
+
+@dataclass
+class Progress:
+    """How far a run has come."""
+
+    step: int = 0
+    """Optimiser steps done."""
+    tokens: int = 0
+    """Tokens seen, all ranks together."""
+
+
+@dataclass
+class Stopwatch:
+    """Clock, tokens and waiting time at the last logging step."""
+
+    seconds: float = field(default_factory=time.perf_counter)
+    tokens: int = 0
+    waited: float = 0.0
+
+
+class Trainer:
+    """One SAE in training: everything that changes from step to step."""
+
+    def __init__(
+        self,
+        sae: SAE,
+        optimiser: SAEAdam,
+        rate: LearningRate,
+        stream: TokenStream,
+        hook: str,
+        layout: Replicated,
+        *,
+        micro_batch: int | None,
+    ) -> None:
+        """`micro_batch` is the largest number of rows in one forward; the result does not depend on it."""
+        self.sae, self.optimiser, self.rate, self.stream = sae, optimiser, rate, stream
+        self.hook, self.layout, self.micro_batch = hook, layout, micro_batch
+        self.progress = Progress()
+        device = self.world.device
+        self.dead = DeadLatents(sae.config.d_latent, sae.config.dead_after_tokens, device=device)
+        self.dead_now_F = torch.zeros(sae.config.d_latent, dtype=torch.bool, device=device)
+        """The latents that AuxK takes for dead, as of the last look."""
+        self._dead_R = torch.empty(0, dtype=torch.int64, device=device)
+        self.window = MetricWindow(METRICS, device)
+        self.grad_norm = torch.zeros((), device=device)
+        self._stopwatch = Stopwatch()
+
+    @property
+    def world(self) -> World:
+        """The processes that train together."""
+        return self.layout.world
+
+    def step(self, batch: Batch) -> None:
+        """Learn from one global batch, without waiting for the device except where DEAD_EVERY says so."""
+        if self.progress.step % DEAD_EVERY == 0:
+            self.dead_now_F.copy_(self.dead.mask())
+            self._dead_R = self.dead_now_F.nonzero().squeeze(1)
+        rows_N_D = batch.activations[self.hook]
+        self.optimiser.zero_grad()
+        picks = [self._backward(part, batch.num_tokens) for part in rows_N_D.split(self.micro_batch or len(rows_N_D) or 1)]
+        self.grad_norm = self.layout.reduce_gradients(self.optimiser)
+        self.optimiser.step(self.rate.at(self.progress.step), self.grad_norm)
+        self.dead.update(torch.cat(picks), batch.num_tokens, self.layout.merge_fired)
+        self.progress.step += 1
+        self.progress.tokens += batch.num_tokens
+
+    def read_metrics(self) -> dict[str, float | int]:
+        """Metrics of the steps since the last call, the same on every rank. Waits for the device and the others.
+
+        Raises GranaryError when the loss or the gradient is not finite, on all ranks alike.
+        """
+        means = self.window.read()
+        now = time.perf_counter()
+        elapsed = max(now - self._stopwatch.seconds, 1e-9)
+        waited = all_reduce_sum(torch.tensor(self.stream.wait_seconds - self._stopwatch.waited, dtype=torch.float64))
+        line: dict[str, float | int] = {
+            "step": self.progress.step,
+            "tokens": self.progress.tokens,
+            "epoch": self.stream.state_dict()["epoch"],
+            **means,
+            "dead_fraction": float(self.dead.fraction()),
+            "lr": self.rate.at(self.progress.step - 1),
+            "grad_norm": float(self.grad_norm),
+            "tokens_per_s": (self.progress.tokens - self._stopwatch.tokens) / elapsed,
+            "wait_share": float(waited) / self.world.size / elapsed,
+        }
+        self.reset_clock()
+        self.check_finite(means["loss"], line["grad_norm"])
+        return line
+
+    def reset_clock(self) -> None:
+        """Begin to measure speed anew, after something that is not training."""
+        self._stopwatch = Stopwatch(time.perf_counter(), self.progress.tokens, self.stream.wait_seconds)
+
+    def check_finite(self, loss: float, grad_norm: float) -> None:
+        """Raise GranaryError, with what to do, when training has diverged."""
+        if not (abs(loss) < float("inf") and abs(grad_norm) < float("inf")):
+            raise GranaryError(
+                f"the loss is {loss} and the gradient norm {grad_norm} at step {self.progress.step}: lower optim.lr or "
+                "optim.clip_norm, or look for outliers with stream.max_norm_multiple; the last checkpoint is intact"
+            )
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor of the training state, by name; loading fills them in place."""
+        return {
+            **{f"sae.{name}": tensor for name, tensor in self.sae.state_dict().items()},
+            **{f"optim.{name}": tensor for name, tensor in self.optimiser.state_dict().items()},
+            "dead.tokens_since_fired": self.dead.tokens_since_fired,
+            "dead.now": self.dead_now_F,
+            "metrics.sums": self.window.sums,
+        }
+
+    def state(self) -> dict[str, Any]:
+        """The rest of the training state, as JSON."""
+        return {"step": self.progress.step, "tokens": self.progress.tokens, "stream": self.stream.state_dict()}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Continue from `state`, after the tensors have been filled."""
+        self.progress = Progress(state["step"], state["tokens"])
+        self.stream.load_state_dict(state["stream"])
+        self._dead_R = self.dead_now_F.nonzero().squeeze(1)
+        self.reset_clock()
+
+    def _backward(self, rows_N_D: Tensor, batch_tokens: int) -> Tensor:
+        """Add the gradient of some rows, as their share of the global batch; returns their picks [N, K]."""
+        if not len(rows_N_D):
+            return self._dead_R.new_empty(0, 1)
+        losses = self.layout.losses(self.sae, rows_N_D, self._dead_R)
+        (losses.total * (len(rows_N_D) / batch_tokens)).backward()
+        self.window.add({**losses.metrics, "loss": losses.total.detach()}, len(rows_N_D))
+        return losses.latents.indices

@@ -1,0 +1,58 @@
+"""The learning-rate schedule against the values its documentation promises."""
+
+import itertools
+
+import pytest
+
+from shared.errors import GranaryError
+from stage_train.schedule import LearningRate, length_in_steps
+
+
+def rates(total: int, warmup: int, decay: int, shape: str = "linear", final: float = 0.0) -> list[float]:
+    rate = LearningRate(peak=2.0, total_steps=total, warmup_steps=warmup, decay_steps=decay, shape=shape, final=final)
+    return [rate.at(step) for step in range(total)]
+
+
+def test_zero_lengths_are_constant() -> None:
+    assert rates(5, 0, 0) == [2.0] * 5
+
+
+def test_warmup_stable_decay() -> None:
+    assert rates(10, 4, 3) == pytest.approx([0.5, 1.0, 1.5, 2.0, 2.0, 2.0, 2.0, 1.5, 1.0, 0.5])
+
+
+def test_decay_is_cut_to_what_the_warmup_leaves() -> None:
+    assert rates(6, 2, 100) == rates(6, 2, 4) == pytest.approx([1.0, 2.0, 1.6, 1.2, 0.8, 0.4])
+    assert rates(3, 3, 3) == pytest.approx([2 / 3, 4 / 3, 2.0])
+
+
+@pytest.mark.parametrize("shape", ["linear", "cosine", "sqrt"])
+def test_decay_falls_to_the_floor(shape: str) -> None:
+    values = rates(1000, 0, 1000, shape, final=0.1)
+    assert all(a > b for a, b in itertools.pairwise(values))
+    assert values[0] == pytest.approx(2.0, rel=0.05)
+    assert values[-1] == pytest.approx(0.2, rel=0.01)
+    assert values[499] == pytest.approx(
+        2 * (0.1 + 0.9 * {"linear": 0.5, "cosine": 0.5, "sqrt": 0.293}[shape]), rel=0.01
+    )
+
+
+def test_lengths_are_steps_or_shares() -> None:
+    assert length_in_steps(7, 1000, "schedule.warmup") == 7
+    assert length_in_steps(1, 1000, "schedule.warmup") == 1
+    assert length_in_steps(1.0, 1000, "schedule.warmup") == 1000
+    assert length_in_steps(0.05, 1000, "schedule.warmup") == 50
+    assert length_in_steps(0.0, 1000, "schedule.warmup") == 0
+    with pytest.raises(GranaryError, match=r"schedule\.decay=1\.5"):
+        length_in_steps(1.5, 1000, "schedule.decay")
+    with pytest.raises(GranaryError, match="not negative"):
+        length_in_steps(-1, 1000, "schedule.decay")
+
+
+def test_nonsense_is_one_line() -> None:
+    with pytest.raises(GranaryError, match="warmup is 7 steps, but the run has 5"):
+        rates(5, 7, 0)
+    with pytest.raises(GranaryError, match="shape"):
+        rates(5, 0, 0, shape="exponential")
+    with pytest.raises(GranaryError, match="final"):
+        rates(5, 0, 0, final=2.0)
