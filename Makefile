@@ -54,7 +54,7 @@ eval: setup ## score a trained SAE: FVU, L0, loss recovered, plots, report
 
 sweep: setup ## train and compare K=8,16 x EXPANSION=4,8 on the store of runs/NAME
 	@$(BIN)/python -m stage_train -m name=$(NAME) nproc=$(NPROC) sae.k=$(K) sae.expansion=$(EXPANSION) $(ARGS)
-	@$(STAGE) stage_eval name=$(NAME) 'sae="runs/$(NAME)/sweep/*"' 
+	@$(STAGE) stage_eval name=$(NAME) 'sae.path="runs/$(NAME)/sweep/*"'
 
 test: setup ## the default tests (under 6 minutes on 2 cores)
 	@$(BIN)/python -m pytest -q -m "not slow and not gpu and not s3 and not cluster"

@@ -68,6 +68,8 @@ class EvalSchema:
     """Where eval.json, report.html and plots/ go for one SAE, and the comparison for several."""
     seed: int = MISSING
     """Which decoder directions are sampled for their nearest neighbours."""
+    nproc: int = MISSING
+    """Processes on this machine; the same as starting the stage with torchrun."""
     sae: SAEInput = field(default_factory=SAEInput)
     store: StoreInput = field(default_factory=StoreInput)
     model: ModelInput = field(default_factory=ModelInput)

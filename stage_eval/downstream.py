@@ -53,9 +53,7 @@ class Batch:
     def to(self, device: torch.device) -> "Batch":
         """The same batch on `device`."""
         positions_BT = None if self.positions_BT is None else self.positions_BT.to(device)
-        return Batch(
-            self.tokens_BT.to(device), positions_BT, self.replaced_BT.to(device), self.scored_BT.to(device)
-        )
+        return Batch(self.tokens_BT.to(device), positions_BT, self.replaced_BT.to(device), self.scored_BT.to(device))
 
 
 def scored_positions(mask_BT: Tensor, segments_BT: Tensor) -> Tensor:

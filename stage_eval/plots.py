@@ -15,14 +15,13 @@ Report = dict[str, Any]
 
 def evaluation_plots(report: Report) -> list[Plot]:
     """Every figure that this evaluation has the data for."""
-    plots = [loss_bars(report), firing_histogram(report)]
-    breakdown = report["breakdown"]
-    plots += [fvu_by(breakdown["position"], "position"), loss_by(breakdown["position"], "position")]
-    plots += [fvu_by(breakdown["frequency"], "frequency"), loss_by(breakdown["frequency"], "frequency")]
-    plots.append(dimension_spectrum(report))
-    if report.get("decoder"):
-        plots.append(decoder_similarity(report))
-    if report.get("training"):
+    groups = report["breakdown"]
+    plots = [firing_histogram(report), dimension_spectrum(report), decoder_similarity(report)]
+    plots += [fvu_by(groups[by], by) for by in ("position", "frequency")]
+    if report["downstream"] is not None:
+        plots.append(loss_bars(report))
+        plots += [loss_by(groups[by], by) for by in ("position", "frequency")]
+    if report["training"] is not None:
         plots.append(training_curve(report))
     return plots
 

@@ -40,13 +40,18 @@ def render(report: Report) -> str:
     """The page, from an evaluation as eval.json holds it."""
     sae, downstream, reconstruction = report["sae"], report["downstream"], report["reconstruction"]
     plots = {plot.name: plot for plot in evaluation_plots(report)}
+    losses = []
+    if downstream is not None:
+        losses.append(
+            page.section(
+                "What the model loses",
+                page.paragraph(splice_sentence(report)),
+                page.columns(page.figure(plots["cross_entropy"]), metric_rows(downstream, DOWNSTREAM_ROWS)),
+            )
+        )
     sections = [
         headline(report),
-        page.section(
-            "What the model loses",
-            page.paragraph(splice_sentence(report)),
-            page.columns(page.figure(plots["cross_entropy"]), metric_rows(downstream, DOWNSTREAM_ROWS)),
-        ),
+        *losses,
         page.section(
             "Reconstruction",
             page.columns(page.figure(plots["activation_spectrum"]), metric_rows(reconstruction, RECONSTRUCTION_ROWS)),
@@ -82,13 +87,21 @@ def render(report: Report) -> str:
 def headline(report: Report) -> str:
     """The cards at the top."""
     reconstruction, latents, downstream = report["reconstruction"], report["latents"], report["downstream"]
-    return page.cards(
-        [
+    fvu = ("FVU", number(report["fvu"]), spread(reconstruction, "fvu"))
+    sparsity = ("L0", number(report["l0"], 4), f"of {latents['d_latent']:,} latents")
+    if downstream is None:
+        quality = [fvu, ("Cosine", number(reconstruction["cosine"]), spread(reconstruction, "cosine")), sparsity]
+    else:
+        quality = [
             ("Loss recovered", number(report["loss_recovered"]), spread(downstream, "loss_recovered")),
-            ("FVU", number(report["fvu"]), spread(reconstruction, "fvu")),
-            ("L0", number(report["l0"], 4), f"of {latents['d_latent']:,} latents"),
+            fvu,
+            sparsity,
             ("Added loss", f"{downstream['ce_increase']:+.3f}", f"{report['ce_clean']:.3f} clean, nats per token"),
             ("KL to clean", number(report["kl"]), "nats per token"),
+        ]
+    return page.cards(
+        [
+            *quality,
             ("Dead latents", percent(report["dead_fraction"]), f"{latents['dead']:,} never fired"),
             ("Dense latents", percent(latents["dense_fraction"]), f"fire on > {latents['dense_frequency_bound']:.0%}"),
             ("Tokens", f"{report['n_tokens']:,}", f"{reconstruction['n_contexts']:,} held-out contexts"),
@@ -101,9 +114,10 @@ def subtitle(report: Report) -> str:
     """One line that says which SAE this is."""
     config, sae = report["sae"]["config"], report["sae"]
     k = f", k = {config['k']}" if config.get("k") is not None else ""
+    model = report["provenance"]["model"].get("id", "a model that the store does not record")
     return (
         f"{config.get('activation', 'SAE')}{k}, {config['d_model']:,} dimensions to {config['d_latent']:,} latents"
-        f" on {sae['hook']} of {report['provenance']['model']['id']}"
+        f" on {sae['hook']} of {model}"
     )
 
 
@@ -161,8 +175,12 @@ def provenance(report: Report) -> str:
     """Corpus, store, checkpoint, evaluation, each with its hash."""
     source = report["provenance"]
     links = [
-        ("Corpus", source["corpus"].get("description") or "", short(source["corpus"].get("hash"))),
-        ("Activation store", f"{source['model']['id']}, {report['sae']['hook']}", short(source["store"]["digest"])),
+        ("Corpus", source["corpus"].get("description") or "", short(source["corpus"].get("fingerprint"))),
+        (
+            "Activation store",
+            f"{source['model'].get('id', '')} {report['sae']['hook']}",
+            short(source["store"]["digest"]),
+        ),
         ("SAE checkpoint", report["sae"]["name"], short(source["sae"]["sha256"])),
         ("This evaluation", f"{report['n_tokens']:,} held-out tokens", f"definitions {report['definitions']}"),
     ]

@@ -53,7 +53,7 @@ def assemble(
         for by in groups:
             groups[by] |= loss_breakdown(downstream, by, names[0])
     headlines = {name: losses[name] if losses is not None else None for name in DOWNSTREAM_HEADLINES}
-    report = {
+    report: dict[str, Any] = {
         "format": FORMAT,
         "definitions": DEFINITIONS,
         "created": context["created"],
@@ -82,7 +82,8 @@ def assemble(
         "settings": context["settings"],
         "environment": context["environment"],
     }
-    return jsonable(report)
+    strict: dict[str, Any] = jsonable(report)
+    return strict
 
 
 def run_context(cfg: EvalSchema, store: Store, data: EvaluationData, model: str | None, ranks: int) -> dict[str, Any]:

@@ -19,10 +19,13 @@ DEAD = ("dead_fraction", "dead share", "lower is better")
 
 def sweep_plots(rows: Sequence[Row]) -> list[Plot]:
     """Figures for the rows of a comparison."""
-    plots = [pareto(rows, FVU), pareto(rows, RECOVERED)]
+    has_losses = all(row["ce_spliced"] is not None for row in rows)
+    quality = [FVU, RECOVERED] if has_losses else [FVU]
+    plots = [pareto(rows, metric) for metric in quality]
     if all(row["k"] is not None for row in rows):
-        plots = [against(rows, "k", FVU), against(rows, "k", RECOVERED), *plots]
-        plots += [against(rows, "k", KL), against(rows, "k", DEAD)]
+        costs = [KL, DEAD] if has_losses else [DEAD]
+        by_k = [against(rows, "k", metric) for metric in quality]
+        plots = [*by_k, *plots, *(against(rows, "k", metric) for metric in costs)]
     return plots
 
 

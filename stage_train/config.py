@@ -100,6 +100,8 @@ class OptimSchema:
     eps: float = MISSING
     clip_norm: float | None = MISSING
     """Largest global gradient norm; null does not clip."""
+    micro_batch: int | None = MISSING
+    """Most rows per forward and process, to bound memory; null: the whole batch at once."""
 
 
 @dataclass(kw_only=True)
@@ -156,6 +158,8 @@ class TrainSchema:
     """Where this SAE goes: checkpoints, metrics, and config.json + sae.safetensors at the end."""
     seed: int = MISSING
     """Order of the tokens and the initial weights."""
+    nproc: int = MISSING
+    """Processes on this machine; above 1, the job starts them itself."""
     hook: str | None = MISSING
     """Which of the store's hooks; null takes the only one."""
     store: StoreInput = field(default_factory=StoreInput)

@@ -1,8 +1,8 @@
-"""The finished SAE as a checkpoint folder that anyone can load, with a record of where it comes from."""
+"""Where an SAE comes from: the record that is exported with its weights."""
 
 import hashlib
 import json
-import logging
+import platform
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -10,10 +10,7 @@ from typing import Any
 
 import torch
 
-from shared.sae import SAE
 from stage_train.frozen import FrozenStore
-
-log = logging.getLogger(__name__)
 
 
 def provenance(
@@ -21,7 +18,6 @@ def provenance(
 ) -> dict[str, Any]:
     """What made the weights: model, activations, hook, configuration, length, software."""
     first = stores[0].store.plan.provenance
-    text = json.dumps(dict(identity), sort_keys=True)
     return {
         "hook": hook,
         "model": first.get("model"),
@@ -29,10 +25,10 @@ def provenance(
         "stores": [part.record() | {"shards": len(part.shards)} for part in stores],
         "seed": identity["seed"],
         "config": dict(identity),
-        "config_hash": hashlib.sha256(text.encode()).hexdigest(),
+        "config_hash": _digest(identity),
         "steps": steps,
         "tokens": tokens,
-        "versions": {"granary": version("granary"), "torch": torch.__version__},
+        "versions": versions(),
     }
 
 
@@ -41,6 +37,15 @@ def is_exported(folder: Path) -> bool:
     return (folder / "config.json").is_file() and (folder / "sae.safetensors").is_file()
 
 
-def export(sae: SAE, folder: Path, record: Mapping[str, Any]) -> None:
-    """Write ``config.json`` and ``sae.safetensors``."""
-    sae.save_pretrained(folder, dict(record))
+def run_id(folder: Path, identity: Mapping[str, Any]) -> str:
+    """A name for the run that is the same whenever it is continued."""
+    return _digest({"folder": str(folder.resolve()), **identity})[:16]
+
+
+def versions() -> dict[str, str]:
+    """The software that made the weights."""
+    return {"granary": version("granary"), "torch": torch.__version__, "python": platform.python_version()}
+
+
+def _digest(value: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(dict(value), sort_keys=True).encode()).hexdigest()

@@ -52,7 +52,7 @@ def freeze(urls: Mapping[str, float], world: World) -> list[FrozenStore]:
         shards = broadcast_object(mine)
         if not shards:
             raise GranaryError(
-                f"the store at {url} has no committed training shard yet: run stage_harvest, or wait for its first shard"
+                f"the store at {url} has no committed training shard yet: run stage_harvest, or wait for its first one"
             )
         frozen.append(FrozenStore(store, weight, shards))
     return frozen
@@ -68,6 +68,8 @@ def refreeze(urls: Mapping[str, float], records: Sequence[Mapping[str, Any]]) ->
     frozen = []
     for (url, weight), record in zip(urls.items(), records, strict=True):
         part = FrozenStore(Store.open(url), weight, tuple(record["shards"]))
+        if weight != record["weight"]:
+            raise GranaryError(f"store weight of {url} was {record['weight']}, is {weight}: use the same to continue")
         missing = sorted(set(part.shards) - set(part.store.committed()))
         if missing:
             raise GranaryError(f"shard {missing[0]} of {url}, on which this run was trained, is gone: harvest it again")

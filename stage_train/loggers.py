@@ -53,7 +53,9 @@ class TensorBoardLogger:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
-            raise GranaryError("logger.kinds=[tensorboard] needs tensorboard: pip install 'granary[tensorboard]'") from error
+            raise GranaryError(
+                "logger.kinds=[tensorboard] needs tensorboard: pip install 'granary[tensorboard]'"
+            ) from error
         self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step or None)
 
     def write(self, metrics: Metrics) -> None:
@@ -76,7 +78,13 @@ class WandbLogger:
         except ImportError as error:
             raise GranaryError("logger.kinds=[wandb] needs wandb: pip install 'granary[wandb]'") from error
         self._run = wandb.init(
-            project=cfg.project, name=name, id=run_id, resume="allow", mode=cfg.mode.value, dir=folder, config=dict(config)
+            project=cfg.project,
+            name=name,
+            id=run_id,
+            resume="allow",
+            mode=cfg.mode.value,
+            dir=folder,
+            config=dict(config),
         )
 
     def write(self, metrics: Metrics) -> None:

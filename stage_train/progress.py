@@ -1,5 +1,6 @@
 """The bar that a user watches."""
 
+import sys
 from collections.abc import Mapping
 
 from tqdm import tqdm
@@ -15,6 +16,7 @@ class ProgressBar:
             unit="tok",
             unit_scale=True,
             dynamic_ncols=True,
+            mininterval=0.5 if sys.stderr.isatty() else 20,
             smoothing=0.1,
             disable=not enabled,
         )
@@ -27,7 +29,8 @@ class ProgressBar:
         """Show a logging step's figures."""
         self._bar.set_postfix_str(
             f"FVU {metrics['fvu']:.4f} L0 {metrics['l0']:.1f} dead {metrics['dead_fraction']:.1%} "
-            f"wait {metrics['wait_share']:.0%}"
+            f"wait {metrics['wait_share']:.0%}",
+            refresh=False,
         )
 
     def close(self) -> None:

@@ -3,7 +3,7 @@
 import logging
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,7 @@ from stage_train.checkpoint import Checkpoints
 from stage_train.config import BufferPlace, Resume, TrainSchema
 from stage_train.control import StopRequest
 from stage_train.curves import draw_curves
-from stage_train.export import export, is_exported, provenance
+from stage_train.export import is_exported, provenance, run_id, versions
 from stage_train.frozen import FrozenStore, choose_hook, combined_statistics, freeze, refreeze
 from stage_train.layout import Replicated
 from stage_train.loggers import make_loggers
@@ -112,7 +112,18 @@ class Run:
                     sys.exit(0)
                 self._finish(trainer)
             if self.world.is_main:
-                log.info("the SAE is in %s; score it with: python -m stage_eval name=%s", self.folder, self.cfg.name)
+                log.info(
+                    "the SAE is in %s; score it with: python -m stage_eval %s", self.folder, self._eval_arguments()
+                )
+
+    def _eval_arguments(self) -> str:
+        cfg = self.cfg
+        arguments = f"name={cfg.name}" if cfg.run_dir == f"runs/{cfg.name}" else f"run_dir={cfg.run_dir}"
+        if Path(cfg.out_dir).resolve() != Path(cfg.run_dir, "sae").resolve():
+            arguments += f" sae.path={cfg.out_dir}"
+        if cfg.store.url != f"{cfg.run_dir}/store":
+            arguments += f" store.url={cfg.store.url}"
+        return arguments
 
     def _find_start(self) -> Start:
         """The stores as frozen now, or the checkpoint to continue from and the stores as frozen then."""
@@ -139,7 +150,11 @@ class Run:
             sae.initialise(statistics, sample)
         sae = self.layout.distribute(sae.to(self.world.device))
         optimiser = SAEAdam(
-            sae, cfg.optim.lr, betas=(cfg.optim.beta1, cfg.optim.beta2), eps=cfg.optim.eps, clip_norm=cfg.optim.clip_norm
+            sae,
+            cfg.optim.lr,
+            betas=(cfg.optim.beta1, cfg.optim.beta2),
+            eps=cfg.optim.eps,
+            clip_norm=cfg.optim.clip_norm,
         )
         stream = TokenStream(
             self.data,
@@ -153,6 +168,121 @@ class Run:
             pool_device=self._pool_device(),
         )
         stream.stop_at(*self.length.end)
-        return Trainer(
-            sae, optimiser, self.rate, stream, self.hook, self.layout, micro_batch=cfg.optim.micro_batch
+        return Trainer(sae, optimiser, self.rate, stream, self.hook, self.layout, micro_batch=cfg.optim.micro_batch)
+
+    def _pool_device(self) -> torch.device:
+        """Where contexts are mixed: on the GPU where it is asked for, or where they fit easily."""
+        place, device = self.cfg.stream.buffer, self.world.device
+        if place is BufferPlace.device and device.type != "cuda":
+            raise GranaryError(f"stream.buffer=device needs a GPU, the device is {device.type}: use auto or host")
+        if device.type != "cuda" or place is BufferPlace.host:
+            return torch.device("cpu")
+        context_bytes = self.data.seq_len * self.d_model * self.read_dtype.itemsize
+        most = context_bytes * self.order.lanes * self.order.mix_contexts // self.layout.stream_world
+        most += int(self.cfg.stream.prefetch_gib * GIB) // self.layout.stream_world
+        free, _ = torch.cuda.mem_get_info(device)
+        return device if place is BufferPlace.device or most <= free // 4 else torch.device("cpu")
+
+    def _announce(self) -> None:
+        """Say what will be done and written, and refuse when the disk has no room for it."""
+        if not self.world.is_main:
+            return
+        sae, length = self.sae_config, self.length
+        parameters = sae.d_latent * (2 * sae.d_model + 1) + sae.d_model
+        on_disk = (3 * (self.cfg.checkpoint.keep + 1) + 1) * 4 * parameters
+        self.folder.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(self.folder).free
+        log.info(
+            "data: %s trainable tokens of %s (d_model %d) in %s contexts of %d",
+            f"{self.data.num_tokens:,}",
+            self.hook,
+            self.d_model,
+            f"{self.data.num_contexts:,}",
+            self.data.seq_len,
         )
+        log.info(
+            "SAE: %s, k %d, %s latents, %s parameters", sae.activation, sae.k, f"{sae.d_latent:,}", f"{parameters:,}"
+        )
+        log.info(
+            "run: %s steps of %s tokens, %s in all (%.2f epochs) on %d x %s",
+            f"{length.steps:,}",
+            f"{self.order.batch_size:,}",
+            f"{length.tokens:,}",
+            length.tokens / self.data.num_tokens,
+            self.world.size,
+            self.world.device.type,
+        )
+        log.info(
+            "disk: up to %.1f MiB of checkpoints and weights in %s (%.1f GiB free)",
+            on_disk / 2**20,
+            self.folder,
+            free / GIB,
+        )
+        if on_disk > free:
+            raise GranaryError(
+                f"{self.folder} has {free / GIB:.1f} GiB free, checkpoints need up to {on_disk / GIB:.1f} GiB: "
+                "lower checkpoint.keep or choose another out_dir"
+            )
+        OmegaConf.save(OmegaConf.create(self.config), self.folder / "train.yaml")
+
+    def _train(self, trainer: Trainer, stop: StopRequest) -> str | None:
+        """All steps that are left; the name of the signal when one ended them early."""
+        total = self.length.steps
+        save_every = length_in_steps(self.cfg.checkpoint.every, total, "checkpoint.every")
+        with ExitStack() as stack:
+            loggers = []
+            if self.world.is_main:
+                loggers = make_loggers(
+                    self.cfg.logger,
+                    self.folder,
+                    first_step=trainer.progress.step,
+                    run_id=run_id(self.folder, self.identity),
+                    name=self.cfg.name,
+                    config=self.config,
+                )
+            for logger in loggers:
+                stack.callback(logger.close)
+            enabled = self.cfg.logger.progress and self.world.is_main
+            bar = stack.enter_context(
+                closing(ProgressBar(self.length.tokens, trainer.progress.tokens, enabled=enabled))
+            )
+            trainer.reset_clock()
+            for batch in trainer.stream:
+                stop.post()
+                trainer.step(batch)
+                step = trainer.progress.step
+                bar.advance(batch.num_tokens)
+                if step % self.cfg.logger.every == 0 or step == total:
+                    metrics = trainer.read_metrics()
+                    bar.show(metrics)
+                    for logger in loggers:
+                        logger.write(metrics)
+                halt = stop.agreed()
+                if step == total or halt or (save_every and step % save_every == 0):
+                    trainer.check_finite()
+                    self.checkpoints.save(step, trainer.tensors(), self._state(trainer))
+                if halt and step < total:
+                    self.checkpoints.wait()
+                    return stop.received or "a signal to another process"
+            self.checkpoints.wait()
+        return None
+
+    def _state(self, trainer: Trainer) -> dict[str, Any]:
+        """What a checkpoint holds beside tensors."""
+        return {
+            **trainer.state(),
+            "identity": self.identity,
+            "config": self.config,
+            "stores": [part.record() for part in self.start.stores],
+            "world": self.world.size,
+            "versions": versions(),
+        }
+
+    def _finish(self, trainer: Trainer) -> None:
+        """Export the SAE and draw the curves."""
+        if self.world.is_main:
+            record = provenance(
+                self.start.stores, self.hook, self.identity, trainer.progress.step, trainer.progress.tokens
+            )
+            trainer.sae.save_pretrained(self.folder, record)
+            draw_curves(self.folder)

@@ -3,6 +3,7 @@
 Shape letters: N rows of this rank's batch, D d_model, K picks per token, F latents, R dead latents.
 """
 
+import math
 import time
 from dataclasses import dataclass, field
 from typing import Any
@@ -83,7 +84,8 @@ class Trainer:
             self._dead_R = self.dead_now_F.nonzero().squeeze(1)
         rows_N_D = batch.activations[self.hook]
         self.optimiser.zero_grad()
-        picks = [self._backward(part, batch.num_tokens) for part in rows_N_D.split(self.micro_batch or len(rows_N_D) or 1)]
+        parts = torch.split(rows_N_D, self.micro_batch or max(len(rows_N_D), 1))
+        picks = [self._backward(part, batch.num_tokens) for part in parts]
         self.grad_norm = self.layout.reduce_gradients(self.optimiser)
         self.optimiser.step(self.rate.at(self.progress.step), self.grad_norm)
         self.dead.update(torch.cat(picks), batch.num_tokens, self.layout.merge_fired)
@@ -111,19 +113,24 @@ class Trainer:
             "wait_share": float(waited) / self.world.size / elapsed,
         }
         self.reset_clock()
-        self.check_finite(means["loss"], line["grad_norm"])
+        self.check_finite(means["loss"])
         return line
 
     def reset_clock(self) -> None:
         """Begin to measure speed anew, after something that is not training."""
         self._stopwatch = Stopwatch(time.perf_counter(), self.progress.tokens, self.stream.wait_seconds)
 
-    def check_finite(self, loss: float, grad_norm: float) -> None:
-        """Raise GranaryError, with what to do, when training has diverged."""
-        if not (abs(loss) < float("inf") and abs(grad_norm) < float("inf")):
+    def check_finite(self, loss: float = 0.0) -> None:
+        """Raise GranaryError, with what to do, when training has diverged; the same on every rank.
+
+        A loss that is not finite on one rank makes the summed gradient not finite on all.
+        """
+        grad_norm = float(self.grad_norm)
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             raise GranaryError(
-                f"the loss is {loss} and the gradient norm {grad_norm} at step {self.progress.step}: lower optim.lr or "
-                "optim.clip_norm, or look for outliers with stream.max_norm_multiple; the last checkpoint is intact"
+                f"training diverged by step {self.progress.step} (loss {loss}, gradient norm {grad_norm}): lower "
+                "optim.lr or optim.clip_norm, or leave out outliers with stream.max_norm_multiple; the last checkpoint "
+                "is intact"
             )
 
     def tensors(self) -> dict[str, Tensor]:
@@ -152,6 +159,6 @@ class Trainer:
         if not len(rows_N_D):
             return self._dead_R.new_empty(0, 1)
         losses = self.layout.losses(self.sae, rows_N_D, self._dead_R)
-        (losses.total * (len(rows_N_D) / batch_tokens)).backward()
+        torch.autograd.backward(losses.total * (len(rows_N_D) / batch_tokens))
         self.window.add({**losses.metrics, "loss": losses.total.detach()}, len(rows_N_D))
         return losses.latents.indices

@@ -20,7 +20,7 @@ class _PickedPreactivations(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        x_ND: torch.Tensor,
+        centred_ND: torch.Tensor,
         b_pre_D: torch.Tensor | None,
         W_enc_FD: torch.Tensor,
         b_enc_F: torch.Tensor,
@@ -29,21 +29,18 @@ class _PickedPreactivations(torch.autograd.Function):
         order: PairOrder,
         kernels: str,
     ) -> torch.Tensor:
-        ctx.save_for_backward(x_ND, b_pre_D, W_enc_FD, indices_NK)
+        ctx.save_for_backward(centred_ND, W_enc_FD, indices_NK)
         ctx.order, ctx.kernels = order, kernels
         return values_NK.view_as(values_NK)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dz_NK: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x_ND, b_pre_D, W_enc_FD, indices_NK = ctx.saved_tensors
+        centred_ND, W_enc_FD, indices_NK = ctx.saved_tensors
         num_latents, options = W_enc_FD.shape[0], {"kernels": ctx.kernels}
         need_x, need_pre, need_W, need_b = ctx.needs_input_grad[:4]
         dx_ND = decode_forward(dz_NK, indices_NK, W_enc_FD, **options) if need_x else None
-        dW_FD = None
-        if need_W:
-            centred_ND = x_ND if b_pre_D is None else x_ND - b_pre_D
-            dW_FD = row_grad(dz_NK, indices_NK, centred_ND, num_latents, ctx.order, **options)
+        dW_FD = row_grad(dz_NK, indices_NK, centred_ND, num_latents, ctx.order, **options) if need_W else None
         db_F = db_pre_D = None
         if need_b or need_pre:
             db_F = latent_sum(dz_NK, indices_NK, num_latents, ctx.order, **options)
@@ -83,7 +80,7 @@ class _SparseDecode(torch.autograd.Function):
 
 
 def attach_encoder(
-    x_ND: torch.Tensor,
+    centred_ND: torch.Tensor,
     b_pre_D: torch.Tensor | None,
     W_enc_FD: torch.Tensor,
     b_enc_F: torch.Tensor,
@@ -93,13 +90,15 @@ def attach_encoder(
     *,
     kernels: str = "auto",
 ) -> torch.Tensor:
-    """Selected values as a differentiable function of the encoder: ``z = (x - b_pre) W_enc^T + b_enc`` at the picks.
+    """Selected values as a differentiable function of the encoder: ``z = centred W_enc^T + b_enc`` at the picks.
 
     `values_NK` must be z at `indices_NK` where the index is >= 0; a pick with index -1 passes no gradient, which is
-    what ReLU's zeroed picks need. Gradients flow to x, b_pre, W_enc and b_enc, each only if it is asked for.
+    what ReLU's zeroed picks need. Gradients flow to centred, W_enc and b_enc, each only if it is asked for. Where
+    ``centred = x - b_pre``, pass centred without b_pre's history and b_pre beside it: its gradient then costs one
+    matrix-vector product instead of an [N, D] gradient.
     """
     result: torch.Tensor = _PickedPreactivations.apply(
-        x_ND, b_pre_D, W_enc_FD, b_enc_F, values_NK, indices_NK, order, kernels
+        centred_ND, b_pre_D, W_enc_FD, b_enc_F, values_NK, indices_NK, order, kernels
     )
     return result
 

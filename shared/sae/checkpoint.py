@@ -44,9 +44,7 @@ def save(folder: Path, config: SAEConfig, tensors: dict[str, torch.Tensor], prov
         config_tmp.unlink(missing_ok=True)
 
 
-def load(
-    folder: Path, device: str | torch.device = "cpu"
-) -> tuple[SAEConfig, dict[str, torch.Tensor], dict[str, Any]]:
+def load(folder: Path, device: str | torch.device = "cpu") -> tuple[SAEConfig, dict[str, torch.Tensor], dict[str, Any]]:
     """Config, tensors and provenance of a folder; raises GranaryError when a file is missing, torn or foreign."""
     config, provenance, text = _read_config(folder)
     weights = folder / WEIGHTS_FILE

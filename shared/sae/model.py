@@ -1,6 +1,7 @@
 """The sparse autoencoder.
 
-    x~ = normalise(x);  z = W_enc (x~ - b_dec) + b_enc;  f = activation(z);  x^ = denormalise(sum_i f_i W_dec[i] + b_dec)
+    x~ = normalise(x);  z = W_enc (x~ - b_dec) + b_enc;  f = activation(z)
+    x^ = denormalise(sum_i f_i W_dec[i] + b_dec)
 
 Shapes: N tokens, D d_model, F latents, K picks per token, R dead latents. W_enc and W_dec are both [F, D], one row per
 latent; the rows of W_dec have unit norm. Parameters are float32; inputs of any float type are upcast.
@@ -123,26 +124,29 @@ class SAE(nn.Module):
             width = min(config.multi_topk_factor * k, config.d_latent) if config.multi_topk_weight > 0 else k
             values_NK, indices_NK = self.activation.select(self, centred_ND, width)
         order = PairOrder(indices_NK, config.d_latent)
-        b_pre_D = self.b_dec if config.pre_bias else None
         values_NK = attach_encoder(
-            x_ND, b_pre_D, self.W_enc, self.b_enc, values_NK, indices_NK, order, kernels=self.kernels
+            centred_ND,
+            self.b_dec if config.pre_bias else None,
+            self.W_enc,
+            self.b_enc,
+            values_NK,
+            indices_NK,
+            order,
+            kernels=self.kernels,
         )
         weight_D = reconstruction_weight(self.input_variance, config.loss)
-
         metrics: dict[str, torch.Tensor] = {}
-        multi = None
-        if width > k:
-            main_indices = indices_NK[:, :k].contiguous()
-            main_values = values_NK[:, :k]
-            error_multi = self._reconstruct(values_NK, indices_NK, order) - x_ND
-            multi = weighted_square_error(error_multi, weight_D)
-            error_ND = self._reconstruct(main_values, main_indices, PairOrder(main_indices, config.d_latent)) - x_ND
-        else:
-            main_indices, main_values = indices_NK, values_NK
-            error_ND = self._reconstruct(values_NK, indices_NK, order) - x_ND
+
+        main_values, main_indices = values_NK[:, :k], indices_NK[:, :k]
+        # Without extra picks the encoder and the decoder share one sort of the pairs.
+        main_order = order if width == k else PairOrder(main_indices, config.d_latent)
+        error_ND = self._decode_picks(main_values, main_indices, main_order) + self.b_dec - x_ND
         reconstruction = weighted_square_error(error_ND, weight_D)
         total = reconstruction
-        if multi is not None:
+        if width > k:
+            extra_indices = indices_NK[:, k:]
+            extra_ND = self._decode_picks(values_NK[:, k:], extra_indices, PairOrder(extra_indices, config.d_latent))
+            multi = weighted_square_error(error_ND + extra_ND, weight_D)
             total = total + config.multi_topk_weight * multi
             metrics["multi_topk"] = multi.detach()
 
@@ -167,8 +171,8 @@ class SAE(nn.Module):
             metrics=metrics,
         )
 
-    def _reconstruct(self, values_NK: torch.Tensor, indices_NK: torch.Tensor, order: PairOrder) -> torch.Tensor:
-        return sparse_decode(values_NK, indices_NK, self.W_dec, order, kernels=self.kernels) + self.b_dec
+    def _decode_picks(self, values_NK: torch.Tensor, indices_NK: torch.Tensor, order: PairOrder) -> torch.Tensor:
+        return sparse_decode(values_NK, indices_NK, self.W_dec, order, kernels=self.kernels)
 
     def _auxk(
         self, residual_ND: torch.Tensor, centred_ND: torch.Tensor, dead: torch.Tensor | None
@@ -179,7 +183,12 @@ class SAE(nn.Module):
         if dead_R.numel() == 0:
             return None
         return auxk_loss(
-            residual_ND, centred_ND, self.W_enc[dead_R], self.b_enc[dead_R], self.W_dec[dead_R], self.config.num_aux
+            residual_ND,
+            centred_ND,
+            self.W_enc.index_select(0, dead_R),
+            self.b_enc.index_select(0, dead_R),
+            self.W_dec.index_select(0, dead_R),
+            self.config.num_aux,
         )
 
     # ---- initialisation ------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal, Self
 import numpy as np
 import numpy.typing as npt
 import torch
-from zarr.core.dtype.common import DataTypeValidationError, HasItemSize
+from zarr.core.dtype.common import DataTypeValidationError, HasEndianness, HasItemSize
 from zarr.dtype import ZDType, data_type_registry
 
 from shared.errors import GranaryError
@@ -52,10 +52,12 @@ def scales_per_row(d_model: int) -> int:
     return math.ceil(d_model / INT8_BLOCK)
 
 
-class BFloat16Bits(ZDType[np.dtypes.UInt16DType, np.uint16], HasItemSize):
+@dataclass(frozen=True, kw_only=True)
+class BFloat16Bits(ZDType[np.dtypes.UInt16DType, np.uint16], HasEndianness, HasItemSize):
     """Zarr's ``bfloat16``, in memory the uint16 bit pattern.
 
     Never inferred from a numpy dtype, so real uint16 arrays stay uint16: it is found by its name in ``zarr.json`` only.
+    `HasEndianness` makes the bytes codec say "little", which tensorstore insists on.
     """
 
     dtype_cls = np.dtypes.UInt16DType

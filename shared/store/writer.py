@@ -213,9 +213,9 @@ class ShardWriter:
             if not chosen.all():
                 values = values[chosen]
             if converted:
-                difference = source[block].float().numpy()[chosen] - values
-                error = float(np.einsum("nd,nd->", difference, difference, dtype=np.float64))
-                statistics.norms.squared_error += error if np.isfinite(error) else 0.0  # refused just below
+                with np.errstate(invalid="ignore"):  # inf - inf: refused just below
+                    difference = source[block].float().numpy()[chosen] - values
+                statistics.norms.squared_error += float(np.einsum("nd,nd->", difference, difference, dtype=np.float64))
             if not statistics.add_block(values):
                 self._require_finite(source[block].float().numpy(), chosen, hook, context, start)
                 raise GranaryError(

@@ -49,6 +49,6 @@ def stream_length(
         steps += batches
         seen += min(batches * order.batch_size, given)
         last = batches < plan.num_batches
-        if tokens is not None and seen >= tokens or epochs is not None and epoch + 1 >= epochs:
+        if (tokens is not None and seen >= tokens) or (epochs is not None and epoch + 1 >= epochs):
             return StreamLength(steps, seen, (epoch, batches) if last else (epoch + 1, 0))
         epoch += 1

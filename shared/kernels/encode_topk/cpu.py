@@ -7,9 +7,7 @@ import torch
 TILE_ELEMENTS = 1 << 22
 
 
-def encode_topk(
-    x_ND: torch.Tensor, W_FD: torch.Tensor, b_F: torch.Tensor, k: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+def encode_topk(x_ND: torch.Tensor, W_FD: torch.Tensor, b_F: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     """See ``shared.kernels.encode_topk.encode_topk``."""
     num_rows, num_latents = x_ND.shape[0], W_FD.shape[0]
     tile_rows = max(1, TILE_ELEMENTS // num_latents)

@@ -1,0 +1,15 @@
+"""Entry point of training: ``python -m stage_train store.url=... sae.k=... out_dir=...``."""
+
+from shared.cli import run_stage
+from stage_train.config import TrainSchema, register
+
+
+def main(cfg: TrainSchema) -> None:
+    """Train as `cfg` says; the heavy imports wait until the configuration is known to be sound."""
+    from stage_train.run import main as train
+
+    train(cfg)
+
+
+register()
+run_stage(main, "train")
