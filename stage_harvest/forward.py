@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from shared.hookpoint import HookPoint
-from shared.lm import capture, segment_positions
+from shared.lm import capture, packed_inputs
 
 # Enough rows to keep the matrix products busy on a CPU and on a large GPU alike.
 FORWARD_TOKENS = 4096
@@ -39,14 +39,14 @@ class ShardForward:
         batch_contexts: int,
         device: torch.device,
     ) -> None:
-        """`isolated` keeps attention inside documents (see `shared.lm.positions`)."""
+        """`isolated` keeps attention inside documents (see `shared.lm.packed`)."""
         self.trunk = trunk
         self.hooks = list(hooks)
         self.isolated = isolated
         self.batch_contexts = batch_contexts
         self.device = device
         # Copies to the host run beside the next forward.
-        self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._copies = _new_stream(device) if device.type == "cuda" else None
 
     def run(
         self,
@@ -64,17 +64,14 @@ class ShardForward:
                 rows = slice(start, min(start + self.batch_contexts, len(tokens_NT)))
                 tokens_BT = torch.from_numpy(tokens_NT[rows].astype(np.int64)).to(self.device)
                 segments_BT = torch.from_numpy(segments_NT[rows].astype(np.int64)).to(self.device)
-                positions_BT = segment_positions(segments_BT) if self.isolated else None
-                # No attention mask: transformers takes document borders from positions only in its absence, and
-                # padding lies behind all tokens, where causal attention keeps it from them.
-                self.trunk(input_ids=tokens_BT, position_ids=positions_BT, use_cache=False)
+                # Padding needs no mask: it lies behind all tokens, where causal attention keeps it from them.
+                self.trunk(**packed_inputs(self.trunk, tokens_BT, segments_BT, isolated=self.isolated))
                 for hook in self.hooks:
                     self._copy(captured.pop(hook), out[str(hook)][rows])
                 progress(len(tokens_BT))
         if self._copies is None:
             return None
-        event = torch.cuda.Event()
-        event.record(self._copies)
+        event: torch.cuda.Event = self._copies.record_event()
         return event
 
     def _copy(self, activation_BTD: Tensor, out_BTD: Tensor) -> None:
@@ -86,3 +83,7 @@ class ShardForward:
         with torch.cuda.stream(self._copies):
             out_BTD.copy_(converted, non_blocking=True)
         converted.record_stream(self._copies)
+
+
+def _new_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]

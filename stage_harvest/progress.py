@@ -10,7 +10,8 @@ import time
 from datetime import timedelta
 from typing import Any
 
-from torch.distributed import PrefixStore, distributed_c10d
+from torch.distributed import distributed_c10d
+from torch.distributed.distributed_c10d import PrefixStore
 from tqdm import tqdm
 
 from shared.parallel import World

@@ -57,6 +57,14 @@ class WandbMode(Enum):
 
 
 @dataclass(kw_only=True)
+class FurtherStore:
+    """A store that is read together with the first."""
+
+    url: str = MISSING
+    weight: float = MISSING
+
+
+@dataclass(kw_only=True)
 class StoreInput:
     """Which activations to train on."""
 
@@ -64,8 +72,8 @@ class StoreInput:
     """Folder or fsspec URL of an activation store. It need not be complete: what is committed now is used."""
     weight: float = MISSING
     """Times each of its tokens is read per epoch."""
-    others: dict[str, float] = field(default_factory=dict)
-    """Further stores with their weights, read as one with the first: '{"s3://bucket/store": 0.5}'."""
+    others: list[FurtherStore] = MISSING
+    """Further stores, read as one with the first: 'store.others=[{url:s3://bucket/store,weight:0.5}]'."""
 
 
 @dataclass(kw_only=True)

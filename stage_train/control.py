@@ -45,7 +45,12 @@ class StopRequest:
             self._exchange = dist.all_reduce(self._flag, dist.ReduceOp.MAX, group=self._group, async_op=True)
 
     def agreed(self) -> bool:
-        """Whether any rank's flag was set when it was posted; call at the end of the same step."""
+        """Whether any rank's flag was set when it was posted; call at the end of the same step.
+
+        In a world of one, whether it is set now.
+        """
+        if self._group is None:
+            return self.received is not None
         if self._exchange is not None:
             self._exchange.wait()
             self._exchange = None

@@ -38,13 +38,13 @@ class FrozenStore:
         }
 
 
-def freeze(urls: Mapping[str, float], world: World) -> list[FrozenStore]:
+def freeze(urls: Sequence[tuple[str, float]], world: World) -> list[FrozenStore]:
     """Open stores and take their committed training shards; rank 0's listing holds for all ranks.
 
     Raises GranaryError for a missing store, one without a committed training shard, and a weight that is not positive.
     """
     frozen = []
-    for url, weight in urls.items():
+    for url, weight in urls:
         if not weight > 0:
             raise GranaryError(f"store weight {weight} of {url}: it must be above 0")
         store = Store.open(url)
@@ -58,7 +58,7 @@ def freeze(urls: Mapping[str, float], world: World) -> list[FrozenStore]:
     return frozen
 
 
-def refreeze(urls: Mapping[str, float], records: Sequence[Mapping[str, Any]]) -> list[FrozenStore]:
+def refreeze(urls: Sequence[tuple[str, float]], records: Sequence[Mapping[str, Any]]) -> list[FrozenStore]:
     """The shards that a checkpoint names, from stores that may have moved or grown since.
 
     Raises GranaryError when a store no longer holds the same activations.
@@ -66,7 +66,7 @@ def refreeze(urls: Mapping[str, float], records: Sequence[Mapping[str, Any]]) ->
     if len(urls) != len(records):
         raise GranaryError(f"the checkpoint was trained on {len(records)} stores, the configuration has {len(urls)}")
     frozen = []
-    for (url, weight), record in zip(urls.items(), records, strict=True):
+    for (url, weight), record in zip(urls, records, strict=True):
         part = FrozenStore(Store.open(url), weight, tuple(record["shards"]))
         if weight != record["weight"]:
             raise GranaryError(f"store weight of {url} was {record['weight']}, is {weight}: use the same to continue")

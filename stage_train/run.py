@@ -127,7 +127,8 @@ class Run:
 
     def _find_start(self) -> Start:
         """The stores as frozen now, or the checkpoint to continue from and the stores as frozen then."""
-        urls = {self.cfg.store.url: self.cfg.store.weight, **self.cfg.store.others}
+        first = self.cfg.store
+        urls = [(first.url, first.weight), *((other.url, other.weight) for other in first.others)]
         mode = self.cfg.checkpoint.resume
         if mode is Resume.never:
             self.checkpoints.clear()

@@ -30,6 +30,7 @@ from transformers import (
 
 from shared.bundled import stdlib
 from shared.bundled.measure import (
+    POSITION_CONTEXTS,
     TokenArray,
     loss_by_position,
     next_token_loss,
@@ -49,9 +50,6 @@ _WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-
-_POSITION_CONTEXTS = 16
-"""Contexts of held-out text whose loss is measured by position, eight times over."""
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -221,7 +219,7 @@ def figures(model: LlamaForCausalLM, train_N: TokenArray, heldout_N: TokenArray,
         "heldout_split_tokens": len(heldout_N),
         "heldout_loss": round(float(next_token_loss(model, contexts_CT).mean()), 4),
         "heldout_unigram_entropy": round(unigram_entropy(contexts_CT), 4),
-        "heldout_loss_by_position": loss_by_position(model, heldout_N[: _POSITION_CONTEXTS * length], length),
+        "heldout_loss_by_position": loss_by_position(model, heldout_N[: POSITION_CONTEXTS * length], length),
     }
 
 

@@ -18,6 +18,9 @@ TokenArray = npt.NDArray[np.int32]
 POSITION_BUCKETS: tuple[tuple[int, int], ...] = ((1, 128), (128, 512), (512, 1024), (1024, 2048), (2048, 4096))
 """Half-open ranges of the predicted token's position in its context; position 0 has no prediction."""
 
+POSITION_CONTEXTS = 16
+"""Contexts of held-out text whose loss `training.json` gives by position; each is read once per rotation."""
+
 
 def token_stream(tokenizer: PreTrainedTokenizerBase, corpus: Iterable[Document]) -> TokenArray:
     """The corpus as one int32 [N] stream, `[BOS] doc [BOS] doc ...`, in the order given."""

@@ -12,6 +12,7 @@ import transformers
 from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
 from shared.bundled import stdlib
+from shared.bundled.measure import POSITION_CONTEXTS
 
 
 def provenance(command: str) -> dict[str, Any]:
@@ -42,6 +43,7 @@ def provenance(command: str) -> dict[str, Any]:
 def model_card(record: dict[str, Any]) -> str:
     """The README.md of the model's folder, from what `training.json` says."""
     recipe = record["recipe"]
+    position_tokens = POSITION_CONTEXTS * recipe["max_position_embeddings"]
     rows = "\n".join(f"| {bucket} | {loss:.3f} |" for bucket, loss in record["heldout_loss_by_position"].items())
     return f"""# Bundled LLaMA
 
@@ -66,7 +68,8 @@ On the held-out split ({record["heldout_split_tokens"]:,} tokens in files the mo
 | loss | {record["heldout_loss"]:.3f} |
 | unigram entropy of the same tokens | {record["heldout_unigram_entropy"]:.3f} |
 
-By position in the context, every token counted once in each part of it:
+By position in the context, on {position_tokens:,} of these tokens packed in eight ways, so that each bucket from 512 on
+averages over the same ones:
 
 | position | nats per token |
 |---|---|

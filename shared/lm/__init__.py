@@ -6,7 +6,7 @@ This is the only package that knows how Hugging Face models are built inside.
 from shared.lm.checkpoint import ModelIdentity, load_config, model_identity, resolve_model
 from shared.lm.hooks import capture, check_hooks, decoder_blocks, needed_depth, splice
 from shared.lm.load import load_causal_lm, load_trunk
-from shared.lm.positions import segment_positions
+from shared.lm.packed import packed_inputs, segment_positions
 from shared.lm.tokenizer import SpecialIds, load_tokenizer, special_ids, tokenizer_hash
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "load_trunk",
     "model_identity",
     "needed_depth",
+    "packed_inputs",
     "resolve_model",
     "segment_positions",
     "special_ids",

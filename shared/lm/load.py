@@ -10,6 +10,7 @@ from transformers import AutoModel, AutoModelForCausalLM, PretrainedConfig, PreT
 from shared.errors import GranaryError
 from shared.lm.checkpoint import load_config, quiet_transformers, resolve_model
 from shared.lm.hooks import decoder_blocks, final_norm
+from shared.lm.packed import DOCUMENT_SDPA
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -77,6 +78,10 @@ def _load(
     attn_implementation: str,
 ) -> PreTrainedModel:
     config.use_cache = False
+    if attn_implementation == "sdpa":
+        # Plain sdpa silently leaves out Gemma 2's softcapping of the attention scores; ours is sdpa with documents.
+        softcapped = getattr(config, "attn_logit_softcapping", None) is not None
+        attn_implementation = "eager" if softcapped else DOCUMENT_SDPA
     with quiet_transformers():
         try:
             model, report = auto_class.from_pretrained(
@@ -87,7 +92,7 @@ def _load(
                 use_safetensors=True,
                 output_loading_info=True,
             )
-        except (ValueError, ImportError) as error:
+        except (ValueError, ImportError) as error:  # unknown attention or quantisation, or a package it needs
             raise GranaryError(f"model {path} can't be loaded: {str(error).splitlines()[0]}") from error
     missing = sorted(report["missing_keys"])
     if missing:

@@ -211,13 +211,13 @@ class SAE(nn.Module):
             mean_D = torch.as_tensor(statistics.mean).to(self.input_mean)
             variance_D = torch.as_tensor(statistics.var).to(self.input_mean)
             mean_norm = float(statistics.mean_norm)
+        if float(variance_D.sum()) == 0:
+            raise GranaryError("all activations are equal: there is nothing to reconstruct")
         self._set_normalisation(mean_D, variance_D, mean_norm)
 
         normal_MD, _, _ = self.normalise(sample_MD)
         if self.config.normalisation == "layer_norm":
             self.input_variance.copy_(normal_MD.var(0, correction=0))
-        if float(self.input_variance.sum()) == 0:
-            raise GranaryError("all activations in the sample are equal: there is nothing to reconstruct")
         self.b_enc.zero_()
         if self.config.bias_init == "zero":
             self.b_dec.zero_()

@@ -4,9 +4,10 @@ An extent is a run of whole shards with a plan of its own. Its records are the c
 first, and the token record, put when all its tokens, masks and segments are written.
 """
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from hashlib import sha256
 from typing import Any, Self
 
 import numpy as np
@@ -15,8 +16,7 @@ import numpy.typing as npt
 from shared.errors import GranaryError
 from shared.store import layout
 from shared.store.buffers import Buffer
-from shared.store.checksum import crc32c
-from shared.store.integrity import object_crc32c
+from shared.store.integrity import object_sha256
 from shared.store.layout import StorePlan
 from shared.store.manifest import seal, unseal
 from shared.store.metadata import metadata_documents
@@ -58,11 +58,12 @@ class Extent:
         return range(start, min(start + self.plan.shard_contexts, self.end_context))
 
     @classmethod
-    def planned(cls, first_shard: int, plan: StorePlan) -> Self:
-        """The extent that `plan` makes behind `first_shard` shards."""
+    def planned(cls, plan: StorePlan, earlier: Sequence["Extent"] = ()) -> Self:
+        """The extent that `plan` makes behind those that exist."""
+        first_shard = earlier[-1].end_shard if earlier else 0
         num_contexts = first_shard * plan.shard_contexts + plan.num_contexts
-        documents = metadata_documents(plan, num_contexts, first_shard + plan.num_shards)
-        return cls(first_shard, plan, documents)
+        plans = [extent.plan for extent in earlier] + [plan]
+        return cls(first_shard, plan, metadata_documents(plans, num_contexts, first_shard + plan.num_shards))
 
     def to_bytes(self) -> bytes:
         return seal(
@@ -91,10 +92,10 @@ class TokenRecord:
     """Bytes and checksums of the token, mask and segment objects of an extent."""
 
     sizes: dict[str, list[int]]
-    crcs: dict[str, list[int]]
+    sha256: dict[str, list[str]]
 
     def to_bytes(self) -> bytes:
-        return seal({"sizes": self.sizes, "crcs": self.crcs})
+        return seal({"sizes": self.sizes, "sha256": self.sha256})
 
     @classmethod
     def from_bytes(cls, data: bytes, key: str) -> Self:
@@ -118,7 +119,7 @@ def write_extent(io: ObjectIO, extent: Extent, tokens: Any, mask: Any, segments:
         put_same(io, key, text.encode(), replace=extent.first_shard > 0)
     jobs = [(name, shard) for shard in range(extent.first_shard, extent.end_shard) for name in sources]
 
-    def write(job: tuple[str, int]) -> tuple[int, int]:
+    def write(job: tuple[str, int]) -> tuple[int, str]:
         name, shard = job
         rows = [context - extent.first_context for context in extent.contexts(shard)]
         return write_token_object(io, extent.plan, name, shard, sources[name][rows[0] : rows[-1] + 1])
@@ -126,13 +127,13 @@ def write_extent(io: ObjectIO, extent: Extent, tokens: Any, mask: Any, segments:
     with ThreadPoolExecutor(TOKEN_THREADS, thread_name_prefix="granary-tokens") as pool:
         figures = list(pool.map(write, jobs))
     record = TokenRecord({name: [] for name in sources}, {name: [] for name in sources})
-    for (name, _), (size, crc) in zip(jobs, figures, strict=True):
+    for (name, _), (size, digest) in zip(jobs, figures, strict=True):
         record.sizes[name].append(size)
-        record.crcs[name].append(crc)
+        record.sha256[name].append(digest)
     put_same(io, layout.extent_tokens_key(extent.first_shard), record.to_bytes())
 
 
-def write_token_object(io: ObjectIO, plan: StorePlan, name: str, shard: int, rows: npt.NDArray[Any]) -> tuple[int, int]:
+def write_token_object(io: ObjectIO, plan: StorePlan, name: str, shard: int, rows: npt.NDArray[Any]) -> tuple[int, str]:
     """One shard of tokens, mask or segments [n, T], one chunk per context; returns its bytes and checksum."""
     stored = np.ascontiguousarray(rows, dtype=TOKEN_TYPES[name])
     if not np.array_equal(stored, rows):
@@ -142,7 +143,7 @@ def write_token_object(io: ObjectIO, plan: StorePlan, name: str, shard: int, row
     parts.append(encode_index([chunk.num_bytes for chunk in chunks], plan.shard_contexts))
     data = b"".join(parts)
     put_same(io, layout.object_key(name, shard, 2), data)
-    return len(data), crc32c(data)
+    return len(data), sha256(data).hexdigest()
 
 
 def put_same(io: ObjectIO, key: str, data: bytes, *, replace: bool = False) -> None:
@@ -150,15 +151,14 @@ def put_same(io: ObjectIO, key: str, data: bytes, *, replace: bool = False) -> N
     if io.put(key, [data], replace=replace):
         return
     size = io.size(key)
-    if size != len(data) or object_crc32c(io, key, size) != crc32c(data):
+    if size != len(data) or object_sha256(io, key, size) != sha256(data).hexdigest():
         raise GranaryError(
             f"{io.url}/{key} exists with other content: it belongs to another harvest; choose another store.url, or "
             "delete the folder if it is a broken leftover"
         )
 
 
-def read_extents(io: ObjectIO, run: Callable[..., Any] = map) -> list[Extent]:
+def read_extents(io: ObjectIO) -> list[Extent]:
     """All extents in shard order; empty where the URL holds no store."""
     keys = [key for key in sorted(io.listing("extents")) if not key.endswith(".tokens.json")]
-    extents: list[Extent] = list(run(lambda key: Extent.from_bytes(io.get(key), key), keys))
-    return extents
+    return [Extent.from_bytes(io.get(key), key) for key in keys]

@@ -1,5 +1,7 @@
 """Is an object still what its record says? Used by verify, and by a writer that finds its key taken."""
 
+import hashlib
+
 from shared.errors import GranaryError
 from shared.store.checksum import CRC_BYTES, crc32c, crc_from_bytes
 from shared.store.objectio import ObjectIO, ObjectMissingError
@@ -40,12 +42,15 @@ def check_array_object(io: ObjectIO, record: ArrayRecord, num_slots: int | None)
     return None
 
 
-def object_crc32c(io: ObjectIO, key: str, size: int) -> int:
-    """Checksum of a whole object of known size."""
-    crc = 0
+def object_sha256(io: ObjectIO, key: str, size: int) -> str:
+    """Hexadecimal SHA-256 of a whole object of known size.
+
+    Not a crc32c: that of bytes which end in their own crc32c, as every chunk does, is the same whatever the bytes.
+    """
+    digest = hashlib.sha256()
     buffer = memoryview(bytearray(min(READ_BYTES, size)))
     for offset in range(0, size, READ_BYTES):
         piece = buffer[: min(READ_BYTES, size - offset)]
         io.read_into(key, offset, [piece])
-        crc = crc32c(piece, crc)
-    return crc
+        digest.update(piece)
+    return digest.hexdigest()

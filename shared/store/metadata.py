@@ -26,8 +26,12 @@ ZARR_TYPES: dict[str, ZDType[Any, Any]] = {
 }
 
 
-def metadata_documents(plan: StorePlan, num_contexts: int, num_shards: int) -> dict[str, str]:
-    """Key to text of each ``zarr.json`` of a store of that many contexts, the root group's last."""
+def metadata_documents(plans: Sequence[StorePlan], num_contexts: int, num_shards: int) -> dict[str, str]:
+    """Key to text of each ``zarr.json`` of a store of that many contexts, the root group's last.
+
+    `plans` are that of the first harvest and those of the harvests that extended it.
+    """
+    plan = plans[0]
     documents: dict[str, str] = {}
 
     def add_array(path: str, **spec: Any) -> None:
@@ -62,13 +66,17 @@ def metadata_documents(plan: StorePlan, num_contexts: int, num_shards: int) -> d
             layout.statistics_path(hook), dtype="float64", fill="NaN", shape=(num_shards, 2, D), shard=None,
             chunk=(1, 2, D), names=("shard", "moment", "d_model"), attributes={"moment": ["mean", "M2"]},
         )  # fmt: skip
-    documents["zarr.json"] = _group_text(group_attributes(plan))
+    documents["zarr.json"] = _group_text(group_attributes(plans))
     return documents
 
 
-def group_attributes(plan: StorePlan) -> dict[str, Any]:
-    """What the root group says of the store: the identity, the versions, the plan's hash."""
-    return {"granary_format": layout.FORMAT_VERSION, "plan_hash": plan.hash(), **plan.to_json()}
+def group_attributes(plans: Sequence[StorePlan]) -> dict[str, Any]:
+    """What the root group says of the store: the identity, the versions, the plan's hash, and the extensions."""
+    plan, *extensions = plans
+    attributes = {"granary_format": layout.FORMAT_VERSION, "plan_hash": plan.hash(), **plan.to_json()}
+    if extensions:
+        attributes["extensions"] = [{"plan_hash": plan.hash(), **plan.to_json()} for plan in extensions]
+    return attributes
 
 
 def _array_text(

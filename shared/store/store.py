@@ -95,7 +95,7 @@ class Store:
         """
         io = open_io(url)
         key = layout.extent_key(0)
-        wanted = Extent.planned(0, plan)
+        wanted = Extent.planned(plan)
         if io.size(key) is None and is_foreign(io):
             raise GranaryError(f"{io.url} holds a Zarr group that is not a Granary store: choose another store.url")
         io.put(key, [wanted.to_bytes()])
@@ -132,7 +132,7 @@ class Store:
                 f"another extension of {io.url} was begun and not finished: run its harvest again, or remove it with "
                 f"`python -m shared.store drop-incomplete {io.url}`"
             )
-        extent = same[0] if same else Extent.planned(extents[-1].end_shard, plan)
+        extent = same[0] if same else Extent.planned(plan, extents)
         put_same(io, layout.extent_key(extent.first_shard), extent.to_bytes())
         if io.size(layout.extent_tokens_key(extent.first_shard)) is None:
             write_extent(io, extent, tokens, mask, segments)

@@ -8,12 +8,12 @@ import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from hashlib import sha256
 
 from shared.errors import GranaryError
 from shared.store import layout
-from shared.store.checksum import crc32c
 from shared.store.extent import Extent, TokenRecord, put_same, read_extents
-from shared.store.integrity import check_array_object, object_crc32c
+from shared.store.integrity import check_array_object, object_sha256
 from shared.store.manifest import DamagedObjectError, ShardRecord, unseal
 from shared.store.objectio import ObjectIO, open_io
 from shared.store.reader import TOKEN_TYPES
@@ -153,16 +153,16 @@ def _token_checks(io: ObjectIO, extent: Extent, report: VerifyReport, known: set
         report.problems.append(Problem(-1, key, str(error)))
         return
     for name, token_sizes in record.sizes.items():
-        for shard, num_bytes, crc in zip(shards, token_sizes, record.crcs[name], strict=True):
+        for shard, num_bytes, digest in zip(shards, token_sizes, record.sha256[name], strict=True):
             token_key = layout.object_key(name, shard, 2)
-            yield shard, token_key, num_bytes, _crc_check(io, token_key, num_bytes, crc)
+            yield shard, token_key, num_bytes, _sha256_check(io, token_key, num_bytes, digest)
 
 
 def _bytes_check(io: ObjectIO, key: str, data: bytes) -> Callable[[], str | None]:
-    return _crc_check(io, key, len(data), crc32c(data))
+    return _sha256_check(io, key, len(data), sha256(data).hexdigest())
 
 
-def _crc_check(io: ObjectIO, key: str, num_bytes: int, crc: int) -> Callable[[], str | None]:
+def _sha256_check(io: ObjectIO, key: str, num_bytes: int, digest: str) -> Callable[[], str | None]:
     def check() -> str | None:
         size = io.size(key)
         if size is None:
@@ -170,7 +170,7 @@ def _crc_check(io: ObjectIO, key: str, num_bytes: int, crc: int) -> Callable[[],
         if size != num_bytes:
             return f"has {size} bytes instead of {num_bytes}"
         try:
-            return None if object_crc32c(io, key, size) == crc else "fails its checksum"
+            return None if object_sha256(io, key, size) == digest else "fails its checksum"
         except GranaryError as error:
             return f"cannot be read: {error}"
 
@@ -220,8 +220,10 @@ def drop_incomplete(url: str, report: VerifyReport | None = None) -> list[str]:
             else:  # what `create` writes: without the token record it looks at each object again
                 doomed += [key for key in sizes if key.endswith(".tokens.json")]
                 doomed.append(problem.key)
-    doomed += _drop_unfinished_extensions(io, sizes)
     _delete(io, doomed)
+    unfinished = _drop_unfinished_extensions(io, sizes.keys() - set(doomed))
+    _delete(io, unfinished)
+    doomed += unfinished
     committed = {key for key in sizes if key.startswith("manifest/")} - set(doomed)
     orphans = [
         key
@@ -233,10 +235,10 @@ def drop_incomplete(url: str, report: VerifyReport | None = None) -> list[str]:
     return [key for key in dict.fromkeys(doomed + orphans + leftovers) if key in sizes or key in leftovers]
 
 
-def _drop_unfinished_extensions(io: ObjectIO, sizes: dict[str, int]) -> list[str]:
+def _drop_unfinished_extensions(io: ObjectIO, existing: set[str]) -> list[str]:
     """Keys of extensions whose tokens were never finished; puts back the metadata from before them."""
     extents = read_extents(io)
-    finished = [extent for extent in extents if layout.extent_tokens_key(extent.first_shard) in sizes]
+    finished = [extent for extent in extents if layout.extent_tokens_key(extent.first_shard) in existing]
     unfinished = [extent for extent in extents if extent.first_shard > 0 and extent not in finished]
     if not unfinished or not finished:
         return []

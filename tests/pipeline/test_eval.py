@@ -1,10 +1,14 @@
 """Evaluation end to end through its command line, on a small LLaMA whose activations are in a real store."""
 
+import io
 import json
+import logging
 import os
+import runpy
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -139,17 +143,42 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     return World(tmp_path_factory.mktemp("world"))
 
 
-def run(*arguments: str, ranks: int = 1) -> subprocess.CompletedProcess[str]:
-    launcher = ["-m", "shared.parallel.launch", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
-    command = [sys.executable, *launcher, "-m", "stage_eval", "device.name=cpu", "device.threads=1", *arguments]
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """The command line in this process: a new one would import torch and transformers for each of these tests."""
+    out, err = io.StringIO(), io.StringIO()
+    handlers, level = list(logging.root.handlers), logging.root.level
+    status: Any = 0
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+        patch.setattr(sys, "argv", ["stage_eval", "device.name=cpu", "device.threads=1", *arguments])
+        patch.setenv("COLUMNS", "160")
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        patch.setenv("HYDRA_FULL_ERROR", "1")
+        try:
+            runpy.run_module("stage_eval", run_name="__main__")
+        except SystemExit as stop:
+            status = stop.code
+        finally:
+            for handler in set(logging.root.handlers) - set(handlers):
+                handler.close()
+            logging.root.handlers, logging.root.level = handlers, level
+    return subprocess.CompletedProcess(arguments, status, out.getvalue(), err.getvalue())
+
+
+def run_processes(*arguments: str, ranks: int = 1) -> subprocess.CompletedProcess[str]:
+    """The command line as a user types it, in processes of its own."""
+    command = [sys.executable, "-m", "stage_eval", "device.name=cpu", "device.threads=1", f"nproc={ranks}", *arguments]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "HF_HUB_OFFLINE": "1", "COLUMNS": "160"}
     return subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment, cwd=REPOSITORY)
 
 
-def evaluate(out: Path, sae: Path, store: Path, *more: str, ranks: int = 1) -> dict[str, Any]:
-    done = run(f"run_dir={out}", f"sae={sae}", f"store.url={store}", *more, ranks=ranks)
+def evaluate(out: Path, sae: Path, store: Path, *more: str) -> dict[str, Any]:
+    done = run(f"run_dir={out}", f"sae={sae}", f"store.url={store}", *more)
     assert done.returncode == 0, done.stderr
-    return json.loads((out / "eval.json").read_text())
+    return read_report(out)
+
+
+def read_report(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "eval.json").read_text())
 
 
 @pytest.fixture(scope="module")
@@ -159,7 +188,7 @@ def sweep(world: World) -> dict[str, Any]:
     done = run(f"run_dir={out}", f"sae={world.root / 'saes'}", f"store.url={world.store}")
     assert done.returncode == 0, done.stderr
     names = ("identity", "zero", "mean", "k=4,expansion=2")
-    reports = {name: json.loads((world.root / "saes" / name / "eval.json").read_text()) for name in names}
+    reports = {name: read_report(world.root / "saes" / name) for name in names}
     return {"out": out, "stdout": done.stdout, "stderr": done.stderr, **reports}
 
 
@@ -271,7 +300,11 @@ def test_every_figure_equals_a_plain_recomputation(world: World, tmp_path: Path,
 
 
 def test_two_ranks_give_the_same_figures(world: World, sweep: dict[str, Any], tmp_path: Path) -> None:
-    report = evaluate(tmp_path, world.random, world.store, "batch_contexts=1", ranks=2)
+    done = run_processes(
+        f"run_dir={tmp_path}", f"sae={world.random}", f"store.url={world.store}", "batch_contexts=1", ranks=2
+    )
+    assert done.returncode == 0, done.stderr
+    report = read_report(tmp_path)
     alone = sweep["k=4,expansion=2"]
     for part in ("reconstruction", "downstream", "latents", "breakdown", "decoder"):
         compare_nested(report[part], alone[part])
@@ -299,7 +332,7 @@ def test_a_sweep_is_compared(world: World, sweep: dict[str, Any]) -> None:
     assert (sweep["out"] / "comparison.html").is_file()
     for row in comparison["rows"]:
         folder = Path(row["path"])
-        assert row["fvu"] == json.loads((folder / "eval.json").read_text())["fvu"]
+        assert row["fvu"] == read_report(folder)["fvu"]
         assert (folder / "report.html").is_file()
         assert list((folder / "plots").glob("*.png"))
     assert "k=4,expansion=2" in sweep["stdout"]
@@ -308,8 +341,9 @@ def test_a_sweep_is_compared(world: World, sweep: dict[str, Any]) -> None:
 
 def test_what_a_report_records(world: World, sweep: dict[str, Any]) -> None:
     report = sweep["k=4,expansion=2"]
-    headlines = "fvu l0 dead_fraction ce_clean ce_spliced ce_zero ce_mean loss_recovered kl n_tokens".split()
-    assert all(isinstance(report[name], int | float) for name in headlines)
+    for name in ("fvu", "l0", "dead_fraction", "ce_clean", "ce_spliced", "ce_zero", "ce_mean", "loss_recovered", "kl"):
+        assert isinstance(report[name], float)
+    assert isinstance(report["n_tokens"], int)
     store = Store.open(world.store)
     assert report["provenance"]["store"]["digest"] == store.digest()
     assert report["provenance"]["corpus"]["fingerprint"] == "f" * 64
@@ -348,7 +382,7 @@ def test_two_hooks_spliced_at_once(world: World, tmp_path: Path) -> None:
     done = run(f"run_dir={tmp_path}", f"sae={saes}", f"store.url={world.store}", "joint=true")
     assert done.returncode == 0, done.stderr
     joint = json.loads((tmp_path / "comparison.json").read_text())["joint"]
-    lower = json.loads((world.lower / "eval.json").read_text())
+    lower = read_report(world.lower)
     # The upper SAE is the identity, so splicing both is splicing the lower one; the ablations are not.
     assert joint["ce_spliced"] == pytest.approx(lower["ce_spliced"], rel=1e-6)
     assert joint["ce_zero"] != pytest.approx(lower["ce_zero"], rel=1e-3)
@@ -367,6 +401,12 @@ def fails(*arguments: str) -> str:
     assert len(lines) == 1
     assert done.stdout == ""
     return lines[0]
+
+
+def test_a_wrong_input_is_one_line_in_a_process_of_its_own(world: World, tmp_path: Path) -> None:
+    done = run_processes(f"run_dir={tmp_path}", "sae=/not/here", f"store.url={world.store}")
+    assert done.returncode == 2
+    assert done.stderr == "error: there is no SAE folder /not/here: train one, or give a hub id owner/name\n"
 
 
 @pytest.fixture(scope="module")
@@ -413,7 +453,9 @@ def test_a_wrong_input_is_one_line(
     assert message in fails(f"run_dir={tmp_path}", *filled)
 
 
-def test_another_model_may_be_allowed(world: World, bad: dict[str, Path], tmp_path: Path, sweep: dict[str, Any]) -> None:
+def test_another_model_may_be_allowed(
+    world: World, bad: dict[str, Path], tmp_path: Path, sweep: dict[str, Any]
+) -> None:
     report = evaluate(tmp_path, world.random, world.store, f"model={bad['model']}", "model.allow_other=true")
     assert report["ce_clean"] != pytest.approx(sweep["k=4,expansion=2"]["ce_clean"], rel=1e-3)
     assert report["fvu"] == pytest.approx(sweep["k=4,expansion=2"]["fvu"], rel=1e-12)

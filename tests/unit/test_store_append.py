@@ -99,7 +99,7 @@ def test_an_extension_that_died_is_completed_or_dropped(tmp_path):
     Path(tmp_path / "extents/00000003.tokens.json").unlink()  # as if killed just before
     assert Store.open(tmp_path).num_shards == 3
     other = longer(num_contexts=8)
-    with pytest.raises(GranaryError, match="another extension .* was begun and not finished"):
+    with pytest.raises(GranaryError, match=r"another extension .* was begun and not finished"):
         Store.append(tmp_path, other, *synthetic_tokens(other))
     assert Store.append(tmp_path, plan, *synthetic_tokens(plan)).num_shards == 5
     Path(tmp_path / "extents/00000003.tokens.json").unlink()

@@ -36,7 +36,7 @@ def test_ls_has_a_line_per_shard(url, capsys):
     assert main(["ls", url]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert sum("committed" in line for line in lines) == 2
-    assert [line for line in lines if "missing" in line][0].split()[1] == "1"
+    assert next(line for line in lines if "missing" in line).split()[1] == "1"
     assert sum("heldout" in line for line in lines) == 1
 
 
@@ -68,15 +68,21 @@ def test_drop_incomplete_takes_damaged_shards_back_only_when_told(url, capsys):
 
 
 @pytest.mark.parametrize("command", ["info", "ls", "verify", "drop-incomplete"])
-def test_no_store_is_one_line_and_status_2(tmp_path, command):
-    done = subprocess.run(
-        [sys.executable, "-m", "shared.store", command, str(tmp_path / "none")],
-        cwd=REPOSITORY, capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
-    assert done.returncode == 2
-    assert done.stderr.splitlines() == [
+def test_no_store_is_one_line_and_status_2(tmp_path, capsys, command):
+    with pytest.raises(SystemExit) as caught:
+        main([command, str(tmp_path / "none")])
+    assert caught.value.code == 2
+    assert capsys.readouterr().err.splitlines() == [
         f"error: no activation store at {tmp_path / 'none'}: run stage_harvest first, or check store.url"
     ]
+
+
+def test_it_runs_as_a_module(url):
+    command = [sys.executable, "-m", "shared.store", "verify", url]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0
+    assert done.stderr == ""
+    assert "0 damaged" in done.stdout
 
 
 def test_numbers_are_written_for_people():

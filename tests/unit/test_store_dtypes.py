@@ -94,5 +94,5 @@ def test_int8_of_zeros_and_of_what_is_not_finite():
 
 def test_int8_refuses_what_float16_scales_cannot_hold():
     x_TD = np.full((1, 4), 1e7, np.float32)
-    with pytest.raises(GranaryError, match="use store.dtype=bfloat16"):
+    with pytest.raises(GranaryError, match=r"use store\.dtype=bfloat16"):
         quantise(x_TD, np.empty((1, 4), np.int8), np.empty((1, 1), np.float16))

@@ -1,12 +1,12 @@
 """What can go wrong with a store, and that none of it passes unseen."""
 
 import errno
+import multiprocessing
 import os
 import random
+import resource
 import shutil
-import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -20,7 +20,6 @@ from shared.store.objectio import LocalIO
 from shared.store.synthetic import synthetic_plan, synthetic_shard, synthetic_store, synthetic_tokens
 from shared.store.verify import drop_incomplete, verify
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 HOOK = "layers.2.resid_post"
 
 
@@ -72,7 +71,7 @@ def test_a_flipped_bit_in_any_object_is_found_and_named(folder):
 def test_a_reader_stops_at_a_flipped_bit_with_the_shards_name(folder):
     store = Store.open(folder)
     key = "layers/2/resid_post/c/1/0/0"
-    flip_bit(folder / key, 2 * 32 * 20 * 2)  # context 6: two contexts into shard 1
+    flip_bit(folder / key, 2 * 32 * 20 * 2 + 100)  # context 6: two contexts into shard 1
     intact = store.read_context(HOOK, 5)
     with pytest.raises(DamagedObjectError, match=r"shard 1 of .* is damaged: layers/2/resid_post/c/1/0/0") as caught:
         store.read_context(HOOK, 6)
@@ -100,7 +99,7 @@ def test_damaged_tokens_are_seen_by_the_reader(folder, name):
 
 def test_a_damaged_commit_record_stops_every_reader(folder):
     flip_bit(folder / "manifest/00000001.json", 40)
-    with pytest.raises(DamagedObjectError, match="manifest/00000001.json is damaged"):
+    with pytest.raises(DamagedObjectError, match=r"manifest/00000001\.json is damaged"):
         Store.open(folder).contexts("train")
 
 
@@ -149,7 +148,7 @@ def test_a_finished_store_is_a_pure_function_of_its_input(pristine, tmp_path):
 def test_creating_it_again_with_another_plan_names_the_difference(folder):
     plan = synthetic_plan(seq_len=32, d_model=20, codec="lz4")
     before = content(folder)
-    with pytest.raises(GranaryError, match="another harvest: codec is none, not lz4; choose another store.url"):
+    with pytest.raises(GranaryError, match=r"another harvest: codec is none, not lz4; choose another store\.url"):
         Store.create(folder, plan, *synthetic_tokens(plan))
     assert content(folder) == before
 
@@ -179,7 +178,7 @@ def test_tokens_that_do_not_fit_are_refused(tmp_path, change, named):
 
 
 def test_opening_what_is_no_store_says_so(tmp_path):
-    with pytest.raises(GranaryError, match="no activation store at .*: run stage_harvest first"):
+    with pytest.raises(GranaryError, match=r"no activation store at .*: run stage_harvest first"):
         Store.open(tmp_path / "nothing")
     (tmp_path / "zarr.json").write_text('{"zarr_format": 3, "node_type": "group", "attributes": {}}')
     for action in (Store.open, lambda url: Store.create(url, synthetic_plan(), *synthetic_tokens(synthetic_plan()))):
@@ -206,9 +205,10 @@ def test_a_creation_that_died_anywhere_is_completed_by_the_same_call(pristine, t
             raise KeyboardInterrupt
         return put(self, key, parts, replace=replace)
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr(LocalIO, "put", dying)
-        synthetic_store(tmp_path / "store", plan)
+        with pytest.raises(KeyboardInterrupt):
+            synthetic_store(tmp_path / "store", plan)
     if 0 < stop_after < 15:
         with pytest.raises(GranaryError, match="no tokens yet: run its harvest again"):
             Store.open(tmp_path / "store")
@@ -242,41 +242,26 @@ def test_a_second_commit_of_the_same_shard_changes_nothing(folder):
 def test_dropping_is_refused_while_a_harvest_has_the_store_open(tmp_path):
     plan = synthetic_plan()
     store = Store.create(tmp_path, plan, *synthetic_tokens(plan))
-    with pytest.raises(GranaryError, match="a harvest is writing to .*: stop it first"):
+    with pytest.raises(GranaryError, match=r"a harvest is writing to .*: stop it first"):
         drop_incomplete(str(tmp_path))
     del store
     assert drop_incomplete(str(tmp_path)) == []
 
 
-FILE_LIMIT = """
-import resource, sys
-from shared.errors import GranaryError
-from shared.store.synthetic import *
-from shared.store import Store
-plan = synthetic_plan(seq_len=32, d_model=200, shard_contexts=4)
-store = Store.create(sys.argv[1], plan, *synthetic_tokens(plan))
-resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
-try:
-    store.write_shard(0, synthetic_shard(store, 0))
-except GranaryError as error:
-    print(error)
-resource.setrlimit(resource.RLIMIT_FSIZE, (10**9, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
-assert store.pending() == [0, 1, 2], "nothing committed"
-store.write_shard(0, synthetic_shard(store, 0))
-"""
-
-
-def run(code, *arguments):
-    return subprocess.run(
-        [sys.executable, "-c", code, *map(str, arguments)], cwd=REPOSITORY, capture_output=True, text=True, timeout=120
-    )
-
-
 def test_a_file_size_limit_is_one_line_and_loses_nothing(tmp_path):
-    done = run(FILE_LIMIT, tmp_path / "store")
-    assert done.returncode == 0, done.stderr
-    assert "exceeds the file size limit of this process (ulimit -f)" in done.stdout
-    assert Store.open(tmp_path / "store").pending() == [1, 2]
+    plan = synthetic_plan()
+    store = Store.create(tmp_path, plan, *synthetic_tokens(plan))
+    activations = synthetic_shard(store, 0)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    try:
+        with pytest.raises(GranaryError, match=r"exceeds the file size limit of this process \(ulimit -f\)"):
+            store.write_shard(0, activations)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert store.pending() == [0, 1, 2]
+    store.write_shard(0, activations)
+    assert store.pending() == [1, 2]
 
 
 def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path, monkeypatch):
@@ -291,7 +276,7 @@ def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "write", full)
-        with pytest.raises(GranaryError, match="no space left to write .*free some, then run the same command again"):
+        with pytest.raises(GranaryError, match=r"no space left to write .*free some, then run the same command again"):
             store.write_shard(0, synthetic_shard(store, 0))
     assert store.pending() == [0, 1, 2]
     assert store.io.leftovers() == []
@@ -309,8 +294,7 @@ def test_a_really_full_file_system_is_one_line_and_loses_nothing(tmp_path):
         plan = synthetic_plan(num_contexts=64, seq_len=128, d_model=64)
         store = Store.create(mount / "store", plan, *synthetic_tokens(plan))
         with pytest.raises(GranaryError, match="no space left to write"):
-            for shard in store.pending():
-                store.write_shard(shard, synthetic_shard(store, shard))
+            synthetic_store(mount / "store", plan)
         done = len(store.committed())
         assert 0 < done < 16
         assert verify(store.url).problems == []
@@ -322,80 +306,84 @@ def test_a_really_full_file_system_is_one_line_and_loses_nothing(tmp_path):
         subprocess.run(["umount", mount], check=True)
 
 
-KILLED = """
-import sys
-from shared.store.synthetic import *
-plan = synthetic_plan(num_contexts=24, seq_len=64, d_model=512, shard_contexts=4, codec=sys.argv[2], dtype=sys.argv[3])
-print("started", flush=True)
-synthetic_store(sys.argv[1], plan)
-"""
+BIG = {"num_contexts": 24, "d_model": 512}  # six shards of 0.25 MB
+KINDS = [("none", "bfloat16"), ("lz4", "bfloat16"), ("none", "int8")]
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """Uninterrupted stores by (codec, dtype), made when first asked for."""
+def harvest():
+    """Start a process that makes a whole store. It comes from a fork server: it starts at once and has no threads."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["shared.store.synthetic"])
+
+    def start(folder, codec, dtype):
+        process = context.Process(
+            target=synthetic_store, args=(folder, synthetic_plan(codec=codec, dtype=dtype, **BIG))
+        )
+        process.start()
+        return process
+
+    return start
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, harvest):
+    """Uninterrupted stores, and how long one takes, by (codec, dtype); made when first asked for."""
     made = {}
 
     def get(codec, dtype):
         if (codec, dtype) not in made:
-            folder = tmp_path_factory.mktemp("finished") / "store"
-            started = time.monotonic()
-            assert run(KILLED, folder, codec, dtype).returncode == 0
-            made[codec, dtype] = folder, time.monotonic() - started
+            folder = tmp_path_factory.mktemp("finished")
+            for name in ("warm-up", "store"):
+                started = time.monotonic()
+                process = harvest(folder / name, codec, dtype)
+                process.join(60)
+                assert process.exitcode == 0
+            made[codec, dtype] = folder / "store", time.monotonic() - started
         return made[codec, dtype]
 
     return get
 
 
-def kill_after(folder, codec, dtype, delay):
-    """Run a harvest of six shards and SIGKILL it `delay` seconds after its first line."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", KILLED, str(folder), codec, dtype], cwd=REPOSITORY, stdout=subprocess.PIPE
-    )
-    with process:
-        process.stdout.readline()
-        time.sleep(delay)
-        process.send_signal(signal.SIGKILL)
-
-
-def check_killed(folder, reference, codec, dtype):
-    """What a killed harvest left is never wrong, and running it again completes it to the same bytes."""
+def kill_and_check(folder, harvest, finished, codec, dtype, share):
+    """SIGKILL a harvest after a share of its time: nothing is wrong then, and running it again makes the same bytes."""
+    reference, seconds = finished(codec, dtype)
+    process = harvest(folder, codec, dtype)
+    time.sleep(share * seconds)
+    process.kill()
+    process.join(60)
     if (folder / "extents/00000000.tokens.json").exists():
         assert verify(str(folder)).problems == []
-        store = Store.open(folder)
-        expected = Store.open(reference)
+        store, expected = Store.open(folder), Store.open(reference)
         for shard in store.committed():
             for context in store.shard_contexts(shard):
                 assert torch.equal(store.read_context(HOOK, context), expected.read_context(HOOK, context))
-    assert run(KILLED, folder, codec, dtype).returncode == 0
+    process = harvest(folder, codec, dtype)
+    process.join(60)
+    assert process.exitcode == 0
     assert content(folder) == content(reference)
 
 
-@pytest.mark.parametrize("share", [0.2, 0.7])
-def test_sigkill_leaves_no_wrong_shard_and_rerunning_completes_it_byte_for_byte(tmp_path, finished, share):
-    reference, seconds = finished("none", "bfloat16")
-    kill_after(tmp_path / "store", "none", "bfloat16", share * seconds * 0.5)
-    check_killed(tmp_path / "store", reference, "none", "bfloat16")
+@pytest.mark.parametrize("share", [0.3, 0.6, 0.9])
+def test_sigkill_leaves_no_wrong_shard_and_rerunning_completes_it_byte_for_byte(tmp_path, harvest, finished, share):
+    kill_and_check(tmp_path / "store", harvest, finished, "none", "bfloat16", share)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("attempt", range(24))
-def test_sigkill_at_random_points(tmp_path, finished, attempt):
-    codec, dtype = [("none", "bfloat16"), ("lz4", "bfloat16"), ("none", "int8")][attempt % 3]
-    reference, seconds = finished(codec, dtype)
-    delay = random.Random(attempt).uniform(0, 0.6 * seconds)
-    kill_after(tmp_path / "store", codec, dtype, delay)
-    check_killed(tmp_path / "store", reference, codec, dtype)
+@pytest.mark.parametrize("attempt", range(30))
+def test_sigkill_at_random_points(tmp_path, harvest, finished, attempt):
+    share = random.Random(attempt).uniform(0, 1.2)
+    kill_and_check(tmp_path / "store", harvest, finished, *KINDS[attempt % 3], share)
 
 
-def test_two_harvests_of_one_store_end_in_one_right_store(tmp_path, finished):
+def test_two_harvests_of_one_store_end_in_one_right_store(tmp_path, harvest, finished, capfd):
     reference, _ = finished("none", "bfloat16")
-    folder = tmp_path / "store"
-    command = [sys.executable, "-c", KILLED, str(folder), "none", "bfloat16"]
-    both = [subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True) for _ in range(2)]
-    outcomes = [(process.communicate(timeout=120)[1], process.returncode) for process in both]
-    for stderr, returncode in outcomes:
-        assert returncode == 0 or "another process is writing" in stderr.splitlines()[-1]
-    if not any(returncode == 0 for _, returncode in outcomes):
-        assert run(KILLED, folder, "none", "bfloat16").returncode == 0
-    assert content(folder) == content(reference)
+    both = [harvest(tmp_path / "store", "none", "bfloat16") for _ in range(2)]
+    for process in both:
+        process.join(60)
+    errors = [line for line in capfd.readouterr().err.splitlines() if "GranaryError: " in line]
+    assert sum(process.exitcode != 0 for process in both) == len(errors)
+    for line in errors:
+        assert "another process is writing" in line
+    harvest(tmp_path / "store", "none", "bfloat16").join(60)
+    assert content(tmp_path / "store") == content(reference)

@@ -1,5 +1,7 @@
 """The plan: what it refuses, what identifies it, and the pure functions of it."""
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -48,7 +50,7 @@ def test_heldout_shards_are_distinct_never_none_and_never_all(shards, fraction, 
         assert max(held) == shards - 1
         assert max(held) - min(held) == len(held) - 1
     elif len(held) > 1:
-        gaps = [b - a for a, b in zip(held, held[1:], strict=False)]
+        gaps = [b - a for a, b in pairwise(held)]
         assert max(gaps) - min(gaps) <= 1
 
 

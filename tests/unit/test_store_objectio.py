@@ -6,14 +6,11 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 
 from shared.errors import GranaryError
 from shared.store.objectio import LocalIO, ObjectMissingError, open_io
-
-REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(params=["local", "memory"])
@@ -72,19 +69,18 @@ def test_a_failing_producer_leaves_nothing(io):
 
 
 HOLD = """
-import sys, time
-from shared.store.objectio import LocalIO
-def parts():
-    yield b"half"
-    print("holding", flush=True)
-    time.sleep(60)
-LocalIO(sys.argv[1]).put("x", parts())
+import fcntl, os, sys, time
+fd = os.open(sys.argv[1], os.O_RDWR | os.O_CREAT)
+fcntl.flock(fd, fcntl.LOCK_EX)
+os.write(fd, b"half")
+print("holding", flush=True)
+time.sleep(60)
 """
 
 
 def test_a_live_writer_is_respected_and_a_dead_one_is_cleaned_up_after(tmp_path):
     io = LocalIO(str(tmp_path))
-    process = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], cwd=REPOSITORY, stdout=subprocess.PIPE)
+    process = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path / ".x.tmp")], stdout=subprocess.PIPE)
     with process:
         process.stdout.readline()
         with pytest.raises(GranaryError, match="another process is writing x of this store"):
@@ -124,7 +120,7 @@ def test_a_file_system_without_hard_links_still_never_replaces(tmp_path, monkeyp
 
 def test_other_errors_of_the_system_are_one_line(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(GranaryError, match="cannot write .*file/x: Not a directory"):
+    with pytest.raises(GranaryError, match=r"cannot write .*file/x: Not a directory"):
         LocalIO(str(tmp_path)).put("file/x", [b""])
     with pytest.raises(GranaryError, match="is not a URL that can be opened"):
         open_io("nosuchprotocol://x/y")

@@ -209,11 +209,11 @@ def test_what_is_not_there_is_refused_by_name(tmp_path):
         store.read_context("layers.9.resid_post", 0)
     with pytest.raises(GranaryError, match="context 10 is not in the store"):
         store.read_context(HOOK, 10)
-    with pytest.raises(GranaryError, match="shard 1 .* is not committed yet"):
+    with pytest.raises(GranaryError, match=r"shard 1 .* is not committed yet"):
         store.read_context(HOOK, 4)
     with pytest.raises(GranaryError, match="no committed training shard"):
         store.statistics(HOOK)
-    with pytest.raises(GranaryError, match="3 of 3 shards .* missing"):
+    with pytest.raises(GranaryError, match=r"3 of 3 shards .* missing"):
         store.finalize()
     with pytest.raises(GranaryError, match="split 'test'"):
         store.contexts("test")

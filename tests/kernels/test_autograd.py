@@ -1,0 +1,87 @@
+"""Every gradient of the composed sparse step, by name, against autograd through the dense formula."""
+
+import pytest
+import torch
+
+from shared.kernels import PairOrder, attach_encoder, encode_topk, sparse_decode
+
+NAMES = ("x", "b_pre", "W_enc", "b_enc", "W_dec")
+
+
+def make_problem(n, d, num_latents, bias, dtype=torch.float64):
+    rng = torch.Generator().manual_seed(1)
+
+    def random(*shape):
+        return torch.randn(*shape, generator=rng, dtype=dtype)
+
+    tensors = {
+        "x": random(n, d),
+        "b_pre": random(d),
+        "W_enc": random(num_latents, d),
+        "b_enc": random(num_latents) + bias,
+        "W_dec": random(num_latents, d),
+    }
+    return {name: tensor.requires_grad_() for name, tensor in tensors.items()}, random(n, d)
+
+
+def dense_step(p, k):
+    z = torch.relu((p["x"] - p["b_pre"]) @ p["W_enc"].T + p["b_enc"])
+    values, indices = z.topk(k)
+    return torch.zeros_like(z).scatter(1, indices, values) @ p["W_dec"]
+
+
+def sparse_step(p, k, kernels):
+    centred = p["x"] - p["b_pre"].detach()
+    with torch.no_grad():
+        values, indices = encode_topk(centred, p["W_enc"], p["b_enc"], k, kernels=kernels)
+    order = PairOrder(indices, p["W_enc"].shape[0])
+    values = attach_encoder(centred, p["b_pre"], p["W_enc"], p["b_enc"], values, indices, order, kernels=kernels)
+    return sparse_decode(values, indices, p["W_dec"], order, kernels=kernels)
+
+
+@pytest.mark.parametrize("kernels", ["reference", "torch"])
+@pytest.mark.parametrize("bias", [0.0, -6.0])  # -6: fewer than k positives in most rows
+@pytest.mark.parametrize(("n", "d", "num_latents", "k"), [(37, 13, 101, 7), (3, 100, 33, 33), (65, 64, 500, 1)])
+def test_every_gradient(kernels, bias, n, d, num_latents, k):
+    p, cotangent = make_problem(n, d, num_latents, bias)
+    expected_out = dense_step(p, k)
+    expected = torch.autograd.grad((expected_out * cotangent).sum(), [p[name] for name in NAMES])
+    out = sparse_step(p, k, kernels)
+    grads = torch.autograd.grad((out * cotangent).sum(), [p[name] for name in NAMES])
+    torch.testing.assert_close(out, expected_out)
+    for name, grad, truth in zip(NAMES, grads, expected, strict=True):
+        torch.testing.assert_close(grad, truth, msg=lambda text, name=name: f"gradient of {name}: {text}")
+
+
+@pytest.mark.parametrize("kernels", ["reference", "torch"])
+def test_gradcheck(kernels):
+    p, _ = make_problem(5, 4, 11, 0.0)
+    assert torch.autograd.gradcheck(
+        lambda *tensors: sparse_step(dict(zip(NAMES, tensors, strict=True)), 3, kernels),
+        [p[name] for name in NAMES],
+        fast_mode=False,
+    )
+
+
+def test_no_gradient_through_relu_zeroed_picks():
+    # Only latent 1 is positive; a k of 3 picks two more that ReLU zeroes. They must not learn.
+    W_enc = torch.tensor([[-1.0], [2.0], [-3.0], [-4.0]], requires_grad=True)
+    b_enc = torch.zeros(4, requires_grad=True)
+    W_dec = torch.ones(4, 1, requires_grad=True)
+    x = torch.ones(5, 1)
+    values, indices = encode_topk(x, W_enc.detach(), b_enc.detach(), 3, kernels="torch")
+    order = PairOrder(indices, 4)
+    values = attach_encoder(x, None, W_enc, b_enc, values, indices, order, kernels="torch")
+    sparse_decode(values, indices, W_dec, order, kernels="torch").sum().backward()
+    assert b_enc.grad.tolist() == [0.0, 5.0, 0.0, 0.0]
+    assert W_enc.grad.tolist() == [[0.0], [5.0], [0.0], [0.0]]
+    assert W_dec.grad.tolist() == [[0.0], [10.0], [0.0], [0.0]]
+
+
+def test_gradients_that_nobody_asked_for_are_not_computed():
+    p, cotangent = make_problem(9, 6, 30, 0.0)
+    for name in ("x", "b_pre", "W_dec"):
+        p[name].requires_grad_(False)
+    (sparse_step(p, 4, "torch") * cotangent).sum().backward()
+    assert p["x"].grad is None
+    assert p["W_enc"].grad is not None
