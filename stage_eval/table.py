@@ -11,11 +11,13 @@ from stage_eval.compare import comparison_row
 from stage_eval.report import number, percent
 
 Report = dict[str, Any]
+WIDTH = 130
 
 
 def print_tables(reports: Sequence[Report]) -> None:
     """One row per SAE, and the losses that all of them are measured against."""
     console = Console()
+    console.width = max(console.width, WIDTH)  # a line that wraps reads better than figures cut to "0.0..."
     hooks = list(dict.fromkeys(report["sae"]["hook"] for report in reports))
     for hook in hooks:
         here = [report for report in reports if report["sae"]["hook"] == hook]

@@ -1,10 +1,14 @@
 """Fixtures every test may use."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+
+from shared.store import Store, StorePlan
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -21,3 +25,39 @@ def realdata() -> Path:
     if not (folder / "stories260K-hf").is_dir():
         pytest.skip(f"no real model at {folder}: set GRANARY_REALDATA to a folder holding stories260K-hf")
     return folder
+
+
+@pytest.fixture(scope="session")
+def planted_store() -> Callable[..., Store]:
+    """``make(folder, shards=6, hooks=(...), seed=0)``: a small store of sparse combinations of 24 directions.
+
+    Shards have 4 contexts of 16 positions of width 12; the last fifth of them is held out.
+    """
+
+    def make(folder: Path, shards: int = 6, hooks: tuple[str, ...] = ("layers.1.resid_post",), seed: int = 0) -> Store:
+        rng = np.random.default_rng(seed)
+        shape = (4 * shards, 16)
+        plan = StorePlan(
+            num_contexts=4 * shards,
+            seq_len=16,
+            hooks=dict.fromkeys(hooks, 12),
+            dtype="float32",
+            shard_contexts=4,
+            chunk_tokens=16,
+            codec="none",
+            heldout_fraction=0.2,
+            heldout_placement="last",
+            provenance={"model": {"id": "planted"}},
+            versions={},
+        )
+        mask = rng.random(shape) < 0.9
+        tokens = np.zeros(shape, np.int32)
+        store = Store.create(folder, plan, tokens, mask, tokens)
+        codes = rng.random((*shape, 24)) * (rng.random((*shape, 24)) < 0.1)
+        activations = torch.from_numpy((codes @ rng.standard_normal((24, 12))).astype(np.float32))
+        for shard in store.pending():
+            span = store.shard_contexts(shard)
+            store.write_shard(shard, {hook: activations[span.start : span.stop].contiguous() for hook in hooks})
+        return store
+
+    return make

@@ -2,7 +2,7 @@
 
     python -m shared.bundled.make_model --out shared/bundled/model --compile
 
-One step is 4096 tokens. Most steps see four contexts of 1024 tokens; every eighth step and the last of them see
+One step is 4096 tokens. Most steps see eight contexts of 512 tokens; every twelfth step and the last of them see
 one context of 4096, so that all the positions a store may use are trained. The same seed, versions and machine give the
 same model; another Python version has another corpus and gives another model.
 """
@@ -67,11 +67,11 @@ class Recipe:
     max_position_embeddings: int = 4096
     rope_theta: float = 10000.0
     tokens_per_step: int = 4096
-    short_length: int = 1024
+    short_length: int = 512
     """Context length in tokens of most steps: attention over 4096 is three times as slow on a CPU."""
-    long_every: int = 8
+    long_every: int = 12
     """Every so many steps the contexts have `max_position_embeddings` tokens."""
-    long_at_end: float = 0.2
+    long_at_end: float = 0.06
     """The share of the steps, at the end, that all have the long contexts."""
     bos_share: float = 0.5
     """The share of training contexts that begin with BOS; the others begin wherever the stream was cut."""

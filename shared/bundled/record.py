@@ -43,8 +43,10 @@ def provenance(command: str) -> dict[str, Any]:
 def model_card(record: dict[str, Any]) -> str:
     """The README.md of the model's folder, from what `training.json` says."""
     recipe = record["recipe"]
+    by_position = record["heldout_loss_by_position"]
+    change = by_position["2048-4096"] - by_position["512-1024"]
     position_tokens = POSITION_CONTEXTS * recipe["max_position_embeddings"]
-    rows = "\n".join(f"| {bucket} | {loss:.3f} |" for bucket, loss in record["heldout_loss_by_position"].items())
+    rows = "\n".join(f"| {bucket} | {loss:.3f} |" for bucket, loss in by_position.items())
     return f"""# Bundled LLaMA
 
 A `LlamaForCausalLM` with {record["parameters"]:,} parameters ({recipe["num_hidden_layers"]} layers, d_model
@@ -74,6 +76,8 @@ averages over the same ones:
 | position | nats per token |
 |---|---|
 {rows}
+
+From 512-1024 to 2048-4096 the loss changes by {change:+.3f} nats: above zero, the model does not gain from more context.
 
 `training.json` has the loss curve, the whole recipe, corpus hashes, versions and machine.
 

@@ -6,6 +6,7 @@ from shared.kernels.dispatch import KERNELS, Kernels, resolve
 from shared.kernels.encode_topk import encode_topk
 from shared.kernels.pairs import PairOrder, SortedPairs, sort_pairs
 from shared.kernels.row_grad import latent_sum, row_grad
+from shared.kernels.row_update import row_update
 
 __all__ = [
     "KERNELS",
@@ -19,6 +20,7 @@ __all__ = [
     "latent_sum",
     "resolve",
     "row_grad",
+    "row_update",
     "sort_pairs",
     "sparse_decode",
 ]

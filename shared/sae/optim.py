@@ -1,15 +1,10 @@
-"""Adam for an SAE: clip, project, update and renormalise in one pass over the rows.
-
-Shapes: F latents, D d_model.
-"""
+"""Adam for an SAE: clip, project, update and renormalise in one pass over the rows."""
 
 import torch
 
 from shared.errors import GranaryError
+from shared.kernels import row_update
 from shared.sae.model import SAE
-
-# Rows of a matrix updated together: their weight, gradient and moments stay in cache between the operations.
-TILE_ELEMENTS = 1 << 18
 
 
 class SAEAdam:
@@ -35,6 +30,7 @@ class SAEAdam:
         if clip_norm is not None and not clip_norm > 0:
             raise GranaryError(f"optim.clip_norm={clip_norm}: must be positive, or null for no clipping")
         self.parameters = dict(sae.named_parameters())
+        self.kernels = sae.kernels
         self.lr, self.betas, self.eps, self.clip_norm = lr, betas, eps, clip_norm
         self.num_steps = torch.zeros((), dtype=torch.int64)
         self.first = {name: torch.zeros_like(parameter) for name, parameter in self.parameters.items()}
@@ -58,33 +54,33 @@ class SAEAdam:
         """Update every parameter from its ``.grad``; returns the gradient norm before clipping, a scalar tensor.
 
         `lr` overrides the constructor's, for schedules. `grad_norm` is the norm over all ranks where the gradients are
-        sharded; None computes it here. A parameter without a gradient counts as one with gradient 0.
+        sharded; None computes it here. A parameter without a gradient counts as one with gradient 0. The gradients
+        are used up: every ``.grad`` is None afterwards.
         """
         lr = self.lr if lr is None else lr
         if grad_norm is None:
             grad_norm = self.grad_norm()
         self.num_steps += 1
-        count = int(self.num_steps)
         clip = torch.ones_like(grad_norm)
         if self.clip_norm is not None:
             clip = (self.clip_norm / grad_norm.clamp_min(torch.finfo(grad_norm.dtype).tiny)).clamp_max(1.0)
-        correction1, correction2 = 1 - self.betas[0] ** count, 1 - self.betas[1] ** count
         for name, parameter in self.parameters.items():
-            columns = parameter[0].numel() if parameter.ndim > 1 else 1
-            tile = max(1, TILE_ELEMENTS // columns)
-            for start in range(0, parameter.shape[0] if parameter.ndim else 1, tile):
-                rows = slice(start, start + tile) if parameter.ndim else ...
-                weight = parameter[rows]
-                grad = parameter.grad[rows] * clip if parameter.grad is not None else torch.zeros_like(weight)
-                if name == "W_dec":
-                    grad.addcmul_((grad * weight).sum(1, keepdim=True), weight, value=-1)
-                first, second = self.first[name][rows], self.second[name][rows]
-                first.lerp_(grad, 1 - self.betas[0])
-                second.mul_(self.betas[1]).addcmul_(grad, grad, value=1 - self.betas[1])
-                denominator = second.sqrt().div_(correction2**0.5).add_(self.eps)
-                weight.addcdiv_(first, denominator, value=-lr / correction1)
-                if name == "W_dec":
-                    weight.div_(weight.norm(dim=1, keepdim=True))
+            shape = (-1, parameter.shape[-1])
+            grad = parameter.grad if parameter.grad is not None else torch.zeros_like(parameter)
+            row_update(
+                parameter.view(shape),
+                grad.contiguous().view(shape),
+                self.first[name].view(shape),
+                self.second[name].view(shape),
+                clip=clip,
+                lr=lr,
+                betas=self.betas,
+                eps=self.eps,
+                step=int(self.num_steps),
+                unit_rows=name == "W_dec",
+                kernels=self.kernels,
+            )
+            parameter.grad = None
         return grad_norm
 
     def state_dict(self) -> dict[str, torch.Tensor]:

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from zarr.core.dtype.common import DataTypeValidationError, HasEndianness, HasItemSize
 from zarr.dtype import ZDType, data_type_registry
@@ -18,6 +17,8 @@ from zarr.dtype import ZDType, data_type_registry
 from shared.errors import GranaryError
 
 INT8_BLOCK = 128  # values that share one float16 scale; per-token scales are ruined by LLaMA's few huge dimensions
+
+TORCH_SERIAL_ELEMENTS = 32767  # one less than at::internal::GRAIN_SIZE
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,14 +128,14 @@ def bits_to_float(bits: np.uint16) -> float:
     return float((np.array([bits], np.uint16).astype(np.uint32) << 16).view(np.float32)[0])
 
 
-def widen(bits: npt.NDArray[Any], out: npt.NDArray[np.float32]) -> None:
-    """Float32 values of stored float bits (uint16 = bfloat16, float16, float32) into `out` of the same shape."""
-    if bits.dtype == np.uint16:
-        wide = out.view(np.uint32)
-        np.copyto(wide, bits)
-        np.left_shift(wide, 16, out=wide)
-    else:
-        np.copyto(out, bits)
+def convert(source: torch.Tensor, out: torch.Tensor) -> None:
+    """`out.copy_(source)` for [N, D] tensors, on the calling thread alone.
+
+    In pieces below the size from which torch brings in its own threads: the callers are worker threads already.
+    """
+    rows = max(1, TORCH_SERIAL_ELEMENTS // source.shape[1])
+    for out_part, part in zip(out.split(rows), source.split(rows), strict=True):
+        out_part.copy_(part)
 
 
 def register() -> None:

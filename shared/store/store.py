@@ -42,6 +42,7 @@ class Store:
         self.extents = tuple(extents)
         self._lock = threading.Lock()
         self._records: dict[int, ShardRecord] = {}
+        self._writers: dict[int, ShardWriter] = {}
         self._reader = ContextReader(io, self.plan)
         self._first_shards = [extent.first_shard for extent in extents]
 
@@ -189,8 +190,7 @@ class Store:
         if done is not None:
             return done
         contexts = extent.contexts(shard)
-        writer = ShardWriter(self.io, extent.plan)
-        record = writer.write(shard, contexts.start, self.mask(contexts), activations)
+        record = self._writer(extent).write(shard, contexts.start, self.mask(contexts), activations)
         with self._lock:
             self._records[shard] = record
         return record
@@ -332,6 +332,12 @@ class Store:
         for shard in chosen:
             digest.update(f"{shard}:{self._record(shard).crc:08x}\n".encode())
         return digest.hexdigest()
+
+    def _writer(self, extent: Extent) -> ShardWriter:
+        with self._lock:
+            if extent.first_shard not in self._writers:
+                self._writers[extent.first_shard] = ShardWriter(self.io, extent.plan)
+            return self._writers[extent.first_shard]
 
     def _load_record(self, shard: int) -> ShardRecord:
         key = layout.manifest_key(shard)

@@ -19,7 +19,7 @@ from shared.errors import GranaryError
 from shared.store import layout
 from shared.store.buffers import Buffer, bits_of
 from shared.store.checksum import crc32c
-from shared.store.dtypes import scales_per_row, storage_type, widen
+from shared.store.dtypes import convert, scales_per_row, storage_type
 from shared.store.integrity import check_array_object
 from shared.store.layout import StorePlan
 from shared.store.manifest import ShardRecord, seal
@@ -70,6 +70,7 @@ class ShardWriter:
         self.io = io
         self.plan = plan
         self.kind = storage_type(plan.dtype)
+        self.pool = ThreadPoolExecutor(ENCODE_THREADS, thread_name_prefix="granary-encode")
         self.slots = plan.shard_contexts * plan.chunks_per_context
 
     def write(
@@ -83,9 +84,8 @@ class ShardWriter:
         self._check_shapes(len(mask), activations)
         arrays: dict[str, ArrayRecord] = {}
         norms: dict[str, NormFigures] = {}
-        with ThreadPoolExecutor(ENCODE_THREADS, thread_name_prefix="granary-encode") as pool:
-            for hook in self.plan.hooks:
-                norms[hook] = self._write_hook(hook, shard, first_context, mask, activations[hook], arrays, pool)
+        for hook in self.plan.hooks:
+            norms[hook] = self._write_hook(hook, shard, first_context, mask, activations[hook], arrays)
         record = ShardRecord(
             shard=shard,
             first_context=first_context,
@@ -123,14 +123,13 @@ class ShardWriter:
         mask: npt.NDArray[np.bool_],
         tensor: torch.Tensor,
         arrays: dict[str, ArrayRecord],
-        pool: ThreadPoolExecutor,
     ) -> NormFigures:
         statistics = RowStatistics.empty(self.plan.hooks[hook])
         main = ObjectDraft(layout.object_key(layout.array_path(hook), shard, 3), self.slots)
         scales: list[EncodedChunk] = []
 
         def parts() -> Iterator[Buffer]:
-            for prepared in self._prepared(hook, first_context, mask, tensor, pool):
+            for prepared in self._prepared(hook, first_context, mask, tensor):
                 statistics.merge(prepared.statistics)
                 scales.extend(prepared.scale_chunks)
                 for chunk in prepared.chunks:
@@ -168,13 +167,13 @@ class ShardWriter:
         first_context: int,
         mask: npt.NDArray[np.bool_],
         tensor: torch.Tensor,
-        pool: ThreadPoolExecutor,
     ) -> Iterator[PreparedContext]:
         """Contexts in order, a few of them in the making."""
         running: deque[Future[PreparedContext]] = deque()
         try:
             for number in range(len(mask)):
-                running.append(pool.submit(self._prepare, hook, first_context + number, tensor[number], mask[number]))
+                context = first_context + number
+                running.append(self.pool.submit(self._prepare, hook, context, tensor[number], mask[number]))
                 if len(running) > LOOKAHEAD:
                     yield running.popleft().result()
             while running:
@@ -190,7 +189,8 @@ class ShardWriter:
         """Convert one context [T, D] to the stored dtype, measure it over `mask` [T], cut it into chunks."""
         T, D = source.shape
         statistics = RowStatistics.empty(D)
-        scratch = np.empty((BLOCK_ROWS, D), np.float32)
+        scratch = torch.empty((BLOCK_ROWS, D))
+        squared_norms: list[npt.NDArray[np.float64]] = []
         scale_TG: npt.NDArray[np.float16] | None = None
         if self.plan.dtype == "int8":
             scale_TG = np.empty((T, scales_per_row(D)), np.float16)
@@ -200,7 +200,7 @@ class ShardWriter:
         for start in range(0, T, BLOCK_ROWS):
             block = slice(start, min(start + BLOCK_ROWS, T))
             chosen = mask[block]
-            values = scratch[: len(chosen)]
+            values = scratch[: len(chosen)].numpy()
             if scale_TG is not None:
                 offered = source[block].float().numpy()
                 self._require_finite(offered, chosen, hook, context, start)
@@ -208,20 +208,23 @@ class ShardWriter:
                 dequantise_f32(bits[block], scale_TG[block], values)
             else:
                 if converted:
-                    stored[block].copy_(source[block])
-                widen(bits[block], values)
+                    convert(source[block], stored[block])
+                convert(stored[block], scratch[: len(chosen)])
             if not chosen.all():
                 values = values[chosen]
             if converted:
                 with np.errstate(invalid="ignore"):  # inf - inf: refused just below
                     difference = source[block].float().numpy()[chosen] - values
                 statistics.norms.squared_error += float(np.einsum("nd,nd->", difference, difference, dtype=np.float64))
-            if not statistics.add_block(values):
+            squared = statistics.add_block(values)
+            if squared is None:
                 self._require_finite(source[block].float().numpy(), chosen, hook, context, start)
                 raise GranaryError(
                     f"{hook}: context {context} has a value that does not fit {self.plan.dtype}: "
                     "use store.dtype=bfloat16 or float32"
                 )
+            squared_norms.append(squared)
+        statistics.norms.add(np.concatenate(squared_norms))
         chunks = encode_chunks(bits, self.plan.chunk_rows, self.plan.codec)
         scale_chunks = [] if scale_TG is None else encode_chunks(scale_TG, self.plan.chunk_rows, self.plan.codec)
         return PreparedContext(chunks, scale_chunks, statistics)

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from shared.kernels import PairOrder, decode, dot_picks, encode_topk, latent_sum, row_grad
+from shared.kernels import PairOrder, decode, dot_picks, encode_topk, latent_sum, row_grad, row_update
 from shared.kernels.encode_topk import cpu as encode_cpu
+from shared.kernels.row_update import cpu as update_cpu
 
 # N, D, F, k: odd, not powers of two, k = 1, k = F, one row, one dimension.
 SHAPES = [(37, 13, 101, 7), (1, 64, 33, 1), (63, 100, 257, 32), (5, 1, 9, 9), (16, 96, 640, 512)]
@@ -104,6 +105,25 @@ def test_row_grad_and_latent_sum(rng, shape):
     for op, args in ((row_grad, (values, indices, rows)), (latent_sum, (values, indices))):
         expected = op(*args, num_latents, order, kernels="reference")
         torch.testing.assert_close(op(*args, num_latents, order, kernels="torch"), expected)
+
+
+@pytest.mark.parametrize("unit_rows", [False, True])
+@pytest.mark.parametrize("tile_elements", [1 << 20, 40])
+def test_row_update(rng, monkeypatch, unit_rows, tile_elements):
+    monkeypatch.setattr(update_cpu, "TILE_ELEMENTS", tile_elements)  # 40: several tiles, the last one ragged
+    start = torch.randn(3, 31, 7, generator=rng, dtype=torch.float64)
+    if unit_rows:
+        start[0] /= start[0].norm(dim=1, keepdim=True)
+    results = {}
+    for kernels in ("reference", "torch"):
+        weight, first, second = start[0].clone(), start[1].clone(), start[2].square()
+        for step in (3, 4):
+            grad = start[step - 2] + step
+            clip = torch.tensor(0.25, dtype=torch.float64)
+            options = {"lr": 0.1, "betas": (0.8, 0.95), "eps": 1e-3, "step": step, "unit_rows": unit_rows}
+            row_update(weight, grad, first, second, clip=clip, **options, kernels=kernels)
+        results[kernels] = (weight, first, second)
+    torch.testing.assert_close(results["torch"], results["reference"])
 
 
 def test_no_picks_at_all(rng):

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from zarr.dtype import parse_dtype
 
 from shared.errors import GranaryError
-from shared.store.dtypes import INT8_BLOCK, BFloat16Bits, bits_to_float, float_to_bits, scales_per_row, widen
+from shared.store.dtypes import INT8_BLOCK, BFloat16Bits, bits_to_float, convert, float_to_bits, scales_per_row
 from shared.store.quantise import dequantise, dequantise_f32, quantise
 
 
@@ -37,13 +37,16 @@ def test_bits_are_those_of_torch(value):
     assert back == expected.item() or (math.isnan(back) and math.isnan(value))
 
 
+@pytest.mark.parametrize("shape", [(7, 33), (40, 4096), (2, 40_000)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_widening_is_exact(dtype):
-    x = torch.randn(7, 33).to(dtype)
-    bits = x.view(torch.uint16).numpy() if dtype == torch.bfloat16 else x.numpy()
-    out = np.empty(x.shape, np.float32)
-    widen(bits, out)
-    np.testing.assert_array_equal(out, x.float().numpy())
+def test_conversion_in_pieces_is_the_whole_conversion(dtype, shape):
+    x = torch.randn(shape)
+    out = torch.empty(shape, dtype=dtype)
+    convert(x, out)
+    assert torch.equal(out, x.to(dtype))
+    back = torch.empty(shape)
+    convert(out, back)
+    assert torch.equal(back, out.float())
 
 
 @given(

@@ -381,9 +381,8 @@ def test_two_harvests_of_one_store_end_in_one_right_store(tmp_path, harvest, fin
     both = [harvest(tmp_path / "store", "none", "bfloat16") for _ in range(2)]
     for process in both:
         process.join(60)
-    errors = [line for line in capfd.readouterr().err.splitlines() if "GranaryError: " in line]
-    assert sum(process.exitcode != 0 for process in both) == len(errors)
-    for line in errors:
-        assert "another process is writing" in line
+    if any(process.exitcode for process in both):
+        assert "another process is writing" in capfd.readouterr().err
+    assert not all(process.exitcode for process in both)
     harvest(tmp_path / "store", "none", "bfloat16").join(60)
     assert content(tmp_path / "store") == content(reference)

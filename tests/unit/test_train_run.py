@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from hydra import compose, initialize_config_module
@@ -15,45 +14,16 @@ from omegaconf import OmegaConf
 from shared.errors import GranaryError
 from shared.parallel import World
 from shared.sae import SAE, load_provenance
-from shared.store import Store, StorePlan
+from shared.store import Store
 from stage_train import config
 from stage_train.loggers import read_metrics
 from stage_train.run import Run
 from stage_train.trainer import Trainer
 
-HOOK, D, T = "layers.1.resid_post", 12, 16
+HOOK, T = "layers.1.resid_post", 16
 WORLD = World(0, 1, 0, torch.device("cpu"))
 TIMES = {"tokens_per_s", "wait_share"}
 Train = Callable[..., Path]
-
-
-def make_store(folder: Path, shards: int = 6, hooks: tuple[str, ...] = (HOOK,), seed: int = 0) -> Store:
-    """A store of sparse combinations of 24 directions; a fifth of its shards is held out."""
-    rng = np.random.default_rng(seed)
-    contexts = 4 * shards
-    plan = StorePlan(
-        num_contexts=contexts,
-        seq_len=T,
-        hooks=dict.fromkeys(hooks, D),
-        dtype="float32",
-        shard_contexts=4,
-        chunk_tokens=T,
-        codec="none",
-        heldout_fraction=0.2,
-        heldout_placement="last",
-        provenance={"model": {"id": "test"}},
-        versions={},
-    )
-    tokens = np.zeros((contexts, T), np.int32)
-    mask = rng.random((contexts, T)) < 0.9
-    store = Store.create(folder, plan, tokens, mask, tokens)
-    atoms = rng.standard_normal((24, D))
-    codes = rng.random((contexts, T, 24)) * (rng.random((contexts, T, 24)) < 0.1)
-    activations = torch.from_numpy((codes @ atoms).astype(np.float32))
-    for shard in store.pending():
-        span = store.shard_contexts(shard)
-        store.write_shard(shard, {hook: activations[span.start : span.stop].contiguous() for hook in hooks})
-    return store
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -65,14 +35,13 @@ def _hydra() -> Iterator[None]:
 
 
 @pytest.fixture
-def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Train:
+def train(tmp_path: Path, planted_store: Callable[..., Store], monkeypatch: pytest.MonkeyPatch) -> Train:
     """Run training with overrides; returns the output folder."""
-    if not (tmp_path / "store").exists():
-        make_store(tmp_path / "store")
+    planted_store(tmp_path / "store")
 
     def run(name: str, *overrides: str, stop_after: int | None = None, curves: bool = False) -> Path:
         out = tmp_path / name
-        fixed = ["sae.k=3", "sae.expansion=2", "stream.batch_size=16", "stream.lanes=4", "schedule.tokens=640"]
+        fixed = ["sae.k=3", "sae.expansion=8", "stream.batch_size=16", "stream.lanes=4", "schedule.tokens=640"]
         fixed += ["logger.progress=false", "logger.every=5", "checkpoint.every=0", "sae.dead_after_tokens=40"]
         paths = [f"out_dir={out}", f"store.url={tmp_path / 'store'}"]
         if not curves:
@@ -139,7 +108,7 @@ def test_a_run_learns_and_leaves_what_it_promises(train: Train) -> None:
     record = load_provenance(out)
     assert record["hook"] == HOOK
     assert record["tokens"] == lines[-1]["tokens"] >= 4_000
-    assert record["model"] == {"id": "test"}
+    assert record["model"] == {"id": "planted"}
     assert OmegaConf.load(out / "train.yaml").sae.k == 3
 
 
@@ -215,10 +184,12 @@ def test_a_store_that_grows_does_not_change_a_run(train: Train, tmp_path: Path) 
         train("parts", "checkpoint.resume=must")
 
 
-def test_another_store_in_the_same_place_is_refused(train: Train, tmp_path: Path) -> None:
+def test_another_store_in_the_same_place_is_refused(
+    train: Train, tmp_path: Path, planted_store: Callable[..., Store]
+) -> None:
     train("a", stop_after=3)
     (tmp_path / "store").rename(tmp_path / "first")
-    make_store(tmp_path / "store", seed=1)
+    planted_store(tmp_path / "store", seed=1)
     with pytest.raises(GranaryError, match="does not hold the activations that this run began with"):
         train("a")
     train("a", f"store.url={tmp_path / 'first'}")  # moved: known by its digest
@@ -243,8 +214,8 @@ def test_the_result_does_not_depend_on_micro_batches(train: Train) -> None:
         torch.testing.assert_close(parts[name], tensor, rtol=1e-4, atol=1e-5)
 
 
-def test_several_stores_are_read_as_one(train: Train, tmp_path: Path) -> None:
-    make_store(tmp_path / "other", shards=3, seed=5)
+def test_several_stores_are_read_as_one(train: Train, tmp_path: Path, planted_store: Callable[..., Store]) -> None:
+    planted_store(tmp_path / "other", shards=3, seed=5)
     out = train(
         "a", f"store.others=[{{url:{tmp_path / 'other'},weight:0.5}}]", "schedule.tokens=null", "schedule.epochs=2"
     )
@@ -288,9 +259,9 @@ def test_a_checkpoint_torn_while_being_written_is_ignored(train: Train) -> None:
     assert not partial.exists()
 
 
-def test_hooks_are_chosen_or_listed(train: Train, tmp_path: Path) -> None:
+def test_hooks_are_chosen_or_listed(train: Train, tmp_path: Path, planted_store: Callable[..., Store]) -> None:
     two = tmp_path / "two"
-    make_store(two, hooks=(HOOK, "layers.2.resid_post"))
+    planted_store(two, hooks=(HOOK, "layers.2.resid_post"))
     with pytest.raises(GranaryError, match=r"several hooks: choose hook=layers\.1\.resid_post \| layers\.2"):
         train("a", f"store.url={two}")
     out = train("a", f"store.url={two}", "hook=layers.2.resid_post")

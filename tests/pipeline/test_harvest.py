@@ -1,0 +1,284 @@
+"""The harvest through its command line, on a small random LLaMA with the bundled tokenizer."""
+
+import filecmp
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+from shared.bundled import MODEL_DIR
+from shared.hookpoint import SITES, HookPoint, hook_points
+from shared.lm import capture, load_causal_lm, load_tokenizer, packed_inputs
+from shared.store import Store
+from tests.cli import REPOSITORY, ForkServer, Result
+
+D, T, LAYERS, VOCAB = 16, 32, 3, 4096
+PRELOAD = ["shared.cli", "stage_harvest.harvest", "transformers.models.llama.modeling_llama"]
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(REPOSITORY), "HF_HUB_OFFLINE": "1"}
+
+
+def make_model(folder: Path, model: torch.nn.Module) -> Path:
+    model.save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(MODEL_DIR / name, folder / name)
+    return folder
+
+
+class Harvester:
+    """A model, a corpus, and the stage."""
+
+    def __init__(self, root: Path, server: ForkServer) -> None:
+        self.root, self.server = root, server
+        torch.manual_seed(0)
+        config = LlamaConfig(
+            vocab_size=VOCAB,
+            hidden_size=D,
+            intermediate_size=24,
+            num_hidden_layers=LAYERS,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            max_position_embeddings=64,
+            initializer_range=0.3,
+        )
+        self.model = make_model(root / "tiny", LlamaForCausalLM(config))
+        rng = np.random.default_rng(0)
+        words = "def return class if else x y self value of the a list None import".split()
+        self.documents = [" ".join(rng.choice(words, length)) for length in rng.integers(5, 60, 24)]
+        self.corpus = root / "corpus.txt"
+        self.corpus.write_text("\n---\n".join(self.documents))
+
+    def arguments(self, store: str = "store", **changes: object) -> list[str]:
+        """The command line; `__` in a keyword stands for a dot."""
+        keys: dict[str, object] = {
+            "model": self.model,
+            "run_dir": self.root / "run",
+            "store.url": self.root / store,
+            "corpus": "text",
+            "corpus.files": self.corpus,
+            "corpus.separator": "---",
+            "packing.seq_len": T,
+            "hooks.layers": 1,
+            "store.shard_contexts": 4,
+            "store.dtype": "float32",
+            "batch_contexts": 2,
+            "device.threads": 1,
+        }
+        keys |= {key.replace("__", "."): value for key, value in changes.items()}
+        return [f"{key}={value}" for key, value in keys.items() if value is not None]
+
+    def run(self, store: str = "store", **changes: object) -> Result:
+        return self.server.run("stage_harvest", *self.arguments(store, **changes))
+
+    def harvest(self, store: str = "store", **changes: object) -> Store:
+        result = self.run(store, **changes)
+        assert result.code == 0, result.stderr
+        return Store.open(self.root / store)
+
+
+@pytest.fixture(scope="module")
+def harvester(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Harvester]:
+    root = tmp_path_factory.mktemp("harvest")
+    with ForkServer(root, PRELOAD) as server:
+        yield Harvester(root, server)
+
+
+@pytest.fixture(scope="module")
+def store(harvester: Harvester) -> Store:
+    return harvester.harvest(hooks__layers="all", hooks__sites="[" + ",".join(SITES) + "]")
+
+
+def same_files(left: Path, right: Path) -> int:
+    """Number of files of two folders, which must hold the same bytes."""
+    names = [sorted(str(path.relative_to(root)) for path in root.rglob("*") if path.is_file()) for root in (left, right)]
+    assert names[0] == names[1]
+    assert filecmp.cmpfiles(left, right, names[0], shallow=False) == (names[0], [], [])
+    return len(names[0])
+
+
+# What is stored
+
+
+def test_tokens_are_the_tokenizers(harvester: Harvester, store: Store) -> None:
+    tokenizer = load_tokenizer(str(harvester.model))
+    contexts = range(store.num_contexts)
+    tokens, mask = store.tokens(contexts), store.mask(contexts)
+    wanted = [token for text in harvester.documents for token in tokenizer(text, add_special_tokens=False).input_ids]
+    assert tokens[mask].tolist() == wanted
+    assert (tokens[:, 0] == tokenizer.bos_token_id).all()
+    assert (tokens[store.segments(contexts) == -1] == tokenizer.eos_token_id).all()
+
+
+def test_activations_equal_a_hooked_forward_bit_for_bit(harvester: Harvester, store: Store) -> None:
+    model = load_causal_lm(str(harvester.model))
+    hooks = hook_points("all", SITES, LAYERS)
+    assert sorted(store.hooks) == sorted(str(hook) for hook in hooks)
+    for shard in range(store.num_shards):
+        contexts = store.shard_contexts(shard)
+        for first in range(contexts.start, contexts.stop, 2):
+            batch = range(first, min(first + 2, contexts.stop))
+            tokens, segments = (torch.from_numpy(rows(batch)).long() for rows in (store.tokens, store.segments))
+            with torch.no_grad(), capture(model, hooks) as got:
+                model(**packed_inputs(model, tokens, segments, isolated=True))
+            for hook in hooks:
+                for row, context in enumerate(batch):
+                    assert torch.equal(store.read_context(str(hook), context), got[hook][row]), f"{hook} {context}"
+
+
+def test_isolated_documents_have_the_activations_they_have_alone(harvester: Harvester, store: Store) -> None:
+    model = AutoModelForCausalLM.from_pretrained(harvester.model).eval()  # nothing of ours in this forward
+    compared = 0
+    for context in range(store.num_contexts):
+        tokens, segments = store.tokens([context])[0], store.segments([context])[0]
+        stored = store.read_context("layers.1.resid_post", context)
+        for segment in range(segments.max() + 1):
+            ids = torch.from_numpy(tokens[segments == segment]).long()[None]
+            with torch.no_grad():
+                alone = model(ids, output_hidden_states=True).hidden_states[2][0]
+            torch.testing.assert_close(stored[segments == segment], alone, rtol=1e-4, atol=1e-5)
+            compared += 1
+    assert compared > store.num_contexts
+
+
+def test_joined_packing_in_bfloat16_equals_transformers_bit_for_bit(harvester: Harvester) -> None:
+    store = harvester.harvest(
+        "joined", packing="joined", store__dtype="bfloat16", hooks__sites="[resid_pre,resid_post]", batch_contexts=1
+    )
+    model = AutoModelForCausalLM.from_pretrained(harvester.model, attn_implementation="sdpa").eval()
+    for context in range(store.num_contexts):
+        with torch.no_grad():
+            ids = torch.from_numpy(store.tokens([context])).long()
+            states = model(ids, output_hidden_states=True, use_cache=False).hidden_states
+        for hook, state in (("resid_pre", states[1]), ("resid_post", states[2])):
+            assert torch.equal(store.read_context(f"layers.1.{hook}", context), state[0].bfloat16())
+
+
+def test_a_bfloat16_model_and_an_int8_store(harvester: Harvester) -> None:
+    exact = harvester.harvest("exact", model__dtype="bfloat16", store__dtype="bfloat16")
+    coarse = harvester.harvest("coarse", model__dtype="bfloat16", store__dtype="int8")
+    hook = "layers.1.resid_post"
+    wanted, got = (torch.stack([s.read_context(hook, c).float() for c in range(4)]) for s in (exact, coarse))
+    error = (wanted - got).norm() / wanted.norm()
+    assert 0 < error < 0.02
+    assert exact.plan.provenance["model"]["dtype"] == "bfloat16"
+
+
+def test_the_real_model_as_its_maker_described_it(harvester: Harvester, realdata: Path) -> None:
+    text = harvester.root / "stories.txt"
+    stories = (realdata / "text/tinystories_train.txt").read_text().split("<|endoftext|>")[:60]
+    text.write_text("<|endoftext|>\n".join(stories))
+    store = harvester.harvest(
+        "stories",
+        model=realdata / "stories260K-hf",
+        corpus__files=text,
+        corpus__separator="'<|endoftext|>'",
+        packing__seq_len=256,
+        hooks__layers="0-3",
+        store__heldout_fraction=0.1,
+    )
+    for layer, norm in enumerate((3.4, 5.0, 6.9, 9.7)):
+        assert store.statistics(f"layers.{layer}.resid_post").mean_norm == pytest.approx(norm, abs=0.15)
+
+
+# Running it again
+
+
+def test_the_same_command_finds_everything_done(harvester: Harvester, store: Store) -> None:
+    before = store.digest()
+    result = harvester.run(hooks__layers="all", hooks__sites="[" + ",".join(SITES) + "]")
+    assert result.code == 0
+    assert f"resuming  {store.num_contexts} contexts are in the store already" in result.stderr
+    assert "harvested" not in result.stderr
+    assert Store.open(store.url).digest() == before
+
+
+def test_a_dry_run_writes_nothing(harvester: Harvester) -> None:
+    known = harvester.run("dry", dry_run="true", corpus__contexts=8)
+    counted = harvester.run("dry", dry_run="true")
+    for result in (known, counted):
+        assert result.code == 0
+        assert "layers.1.resid_post; d_model 16" in result.stderr
+    assert "contexts  8 x 32 = 256 tokens" in known.stderr
+    assert not (harvester.root / "dry").exists()
+
+
+def test_killed_and_run_again_gives_the_same_bytes(harvester: Harvester) -> None:
+    changes = {"store__shard_contexts": 1, "corpus__shuffle": "true", "corpus__shuffle_window": 5}
+    whole = harvester.harvest("whole", **changes)
+    assert whole.num_shards > 20
+    command = [sys.executable, "-m", "stage_harvest", *harvester.arguments("killed", **changes)]
+    process = subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.DEVNULL, cwd=harvester.root)
+    manifest = harvester.root / "killed" / "manifest"
+    deadline = time.monotonic() + 120
+    while not (manifest.is_dir() and any(manifest.glob("*.json"))) and time.monotonic() < deadline:
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert 0 < len(Store.open(harvester.root / "killed").committed()) < whole.num_shards
+    result = harvester.run("killed", **changes)
+    assert result.code == 0, result.stderr
+    assert "contexts are in the store already" in result.stderr
+    assert same_files(harvester.root / "whole", harvester.root / "killed") > 3 * whole.num_shards
+
+
+def test_two_ranks_write_the_same_bytes(harvester: Harvester) -> None:
+    harvester.harvest("one")
+    command = [sys.executable, "-m", "stage_harvest", *harvester.arguments("two", nproc=2)]
+    run = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, cwd=harvester.root, timeout=200)
+    assert run.returncode == 0, run.stderr
+    assert run.stderr.count("harvested") == 1  # one rank speaks
+    same_files(harvester.root / "one", harvester.root / "two")
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": "./nowhere"}, "no model folder at ./nowhere: give a folder"),
+        ({"model": "someone/unknown"}, "model 'someone/unknown' is neither a folder here nor in the hub's local cache"),
+        ({"hooks__layers": "2,3"}, "layer 3 is not in the model: it has 3 layers, 0 to 2"),
+        ({"hooks__sites": "[resid_mid]"}, "unknown hook site 'resid_mid': choose from resid_pre"),
+        ({"hooks__sites": "[]"}, "hooks.sites is empty"),
+        ({"packing__seq_len": 128}, "packing.seq_len=128, but the model has 64 positions: set packing.seq_len=64"),
+        ({"packing__seq_len": 1}, "packing.seq_len=1: a context needs at least 2 tokens"),
+        ({"corpus__files": "nothing/*.txt"}, "no file matches corpus.files=nothing/*.txt"),
+        ({"corpus__files": "empty.txt"}, "empty.txt is empty"),
+        ({"corpus__files": "latin.txt"}, "latin.txt is not UTF-8 at byte 3"),
+        ({"corpus": "jsonl", "corpus__separator": None, "corpus__files": "x.jsonl"}, "has no field 'text': there are body"),
+        ({"corpus__contexts": 5000}, "the corpus ends early: it fills 27 contexts of 32 tokens, 5000 were asked for"),
+        ({"corpus__contexts": 0}, "corpus.contexts=0: it must be at least 1"),
+        ({"corpus__shuffle": "true", "corpus__shuffle_window": 0}, "corpus.shuffle_window=0"),
+        ({"corpus__contexts": 10**13}, "PB, but only"),
+        ({"store__dtype": "float8"}, "store dtype 'float8' is not known: choose from bfloat16"),
+        ({"store__shard_contexts": 100}, "none can be held out"),
+        ({"store__url": "/proc/nowhere/store"}, "/proc/nowhere"),
+        ({"batch_contexts": 0}, "batch_contexts=0: it must be at least 1"),
+        ({"spool_dir": "/nowhere"}, "no spool folder under /nowhere"),
+        ({"packing": "loose"}, "no option 'loose' in group 'packing': choose from isolated, joined"),
+        ({"packing__bos": "never"}, "packing.bos"),
+        ({"corpus__file": "x"}, "unknown configuration key 'corpus.file' (did you mean 'files'?)"),
+        ({"corpus__files": None}, "corpus.files has no value"),
+    ],
+)
+def test_a_wrong_input_is_one_line(harvester: Harvester, changes: dict[str, object], message: str) -> None:
+    (harvester.root / "empty.txt").write_bytes(b"")
+    (harvester.root / "latin.txt").write_bytes(b"caf\xe9")
+    (harvester.root / "x.jsonl").write_text('{"body": "text"}\n')
+    result = harvester.run("refused", **changes)
+    last = result.stderr.splitlines()[-1]
+    assert result.code == 2, result.stderr
+    assert last.startswith("error: "), result.stderr
+    assert message in last
+    assert "Traceback" not in result.stderr
+    assert not (harvester.root / "refused" / "zarr.json").exists()

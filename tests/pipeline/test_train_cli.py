@@ -1,0 +1,139 @@
+"""Training as a user runs it: kills and signals in the middle, and one clear line for each wrong input."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from shared.sae import SAE
+from shared.store import Store
+from stage_train.loggers import read_metrics
+
+ROOT = Path(__file__).resolve().parents[2]
+TIMES = {"tokens_per_s", "wait_share"}
+
+
+def start(*overrides: str) -> "subprocess.Popen[str]":
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "default"}
+    command = [sys.executable, "-m", "stage_train", "logger.progress=false", *overrides]
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+
+
+def finish(process: "subprocess.Popen[str]") -> tuple[int, str]:
+    _, errors = process.communicate(timeout=120)
+    return process.returncode, errors
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory, planted_store: Callable[..., Store]) -> Path:
+    folder = tmp_path_factory.mktemp("train") / "store"
+    planted_store(folder)
+    return folder
+
+
+def test_killed_and_signalled_runs_end_with_the_same_weights(store: Path) -> None:
+    """SIGKILL once in mid-run, SIGUSR1 once, the same command each time: bit for bit an uninterrupted run."""
+    common = [f"store.url={store}", "sae.k=3", "sae.expansion=8", "stream.batch_size=16", "schedule.tokens=24_000"]
+    common += ["checkpoint.every=100", "logger.every=50", "sae.dead_after_tokens=500"]
+    straight, broken = store.with_name("straight"), store.with_name("broken")
+    uninterrupted = start(*common, f"run_dir={straight}", f"out_dir={straight}")
+
+    command = [*common, f"run_dir={broken}", f"out_dir={broken}"]
+    process = start(*command)
+    wait_for(broken, process, step=150)
+    process.send_signal(signal.SIGKILL)
+    assert finish(process)[0] == -signal.SIGKILL
+
+    process = start(*command)
+    wait_for(broken, process, step=400)
+    process.send_signal(signal.SIGUSR1)
+    status, errors = finish(process)
+    assert status == 0, errors
+    assert "continuing from step" in errors
+    assert "stopped by SIGUSR1 after step" in errors
+    assert "the same command continues" in errors
+    assert not (broken / "sae.safetensors").exists()
+
+    status, errors = finish(start(*command))
+    assert status == 0, errors
+    status, errors = finish(uninterrupted)
+    assert status == 0, errors
+    first, second = (SAE.from_pretrained(folder).state_dict() for folder in (straight, broken))
+    assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
+    lines = [
+        [{key: value for key, value in line.items() if key not in TIMES} for line in read_metrics(folder)]
+        for folder in (straight, broken)
+    ]
+    assert lines[0] == lines[1]
+    assert len(lines[0]) > 10
+
+
+def wait_for(folder: Path, process: "subprocess.Popen[str]", step: int) -> None:
+    deadline = time.monotonic() + 90
+    while not any(line["step"] >= step for line in read_metrics(folder)):
+        assert process.poll() is None, finish(process)
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.fixture(scope="module")
+def faults(store: Path) -> dict[str, tuple[int, str]]:
+    """Exit status and stderr of one wrong command each, run side by side."""
+    torn = store.with_name("torn")
+    shutil.copytree(store, torn)
+    victim = max((torn / "layers").rglob("c/2/0/0"), key=lambda path: path.stat().st_size)
+    content = bytearray(victim.read_bytes())
+    content[100] ^= 1
+    victim.write_bytes(content)
+    empty = store.with_name("empty")
+    shutil.copytree(store, empty)
+    for record in (empty / "manifest").iterdir():
+        record.unlink()
+    good = f"store.url={store}"
+    commands = {
+        "missing": [f"store.url={store.with_name('nowhere')}"],
+        "empty": [f"store.url={empty}"],
+        "torn": [f"store.url={torn}", "stream.batch_size=16", "schedule.tokens=2000", "sae.k=2"],
+        "hook": [good, "hook=layers.7.resid_post"],
+        "key": [good, "optim.learning_rate=0.1"],
+        "type": [good, "stream.batch_size=many"],
+        "k": [good, "sae.k=500"],
+        "warmup": [good, "schedule.warmup=1.5"],
+        "option": [good, "schedule=exponential"],
+    }
+    return {name: finish(process) for name, process in launch_all(store, commands).items()}
+
+
+def launch_all(store: Path, commands: dict[str, list[str]]) -> dict[str, "subprocess.Popen[str]"]:
+    return {name: start(f"run_dir={store.with_name(name)}", *command) for name, command in commands.items()}
+
+
+@pytest.mark.parametrize(
+    ("name", "line"),
+    [
+        ("missing", "no activation store at"),
+        ("empty", "no committed training shard yet"),
+        ("torn", "shard 2 of"),
+        ("hook", "hook layers.7.resid_post is not in the store at"),
+        ("key", "unknown configuration key 'optim.learning_rate'"),
+        ("type", "stream.batch_size"),
+        ("k", "sae.k=500 is more than the 192 latents"),
+        ("warmup", "schedule.warmup=1.5"),
+        ("option", "choose from constant, cosine, linear, wsd"),
+    ],
+)
+def test_a_wrong_input_is_one_line(faults: dict[str, tuple[int, str]], name: str, line: str) -> None:
+    status, errors = faults[name]
+    assert status == 2
+    assert "Traceback" not in errors
+    (error,) = [text for text in errors.splitlines() if text.startswith("error")]
+    assert line in error
