@@ -73,7 +73,9 @@ def relaunch(module: str, nproc: int) -> None:
     job = HydraConfig.get()
     overrides = [override for override in job.overrides.task if not override.startswith("nproc=")]
     launcher = [sys.executable, "-m", "shared.parallel.launch", "--standalone", f"--nproc-per-node={nproc}"]
-    status = subprocess.run([*launcher, "-m", module, *overrides, f"hydra.run.dir={job.runtime.output_dir}"]).returncode
+    status = subprocess.run(
+        [*launcher, "-m", module, *overrides, f"hydra.run.dir='{job.runtime.output_dir}'"]
+    ).returncode
     if status:
         sys.exit(status)
 
@@ -109,9 +111,14 @@ def describe_config_error(error: Exception) -> str:
     if unknown:
         key = full_key or unknown[1]
         return f"unknown configuration key {key!r}{suggestion(cause or error, unknown[1])}"
-    missing = re.search(r"Missing mandatory value: (\S+)", text)
+    missing = re.search(r"[Mm]issing mandatory value: (\S+)", text)
     if missing:
-        return f"{missing[1]} has no value: give {missing[1]}=... on the command line"
+        key = full_key or missing[1]
+        return f"{key} has no value: give {key}=... on the command line"
+    ambiguous = re.search(r"Ambiguous value for argument '([^=]+)=([^']*)'", text)
+    if ambiguous:
+        key, values = ambiguous.groups()
+        return f"{key}={values} is a sweep: add -m, or write {key}=[{values}] for a list"
     option = re.search(r"Could not find '([^']+)'", text)
     if option:
         group, _, name = option[1].rpartition("/")

@@ -71,7 +71,8 @@ class EvaluationData:
         mask_BT, bos_BT = self.mask_CT[start:stop], self.bos_CT[start:stop]
         return Batch(
             tokens_BT=self.tokens_CT[start:stop],
-            positions_BT=self.positions_CT[start:stop] if self.isolated else None,
+            segments_BT=self.segments_CT[start:stop],
+            isolated=self.isolated,
             replaced_BT=mask_BT | bos_BT if splice_bos else mask_BT & ~bos_BT,
             scored_BT=scored_positions(mask_BT & ~bos_BT, self.segments_CT[start:stop]),
         )
@@ -90,7 +91,7 @@ def load_data(store: Store, split: Split, limit: int | None) -> EvaluationData:
     isolated = provenance.get("packing", {}).get("mode", "isolated") == "isolated"
     bos = provenance.get("tokenizer", {}).get("special_ids", {}).get("bos")
     bos_CT = (tokens_CT == bos) & (segments_CT >= 0) if bos is not None else np.zeros_like(mask_CT)
-    segments = torch.from_numpy(segments_CT)
+    segments = torch.from_numpy(segments_CT.astype(np.int64))
     positions_CT = segment_positions(segments) if isolated else torch.arange(store.seq_len).expand(segments.shape)
     return EvaluationData(
         contexts=contexts,

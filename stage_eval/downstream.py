@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from shared.hookpoint import HookPoint
-from shared.lm import splice
+from shared.lm import packed_inputs, splice
 from stage_eval.confidence import Estimate, ratio_of_sums
 from stage_eval.sums import Rows, Sums
 from stage_eval.vocabulary import VocabularyHead, score_next_tokens
@@ -43,8 +43,10 @@ class Batch:
 
     tokens_BT: Tensor
     """int64"""
-    positions_BT: Tensor | None
-    """Position ids that restart at each document (isolated packing); None where documents are joined."""
+    segments_BT: Tensor
+    """int64: document of each position."""
+    isolated: bool
+    """Documents do not see one another."""
     replaced_BT: Tensor
     """bool: positions whose activation a condition replaces."""
     scored_BT: Tensor
@@ -52,8 +54,9 @@ class Batch:
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on `device`."""
-        positions_BT = None if self.positions_BT is None else self.positions_BT.to(device)
-        return Batch(self.tokens_BT.to(device), positions_BT, self.replaced_BT.to(device), self.scored_BT.to(device))
+        moved = (tensor.to(device) for tensor in (self.tokens_BT, self.segments_BT, self.replaced_BT, self.scored_BT))
+        tokens_BT, segments_BT, replaced_BT, scored_BT = moved
+        return Batch(tokens_BT, segments_BT, self.isolated, replaced_BT, scored_BT)
 
 
 def scored_positions(mask_BT: Tensor, segments_BT: Tensor) -> Tensor:
@@ -139,7 +142,8 @@ def final_hidden(model: PreTrainedModel, batch: Batch, condition: Condition) -> 
                 return replaced_BTD
 
             stack.enter_context(splice(model, hook, replace))
-        output = model.base_model(input_ids=batch.tokens_BT, position_ids=batch.positions_BT, use_cache=False)
+        inputs = packed_inputs(model, batch.tokens_BT, batch.segments_BT, isolated=batch.isolated)
+        output = model.base_model(**inputs)
     hidden_ND: Tensor = output.last_hidden_state[batch.scored_BT]
     return hidden_ND
 

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from safetensors.torch import save
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from shared.errors import GranaryError
@@ -24,6 +26,7 @@ from stage_eval.decoder import decoder_structure
 from stage_eval.downstream import DownstreamSums, downstream_metrics
 from stage_eval.passes import Loaded, Plan, conditions_for, downstream_pass, reconstruction_pass
 from stage_eval.plots import evaluation_plots
+from stage_eval.reconstruction import per_latent_figures
 from stage_eval.report import render
 from stage_eval.results import assemble, run_context, write_bytes, write_json
 from stage_eval.sources import Source, find_sources, model_path
@@ -54,13 +57,15 @@ def evaluate(cfg: EvalSchema) -> None:
     plan = Plan(world, cfg.batch_contexts or default_unit(store.seq_len), cfg.splice_bos)
     shared = run_context(cfg, store, data, where[0] if where else None, world.size)
     reports: list[dict[str, Any]] = []
+    per_latent: list[dict[str, Tensor]] = []
     joint = None
     for start in range(0, len(sources), cfg.sae.per_pass):
         group = sources[start : start + cfg.sae.per_pass]
-        found, joint = measure(cfg, group, model, store, data, statistics, plan, shared)
+        found, latents, joint = measure(cfg, group, model, store, data, statistics, plan, shared)
         reports += found
+        per_latent += latents
     if world.is_main:
-        write(cfg, sources, reports, joint)
+        write(cfg, sources, reports, per_latent, joint)
     barrier()
     shutdown()
 
@@ -107,8 +112,8 @@ def measure(
     statistics: dict[HookPoint, HookStatistics],
     plan: Plan,
     shared: dict[str, Any],
-) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
-    """The evaluations of SAEs that are in memory together, and the joint splice's where it is asked for."""
+) -> tuple[list[dict[str, Any]], list[dict[str, Tensor]], dict[str, Any] | None]:
+    """Evaluations and per-latent figures of SAEs that are in memory together; the joint splice's where asked for."""
     device = plan.world.device
     saes = [Loaded(source.name, source.hook, source.load(device)) for source in sources]
     reconstructions = reconstruction_pass(saes, store, data, statistics, plan)
@@ -125,17 +130,23 @@ def measure(
         for source, loaded, sums in zip(sources, saes, reconstructions, strict=True):
             decoder = decoder_structure(loaded.sae.W_dec, loaded.sae.W_enc, cfg.seed)
             reports.append(assemble(source, sums, losses, decoder, statistics[source.hook], data, shared))
-    return reports, joint
+    return reports, [per_latent_figures(sums) for sums in reconstructions], joint
 
 
 def write(
-    cfg: EvalSchema, sources: Sequence[Source], reports: Sequence[dict[str, Any]], joint: dict[str, Any] | None
+    cfg: EvalSchema,
+    sources: Sequence[Source],
+    reports: Sequence[dict[str, Any]],
+    per_latent: Sequence[dict[str, Tensor]],
+    joint: dict[str, Any] | None,
 ) -> None:
     """Write what was measured, show it, and say where it is."""
     out = Path(cfg.out_dir)
     several = len(sources) > 1
-    for source, report in zip(sources, reports, strict=True):
-        write_report(report_folder(source, out) if several else out, report)
+    for source, report, latents in zip(sources, reports, per_latent, strict=True):
+        folder = report_folder(source, out) if several else out
+        write_report(folder, report)
+        write_bytes(folder / "latents.safetensors", save(latents))
     print_tables(reports)
     if several:
         links = [relative_link(report_folder(source, out) / "report.html", out) for source in sources]

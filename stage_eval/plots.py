@@ -12,6 +12,9 @@ from stage_eval.theme import Palette, Plot
 
 Report = dict[str, Any]
 
+FEWEST = 50
+NOT_DRAWN = f"Groups of fewer than {FEWEST} tokens are not drawn."
+
 
 def evaluation_plots(report: Report) -> list[Plot]:
     """Every figure that this evaluation has the data for."""
@@ -92,11 +95,7 @@ def firing_histogram(report: Report) -> Plot:
 
 def fvu_by(groups: dict[str, Any], by: str) -> Plot:
     """FVU along positions or token frequencies."""
-    points = [
-        (centre(low, high, by), fvu)
-        for low, high, fvu in zip(groups["edges"], groups["edges"][1:], groups["fvu"], strict=False)
-        if fvu is not None
-    ]
+    points = well_sampled(groups, "fvu", "tokens", by)
 
     def draw(axes: Axes, palette: Palette) -> None:
         log_line(axes, points, palette.series1, by)
@@ -107,18 +106,14 @@ def fvu_by(groups: dict[str, Any], by: str) -> Plot:
     return Plot(
         f"fvu_by_{by}",
         f"Reconstruction by {where}",
-        "Fraction of variance unexplained, the variance taken about the training mean.",
+        f"Fraction of variance unexplained, the variance taken about the training mean. {NOT_DRAWN}",
         draw,
     )
 
 
 def loss_by(groups: dict[str, Any], by: str) -> Plot:
     """Increase of cross-entropy along positions or label frequencies."""
-    points = [
-        (centre(low, high, by), value)
-        for low, high, value in zip(groups["edges"], groups["edges"][1:], groups["ce_increase"], strict=False)
-        if value is not None
-    ]
+    points = well_sampled(groups, "ce_increase", "predictions", by)
 
     def draw(axes: Axes, palette: Palette) -> None:
         log_line(axes, points, palette.series2, by)
@@ -129,7 +124,7 @@ def loss_by(groups: dict[str, Any], by: str) -> Plot:
     return Plot(
         f"loss_by_{by}",
         f"Added loss by {where}",
-        "Cross-entropy with the reconstruction spliced in, minus the clean cross-entropy.",
+        f"Cross-entropy with the reconstruction spliced in, minus the clean cross-entropy. {NOT_DRAWN}",
         draw,
     )
 
@@ -209,6 +204,15 @@ def log_line(axes: Axes, points: Sequence[tuple[float, float]], colour: str, by:
     else:
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: power_of_ten(math.log10(value))))
         axes.set_xlabel("share of all held-out tokens")
+
+
+def well_sampled(groups: dict[str, Any], metric: str, counts: str, by: str) -> list[tuple[float, float]]:
+    """(where it is drawn, value) of every group of at least `FEWEST` tokens: smaller ones are noise."""
+    return [
+        (centre(low, high, by), value)
+        for (low, high), value, count in zip(pairwise(groups["edges"]), groups[metric], groups[counts], strict=True)
+        if value is not None and count >= FEWEST
+    ]
 
 
 def centre(low: float, high: float, by: str) -> float:

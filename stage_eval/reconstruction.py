@@ -114,6 +114,16 @@ def latent_metrics(sums: ReconstructionSums, num_tokens: int) -> dict[str, Any]:
     }
 
 
+def per_latent_figures(sums: ReconstructionSums) -> dict[str, Tensor]:
+    """What ``latents.safetensors`` holds: for each latent, on the evaluated tokens, [F]."""
+    firings_F = sums.added["firings_F"]
+    return {
+        "firings": firings_F,
+        "mean_activation": (sums.added["activation_F"] / firings_F.clamp_min(1)).float(),
+        "max_activation": sums.maxed["activation_max_F"].float(),
+    }
+
+
 def densest(frequency_F: Tensor, sums: ReconstructionSums, count: int = 10) -> list[dict[str, float | int]]:
     """The latents that fire most often."""
     top = torch.topk(frequency_F, min(count, len(frequency_F)))

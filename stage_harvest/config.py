@@ -5,6 +5,7 @@ Types and meanings here, values in ``conf/``. Imports nothing heavy, so that a w
 
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Any
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
@@ -60,8 +61,8 @@ class StdlibSplit(Enum):
 class HooksSchema:
     """Which activations are stored; all of them in one forward."""
 
-    layers: str = MISSING
-    """``all``, ``16``, ``0,8,16`` or ``0-7``; layers are counted from 0."""
+    layers: Any = MISSING
+    """``all``, ``16``, ``0-7`` or a list ``[0,8,16-20]``; layers are counted from 0."""
     sites: list[str] = MISSING
     """Of resid_pre, resid_post, attn_out, mlp_in, mlp_out."""
 
@@ -195,6 +196,8 @@ class HarvestSchema:
     store: StoreSchema = field(default_factory=StoreSchema)
     device: DeviceSchema = field(default_factory=DeviceSchema)
     hooks: HooksSchema = field(default_factory=HooksSchema)
+    tensor_parallel: int = MISSING
+    """Processes that share one copy of the model, a part of each weight each; the others are replicas."""
     batch_contexts: int | None = MISSING
     """Contexts per forward; null: as many as make 4,096 tokens. Part of the store's identity (see forward.py)."""
     dry_run: bool = MISSING

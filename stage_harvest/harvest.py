@@ -1,20 +1,24 @@
 """The harvest: tokens first, then shard after shard of activations, skipping what the store holds already.
 
-Ranks are replicas that share the pending shards; rank 0 also prepares the tokens, prints, and finishes the store.
+Replicas of the model share the pending shards; a replica may be several ranks that share its weights. Rank 0 also
+prepares the tokens, prints, and finishes the store.
 """
 
 import itertools
 import json
 import logging
 
+import torch
+
 from shared.lm import load_trunk
 from shared.lm.load import DTYPES
-from shared.parallel import World, init_world, shutdown
+from shared.parallel import World, init_world
 from shared.store import Store, free_bytes, layout
 from shared.store.objectio import open_io
 from stage_harvest.config import HarvestSchema
 from stage_harvest.corpus import read_documents
 from stage_harvest.forward import ShardForward
+from stage_harvest.mesh import Place, check_mesh, take_place
 from stage_harvest.plan import HarvestJob, announce, check_length, human_bytes, next_command, staging_dtype
 from stage_harvest.progress import Board, HarvestProgress
 from stage_harvest.spool import Spool
@@ -29,6 +33,7 @@ def harvest(cfg: HarvestSchema) -> None:
     world = init_world(cfg.device.name, cfg.device.threads)
     board = Board(world)
     if world.is_main:
+        check_mesh(world, cfg.tensor_parallel)
         # The other ranks wait below: a wrong input is reported once, and they end with this rank.
         job = HarvestJob.from_config(cfg)
         store = prepare(job, world)
@@ -42,7 +47,6 @@ def harvest(cfg: HarvestSchema) -> None:
         pending = json.loads(board.read("pending"))
         if pending is not None:
             write_shards(HarvestJob.from_config(cfg), Store.open(cfg.store.url), pending, world, board)
-    shutdown()
 
 
 def prepare(job: HarvestJob, world: World) -> Store | None:
@@ -80,43 +84,69 @@ def find_store(url: str) -> Store | None:
 
 
 def write_shards(job: HarvestJob, store: Store, pending: list[int], world: World, board: Board) -> None:
-    """Compute and write this rank's part of the `pending` shards."""
-    mine = pending[world.rank :: world.size]
-    cfg, plan = job.cfg, store.plan
-    todo = sum(len(store.shard_contexts(shard)) for shard in pending)
-    context_bytes = sum(plan.context_bytes(hook) for hook in plan.hooks)
+    """Compute and write this replica's part of the `pending` shards, showing the progress of all replicas."""
+    place = take_place(world, job.cfg.tensor_parallel)
+    mine = pending[place.replica :: place.num_replicas]
+    plan = store.plan
     progress = HarvestProgress(
-        world, board, contexts=plan.num_contexts, todo=todo, seq_len=plan.seq_len, context_bytes=context_bytes
+        world,
+        board,
+        contexts=plan.num_contexts,
+        todo=sum(len(store.shard_contexts(shard)) for shard in pending),
+        seq_len=plan.seq_len,
+        context_bytes=sum(plan.context_bytes(hook) for hook in plan.hooks),
     )
-    if mine:
-        layers, last_mlp = job.depth
-        trunk = load_trunk(
-            cfg.model.path,
-            cfg.model.dtype.value,
-            num_layers=layers,
-            last_mlp=last_mlp,
-            device=world.device,
-            revision=cfg.model.revision,
-            attn_implementation=cfg.model.attn_implementation,
-        )
-        forward = ShardForward(
-            trunk, job.hooks, isolated=job.isolated, batch_contexts=job.batch_contexts, device=world.device
-        )
-        dtype = staging_dtype(plan, DTYPES[cfg.model.dtype.value])
-        with BackgroundWriter(store, dtype, pin=world.device.type == "cuda") as writer:
-            for shard in mine:
-                contexts = store.shard_contexts(shard)
-                staging = writer.staging()
-                filled = forward.run(
-                    store.tokens(contexts),
-                    store.segments(contexts),
-                    staging,
-                    lambda done: progress.advance(done, writer.wait_seconds),
-                )
-                writer.submit(shard, staging, filled)
-            writer.drain()
-    progress.wait_for_all(sum(len(store.shard_contexts(shard)) for shard in mine))
-    progress.close()
+    try:
+        if mine:
+            compute_shards(job, store, mine, world.device, place, progress)
+        written = sum(len(store.shard_contexts(shard)) for shard in mine) if place.part == 0 else 0
+        progress.wait_for_all(written)
+    finally:
+        progress.close()
+    progress.report()
+
+
+def compute_shards(
+    job: HarvestJob, store: Store, shards: list[int], device: torch.device, place: Place, progress: HarvestProgress
+) -> None:
+    """Load the trunk and make `shards`, each written while the next is computed."""
+    cfg = job.cfg
+    layers, last_mlp = job.depth
+    trunk = load_trunk(
+        cfg.model.path,
+        cfg.model.dtype.value,
+        num_layers=layers,
+        last_mlp=last_mlp,
+        device=device,
+        revision=cfg.model.revision,
+        attn_implementation=cfg.model.attn_implementation,
+        tp_mesh=place.tp_mesh,
+    )
+    is_writer = place.part == 0
+    forward = ShardForward(
+        trunk,
+        job.hooks if is_writer else [],
+        isolated=job.isolated,
+        batch_contexts=job.batch_contexts,
+        device=device,
+    )
+    if not is_writer:
+        for shard in shards:
+            forward.run(store.tokens(store.shard_contexts(shard)), store.segments(store.shard_contexts(shard)), {})
+        return
+    dtype = staging_dtype(store.plan, DTYPES[cfg.model.dtype.value])
+    with BackgroundWriter(store, dtype, pin=device.type == "cuda") as writer:
+        for shard in shards:
+            contexts = store.shard_contexts(shard)
+            staging = writer.staging()
+            filled = forward.run(
+                store.tokens(contexts),
+                store.segments(contexts),
+                staging,
+                lambda done: progress.advance(done, writer.wait_seconds),
+            )
+            writer.submit(shard, staging, filled)
+        writer.drain()
 
 
 def finish(job: HarvestJob, store: Store) -> None:

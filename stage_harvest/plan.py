@@ -16,6 +16,7 @@ from shared.lm import (
     ModelIdentity,
     SpecialIds,
     check_hooks,
+    check_tensor_parallel,
     load_config,
     load_tokenizer,
     model_identity,
@@ -55,8 +56,11 @@ class HarvestJob:
         config = load_config(cfg.model.path, cfg.model.revision)
         if not cfg.hooks.sites:
             raise GranaryError("hooks.sites is empty: name at least one, for example hooks.sites=[resid_post]")
-        hooks = hook_points(cfg.hooks.layers, dict.fromkeys(cfg.hooks.sites), config.num_hidden_layers)
+        wanted = cfg.hooks.layers
+        layers = ",".join(map(str, wanted)) if isinstance(wanted, list) else str(wanted)
+        hooks = hook_points(layers, dict.fromkeys(cfg.hooks.sites), config.num_hidden_layers)
         check_hooks(config, hooks)
+        check_tensor_parallel(config, cfg.tensor_parallel)
         limit = getattr(config, "max_position_embeddings", None)
         if limit is not None and cfg.packing.seq_len > limit:
             raise GranaryError(
@@ -171,6 +175,11 @@ def announce(job: HarvestJob, plan: StorePlan, *, committed: int, device: torch.
     layers, total = job.depth[0], job.config.num_hidden_layers
     size = sum(plan.context_bytes(hook) for hook in plan.hooks)
     needed = bytes_planned(plan) - committed * (size + 9 * plan.seq_len)
+    if free is not None and needed > free:
+        raise GranaryError(
+            f"{job.cfg.store.url} needs {human_bytes(needed)}, but only {human_bytes(free)} are free:"
+            " choose another store.url, fewer corpus.contexts or hooks, or store.dtype=int8"
+        )
     staging = min(STAGING_SETS, plan.num_shards) * plan.shard_contexts * size
     room = "" if free is None else f" of {human_bytes(free)} free"
     lines = {
@@ -188,11 +197,6 @@ def announce(job: HarvestJob, plan: StorePlan, *, committed: int, device: torch.
         lines["resuming"] = f"{committed:,} contexts are in the store already"
     for name, text in lines.items():
         log.info("%-9s %s", name, text)
-    if free is not None and needed > free:
-        raise GranaryError(
-            f"{job.cfg.store.url} needs {human_bytes(needed)}, but only {human_bytes(free)} are free:"
-            " choose another store.url, fewer corpus.contexts or hooks, or store.dtype=int8"
-        )
 
 
 def human_bytes(count: float) -> str:

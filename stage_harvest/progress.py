@@ -4,6 +4,7 @@ Ranks talk through the job's key-value store (torch's TCPStore), not through col
 of minutes, and nobody has to stop to be counted.
 """
 
+import itertools
 import logging
 import sys
 import time
@@ -20,6 +21,7 @@ log = logging.getLogger(__name__)
 
 _FOREVER = timedelta(days=30)
 _POLL_SECONDS = 0.2
+_BOARDS = itertools.count()  # every rank makes its boards in the same order
 
 
 class Board:
@@ -29,7 +31,7 @@ class Board:
         self._store: Any = None
         self._local: dict[str, Any] = {}
         if world.size > 1:
-            self._store = PrefixStore("granary_harvest", distributed_c10d._get_default_store())
+            self._store = PrefixStore(f"granary_harvest_{next(_BOARDS)}", distributed_c10d._get_default_store())
 
     def add(self, counter: str, amount: int) -> int:
         """Add to a counter; returns its value over all ranks."""
@@ -95,15 +97,18 @@ class HarvestProgress:
             written = self.board.add("written", 0)
             self._show(self.board.add("contexts", 0))
 
+    def close(self) -> None:
+        """Leave the bar as it stands and end its line."""
+        self._bar.close()
+
     def _show(self, contexts: int) -> None:
         seconds = time.perf_counter() - self.start
         rate = contexts * self.context_bytes / seconds / 1e6
         self._bar.set_postfix_str(f"{rate:.0f} MB/s, disk wait {self.wait_seconds / seconds:.0%}", refresh=False)
         self._bar.update((self.done_before + contexts) * self.seq_len - self._bar.n)
 
-    def close(self) -> None:
-        """Leave the bar as it stands and log the run's figures."""
-        self._bar.close()
+    def report(self) -> None:
+        """Log the run's figures."""
         seconds = time.perf_counter() - self.start
         if self.is_main and self.todo:
             log.info(

@@ -45,8 +45,6 @@ class Checkpoints:
         self.folder, self.keep, self.world = folder, keep, world
         # A group of its own: the writing thread's collectives must not mix with the training thread's.
         self._group = dist.new_group(backend="gloo") if dist.is_initialized() else None
-        if self._group is None:  # true, and said at every save
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
         self._publisher = ThreadPoolExecutor(1, thread_name_prefix="granary-checkpoint")
         self._pending: Future[None] | None = None
 
@@ -59,20 +57,9 @@ class Checkpoints:
                 found = self.folder / pointer.read_text().strip()
         return broadcast_object(found)
 
-    def state(self, path: Path) -> dict[str, Any]:
-        """What a checkpoint holds beside tensors. Raises GranaryError when it cannot be read."""
-        try:
-            return dict(json.loads((path / STATE).read_text()))
-        except (OSError, ValueError) as error:
-            raise GranaryError(f"checkpoint {path} cannot be read ({error}): remove it, or use resume=never") from error
-
     def load(self, path: Path, tensors: dict[str, Tensor]) -> None:
-        """Fill `tensors` in place. Raises GranaryError when the checkpoint does not hold them."""
-        try:
-            load(tensors, checkpoint_id=path, process_group=self._group, no_dist=self._group is None)
-        except (CheckpointException, OSError, RuntimeError, ValueError) as error:
-            why = _reason(error)
-            raise GranaryError(f"checkpoint {path} cannot be loaded ({why}): use resume=never to begin anew") from error
+        """Fill `tensors` in place, on all ranks together. Raises GranaryError when the checkpoint lacks them."""
+        load_tensors(path, tensors, self._group)
 
     def save(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         """Copy the state now and write it in the background; waits first for the save before this one."""
@@ -87,6 +74,8 @@ class Checkpoints:
         barrier()
         writer = FileSystemWriter(partial, single_file_per_rank=True, sync_files=True)
         alone = self._group is None
+        if alone:
+            _expect_one_process()
         future = async_save(tensors, storage_writer=writer, process_group=self._group, no_dist=alone)
         if isinstance(future, AsyncSaveResponse):
             future = future.upload_completion
@@ -122,6 +111,33 @@ class Checkpoints:
         for old in sorted(self.folder.glob("step-*"))[: -self.keep]:
             if old != final:
                 shutil.rmtree(old, ignore_errors=True)
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """What a checkpoint holds beside tensors. Raises GranaryError when it cannot be read."""
+    try:
+        return dict(json.loads((path / STATE).read_text()))
+    except (OSError, ValueError) as error:
+        raise GranaryError(f"checkpoint {path} cannot be read ({error}): remove it, or use resume=never") from error
+
+
+def load_tensors(path: Path, tensors: dict[str, Tensor], group: dist.ProcessGroup | None = None) -> None:
+    """Fill `tensors` in place: on the ranks of `group` together, or without one on this process alone.
+
+    Raises GranaryError when the checkpoint does not hold them.
+    """
+    if group is None:
+        _expect_one_process()
+    try:
+        load(tensors, checkpoint_id=path, process_group=group, no_dist=group is None)
+    except (CheckpointException, OSError, RuntimeError, ValueError) as error:
+        why = _reason(error)
+        raise GranaryError(f"checkpoint {path} cannot be loaded ({why}): use resume=never to begin anew") from error
+
+
+def _expect_one_process() -> None:
+    """DCP warns at every call that it runs in one process: true, and meant."""
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 
 
 def _reason(error: BaseException) -> str:

@@ -42,6 +42,17 @@ class Resume(Enum):
     """Continue from the newest; an error without one."""
 
 
+class LayoutKind(Enum):
+    """What each process holds; see stage_train.layouts."""
+
+    ddp = "ddp"
+    """The whole SAE."""
+    fsdp = "fsdp"
+    """A share of the rows of every parameter, gathered for each step."""
+    latent = "latent"
+    """A share of the latents, which it alone computes."""
+
+
 class LoggerKind(Enum):
     """Where metrics go beside ``metrics.jsonl``."""
 
@@ -130,6 +141,15 @@ class ScheduleSchema:
 
 
 @dataclass(kw_only=True)
+class ParallelSchema:
+    """Group ``parallel``: how the SAE is spread over the processes of a run. The result does not depend on it."""
+
+    layout: LayoutKind = MISSING
+    latent: int | None = MISSING
+    """Parts the latents are split into; null: as many as there are processes."""
+
+
+@dataclass(kw_only=True)
 class CheckpointSchema:
     """When training state is saved."""
 
@@ -150,6 +170,8 @@ class LoggerSchema:
     """Of tensorboard, wandb."""
     progress: bool = MISSING
     """Show a progress bar."""
+    curves: bool = MISSING
+    """Draw curves.png at the end."""
     project: str = MISSING
     """Weights & Biases project."""
     mode: WandbMode = MISSING
@@ -175,6 +197,7 @@ class TrainSchema:
     optim: OptimSchema = field(default_factory=OptimSchema)
     schedule: ScheduleSchema = field(default_factory=ScheduleSchema)
     stream: StreamSchema = field(default_factory=StreamSchema)
+    parallel: ParallelSchema = field(default_factory=ParallelSchema)
     checkpoint: CheckpointSchema = field(default_factory=CheckpointSchema)
     logger: LoggerSchema = field(default_factory=LoggerSchema)
     device: DeviceSchema = field(default_factory=DeviceSchema)
@@ -190,6 +213,7 @@ def register() -> None:
     store.store(group="optim", name="schema", node=OptimSchema)
     store.store(group="schedule", name="schema", node=ScheduleSchema)
     store.store(group="stream", name="schema", node=StreamSchema)
+    store.store(group="parallel", name="schema", node=ParallelSchema)
     store.store(group="logger", name="schema", node=LoggerSchema)
 
 

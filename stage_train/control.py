@@ -13,11 +13,20 @@ log = logging.getLogger(__name__)
 # What Slurm (--signal) and torchrun send before they kill.
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
+# Steps between exchanges of the flag.
+EXCHANGE_EVERY = 4
+
+
+def lost_contact(error: RuntimeError) -> bool:
+    """Whether an error says no more than that another rank is gone."""
+    text = str(error)
+    return isinstance(error, dist.DistBackendError) or "gloo" in text or "Connection closed by peer" in text
+
 
 class StopRequest:
-    """Within its context the signals only set a flag; ``agreed`` tells, once per step, whether any rank has it set.
+    """Within its context the signals only set a flag; ``agreed`` tells whether any rank has it set.
 
-    Ranks exchange the flag through host memory while the step runs, so that nobody waits for the device.
+    Ranks exchange the flag every few steps, through host memory and while the steps run, so that nobody waits.
     """
 
     def __init__(self) -> None:
@@ -38,23 +47,22 @@ class StopRequest:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
-    def post(self) -> None:
-        """Offer this rank's flag; call at the beginning of a step."""
-        self._flag[0] = int(self.received is not None)
-        if self._group is not None:
-            self._exchange = dist.all_reduce(self._flag, dist.ReduceOp.MAX, group=self._group, async_op=True)
+    def agreed(self, step: int) -> bool:
+        """Whether to stop after `step`: the same answer on all ranks. Call once per step.
 
-    def agreed(self) -> bool:
-        """Whether any rank's flag was set when it was posted; call at the end of the same step.
-
-        In a world of one, whether it is set now.
+        In a world of one the answer is at hand; else it comes up to 2 * EXCHANGE_EVERY steps after the signal.
         """
         if self._group is None:
             return self.received is not None
+        if step % EXCHANGE_EVERY:
+            return False
         if self._exchange is not None:
             self._exchange.wait()
-            self._exchange = None
-        return bool(self._flag[0])
+            if self._flag.item():
+                return True
+        self._flag = torch.tensor([int(self.received is not None)], dtype=torch.int32)
+        self._exchange = dist.all_reduce(self._flag, dist.ReduceOp.MAX, group=self._group, async_op=True)
+        return False
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self.received = signal.Signals(number).name

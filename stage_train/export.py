@@ -1,4 +1,4 @@
-"""Where an SAE comes from: the record that is exported with its weights."""
+"""From a training checkpoint to an SAE that anyone can load, with a record of where it comes from."""
 
 import hashlib
 import json
@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from shared.sae import SAE, SAEConfig
+from stage_train.checkpoint import load_tensors, read_state
 from stage_train.frozen import FrozenStore
 
 
@@ -30,6 +32,19 @@ def provenance(
         "tokens": tokens,
         "versions": versions(),
     }
+
+
+def export(checkpoint: Path, folder: Path) -> None:
+    """Write ``config.json`` and ``sae.safetensors`` from a training checkpoint, whatever layout wrote it.
+
+    One process does it, with one copy of the weights in memory. Raises GranaryError when the checkpoint does not load.
+    """
+    state = read_state(checkpoint)
+    with torch.device("meta"):
+        sae = SAE(SAEConfig.from_dict(state["sae"]))
+    sae.to_empty(device="cpu")
+    load_tensors(checkpoint, {f"sae.{name}": tensor for name, tensor in sae.state_dict().items()})
+    sae.save_pretrained(folder, state["provenance"])
 
 
 def is_exported(folder: Path) -> bool:

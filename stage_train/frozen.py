@@ -1,8 +1,7 @@
 """Open the stores of a run and fix what of them it may read, the same on every rank and after every resume."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import reduce
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -95,26 +94,24 @@ def choose_hook(hook: str | None, stores: Sequence[FrozenStore]) -> str:
     return hook
 
 
-def combined_statistics(stores: Sequence[FrozenStore], hook: str) -> HookStatistics:
-    """Statistics over the training shards of all stores, each counted by its weight."""
-    parts = [(part.weight, part.store.statistics(hook, part.shards)) for part in stores]
+def combined_statistics(stores: Sequence[FrozenStore], parts: Sequence[HookStatistics]) -> HookStatistics:
+    """The stores' statistics as one, each token counted by its store's weight."""
     if len(parts) == 1:
-        return parts[0][1]
-    weights = [weight * part.count for weight, part in parts]
+        return parts[0]
+    weights = [store.weight * part.count for store, part in zip(stores, parts, strict=True)]
     total = sum(weights)
 
     def average(values: Sequence[Any]) -> Any:
         return sum(weight * value for weight, value in zip(weights, values, strict=True)) / total
 
-    mean = average([part.mean for _, part in parts])
-    return replace(
-        parts[0][1],
-        count=sum(part.count for _, part in parts),
+    mean = average([part.mean for part in parts])
+    return HookStatistics(
+        count=sum(part.count for part in parts),
         mean=mean,
-        var=average([part.var + (part.mean - mean) ** 2 for _, part in parts]),
-        mean_norm=average([part.mean_norm for _, part in parts]),
-        rms_norm=average([part.rms_norm**2 for _, part in parts]) ** 0.5,
-        median_norm=average([part.median_norm for _, part in parts]),
-        max_norm=reduce(max, [part.max_norm for _, part in parts]),
-        relative_squared_error=average([part.relative_squared_error for _, part in parts]),
+        var=average([part.var + (part.mean - mean) ** 2 for part in parts]),
+        mean_norm=average([part.mean_norm for part in parts]),
+        rms_norm=average([part.rms_norm**2 for part in parts]) ** 0.5,
+        median_norm=average([part.median_norm for part in parts]),
+        max_norm=max(part.max_norm for part in parts),
+        relative_squared_error=average([part.relative_squared_error for part in parts]),
     )

@@ -1,6 +1,7 @@
 """One training run, from its configuration to the exported SAE."""
 
 import logging
+import re
 import shutil
 import sys
 from collections.abc import Mapping
@@ -13,16 +14,18 @@ import torch
 from omegaconf import OmegaConf
 
 from shared.errors import GranaryError
-from shared.parallel import World, init_world
-from shared.sae import SAE, SAEAdam, SAEConfig
-from stage_train.checkpoint import Checkpoints
+from shared.parallel import World, barrier, init_world, shutdown
+from shared.sae import SAE, SAEConfig
+from shared.store import HookStatistics
+from stage_train.checkpoint import Checkpoints, read_state
 from stage_train.config import BufferPlace, Resume, TrainSchema
-from stage_train.control import StopRequest
+from stage_train.control import StopRequest, lost_contact
 from stage_train.curves import draw_curves
-from stage_train.export import is_exported, provenance, run_id, versions
+from stage_train.export import export, is_exported, provenance, run_id
 from stage_train.frozen import FrozenStore, choose_hook, combined_statistics, freeze, refreeze
-from stage_train.layout import Replicated
+from stage_train.layouts import make_layout
 from stage_train.loggers import make_loggers
+from stage_train.outliers import drop_outliers
 from stage_train.progress import ProgressBar
 from stage_train.resume import check_same_run, identity
 from stage_train.schedule import LearningRate, length_in_steps
@@ -41,7 +44,13 @@ GIB = 1 << 30
 def main(cfg: TrainSchema) -> None:
     """Train one SAE as `cfg` says, or continue where an earlier run of the same configuration stopped."""
     world = init_world(cfg.device.name, cfg.device.threads)
-    Run(cfg, world).execute()
+    try:
+        Run(cfg, world).execute()
+    except RuntimeError as error:
+        if world.size > 1 and lost_contact(error):
+            raise GranaryError("another process of this run has ended: its own message says why") from error
+        raise
+    shutdown()
 
 
 @dataclass(frozen=True)
@@ -51,6 +60,11 @@ class Start:
     stores: list[FrozenStore]
     checkpoint: Path | None
     state: Mapping[str, Any]
+
+
+def quoted(value: str) -> str:
+    """A value as Hydra and the shell take it, commas and equal signs included."""
+    return value if re.fullmatch(r"[\w./:-]+", value) else f"'\"{value}\"'"
 
 
 class Run:
@@ -70,8 +84,10 @@ class Run:
         store = self.start.stores[0].store
         self.d_model, self.read_dtype = store.plan.hooks[self.hook], store.read_dtype
         self.sae_config: SAEConfig = cfg.sae.to_config(self.d_model)
-        self.layout = Replicated(world)
+        self.layout = make_layout(cfg.parallel, world)
+        self.layout.num_latents(self.sae_config)  # refuses what does not divide
         self.data = TrainingData([part.source for part in self.start.stores])
+        self.statistics = self._statistics()
         self.order = StreamOrder(
             batch_size=cfg.stream.batch_size,
             seed=cfg.seed,
@@ -110,7 +126,7 @@ class Run:
                         self.checkpoints.folder,
                     )
                     sys.exit(0)
-                self._finish(trainer)
+                self._finish()
             if self.world.is_main:
                 log.info(
                     "the SAE is in %s; score it with: python -m stage_eval %s", self.folder, self._eval_arguments()
@@ -120,7 +136,7 @@ class Run:
         cfg = self.cfg
         arguments = f"name={cfg.name}" if cfg.run_dir == f"runs/{cfg.name}" else f"run_dir={cfg.run_dir}"
         if Path(cfg.out_dir).resolve() != Path(cfg.run_dir, "sae").resolve():
-            arguments += f" sae.path={cfg.out_dir}"
+            arguments += f" sae.path={quoted(cfg.out_dir)}"
         if cfg.store.url != f"{cfg.run_dir}/store":
             arguments += f" store.url={cfg.store.url}"
         return arguments
@@ -137,20 +153,30 @@ class Run:
             if mode is Resume.must:
                 raise GranaryError(f"checkpoint.resume=must, but there is no checkpoint in {self.checkpoints.folder}")
             return Start(freeze(urls, self.world), None, {})
-        state = self.checkpoints.state(latest)
+        state = read_state(latest)
         check_same_run(state["identity"], self.identity, self.folder)
         return Start(refreeze(urls, state["stores"]), latest, state)
+
+    def _statistics(self) -> HookStatistics:
+        """Of the tokens that training reads; leaves out the outliers first where that is asked for."""
+        stores, multiple = self.start.stores, self.cfg.stream.max_norm_multiple
+        parts = [part.store.statistics(self.hook, part.shards) for part in stores]
+        if multiple is not None:
+            if not multiple > 0:
+                raise GranaryError(f"stream.max_norm_multiple={multiple}: it must be above 0, or null")
+            bound = multiple * combined_statistics(stores, parts).median_norm
+            parts = drop_outliers(self.data, stores, self.hook, parts, bound, self.world)
+        return combined_statistics(stores, parts)
 
     def _make_trainer(self) -> Trainer:
         cfg = self.cfg
         generator = torch.Generator().manual_seed(cfg.seed)
         sae = SAE(self.sae_config, generator=generator)
         if self.start.checkpoint is None:
-            statistics = combined_statistics(self.start.stores, self.hook)
             sample = sample_tokens(self.data, self.hook, self.d_model, self.read_dtype, SAMPLE_TOKENS, cfg.seed)
-            sae.initialise(statistics, sample)
+            sae.initialise(self.statistics, sample)
         sae = self.layout.distribute(sae.to(self.world.device))
-        optimiser = SAEAdam(
+        optimiser = self.layout.optimiser(
             sae,
             cfg.optim.lr,
             betas=(cfg.optim.beta1, cfg.optim.beta2),
@@ -249,7 +275,6 @@ class Run:
             )
             trainer.reset_clock()
             for batch in trainer.stream:
-                stop.post()
                 trainer.step(batch)
                 step = trainer.progress.step
                 bar.advance(batch.num_tokens)
@@ -258,7 +283,7 @@ class Run:
                     bar.show(metrics)
                     for logger in loggers:
                         logger.write(metrics)
-                halt = stop.agreed()
+                halt = stop.agreed(step)
                 if step == total or halt or (save_every and step % save_every == 0):
                     trainer.check_finite()
                     self.checkpoints.save(step, trainer.tensors(), self._state(trainer))
@@ -276,14 +301,18 @@ class Run:
             "config": self.config,
             "stores": [part.record() for part in self.start.stores],
             "world": self.world.size,
-            "versions": versions(),
+            "sae": self.sae_config.to_dict(),
+            "provenance": provenance(
+                self.start.stores, self.hook, self.identity, trainer.progress.step, trainer.progress.tokens
+            ),
         }
 
-    def _finish(self, trainer: Trainer) -> None:
-        """Export the SAE and draw the curves."""
+    def _finish(self) -> None:
+        """Export the SAE and draw the curves; the other ranks wait, or their exit would end the first's."""
+        newest = self.checkpoints.latest()
+        assert newest is not None
         if self.world.is_main:
-            record = provenance(
-                self.start.stores, self.hook, self.identity, trainer.progress.step, trainer.progress.tokens
-            )
-            trainer.sae.save_pretrained(self.folder, record)
-            draw_curves(self.folder)
+            export(newest, self.folder)
+            if self.cfg.logger.curves:
+                draw_curves(self.folder)
+        barrier()

@@ -14,7 +14,7 @@ from torch import Tensor
 from shared.errors import GranaryError
 from shared.parallel import World, all_reduce_sum
 from shared.sae import SAE, DeadLatents, SAEAdam
-from stage_train.layout import Replicated
+from stage_train.layouts import Replicated
 from stage_train.metrics import MetricWindow
 from stage_train.schedule import LearningRate
 from stage_train.stream import Batch, TokenStream
@@ -64,8 +64,9 @@ class Trainer:
         self.hook, self.layout, self.micro_batch = hook, layout, micro_batch
         self.progress = Progress()
         device = self.world.device
-        self.dead = DeadLatents(sae.config.d_latent, sae.config.dead_after_tokens, device=device)
-        self.dead_now_F = torch.zeros(sae.config.d_latent, dtype=torch.bool, device=device)
+        held = layout.num_latents(sae.config)
+        self.dead = DeadLatents(held, sae.config.dead_after_tokens, device=device)
+        self.dead_now_F = torch.zeros(held, dtype=torch.bool, device=device)
         """The latents that AuxK takes for dead, as of the last look."""
         self._dead_R = torch.empty(0, dtype=torch.int64, device=device)
         self.window = MetricWindow(METRICS, device)
@@ -80,15 +81,17 @@ class Trainer:
     def step(self, batch: Batch) -> None:
         """Learn from one global batch, without waiting for the device except where DEAD_EVERY says so."""
         if self.progress.step % DEAD_EVERY == 0:
+            self.layout.merge_dead(self.dead.tokens_since_fired)
             self.dead_now_F.copy_(self.dead.mask())
-            self._dead_R = self.dead_now_F.nonzero().squeeze(1)
-        rows_N_D = batch.activations[self.hook]
-        self.optimiser.zero_grad()
-        parts = torch.split(rows_N_D, self.micro_batch or max(len(rows_N_D), 1))
-        picks = [self._backward(part, batch.num_tokens) for part in parts]
+            self._dead_R = self.layout.look_at_dead(self.sae, self.dead_now_F)
+        self.layout.zero_gradients(self.optimiser)
+        parts = self._micro_batches(batch)
+        picks = [
+            self._backward(rows, batch.num_tokens, last=number == len(parts)) for number, rows in enumerate(parts, 1)
+        ]
         self.grad_norm = self.layout.reduce_gradients(self.optimiser)
         self.optimiser.step(self.rate.at(self.progress.step), self.grad_norm)
-        self.dead.update(torch.cat(picks), batch.num_tokens, self.layout.merge_fired)
+        self.dead.update(torch.cat(picks), batch.num_tokens)
         self.progress.step += 1
         self.progress.tokens += batch.num_tokens
 
@@ -98,6 +101,7 @@ class Trainer:
         Raises GranaryError when the loss or the gradient is not finite, on all ranks alike.
         """
         means = self.window.read()
+        self.layout.merge_dead(self.dead.tokens_since_fired)
         now = time.perf_counter()
         elapsed = max(now - self._stopwatch.seconds, 1e-9)
         waited = all_reduce_sum(torch.tensor(self.stream.wait_seconds - self._stopwatch.waited, dtype=torch.float64))
@@ -106,7 +110,7 @@ class Trainer:
             "tokens": self.progress.tokens,
             "epoch": self.stream.state_dict()["epoch"],
             **means,
-            "dead_fraction": float(self.dead.fraction()),
+            "dead_fraction": self.layout.mean_over_latents(self.dead.fraction()),
             "lr": self.rate.at(self.progress.step - 1),
             "grad_norm": float(self.grad_norm),
             "tokens_per_s": (self.progress.tokens - self._stopwatch.tokens) / elapsed,
@@ -134,14 +138,16 @@ class Trainer:
             )
 
     def tensors(self) -> dict[str, Tensor]:
-        """Every tensor of the training state, by name; loading fills them in place."""
-        return {
+        """Every tensor of the training state, by name; loading fills them in place. Call on all ranks at once."""
+        self.layout.merge_dead(self.dead.tokens_since_fired)
+        tensors = {
             **{f"sae.{name}": tensor for name, tensor in self.sae.state_dict().items()},
             **{f"optim.{name}": tensor for name, tensor in self.optimiser.state_dict().items()},
             "dead.tokens_since_fired": self.dead.tokens_since_fired,
             "dead.now": self.dead_now_F,
             "metrics.sums": self.window.sums,
         }
+        return self.layout.as_global(tensors)
 
     def state(self) -> dict[str, Any]:
         """The rest of the training state, as JSON."""
@@ -151,14 +157,20 @@ class Trainer:
         """Continue from `state`, after the tensors have been filled."""
         self.progress = Progress(state["step"], state["tokens"])
         self.stream.load_state_dict(state["stream"])
-        self._dead_R = self.dead_now_F.nonzero().squeeze(1)
+        self._dead_R = self.layout.look_at_dead(self.sae, self.dead_now_F)
         self.reset_clock()
 
-    def _backward(self, rows_N_D: Tensor, batch_tokens: int) -> Tensor:
+    def _micro_batches(self, batch: Batch) -> tuple[Tensor, ...]:
+        """Equally many on every rank, if empty ones: all of them take part in what the ranks do together."""
+        number = -(-batch.most_rows // (self.micro_batch or batch.most_rows))
+        return torch.tensor_split(batch.activations[self.hook], number)
+
+    def _backward(self, rows_N_D: Tensor, batch_tokens: int, *, last: bool) -> Tensor:
         """Add the gradient of some rows, as their share of the global batch; returns their picks [N, K]."""
-        if not len(rows_N_D):
-            return self._dead_R.new_empty(0, 1)
-        losses = self.layout.losses(self.sae, rows_N_D, self._dead_R)
-        torch.autograd.backward(losses.total * (len(rows_N_D) / batch_tokens))
-        self.window.add({**losses.metrics, "loss": losses.total.detach()}, len(rows_N_D))
-        return losses.latents.indices
+        count = len(rows_N_D)
+        if not count:
+            rows_N_D = rows_N_D.new_zeros(1, rows_N_D.shape[1])  # counts for nothing below
+        losses = self.layout.losses(self.sae, rows_N_D, self._dead_R, last=last)
+        torch.autograd.backward(losses.total * (count / batch_tokens))
+        self.window.add({**losses.metrics, "loss": losses.total.detach()}, count)
+        return losses.latents.indices[:count]

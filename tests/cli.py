@@ -99,6 +99,7 @@ class ForkServer:
     ) -> None:
         assert self.process.stdin is not None
         assert self.process.stdout is not None
+        self.process.kill()
+        self.process.wait()
         self.process.stdin.close()
         self.process.stdout.close()
-        self.process.wait(timeout=10)

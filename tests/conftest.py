@@ -29,12 +29,19 @@ def realdata() -> Path:
 
 @pytest.fixture(scope="session")
 def planted_store() -> Callable[..., Store]:
-    """``make(folder, shards=6, hooks=(...), seed=0)``: a small store of sparse combinations of 24 directions.
+    """``make(folder, ...)``: a small store of sparse combinations of 24 directions.
 
-    Shards have 4 contexts of 16 positions of width 12; the last fifth of them is held out.
+    Shards have 4 contexts of 16 positions of width 12; the last fifth of them is held out. `outliers` tokens, chosen
+    among all, are a hundred times too large.
     """
 
-    def make(folder: Path, shards: int = 6, hooks: tuple[str, ...] = ("layers.1.resid_post",), seed: int = 0) -> Store:
+    def make(
+        folder: Path,
+        shards: int = 6,
+        hooks: tuple[str, ...] = ("layers.1.resid_post",),
+        seed: int = 0,
+        outliers: int = 0,
+    ) -> Store:
         rng = np.random.default_rng(seed)
         shape = (4 * shards, 16)
         plan = StorePlan(
@@ -55,6 +62,7 @@ def planted_store() -> Callable[..., Store]:
         store = Store.create(folder, plan, tokens, mask, tokens)
         codes = rng.random((*shape, 24)) * (rng.random((*shape, 24)) < 0.1)
         activations = torch.from_numpy((codes @ rng.standard_normal((24, 12))).astype(np.float32))
+        activations.view(-1, 12)[rng.choice(shape[0] * shape[1], outliers, replace=False)] *= 100
         for shard in store.pending():
             span = store.shard_contexts(shard)
             store.write_shard(shard, {hook: activations[span.start : span.stop].contiguous() for hook in hooks})

@@ -2,7 +2,7 @@
 
     python -m shared.bundled.make_model --out shared/bundled/model --compile
 
-One step is 4096 tokens. Most steps see eight contexts of 512 tokens; every twelfth step and the last of them see
+One step is 4096 tokens. Most steps see eight contexts of 512 tokens; every fourth step and the last quarter see
 one context of 4096, so that all the positions a store may use are trained. The same seed, versions and machine give the
 same model; another Python version has another corpus and gives another model.
 """
@@ -69,9 +69,9 @@ class Recipe:
     tokens_per_step: int = 4096
     short_length: int = 512
     """Context length in tokens of most steps: attention over 4096 is three times as slow on a CPU."""
-    long_every: int = 12
+    long_every: int = 4
     """Every so many steps the contexts have `max_position_embeddings` tokens."""
-    long_at_end: float = 0.06
+    long_at_end: float = 0.25
     """The share of the steps, at the end, that all have the long contexts."""
     bos_share: float = 0.5
     """The share of training contexts that begin with BOS; the others begin wherever the stream was cut."""
@@ -226,7 +226,7 @@ def figures(model: LlamaForCausalLM, train_N: TokenArray, heldout_N: TokenArray,
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train the bundled tokenizer and model on the standard library.")
     parser.add_argument("--out", type=Path, required=True, help="folder to write; its files are replaced")
-    parser.add_argument("--steps", type=int, default=1200, help="optimizer steps of 4096 tokens (default 1200)")
+    parser.add_argument("--steps", type=int, default=3000, help="optimizer steps of 4096 tokens (default 3000)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2, help="torch threads (default 2)")
     parser.add_argument("--compile", action="store_true", help="torch.compile: half the time, needs a C++ compiler")

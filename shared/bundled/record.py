@@ -77,7 +77,8 @@ averages over the same ones:
 |---|---|
 {rows}
 
-From 512-1024 to 2048-4096 the loss changes by {change:+.3f} nats: above zero, the model does not gain from more context.
+From 512-1024 to 2048-4096 the loss changes by {change:+.3f} nats: above zero, the model does not gain from
+more context.
 
 `training.json` has the loss curve, the whole recipe, corpus hashes, versions and machine.
 

@@ -2,7 +2,7 @@
 
 from shared.kernels.autograd import attach_encoder, sparse_decode
 from shared.kernels.decode import decode, dot_picks
-from shared.kernels.dispatch import KERNELS, Kernels, resolve
+from shared.kernels.dispatch import KERNELS, resolve
 from shared.kernels.encode_topk import encode_topk
 from shared.kernels.pairs import PairOrder, SortedPairs, sort_pairs
 from shared.kernels.row_grad import latent_sum, row_grad
@@ -10,7 +10,6 @@ from shared.kernels.row_update import row_update
 
 __all__ = [
     "KERNELS",
-    "Kernels",
     "PairOrder",
     "SortedPairs",
     "attach_encoder",

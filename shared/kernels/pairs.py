@@ -13,23 +13,18 @@ class SortedPairs:
     """Pairs in latent order; within a latent in row order, so that every sum has one fixed order."""
 
     order_P: torch.Tensor
-    """int64: position of each pair in the flattened [N, K] picks."""
-    rows_P: torch.Tensor
-    """int64: the row each pair came from."""
+    """int64 [N * K]: position of each pair in the flattened [N, K] picks; padding comes first. Its row is
+    ``order_P // K``."""
     offsets_F: torch.Tensor
-    """int64 [F + 1]: pairs of latent f are ``offsets_F[f] : offsets_F[f + 1]``."""
+    """int64 [F + 1]: pairs of latent f are ``offsets_F[f] : offsets_F[f + 1]`` of order_P."""
 
 
 def sort_pairs(indices_NK: torch.Tensor, num_latents: int) -> SortedPairs:
-    """Sort the picks by latent, stably; -1 picks are left out."""
-    num_picks = indices_NK.shape[1]
-    flat = indices_NK.reshape(-1)
-    latents, order = torch.sort(flat, stable=True)
-    boundaries = torch.arange(num_latents + 1, device=flat.device)
-    offsets = torch.searchsorted(latents, boundaries)
-    padding = int(offsets[0])  # -1 sorts first
-    order = order[padding:]
-    return SortedPairs(order, order // num_picks, offsets - padding)
+    """Sort the picks by latent, stably. No host synchronisation."""
+    # int32 halves what the sort moves; the number of latents is far below 2^31.
+    latents, order = torch.sort(indices_NK.reshape(-1).to(torch.int32), stable=True)
+    boundaries = torch.arange(num_latents + 1, device=latents.device, dtype=torch.int32)
+    return SortedPairs(order, torch.searchsorted(latents, boundaries))
 
 
 class PairOrder:

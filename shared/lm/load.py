@@ -5,12 +5,14 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from transformers import AutoModel, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from shared.errors import GranaryError
 from shared.lm.checkpoint import load_config, quiet_transformers, resolve_model
 from shared.lm.hooks import decoder_blocks, final_norm
 from shared.lm.packed import DOCUMENT_SDPA
+from shared.lm.sharded import check_tensor_parallel, sharded_class, tensor_parallel_config
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -24,13 +26,15 @@ def load_trunk(
     device: torch.device | str = "cpu",
     revision: str | None = None,
     attn_implementation: str = "sdpa",
+    tp_mesh: DeviceMesh | None = None,
 ) -> PreTrainedModel:
     """The first `num_layers` decoder layers (None: all) without final norm and LM head, in evaluation mode.
 
     Weights of later layers and of the head are not read from disk. The forward's ``last_hidden_state`` is the residual
     stream after the last loaded layer, since the final norm is an Identity. `last_mlp=False` drops the last layer's
     MLP too, for hooks before it: the stream is then meaningless from that MLP on. Weights need no gradient and the
-    forward keeps no cache.
+    forward keeps no cache. With `tp_mesh`, of one axis, its ranks hold a part of the weights each and must call every
+    forward together; the activations are whole on each of them.
 
     Raises GranaryError for a model that can't be had, has fewer layers, or whose files lack some of the weights.
     """
@@ -40,7 +44,7 @@ def load_trunk(
         if not 1 <= num_layers <= total:
             raise GranaryError(f"{num_layers} layers asked of model {path}, which has {total}")
         truncate_config(config, num_layers)
-    model = _load(AutoModel, path, config, dtype, revision, attn_implementation)
+    model = _load(AutoModel, path, config, dtype, revision, attn_implementation, tp_mesh)
     holder, name = final_norm(model)
     setattr(holder, name, nn.Identity())
     if not last_mlp:
@@ -76,7 +80,13 @@ def _load(
     dtype: torch.dtype | str,
     revision: str | None,
     attn_implementation: str,
+    tp_mesh: DeviceMesh | None = None,
 ) -> PreTrainedModel:
+    extra = {}
+    if tp_mesh is not None and tp_mesh.size() > 1:
+        check_tensor_parallel(config, tp_mesh.size())
+        auto_class = sharded_class(auto_class._model_mapping[type(config)], tp_mesh)
+        extra["distributed_config"] = tensor_parallel_config(tp_mesh)
     config.use_cache = False
     if attn_implementation == "sdpa":
         # Plain sdpa silently leaves out Gemma 2's softcapping of the attention scores; ours is sdpa with documents.
@@ -91,6 +101,7 @@ def _load(
                 attn_implementation=attn_implementation,
                 use_safetensors=True,
                 output_loading_info=True,
+                **extra,
             )
         except (ValueError, ImportError) as error:  # unknown attention or quantisation, or a package it needs
             raise GranaryError(f"model {path} can't be loaded: {str(error).splitlines()[0]}") from error

@@ -1,7 +1,7 @@
 """torchrun with quiet failures: ``python -m shared.parallel.launch --nproc-per-node 8 -m stage_train key=value``.
 
 Takes torchrun's own arguments. When a rank fails, its one-line message is all the user sees, and its exit status is
-the job's.
+the job's. SIGTERM and SIGUSR1 (Slurm's pre-emption) are passed on to the ranks, which then have two minutes to save.
 """
 
 import logging
@@ -9,21 +9,27 @@ import os
 import sys
 from collections.abc import Sequence
 
+from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main as torchrun
 
 
 def launch(arguments: Sequence[str]) -> int:
-    """Run torchrun; returns the exit status of the first rank that failed, or 0."""
+    """Run torchrun; returns the exit status of the first rank that failed, 128 + n after signal n, or 0."""
     # torchrun would pin every rank to one thread: share this node's cores among its ranks instead.
     os.environ.setdefault("OMP_NUM_THREADS", str(threads_per_rank(arguments)))
+    os.environ.setdefault("PET_SIGNALS_TO_HANDLE", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1")
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "120")
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    logging.getLogger("torch.distributed.elastic.agent.server.api").setLevel(logging.CRITICAL)
     logging.getLogger("torch.distributed.run").setLevel(logging.CRITICAL)
     try:
         torchrun(list(arguments))
     except ChildFailedError as error:
         _, failure = error.get_first_failure()
         return failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
+    except SignalException as signalled:
+        return 128 + signalled.sigval
     return 0
 
 

@@ -123,10 +123,11 @@ class SAE(nn.Module):
             centred_ND = x_ND - self.b_dec if config.pre_bias else x_ND
             width = min(config.multi_topk_factor * k, config.d_latent) if config.multi_topk_weight > 0 else k
             values_NK, indices_NK = self.activation.select(self, centred_ND, width)
-        order = PairOrder(indices_NK, config.d_latent)
+        num_latents = self.W_enc.shape[0]  # those held here: fewer than config.d_latent in a shard
+        order = PairOrder(indices_NK, num_latents)
         values_NK = attach_encoder(
             centred_ND,
-            self.b_dec if config.pre_bias else None,
+            self._pre_bias(),
             self.W_enc,
             self.b_enc,
             values_NK,
@@ -139,13 +140,13 @@ class SAE(nn.Module):
 
         main_values, main_indices = values_NK[:, :k], indices_NK[:, :k]
         # Without extra picks the encoder and the decoder share one sort of the pairs.
-        main_order = order if width == k else PairOrder(main_indices, config.d_latent)
+        main_order = order if width == k else PairOrder(main_indices, num_latents)
         error_ND = self._decode_picks(main_values, main_indices, main_order) + self.b_dec - x_ND
         reconstruction = weighted_square_error(error_ND, weight_D)
         total = reconstruction
         if width > k:
             extra_indices = indices_NK[:, k:]
-            extra_ND = self._decode_picks(values_NK[:, k:], extra_indices, PairOrder(extra_indices, config.d_latent))
+            extra_ND = self._decode_picks(values_NK[:, k:], extra_indices, PairOrder(extra_indices, num_latents))
             multi = weighted_square_error(error_ND + extra_ND, weight_D)
             total = total + config.multi_topk_weight * multi
             metrics["multi_topk"] = multi.detach()
@@ -170,6 +171,10 @@ class SAE(nn.Module):
             multi_topk=metrics.get("multi_topk"),
             metrics=metrics,
         )
+
+    def _pre_bias(self) -> torch.Tensor | None:
+        """b_dec as the encoder subtracts it; None without a pre-encoder bias."""
+        return self.b_dec if self.config.pre_bias else None
 
     def _decode_picks(self, values_NK: torch.Tensor, indices_NK: torch.Tensor, order: PairOrder) -> torch.Tensor:
         return sparse_decode(values_NK, indices_NK, self.W_dec, order, kernels=self.kernels)

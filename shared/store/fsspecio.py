@@ -1,87 +1,62 @@
-"""Storage at any URL that fsspec knows: memory, s3, gs, az, http ..."""
+"""Storage at any URL that fsspec knows: memory, s3 through s3fs, gs, az ..."""
 
-from collections.abc import Iterable, Sequence
 from typing import Any
 
 import fsspec
 
 from shared.errors import GranaryError
-from shared.store.buffers import Buffer, byte_view
-from shared.store.objectio import explained
+from shared.store.buffers import Buffer
+
+# s3fs: a whole object in one PUT, and time enough for it. Its own retries are few; `RemoteIO` has the long ones.
+S3_OPTIONS = {"use_listings_cache": False, "config_kwargs": {"connect_timeout": 5, "read_timeout": 300}}
+S3_SINGLE_PUT = {"chunksize": 5 << 30}
 
 
-class FsspecIO:
-    """Objects below one fsspec URL. A single `pipe_file` is atomic on every object store."""
+class FsspecClient:
+    """`remote.Client` over an fsspec file system."""
 
     def __init__(self, url: str) -> None:
         self.url = url.rstrip("/")
+        self._is_s3 = url.startswith(("s3://", "s3a://"))
         try:
             self.fs: Any
-            self.fs, self.root = fsspec.core.url_to_fs(self.url)
+            self.fs, self.root = fsspec.core.url_to_fs(self.url, **(S3_OPTIONS if self._is_s3 else {}))
         except ImportError as error:
-            extra = " (pip install 'granary[s3]')" if url.startswith("s3://") else ""
+            extra = " (pip install 'granary[s3]')" if self._is_s3 else ""
             raise GranaryError(f"{url} needs a package that is not installed{extra}: {error}") from error
         except ValueError as error:
             raise GranaryError(f"{url} is not a URL that can be opened: {error}") from error
 
-    def put(self, key: str, parts: Iterable[Buffer], *, replace: bool = False) -> bool:
-        if not replace and self.size(key) is not None:
-            return False
-        data = b"".join(byte_view(part) for part in parts)
+    def put(self, key: str, data: bytearray, *, replace: bool) -> None:
+        mode = "overwrite" if replace else "create"
         try:
-            with explained(self.url, key, "write"):
-                self.fs.pipe_file(self._path(key), data, mode="overwrite" if replace else "create")
-        except GranaryError as error:
-            if isinstance(error.__cause__, FileExistsError):
-                return False
+            self.fs.pipe_file(self._path(key), data, mode=mode, **(S3_SINGLE_PUT if self._is_s3 else {}))
+        except OSError as error:
+            # s3fs turns the failed precondition into a plain OSError
+            if not replace and "PreconditionFailed" in f"{error!r} {error.__cause__!r}":
+                raise FileExistsError(key) from error
             raise
-        return True
 
-    def get(self, key: str) -> bytes:
-        with explained(self.url, key, "read"):
-            return bytes(self.fs.cat_file(self._path(key)))
+    def fetch(self, key: str, start: int, end: int | None) -> Buffer:
+        data: Buffer = self.fs.cat_file(self._path(key), start=start or None, end=end)
+        return data
 
-    def read_into(self, key: str, offset: int, buffers: Sequence[memoryview]) -> None:
-        total = sum(len(buffer) for buffer in buffers)
-        with explained(self.url, key, "read"):
-            data = memoryview(self.fs.cat_file(self._path(key), start=offset, end=offset + total))
-        if len(data) != total:
-            raise GranaryError(f"{key} is shorter than its commit record says: it ends at byte {offset + len(data)}")
-        start = 0
-        for buffer in buffers:
-            buffer[:] = data[start : start + len(buffer)]
-            start += len(buffer)
+    def head(self, key: str) -> int:
+        info = self.fs.info(self._path(key), refresh=True)
+        if info["type"] == "directory":  # a prefix of other keys
+            raise FileNotFoundError(key)
+        return int(info["size"])
 
-    def size(self, key: str) -> int | None:
+    def find(self, prefix: str) -> dict[str, int]:
         try:
-            return int(self.fs.info(self._path(key), refresh=True)["size"])
-        except FileNotFoundError:
-            return None
-
-    def listing(self, prefix: str = "") -> dict[str, int]:
-        base = f"{self.root}/{prefix}".rstrip("/")
-        try:
-            found = self.fs.find(base, detail=True, refresh=True)
+            found = self.fs.find(f"{self.root}/{prefix}".rstrip("/"), detail=True, refresh=True)
         except FileNotFoundError:
             return {}
         start = len(self.root.strip("/")) + 1
-        return {path.strip("/")[start:]: int(info["size"]) for path, info in sorted(found.items())}
+        return {path.strip("/")[start:]: int(info["size"]) for path, info in found.items()}
 
-    def delete(self, key: str) -> None:
-        with explained(self.url, key, "delete"):
-            try:
-                self.fs.rm_file(self._path(key))
-            except FileNotFoundError:
-                return
-
-    def leftovers(self) -> list[str]:
-        return []  # an object store shows whole objects only
-
-    def free_bytes(self) -> int | None:
-        return None
-
-    def claim(self, *, exclusive: bool) -> bool:
-        return True  # object stores have no locks; puts that never replace are what protects there
+    def remove(self, key: str) -> None:
+        self.fs.rm_file(self._path(key))
 
     def _path(self, key: str) -> str:
         return f"{self.root}/{key}"

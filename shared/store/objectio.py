@@ -2,11 +2,12 @@
 
 An object appears under its key at once and whole, or not at all, and is not replaced by a second `put`. That is what
 the commit protocol rests on. Local files have their own path here (same-directory temporary file, fsync, link,
-directory fsync; preadv into the caller's memory); everything else goes through fsspec (`fsspecio`).
+directory fsync; preadv into the caller's memory); everything else is in `remote`.
 """
 
 import errno
 import fcntl
+import importlib.util
 import os
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
@@ -28,9 +29,14 @@ class ObjectIO(Protocol):
     """Storage under one URL; keys are relative paths with forward slashes. Safe to use from several threads."""
 
     url: str
+    parallel_puts: int
+    """Objects worth writing at once."""
 
     def put(self, key: str, parts: Iterable[Buffer], *, replace: bool = False) -> bool:
-        """Store the concatenated `parts` atomically; False, and nothing changed, where the key exists already."""
+        """Store the concatenated `parts` atomically; False, and nothing changed, where the key exists already.
+
+        A part is looked at only until the next one is asked for, so the producer may use its memory again then.
+        """
 
     def get(self, key: str) -> bytes:
         """A whole (small) object; raises ObjectMissingError."""
@@ -65,13 +71,21 @@ def open_io(url: str | os.PathLike[str]) -> ObjectIO:
         return LocalIO(text)
     if protocol in ("file", "local"):
         return LocalIO(rest)
-    from shared.store.fsspecio import FsspecIO
+    from shared.store.remote import RemoteIO
 
-    return FsspecIO(text)
+    if protocol in ("s3", "s3a") and importlib.util.find_spec("obstore") is not None:
+        from shared.store.obstoreio import ObstoreClient
+
+        return RemoteIO(ObstoreClient(text))
+    from shared.store.fsspecio import FsspecClient
+
+    return RemoteIO(FsspecClient(text))
 
 
 class LocalIO:
     """A folder."""
+
+    parallel_puts = 1
 
     def __init__(self, root: str) -> None:
         self.root = Path(root).expanduser().absolute()

@@ -1,15 +1,14 @@
 """One shard: activations in, objects and a commit record out.
 
 Shapes: T positions, D = d_model. A context at a time is converted, checked for NaN, measured and checksummed by a few
-threads while the calling thread writes the one before, so memory beyond the caller's tensors is bounded by
-`LOOKAHEAD` contexts (and is zero where the tensors already have the stored dtype and no codec is chosen).
+threads while the calling thread writes the one before. Memory beyond the caller's tensors is bounded by `LOOKAHEAD` + 2
+contexts, and is a few MB where the tensors already have the stored dtype and no codec is chosen.
 """
 
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -24,7 +23,7 @@ from shared.store.integrity import check_array_object
 from shared.store.layout import StorePlan
 from shared.store.manifest import ShardRecord, seal
 from shared.store.objectio import ObjectIO
-from shared.store.quantise import dequantise_f32, quantise
+from shared.store.quantise import dequantise, quantise
 from shared.store.shard import ArrayRecord, EncodedChunk, encode_chunks, encode_index
 from shared.store.statistics import BLOCK_ROWS, NormFigures, RowStatistics
 
@@ -39,6 +38,7 @@ class PreparedContext:
     chunks: list[EncodedChunk]
     scale_chunks: list[EncodedChunk]  # of int8 only
     statistics: RowStatistics
+    buffer: torch.Tensor | None  # holds the chunks of a converted context; free again once they are written
 
 
 @dataclass(slots=True)
@@ -70,6 +70,7 @@ class ShardWriter:
         self.io = io
         self.plan = plan
         self.kind = storage_type(plan.dtype)
+        self._spare: deque[torch.Tensor] = deque(maxlen=LOOKAHEAD + 1)
         self.pool = ThreadPoolExecutor(ENCODE_THREADS, thread_name_prefix="granary-encode")
         self.slots = plan.shard_contexts * plan.chunks_per_context
 
@@ -84,8 +85,12 @@ class ShardWriter:
         self._check_shapes(len(mask), activations)
         arrays: dict[str, ArrayRecord] = {}
         norms: dict[str, NormFigures] = {}
-        for hook in self.plan.hooks:
+
+        def write_hook(hook: str) -> None:
             norms[hook] = self._write_hook(hook, shard, first_context, mask, activations[hook], arrays)
+
+        with ThreadPoolExecutor(self.io.parallel_puts, thread_name_prefix="granary-put") as pool:
+            list(pool.map(write_hook, self.plan.hooks))
         record = ShardRecord(
             shard=shard,
             first_context=first_context,
@@ -134,6 +139,8 @@ class ShardWriter:
                 scales.extend(prepared.scale_chunks)
                 for chunk in prepared.chunks:
                     yield from main.add(chunk)
+                if prepared.buffer is not None:
+                    self._spare.append(prepared.buffer)
             yield main.index()
 
         arrays[layout.array_path(hook)] = self._put(main, parts())
@@ -189,53 +196,68 @@ class ShardWriter:
         """Convert one context [T, D] to the stored dtype, measure it over `mask` [T], cut it into chunks."""
         T, D = source.shape
         statistics = RowStatistics.empty(D)
-        scratch = torch.empty((BLOCK_ROWS, D))
         squared_norms: list[npt.NDArray[np.float64]] = []
-        scale_TG: npt.NDArray[np.float16] | None = None
-        if self.plan.dtype == "int8":
-            scale_TG = np.empty((T, scales_per_row(D)), np.float16)
         converted = source.dtype != self.kind.storage
-        stored = torch.empty((T, D), dtype=self.kind.storage) if converted else source.contiguous()
-        bits: npt.NDArray[Any] = bits_of(stored)
+        stored_TD = self._spare_buffer(T, D) if converted else source.contiguous()
+        scale_TG = torch.empty((T, scales_per_row(D)), dtype=torch.float16) if self.plan.dtype == "int8" else None
+        scratch = torch.empty(2, BLOCK_ROWS, D)
         for start in range(0, T, BLOCK_ROWS):
             block = slice(start, min(start + BLOCK_ROWS, T))
             chosen = mask[block]
-            values = scratch[: len(chosen)].numpy()
+            values_ND, offered_ND = scratch[:, : len(chosen)]
+            if source.dtype == torch.float32:
+                offered_ND = source[block]
+            elif converted:
+                convert(source[block], offered_ND)
             if scale_TG is not None:
-                offered = source[block].float().numpy()
-                self._require_finite(offered, chosen, hook, context, start)
-                quantise(offered, bits[block], scale_TG[block])
-                dequantise_f32(bits[block], scale_TG[block], values)
+                if not quantise(offered_ND, stored_TD[block], scale_TG[block]):
+                    self._require_finite(source[block], chosen, hook, context, start)
+                dequantise(stored_TD[block], scale_TG[block], values_ND)
             else:
                 if converted:
-                    convert(source[block], stored[block])
-                convert(stored[block], scratch[: len(chosen)])
-            if not chosen.all():
-                values = values[chosen]
+                    convert(offered_ND, stored_TD[block])
+                convert(stored_TD[block], values_ND)
             if converted:
-                with np.errstate(invalid="ignore"):  # inf - inf: refused just below
-                    difference = source[block].float().numpy()[chosen] - values
-                statistics.norms.squared_error += float(np.einsum("nd,nd->", difference, difference, dtype=np.float64))
-            squared = statistics.add_block(values)
+                statistics.norms.squared_error += _squared_error(offered_ND, values_ND, chosen, scratch[1])
+            squared = statistics.add_block(values_ND.numpy() if chosen.all() else values_ND.numpy()[chosen])
             if squared is None:
-                self._require_finite(source[block].float().numpy(), chosen, hook, context, start)
+                self._require_finite(source[block], chosen, hook, context, start)
                 raise GranaryError(
                     f"{hook}: context {context} has a value that does not fit {self.plan.dtype}: "
                     "use store.dtype=bfloat16 or float32"
                 )
             squared_norms.append(squared)
         statistics.norms.add(np.concatenate(squared_norms))
-        chunks = encode_chunks(bits, self.plan.chunk_rows, self.plan.codec)
-        scale_chunks = [] if scale_TG is None else encode_chunks(scale_TG, self.plan.chunk_rows, self.plan.codec)
-        return PreparedContext(chunks, scale_chunks, statistics)
+        chunks = encode_chunks(bits_of(stored_TD), self.plan.chunk_rows, self.plan.codec)
+        scale_chunks = []
+        if scale_TG is not None:
+            scale_chunks = encode_chunks(bits_of(scale_TG), self.plan.chunk_rows, self.plan.codec)
+        return PreparedContext(chunks, scale_chunks, statistics, stored_TD if converted else None)
+
+    def _spare_buffer(self, T: int, D: int) -> torch.Tensor:
+        """Memory for a converted context: fresh pages cost more than the conversion, so it goes round."""
+        try:
+            buffer = self._spare.pop()
+        except IndexError:
+            buffer = torch.empty((T, D), dtype=self.kind.storage)
+        return buffer if tuple(buffer.shape) == (T, D) else torch.empty((T, D), dtype=self.kind.storage)
 
     def _require_finite(
-        self, x_ND: npt.NDArray[np.float32], chosen: npt.NDArray[np.bool_], hook: str, context: int, start: int
+        self, x_ND: torch.Tensor, chosen: npt.NDArray[np.bool_], hook: str, context: int, start: int
     ) -> None:
-        bad = ~np.isfinite(x_ND).all(axis=1) & chosen
+        bad = ~x_ND.isfinite().all(dim=1).numpy() & chosen
         if bad.any():
             position = start + int(bad.argmax())
             raise GranaryError(
                 f"{hook}: context {context}, position {position} is NaN or infinite: the model overflows in its dtype; "
                 "try model.dtype=bfloat16 or float32"
             )
+
+
+def _squared_error(
+    offered_ND: torch.Tensor, values_ND: torch.Tensor, chosen: npt.NDArray[np.bool_], scratch_ND: torch.Tensor
+) -> float:
+    """Sum of squared differences over the chosen rows; `scratch_ND` may be `offered_ND` itself."""
+    with np.errstate(invalid="ignore", over="ignore"):  # what is not finite is refused after this, or masked out
+        difference = np.subtract(offered_ND.numpy(), values_ND.numpy(), out=scratch_ND[: len(chosen)].numpy())
+        return float(np.einsum("nd,nd->n", difference, difference)[chosen].sum(dtype=np.float64))

@@ -38,6 +38,8 @@ class Batch:
     """Number of the batch within its epoch."""
     num_tokens: int
     """Rows of the global batch, all ranks together."""
+    most_rows: int
+    """Rows of the rank that has most."""
 
 
 @dataclass(slots=True)
@@ -161,8 +163,11 @@ class TokenStream:
             self._schedule = self._groups_in_need_order(self._epoch, self._batch)
             self._read_ahead()
         ends = plan.offsets_at(self._batch + 1)
-        activations = self._collect({lane: ends[lane] - self._offsets[lane] for lane in self.own_lanes})
-        batch = Batch(activations, self._epoch, self._batch, sum(ends) - sum(self._offsets))
+        taken = [end - start for start, end in zip(self._offsets, ends, strict=True)]
+        activations = self._collect({lane: taken[lane] for lane in self.own_lanes})
+        share = len(self.own_lanes)
+        most_rows = max(sum(taken[first : first + share]) for first in range(0, len(taken), share))
+        batch = Batch(activations, self._epoch, self._batch, sum(taken), most_rows)
         self._offsets = ends
         self._batch += 1
         return batch

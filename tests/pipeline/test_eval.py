@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from shared.hookpoint import HookPoint
@@ -353,6 +354,17 @@ def test_what_a_report_records(world: World, sweep: dict[str, Any]) -> None:
     bos = report["reconstruction"]["with_bos"]
     assert bos["n_bos"] == int((store.tokens(store.contexts("heldout")) == BOS).sum())
     assert bos["n_tokens"] == report["n_tokens"] + bos["n_bos"]
+
+
+def test_latents_are_counted_one_by_one(world: World, sweep: dict[str, Any]) -> None:
+    figures = load_file(world.random / "latents.safetensors")
+    store, sae = Store.open(world.store), SAE.from_pretrained(world.random)
+    heldout = store.contexts("heldout")
+    x = torch.cat([store.read_context(HOOK, int(context)) for context in heldout])[store.mask(heldout).reshape(-1)]
+    dense = sae.encode(x).to_dense(sae.config.d_latent)
+    assert torch.equal(figures["firings"], (dense != 0).sum(0))
+    torch.testing.assert_close(figures["max_activation"], dense.max(0).values)
+    torch.testing.assert_close(figures["mean_activation"], dense.sum(0) / (dense != 0).sum(0).clamp_min(1))
 
 
 def test_breakdowns_add_up(sweep: dict[str, Any]) -> None:

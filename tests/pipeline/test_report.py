@@ -124,6 +124,8 @@ def example(k: int = 16, expansion: int = 8, name: str = "demo/sae", **changes: 
                 "edges": grouping.edges.tolist(),
                 "fvu": groups(grouping.num_bins, 0.1),
                 "ce_increase": groups(grouping.num_bins, 0.12),
+                "tokens": [9_000] * grouping.num_bins,
+                "predictions": [9_000] * grouping.num_bins,
             }
             for by, grouping in (("position", positions), ("frequency", frequencies))
         },

@@ -22,7 +22,7 @@ TIMES = {"tokens_per_s", "wait_share"}
 
 def start(*overrides: str) -> "subprocess.Popen[str]":
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "default"}
-    command = [sys.executable, "-m", "stage_train", "logger.progress=false", *overrides]
+    command = [sys.executable, "-m", "stage_train", "logger.progress=false", "logger.curves=false", *overrides]
     return subprocess.Popen(
         command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )

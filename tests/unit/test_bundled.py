@@ -105,7 +105,7 @@ def test_predicts_files_it_never_saw(
 def test_predicts_at_the_last_position_of_a_full_context(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    contexts = pack(token_stream(tokenizer, stdlib.documents("heldout")), 4096)[10:12]
+    contexts = pack(token_stream(tokenizer, stdlib.documents("heldout")), 4096)[::12]  # few, of many files
     per_position = next_token_loss(model, contexts).mean(dim=0)
     assert per_position.shape == (4095,)
     assert per_position[3072:].mean() < 0.75 * unigram_entropy(contexts)
@@ -131,8 +131,8 @@ def test_record_is_consistent(record: dict[str, Any]) -> None:
     assert record["loss_curve"][-1]["train_loss"] < 0.6 * record["loss_curve"][0]["train_loss"]
     assert record["heldout_loss"] < 0.6 * record["heldout_unigram_entropy"]
     by_position = record["heldout_loss_by_position"]
-    # Untrained positions would cost whole nats; this model loses 1.4% from 512-1024 on.
-    assert by_position["2048-4096"] <= 1.02 * by_position["512-1024"]
+    # Positions that training hardly saw cost loss: the same tokens must be no harder to predict far into a context.
+    assert by_position["2048-4096"] <= by_position["512-1024"]
     card = (MODEL_DIR / "README.md").read_text()
     assert record["command"] in card
     assert f"--steps {recipe['steps']}" in record["command"]

@@ -137,7 +137,7 @@ def test_wrong_hooks_are_named() -> None:
         check_hooks(FAMILIES["llama"](), [HookPoint(3, "resid_post")])
     moe = Qwen3MoeConfig(**HEADS, moe_intermediate_size=8, num_experts=2, num_experts_per_tok=1)
     check_hooks(moe, [HookPoint(1, "resid_post")])
-    with pytest.raises(GranaryError, match="attention and MLP hooks are known for llama.*not for qwen3_moe"):
+    with pytest.raises(GranaryError, match=r"attention and MLP hooks are known for llama.*not for qwen3_moe"):
         check_hooks(moe, [HookPoint(1, "mlp_out")])
     with pytest.raises(GranaryError, match="BloomModel has no list of decoder layers"):
         check_hooks(BloomConfig(vocab_size=50, hidden_size=16, n_layer=2, n_head=2), [HookPoint(0, "resid_post")])

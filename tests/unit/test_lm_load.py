@@ -82,7 +82,7 @@ def test_nothing_deeper_runs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_dtype_and_attention(folder: Path, tmp_path: Path) -> None:
     assert load_trunk(str(folder), "bfloat16", num_layers=1).dtype == torch.bfloat16
-    with pytest.raises(GranaryError, match="tiny-llama can't be loaded.*no_such_attention"):
+    with pytest.raises(GranaryError, match=r"tiny-llama can't be loaded.*no_such_attention"):
         load_trunk(str(folder), num_layers=1, attn_implementation="no_such_attention")
     config = Gemma2Config(**HEADS)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
@@ -97,7 +97,7 @@ def test_missing_weights_are_named(folder: Path, tmp_path: Path) -> None:
     load_trunk(str(tmp_path), num_layers=1)
     with pytest.raises(GranaryError, match=r"lack 1 of the weights, layers\.1\.mlp\.up_proj\.weight"):
         load_trunk(str(tmp_path), num_layers=2)
-    with pytest.raises(GranaryError, match="9 layers asked of model .*which has 4"):
+    with pytest.raises(GranaryError, match=r"9 layers asked of model .*which has 4"):
         load_trunk(str(tmp_path), num_layers=9)
 
 
@@ -130,7 +130,7 @@ def test_large_weights_are_known_by_headers(folder: Path, monkeypatch: pytest.Mo
 
 
 def test_what_is_no_model_is_refused(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(GranaryError, match="no model folder at ./models/llama"):
+    with pytest.raises(GranaryError, match=r"no model folder at \./models/llama"):
         resolve_model("./models/llama")
     with pytest.raises(GranaryError, match=r"holds no config\.json"):
         resolve_model(str(tmp_path))

@@ -39,13 +39,17 @@ def train(tmp_path: Path, planted_store: Callable[..., Store], monkeypatch: pyte
     """Run training with overrides; returns the output folder."""
     planted_store(tmp_path / "store")
 
-    def run(name: str, *overrides: str, stop_after: int | None = None, curves: bool = False) -> Path:
+    def run(name: str, *overrides: str, stop_after: int | None = None) -> Path:
         out = tmp_path / name
         fixed = ["sae.k=3", "sae.expansion=8", "stream.batch_size=16", "stream.lanes=4", "schedule.tokens=640"]
-        fixed += ["logger.progress=false", "logger.every=5", "checkpoint.every=0", "sae.dead_after_tokens=40"]
+        fixed += [
+            "logger.progress=false",
+            "logger.curves=false",
+            "logger.every=5",
+            "checkpoint.every=0",
+            "sae.dead_after_tokens=40",
+        ]
         paths = [f"out_dir={out}", f"store.url={tmp_path / 'store'}"]
-        if not curves:
-            monkeypatch.setattr("stage_train.run.draw_curves", lambda folder: None)
         cfg: Any = OmegaConf.to_object(compose("train", overrides=[*fixed, *paths, *overrides]))
         job = Run(cfg, WORLD)
         if stop_after is None:
@@ -91,7 +95,7 @@ def timeless(folder: Path) -> list[dict[str, float]]:
 
 
 def test_a_run_learns_and_leaves_what_it_promises(train: Train) -> None:
-    out = train("a", "schedule.tokens=4_000", "optim.lr=0.02", curves=True)
+    out = train("a", "schedule.tokens=4_000", "optim.lr=0.02", "logger.curves=true")
     lines = read_metrics(out)
     assert [line["step"] for line in lines[:-1]] == [5 * i for i in range(1, len(lines))]
     assert lines[-1]["fvu"] < 0.6 * lines[0]["fvu"]

@@ -2,8 +2,7 @@
 
 import torch
 
-from shared.kernels.decode import cpu, reference
-from shared.kernels.dispatch import resolve
+from shared.kernels.dispatch import implementation
 
 
 def decode(
@@ -13,13 +12,11 @@ def decode(
 
     values [N, K] and W [F, D] of one floating type, indices int64 [N, K]; -1 is padding, duplicates add up.
     """
-    implementation = reference if resolve(kernels, W_FD) == "reference" else cpu
-    return implementation.decode(values_NK, indices_NK, W_FD)
+    return implementation("decode", kernels, W_FD).decode(values_NK, indices_NK, W_FD)
 
 
 def dot_picks(
     grad_ND: torch.Tensor, indices_NK: torch.Tensor, W_FD: torch.Tensor, *, kernels: str = "auto"
 ) -> torch.Tensor:
     """``out[n, j] = grad[n] . W[indices[n, j]]``, [N, K]: the gradient of ``decode`` for its values; 0 at padding."""
-    implementation = reference if resolve(kernels, W_FD) == "reference" else cpu
-    return implementation.dot_picks(grad_ND, indices_NK, W_FD)
+    return implementation("decode", kernels, W_FD).dot_picks(grad_ND, indices_NK, W_FD)

@@ -2,8 +2,7 @@
 
 import torch
 
-from shared.kernels.dispatch import resolve
-from shared.kernels.encode_topk import cpu, reference
+from shared.kernels.dispatch import implementation
 
 
 def encode_topk(
@@ -18,5 +17,4 @@ def encode_topk(
     """
     if not 1 <= k <= W_FD.shape[0]:
         raise ValueError(f"k={k} is not between 1 and the number of latents, {W_FD.shape[0]}")
-    implementation = reference if resolve(kernels, x_ND) == "reference" else cpu
-    return implementation.encode_topk(x_ND, W_FD, b_F, k)
+    return implementation("encode_topk", kernels, x_ND).encode_topk(x_ND, W_FD, b_F, k)

@@ -8,13 +8,23 @@ from shared.kernels.pairs import SortedPairs
 
 def row_grad(coefficients_NK: torch.Tensor, pairs: SortedPairs, rows_ND: torch.Tensor) -> torch.Tensor:
     """See ``shared.kernels.row_grad.row_grad``."""
-    sorted_P = coefficients_NK.reshape(-1)[pairs.order_P]
+    order_P, offsets_F = _without_padding(pairs)
     return F.embedding_bag(
-        pairs.rows_P, rows_ND, pairs.offsets_F, per_sample_weights=sorted_P, mode="sum", include_last_offset=True
+        order_P // coefficients_NK.shape[1],
+        rows_ND,
+        offsets_F,
+        per_sample_weights=coefficients_NK.reshape(-1)[order_P],
+        mode="sum",
+        include_last_offset=True,
     )
 
 
 def latent_sum(coefficients_NK: torch.Tensor, pairs: SortedPairs) -> torch.Tensor:
     """See ``shared.kernels.row_grad.latent_sum``."""
-    sorted_P = coefficients_NK.reshape(-1)[pairs.order_P]
-    return torch.segment_reduce(sorted_P, "sum", offsets=pairs.offsets_F, initial=0.0)
+    order_P, offsets_F = _without_padding(pairs)
+    return torch.segment_reduce(coefficients_NK.reshape(-1)[order_P], "sum", offsets=offsets_F, initial=0.0)
+
+
+def _without_padding(pairs: SortedPairs) -> tuple[torch.Tensor, torch.Tensor]:
+    num_padding = int(pairs.offsets_F[0])  # a bag must begin at the first pair
+    return pairs.order_P[num_padding:], pairs.offsets_F - num_padding

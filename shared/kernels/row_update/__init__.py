@@ -2,8 +2,7 @@
 
 import torch
 
-from shared.kernels.dispatch import resolve
-from shared.kernels.row_update import cpu, reference
+from shared.kernels.dispatch import implementation
 
 
 def row_update(
@@ -27,7 +26,6 @@ def row_update(
     tensors are contiguous and of one type; `clip` is a scalar tensor on their device, so a clip costs no host
     synchronisation. Rows without gradient are updated too: their moments decay as Adam's do.
     """
-    implementation = reference if resolve(kernels, weight) == "reference" else cpu
-    implementation.row_update(
+    implementation("row_update", kernels, weight).row_update(
         weight, grad, first, second, clip=clip, lr=lr, betas=betas, eps=eps, step=step, unit_rows=unit_rows
     )

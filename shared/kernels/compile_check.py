@@ -1,0 +1,135 @@
+"""Compile every Triton kernel, in every configuration used, for sm_80 and sm_90, on a machine without a GPU.
+
+    python -m shared.kernels.compile_check
+
+Prints one line per kernel and exits with status 1 if one does not compile. The interpreter shows that a kernel computes
+the right thing; this shows that the compiler accepts it and that it fits: registers, spills and shared memory are in
+the printed line.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+ARCHITECTURES = (80, 90)
+D_MODELS = (64, 768, 4096, 5120)
+KS = (1, 64, 128, 512, 2048)
+SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}  # bytes one block may use
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One kernel in one configuration. `types` maps runtime arguments to triton types, `constants` the constexprs."""
+
+    label: str
+    kernel: Any
+    types: Mapping[str, str]
+    constants: Mapping[str, int | bool]
+    options: Mapping[str, int] = field(default_factory=dict)
+
+
+def cases(d_models: Sequence[int], ks: Sequence[int]) -> Iterator[Case]:
+    """Every kernel of the package with the block sizes its launcher chooses for these widths and ks."""
+    from triton import next_power_of_2
+
+    from shared.kernels.decode import triton as decode
+    from shared.kernels.encode_topk import triton as encode
+    from shared.kernels.row_grad import triton as grad
+    from shared.kernels.row_update import triton as update
+
+    for k in ks:
+        capacity = encode.capacity_for(k)
+        options = {"num_warps": encode.num_warps_for(capacity)}
+        state = {"keys_ptr": "*i64", "count_ptr": "*i32"}
+        select_types = state | {
+            "z_ptr": "*fp32", "bar_ptr": "*fp32", "num_columns": "i32", "first_column": "i32", "z_stride": "i32", "k": "i32",
+        }  # fmt: skip
+        constants = {"CAPACITY": capacity, "BLOCK": encode.BLOCK_COLUMNS}
+        for bias in ("*fp32", "*bf16"):
+            yield Case(f"select k={k} bias {bias}", encode._select, select_types | {"b_ptr": bias}, constants, options)
+        unpack_types = state | {"values_ptr": "*fp32", "indices_ptr": "*i64", "k": "i32"}
+        constants = {"CAPACITY": capacity, "SLOTS": next_power_of_2(k), "RANK_BLOCK": encode.RANK_BLOCK}
+        yield Case(f"unpack k={k}", encode._unpack, unpack_types, constants, options)
+
+    for d in d_models:
+        for weights in ("*fp32", "*bf16", "*fp16"):
+            label = f"d={d} {weights[1:]}"
+            picks = {"indices_ptr": "*i64", "W_ptr": weights, "out_ptr": "*fp32", "K": "i32", "D": "i32"}
+            block = decode.block_d(d)
+            yield Case(f"decode {label}", decode._decode, picks | {"values_ptr": "*fp32"}, {"BLOCK_D": block})
+            constants = {"BLOCK_K": decode.BLOCK_K, "BLOCK_D": block}
+            yield Case(f"dot_picks {label}", decode._dot_picks, picks | {"grad_ptr": "*fp32"}, constants)
+            grad_types = {
+                "coefficients_ptr": "*fp32", "order_ptr": "*i64", "offsets_ptr": "*i64", "rows_ptr": weights,
+                "out_ptr": "*fp32", "K": "i32", "D": "i32",
+            }  # fmt: skip
+            constants = {"BLOCK_P": grad.BLOCK_P, "BLOCK_D": grad.block_d(d)}
+            yield Case(f"row_grad {label}", grad._row_grad, grad_types, constants)
+        for moments in ("*fp32", "*bf16"):
+            update_types = dict.fromkeys(("weight_ptr", "grad_ptr", "clip_ptr"), "*fp32")
+            update_types |= dict.fromkeys(("first_ptr", "second_ptr"), moments) | {"D": "i32"}
+            update_types |= dict.fromkeys(("lr", "beta1", "beta2", "eps", "correction1", "correction2"), "fp32")
+            for unit_rows in (False, True):
+                block = update.block_d(d, unit_rows)
+                yield Case(
+                    f"row_update d={d} moments {moments[1:]} unit_rows={unit_rows}",
+                    update._row_update,
+                    update_types,
+                    {"UNIT_ROWS": unit_rows, "BLOCK_D": block},
+                    {"num_warps": update.num_warps_for(block)},
+                )
+    sum_types = {"coefficients_ptr": "*fp32", "order_ptr": "*i64", "offsets_ptr": "*i64", "out_ptr": "*fp32"}
+    yield Case("latent_sum", grad._latent_sum, sum_types, {"BLOCK_P": grad.SUM_BLOCK_P})
+
+
+def compile_case(case: Case, architecture: int) -> str:
+    """Compile to a cubin; returns a line with what it needs. Raises RuntimeError when it does not fit."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    signature, constants, attributes = {}, {}, {}
+    for position, name in enumerate(case.kernel.arg_names):
+        if name in case.constants:
+            signature[name], constants[(position,)] = "constexpr", case.constants[name]
+        else:
+            signature[name] = case.types[name]
+            if case.types[name].startswith("*"):  # what the JIT finds for torch's allocations
+                attributes[(position,)] = [["tt.divisibility", 16]]
+    source = ASTSource(fn=case.kernel, signature=signature, constexprs=constants, attrs=attributes)
+    compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=dict(case.options))
+    shared = compiled.metadata.shared
+    if shared > SHARED_MEMORY[architecture]:
+        raise RuntimeError(
+            f"needs {shared} bytes of shared memory, sm_{architecture} has {SHARED_MEMORY[architecture]}"
+        )
+    return f"cubin {len(compiled.asm['cubin'])} B, shared {shared} B"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Compile all cases for all architectures; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--d-model", type=int, nargs="*", default=D_MODELS)
+    parser.add_argument("--k", type=int, nargs="*", default=KS)
+    options = parser.parse_args(arguments)
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        sys.stderr.write("error: unset TRITON_INTERPRET: the interpreter has no compiler\n")
+        return 2
+    failures = 0
+    for case in cases(options.d_model, options.k):
+        for architecture in ARCHITECTURES:
+            try:
+                outcome = compile_case(case, architecture)
+            except Exception as error:
+                failures += 1
+                outcome = f"FAILED: {error}"
+            sys.stdout.write(f"sm_{architecture} {case.label}: {outcome}\n")
+            sys.stdout.flush()
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

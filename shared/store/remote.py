@@ -1,0 +1,173 @@
+"""Object stores: retries, several requests in flight, and puts that never replace, over a client of one's choice.
+
+One object is one PUT with ``If-None-Match: *``, so two writers cannot replace each other's objects as they could with
+multipart uploads; several objects and several ranges of an object travel at once. A request that fails for a reason
+that may pass (5xx, time-out, refused or dropped connection) is sent again with growing, jittered pauses for
+GRANARY_RETRY_SECONDS (300). A put whose answer was lost may find its own object there: callers compare.
+"""
+
+import logging
+import os
+import random
+import time
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Protocol, TypeVar
+
+from shared.errors import GranaryError
+from shared.store.buffers import Buffer, byte_view
+from shared.store.objectio import ObjectMissingError
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+RANGE_BYTES = 8 << 20  # one GET; smaller costs round trips, larger leaves connections idle
+RANGE_THREADS = 16
+PARALLEL_PUTS = 4  # objects in flight, each held in memory once
+FIRST_PAUSE, LONGEST_PAUSE = 0.1, 10.0  # seconds
+PERMANENT = (FileNotFoundError, FileExistsError, PermissionError, EOFError, TypeError, ValueError, GranaryError)
+
+
+class Client(Protocol):
+    """A client of an object store. Besides the errors named, any exception means "try again"."""
+
+    url: str
+
+    def put(self, key: str, data: bytearray, *, replace: bool) -> None:
+        """One atomic PUT. Raises FileExistsError, PermissionError, FileNotFoundError (no such bucket)."""
+
+    def fetch(self, key: str, start: int, end: int | None) -> Buffer:
+        """Bytes [start, end) or the whole object. Raises FileNotFoundError, EOFError, PermissionError."""
+
+    def head(self, key: str) -> int:
+        """Size in bytes. Raises FileNotFoundError, PermissionError."""
+
+    def find(self, prefix: str) -> dict[str, int]:
+        """All keys below a folder and their sizes. Raises PermissionError."""
+
+    def remove(self, key: str) -> None:
+        """Delete an object. Raises FileNotFoundError, PermissionError."""
+
+
+class RemoteIO:
+    """`ObjectIO` over a `Client`."""
+
+    parallel_puts = PARALLEL_PUTS
+
+    def __init__(self, client: Client) -> None:
+        self.client = client
+        self.url = client.url
+        self.retry_seconds = float(os.environ.get("GRANARY_RETRY_SECONDS", "300"))
+        self._pool = ThreadPoolExecutor(RANGE_THREADS, thread_name_prefix="granary-range")
+
+    def put(self, key: str, parts: Iterable[Buffer], *, replace: bool = False) -> bool:
+        if not replace and self.size(key) is not None:
+            return False
+        data = bytearray()
+        for part in parts:  # a part is valid only until the next one is asked for
+            data += byte_view(part)
+        try:
+            self._retry("write", key, lambda: self.client.put(key, data, replace=replace))
+        except FileExistsError:
+            return False
+        except FileNotFoundError as error:
+            raise GranaryError(f"cannot write {self.url}/{key}: no such bucket") from error
+        return True
+
+    def get(self, key: str) -> bytes:
+        return bytes(self._fetch(key, 0, None))
+
+    def read_into(self, key: str, offset: int, buffers: Sequence[memoryview]) -> None:
+        total = sum(len(buffer) for buffer in buffers)
+
+        def read(start: int) -> None:
+            end = min(start + RANGE_BYTES, total)
+            data = memoryview(self._fetch(key, offset + start, offset + end))
+            if len(data) != end - start:
+                raise GranaryError(
+                    f"{key} is shorter than its commit record says: it ends at byte {offset + start + len(data)}"
+                )
+            scatter(data, start, buffers)
+
+        starts = range(0, total, RANGE_BYTES)
+        if len(starts) == 1:
+            read(0)
+        else:
+            for done in [self._pool.submit(read, start) for start in starts]:
+                done.result()
+
+    def size(self, key: str) -> int | None:
+        try:
+            return self._retry("look at", key, lambda: self.client.head(key))
+        except FileNotFoundError:
+            return None
+
+    def listing(self, prefix: str = "") -> dict[str, int]:
+        return dict(sorted(self._retry("list", prefix, lambda: self.client.find(prefix)).items()))
+
+    def delete(self, key: str) -> None:
+        try:
+            self._retry("delete", key, lambda: self.client.remove(key))
+        except FileNotFoundError:
+            return
+
+    def leftovers(self) -> list[str]:
+        return []  # an object store shows whole objects only
+
+    def free_bytes(self) -> int | None:
+        return None
+
+    def claim(self, *, exclusive: bool) -> bool:
+        return True  # object stores have no locks; puts that never replace are what protects there
+
+    def _fetch(self, key: str, start: int, end: int | None) -> Buffer:
+        try:
+            return self._retry("read", key, lambda: self.client.fetch(key, start, end))
+        except FileNotFoundError as error:
+            raise ObjectMissingError(f"{key} is missing from {self.url}") from error
+        except EOFError as error:
+            raise GranaryError(f"{key} is shorter than its commit record says: it ends before byte {end}") from error
+
+    def _retry(self, verb: str, key: str, request: Callable[[], T]) -> T:
+        deadline = time.monotonic() + self.retry_seconds
+        pause = FIRST_PAUSE
+        while True:
+            try:
+                return request()
+            except PermissionError as error:
+                raise GranaryError(
+                    f"may not {verb} {self.url}/{key}: check the credentials (AWS_ACCESS_KEY_ID, "
+                    f"AWS_SECRET_ACCESS_KEY) and the bucket's policy: {one_line(error)}"
+                ) from error
+            except PERMANENT:
+                raise
+            except Exception as error:
+                if time.monotonic() + pause > deadline:
+                    raise GranaryError(
+                        f"cannot {verb} {self.url}/{key}: {one_line(error)}: check the network and AWS_ENDPOINT_URL, "
+                        "then run the same command again to continue"
+                    ) from error
+                logger.warning("cannot %s %s/%s, trying again: %s", verb, self.url, key, one_line(error))
+            time.sleep(pause * random.uniform(0.5, 1.0))
+            pause = min(2 * pause, LONGEST_PAUSE)
+
+
+def scatter(data: memoryview, start: int, buffers: Sequence[memoryview]) -> None:
+    """Copy `data`, which begins `start` bytes into the concatenation of `buffers`, to where it belongs there."""
+    for buffer in buffers:
+        if start < len(buffer):
+            count = min(len(buffer) - start, len(data))
+            buffer[start : start + count] = data[:count]
+            data = data[count:]
+            start = 0
+            if not data:
+                return
+        else:
+            start -= len(buffer)
+
+
+def one_line(error: BaseException) -> str:
+    """The message of an exception, its type where it has none, cut to a readable length."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 200 else text[:197] + "..."

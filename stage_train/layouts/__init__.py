@@ -1,0 +1,12 @@
+"""How an SAE in training is spread over processes: one class per layout, all with the methods of Replicated.
+
+A layout says which rows of a batch a rank reads, which part of the weights it holds, and how gradients meet. The
+trainer is the same under all of them, and so are the weights it arrives at.
+"""
+
+from stage_train.layouts.latent import LatentParallel
+from stage_train.layouts.make import make_layout
+from stage_train.layouts.replicated import Replicated
+from stage_train.layouts.sharded import FullySharded
+
+__all__ = ["FullySharded", "LatentParallel", "Replicated", "make_layout"]

@@ -1,0 +1,21 @@
+"""From the configuration to a layout."""
+
+from shared.errors import GranaryError
+from shared.parallel import World
+from stage_train.config import LayoutKind, ParallelSchema
+from stage_train.layouts.latent import LatentParallel
+from stage_train.layouts.replicated import Replicated
+from stage_train.layouts.sharded import FullySharded
+
+
+def make_layout(cfg: ParallelSchema, world: World) -> Replicated:
+    """One process is always the plain layout. Raises GranaryError when the ranks do not fit the layout."""
+    if cfg.latent is not None and cfg.layout is not LayoutKind.latent:
+        raise GranaryError(f"parallel.latent={cfg.latent} belongs to parallel=latent, the layout is {cfg.layout.value}")
+    if world.size == 1:
+        return Replicated(world)
+    if cfg.layout is LayoutKind.fsdp:
+        return FullySharded(world)
+    if cfg.layout is LayoutKind.latent:
+        return LatentParallel(world, cfg.latent if cfg.latent is not None else world.size)
+    return Replicated(world)

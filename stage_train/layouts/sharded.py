@@ -1,0 +1,95 @@
+"""Fully sharded data parallel (FSDP2): weights, gradients and moments cut by rows over the ranks.
+
+Each rank reads its share of a batch; the weights are gathered for a forward and backward, and the gradients are
+summed and scattered. The update runs on the rank's own rows, which the unit-norm decoder allows: its rows are whole.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, Shard
+
+from shared.errors import GranaryError
+from shared.parallel import World
+from shared.sae import SAE, SAEAdam, SAELosses
+from stage_train.layouts.replicated import Replicated, joint_norm
+
+
+class LocalRows:
+    """The rank's own rows of a sharded SAE, as plain tensors for the optimiser."""
+
+    def __init__(self, sae: SAE) -> None:
+        self.sharded = {name: parameter for name, parameter in sae.named_parameters() if isinstance(parameter, DTensor)}
+        self.rows = {name: parameter.to_local().detach() for name, parameter in self.sharded.items()}
+
+    def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
+        """As SAEAdam asks for them."""
+        yield from self.rows.items()
+
+
+class FullySharded(Replicated):
+    """FSDP2 over all ranks."""
+
+    def __init__(self, world: World) -> None:
+        super().__init__(world)
+        self.mesh = init_device_mesh(world.device.type, (world.size,), mesh_dim_names=("dp",))
+        self._local: LocalRows | None = None
+
+    def distribute(self, sae: SAE) -> SAE:
+        """Shard every parameter by rows. Raises GranaryError when the latents do not divide among the ranks."""
+        if sae.config.d_latent % self.world.size:
+            raise GranaryError(
+                f"{sae.config.d_latent} latents do not divide among {self.world.size} processes: change sae.expansion, "
+                "or use parallel=ddp"
+            )
+        sae = super().distribute(sae)
+        fully_shard(sae, mesh=self.mesh)
+        register_fsdp_forward_method(sae, "losses")
+        assert isinstance(sae, FSDPModule)
+        # Losses are weighted by their share of the batch, so gradients add up; as a plain sum, which gloo knows too.
+        sae.set_gradient_divide_factor(1.0)
+        sae.set_force_sum_reduction_for_comms(True)
+        self._local = LocalRows(sae)
+        return sae
+
+    def optimiser(self, sae: SAE, lr: float, **options: Any) -> SAEAdam:
+        """Of the rank's own rows."""
+        return SAEAdam(self._local, lr, **options)  # type: ignore[arg-type]
+
+    def zero_gradients(self, optimiser: SAEAdam) -> None:
+        """Of the sharded parameters and of their local views."""
+        assert self._local is not None
+        optimiser.zero_grad()
+        for parameter in self._local.sharded.values():
+            parameter.grad = None
+
+    def losses(self, sae: SAE, rows_N_D: Tensor, dead_R: Tensor, *, last: bool) -> SAELosses:
+        """Gradients leave the rank once per step, with the last micro-batch."""
+        assert isinstance(sae, FSDPModule)
+        sae.set_requires_gradient_sync(last)
+        return super().losses(sae, rows_N_D, dead_R, last=last)
+
+    def reduce_gradients(self, optimiser: SAEAdam) -> Tensor:
+        """They are reduced already: hand the local rows to the optimiser."""
+        assert self._local is not None
+        for name, parameter in self._local.sharded.items():
+            assert isinstance(parameter.grad, DTensor)
+            self._local.rows[name].grad = parameter.grad.to_local()
+        found = [rows.grad for rows in self._local.rows.values() if rows.grad is not None]
+        return joint_norm(found, [])
+
+    def as_global(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Moments get the sharding of their parameters."""
+        assert self._local is not None
+        seen = {}
+        for name, tensor in tensors.items():
+            parameter = self._local.sharded.get(name.rpartition(".")[2])
+            if name.startswith("optim.") and parameter is not None:
+                tensor = DTensor.from_local(
+                    tensor, self.mesh, [Shard(0)], run_check=False, shape=parameter.shape, stride=parameter.stride()
+                )
+            seen[name] = tensor
+        return seen

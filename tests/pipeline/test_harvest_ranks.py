@@ -1,0 +1,107 @@
+"""Replicas and tensor parallelism, in real gloo processes on this machine."""
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from shared.store import Store
+from tests.cli import ForkServer
+from tests.families import FAMILIES
+from tests.harvesting import ENVIRONMENT, PRELOAD, Harvester, same_files
+
+WORKER = Path(__file__).with_name("harvest_worker.py")
+# Sums are taken in another order. bfloat16 keeps 8 bits, and each branch of each layer rounds anew.
+TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2}
+
+
+@pytest.fixture(scope="module")
+def harvester(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Harvester]:
+    root = tmp_path_factory.mktemp("ranks")
+    with ForkServer(root, PRELOAD) as server:
+        harvester = Harvester(root, server)
+        harvester.harvest("one")
+        yield harvester
+
+
+@pytest.fixture(scope="module")
+def four_ranks(harvester: Harvester) -> list[list[str]]:
+    """What the worker printed: sharded trunks of all families; on the way it harvested two stores."""
+    for family, make in FAMILIES.items():
+        config = make()
+        config.num_attention_heads, config.hidden_size = 4, 32
+        if hasattr(config, "num_key_value_heads"):
+            config.num_key_value_heads = 4
+        torch.manual_seed(0)
+        AutoModelForCausalLM.from_config(config).save_pretrained(harvester.root / "families" / family)
+    jobs = [harvester.arguments("dp4"), harvester.arguments("dp2tp2", tensor_parallel=2)]
+    launch = [sys.executable, "-m", "shared.parallel.launch", "--standalone", "--nproc-per-node=4"]
+    command = [*launch, str(WORKER), str(harvester.root / "families"), json.dumps(jobs)]
+    run = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, cwd=harvester.root, timeout=590)
+    assert run.returncode == 0, run.stderr
+    return [line.split() for line in run.stdout.splitlines()]
+
+
+def test_sharded_trunks_give_the_activations_of_whole_ones(four_ranks: list[list[str]]) -> None:
+    assert len(four_ranks) == len(FAMILIES) * 2 * 2
+    for family, dtype, tp, worst, share in four_ranks:
+        assert float(worst) < TOLERANCE[dtype], (family, dtype, tp)
+        assert float(share) < 1 / int(tp) + 0.1, (family, tp)  # norms and biases are on every rank
+
+
+@pytest.mark.usefixtures("four_ranks")
+def test_replicas_of_two_ranks_give_the_store_of_one_rank(harvester: Harvester) -> None:
+    one, sharded = Store.open(harvester.root / "one"), Store.open(harvester.root / "dp2tp2")
+    assert sharded.complete
+    for context in range(one.num_contexts):
+        wanted, got = (store.read_context("layers.1.resid_post", context) for store in (one, sharded))
+        assert (got - wanted).norm() < TOLERANCE["float32"] * wanted.norm()
+
+
+@pytest.mark.usefixtures("four_ranks")
+def test_four_replicas_write_the_bytes_of_one(harvester: Harvester) -> None:
+    same_files(harvester.root / "one", harvester.root / "dp4")
+
+
+def test_the_command_line_starts_its_ranks(harvester: Harvester) -> None:
+    command = [sys.executable, "-m", "stage_harvest", *harvester.arguments("two", nproc=2)]
+    run = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, cwd=harvester.root, timeout=300)
+    assert run.returncode == 0, run.stderr
+    assert run.stderr.count("harvested") == 1  # one rank speaks
+    same_files(harvester.root / "one", harvester.root / "two")
+
+
+def test_a_rank_that_fails_ends_the_job(harvester: Harvester) -> None:
+    """NaN in a shard of rank 1 alone: its line, its status, and no rank left waiting."""
+    tokens = Store.open(harvester.root / "one").tokens(range(8))
+    poison = next(int(token) for token in tokens[4:].ravel() if not (tokens[:4] == token).any())
+    weights = load_file(harvester.model / "model.safetensors")
+    weights["model.embed_tokens.weight"][poison] = float("nan")
+    shutil.copytree(harvester.model, harvester.root / "poisoned")
+    save_file(weights, harvester.root / "poisoned" / "model.safetensors", {"format": "pt"})
+    changes = {"model": harvester.root / "poisoned", "corpus__contexts": 8, "store__heldout_fraction": 0}
+    command = [sys.executable, "-m", "stage_harvest", *harvester.arguments("nan", nproc=2, **changes)]
+    start = time.monotonic()
+    run = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, cwd=harvester.root, timeout=300)
+    manifest = harvester.root / "nan" / "manifest"
+    assert run.returncode == 2
+    context, position = np.argwhere(tokens == poison)[0]
+    lines = [line for line in run.stderr.replace("\r", "\n").splitlines() if "error" in line]
+    assert len(lines) == 1, run.stderr
+    assert f"error (rank 1): layers.1.resid_post: context {context}, position {position} is NaN" in lines[0]
+    assert [path.name for path in manifest.glob("*")] in ([], ["00000000.json"])
+    assert time.monotonic() - start < 250
+
+
+def test_a_division_that_leaves_ranks_over_is_one_line(harvester: Harvester) -> None:
+    error = harvester.run("refused", tensor_parallel=2).error
+    assert error.startswith("tensor_parallel=2 does not divide the 1 processes of this job")
