@@ -56,11 +56,14 @@ sweep: setup ## train and compare K=8,16 x EXPANSION=4,8 on the store of runs/NA
 	@$(BIN)/python -m stage_train -m name=$(NAME) nproc=$(NPROC) sae.k=$(K) sae.expansion=$(EXPANSION) $(ARGS)
 	@$(STAGE) stage_eval name=$(NAME) 'sae.path="runs/$(NAME)/sweep/*"'
 
-test: setup ## the default tests (under 6 minutes on 2 cores)
-	@$(BIN)/python -m pytest -q -m "not slow and not gpu and not s3 and not cluster"
+# Two workers, one thread each: most tests wait for imports of processes they start.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
+
+test: setup ## the default tests
+	@$(PYTEST) -m "not slow and not gpu and not s3 and not cluster"
 
 test-all: setup ## the default and the slow tests
-	@$(BIN)/python -m pytest -q -m "not s3 and not cluster"
+	@$(PYTEST) -m "not s3 and not cluster"
 
 check: setup ## lint, types, and composing every config
 	@$(BIN)/ruff check .

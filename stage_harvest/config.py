@@ -161,6 +161,25 @@ class TokensCorpus(CorpusSchema):
 
 
 @dataclass(kw_only=True)
+class MixtureCorpus(CorpusSchema):
+    """Several corpora, by weight."""
+
+    parts: dict[str, Any] = MISSING
+    """Name to kind, weight (share of the tokens, any scale) and the keys of that kind:
+    '{web: {kind: hub, path: ..., weight: 0.8}, code: {kind: stdlib, weight: 0.2}}'."""
+
+
+SOURCE_KINDS: dict[str, type[CorpusSchema]] = {
+    "stdlib": StdlibCorpus,
+    "text": TextCorpus,
+    "jsonl": JsonlCorpus,
+    "parquet": ParquetCorpus,
+    "hub": HubCorpus,
+    "tokens": TokensCorpus,
+}
+
+
+@dataclass(kw_only=True)
 class StoreSchema:
     """Group ``store``: the activation store to write."""
 
@@ -213,13 +232,5 @@ def register() -> None:
     store.store(name="harvest_schema", node=HarvestSchema)
     store.store(group="packing", name="schema", node=PackingSchema)
     store.store(group="store", name="schema", node=StoreSchema)
-    kinds = {
-        "stdlib": StdlibCorpus,
-        "text": TextCorpus,
-        "jsonl": JsonlCorpus,
-        "parquet": ParquetCorpus,
-        "hub": HubCorpus,
-        "tokens": TokensCorpus,
-    }
-    for kind, node in kinds.items():
+    for kind, node in {**SOURCE_KINDS, "mixture": MixtureCorpus}.items():
         store.store(group="corpus", name=f"{kind}_schema", node=node)

@@ -16,13 +16,12 @@ from shared.parallel import World, init_world
 from shared.store import Store, free_bytes, layout
 from shared.store.objectio import open_io
 from stage_harvest.config import HarvestSchema
-from stage_harvest.corpus import read_documents
 from stage_harvest.forward import ShardForward
 from stage_harvest.mesh import Place, check_mesh, take_place
 from stage_harvest.plan import HarvestJob, announce, check_length, human_bytes, next_command, staging_dtype
 from stage_harvest.progress import Board, HarvestProgress
 from stage_harvest.spool import Spool
-from stage_harvest.tokenise import tokenise
+from stage_harvest.tokenise import token_documents
 from stage_harvest.writer import BackgroundWriter
 
 log = logging.getLogger(__name__)
@@ -65,7 +64,7 @@ def prepare(job: HarvestJob, world: World) -> Store | None:
         if cfg.dry_run:
             return None
     with Spool(cfg.packing.seq_len, cfg.spool_dir) as spool:
-        ids = tokenise(read_documents(job.corpus, cfg.corpus, cfg.seed), job.tokenizer, job.config.vocab_size)
+        ids = token_documents(job.corpus, cfg.corpus, cfg.seed, job.tokenizer, job.config.vocab_size)
         spool.fill(itertools.islice(job.packer.pack(ids), cfg.corpus.contexts))
         check_length(job, spool.num_contexts)
         plan = job.store_plan(spool.num_contexts)

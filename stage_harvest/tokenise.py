@@ -8,12 +8,29 @@ import numpy.typing as npt
 from transformers import PreTrainedTokenizerBase
 
 from shared.errors import GranaryError
-from stage_harvest.corpus import Chat, Document
+from stage_harvest.config import CorpusSchema
+from stage_harvest.corpus import Chat, Corpus, Document, Mixture, Source, read_documents
 
 BATCH_DOCUMENTS = 1024
 BATCH_CHARACTERS = 4_000_000
 
 TokenIds = npt.NDArray[np.int32]
+
+
+def token_documents(
+    corpus: Corpus, cfg: CorpusSchema, seed: int, tokenizer: PreTrainedTokenizerBase, vocab_size: int
+) -> Iterator[TokenIds]:
+    """The token ids of each document of `corpus`, in the order that `cfg` and `seed` give; raises as `tokenise`."""
+    if isinstance(corpus, Source):
+        return tokenise(read_documents(corpus, cfg, seed), tokenizer, vocab_size)
+    if not isinstance(corpus, Mixture):
+        raise TypeError(f"{type(corpus).__name__} is neither a source nor a mixture")
+    return corpus.mix(
+        {
+            name: tokenise(read_documents(part.source, part.cfg, seed), tokenizer, vocab_size)
+            for name, part in corpus.parts.items()
+        }
+    )
 
 
 def tokenise(documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> Iterator[TokenIds]:

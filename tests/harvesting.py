@@ -36,8 +36,8 @@ class Harvester:
             hidden_size=D,
             intermediate_size=24,
             num_hidden_layers=LAYERS,
-            num_attention_heads=2,
-            num_key_value_heads=1,
+            num_attention_heads=4,
+            num_key_value_heads=2,
             max_position_embeddings=64,
             initializer_range=0.3,
         )

@@ -17,6 +17,7 @@ from typing import Any
 ARCHITECTURES = (80, 90)
 D_MODELS = (64, 768, 4096, 5120)
 KS = (1, 64, 128, 512, 2048)
+TYPES = ("fp32", "bf16", "fp16")
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}  # bytes one block may use
 
 
@@ -31,8 +32,8 @@ class Case:
     options: Mapping[str, int] = field(default_factory=dict)
 
 
-def cases(d_models: Sequence[int], ks: Sequence[int]) -> Iterator[Case]:
-    """Every kernel of the package with the block sizes its launcher chooses for these widths and ks."""
+def cases(d_models: Sequence[int], ks: Sequence[int], types: Sequence[str]) -> Iterator[Case]:
+    """Every kernel of the package with the block sizes its launcher chooses for these widths, ks and matrix types."""
     from triton import next_power_of_2
 
     from shared.kernels.decode import triton as decode
@@ -44,18 +45,17 @@ def cases(d_models: Sequence[int], ks: Sequence[int]) -> Iterator[Case]:
         capacity = encode.capacity_for(k)
         options = {"num_warps": encode.num_warps_for(capacity)}
         state = {"keys_ptr": "*i64", "count_ptr": "*i32"}
-        select_types = state | {
-            "z_ptr": "*fp32", "bar_ptr": "*fp32", "num_columns": "i32", "first_column": "i32", "z_stride": "i32", "k": "i32",
-        }  # fmt: skip
+        select_types = state | {"z_ptr": "*fp32", "bar_ptr": "*fp32"}
+        select_types |= dict.fromkeys(("num_columns", "first_column", "z_stride", "k"), "i32")
         constants = {"CAPACITY": capacity, "BLOCK": encode.BLOCK_COLUMNS}
-        for bias in ("*fp32", "*bf16"):
-            yield Case(f"select k={k} bias {bias}", encode._select, select_types | {"b_ptr": bias}, constants, options)
+        for bias in types:
+            yield Case(f"select k={k} {bias}", encode._select, select_types | {"b_ptr": f"*{bias}"}, constants, options)
         unpack_types = state | {"values_ptr": "*fp32", "indices_ptr": "*i64", "k": "i32"}
         constants = {"CAPACITY": capacity, "SLOTS": next_power_of_2(k), "RANK_BLOCK": encode.RANK_BLOCK}
         yield Case(f"unpack k={k}", encode._unpack, unpack_types, constants, options)
 
     for d in d_models:
-        for weights in ("*fp32", "*bf16", "*fp16"):
+        for weights in (f"*{name}" for name in types):
             label = f"d={d} {weights[1:]}"
             picks = {"indices_ptr": "*i64", "W_ptr": weights, "out_ptr": "*fp32", "K": "i32", "D": "i32"}
             block = decode.block_d(d)
@@ -68,7 +68,7 @@ def cases(d_models: Sequence[int], ks: Sequence[int]) -> Iterator[Case]:
             }  # fmt: skip
             constants = {"BLOCK_P": grad.BLOCK_P, "BLOCK_D": grad.block_d(d)}
             yield Case(f"row_grad {label}", grad._row_grad, grad_types, constants)
-        for moments in ("*fp32", "*bf16"):
+        for moments in (f"*{name}" for name in types):
             update_types = dict.fromkeys(("weight_ptr", "grad_ptr", "clip_ptr"), "*fp32")
             update_types |= dict.fromkeys(("first_ptr", "second_ptr"), moments) | {"D": "i32"}
             update_types |= dict.fromkeys(("lr", "beta1", "beta2", "eps", "correction1", "correction2"), "fp32")
@@ -114,12 +114,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--d-model", type=int, nargs="*", default=D_MODELS)
     parser.add_argument("--k", type=int, nargs="*", default=KS)
+    parser.add_argument("--types", nargs="*", default=TYPES, choices=TYPES)
     options = parser.parse_args(arguments)
     if os.environ.get("TRITON_INTERPRET") == "1":
         sys.stderr.write("error: unset TRITON_INTERPRET: the interpreter has no compiler\n")
         return 2
     failures = 0
-    for case in cases(options.d_model, options.k):
+    for case in cases(options.d_model, options.k, options.types):
         for architecture in ARCHITECTURES:
             try:
                 outcome = compile_case(case, architecture)

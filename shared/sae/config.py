@@ -32,6 +32,9 @@ class SAEConfig:
     normalisation: str = "centre_scale"
     """none; scale: times sqrt(d) / mean norm; centre_scale: minus the mean, then to RMS norm sqrt(d); layer_norm: per
     token to mean 0, standard deviation 1."""
+    shift_back: bool = True
+    """Undo layer_norm on the reconstruction. False: read normalised activations but reconstruct raw ones, as the SAEs
+    that OpenSAE released; for loading those, not for training."""
     pre_bias: bool = True
     """Subtract b_dec before the encoder."""
     loss: str = "fvu"
@@ -66,6 +69,8 @@ class SAEConfig:
         ):
             if getattr(self, name) not in choices:
                 raise GranaryError(f"sae.{name}={getattr(self, name)!r}: choose from {', '.join(choices)}")
+        if not self.shift_back and self.normalisation != "layer_norm":
+            raise GranaryError("sae.shift_back=false is for normalisation=layer_norm alone")
         for name in ("auxk_alpha", "multi_topk_weight"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
                 raise GranaryError(f"sae.{name}={getattr(self, name)}: must be a number that is not negative")

@@ -69,7 +69,9 @@ class SAE(nn.Module):
     def denormalise(
         self, x_hat: torch.Tensor, token_mean: torch.Tensor | None = None, token_scale: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """The inverse of ``normalise``."""
+        """The inverse of ``normalise``; nothing where the config says that latents reconstruct raw activations."""
+        if not self.config.shift_back:
+            return x_hat
         if self.config.normalisation == "layer_norm":
             if token_mean is None or token_scale is None:
                 raise GranaryError("under layer_norm these latents need their tokens' mean and scale, as encode gives")
@@ -117,6 +119,8 @@ class SAE(nn.Module):
         None: no AuxK. `k` overrides the config's, for schedules.
         """
         config = self.config
+        if not config.shift_back:
+            raise GranaryError("an SAE with shift_back=false can't be trained: its target is not its input")
         k = config.k if k is None else k
         with torch.no_grad():
             x_ND, token_mean, token_scale = self.normalise(x)

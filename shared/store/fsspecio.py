@@ -1,5 +1,6 @@
 """Storage at any URL that fsspec knows: memory, s3 through s3fs, gs, az ..."""
 
+import errno
 from typing import Any
 
 import fsspec
@@ -38,7 +39,12 @@ class FsspecClient:
             raise
 
     def fetch(self, key: str, start: int, end: int | None) -> Buffer:
-        data: Buffer = self.fs.cat_file(self._path(key), start=start or None, end=end)
+        try:
+            data: Buffer = self.fs.cat_file(self._path(key), start=start or None, end=end)
+        except OSError as error:
+            if error.errno == errno.EINVAL:  # s3fs for 416, a range beyond the end
+                raise EOFError(key) from error
+            raise
         return data
 
     def head(self, key: str) -> int:

@@ -2,23 +2,46 @@
 
 import random
 from collections.abc import Iterator
+from importlib import resources
+from typing import Any
+
+import yaml
+from omegaconf import MISSING, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from shared.errors import GranaryError
 from stage_harvest import config
-from stage_harvest.corpus.base import Chat, Corpus, Document
+from stage_harvest.corpus.base import Chat, Corpus, Document, Source
 from stage_harvest.corpus.hub import HubDataset
 from stage_harvest.corpus.jsonl import JsonlFiles
+from stage_harvest.corpus.mixture import Mixture, Part
 from stage_harvest.corpus.parquet import ParquetFiles
 from stage_harvest.corpus.shuffle import windowed_shuffle
 from stage_harvest.corpus.stdlib import StandardLibrary
 from stage_harvest.corpus.text import TextFiles
 from stage_harvest.corpus.tokens import TokenFiles
 
-__all__ = ["Chat", "Corpus", "Document", "open_corpus", "read_documents"]
+__all__ = ["Chat", "Corpus", "Document", "Mixture", "Source", "open_corpus", "read_documents"]
 
 
 def open_corpus(cfg: config.CorpusSchema) -> Corpus:
-    """The corpus that `cfg` describes; raises GranaryError when it is not there."""
+    """The corpus that `cfg` describes; raises GranaryError when it, or a part of it, is not there."""
+    if isinstance(cfg, config.MixtureCorpus):
+        return Mixture({name: _open_part(name, fields, cfg) for name, fields in cfg.parts.items()})
+    return _open_source(cfg)
+
+
+def read_documents(source: Source, cfg: config.CorpusSchema, seed: int) -> Iterator[Document]:
+    """The documents of `source` in the order that `cfg.shuffle` and `seed` give."""
+    if not cfg.shuffle:
+        return source.documents()
+    if cfg.shuffle_window < 1:
+        raise GranaryError(f"corpus.shuffle_window={cfg.shuffle_window}: it must be at least 1")
+    rng = random.Random(seed)
+    return windowed_shuffle(source.documents(rng), cfg.shuffle_window, rng)
+
+
+def _open_source(cfg: config.CorpusSchema) -> Source:
     match cfg:
         case config.StdlibCorpus():
             return StandardLibrary(cfg.split.value, cfg.include_tests)
@@ -36,11 +59,25 @@ def open_corpus(cfg: config.CorpusSchema) -> Corpus:
             raise TypeError(f"no corpus for {type(cfg).__name__}")
 
 
-def read_documents(corpus: Corpus, cfg: config.CorpusSchema, seed: int) -> Iterator[Document]:
-    """The documents of `corpus` in the order that `cfg.shuffle` and `seed` give."""
-    if not cfg.shuffle:
-        return corpus.documents()
-    if cfg.shuffle_window < 1:
-        raise GranaryError(f"corpus.shuffle_window={cfg.shuffle_window}: it must be at least 1")
-    rng = random.Random(seed)
-    return windowed_shuffle(corpus.documents(rng), cfg.shuffle_window, rng)
+def _open_part(name: str, fields: Any, mixture: config.MixtureCorpus) -> Part:
+    """A part from its keys: `kind`, `weight`, and those of ``conf/corpus/<kind>.yaml``, which gives the defaults."""
+    where = f"corpus.parts.{name}"
+    if not isinstance(fields, dict) or "kind" not in fields or "weight" not in fields:
+        raise GranaryError(f"{where} needs a kind and a weight, besides the keys of its kind")
+    own = {key: value for key, value in fields.items() if key not in ("kind", "weight")}
+    if fields["kind"] not in config.SOURCE_KINDS:
+        raise GranaryError(f"{where}.kind={fields['kind']}: choose from {', '.join(config.SOURCE_KINDS)}")
+    # What is said of the mixture as a whole holds for its parts.
+    whole = {"contexts": None, "shuffle": mixture.shuffle, "shuffle_window": mixture.shuffle_window}
+    try:
+        text = (resources.files("conf") / "corpus" / f"{fields['kind']}.yaml").read_text(encoding="utf-8")
+        defaults = {key: value for key, value in yaml.safe_load(text).items() if key != "defaults"}
+        defaults = {key: value for key, value in defaults.items() if value != MISSING}
+        merged = OmegaConf.merge(OmegaConf.structured(config.SOURCE_KINDS[fields["kind"]]), defaults, whole, own)
+        cfg = OmegaConf.to_object(merged)
+        weight = float(fields["weight"])
+    except (OmegaConfBaseException, TypeError, ValueError) as error:
+        raise GranaryError(f"{where}: {str(error).splitlines()[0]}") from error
+    if not isinstance(cfg, config.CorpusSchema):
+        raise TypeError(f"{type(cfg).__name__} is no corpus schema")
+    return Part(_open_source(cfg), cfg, weight)

@@ -24,7 +24,7 @@ Document = str | Chat | npt.NDArray[np.integer[Any]]
 
 
 class Corpus(ABC):
-    """A source of documents."""
+    """Where the tokens of a store come from: one source of documents, or several mixed."""
 
     @property
     @abstractmethod
@@ -37,6 +37,10 @@ class Corpus(ABC):
 
         Raises GranaryError when the corpus is not there.
         """
+
+
+class Source(Corpus):
+    """One kind of documents in one place."""
 
     @abstractmethod
     def documents(self, order: random.Random | None = None) -> Iterator[Document]:

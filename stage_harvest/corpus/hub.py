@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from typing import Any
 
 from shared.errors import GranaryError
-from stage_harvest.corpus.base import Corpus, Document, as_document
+from stage_harvest.corpus.base import Document, Source, as_document
 
 
-class HubDataset(Corpus):
+class HubDataset(Source):
     """One column of one split; text, chat messages or token ids; nulls are left out.
 
     `order` can't shuffle files here: the order of documents is the dataset's, shuffled within the window alone.

@@ -5,12 +5,12 @@ import random
 from collections.abc import Iterator
 
 from shared.errors import GranaryError
-from stage_harvest.corpus.base import Corpus, Document, as_document
+from stage_harvest.corpus.base import Document, Source, as_document
 from stage_harvest.corpus.files import SourceFile, describe_files, find_files, fingerprint_files, ordered
 from stage_harvest.corpus.text import decode
 
 
-class JsonlFiles(Corpus):
+class JsonlFiles(Source):
     """The `field` of each object: text, chat messages or token ids; nulls are left out."""
 
     def __init__(self, files: str, field: str) -> None:

@@ -4,13 +4,13 @@ import random
 from collections.abc import Iterator
 
 from shared.errors import GranaryError
-from stage_harvest.corpus.base import Corpus, Document, as_document
+from stage_harvest.corpus.base import Document, Source, as_document
 from stage_harvest.corpus.files import SourceFile, describe_files, find_files, fingerprint_files, ordered
 
 ROWS_PER_READ = 1024
 
 
-class ParquetFiles(Corpus):
+class ParquetFiles(Source):
     """The `column` of each row: text, chat messages or token ids; nulls are left out."""
 
     def __init__(self, files: str, column: str) -> None:

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from functools import cached_property
 
 from shared.bundled import stdlib
-from stage_harvest.corpus.base import Corpus, Document
+from stage_harvest.corpus.base import Document, Source
 
 
-class StandardLibrary(Corpus):
+class StandardLibrary(Source):
     """Python sources and the language reference's topics."""
 
     def __init__(self, split: stdlib.Split, include_tests: bool) -> None:

@@ -4,11 +4,11 @@ import random
 from collections.abc import Iterator
 
 from shared.errors import GranaryError
-from stage_harvest.corpus.base import Corpus, Document
+from stage_harvest.corpus.base import Document, Source
 from stage_harvest.corpus.files import SourceFile, describe_files, find_files, fingerprint_files, ordered
 
 
-class TextFiles(Corpus):
+class TextFiles(Source):
     """UTF-8 text; a line that equals `separator` ends a document, which is given without its outer line breaks."""
 
     def __init__(self, files: str, separator: str | None = None) -> None:

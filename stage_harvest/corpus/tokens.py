@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from shared.errors import GranaryError
-from stage_harvest.corpus.base import Corpus, Document
+from stage_harvest.corpus.base import Document, Source
 from stage_harvest.corpus.files import SourceFile, describe_files, find_files, fingerprint_files, ordered
 
 RAW_DTYPES = ("uint16", "uint32", "int32", "int64")
@@ -16,7 +16,7 @@ RAW_DTYPES = ("uint16", "uint32", "int32", "int64")
 TokenArray = npt.NDArray[np.integer[Any]]
 
 
-class TokenFiles(Corpus):
+class TokenFiles(Source):
     """Rows of a 2-D array are documents; a 1-D array is cut after each `document_end`, or is one document."""
 
     def __init__(self, files: str, dtype: str, document_end: int | None) -> None:

@@ -4,9 +4,7 @@ A layout says which rows of a batch a rank reads, which part of the weights it h
 trainer is the same under all of them, and so are the weights it arrives at.
 """
 
-from stage_train.layouts.latent import LatentParallel
 from stage_train.layouts.make import make_layout
 from stage_train.layouts.replicated import Replicated
-from stage_train.layouts.sharded import FullySharded
 
-__all__ = ["FullySharded", "LatentParallel", "Replicated", "make_layout"]
+__all__ = ["Replicated", "make_layout"]

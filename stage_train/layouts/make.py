@@ -3,9 +3,7 @@
 from shared.errors import GranaryError
 from shared.parallel import World
 from stage_train.config import LayoutKind, ParallelSchema
-from stage_train.layouts.latent import LatentParallel
 from stage_train.layouts.replicated import Replicated
-from stage_train.layouts.sharded import FullySharded
 
 
 def make_layout(cfg: ParallelSchema, world: World) -> Replicated:
@@ -14,8 +12,13 @@ def make_layout(cfg: ParallelSchema, world: World) -> Replicated:
         raise GranaryError(f"parallel.latent={cfg.latent} belongs to parallel=latent, the layout is {cfg.layout.value}")
     if world.size == 1:
         return Replicated(world)
+    # Imported where chosen: FSDP takes a second or two.
     if cfg.layout is LayoutKind.fsdp:
+        from stage_train.layouts.sharded import FullySharded
+
         return FullySharded(world)
     if cfg.layout is LayoutKind.latent:
+        from stage_train.layouts.latent import LatentParallel
+
         return LatentParallel(world, cfg.latent if cfg.latent is not None else world.size)
     return Replicated(world)

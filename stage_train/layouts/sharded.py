@@ -22,6 +22,7 @@ class LocalRows:
     """The rank's own rows of a sharded SAE, as plain tensors for the optimiser."""
 
     def __init__(self, sae: SAE) -> None:
+        self.kernels = sae.kernels
         self.sharded = {name: parameter for name, parameter in sae.named_parameters() if isinstance(parameter, DTensor)}
         self.rows = {name: parameter.to_local().detach() for name, parameter in self.sharded.items()}
 

@@ -23,10 +23,11 @@ from stage_train.run import Run
 from stage_train.trainer import Trainer
 
 STEP = Trainer.step
+"""As it is without faults."""
 
 
 def run(job: dict[str, Any], world: World) -> str:
-    """How the job ended: "done", "stopped", or the error's line."""
+    """How the job ended: "done", "stopped", or the error's line. Needs Hydra to be initialised."""
 
     def step(self: Trainer, batch: Any) -> None:
         if self.progress.step + 1 == job.get("stop_at") and world.rank == 0:
@@ -35,14 +36,16 @@ def run(job: dict[str, Any], world: World) -> str:
             batch.activations[self.hook].fill_(float("nan"))
         STEP(self, batch)
 
-    Trainer.step = step  # type: ignore[method-assign]
     cfg: Any = OmegaConf.to_object(compose("train", overrides=job["overrides"]))
+    Trainer.step = step  # type: ignore[method-assign]
     try:
         Run(cfg, world).execute()
     except GranaryError as error:
         return str(error)
     except SystemExit as stopped:
         return "stopped" if stopped.code == 0 else f"exit {stopped.code}"
+    finally:
+        Trainer.step = STEP  # type: ignore[method-assign]
     return "done"
 
 
@@ -57,4 +60,5 @@ def main() -> None:
     shutdown()
 
 
-main()
+if __name__ == "__main__":
+    main()

@@ -107,8 +107,6 @@ def faults(store: Path) -> dict[str, tuple[int, str]]:
         "key": [good, "optim.learning_rate=0.1"],
         "type": [good, "stream.batch_size=many"],
         "k": [good, "sae.k=500"],
-        "warmup": [good, "schedule.warmup=1.5"],
-        "option": [good, "schedule=exponential"],
     }
     return {name: finish(process) for name, process in launch_all(store, commands).items()}
 
@@ -127,8 +125,6 @@ def launch_all(store: Path, commands: dict[str, list[str]]) -> dict[str, "subpro
         ("key", "unknown configuration key 'optim.learning_rate'"),
         ("type", "stream.batch_size"),
         ("k", "sae.k=500 is more than the 192 latents"),
-        ("warmup", "schedule.warmup=1.5"),
-        ("option", "choose from constant, cosine, linear, wsd"),
     ],
 )
 def test_a_wrong_input_is_one_line(faults: dict[str, tuple[int, str]], name: str, line: str) -> None:

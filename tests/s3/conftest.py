@@ -49,6 +49,7 @@ def server() -> Server:
         "AWS_ENDPOINT_URL": ENDPOINT,
         "AWS_ACCESS_KEY_ID": "test",
         "AWS_SECRET_ACCESS_KEY": "testsecret",
+        "GRANARY_RETRY_SECONDS": "60",
         "AWS_REGION": "us-east-1",
         "AWS_DEFAULT_REGION": "us-east-1",
     }

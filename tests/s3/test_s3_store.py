@@ -1,6 +1,5 @@
 """The store on a real S3 server: same bytes, nothing replaced, nothing lost when the server dies."""
 
-import logging
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +14,11 @@ from shared.store.remote import RANGE_BYTES
 from shared.store.synthetic import synthetic_plan, synthetic_shard, synthetic_store, synthetic_tokens
 from shared.store.verify import drop_incomplete, verify
 
-pytestmark = pytest.mark.s3
+pytestmark = [
+    pytest.mark.s3,
+    # s3fs hands its whole body to aiohttp at once; Python shows this kind of warning to nobody by default
+    pytest.mark.filterwarnings("ignore:Sending a large body directly with raw bytes:ResourceWarning"),
+]
 HOOK = "layers.2.resid_post"
 
 
@@ -114,38 +117,40 @@ def test_a_server_that_stays_away_is_one_line(bucket, monkeypatch):
         open_io(f"s3://{bucket}/store").get("x")
 
 
-def test_a_server_killed_in_mid_write_loses_nothing_and_duplicates_nothing(server, url, tmp_path, caplog):
+def test_a_server_killed_in_mid_write_loses_nothing_and_duplicates_nothing(server, url, tmp_path):
     plan = synthetic_plan(num_contexts=24, seq_len=256, d_model=512)
     store = Store.create(url, plan, *synthetic_tokens(plan))
     harvest = threading.Thread(target=synthetic_store, args=(url, plan))
-    with caplog.at_level(logging.WARNING):
-        harvest.start()
-        while len(store.committed()) < 2:
-            time.sleep(0.01)
-        server.kill()
-        time.sleep(1)
-        assert harvest.is_alive(), "the server died after the last shard: nothing was tested"
-        server.start()
-        harvest.join(120)
+    harvest.start()
+    while len(store.committed()) < 2:
+        time.sleep(0.01)
+    server.kill()
+    time.sleep(1)
+    assert harvest.is_alive(), "the server died after the last shard: nothing was tested"
+    server.start()
+    harvest.join(120)
     assert not harvest.is_alive()
-    assert "trying again" in caplog.text
     synthetic_store(tmp_path, plan)
     assert everything(open_io(url)) == everything(LocalIO(str(tmp_path)))
 
 
-def test_a_server_killed_in_mid_read_is_waited_for(server, url, caplog):
+def test_a_server_killed_in_mid_read_is_waited_for(server, url):
     plan = synthetic_plan(num_contexts=16, seq_len=1024, d_model=1024)
     store = synthetic_store(url, plan)
     expected = [synthetic_shard(store, shard)[HOOK].bfloat16() for shard in range(4)]
-    killer = threading.Timer(0.3, server.kill)
-    starter = threading.Timer(2.0, server.start)
-    with caplog.at_level(logging.WARNING), ThreadPoolExecutor(4) as pool:
-        killer.start()
-        starter.start()
-        for _ in range(20):
+    rounds, stop = 0, threading.Event()
+
+    def outage():
+        time.sleep(0.3)
+        server.kill()
+        time.sleep(1)
+        server.start()
+        stop.set()
+
+    with ThreadPoolExecutor(5) as pool:
+        dying = pool.submit(outage)
+        while not stop.is_set() or rounds == 0:
             for context, found in enumerate(pool.map(lambda c: store.read_context(HOOK, c), range(16))):
                 assert torch.equal(found, expected[context // 4][context % 4])
-            if not starter.is_alive() and caplog.text:
-                break
-        starter.join()
-    assert "trying again" in caplog.text
+            rounds += 1
+        dying.result()
