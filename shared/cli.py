@@ -7,6 +7,7 @@
 import difflib
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -73,11 +74,16 @@ def relaunch(module: str, nproc: int) -> None:
     job = HydraConfig.get()
     overrides = [override for override in job.overrides.task if not override.startswith("nproc=")]
     launcher = [sys.executable, "-m", "shared.parallel.launch", "--standalone", f"--nproc-per-node={nproc}"]
-    status = subprocess.run(
-        [*launcher, "-m", module, *overrides, f"hydra.run.dir='{job.runtime.output_dir}'"]
-    ).returncode
+    process = subprocess.Popen([*launcher, "-m", module, *overrides, f"hydra.run.dir='{job.runtime.output_dir}'"])
+    previous = {
+        number: signal.signal(number, lambda received, _: process.send_signal(received))
+        for number in (signal.SIGTERM, signal.SIGUSR1)
+    }
+    status = process.wait()
+    for number, handler in previous.items():
+        signal.signal(number, handler)
     if status:
-        sys.exit(status)
+        sys.exit(status if status > 0 else 128 - status)
 
 
 def expand_shorthands(overrides: Sequence[str]) -> list[str]:

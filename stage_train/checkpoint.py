@@ -50,12 +50,7 @@ class Checkpoints:
 
     def latest(self) -> Path | None:
         """The newest complete checkpoint, the same on every rank; None without one."""
-        found = None
-        if self.world.is_main:
-            pointer = self.folder / POINTER
-            if pointer.is_file():
-                found = self.folder / pointer.read_text().strip()
-        return broadcast_object(found)
+        return broadcast_object(newest_checkpoint(self.folder) if self.world.is_main else None)
 
     def load(self, path: Path, tensors: dict[str, Tensor]) -> None:
         """Fill `tensors` in place, on all ranks together. Raises GranaryError when the checkpoint lacks them."""
@@ -111,6 +106,12 @@ class Checkpoints:
         for old in sorted(self.folder.glob("step-*"))[: -self.keep]:
             if old != final:
                 shutil.rmtree(old, ignore_errors=True)
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The newest complete checkpoint in a folder, or None."""
+    pointer = folder / POINTER
+    return folder / pointer.read_text().strip() if pointer.is_file() else None
 
 
 def read_state(path: Path) -> dict[str, Any]:

@@ -1,7 +1,9 @@
 """From a training checkpoint to an SAE that anyone can load, with a record of where it comes from."""
 
+import argparse
 import hashlib
 import json
+import logging
 import platform
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
@@ -10,9 +12,13 @@ from typing import Any
 
 import torch
 
+from shared.cli import fail
+from shared.errors import GranaryError
 from shared.sae import SAE, SAEConfig
-from stage_train.checkpoint import load_tensors, read_state
+from stage_train.checkpoint import load_tensors, newest_checkpoint, read_state
 from stage_train.frozen import FrozenStore
+
+log = logging.getLogger(__name__)
 
 
 def provenance(
@@ -64,3 +70,25 @@ def versions() -> dict[str, str]:
 
 def _digest(value: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(dict(value), sort_keys=True).encode()).hexdigest()
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """``python -m stage_train.export RUN_FOLDER [TARGET]``: export the newest checkpoint of a run."""
+    parser = argparse.ArgumentParser(prog="python -m stage_train.export", description="Export the newest checkpoint.")
+    parser.add_argument("run", type=Path, help="out_dir of a training run")
+    parser.add_argument("target", type=Path, nargs="?", help="where to write; default: the run's folder")
+    options = parser.parse_args(arguments)
+    try:
+        newest = newest_checkpoint(options.run / "checkpoints")
+        if newest is None:
+            raise GranaryError(f"there is no checkpoint in {options.run / 'checkpoints'}: give the out_dir of a run")
+        target = options.target or options.run
+        export(newest, target)
+    except GranaryError as error:
+        fail(str(error))
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    log.info("exported %s to %s", newest, target)
+
+
+if __name__ == "__main__":
+    main()

@@ -3,8 +3,10 @@
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from shared.parallel import World
 from shared.sae import SAE, load_provenance
 from shared.store import Store
 from stage_train import config
+from stage_train.checkpoint import newest_checkpoint
 from stage_train.loggers import read_metrics
 
 WORKER = Path(__file__).with_name("train_worker.py")
@@ -169,3 +172,31 @@ def test_four_processes_and_a_mesh(runs: Runs) -> None:
         assert_same_run(runs, "one", name)
     for name in ("four_from_two", "one_from_mesh"):
         runs.assert_close("one", name)
+
+
+def test_a_signal_to_the_command_reaches_the_ranks(runs: Runs) -> None:
+    """SIGUSR1 to ``python -m stage_train nproc=2``, as Slurm sends it: all ranks save, nothing is left running."""
+    job = runs.job("signalled", f"run_dir={runs.folder}", "nproc=2", "schedule.tokens=100_000_000")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "stage_train", *job["overrides"]],
+        cwd=ROOT,
+        env=environment,
+        text=True,
+        stderr=subprocess.PIPE,
+    )
+    with process:
+        try:
+            deadline = time.monotonic() + 90
+            while not read_metrics(runs.folder / "signalled"):
+                assert process.poll() is None
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+            process.send_signal(signal.SIGUSR1)
+            _, errors = process.communicate(timeout=90)
+        finally:
+            process.kill()
+    assert process.returncode == 128 + signal.SIGUSR1
+    assert "stopped by SIGUSR1 after step" in errors
+    assert "Traceback" not in errors
+    assert newest_checkpoint(runs.folder / "signalled/checkpoints") is not None

@@ -29,7 +29,11 @@ def start(*overrides: str) -> "subprocess.Popen[str]":
 
 
 def finish(process: "subprocess.Popen[str]") -> tuple[int, str]:
-    _, errors = process.communicate(timeout=120)
+    with process:
+        try:
+            _, errors = process.communicate(timeout=120)
+        finally:
+            process.kill()
     return process.returncode, errors
 
 
