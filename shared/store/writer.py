@@ -201,10 +201,13 @@ class ShardWriter:
         stored_TD = self._spare_buffer(T, D) if converted else source.contiguous()
         scale_TG = torch.empty((T, scales_per_row(D)), dtype=torch.float16) if self.plan.dtype == "int8" else None
         scratch = torch.empty(2, BLOCK_ROWS, D)
+        in_halves = not converted and self.plan.dtype == "bfloat16" and D % 2 == 0
         for start in range(0, T, BLOCK_ROWS):
             block = slice(start, min(start + BLOCK_ROWS, T))
             chosen = mask[block]
             values_ND, offered_ND = scratch[:, : len(chosen)]
+            if in_halves:
+                values_HNE = widen_halves(bits_of(stored_TD)[block], scratch.numpy())
             if source.dtype == torch.float32:
                 offered_ND = source[block]
             elif converted:
@@ -213,13 +216,15 @@ class ShardWriter:
                 if not quantise(offered_ND, stored_TD[block], scale_TG[block]):
                     self._require_finite(source[block], chosen, hook, context, start)
                 dequantise(stored_TD[block], scale_TG[block], values_ND)
-            else:
+            elif not in_halves:
                 if converted:
                     convert(offered_ND, stored_TD[block])
                 convert(stored_TD[block], values_ND)
             if converted:
                 statistics.norms.squared_error += _squared_error(offered_ND, values_ND, chosen, scratch[1])
-            squared = statistics.add_block(values_ND.numpy() if chosen.all() else values_ND.numpy()[chosen])
+            if not in_halves:
+                values_HNE = values_ND.numpy()[None]
+            squared = statistics.add_block(values_HNE, chosen)
             if squared is None:
                 self._require_finite(source[block], chosen, hook, context, start)
                 raise GranaryError(
@@ -252,6 +257,18 @@ class ShardWriter:
                 f"{hook}: context {context}, position {position} is NaN or infinite: the model overflows in its dtype; "
                 "try model.dtype=bfloat16 or float32"
             )
+
+
+def widen_halves(bits_ND: npt.NDArray[np.uint16], scratch: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """Contiguous bfloat16 bits as float32 [2, N, D/2]: even dimensions, odd dimensions, in the memory of `scratch`.
+
+    A float32 whose low half is zero is a bfloat16, so a shift and a mask over pairs convert at memory speed.
+    """
+    pairs = bits_ND.view("<u4")
+    halves = scratch.reshape(-1)[: bits_ND.size].view(np.uint32).reshape(2, *pairs.shape)
+    np.left_shift(pairs, 16, out=halves[0])
+    np.bitwise_and(pairs, np.uint32(0xFFFF0000), out=halves[1])
+    return halves.view(np.float32)
 
 
 def _squared_error(
