@@ -128,7 +128,7 @@ class RowStatistics:
             return np.empty(0)
         squared = np.zeros(len(chosen_N))
         for x_NE in x_HNE:
-            squared += np.einsum("ne,ne->n", x_NE, x_NE)
+            squared += np.vecdot(x_NE, x_NE)
         if not np.isfinite(squared).all():
             if not np.isfinite(x_HNE).all():
                 return None
