@@ -123,6 +123,7 @@ class Run:
                 self.checkpoints.load(self.start.checkpoint, trainer.tensors())
                 trainer.restore(dict(self.start.state))
                 log.info("continuing from step %d of %d", trainer.progress.step, self.length.steps)
+                self._release(trainer)
             if trainer.progress.step < self.length.steps or not is_exported(self.folder):
                 stopped = self._train(trainer, stack.enter_context(StopRequest()))
                 if stopped is not None:
@@ -318,18 +319,20 @@ class Run:
                     trainer.check_finite()
                     self.checkpoints.save(step, trainer.tensors(), self._state(trainer))
                 if passed:
-                    self._release(batch.epoch)
+                    self.checkpoints.wait()
+                    self._release(trainer)
                 if halt and step < total:
                     self.checkpoints.wait()
                     return stop.received or "a signal to another process"
             self.checkpoints.wait()
         return None
 
-    def _release(self, block: int) -> None:
-        """Once the checkpoint that has passed a block of a windowed store is on disk, delete the block."""
-        self.checkpoints.wait()
-        if self.world.is_main:
-            self.start.stores[0].store.release(block)
+    def _release(self, trainer: Trainer) -> None:
+        """Delete the blocks of a windowed store that the checkpoint on disk (it is where the stream is) has passed."""
+        if self.window is not None and self.world.is_main:
+            stream = trainer.stream.state_dict()
+            ended = stream["batch"] >= trainer.stream.plan(stream["epoch"]).num_batches
+            self.window.release(stream["epoch"] + ended)
 
     def _state(self, trainer: Trainer) -> dict[str, Any]:
         """What a checkpoint holds beside tensors."""

@@ -43,7 +43,7 @@ class WindowReader:
         return np.array([*starts, self.store.num_contexts], np.int64)
 
     def begin(self, run: str, folder: str, stream: Mapping[str, Any] | None) -> None:
-        """Claim the store for this run and make good what a killed one left; `stream` is the state it continues from.
+        """Claim the store for this run; `stream` is the state that it continues from.
 
         Raises GranaryError where another run reads the store, or what this one needs is deleted already.
         """
@@ -54,7 +54,10 @@ class WindowReader:
                 f"{self.store.url} has store.window, and training has passed (and deleted) its first {passed} blocks: "
                 f"this run would begin with block {first}; continue the run that read them, or harvest anew"
             )
-        for block in range(max(passed, first)):
+
+    def release(self, blocks: int) -> None:
+        """Delete the first `blocks` blocks, which a checkpoint on disk has passed; what is deleted already stays so."""
+        for block in range(blocks):
             self.store.release(block)
 
     def ready(self, block: int) -> bool:
