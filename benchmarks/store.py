@@ -272,18 +272,19 @@ def throttle(store: Store, bytes_per_s: float) -> Store:
     """The store as on a disk of that speed: reads wait their turn."""
     import threading
 
-    lock, read_into = threading.Lock(), store.io.read_into
+    lock, read_checked = threading.Lock(), store.io.read_checked
     free_at = [0.0]
 
-    def limited(key: str, offset: int, buffers: Any) -> None:
+    def limited(key: str, offset: int, buffers: Any) -> list[int]:
         size = sum(len(buffer) for buffer in buffers)
         with lock:
             free_at[0] = max(free_at[0], time.perf_counter()) + size / bytes_per_s
             until = free_at[0]
-        read_into(key, offset, buffers)
+        found = read_checked(key, offset, buffers)
         time.sleep(max(0.0, until - time.perf_counter()))
+        return found
 
-    store.io.read_into = limited  # type: ignore[method-assign]
+    store.io.read_checked = limited  # type: ignore[method-assign]
     return store
 
 

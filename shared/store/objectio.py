@@ -18,8 +18,10 @@ from typing import Any, Protocol
 
 from shared.errors import GranaryError
 from shared.store.buffers import Buffer, byte_view
+from shared.store.checksum import crc32c
 
 MAX_BUFFERS = 512  # per preadv; the kernel's limit is 1024
+PIECE_BYTES = 1 << 20  # read, then checksummed while it is in the core's own cache
 WRITEBACK_BYTES = 32 << 20  # written between two hints to the disk
 SYNC_FILE_RANGE_WRITE = 2
 
@@ -50,6 +52,9 @@ class ObjectIO(Protocol):
 
     def read_into(self, key: str, offset: int, buffers: Sequence[memoryview]) -> None:
         """Fill `buffers` from consecutive bytes at `offset`; raises ObjectMissingError or ObjectShortError."""
+
+    def read_checked(self, key: str, offset: int, buffers: Sequence[memoryview]) -> list[int]:
+        """`read_into`, and the crc32c of each buffer."""
 
     def size(self, key: str) -> int | None:
         """Bytes of an object, None where there is none."""
@@ -136,6 +141,19 @@ class LocalIO:
             finally:
                 os.close(fd)
 
+    def read_checked(self, key: str, offset: int, buffers: Sequence[memoryview]) -> list[int]:
+        crcs = [0] * len(buffers)
+        with explained(self.url, key, "read"):
+            fd = os.open(self.root / key, os.O_RDONLY)
+            try:
+                for pieces in in_pieces(buffers, PIECE_BYTES):
+                    offset = _read_all(fd, offset, [piece for _, piece in pieces], key)
+                    for number, piece in pieces:
+                        crcs[number] = crc32c(piece, crcs[number])
+            finally:
+                os.close(fd)
+        return crcs
+
     def size(self, key: str) -> int | None:
         try:
             return (self.root / key).stat().st_size
@@ -202,6 +220,22 @@ def explained(url: str, key: str, verb: str) -> Iterator[None]:
                 "store.shard_contexts, then run the same command again"
             ) from error
         raise GranaryError(f"cannot {verb} {where}: {error.strerror or error}") from error
+
+
+def in_pieces(buffers: Sequence[memoryview], size: int) -> Iterator[list[tuple[int, memoryview]]]:
+    """(number of its buffer, view) for consecutive bytes of `buffers`, in lists of at most `size` bytes."""
+    pieces: list[tuple[int, memoryview]] = []
+    room = size
+    for number, buffer in enumerate(buffers):
+        while buffer:
+            pieces.append((number, buffer[:room]))
+            room -= len(pieces[-1][1])
+            buffer = buffer[len(pieces[-1][1]) :]
+            if not room:
+                yield pieces
+                pieces, room = [], size
+    if pieces:
+        yield pieces
 
 
 def _write_all(fd: int, view: memoryview) -> None:

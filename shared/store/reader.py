@@ -58,33 +58,36 @@ class ContextReader:
         rows = out.reshape(self.chunks_per_context, self.plan.chunk_rows, -1)
         compressed = self.plan.codec != "none"
         if compressed:
-            whole = memoryview(self._bytes("encoded", sum(sizes)))[: sum(sizes)]
-            payloads, start = [], 0
-            for size in sizes:
-                payloads.append(whole[start : start + size - CRC_BYTES])
-                start += size
-            self._fetch(record.key, shard, offset, [whole])
+            whole = memoryview(self._bytes("encoded", sum(sizes)))
+            ends = np.cumsum(sizes).tolist()
+            chunks = [whole[end - size : end] for size, end in zip(sizes, ends, strict=True)]
+            views = [view for chunk in chunks for view in (chunk[:-CRC_BYTES], chunk[-CRC_BYTES:])]
         else:
-            payloads = [byte_view(chunk) for chunk in rows]
-            trailers = [memoryview(bytearray(CRC_BYTES)) for _ in sizes]
-            pairs = zip(payloads, trailers, strict=True)
-            self._fetch(record.key, shard, offset, [view for pair in pairs for view in pair])
+            views = [view for chunk in rows for view in (byte_view(chunk), memoryview(bytearray(CRC_BYTES)))]
+        found = self._fetch(record.key, shard, offset, views, verify)
         if verify:
-            for number, (payload, crc) in enumerate(zip(payloads, crcs, strict=True)):
-                if crc32c(payload) != crc:
+            for number, (crc, recorded) in enumerate(zip(found[::2], crcs, strict=True)):
+                if crc != recorded:
                     raise damaged(self.io.url, record.key, shard, f"fails its checksum in chunk {first + number}")
+        payloads = views[::2]
         if compressed:
             for payload, chunk in zip(payloads, rows, strict=True):
                 decode_chunk(payload, self.plan.codec, chunk)
 
-    def _fetch(self, key: str, shard: int, offset: int, views: list[memoryview]) -> None:
-        """`read_into` of an object that a commit record names: where it is gone or short, the shard is damaged."""
+    def _fetch(self, key: str, shard: int, offset: int, views: list[memoryview], checked: bool) -> list[int]:
+        """Fill `views` from an object that a commit record names: where it is gone or short, the shard is damaged.
+
+        Returns the checksum of each view where `checked`.
+        """
         try:
+            if checked:
+                return self.io.read_checked(key, offset, views)
             self.io.read_into(key, offset, views)
         except ObjectMissingError as error:
             raise damaged(self.io.url, key, shard, "is missing") from error
         except ObjectShortError as error:
             raise damaged(self.io.url, key, shard, "is shorter than its commit record says") from error
+        return []
 
     def _buffer(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """A tensor that this thread uses again and again."""

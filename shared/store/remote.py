@@ -16,6 +16,7 @@ from typing import Protocol, TypeVar
 
 from shared.errors import GranaryError
 from shared.store.buffers import Buffer, byte_view
+from shared.store.checksum import crc32c
 from shared.store.objectio import ObjectMissingError, ObjectShortError
 
 logger = logging.getLogger(__name__)
@@ -96,6 +97,10 @@ class RemoteIO:
         else:
             for done in [self._pool.submit(read, start) for start in starts]:
                 done.result()
+
+    def read_checked(self, key: str, offset: int, buffers: Sequence[memoryview]) -> list[int]:
+        self.read_into(key, offset, buffers)
+        return [crc32c(buffer) for buffer in buffers]
 
     def size(self, key: str) -> int | None:
         try:
