@@ -42,7 +42,8 @@ def curl(*arguments: str) -> float:
     sign = f"aws:amz:{os.environ['AWS_REGION']}:s3"
     user = f"{os.environ['AWS_ACCESS_KEY_ID']}:{os.environ['AWS_SECRET_ACCESS_KEY']}"
     begin = time.perf_counter()
-    subprocess.run(["curl", "-sSf", "--aws-sigv4", sign, "--user", user, *arguments], check=True)
+    unsigned = "x-amz-content-sha256: UNSIGNED-PAYLOAD"  # what curl 7.88 signs of an upload is refused otherwise
+    subprocess.run(["curl", "-sSf", "--aws-sigv4", sign, "--user", user, "-H", unsigned, *arguments], check=True)
     return time.perf_counter() - begin
 
 

@@ -164,7 +164,10 @@ def bench_write(bench: Bench) -> None:
 
 
 def bench_read(bench: Bench) -> None:
-    """Warm, in order, into tensors that exist: a memmap copy of the same bytes, and `read_context`."""
+    """Warm, in order, into tensors that exist: a memmap copy on one thread, and `read_context` on two threads and one.
+
+    A memmap copy checks nothing; the figures called verified compare every checksum, as training does.
+    """
     store = bench.store()
     out = torch.empty(SHARD, bench.seq_len, D, dtype=torch.bfloat16).fill_(0)
     target = bits_of(out)
@@ -194,9 +197,10 @@ def bench_read(bench: Bench) -> None:
 
         return lambda: timed(work)
 
-    bench.pair("read_warm", memmap, ours(2, True))
-    bench.pair("read_warm_1_thread", memmap, ours(1, True))
-    bench.pair("read_warm_1_thread_no_verify", memmap, ours(1, False))
+    bench.pair("read_warm", memmap, ours(2, False))
+    bench.pair("read_warm_verified", memmap, ours(2, True))
+    bench.pair("read_warm_1_thread", memmap, ours(1, False))
+    bench.pair("read_warm_1_thread_verified", memmap, ours(1, True))
 
 
 def cold_reader(store: Store, threads: int, order: list[int]) -> Callable[[], float]:
@@ -389,11 +393,11 @@ def bench_batches(bench: Bench) -> None:
 
 
 MEMORY = """
-import resource, sys, torch
+import sys, torch
 from shared.store import Store
 from stage_train.stream import Source, StreamOrder, TokenStream, TrainingData
-def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def peak():  # not ru_maxrss: that of a new process begins at its parent's
+    return 1024 * int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1])
 hook = "layers.2.resid_post"
 store = Store.open(sys.argv[1])
 data = TrainingData([Source(store, store.contexts("all")[: int(sys.argv[2])])])
