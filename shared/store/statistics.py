@@ -127,8 +127,9 @@ class RowStatistics:
         if n == 0:
             return np.empty(0)
         squared = np.zeros(len(chosen_N))
-        for x_NE in x_HNE:
-            squared += np.vecdot(x_NE, x_NE)
+        with np.errstate(over="ignore", invalid="ignore"):  # looked at below
+            for x_NE in x_HNE:
+                squared += np.vecdot(x_NE, x_NE)
         if not np.isfinite(squared).all():
             if not np.isfinite(x_HNE).all():
                 return None
