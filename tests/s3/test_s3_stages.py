@@ -74,7 +74,7 @@ def test_every_stage_by_command(harvester: Harvester, local: Store, bucket: str,
     assert all(torch.equal(tensor, here[name]) for name, tensor in remote.items())
     evaluation = [f"run_dir={tmp_path}/remote", f"store.url={url}", "splice_bos=false"]
     stage("stage_eval", *evaluation, f"model.path={harvester.model}")
-    assert (tmp_path / "remote/eval/eval.json").exists()
+    assert (tmp_path / "remote/eval.json").exists()
     store = open_io(url)
     key = Store.open(url).committed()[1].arrays["layers/1/resid_post"].key
     data = bytearray(store.get(key))
