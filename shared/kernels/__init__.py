@@ -3,12 +3,13 @@
 from shared.kernels.autograd import attach_encoder, sparse_decode
 from shared.kernels.decode import decode, dot_picks
 from shared.kernels.dispatch import KERNELS, resolve
-from shared.kernels.encode_topk import encode_topk
+from shared.kernels.encode_topk import COMPUTE_DTYPES, encode_topk
 from shared.kernels.pairs import PairOrder, SortedPairs, sort_pairs
 from shared.kernels.row_grad import latent_sum, row_grad
 from shared.kernels.row_update import row_update
 
 __all__ = [
+    "COMPUTE_DTYPES",
     "KERNELS",
     "PairOrder",
     "SortedPairs",

@@ -18,6 +18,7 @@ class Encoder(Protocol):
     W_enc: nn.Parameter
     b_enc: nn.Parameter
     kernels: str
+    compute_dtype: str
 
 
 class TopK(nn.Module):
@@ -25,7 +26,14 @@ class TopK(nn.Module):
 
     def select(self, encoder: Encoder, centred_ND: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Values [N, K] in descending order and int64 indices [N, K], -1 where nothing fires. No gradient."""
-        return encode_topk(centred_ND, encoder.W_enc, encoder.b_enc, k, kernels=encoder.kernels)
+        return encode_topk(
+            centred_ND,
+            encoder.W_enc,
+            encoder.b_enc,
+            k,
+            kernels=encoder.kernels,
+            compute_dtype=encoder.compute_dtype,
+        )
 
 
 ACTIVATIONS: dict[str, type[TopK]] = {"topk": TopK}

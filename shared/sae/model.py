@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from shared.errors import GranaryError
-from shared.kernels import PairOrder, attach_encoder, decode, sparse_decode
+from shared.kernels import COMPUTE_DTYPES, KERNELS, PairOrder, attach_encoder, decode, sparse_decode
 from shared.sae import checkpoint
 from shared.sae.activations import ACTIVATIONS
 from shared.sae.config import SAEConfig
@@ -27,16 +27,35 @@ LAYER_NORM_EPS = 1e-5
 
 
 class SAE(nn.Module):
-    """A sparse autoencoder as its config describes it; random until ``initialise`` or ``from_pretrained``."""
+    """A sparse autoencoder as its config describes it; random until ``initialise`` or ``from_pretrained``.
+
+    How it computes is not part of the config: `kernels` is auto, triton, torch or reference, and `compute_dtype`
+    (float32 or bfloat16) is the type of the encoder's matrix product; see ``shared.kernels.encode_topk``. Both may be
+    assigned later. Raises GranaryError for other values.
+    """
 
     input_mean: torch.Tensor
     input_scale: torch.Tensor
     input_variance: torch.Tensor
 
-    def __init__(self, config: SAEConfig, *, kernels: str = "auto", generator: torch.Generator | None = None) -> None:
+    def __init__(
+        self,
+        config: SAEConfig,
+        *,
+        kernels: str = "auto",
+        compute_dtype: str = "float32",
+        generator: torch.Generator | None = None,
+    ) -> None:
         super().__init__()
+        for name, value, choices in (
+            ("kernels", kernels, KERNELS),
+            ("compute_dtype", compute_dtype, COMPUTE_DTYPES),
+        ):
+            if value not in choices:
+                raise GranaryError(f"{name}={value!r}: choose from {', '.join(choices)}")
         self.config = config
         self.kernels = kernels
+        self.compute_dtype = compute_dtype
         d, num_latents = config.d_model, config.d_latent
         self.W_enc = nn.Parameter(torch.empty(num_latents, d))
         self.b_enc = nn.Parameter(torch.zeros(num_latents))

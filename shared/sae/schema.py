@@ -22,6 +22,8 @@ class SAESchema:
     """Which latents fire."""
     normalisation: str = MISSING
     """none, scale, centre_scale or layer_norm."""
+    shift_back: bool = MISSING
+    """Undo layer_norm on the reconstruction; false is for SAEs loaded from elsewhere."""
     pre_bias: bool = MISSING
     """Subtract b_dec before the encoder."""
     loss: str = MISSING

@@ -70,6 +70,33 @@ def test_encode_topk_in_row_tiles_equals_one_tile(rng, monkeypatch):
     assert torch.equal(tiled[1], whole[1])
 
 
+@pytest.mark.parametrize("num_latents", [640, 650])  # 650 is no multiple of the group size
+def test_encode_topk_by_groups_with_many_ties(rng, num_latents):
+    x, W = integers(rng, 9, 3), integers(rng, num_latents, 3)
+    b = torch.zeros(num_latents, dtype=torch.float64, device=DEVICE)
+    expected_values, expected_indices = encode_topk(x, W, b, 11, kernels="reference")
+    values, indices = encode_topk(x, W, b, 11, kernels="torch")
+    assert torch.equal(values, expected_values)
+    assert torch.equal(indices, expected_indices)
+
+
+def test_encode_topk_in_bfloat16_keeps_exact_values(rng, kernels):
+    x, W = torch.randn(4, 48, generator=rng).to(DEVICE), torch.randn(90, 48, generator=rng).to(DEVICE)
+    b = torch.randn(90, generator=rng).to(DEVICE)
+    expected_values, expected_indices = encode_topk(x, W, b, 8, kernels="reference")
+    values, indices = encode_topk(x, W, b, 8, kernels=kernels, compute_dtype="bfloat16")
+    if kernels == "torch":  # nominates in bfloat16, decides in float32
+        torch.testing.assert_close(values, expected_values)
+        assert torch.equal(indices, expected_indices)
+    else:
+        torch.testing.assert_close(values, expected_values, rtol=2e-2, atol=5e-2)
+
+
+def test_encode_topk_refuses_an_unknown_compute_dtype():
+    with pytest.raises(ValueError, match="compute_dtype='float8'"):
+        encode_topk(torch.ones(2, 3), torch.ones(8, 3), torch.zeros(8), 2, compute_dtype="float8")
+
+
 def one_row(column, k, kernels):
     """encode_topk where the pre-activations are exactly `column`, for two equal rows."""
     W = torch.tensor(column, device=DEVICE)[:, None]

@@ -2,13 +2,41 @@
 
 import torch
 
+from shared.kernels.decode.cpu import dot_picks
+
 # Elements of one tile of pre-activations. Large enough for the matrix product to run at full speed, small enough that
 # the tile is still in the last-level cache when the selection reads it.
 TILE_ELEMENTS = 1 << 22
+# Latents whose maximum stands for them in the first round of the selection.
+GROUP = 16
 
 
-def encode_topk(x_ND: torch.Tensor, W_FD: torch.Tensor, b_F: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+def encode_topk(
+    x_ND: torch.Tensor, W_FD: torch.Tensor, b_F: torch.Tensor, k: int, compute_dtype: str
+) -> tuple[torch.Tensor, torch.Tensor]:
     """See ``shared.kernels.encode_topk.encode_topk``."""
+    if compute_dtype == "bfloat16":
+        return _nominate_in_bfloat16(x_ND, W_FD, b_F, k)
+    values_NK, indices_NK = _select_in_tiles(x_ND, W_FD, b_F, k)
+    values_NK.relu_()
+    return values_NK, indices_NK.masked_fill_(values_NK == 0, -1)
+
+
+def _nominate_in_bfloat16(
+    x_ND: torch.Tensor, W_FD: torch.Tensor, b_F: torch.Tensor, k: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    num_candidates = min(k + max(4, k // 4), W_FD.shape[0])
+    _, candidates_NC = _select_in_tiles(x_ND.bfloat16(), W_FD.bfloat16(), b_F.bfloat16(), num_candidates)
+    candidates_NC = candidates_NC.sort(dim=1).values  # index order, so that equal values stay in it
+    z_NC = dot_picks(x_ND, candidates_NC, W_FD).add_(b_F[candidates_NC]).relu_()
+    values_NK, order_NK = select_topk(z_NC, k)
+    return values_NK, candidates_NC.gather(1, order_NK).masked_fill_(values_NK == 0, -1)
+
+
+def _select_in_tiles(
+    x_ND: torch.Tensor, W_FD: torch.Tensor, b_F: torch.Tensor, k: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The k largest of ``x W^T + b``, negative ones included."""
     num_rows, num_latents = x_ND.shape[0], W_FD.shape[0]
     tile_rows = max(1, TILE_ELEMENTS // num_latents)
     values_NK = x_ND.new_empty(num_rows, k)
@@ -19,19 +47,31 @@ def encode_topk(x_ND: torch.Tensor, W_FD: torch.Tensor, b_F: torch.Tensor, k: in
         rows = slice(start, start + x_tile.shape[0])
         z_tile = torch.addmm(b_F, x_tile, W_FD.T, out=tile[: x_tile.shape[0]])
         values_NK[rows], indices_NK[rows] = select_topk(z_tile, k)
-    values_NK.relu_()
-    return values_NK, indices_NK.masked_fill_(values_NK == 0, -1)
+    return values_NK, indices_NK
 
 
 def select_topk(z_NF: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Exactly k largest per row, descending; equal values in index order, so the lowest index wins a tie."""
+    """Exactly k largest per row, descending; equal positive values in index order, so the lowest index wins a tie."""
     num_latents = z_NF.shape[1]
-    values, indices = z_NF.topk(min(k + 1, num_latents), dim=1)
+    width = min(k + 1, num_latents)
+    values, indices = _topk_by_groups(z_NF, width)
     # topk leaves the order of equal values open: redo the rows where that could show.
     tied = ((values[:, 1:] == values[:, :-1]) & (values[:, 1:] > 0)).any(dim=1)
     if bool(tied.any()):
         rows = tied.nonzero().squeeze(1)
         sorted_values, sorted_indices = z_NF[rows].sort(dim=1, descending=True, stable=True)
-        values[rows] = sorted_values[:, : values.shape[1]]
-        indices[rows] = sorted_indices[:, : values.shape[1]]
+        values[rows], indices[rows] = sorted_values[:, :width], sorted_indices[:, :width]
     return values[:, :k], indices[:, :k]
+
+
+def _topk_by_groups(z_NF: torch.Tensor, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """``topk`` in two rounds: the `width` largest values all lie in the `width` groups with the largest maxima."""
+    num_rows, num_latents = z_NF.shape
+    num_groups = num_latents // GROUP
+    if num_latents % GROUP or num_groups < 2 * width:
+        return z_NF.topk(width, dim=1)
+    z_NGg = z_NF.view(num_rows, GROUP, num_groups)  # group g holds latents g, g + num_groups, ...
+    groups = z_NGg.amax(1).topk(width, dim=1, sorted=False).indices
+    finalists = z_NGg.gather(2, groups[:, None, :].expand(-1, GROUP, -1)).flatten(1)
+    values, position = finalists.topk(width, dim=1)
+    return values, groups.gather(1, position % width) + (position // width) * num_groups

@@ -125,9 +125,13 @@ def num_warps_for(capacity: int) -> int:
     return min(16, max(4, capacity // 512))
 
 
-def encode_topk(x_ND: torch.Tensor, W_FD: torch.Tensor, b_F: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+def encode_topk(
+    x_ND: torch.Tensor, W_FD: torch.Tensor, b_F: torch.Tensor, k: int, compute_dtype: str
+) -> tuple[torch.Tensor, torch.Tensor]:
     """See ``shared.kernels.encode_topk.encode_topk``. Values are float32 whatever the inputs' type."""
     num_rows, num_latents = x_ND.shape[0], W_FD.shape[0]
+    if compute_dtype == "bfloat16":
+        x_ND, W_FD = x_ND.bfloat16(), W_FD.bfloat16()
     capacity, device = capacity_for(k), x_ND.device
     options = {"CAPACITY": capacity, "num_warps": num_warps_for(capacity)}
     keys = torch.empty(num_rows, capacity, dtype=torch.int64, device=device)
