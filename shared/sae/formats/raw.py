@@ -53,7 +53,7 @@ class RawSAE:
             b_enc.float(),
             W_dec.float(),
             b_dec.float(),
-            k=config.k,
+            k=config.k or 0,
             pre_bias=config.pre_bias,
             layer_norm=config.normalisation == "layer_norm",
             shift_back=config.shift_back,
