@@ -18,10 +18,11 @@ def encode_batchtopk(
     """The N * k largest positive entries of ``z = x W^T + b``, k per row on average (Bussmann et al. 2024).
 
     No gradient: see ``shared.kernels.autograd``. x_ND [N, D], W_FD [F, D], b_F [F] of one floating type; 1 <= k <= F.
-    Returns values [N, M] in descending order and indices int64 [N, M]; behind them value 0 and index -1. M is the batch's largest count, at least 1. Fewer than N * k
-    pairs come back only when fewer are positive. Of equal values at the cut the lower row, then the lower latent, is
-    kept; within a row equal values are in latent order. ``smallest_kept`` gives the batch's threshold. The torch and
-    triton forms hold one tile of z at a time, and a pool of at most a few N * k pairs; both wait for the device.
+    Returns values [N, M] in descending order and indices int64 [N, M]; behind them value 0 and index -1. M is the
+    batch's largest count, at least 1. Fewer than N * k pairs come back only when fewer are positive. Of equal values at
+    the cut the lower row, then the lower latent, is kept; within a row equal values are in latent order.
+    ``smallest_kept`` gives the batch's threshold. The torch and triton forms hold one tile of z at a time, and a pool
+    of at most a few N * k pairs; both wait for the device.
 
     compute_dtype: as for ``encode_threshold``. Raises ValueError for a k out of range or an unknown compute_dtype.
     """
