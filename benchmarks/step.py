@@ -102,7 +102,9 @@ def machine() -> str:
 
 def record(contenders: list[Contender], shape: Shape, threads: int, versions: dict[str, str]) -> None:
     """Append a row per contender."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=HERE, check=False)
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=HERE, check=False
+    )
     date = datetime.datetime.now(datetime.UTC).date().isoformat()
     is_new = not RESULTS.exists()
     with RESULTS.open("a", newline="") as file:

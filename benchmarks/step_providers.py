@@ -79,7 +79,7 @@ def dense(shape: Shape) -> Step:
             W_dec.grad -= (W_dec.grad * W_dec).sum(1, keepdim=True) * W_dec
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             optimiser.step()
-            W_dec /= W_dec.norm(dim=1, keepdim=True)
+            W_dec.div_(W_dec.norm(dim=1, keepdim=True))
         return float(loss.detach())
 
     return step
@@ -96,7 +96,7 @@ def granary(shape: Shape, compute_dtype: str = "float32", kernels: str = "torch"
     sae.initialise(None, x)
     optimiser, tracker = SAEAdam(sae, 1e-3), DeadLatents(shape.d_latent, config.dead_after_tokens)
     dead = torch.zeros(shape.d_latent, dtype=torch.bool)
-    dead[:: 64] = True
+    dead[::64] = True
 
     def step() -> float:
         losses = sae.losses(x, dead)

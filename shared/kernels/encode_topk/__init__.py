@@ -29,6 +29,11 @@ def encode_topk(
     """
     if not 1 <= k <= W_FD.shape[0]:
         raise ValueError(f"k={k} is not between 1 and the number of latents, {W_FD.shape[0]}")
+    check_compute_dtype(compute_dtype)
+    return implementation("encode_topk", kernels, x_ND).encode_topk(x_ND, W_FD, b_F, k, compute_dtype)
+
+
+def check_compute_dtype(compute_dtype: str) -> None:
+    """Raises ValueError for a type that the encoder's product can't run in."""
     if compute_dtype not in COMPUTE_DTYPES:
         raise ValueError(f"compute_dtype={compute_dtype!r}: choose from {', '.join(COMPUTE_DTYPES)}")
-    return implementation("encode_topk", kernels, x_ND).encode_topk(x_ND, W_FD, b_F, k, compute_dtype)

@@ -3,10 +3,8 @@
 import torch
 
 from shared.kernels.decode.cpu import dot_picks
+from shared.kernels.encode_topk.candidates import RowTiles
 
-# Elements of one tile of pre-activations. Large enough for the matrix product to run at full speed, small enough that
-# the tile is still in the last-level cache when the selection reads it.
-TILE_ELEMENTS = 1 << 22
 # Latents whose maximum stands for them in the first round of the selection.
 GROUP = 16
 
@@ -15,39 +13,19 @@ def encode_topk(
     x_ND: torch.Tensor, W_FD: torch.Tensor, b_F: torch.Tensor, k: int, compute_dtype: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See ``shared.kernels.encode_topk.encode_topk``."""
-    if compute_dtype == "bfloat16":
-        return _nominate_in_bfloat16(x_ND, W_FD, b_F, k)
-    values_NK, indices_NK = _select_in_tiles(x_ND, W_FD, b_F, k)
+    tiles = RowTiles(x_ND, W_FD, b_F, compute_dtype)
+    num_kept = min(k + max(4, k // 4), W_FD.shape[0]) if tiles.nominates else k
+    values_NK = x_ND.new_empty(x_ND.shape[0], num_kept)
+    indices_NK = torch.empty(x_ND.shape[0], num_kept, dtype=torch.int64, device=x_ND.device)
+    for rows, z_tile in tiles:
+        values_NK[rows], indices_NK[rows] = select_topk(z_tile, num_kept)
+    if tiles.nominates:
+        candidates_NC = indices_NK.sort(dim=1).values  # index order, so that equal values stay in it
+        z_NC = dot_picks(x_ND, candidates_NC, W_FD).add_(b_F[candidates_NC])
+        values_NK, order_NK = select_topk(z_NC, k)
+        indices_NK = candidates_NC.gather(1, order_NK)
     values_NK.relu_()
     return values_NK, indices_NK.masked_fill_(values_NK == 0, -1)
-
-
-def _nominate_in_bfloat16(
-    x_ND: torch.Tensor, W_FD: torch.Tensor, b_F: torch.Tensor, k: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    num_candidates = min(k + max(4, k // 4), W_FD.shape[0])
-    _, candidates_NC = _select_in_tiles(x_ND.bfloat16(), W_FD.bfloat16(), b_F.bfloat16(), num_candidates)
-    candidates_NC = candidates_NC.sort(dim=1).values  # index order, so that equal values stay in it
-    z_NC = dot_picks(x_ND, candidates_NC, W_FD).add_(b_F[candidates_NC]).relu_()
-    values_NK, order_NK = select_topk(z_NC, k)
-    return values_NK, candidates_NC.gather(1, order_NK).masked_fill_(values_NK == 0, -1)
-
-
-def _select_in_tiles(
-    x_ND: torch.Tensor, W_FD: torch.Tensor, b_F: torch.Tensor, k: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The k largest of ``x W^T + b``, negative ones included."""
-    num_rows, num_latents = x_ND.shape[0], W_FD.shape[0]
-    tile_rows = max(1, TILE_ELEMENTS // num_latents)
-    values_NK = x_ND.new_empty(num_rows, k)
-    indices_NK = torch.empty(num_rows, k, dtype=torch.int64, device=x_ND.device)
-    tile = x_ND.new_empty(min(tile_rows, num_rows), num_latents)
-    for start in range(0, num_rows, tile_rows):
-        x_tile = x_ND[start : start + tile_rows]
-        rows = slice(start, start + x_tile.shape[0])
-        z_tile = torch.addmm(b_F, x_tile, W_FD.T, out=tile[: x_tile.shape[0]])
-        values_NK[rows], indices_NK[rows] = select_topk(z_tile, k)
-    return values_NK, indices_NK
 
 
 def select_topk(z_NF: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
