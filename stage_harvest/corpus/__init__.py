@@ -26,6 +26,8 @@ __all__ = ["Chat", "Corpus", "Document", "Mixture", "Source", "open_corpus", "re
 def open_corpus(cfg: config.CorpusSchema) -> Corpus:
     """The corpus that `cfg` describes; raises GranaryError when it, or a part of it, is not there."""
     if isinstance(cfg, config.MixtureCorpus):
+        if not isinstance(cfg.parts, dict):
+            raise GranaryError("corpus.parts must give each part a name, a kind and a weight: see docs/harvest.md")
         return Mixture({name: _open_part(name, fields, cfg) for name, fields in cfg.parts.items()})
     return _open_source(cfg)
 
