@@ -23,7 +23,7 @@ else
 STAGE := $(BIN)/python -m shared.parallel.launch --nnodes=$(NNODES) --nproc-per-node=$(NPROC) $(rendezvous) -m
 endif
 
-.PHONY: help setup demo harvest train eval sweep test test-all check bench compile-kernels clean
+.PHONY: help setup demo harvest train eval sweep test test-all test-cluster check bench compile-kernels clean
 
 help: ## this list
 	@echo 'usage: make TARGET [ARGS="key=value ..."] [NPROC=processes] [NNODES=machines RDZV=host:port]'
@@ -64,6 +64,13 @@ test: setup ## the default tests
 
 test-all: setup ## the default and the slow tests
 	@$(PYTEST) -m "not s3 and not cluster"
+
+SLURM_FOLDER := /tmp/granary-slurm
+
+test-cluster: setup ## harvest, train and eval as jobs of a real Slurm, which is installed (Debian, root) and started here
+	@command -v slurmctld > /dev/null || { apt-get update -qq && apt-get install -qq -y slurm-wlm munge > /dev/null; }
+	@tests/servers/slurm_up.sh $(SLURM_FOLDER); trap 'tests/servers/slurm_down.sh $(SLURM_FOLDER)' EXIT; \
+	  SLURM_CONF=$(SLURM_FOLDER)/slurm.conf $(BIN)/python -m pytest -q -m cluster tests/cluster
 
 check: setup ## lint, types, and composing every config
 	@$(BIN)/ruff check .
