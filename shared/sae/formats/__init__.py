@@ -9,7 +9,7 @@ from types import ModuleType
 
 from shared.errors import GranaryError
 from shared.sae.checkpoint import CONFIG_FILE, WEIGHTS_FILE, load_provenance, locate
-from shared.sae.formats import dictionary_learning, opensae, saelens, sparsify
+from shared.sae.formats import dictionary_learning, gemma_scope, llama_scope, opensae, saelens, sparsify
 from shared.sae.formats.raw import RawSAE
 from shared.sae.model import SAE
 
@@ -21,6 +21,8 @@ FORMATS: dict[str, ModuleType] = {
     "sparsify": sparsify,
     "dictionary_learning": dictionary_learning,
     "opensae": opensae,
+    "llama_scope": llama_scope,
+    "gemma_scope": gemma_scope,
 }
 
 
