@@ -228,7 +228,11 @@ class Run:
             self.data.seq_len,
         )
         log.info(
-            "SAE: %s, k %d, %s latents, %s parameters", sae.activation, sae.k, f"{sae.d_latent:,}", f"{parameters:,}"
+            "SAE: %s, %s, %s latents, %s parameters",
+            sae.activation,
+            f"k {sae.k}" if sae.k else f"penalty {sae.penalty} {sae.penalty_weight:g}",
+            f"{sae.d_latent:,}",
+            f"{parameters:,}",
         )
         log.info(
             "run: %s steps of %s tokens, %s in all (%.2f epochs) on %d x %s",

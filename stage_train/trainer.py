@@ -1,6 +1,6 @@
 """The training loop: batch, losses, one reduction of the gradients, one optimiser step.
 
-Shape letters: N rows of this rank's batch, D d_model, K picks per token, F latents, R dead latents.
+Shape letters: N rows of this rank's batch, D d_model, F latents held here, R dead latents.
 """
 
 import math
@@ -14,6 +14,8 @@ from torch import Tensor
 from shared.errors import GranaryError
 from shared.parallel import World, all_reduce_sum
 from shared.sae import SAE, DeadLatents, SAEAdam
+from shared.sae.activations import BatchTopK
+from shared.sae.latents import Survey
 from stage_train.layouts import Replicated
 from stage_train.metrics import MetricWindow
 from stage_train.schedule import LearningRate
@@ -23,7 +25,7 @@ from stage_train.stream import Batch, TokenStream
 # of what fixes the result.
 DEAD_EVERY = 16
 
-METRICS = ("loss", "reconstruction", "auxk", "multi_topk", "fvu", "l0")
+METRICS = ("loss", "reconstruction", "auxk", "multi_topk", "penalty", "fvu", "l0")
 
 
 @dataclass
@@ -86,12 +88,16 @@ class Trainer:
             self._dead_R = self.layout.look_at_dead(self.sae, self.dead_now_F)
         self.layout.zero_gradients(self.optimiser)
         parts = self._micro_batches(batch)
-        picks = [
-            self._backward(rows, batch.num_tokens, last=number == len(parts)) for number, rows in enumerate(parts, 1)
-        ]
+        surveys = self.layout.survey(self.sae, parts, batch.num_tokens, None)
+        fired_F = torch.zeros_like(self.dead_now_F)
+        for number, rows in enumerate(parts):
+            survey = None if surveys is None else surveys[number]
+            fired_F |= self._backward(rows, batch.num_tokens, survey, last=number == len(parts) - 1)
         self.grad_norm = self.layout.reduce_gradients(self.optimiser)
         self.optimiser.step(self.rate.at(self.progress.step), self.grad_norm)
-        self.dead.update(torch.cat(picks), batch.num_tokens)
+        if isinstance(self.sae.activation, BatchTopK) and surveys is not None and surveys[0].least is not None:
+            self.sae.activation.learn(surveys[0].least)
+        self.dead.update(fired_F, batch.num_tokens)
         self.progress.step += 1
         self.progress.tokens += batch.num_tokens
 
@@ -165,12 +171,13 @@ class Trainer:
         number = -(-batch.most_rows // (self.micro_batch or batch.most_rows))
         return torch.tensor_split(batch.activations[self.hook], number)
 
-    def _backward(self, rows_N_D: Tensor, batch_tokens: int, *, last: bool) -> Tensor:
-        """Add the gradient of some rows, as their share of the global batch; returns their picks [N, K]."""
+    def _backward(self, rows_N_D: Tensor, batch_tokens: int, survey: Survey | None, *, last: bool) -> Tensor:
+        """Add the gradient of some rows, as their share of the global batch; returns which latents fired, [F]."""
         count = len(rows_N_D)
-        if not count:
-            rows_N_D = rows_N_D.new_zeros(1, rows_N_D.shape[1])  # counts for nothing below
-        losses = self.layout.losses(self.sae, rows_N_D, self._dead_R, last=last)
+        if not count:  # a row that counts for nothing below
+            rows_N_D = rows_N_D.new_zeros(1, rows_N_D.shape[1])
+            survey = None if survey is None else survey.for_one_row()
+        losses = self.layout.losses(self.sae, rows_N_D, self._dead_R, last=last, survey=survey)
         torch.autograd.backward(losses.total * (count / batch_tokens))
         self.window.add({**losses.metrics, "loss": losses.total.detach()}, count)
-        return losses.latents.indices[:count]
+        return losses.fired & (count > 0)

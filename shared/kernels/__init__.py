@@ -3,23 +3,29 @@
 from shared.kernels.autograd import attach_encoder, sparse_decode
 from shared.kernels.decode import decode, dot_picks
 from shared.kernels.dispatch import KERNELS, resolve
-from shared.kernels.encode_topk import encode_topk
+from shared.kernels.encode_batchtopk import encode_batchtopk, smallest_kept
+from shared.kernels.encode_threshold import encode_threshold
+from shared.kernels.encode_topk import COMPUTE_DTYPES, encode_topk
 from shared.kernels.pairs import PairOrder, SortedPairs, sort_pairs
 from shared.kernels.row_grad import latent_sum, row_grad
 from shared.kernels.row_update import row_update
 
 __all__ = [
+    "COMPUTE_DTYPES",
     "KERNELS",
     "PairOrder",
     "SortedPairs",
     "attach_encoder",
     "decode",
     "dot_picks",
+    "encode_batchtopk",
+    "encode_threshold",
     "encode_topk",
     "latent_sum",
     "resolve",
     "row_grad",
     "row_update",
+    "smallest_kept",
     "sort_pairs",
     "sparse_decode",
 ]

@@ -37,10 +37,20 @@ def cases(d_models: Sequence[int], ks: Sequence[int], types: Sequence[str]) -> I
     from triton import next_power_of_2
 
     from shared.kernels.decode import triton as decode
+    from shared.kernels.encode_threshold import triton as threshold
     from shared.kernels.encode_topk import triton as encode
     from shared.kernels.row_grad import triton as grad
     from shared.kernels.row_update import triton as update
 
+    pair_types = {"z_ptr": "*fp32", "num_columns": "i32", "z_stride": "i32"}
+    emit_types = dict.fromkeys(("end_ptr", "rows_ptr", "latents_ptr"), "*i64")
+    emit_types |= {"values_ptr": "*fp32", "first_column": "i32"}
+    for batch in (False, True):
+        constants = {"BATCH": batch, "BLOCK": threshold.BLOCK_COLUMNS}
+        for bias in types:
+            common = pair_types | {"b_ptr": f"*{bias}", "bar_ptr": "*fp32"}
+            yield Case(f"count batch={batch} {bias}", threshold._count, common | {"count_ptr": "*i64"}, constants)
+            yield Case(f"emit batch={batch} {bias}", threshold._emit, common | emit_types, constants)
     for k in ks:
         capacity = encode.capacity_for(k)
         options = {"num_warps": encode.num_warps_for(capacity)}

@@ -11,8 +11,8 @@ from shared.errors import GranaryError
 CONVERT = """\
 Read an SAE folder of any known format and write it as another.
 
-The source's format is found from its files. Input normalisation (scale, centre and scale) is folded into the weights, and
-every latent keeps its value; what a format can't express is refused with the reason.
+The source's format is found from its files. Input normalisation (scale, centre and scale) is folded into the
+weights, and every latent keeps its value; what a format can't express is refused with the reason.
 
   format               files                                        read  written
   granary              config.json, sae.safetensors                 yes   yes

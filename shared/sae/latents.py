@@ -1,6 +1,7 @@
 """The one interchange form of sparse activations, and what a forward pass returns."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Self
 
 import torch
 
@@ -10,6 +11,7 @@ class SparseLatents:
     """Active latents of each token.
 
     A slot with index -1 is padding and its value is 0; the others fired. Leading dimensions are those of the input.
+    Activations with k latents per token have K = k slots, the others as many as the fullest token of the batch.
     """
 
     values: torch.Tensor
@@ -37,13 +39,37 @@ class SAEOutput:
 
 
 @dataclass(frozen=True, slots=True)
+class Survey:
+    """What the losses of some rows need to know of the whole batch that they are part of."""
+
+    values: torch.Tensor | None = None
+    """batchtopk: candidates [N, M] of these rows, among which are all that the batch keeps."""
+    indices: torch.Tensor | None = None
+    """Their latents; -1 for padding."""
+    least: torch.Tensor | None = None
+    """The least value that the batch keeps, a scalar."""
+    least_multi: torch.Tensor | None = None
+    """The same with multi_topk_factor times as many."""
+    frequency: torch.Tensor | None = None
+    """tanh_quad: the batch's mean of tanh(c f) per latent, [F]."""
+
+    def for_one_row(self) -> Self:
+        """For a row that stands in where a rank has none: it picks nothing."""
+        if self.values is None or self.indices is None:
+            return self
+        return replace(self, values=self.values.new_zeros(1, 1), indices=self.indices.new_full((1, 1), -1))
+
+
+@dataclass(frozen=True, slots=True)
 class SAELosses:
     """Loss of one batch: call ``total.backward()``. The parts are detached scalars on the same device."""
 
     total: torch.Tensor
     reconstruction: torch.Tensor
-    latents: SparseLatents
-    """Detached."""
+    fired: torch.Tensor
+    """bool [F]: which latents were nonzero on any row."""
+    latents: SparseLatents | None = None
+    """Detached; None for the activations that train densely."""
     auxk: torch.Tensor | None = None
     multi_topk: torch.Tensor | None = None
     metrics: dict[str, torch.Tensor] = field(default_factory=dict)

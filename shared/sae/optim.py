@@ -8,7 +8,8 @@ from shared.sae.model import SAE
 
 
 class SAEAdam:
-    """Adam (Kingma and Ba 2015) on all parameters of an SAE; decoder rows are kept at unit norm.
+    """Adam (Kingma and Ba 2015) on all parameters of an SAE; decoder rows are kept at unit norm, unless the
+    config frees it.
 
     ``step`` does, in this order: scale all gradients so that their joint norm is at most `clip_norm`; remove from each
     decoder row's gradient its component along the row; the Adam update; divide each decoder row by its norm.
@@ -31,6 +32,7 @@ class SAEAdam:
             raise GranaryError(f"optim.clip_norm={clip_norm}: must be positive, or null for no clipping")
         self.parameters = dict(sae.named_parameters())
         self.kernels = sae.kernels
+        self.unit_norm_decoder = sae.config.unit_norm_decoder
         self.lr, self.betas, self.eps, self.clip_norm = lr, betas, eps, clip_norm
         self.num_steps = torch.zeros((), dtype=torch.int64)
         self.first = {name: torch.zeros_like(parameter) for name, parameter in self.parameters.items()}
@@ -77,7 +79,7 @@ class SAEAdam:
                 betas=self.betas,
                 eps=self.eps,
                 step=int(self.num_steps),
-                unit_rows=name == "W_dec",
+                unit_rows=name == "W_dec" and self.unit_norm_decoder,
                 kernels=self.kernels,
             )
             parameter.grad = None

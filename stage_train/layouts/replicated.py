@@ -12,6 +12,8 @@ from torch import Tensor
 
 from shared.parallel import World, all_reduce_sum
 from shared.sae import SAE, SAEAdam, SAEConfig, SAELosses
+from shared.sae.latents import Survey
+from shared.sae.survey import Reduce, alone, needs_survey
 
 # Tensors up to this size share one message.
 SMALL_ELEMENTS = 1 << 18
@@ -56,9 +58,16 @@ class Replicated:
         """Before the first backward of a step."""
         optimiser.zero_grad()
 
-    def losses(self, sae: SAE, rows_N_D: Tensor, dead_R: Tensor, *, last: bool) -> SAELosses:
-        """The losses of some of this rank's rows; `last` of the step's micro-batches or not."""
-        return sae.losses(rows_N_D, dead_R)
+    def survey(self, sae: SAE, parts: Sequence[Tensor], num_tokens: int, k: int | None) -> list[Survey] | None:
+        """What the losses of this rank's micro-batches must know of the global batch; None when it is nothing."""
+        if not needs_survey(sae, cut=len(parts) > 1 or self.stream_world > 1):
+            return None
+        reduce: Reduce = all_reduce_sum if self.world.size > 1 else alone
+        return sae.survey(parts, num_tokens, k=k, reduce_all=reduce, reduce_rows=reduce)
+
+    def losses(self, sae: SAE, rows_N_D: Tensor, dead_R: Tensor, *, last: bool, **options: Any) -> SAELosses:
+        """Of some of this rank's rows, the step's last micro-batch or not; `options` are those of ``SAE.losses``."""
+        return sae.losses(rows_N_D, dead_R, **options)
 
     def reduce_gradients(self, optimiser: SAEAdam) -> Tensor:
         """Sum every gradient over the ranks that share it, once; returns the norm of the whole SAE's gradient."""

@@ -22,7 +22,7 @@ class LocalRows:
     """The rank's own rows of a sharded SAE, as plain tensors for the optimiser."""
 
     def __init__(self, sae: SAE) -> None:
-        self.kernels = sae.kernels
+        self.kernels, self.config = sae.kernels, sae.config
         self.sharded = {name: parameter for name, parameter in sae.named_parameters() if isinstance(parameter, DTensor)}
         self.rows = {name: parameter.to_local().detach() for name, parameter in self.sharded.items()}
 
@@ -49,6 +49,7 @@ class FullySharded(Replicated):
         sae = super().distribute(sae)
         fully_shard(sae, mesh=self.mesh)
         register_fsdp_forward_method(sae, "losses")
+        register_fsdp_forward_method(sae, "survey")
         assert isinstance(sae, FSDPModule)
         # Losses are weighted by their share of the batch, so gradients add up; as a plain sum, which gloo knows too.
         sae.set_gradient_divide_factor(1.0)
@@ -67,11 +68,11 @@ class FullySharded(Replicated):
         for parameter in self._local.sharded.values():
             parameter.grad = None
 
-    def losses(self, sae: SAE, rows_N_D: Tensor, dead_R: Tensor, *, last: bool) -> SAELosses:
+    def losses(self, sae: SAE, rows_N_D: Tensor, dead_R: Tensor, *, last: bool, **options: Any) -> SAELosses:
         """Gradients leave the rank once per step, with the last micro-batch."""
         assert isinstance(sae, FSDPModule)
         sae.set_requires_gradient_sync(last)
-        return super().losses(sae, rows_N_D, dead_R, last=last)
+        return super().losses(sae, rows_N_D, dead_R, last=last, **options)
 
     def reduce_gradients(self, optimiser: SAEAdam) -> Tensor:
         """They are reduced already: hand the local rows to the optimiser."""
@@ -87,8 +88,9 @@ class FullySharded(Replicated):
         assert self._local is not None
         seen = {}
         for name, tensor in tensors.items():
-            parameter = self._local.sharded.get(name.rpartition(".")[2])
-            if name.startswith("optim.") and parameter is not None:
+            # optim.first.activation.r_mag: the kind of moment, then the parameter's name
+            parameter = self._local.sharded.get(".".join(name.split(".")[2:])) if name.startswith("optim.") else None
+            if parameter is not None:
                 tensor = DTensor.from_local(
                     tensor, self.mesh, [Shard(0)], run_check=False, shape=parameter.shape, stride=parameter.stride()
                 )

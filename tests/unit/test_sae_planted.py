@@ -32,7 +32,7 @@ def test_recovers_the_atoms(kernels):
         optimiser.zero_grad()
         losses.total.backward()
         optimiser.step(1e-2 * min(1.0, (step + 1) / 50, (steps - step) / 200))
-        dead.update(losses.latents.indices, batch)
+        dead.update(losses.fired, batch)
 
     x = draw(4096)
     error = (sae(x).x_hat - x).square().sum()

@@ -27,6 +27,8 @@ from shared.sae.formats.raw import RawSAE
 
 CONFIG, WEIGHTS = "config.json", "ae.pt"
 Tensors = dict[str, Tensor]
+Weights = tuple[Tensor, Tensor, Tensor, Tensor]
+"""W_enc [F, D], b_enc, W_dec [F, D], b_dec."""
 
 
 def matches(folder: Path) -> bool:
@@ -50,7 +52,7 @@ def load(folder: Path) -> RawSAE:
     return replace(raw, provenance={"converted_from": "dictionary_learning", "source": record})
 
 
-def linear(tensors: Tensors, folder: Path, encoder_bias: str | None, decoder_bias: str) -> tuple[Tensor, ...]:
+def linear(tensors: Tensors, folder: Path, encoder_bias: str | None, decoder_bias: str) -> Weights:
     """W_enc [F, D], b_enc, W_dec [F, D], b_dec of the classes made of two linear layers."""
     f, d = tensors["encoder.weight"].shape if "encoder.weight" in tensors else (0, 0)
     shapes = {"encoder.weight": (f, d), "decoder.weight": (d, f), decoder_bias: (d,)}
@@ -59,7 +61,7 @@ def linear(tensors: Tensors, folder: Path, encoder_bias: str | None, decoder_bia
     return W_enc_FD, b_enc_F, W_dec_DF.T, b_dec_D
 
 
-def matrices(tensors: Tensors, folder: Path) -> tuple[Tensor, ...]:
+def matrices(tensors: Tensors, folder: Path) -> Weights:
     """The same of the classes with W_enc [D, F] and W_dec [F, D]."""
     d, f = tensors["W_enc"].shape if "W_enc" in tensors else (0, 0)
     W_enc_DF, b_enc_F, W_dec_FD, b_dec_D = take(
@@ -129,7 +131,7 @@ def picks(tensors: Tensors, trainer: dict[str, Any]) -> int:
 
 
 def thresholded(raw: RawSAE, tensors: Tensors, folder: Path) -> RawSAE:
-    """The BatchTopK SAE with the scalar threshold of the file; below 0, as in one that was never trained, counts as 0."""
+    """The BatchTopK SAE with the scalar threshold of the file; -1, as in one that was never trained, counts as 0."""
     (threshold,) = take(tensors, {"threshold": ()}, folder)
     return replace(raw, activation="batchtopk", threshold_F=threshold.clamp_min(0).expand(len(raw.b_enc_F)))
 
