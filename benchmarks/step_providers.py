@@ -95,7 +95,7 @@ def granary(shape: Shape, compute_dtype: str = "float32", kernels: str = "torch"
     config = SAEConfig(d_model=shape.d_model, d_latent=shape.d_latent, k=shape.k)
     sae = SAE(config, kernels=kernels, compute_dtype=compute_dtype)
     sae.initialise(None, x)
-    optimiser, tracker = SAEAdam(sae, 1e-3), DeadLatents(shape.d_latent, config.dead_after_tokens)
+    optimiser, tracker = SAEAdam(sae, 1e-3, pair_gradients=True), DeadLatents(shape.d_latent, config.dead_after_tokens)
     dead = torch.zeros(shape.d_latent, dtype=torch.bool)
     dead[::64] = True
     with torch.no_grad():

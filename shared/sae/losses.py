@@ -6,6 +6,8 @@ when a batch is cut into micro-batches or spread over ranks. Shapes: N tokens, D
 
 import torch
 
+from shared.kernels import auxk_error
+
 
 def reconstruction_weight(variance_D: torch.Tensor, loss: str) -> torch.Tensor:
     """w_D such that ``mean_n sum_d w_d (x_hat - x)_nd^2`` is the loss `loss`.
@@ -32,18 +34,24 @@ def auxk_loss(
     b_enc_R: torch.Tensor,
     W_dec_RD: torch.Tensor,
     num_aux: int,
+    *,
+    kernels: str = "auto",
+    compute_dtype: str = "float32",
 ) -> torch.Tensor:
     """Dead latents reconstruct what the living ones leave over (Gao et al. 2024, section A.2); a scalar.
 
-    ``scale * mean_n |e_n - e_hat_n|^2 / |e_n|^2`` with e = x - x_hat (pass it detached) and e_hat the decoding, without
-    b_dec, of the num_aux largest of the R dead latents; scale = min(R / num_aux, 1). Gradients reach the dead latents'
-    rows and encoder biases alone: pass `centred_ND`, the encoder's input, detached.
+    ``scale * mean_n |e_n - e_hat_n|^2 / |e_n|^2`` with e = x - x_hat and e_hat the decoding, without b_dec, of the
+    num_aux largest of the R dead latents; scale = min(R / num_aux, 1). Gradients reach the dead latents' rows and
+    encoder biases alone. See ``shared.kernels.auxk_error`` for `kernels` and `compute_dtype`.
     """
-    num_dead = W_enc_RD.shape[0]
-    z_NR = torch.relu(torch.addmm(b_enc_R, centred_ND, W_enc_RD.T))
-    if num_dead > num_aux:
-        kth_N1 = z_NR.detach().topk(num_aux, dim=1, sorted=False).values.amin(dim=1, keepdim=True)
-        z_NR = z_NR * (z_NR.detach() >= kth_N1)
-    error_N = (residual_ND - z_NR @ W_dec_RD).square().sum(1)
-    energy_N = residual_ND.square().sum(1).clamp_min(torch.finfo(residual_ND.dtype).tiny)
-    return (error_N / energy_N).mean() * min(num_dead / num_aux, 1.0)
+    error = auxk_error(
+        residual_ND,
+        centred_ND,
+        W_enc_RD,
+        b_enc_R,
+        W_dec_RD,
+        num_aux,
+        kernels=kernels,
+        compute_dtype=compute_dtype,
+    )
+    return error * min(W_enc_RD.shape[0] / num_aux, 1.0)

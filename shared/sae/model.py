@@ -15,7 +15,17 @@ import torch
 from torch import nn
 
 from shared.errors import GranaryError
-from shared.kernels import COMPUTE_DTYPES, KERNELS, PairOrder, attach_encoder, decode, sparse_decode
+from shared.kernels import (
+    COMPUTE_DTYPES,
+    KERNELS,
+    PairGradient,
+    PairGradients,
+    PairOrder,
+    attach_encoder,
+    decode,
+    sparse_decode,
+    take_rows,
+)
 from shared.sae import checkpoint
 from shared.sae.activations import ACTIVATIONS
 from shared.sae.config import SAEConfig
@@ -56,6 +66,8 @@ class SAE(nn.Module):
         self.config = config
         self.kernels = kernels
         self.compute_dtype = compute_dtype
+        self.pair_gradients: PairGradients | None = None
+        """Where the gradients of W_enc and W_dec go instead of ``.grad``; set by an optimiser that reads them there."""
         d, num_latents = config.d_model, config.d_latent
         self.W_enc = nn.Parameter(torch.empty(num_latents, d))
         self.b_enc = nn.Parameter(torch.zeros(num_latents))
@@ -157,6 +169,8 @@ class SAE(nn.Module):
             indices_NK,
             order,
             kernels=self.kernels,
+            compute_dtype=self.compute_dtype,
+            sink=self._sink("W_enc"),
         )
         weight_D = reconstruction_weight(self.input_variance, config.loss)
         metrics: dict[str, torch.Tensor] = {}
@@ -200,7 +214,18 @@ class SAE(nn.Module):
         return self.b_dec if self.config.pre_bias else None
 
     def _decode_picks(self, values_NK: torch.Tensor, indices_NK: torch.Tensor, order: PairOrder) -> torch.Tensor:
-        return sparse_decode(values_NK, indices_NK, self.W_dec, order, kernels=self.kernels)
+        return sparse_decode(
+            values_NK,
+            indices_NK,
+            self.W_dec,
+            order,
+            kernels=self.kernels,
+            compute_dtype=self.compute_dtype,
+            sink=self._sink("W_dec"),
+        )
+
+    def _sink(self, name: str) -> PairGradient | None:
+        return None if self.pair_gradients is None else self.pair_gradients[name]
 
     def _auxk(
         self, residual_ND: torch.Tensor, centred_ND: torch.Tensor, dead: torch.Tensor | None
@@ -213,10 +238,12 @@ class SAE(nn.Module):
         return auxk_loss(
             residual_ND,
             centred_ND,
-            self.W_enc.index_select(0, dead_R),
+            take_rows(self.W_enc, dead_R, self._sink("W_enc")),
             self.b_enc.index_select(0, dead_R),
-            self.W_dec.index_select(0, dead_R),
+            take_rows(self.W_dec, dead_R, self._sink("W_dec")),
             self.config.num_aux,
+            kernels=self.kernels,
+            compute_dtype=self.compute_dtype,
         )
 
     # ---- initialisation ------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 import torch
 
 from shared.errors import GranaryError
-from shared.kernels import row_update
+from shared.kernels import PairGradient, PairGradients, row_update
 from shared.sae.model import SAE
 
 
@@ -12,6 +12,9 @@ class SAEAdam:
 
     ``step`` does, in this order: scale all gradients so that their joint norm is at most `clip_norm`; remove from each
     decoder row's gradient its component along the row; the Adam update; divide each decoder row by its norm.
+
+    With `pair_gradients` the gradients of W_enc and W_dec are taken from the pairs they are sums over, and not from
+    ``.grad``, which saves memory and time where nobody else has to see them: in a single process.
     """
 
     def __init__(
@@ -22,6 +25,7 @@ class SAEAdam:
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         clip_norm: float | None = 1.0,
+        pair_gradients: bool = False,
     ) -> None:
         if not lr > 0:
             raise GranaryError(f"optim.lr={lr}: must be positive")
@@ -31,6 +35,9 @@ class SAEAdam:
             raise GranaryError(f"optim.clip_norm={clip_norm}: must be positive, or null for no clipping")
         self.parameters = dict(sae.named_parameters())
         self.kernels = sae.kernels
+        self.pairs = PairGradients()
+        if pair_gradients:
+            self.pairs = sae.pair_gradients = PairGradients(W_enc=PairGradient(), W_dec=PairGradient())
         self.lr, self.betas, self.eps, self.clip_norm = lr, betas, eps, clip_norm
         self.num_steps = torch.zeros((), dtype=torch.int64)
         self.first = {name: torch.zeros_like(parameter) for name, parameter in self.parameters.items()}
@@ -38,6 +45,7 @@ class SAEAdam:
 
     def zero_grad(self) -> None:
         """Drop all gradients."""
+        self.pairs.clear()
         for parameter in self.parameters.values():
             parameter.grad = None
 
@@ -45,6 +53,11 @@ class SAEAdam:
     def grad_norm(self) -> torch.Tensor:
         """Euclidean norm of all gradients together, a scalar tensor on their device."""
         norms = [p.grad.norm() for p in self.parameters.values() if p.grad is not None]
+        norms += [
+            gradient.squared_norm(self.parameters[name], kernels=self.kernels).sqrt()
+            for name, gradient in self.pairs.items()
+            if gradient
+        ]
         if not norms:
             raise GranaryError("SAEAdam.step before backward: there is no gradient")
         return torch.stack(norms).norm()
@@ -65,20 +78,30 @@ class SAEAdam:
         if self.clip_norm is not None:
             clip = (self.clip_norm / grad_norm.clamp_min(torch.finfo(grad_norm.dtype).tiny)).clamp_max(1.0)
         for name, parameter in self.parameters.items():
+            options = {
+                "clip": clip,
+                "lr": lr,
+                "betas": self.betas,
+                "eps": self.eps,
+                "step": int(self.num_steps),
+                "unit_rows": name == "W_dec",
+                "kernels": self.kernels,
+            }
+            pairs = self.pairs.get(name)
+            if pairs and parameter.grad is None:
+                pairs.update(parameter, self.first[name], self.second[name], **options)
+                continue
             shape = (-1, parameter.shape[-1])
+            if pairs and parameter.grad is not None:  # a loss of somebody's own, beside those of the SAE
+                parameter.grad += pairs.dense(parameter, self.kernels)
+                pairs.clear()
             grad = parameter.grad if parameter.grad is not None else torch.zeros_like(parameter)
             row_update(
                 parameter.view(shape),
                 grad.contiguous().view(shape),
                 self.first[name].view(shape),
                 self.second[name].view(shape),
-                clip=clip,
-                lr=lr,
-                betas=self.betas,
-                eps=self.eps,
-                step=int(self.num_steps),
-                unit_rows=name == "W_dec",
-                kernels=self.kernels,
+                **options,
             )
             parameter.grad = None
         return grad_norm

@@ -48,7 +48,8 @@ class Replicated:
 
     def optimiser(self, sae: SAE, lr: float, **options: Any) -> SAEAdam:
         """The optimiser of what is held here; `options` are SAEAdam's."""
-        return SAEAdam(sae, lr, **options)
+        alone = self.world.size == 1  # then nobody else has to see the gradients
+        return SAEAdam(sae, lr, pair_gradients=alone, **options)
 
     # One step
 
