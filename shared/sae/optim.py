@@ -52,6 +52,7 @@ class SAEAdam:
     @torch.no_grad()
     def grad_norm(self) -> torch.Tensor:
         """Euclidean norm of all gradients together, a scalar tensor on their device."""
+        self._merge_pairs()
         norms = [p.grad.norm() for p in self.parameters.values() if p.grad is not None]
         norms += [
             gradient.squared_norm(self.parameters[name], kernels=self.kernels).sqrt()
@@ -73,6 +74,7 @@ class SAEAdam:
         lr = self.lr if lr is None else lr
         if grad_norm is None:
             grad_norm = self.grad_norm()
+        self._merge_pairs()
         self.num_steps += 1
         clip = torch.ones_like(grad_norm)
         if self.clip_norm is not None:
@@ -88,13 +90,10 @@ class SAEAdam:
                 "kernels": self.kernels,
             }
             pairs = self.pairs.get(name)
-            if pairs and parameter.grad is None:
+            if pairs:
                 pairs.update(parameter, self.first[name], self.second[name], **options)
                 continue
             shape = (-1, parameter.shape[-1])
-            if pairs and parameter.grad is not None:  # a loss of somebody's own, beside those of the SAE
-                parameter.grad += pairs.dense(parameter, self.kernels)
-                pairs.clear()
             grad = parameter.grad if parameter.grad is not None else torch.zeros_like(parameter)
             row_update(
                 parameter.view(shape),
@@ -105,6 +104,14 @@ class SAEAdam:
             )
             parameter.grad = None
         return grad_norm
+
+    def _merge_pairs(self) -> None:
+        """Where a weight has a ``.grad`` too, by a loss that is not the SAE's own, add its pairs to that."""
+        for name, gradient in self.pairs.items():
+            grad = self.parameters[name].grad
+            if gradient and grad is not None:
+                grad += gradient.dense(self.parameters[name], self.kernels)
+                gradient.clear()
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Moments and step count, keyed ``first.W_enc`` and so on."""
