@@ -137,6 +137,7 @@ def compute_shards(
         revision=cfg.model.revision,
         attn_implementation=cfg.model.attn_implementation,
         tp_mesh=place.tp_mesh,
+        quantisation=cfg.model.quantisation,
     )
     is_writer = place.part == 0
     forward = ShardForward(

@@ -34,6 +34,9 @@ LONG_TRAINING = [
 ]
 
 
+CURVES = "runs/debug/sweep/*/metrics.jsonl"
+
+
 def command(stage: str, *arguments: str) -> list[str]:
     return [sys.executable, "-m", f"stage_{stage}", *arguments]
 
@@ -118,11 +121,8 @@ def test_a_sweep_of_training_jobs_and_their_evaluation(folder: Path) -> None:
 
 def test_a_preempted_training_goes_on_and_ends_as_if_undisturbed(folder: Path) -> None:
     waiting = submit(folder, "train", *LONG_TRAINING)
-    metrics = wait_for(lambda: list(folder.glob("runs/debug/sweep/*/metrics.jsonl")) and jobs("train"))
-    assert metrics
-    run_folder = next(
-        path.parent for path in folder.glob("runs/debug/sweep/*/metrics.jsonl") if "expansion=32" in str(path)
-    )
+    run_folder = wait_for(lambda: next((path.parent for path in folder.glob(CURVES) if "expansion" in str(path)), None))
+    assert isinstance(run_folder, Path)
     wait_for(lambda: (run_folder / "metrics.jsonl").stat().st_size > 0)
     urgent = ["sbatch", "--partition=urgent", "--nodes=2", "--exclusive", "--wrap=sleep 5", "--output=/dev/null"]
     assert subprocess.run(urgent, cwd=folder, capture_output=True).returncode == 0
