@@ -21,7 +21,7 @@ from stage_harvest.encode import TextEncoder, default_workers
 from stage_harvest.forward import ShardForward
 from stage_harvest.mesh import Place, check_mesh, take_place
 from stage_harvest.plan import HarvestJob, announce, check_length, human_bytes, next_command, staging_dtype
-from stage_harvest.progress import Board, HarvestProgress, tokenise_bar
+from stage_harvest.progress import Board, HarvestProgress, human_time, tokenise_bar
 from stage_harvest.spool import Spool
 from stage_harvest.tokenise import token_documents
 from stage_harvest.writer import BackgroundWriter
@@ -89,7 +89,7 @@ def pack_corpus(job: HarvestJob, spool: Spool) -> None:
         log.info("%-9s %d batches of documents were tokenised by an earlier run", "resuming", encoder.reused)
     tokens = spool.num_contexts * cfg.packing.seq_len
     seconds = time.perf_counter() - start
-    log.info("%-9s %s tokens in %.1f s: %s tokens/s", "tokenised", f"{tokens:,}", seconds, f"{tokens / seconds:,.0f}")
+    log.info("tokenised %s tokens in %s: %s tokens/s", f"{tokens:,}", human_time(seconds), f"{tokens / seconds:,.0f}")
 
 
 def find_store(url: str) -> Store | None:
@@ -109,8 +109,10 @@ def write_shards(job: HarvestJob, store: Store, pending: list[int], world: World
         board,
         contexts=plan.num_contexts,
         todo=sum(len(store.shard_contexts(shard)) for shard in pending),
+        shard_contexts=plan.shard_contexts,
         seq_len=plan.seq_len,
         context_bytes=sum(plan.context_bytes(hook) for hook in plan.hooks),
+        writers=max(1, min(place.num_replicas, len(pending))),
     )
     try:
         if mine:

@@ -1,6 +1,6 @@
 """Weights quantised while they are loaded, by the packages that transformers knows.
 
-The forward still computes in the model's dtype. A model whose own config.json says how it is quantised needs none of this.
+The forward still computes in the model's dtype. A model whose own config.json says how it is quantised loads without.
 """
 
 from collections.abc import Callable

@@ -101,7 +101,9 @@ def manifests(folder: Path, store: str) -> int:
 def test_a_harvest_over_two_nodes(folder: Path) -> None:
     done = run(folder, "harvest", *LAUNCHER, *TINY, "hydra.launcher.nodes=2", "nproc=1", "store.url=nodes")
     assert done.returncode == 0, done.stderr + log_of(folder)
-    assert "2 nodes" in log_of(folder / "runs/debug/harvest") or "harvested" in log_of(folder / "runs/debug/harvest")
+    logs = [path.name.split("_", 1)[1] for path in folder.glob("runs/debug/harvest/slurm/*/*_log.err")]
+    assert sorted(logs) == ["0_log.err", "1_log.err"]  # a supervisor on each node
+    assert log_of(folder / "runs/debug/harvest").count("harvested") == 1
     same_files(folder / "runs/debug/store", folder / "nodes")
 
 
