@@ -19,6 +19,7 @@ from shared.store.objectio import open_io
 from stage_harvest.config import HarvestSchema
 from stage_harvest.encode import TextEncoder, default_workers
 from stage_harvest.forward import ShardForward
+from stage_harvest.heartbeat import Heartbeat
 from stage_harvest.mesh import Place, check_mesh, take_place
 from stage_harvest.plan import HarvestJob, announce, check_length, human_bytes, next_command, staging_dtype
 from stage_harvest.progress import Board, HarvestProgress, human_time, tokenise_bar
@@ -32,7 +33,12 @@ log = logging.getLogger(__name__)
 def harvest(cfg: HarvestSchema) -> None:
     """Run the whole stage; raises GranaryError for every wrong input before anything is written."""
     world = init_world(cfg.device.name, cfg.device.threads)
-    board = Board(world)
+    with Heartbeat(world):
+        run(cfg, world, Board(world))
+
+
+def run(cfg: HarvestSchema, world: World, board: Board) -> None:
+    """This rank's part of the stage."""
     if world.is_main:
         check_mesh(world, cfg.tensor_parallel)
         # The other ranks wait below: a wrong input is reported once, and they end with this rank.

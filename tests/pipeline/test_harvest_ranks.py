@@ -3,6 +3,7 @@
 import json
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -151,6 +152,49 @@ def test_a_rank_that_is_killed_ends_the_job_and_the_rerun_finishes(
     for context in range(whole.num_contexts):
         wanted, got = (s.read_context("layers.1.resid_post", context) for s in (whole, again))
         assert (got - wanted).norm() < TOLERANCE["float32"] * wanted.norm()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("survivor", [0, 1])
+def test_a_machine_that_dies_ends_the_job_on_the_others(harvester: Harvester, survivor: int) -> None:
+    """Two launchers as two machines; one is killed with all that runs on it."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    changes = {"store__shard_contexts": 1, "batch_contexts": 1, "corpus__files": harvester.root / "more.txt"}
+    (harvester.root / "more.txt").write_text("\n---\n".join(harvester.documents * 200))
+    store = f"machines{survivor}"
+    rendezvous = ["--nnodes=2", "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}", "--rdzv-id=granary"]
+    launch = [sys.executable, "-m", "shared.parallel.launch", *rendezvous, "--nproc-per-node=1", "-m", "stage_harvest"]
+    machines = []
+    for number in range(2):
+        log = (harvester.root / f"machine{number}.log").open("w")
+        with log:
+            command = [*launch, *harvester.arguments(store, **changes)]
+            machines.append(subprocess.Popen(command, env=ENVIRONMENT, stderr=log, cwd=harvester.root))
+    manifest = harvester.root / store / "manifest"
+    deadline = time.monotonic() + 120
+    while not (manifest.is_dir() and any(manifest.glob("*.json"))) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    rank_of = {}
+    for number, machine in enumerate(machines):
+        (rank,) = [c for c in psutil.Process(machine.pid).children() if "RANK" in c.environ()]
+        rank_of[int(rank.environ()["RANK"])] = (number, rank)
+    dead, _ = rank_of[1 - survivor]
+    start = time.monotonic()
+    for child in psutil.Process(machines[dead].pid).children(recursive=True):
+        child.kill()
+    machines[dead].kill()
+    machines[dead].wait()
+    alive, _ = rank_of[survivor]
+    assert machines[alive].wait(timeout=100) != 0
+    assert time.monotonic() - start < 60
+    text = (harvester.root / f"machine{alive}.log").read_text()
+    lines = [line for line in text.replace("\r", "\n").splitlines() if line.startswith("error")]
+    assert len(lines) == 1, text
+    assert "its machine may be gone; run the same command again to continue" in lines[0]
+    assert "Traceback" not in text
+    assert len(Store.open(harvester.root / store).committed()) < Store.open(harvester.root / store).num_shards
 
 
 def test_a_division_that_leaves_ranks_over_is_one_line(harvester: Harvester) -> None:
