@@ -36,6 +36,7 @@ def run_stage(task: Callable[[Any], None], config_name: str) -> None:
     Exits with status 2 and one line on stderr for a wrong configuration or a GranaryError, 130 on Ctrl-C.
     """
     os.environ["HYDRA_FULL_ERROR"] = "1"  # raise, so that the line below is ours and not Hydra's multi-line one
+    os.environ.update(slurm.CHOICE_OF_WARNING)
     logging.getLogger("submitit").setLevel(logging.ERROR)  # it would tell at each poll that there is no accounting
     sys.argv[1:] = expand_launcher(expand_shorthands(sys.argv[1:])) + rank_overrides()
 
@@ -60,7 +61,7 @@ def run_stage(task: Callable[[Any], None], config_name: str) -> None:
     except Exception as error:
         if not is_failed_job(error):
             raise
-        fail(f"a Slurm job failed: {str(error).strip().splitlines()[-1].split('GranaryError: ')[-1]}")
+        fail(f"a Slurm job failed: {str(error).strip().splitlines()[-1]}")
     except KeyboardInterrupt:
         submitted = any(argument.startswith("hydra/launcher=") for argument in sys.argv)
         what = "its jobs stay in the queue (squeue, scancel)" if submitted else "run the same command again to continue"

@@ -37,7 +37,9 @@ time.sleep(60)
 
 
 def start(folder: Path, script: str) -> "subprocess.Popen[str]":
-    (folder / "scontrol").write_text(f'#!/bin/sh\necho "$@" >> {folder}/called\n')
+    (folder / "scontrol").write_text(
+        f'#!/bin/sh\nif [ "$1" = requeue ]; then echo "$@" >> {folder}/called; else cat {folder}/record; fi\n'
+    )
     (folder / "scontrol").chmod(0o755)
     (folder / "stage.py").write_text(script)
     environment = {
@@ -52,13 +54,23 @@ def start(folder: Path, script: str) -> "subprocess.Popen[str]":
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
+RUNNING = "JobId=15 JobState=RUNNING PreemptEligibleTime=2026-11-20T10:00:00 PreemptTime=None"
+PREEMPTED = "JobId=15 JobState=RUNNING PreemptEligibleTime=2026-11-20T10:00:00 PreemptTime=2026-11-20T11:00:00"
+CANCELLED = "JobId=15 JobState=COMPLETING PreemptTime=None"
+
+
 @pytest.mark.parametrize(
-    ("sent", "arrives", "status", "requeued"),
-    [(signal.SIGUSR2, "SIGUSR1", 0, "requeue 12_3\n"), (signal.SIGTERM, "SIGTERM", 143, "")],
+    ("sent", "record", "requeued"),
+    [
+        (signal.SIGUSR1, RUNNING, "requeue 12_3\n"),
+        (signal.SIGTERM, PREEMPTED, "requeue 12_3\n"),
+        (signal.SIGTERM, CANCELLED, ""),
+    ],
 )
 def test_the_stage_saves_before_the_job_is_requeued(
-    tmp_path: Path, sent: signal.Signals, arrives: str, status: int, requeued: str
+    tmp_path: Path, sent: signal.Signals, record: str, requeued: str
 ) -> None:
+    (tmp_path / "record").write_text(record)
     with start(tmp_path, SAVING) as process:
         assert process.stderr is not None
         assert process.stderr.readline() == "ready\n"
@@ -66,8 +78,8 @@ def test_the_stage_saves_before_the_job_is_requeued(
         process.send_signal(sent)
         _, rest = process.communicate(timeout=30)
         assert time.monotonic() - begun > 0.5
-    assert rest == f"saved after {arrives}\n"
-    assert process.returncode == status
+    assert rest == f"saved after {sent.name}\n"
+    assert process.returncode == 128 + sent
     called = tmp_path / "called"
     assert (called.read_text() if called.exists() else "") == requeued
 
@@ -75,10 +87,10 @@ def test_the_stage_saves_before_the_job_is_requeued(
 def test_what_the_stage_said_becomes_the_jobs_error(tmp_path: Path) -> None:
     with start(tmp_path, "from shared.cli import fail\nfail('the disk is full: free some')") as process:
         out, err = process.communicate(timeout=30)
-    assert out == "told: the disk is full: free some\n"
+    assert out == "told: Slurm job 12_3 failed: the disk is full: free some\n"
     assert err == "error: the disk is full: free some\n"
     with start(tmp_path, "raise SystemExit(7)") as process:
-        assert process.communicate(timeout=30)[0] == "told: the stage ended with status 7\n"
+        assert process.communicate(timeout=30)[0] == "told: Slurm job 12_3 failed: the stage ended with status 7\n"
 
 
 def test_naming_a_launcher_asks_for_a_multirun() -> None:
