@@ -1,8 +1,12 @@
 """Metrics reach the loggers that were chosen: real event files, read back."""
 
+import json
 from pathlib import Path
 
-from stage_train.loggers import TensorBoardLogger
+import pytest
+
+from stage_train.config import LoggerSchema, WandbMode
+from stage_train.loggers import TensorBoardLogger, WandbLogger
 
 
 def test_tensorboard_holds_every_metric(tmp_path: Path) -> None:
@@ -17,3 +21,28 @@ def test_tensorboard_holds_every_metric(tmp_path: Path) -> None:
     assert [(event.step, event.value) for event in events.Scalars("fvu")] == [(20, 0.25), (40, 0.125)]
     assert [(event.step, event.value) for event in events.Scalars("l0")] == [(20, 32.0), (40, 31.5)]
     assert "step" not in events.Tags()["scalars"]
+
+
+def test_wandb_offline_holds_every_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No network: the run's file on disk is read back with wandb's own reader."""
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    cfg = LoggerSchema(every=1, kinds=[], progress=False, curves=False, project="granary", mode=WandbMode.offline)
+    logger = WandbLogger(cfg, tmp_path, "abc123", "mine", {"sae": {"k": 32}})
+    logger.write({"step": 20, "fvu": 0.25})
+    logger.write({"step": 40, "fvu": 0.125})
+    logger.close()
+    (file,) = tmp_path.glob("wandb/offline-run-*/run-abc123.wandb")
+
+    from wandb.proto.wandb_internal_pb2 import Record
+    from wandb.sdk.internal.datastore import DataStore
+
+    store, rows = DataStore(), []
+    store.open_for_scan(str(file))
+    while (data := store.scan_data()) is not None:
+        record = Record()
+        record.ParseFromString(data)
+        if record.WhichOneof("record_type") == "history":
+            items = {item.key or item.nested_key[0]: json.loads(item.value_json) for item in record.history.item}
+            rows.append((items["_step"], items["fvu"]))
+    assert rows == [(20, 0.25), (40, 0.125)]
