@@ -92,7 +92,7 @@ def test_the_average_is_exported_where_it_is_asked_for(jobs: Jobs) -> None:
     last = SAE.from_pretrained(jobs.run("last", "optim.ema_decay=0.9"))
     average = SAE.from_pretrained(jobs.run("average", "optim.ema_decay=0.9", "optim.ema_export=true"))
     assert torch.equal(last.W_enc, SAE.from_pretrained(jobs.run("plain")).W_enc)
-    distance = float((average.W_enc - last.W_enc).norm() / last.W_enc.norm())
+    distance = float(((average.W_enc - last.W_enc).norm() / last.W_enc.norm()).detach())
     assert 1e-4 < distance < 0.5
     norms = average.W_dec.detach().norm(dim=1)
     torch.testing.assert_close(norms, torch.ones_like(norms))
@@ -100,7 +100,9 @@ def test_the_average_is_exported_where_it_is_asked_for(jobs: Jobs) -> None:
 
 def test_k_comes_down_to_its_end(jobs: Jobs) -> None:
     out = jobs.run("cold", "sae=batchtopk", "schedule.k_start=12", "schedule.k_cold=5", "schedule.k_warmup=5")
-    assert [line["l0"] for line in read_metrics(out)] == pytest.approx([12, (12 + 11 + 9 + 7 + 5) / 5, 3, 3], abs=0.4)
+    l0 = [line["l0"] for line in read_metrics(out)]
+    # Steps 6 to 10 fall from 12 by 9/5 a step, rounded up.
+    assert l0[:4] == pytest.approx([12, (12 + 11 + 9 + 7 + 5) / 5, 3, 3], rel=0.01)
 
 
 def test_lr_auto(jobs: Jobs) -> None:
