@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from shared.errors import GranaryError
@@ -113,18 +114,22 @@ class SAE(nn.Module):
     # ---- inference -----------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def encode(self, x: torch.Tensor) -> SparseLatents:
+    def encode(self, x: torch.Tensor, *, return_all_features: bool = False) -> SparseLatents:
         """Active latents of raw activations x [..., D]; values and indices are [..., K]. No gradient.
 
         K is k under topk, else the number of latents of the fullest token. What a token gets does not depend on the
-        others: under batchtopk the learnt threshold decides.
+        others: under batchtopk the learnt threshold decides. `return_all_features`: also all positive pre-activations,
+        [..., F], from which the activation selects (OpenSAE's ``all_features``).
         """
         normal, token_mean, token_scale = self.normalise(x)
         normal_ND = normal.reshape(-1, self.config.d_model)
         centred_ND = normal_ND - self.b_dec if self.config.pre_bias else normal_ND
         values, indices = self.activation.encode(self, centred_ND)
         shape = (*x.shape[:-1], values.shape[-1])
-        return SparseLatents(values.view(shape), indices.view(shape), token_mean, token_scale)
+        features = None
+        if return_all_features:
+            features = torch.relu(F.linear(centred_ND, self.W_enc, self.b_enc)).view(*x.shape[:-1], -1)
+        return SparseLatents(values.view(shape), indices.view(shape), token_mean, token_scale, features)
 
     @torch.no_grad()
     def decode(self, latents: SparseLatents) -> torch.Tensor:
@@ -139,10 +144,18 @@ class SAE(nn.Module):
         x_hat = (x_hat_ND + self.b_dec).view(*latents.values.shape[:-1], self.config.d_model)
         return self.denormalise(x_hat, latents.token_mean, latents.token_scale)
 
-    def forward(self, x: torch.Tensor) -> SAEOutput:
-        """Encode and decode x [..., D]. No gradient: training goes through ``losses``."""
-        latents = self.encode(x)
-        return SAEOutput(self.decode(latents), latents)
+    def forward(
+        self,
+        x: torch.Tensor,
+        dead: torch.Tensor | None = None,
+        *,
+        return_losses: bool = False,
+        return_all_features: bool = False,
+    ) -> SAEOutput:
+        """Encode and decode x [..., D], without gradient; with `return_losses` also what ``losses`` gives, with it."""
+        latents = self.encode(x, return_all_features=return_all_features)
+        losses = self.losses(x.reshape(-1, x.shape[-1]), dead) if return_losses else None
+        return SAEOutput(self.decode(latents), latents, losses)
 
     # ---- training ------------------------------------------------------------------------------------------------
 
@@ -235,11 +248,19 @@ class SAE(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path_or_hub_id: str | Path, *, device: str | torch.device = "cpu") -> Self:
-        """Load a local folder or a Hugging Face hub repository; needs no GPU and no triton.
+        """Load a local folder or a Hugging Face hub repository (owner/name, hf://owner/name/folder).
 
-        Raises GranaryError when the folder is missing, torn or not an SAE of this project.
+        It needs no GPU and no triton, and reads every format of ``shared.sae.formats``. Raises GranaryError when the
+        folder is missing, torn, or of a format that is not known.
         """
-        config, tensors, _ = checkpoint.load(checkpoint.locate(path_or_hub_id), device)
+        folder = checkpoint.locate(path_or_hub_id)
+        if not checkpoint.is_own(folder):
+            from shared.sae import formats  # which imports this module
+
+            if formats.foreign(folder) is not None:
+                adopted: Any = formats.load_any(folder)[0].to(device)
+                return adopted
+        config, tensors, _ = checkpoint.load(folder, device)
         with torch.device("meta"):
             sae = cls(config)
         expected = {name: tuple(tensor.shape) for name, tensor in sae.state_dict().items()}

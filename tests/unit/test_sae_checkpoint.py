@@ -155,3 +155,19 @@ def test_loads_without_triton_or_transformers(sae, tmp_path):
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     assert "torch.Size([2, 6])" in result.stdout
+
+
+def test_a_folder_of_a_hub_repository_is_downloaded_alone(sae, tmp_path, monkeypatch):
+    asked = {}
+
+    def download(repository, allow_patterns):
+        asked[repository] = allow_patterns
+        sae.save_pretrained(tmp_path / "layers.3")
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    loaded = SAE.from_pretrained("hf://owner/name/layers.3")
+    assert torch.equal(loaded.W_enc, sae.W_enc)
+    assert asked == {"owner/name": ["layers.3/*"]}
+    with pytest.raises(GranaryError, match=r"owner/name has no folder layers\.4"):
+        SAE.from_pretrained("hf://owner/name/layers.4")
