@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 from shared.errors import GranaryError
 from shared.parallel import World, barrier, init_world, shutdown, telling_lost_contact
 from shared.sae import SAE, SAEConfig
-from shared.sae.optim import OPTIMISERS
+from shared.sae.optimisers import OPTIMISERS
 from shared.store import HookStatistics
 from stage_train.average import WeightAverage
 from stage_train.checkpoint import Checkpoints, read_state

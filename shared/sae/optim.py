@@ -51,22 +51,18 @@ class SAEOptimiser:
         if pair_gradients:
             self.pairs = sae.pair_gradients = PairGradients(W_enc=PairGradient(), W_dec=PairGradient())
         self.num_steps = torch.zeros((), dtype=torch.int64)
-        self.moments = {
-            kind: {
-                name: torch.zeros_like(parameter, dtype=self.moment_dtype(parameter))
-                for name, parameter in self.parameters.items()
-                if self.keeps(kind, name)
-            }
-            for kind in self.kinds
-        }
+        self.step_number = 0
+        """The same in host memory, within ``step``."""
+        self.moments: dict[str, dict[str, Tensor]] = {kind: {} for kind in self.kinds}
+        for name, parameter in self.parameters.items():
+            for kind in self.kinds:
+                moment = self.new_moment(kind, name, parameter)
+                if moment is not None:
+                    self.moments[kind][name] = moment
 
-    def moment_dtype(self, parameter: Tensor) -> torch.dtype:
-        """In which a parameter's moments are kept."""
-        return parameter.dtype
-
-    def keeps(self, kind: str, name: str) -> bool:
-        """Whether a parameter has a moment of this kind."""
-        return True
+    def new_moment(self, kind: str, name: str, parameter: Tensor) -> Tensor | None:
+        """A parameter's moment of this kind at the start; None where it has none."""
+        return torch.zeros_like(parameter)
 
     def update(self, name: str, weight: Tensor, grad: Tensor, *, clip: Tensor, lr: float, unit_rows: bool) -> None:
         """Change `weight` [F, D] (a vector is one row) in place; `grad` is scratch afterwards."""
@@ -112,6 +108,7 @@ class SAEOptimiser:
             grad_norm = self.grad_norm()
         self._merge_pairs()
         self.num_steps += 1
+        self.step_number = int(self.num_steps)
         clip = torch.ones_like(grad_norm)
         if self.clip_norm is not None:
             clip = (self.clip_norm / grad_norm.clamp_min(torch.finfo(grad_norm.dtype).tiny)).clamp_max(1.0)
@@ -189,8 +186,8 @@ class SAEAdam(SAEOptimiser):
         super().__init__(sae, lr, clip_norm=clip_norm, pair_gradients=pair_gradients)
         self.betas, self.eps = betas, eps
 
-    def moment_dtype(self, parameter: Tensor) -> torch.dtype:
-        return torch.bfloat16 if self.half else parameter.dtype
+    def new_moment(self, kind: str, name: str, parameter: Tensor) -> Tensor | None:
+        return torch.zeros_like(parameter, dtype=torch.bfloat16 if self.half else parameter.dtype)
 
     def update_from_pairs(
         self, name: str, weight: Tensor, pairs: PairGradient, *, clip: Tensor, lr: float, unit_rows: bool
@@ -217,7 +214,7 @@ class SAEAdam(SAEOptimiser):
         rows = max(1, TILE_ELEMENTS // weight.shape[1]) if self.half else max(1, len(weight))
         generator = None
         if self.half:
-            generator = torch.Generator(weight.device).manual_seed(int(self.num_steps))
+            generator = torch.Generator(weight.device).manual_seed(self.step_number)
         for start in range(0, len(weight), rows):
             tile = slice(start, start + rows)
             moments = [moment[tile].to(weight.dtype) if self.half else moment[tile] for moment in (first, second)]
@@ -229,7 +226,7 @@ class SAEAdam(SAEOptimiser):
                 lr=lr,
                 betas=self.betas,
                 eps=self.eps,
-                step=int(self.num_steps),
+                step=self.step_number,
                 unit_rows=unit_rows,
                 kernels=self.kernels,
             )
@@ -296,8 +293,8 @@ class SAEMuon(SAEOptimiser):
         self.sum_rows: Callable[[Tensor], object] = lambda tensor: None
         """Sums in place over the ranks that hold other rows; a layout that cuts rows sets it."""
 
-    def keeps(self, kind: str, name: str) -> bool:
-        return kind == "first" or name not in MATRICES
+    def new_moment(self, kind: str, name: str, parameter: Tensor) -> Tensor | None:
+        return torch.zeros_like(parameter) if kind == "first" or name not in MATRICES else None
 
     def update(self, name: str, weight: Tensor, grad: Tensor, *, clip: Tensor, lr: float, unit_rows: bool) -> None:
         first = self.moment("first", name)
@@ -311,7 +308,7 @@ class SAEMuon(SAEOptimiser):
                 lr=lr,
                 betas=self.betas,
                 eps=self.eps,
-                step=int(self.num_steps),
+                step=self.step_number,
                 unit_rows=False,
                 kernels=self.kernels,
             )
@@ -335,7 +332,6 @@ class SAEMuon(SAEOptimiser):
         return matrix_FD
 
 
-OPTIMISERS: dict[str, type[SAEOptimiser]] = {"adam": SAEAdam, "muon": SAEMuon, "signum": SAESignum}
 MATRICES = frozenset({"W_enc", "W_dec"})
 # Elements of a tile whose bfloat16 moments are in float32 at a time.
 TILE_ELEMENTS = 1 << 20

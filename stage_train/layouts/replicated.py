@@ -13,7 +13,8 @@ from torch import Tensor
 from shared.parallel import World, all_reduce_sum
 from shared.sae import SAE, SAEConfig, SAELosses
 from shared.sae.latents import Survey
-from shared.sae.optim import OPTIMISERS, SAEOptimiser
+from shared.sae.optim import SAEOptimiser
+from shared.sae.optimisers import OPTIMISERS
 from shared.sae.survey import Reduce, alone, needs_survey
 
 # Tensors up to this size share one message.
