@@ -63,13 +63,15 @@ def make_model(folder: Path, seed: int = 0) -> Path:
     return folder
 
 
-def make_store(folder: Path, model_folder: Path, mode: str, heldout: float = 0.34) -> Path:
+def make_store(
+    folder: Path, model_folder: Path, mode: str, heldout: float = 0.34, hooks: Sequence[str] = HOOKS
+) -> Path:
     tokens, mask, segments = documents()
     model = load_causal_lm(str(model_folder))
     plan = StorePlan(
         num_contexts=CONTEXTS,
         seq_len=T,
-        hooks=dict.fromkeys(HOOKS, D),
+        hooks=dict.fromkeys(hooks, D),
         dtype="float32",
         shard_contexts=2,
         chunk_tokens=T,
@@ -85,11 +87,11 @@ def make_store(folder: Path, model_folder: Path, mode: str, heldout: float = 0.3
         versions={"model_path": str(model_folder)},
     )
     store = Store.create(folder, plan, tokens, mask, segments)
-    hooks = [HookPoint.parse(hook) for hook in HOOKS]
+    points = [HookPoint.parse(hook) for hook in hooks]
     for shard in store.pending():
         rows = store.shard_contexts(shard)
         positions = segment_positions(torch.from_numpy(segments[rows])) if mode == "isolated" else None
-        with torch.no_grad(), capture(model, hooks) as captured:
+        with torch.no_grad(), capture(model, points) as captured:
             model(input_ids=torch.from_numpy(tokens[rows].astype(np.int64)), position_ids=positions)
         store.write_shard(shard, {str(hook): value for hook, value in captured.items()})
     store.finalize()
@@ -300,16 +302,22 @@ def test_every_figure_equals_a_plain_recomputation(world: World, tmp_path: Path,
     assert {name: found[name] for name in expected} == pytest.approx(expected, rel=2e-5)
 
 
-def test_two_ranks_give_the_same_figures(world: World, sweep: dict[str, Any], tmp_path: Path) -> None:
-    done = run_processes(
-        f"run_dir={tmp_path}", f"sae={world.random}", f"store.url={world.store}", "batch_contexts=1", ranks=2
-    )
+@pytest.fixture(scope="module")
+def alone(world: World) -> dict[str, Any]:
+    """One rank."""
+    return evaluate(world.root / "alone", world.random, world.store, "batch_contexts=1")
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_1_2_and_4_ranks_give_the_same_figures(world: World, alone: dict[str, Any], tmp_path: Path, ranks: int) -> None:
+    """Real processes on gloo; four of them share four contexts, two of them two each."""
+    settings = (f"run_dir={tmp_path}", f"sae={world.random}", f"store.url={world.store}", "batch_contexts=1")
+    done = run_processes(*settings, ranks=ranks)
     assert done.returncode == 0, done.stderr
     report = read_report(tmp_path)
-    alone = sweep["k=4,expansion=2"]
-    for part in ("reconstruction", "downstream", "latents", "breakdown", "decoder"):
+    for part in ("reconstruction", "downstream", "latents", "breakdown", "decoder", "activations"):
         compare_nested(report[part], alone[part])
-    assert report["environment"]["processes"] == 2
+    assert (report["environment"]["processes"], alone["environment"]["processes"]) == (ranks, 1)
 
 
 def compare_nested(found: Any, expected: Any) -> None:
@@ -322,7 +330,7 @@ def compare_nested(found: Any, expected: Any) -> None:
         for one, other in zip(found, expected, strict=True):
             compare_nested(one, other)
     elif isinstance(expected, float):
-        assert found == pytest.approx(expected, rel=1e-5, abs=1e-7)
+        assert found == pytest.approx(expected, rel=1e-9, abs=1e-12)
     else:
         assert found == expected
 
