@@ -24,7 +24,8 @@ else
 STAGE := $(BIN)/python -m shared.parallel.launch --nnodes=$(NNODES) --nproc-per-node=$(NPROC) $(rendezvous) -m
 endif
 
-.PHONY: help setup setup-peers demo harvest train eval sweep test test-all test-peers check bench compile-kernels clean
+.PHONY: help setup setup-peers demo harvest train eval sweep check compile-kernels bench clean
+.PHONY: test test-all test-peers test-cluster
 
 help: ## this list
 	@echo 'usage: make TARGET [ARGS="key=value ..."] [NPROC=processes] [NNODES=machines RDZV=host:port]'
@@ -79,6 +80,13 @@ test-all: setup ## the default and the slow tests
 
 test-peers: setup-peers ## the formats against the real SAELens, sparsify and dictionary_learning
 	@OMP_NUM_THREADS=1 $(VENV_PEERS)/bin/python -m pytest -q -m peers tests/peers
+
+SLURM_FOLDER := /tmp/granary-slurm
+
+test-cluster: setup ## harvest, train and eval as jobs of a real Slurm, which is installed (Debian, root) and started here
+	@command -v slurmctld > /dev/null || { apt-get update -qq && apt-get install -qq -y slurm-wlm munge > /dev/null; }
+	@tests/servers/slurm_up.sh $(SLURM_FOLDER); trap 'tests/servers/slurm_down.sh $(SLURM_FOLDER)' EXIT; \
+	  SLURM_CONF=$(SLURM_FOLDER)/slurm.conf $(BIN)/python -m pytest -q -m cluster tests/cluster
 
 check: setup ## lint, types, and composing every config
 	@$(BIN)/ruff check .

@@ -7,6 +7,7 @@ prepares the tokens, prints, and finishes the store.
 import itertools
 import json
 import logging
+import time
 
 import torch
 
@@ -16,10 +17,11 @@ from shared.parallel import World, init_world
 from shared.store import Store, free_bytes, layout
 from shared.store.objectio import open_io
 from stage_harvest.config import HarvestSchema
+from stage_harvest.encode import TextEncoder, default_workers
 from stage_harvest.forward import ShardForward
 from stage_harvest.mesh import Place, check_mesh, take_place
 from stage_harvest.plan import HarvestJob, announce, check_length, human_bytes, next_command, staging_dtype
-from stage_harvest.progress import Board, HarvestProgress
+from stage_harvest.progress import Board, HarvestProgress, tokenise_bar
 from stage_harvest.spool import Spool
 from stage_harvest.tokenise import token_documents
 from stage_harvest.writer import BackgroundWriter
@@ -63,9 +65,8 @@ def prepare(job: HarvestJob, world: World) -> Store | None:
         announce(job, job.store_plan(cfg.corpus.contexts), committed=0, device=world.device, free=free)
         if cfg.dry_run:
             return None
-    with Spool(cfg.packing.seq_len, cfg.spool_dir) as spool:
-        ids = token_documents(job.corpus, cfg.corpus, cfg.seed, job.tokenizer, job.config.vocab_size)
-        spool.fill(itertools.islice(job.packer.pack(ids), cfg.corpus.contexts))
+    with Spool(cfg.packing.seq_len, cfg.spool_dir, cfg.store.url) as spool:
+        pack_corpus(job, spool)
         check_length(job, spool.num_contexts)
         plan = job.store_plan(spool.num_contexts)
         if cfg.corpus.contexts is None:
@@ -73,6 +74,22 @@ def prepare(job: HarvestJob, world: World) -> Store | None:
             if cfg.dry_run:
                 return None
         return Store.create(cfg.store.url, plan, spool.array("tokens"), spool.array("mask"), spool.array("segments"))
+
+
+def pack_corpus(job: HarvestJob, spool: Spool) -> None:
+    """Tokenise the corpus in worker processes and pack it into `spool`; says how fast."""
+    cfg = job.cfg
+    workers = default_workers() if cfg.tokenise_workers is None else cfg.tokenise_workers
+    start = time.perf_counter()
+    with TextEncoder(job.tokenizer.backend_tokenizer.to_str(), workers=workers, folder=spool.encoded) as encoder:
+        ids = token_documents(job.corpus, cfg.corpus, cfg.seed, job.tokenizer, job.config.vocab_size, encoder)
+        contexts = itertools.islice(job.packer.pack(ids), cfg.corpus.contexts)
+        spool.fill(tokenise_bar(contexts, cfg.corpus.contexts, cfg.packing.seq_len))
+    if encoder.reused:
+        log.info("%-9s %d batches of documents were tokenised by an earlier run", "resuming", encoder.reused)
+    tokens = spool.num_contexts * cfg.packing.seq_len
+    seconds = time.perf_counter() - start
+    log.info("%-9s %s tokens in %.1f s: %s tokens/s", "tokenised", f"{tokens:,}", seconds, f"{tokens / seconds:,.0f}")
 
 
 def find_store(url: str) -> Store | None:

@@ -71,6 +71,8 @@ class HarvestJob:
             raise GranaryError(f"batch_contexts={cfg.batch_contexts}: it must be at least 1, or null")
         if cfg.corpus.contexts is not None and cfg.corpus.contexts < 1:
             raise GranaryError(f"corpus.contexts={cfg.corpus.contexts}: it must be at least 1, or null for all")
+        if cfg.tokenise_workers is not None and cfg.tokenise_workers < 0:
+            raise GranaryError(f"tokenise_workers={cfg.tokenise_workers}: it must be at least 0, or null")
         tokenizer = load_tokenizer(cfg.model.path, cfg.model.revision)
         identity = model_identity(cfg.model.path, cfg.model.revision, cfg.model.dtype.value)
         return cls(cfg, config, hooks, identity, tokenizer, open_corpus(cfg.corpus))

@@ -8,8 +8,9 @@ import itertools
 import logging
 import sys
 import time
+from collections.abc import Iterable, Iterator
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 from torch.distributed import distributed_c10d
 from torch.distributed.distributed_c10d import PrefixStore
@@ -18,6 +19,8 @@ from tqdm import tqdm
 from shared.parallel import World
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 _FOREVER = timedelta(days=30)
 _POLL_SECONDS = 0.2
@@ -55,6 +58,29 @@ class Board:
         return bytes(self._store.get(note)).decode()
 
 
+def tokenise_bar(contexts: Iterable[T], total: int | None, seq_len: int) -> Iterator[T]:
+    """Pass `contexts` on, counting their tokens in a bar; `total` contexts are expected, None if nobody knows."""
+    with token_bar("tokenise", None if total is None else total * seq_len) as bar:
+        for context in contexts:
+            yield context
+            bar.update(seq_len)
+
+
+def token_bar(name: str, total: int | None, *, initial: int = 0, show: bool = True) -> Any:
+    """A progress bar that counts tokens."""
+    return tqdm(
+        total=total,
+        initial=initial,
+        unit="tok",
+        unit_scale=True,
+        desc=name,
+        disable=not show,
+        # In a log file a line every half minute; on a terminal ten a second would be no use either.
+        mininterval=0.5 if sys.stderr.isatty() else 30,
+        dynamic_ncols=True,
+    )
+
+
 class HarvestProgress:
     """The one bar of a job: tokens of all ranks, with tokens/s, MB/s, share of time waiting for the disk, ETA."""
 
@@ -70,17 +96,7 @@ class HarvestProgress:
         self.context_bytes = context_bytes
         self.start = time.perf_counter()
         self.wait_seconds = 0.0
-        self._bar = tqdm(
-            total=contexts * seq_len,
-            initial=self.done_before * seq_len,
-            unit="tok",
-            unit_scale=True,
-            desc="harvest",
-            disable=not world.is_main,
-            # In a log file a line every half minute; on a terminal ten a second would be no use either.
-            mininterval=0.5 if sys.stderr.isatty() else 30,
-            dynamic_ncols=True,
-        )
+        self._bar = token_bar("harvest", contexts * seq_len, initial=self.done_before * seq_len, show=world.is_main)
 
     def advance(self, contexts: int, wait_seconds: float) -> None:
         """Count `contexts` just computed by this rank, which has waited `wait_seconds` for the disk so far."""

@@ -49,7 +49,13 @@ def export(checkpoint: Path, folder: Path) -> None:
     with torch.device("meta"):
         sae = SAE(SAEConfig.from_dict(state["sae"]))
     sae.to_empty(device="cpu")
-    load_tensors(checkpoint, {f"sae.{name}": tensor for name, tensor in sae.state_dict().items()})
+    learnt = {name for name, _ in sae.named_parameters()} | {"activation.threshold"}
+    averaged = learnt if state.get("export_average") else set()
+    wanted = sae.state_dict()
+    load_tensors(checkpoint, {f"{'ema' if name in averaged else 'sae'}.{name}": wanted[name] for name in wanted})
+    if averaged and sae.config.unit_norm_decoder:  # an average of unit vectors is shorter
+        with torch.no_grad():
+            sae.W_dec.div_(sae.W_dec.norm(dim=1, keepdim=True))
     sae.save_pretrained(folder, state["provenance"])
 
 

@@ -18,8 +18,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import nn
 
-from shared.kernels import encode_topk
-from shared.sae.above import encode_above
+from shared.kernels import encode_threshold, encode_topk
 from shared.sae.straight_through import jump_relu
 
 if TYPE_CHECKING:
@@ -54,6 +53,20 @@ class Activation(nn.Module):
     def dense(self, z_NF: torch.Tensor, b_enc_F: torch.Tensor) -> torch.Tensor:
         """All latents [N, F], differentiable, for the activations that train densely."""
         raise NotImplementedError
+
+
+def encode_above(
+    encoder: Encoder, centred_ND: torch.Tensor, threshold: torch.Tensor | float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """All z above a threshold, a scalar or [F]: values [N, M] in descending order and indices, -1 for padding."""
+    return encode_threshold(
+        centred_ND,
+        encoder.W_enc,
+        encoder.b_enc,
+        threshold,
+        kernels=encoder.kernels,
+        compute_dtype=encoder.compute_dtype,
+    )
 
 
 class TopK(Activation):
@@ -98,8 +111,8 @@ class BatchTopK(Activation):
         """Where the next search for the batch's threshold may begin: saves time, does not change the result."""
 
     def encode(self, encoder: Encoder, centred_ND: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Every z above the learnt threshold, in index order."""
-        return encode_above(centred_ND, encoder.W_enc, encoder.b_enc, self.threshold, kernels=encoder.kernels)
+        """Every z above the learnt threshold, in descending order."""
+        return encode_above(encoder, centred_ND, self.threshold)
 
     @torch.no_grad()
     def learn(self, least: torch.Tensor) -> None:
@@ -113,8 +126,8 @@ class ReLU(Activation):
     penalties = ("l1", "tanh", "tanh_quad")
 
     def encode(self, encoder: Encoder, centred_ND: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """In index order."""
-        return encode_above(centred_ND, encoder.W_enc, encoder.b_enc, 0.0, kernels=encoder.kernels)
+        """In descending order."""
+        return encode_above(encoder, centred_ND, 0.0)
 
     def dense(self, z_NF: torch.Tensor, b_enc_F: torch.Tensor) -> torch.Tensor:
         return torch.relu(z_NF)
@@ -131,8 +144,8 @@ class JumpReLU(Activation):
         self.log_threshold = nn.Parameter(torch.full((num_latents,), math.log(config.threshold_init)))
 
     def encode(self, encoder: Encoder, centred_ND: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """In index order."""
-        return encode_above(centred_ND, encoder.W_enc, encoder.b_enc, self.log_threshold.exp(), kernels=encoder.kernels)
+        """In descending order."""
+        return encode_above(encoder, centred_ND, self.log_threshold.exp())
 
     def dense(self, z_NF: torch.Tensor, b_enc_F: torch.Tensor) -> torch.Tensor:
         return jump_relu(z_NF, self.log_threshold, self.bandwidth)
@@ -152,8 +165,8 @@ class Gated(Activation):
         self.b_mag = nn.Parameter(torch.zeros(num_latents))
 
     def encode(self, encoder: Encoder, centred_ND: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """In index order; a latent whose gate is open and whose magnitude is not positive is padding."""
-        z_NK, indices_NK = encode_above(centred_ND, encoder.W_enc, encoder.b_enc, 0.0, kernels=encoder.kernels)
+        """In descending order of z; a latent whose gate is open and whose magnitude is not positive is padding."""
+        z_NK, indices_NK = encode_above(encoder, centred_ND, 0.0)
         latents_NK = indices_NK.clamp_min(0)
         pull_NK = z_NK - encoder.b_enc[latents_NK]
         values_NK = torch.relu(torch.exp(self.r_mag)[latents_NK] * pull_NK + self.b_mag[latents_NK])

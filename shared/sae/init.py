@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from shared.errors import GranaryError
-from shared.kernels import decode
+from shared.kernels import decode, encode_batchtopk, smallest_kept
 from shared.sae.activations import BatchTopK
 from shared.sae.losses import weighted_square_error
 
@@ -174,9 +174,8 @@ def set_scale(sae: "SAE", sample_MD: torch.Tensor) -> None:
 def _set_threshold(sae: "SAE", sample_MD: torch.Tensor) -> None:
     """BatchTopK's is what keeps k latents per token of the sample."""
     if isinstance(sae.activation, BatchTopK):
-        sae.activation.threshold.zero_()
-        sae.activation.lower_bound = None
-        (found,) = sae.survey([sample_MD], len(sample_MD))
-        assert found.least is not None
-        sae.activation.threshold.copy_(found.least)
-        sae.activation.lower_bound = None
+        assert sae.config.k is not None
+        centred_MD = sae.encoder_input(sample_MD)[0]
+        options = {"kernels": sae.kernels, "compute_dtype": sae.compute_dtype}
+        kept = encode_batchtopk(centred_MD, sae.W_enc, sae.b_enc, sae.config.k, **options)
+        sae.activation.threshold.copy_(smallest_kept(*kept))

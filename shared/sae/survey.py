@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from shared.sae.above import compact, encode_above
-from shared.sae.activations import BatchTopK
+from shared.sae.activations import BatchTopK, encode_above
 from shared.sae.latents import Survey
 from shared.sae.losses import saturated
 
@@ -71,7 +70,7 @@ def _survey_batchtopk(
     most = num_tokens * min(k * config.multi_topk_factor, config.d_latent) if config.multi_topk_weight > 0 else wanted
     lower = MARGIN * float(activation.threshold) if activation.lower_bound is None else activation.lower_bound
     while True:
-        found = [encode_above(centred_ND, sae.W_enc, sae.b_enc, lower, kernels=sae.kernels) for centred_ND in inputs]
+        found = [encode_above(sae, centred_ND, lower) for centred_ND in inputs]
         values_P = torch.cat([values[indices >= 0] for values, indices in found])
         total = torch.tensor(len(values_P), device=values_P.device)
         reduce(total)
@@ -81,8 +80,11 @@ def _survey_batchtopk(
     least = kth_largest(values_P, wanted, reduce)
     least_multi = least if most == wanted else kth_largest(values_P, most, reduce)
     activation.lower_bound = MARGIN * float(least_multi)
-    kept = [compact(values, indices, (indices >= 0) & (values >= least_multi)) for values, indices in found]
-    return [Survey(values, indices, least, least_multi) for values, indices in kept]
+    surveys = []
+    for values, indices in found:  # in descending order: what is kept comes first
+        width = int(((indices >= 0) & (values >= least_multi)).sum(1).max()) if len(values) else 0
+        surveys.append(Survey(values[:, : max(1, width)], indices[:, : max(1, width)], least, least_multi))
+    return surveys
 
 
 def kth_largest(values_P: Tensor, k: int, reduce: Reduce = alone) -> Tensor:

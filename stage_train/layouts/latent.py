@@ -19,9 +19,10 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from shared.errors import GranaryError
 from shared.parallel import World, all_reduce_sum
-from shared.sae import SAE, SAEAdam, SAEConfig, SAELosses
+from shared.sae import SAE, SAEConfig, SAELosses
 from shared.sae.activations import Encoder, TopK
 from shared.sae.latents import Survey
+from shared.sae.optim import SAEMuon, SAEOptimiser
 from shared.sae.part import Part
 from shared.sae.survey import needs_survey
 from stage_train.layouts.replicated import Replicated, gradients, joint_norm, sum_over
@@ -174,6 +175,13 @@ class LatentParallel(Replicated):
         """Keep the rank's own latents."""
         return shard(super().distribute(sae), self.latent_rank, self.latent_group)
 
+    def optimiser(self, sae: SAE, kind: str, lr: float, **options: Any) -> SAEOptimiser:
+        """Of the latents held here."""
+        optimiser = super().optimiser(sae, kind, lr, **options)
+        if isinstance(optimiser, SAEMuon):
+            optimiser.sum_rows = lambda tensor: dist.all_reduce(tensor, group=self.latent_group)
+        return optimiser
+
     def survey(self, sae: SAE, parts: Sequence[Tensor], num_tokens: int, k: int | None) -> list[Survey] | None:
         """Every pair of row and latent is on one rank, so counts of pairs add up over all of them."""
         if not needs_survey(sae, cut=len(parts) > 1 or self.stream_world > 1):
@@ -190,7 +198,7 @@ class LatentParallel(Replicated):
         losses.metrics["l0"] = losses.metrics["l0"] * self.latent
         return losses
 
-    def reduce_gradients(self, optimiser: SAEAdam) -> Tensor:
+    def reduce_gradients(self, optimiser: SAEOptimiser) -> Tensor:
         """Over the data-parallel ranks that hold the same latents."""
         found = gradients(optimiser)
         if self.stream_world > 1:

@@ -11,8 +11,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from shared.parallel import World, all_reduce_sum
-from shared.sae import SAE, SAEAdam, SAEConfig, SAELosses
+from shared.sae import SAE, SAEConfig, SAELosses
 from shared.sae.latents import Survey
+from shared.sae.optim import OPTIMISERS, SAEOptimiser
 from shared.sae.survey import Reduce, alone, needs_survey
 
 # Tensors up to this size share one message.
@@ -48,13 +49,13 @@ class Replicated:
                 dist.broadcast(tensor, src=0)
         return sae
 
-    def optimiser(self, sae: SAE, lr: float, **options: Any) -> SAEAdam:
-        """The optimiser of what is held here; `options` are SAEAdam's."""
-        return SAEAdam(sae, lr, **options)
+    def optimiser(self, sae: SAE, kind: str, lr: float, **options: Any) -> SAEOptimiser:
+        """The optimiser of what is held here; `options` are those of its class in OPTIMISERS."""
+        return OPTIMISERS[kind](sae, lr, **options)
 
     # One step
 
-    def zero_gradients(self, optimiser: SAEAdam) -> None:
+    def zero_gradients(self, optimiser: SAEOptimiser) -> None:
         """Before the first backward of a step."""
         optimiser.zero_grad()
 
@@ -69,7 +70,7 @@ class Replicated:
         """Of some of this rank's rows, the step's last micro-batch or not; `options` are those of ``SAE.losses``."""
         return sae.losses(rows_N_D, dead_R, **options)
 
-    def reduce_gradients(self, optimiser: SAEAdam) -> Tensor:
+    def reduce_gradients(self, optimiser: SAEOptimiser) -> Tensor:
         """Sum every gradient over the ranks that share it, once; returns the norm of the whole SAE's gradient."""
         if self.world.size > 1:
             sum_over(gradients(optimiser))
@@ -97,7 +98,7 @@ class Replicated:
         return dict(tensors)
 
 
-def gradients(optimiser: SAEAdam) -> list[Tensor]:
+def gradients(optimiser: SAEOptimiser) -> list[Tensor]:
     """All gradients, zeros where there is none."""
     found = []
     for parameter in optimiser.parameters.values():

@@ -13,8 +13,9 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from torch.distributed.tensor import DTensor, Shard
 
 from shared.errors import GranaryError
-from shared.parallel import World
-from shared.sae import SAE, SAEAdam, SAELosses
+from shared.parallel import World, all_reduce_sum
+from shared.sae import SAE, SAELosses
+from shared.sae.optim import OPTIMISERS, SAEMuon, SAEOptimiser
 from stage_train.layouts.replicated import Replicated, joint_norm
 
 
@@ -27,7 +28,7 @@ class LocalRows:
         self.rows = {name: parameter.to_local().detach() for name, parameter in self.sharded.items()}
 
     def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
-        """As SAEAdam asks for them."""
+        """As an optimiser asks for them."""
         yield from self.rows.items()
 
 
@@ -57,11 +58,15 @@ class FullySharded(Replicated):
         self._local = LocalRows(sae)
         return sae
 
-    def optimiser(self, sae: SAE, lr: float, **options: Any) -> SAEAdam:
+    def optimiser(self, sae: SAE, kind: str, lr: float, **options: Any) -> SAEOptimiser:
         """Of the rank's own rows."""
-        return SAEAdam(self._local, lr, **options)  # type: ignore[arg-type]
+        assert self._local is not None
+        optimiser = OPTIMISERS[kind](self._local, lr, **options)
+        if isinstance(optimiser, SAEMuon):
+            optimiser.sum_rows = all_reduce_sum
+        return optimiser
 
-    def zero_gradients(self, optimiser: SAEAdam) -> None:
+    def zero_gradients(self, optimiser: SAEOptimiser) -> None:
         """Of the sharded parameters and of their local views."""
         assert self._local is not None
         optimiser.zero_grad()
@@ -74,7 +79,7 @@ class FullySharded(Replicated):
         sae.set_requires_gradient_sync(last)
         return super().losses(sae, rows_N_D, dead_R, last=last, **options)
 
-    def reduce_gradients(self, optimiser: SAEAdam) -> Tensor:
+    def reduce_gradients(self, optimiser: SAEOptimiser) -> Tensor:
         """They are reduced already: hand the local rows to the optimiser."""
         assert self._local is not None
         for name, parameter in self._local.sharded.items():
@@ -84,12 +89,13 @@ class FullySharded(Replicated):
         return joint_norm(found, [])
 
     def as_global(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Moments get the sharding of their parameters."""
+        """Moments and averages get the sharding of their parameters."""
         assert self._local is not None
         seen = {}
         for name, tensor in tensors.items():
-            # optim.first.activation.r_mag: the kind of moment, then the parameter's name
-            parameter = self._local.sharded.get(".".join(name.split(".")[2:])) if name.startswith("optim.") else None
+            # optim.first.activation.r_mag, ema.activation.r_mag
+            prefix = {"optim": 2, "ema": 1}.get(name.partition(".")[0])
+            parameter = self._local.sharded.get(".".join(name.split(".")[prefix:])) if prefix else None
             if parameter is not None:
                 tensor = DTensor.from_local(
                     tensor, self.mesh, [Shard(0)], run_check=False, shape=parameter.shape, stride=parameter.stride()

@@ -62,9 +62,9 @@ def test_no_gradient_along_the_rows_enters_the_moments():
     before = sae.W_dec.detach().clone()
     optimiser = SAEAdam(sae, 1e-3)
     train(sae, optimiser, 1)
-    along = (optimiser.first["W_dec"] * before).sum(1)
-    assert float(along.abs().max()) < 1e-6 * float(optimiser.first["W_dec"].norm(dim=1).max())
-    assert float(optimiser.first["W_dec"].norm()) > 0
+    along = (optimiser.moments["first"]["W_dec"] * before).sum(1)
+    assert float(along.abs().max()) < 1e-6 * float(optimiser.moments["first"]["W_dec"].norm(dim=1).max())
+    assert float(optimiser.moments["first"]["W_dec"].norm()) > 0
 
 
 def test_clip_uses_the_joint_norm():
@@ -76,7 +76,7 @@ def test_clip_uses_the_joint_norm():
     assert true_norm > 0.01
     assert float(optimiser.step()) == pytest.approx(true_norm, rel=1e-5)
     for name in ("W_enc", "b_enc", "b_dec"):
-        torch.testing.assert_close(optimiser.first[name], grads[name] * (0.01 / true_norm))
+        torch.testing.assert_close(optimiser.moments["first"][name], grads[name] * (0.01 / true_norm))
     assert all(parameter.grad is None for parameter in sae.parameters())
 
 
@@ -87,7 +87,7 @@ def test_a_given_norm_replaces_the_local_one():
     grad = sae.W_enc.grad.clone()
     returned = optimiser.step(grad_norm=torch.tensor(4.0))
     assert float(returned) == 4.0
-    torch.testing.assert_close(optimiser.first["W_enc"], grad / 4)
+    torch.testing.assert_close(optimiser.moments["first"]["W_enc"], grad / 4)
 
 
 def test_stopping_and_resuming_gives_the_same_bits():
