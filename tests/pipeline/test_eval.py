@@ -23,6 +23,7 @@ from shared.hookpoint import HookPoint
 from shared.lm import capture, load_causal_lm, model_identity, segment_positions
 from shared.sae import SAE, SAEConfig
 from shared.store import Store, StorePlan
+from tests.foreign import write_saelens
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 D, T, CONTEXTS, VOCAB, BOS = 16, 24, 12, 40, 1
@@ -434,8 +435,10 @@ def bad(world: World, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pat
     """Inputs that do not fit."""
     root = tmp_path_factory.mktemp("bad")
     (root / "empty").mkdir()
+    write_saelens(root / "saelens")
     return {
         "empty": root / "empty",
+        "saelens": root / "saelens",
         "hook": save_sae(root / "hook", plain_sae(8, 2), "layers.2.resid_post"),
         "width": save_sae(root / "width", plain_sae(8, 2, d_model=8)),
         "model": make_model(root / "model", seed=9),
@@ -449,6 +452,7 @@ def bad(world: World, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pat
 WRONG: Sequence[tuple[str, Sequence[str], str]] = (
     ("missing SAE", ["sae=/not/here"], "there is no SAE folder /not/here"),
     ("folder without SAE", ["sae={empty}"], "no SAE in"),
+    ("another project's format", ["sae={saelens}"], "is an SAE in the saelens format: convert it first, python -m"),
     ("glob without match", ["sae={empty}/*"], "no SAE folder matches"),
     ("hook not in the store", ["sae={hook}"], "has no hook layers.2.resid_post"),
     ("width", ["sae={width}"], "reads activations of width 8, but layers.1.resid_post has 16"),

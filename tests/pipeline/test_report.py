@@ -225,9 +225,23 @@ def test_everything_from_data_is_escaped() -> None:
 
 
 def test_identifiers_are_unique_on_a_page() -> None:
-    identifiers = re.findall(r'\bid="([^"]+)"', render(example()))
-    assert identifiers
-    assert len(identifiers) == len(set(identifiers))
+    two_hooks = [example(), example(name="other")]
+    two_hooks[1]["sae"]["hook"] = "layers.1.resid_post"
+    for page in (render(example()), sweep_page(), render_comparison(compare(two_hooks, ["a", "b"]))):
+        identifiers = re.findall(r'\bid="([^"]+)"', page)
+        assert identifiers
+        assert len(identifiers) == len(set(identifiers))
+
+
+def test_a_sweep_page_has_what_the_sweep_is_about() -> None:
+    page = sweep_page()
+    headings = ("Quality against sparsity", "All SAEs", "Latents", "The activations of layers.2.resid_post")
+    assert all(f"<h2>{heading}</h2>" in page for heading in (*headings, "Where it comes from", "Details"))
+    titles = ("FVU against sparsity", "Loss recovered against sparsity", "Firing frequencies", "Decoder directions")
+    assert all(f"<h3>{title}</h3>" in page for title in titles)
+    assert "they differ in d_latent, k" in page
+    assert page.count("ab" * 32) == 6  # the hash of every checkpoint
+    assert "ffffffffffffffff" in page  # and of the store
 
 
 def test_what_was_not_measured_is_left_out() -> None:
