@@ -1,6 +1,7 @@
 """Several evaluations side by side: comparison.json, a page with Pareto fronts, a table."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from stage_eval import page
@@ -100,8 +101,12 @@ def render_comparison(comparison: dict[str, Any]) -> str:
         page.section("All SAEs", comparison_table(rows)),
         page.section("Latents", page.figures(latent_plots(rows))),
         *(
-            page.section(f"The activations of {hook}", page.figures(activation_plots(described)))
-            for hook, described in comparison["activations"].items()
+            page.section(
+                f"The activations of {hook}",
+                # Names, hence identifiers on the page, of their own for each hook.
+                page.figures(replace(plot, name=f"{plot.name}-{index}") for plot in activation_plots(described)),
+            )
+            for index, (hook, described) in enumerate(comparison["activations"].items())
         ),
         page.section("Where it comes from", provenance(comparison)),
         page.section(

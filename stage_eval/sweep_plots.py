@@ -26,7 +26,7 @@ def sweep_plots(rows: Sequence[Row]) -> list[Plot]:
     if all(row["k"] is not None for row in rows):
         costs = [KL, DEAD] if has_losses else [DEAD]
         by_k = [against(rows, "k", metric) for metric in quality]
-        plots = [*by_k, *plots, *(against(rows, "k", metric) for metric in costs)]
+        plots = [*plots, *by_k, *(against(rows, "k", metric) for metric in costs)]
     return plots
 
 

@@ -225,9 +225,23 @@ def test_everything_from_data_is_escaped() -> None:
 
 
 def test_identifiers_are_unique_on_a_page() -> None:
-    identifiers = re.findall(r'\bid="([^"]+)"', render(example()))
-    assert identifiers
-    assert len(identifiers) == len(set(identifiers))
+    two_hooks = [example(), example(name="other")]
+    two_hooks[1]["sae"]["hook"] = "layers.1.resid_post"
+    for page in (render(example()), sweep_page(), render_comparison(compare(two_hooks, ["a", "b"]))):
+        identifiers = re.findall(r'\bid="([^"]+)"', page)
+        assert identifiers
+        assert len(identifiers) == len(set(identifiers))
+
+
+def test_a_sweep_page_has_what_the_sweep_is_about() -> None:
+    page = sweep_page()
+    headings = ("Quality against sparsity", "All SAEs", "Latents", "The activations of layers.2.resid_post")
+    assert all(f"<h2>{heading}</h2>" in page for heading in (*headings, "Where it comes from", "Details"))
+    titles = ("FVU against sparsity", "Loss recovered against sparsity", "Firing frequencies", "Decoder directions")
+    assert all(f"<h3>{title}</h3>" in page for title in titles)
+    assert "they differ in d_latent, k" in page
+    assert page.count("ab" * 32) == 6  # the hash of every checkpoint
+    assert "ffffffffffffffff" in page  # and of the store
 
 
 def test_what_was_not_measured_is_left_out() -> None:
@@ -322,15 +336,25 @@ def test_chromium_draws_it_on_a_phone(tmp_path: Path, kind: str) -> None:
     assert found["requests"] == []
 
 
-def test_chromium_draws_it_light_and_dark(tmp_path: Path) -> None:
-    (tmp_path / "page.html").write_text(render(example()))
+FRAME = """<!doctype html><meta name="color-scheme" content="light dark"><title>frame</title>
+<style>body {{ margin: 0 }}</style>
+<iframe src="page.html" style="width:{width}px;height:{height}px;border:0;display:block"></iframe>"""
+
+
+@pytest.mark.parametrize("width", [1200, 390])
+@pytest.mark.parametrize("kind", ["one", "sweep"])
+def test_chromium_draws_it_light_and_dark(tmp_path: Path, kind: str, width: int) -> None:
+    """Real screenshots, on a desk and on a phone; a window can't be narrower than 500 px, hence the frame."""
+    height = 1600
+    (tmp_path / "page.html").write_text(render(example()) if kind == "one" else sweep_page())
+    (tmp_path / "frame.html").write_text(FRAME.format(width=width, height=height))
     pages = {}
     for name in ("light", "dark"):
-        shot = tmp_path / f"{name}.png"
-        size = ("--window-size=1200,1600", f"--screenshot={shot}")
-        chromium(tmp_path / name, *size, (tmp_path / "page.html").as_uri(), dark=name == "dark")
-        pages[name] = matplotlib.image.imread(shot)[..., :3]
-    assert pages["light"].shape[:2] == (1600, 1200)
+        shot = tmp_path / f"{kind}-{width}-{name}.png"
+        size = (f"--window-size={max(width, 600)},{height}", f"--screenshot={shot}")
+        chromium(tmp_path / name, *size, (tmp_path / "frame.html").as_uri(), dark=name == "dark")
+        pages[name] = matplotlib.image.imread(shot)[:, :width, :3]
+    assert pages["light"].shape[:2] == (height, width)
     assert pages["light"].mean() > 0.8
     assert pages["dark"].mean() < 0.25
     for picture in pages.values():
