@@ -25,7 +25,7 @@ STAGE := $(BIN)/python -m shared.parallel.launch --nnodes=$(NNODES) --nproc-per-
 endif
 
 .PHONY: help setup setup-peers demo harvest train eval sweep check compile-kernels bench clean
-.PHONY: test test-all test-peers test-cluster
+.PHONY: test test-all test-s3 test-peers test-cluster
 
 help: ## this list
 	@echo 'usage: make TARGET [ARGS="key=value ..."] [NPROC=processes] [NNODES=machines RDZV=host:port]'
@@ -70,7 +70,8 @@ sweep: setup ## train and compare K=8,16 x EXPANSION=4,8 on the store of runs/NA
 	@$(STAGE) stage_eval name=$(NAME) 'sae.path="runs/$(NAME)/sweep/*"'
 
 # Two workers, one thread each: most tests wait for imports of processes they start.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
+PYTEST_ALONE := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
+PYTEST := $(PYTEST_ALONE) -n 2 --dist loadfile
 
 test: setup ## the default tests
 	@$(PYTEST) -m "not slow and not gpu and not s3 and not cluster and not peers"
@@ -87,6 +88,12 @@ test-cluster: setup ## harvest, train and eval as jobs of a real Slurm, which is
 	@command -v slurmctld > /dev/null || { apt-get update -qq && apt-get install -qq -y slurm-wlm munge > /dev/null; }
 	@tests/servers/slurm_up.sh $(SLURM_FOLDER); trap 'tests/servers/slurm_down.sh $(SLURM_FOLDER)' EXIT; \
 	  SLURM_CONF=$(SLURM_FOLDER)/slurm.conf $(BIN)/python -m pytest -q -m cluster tests/cluster
+
+test-s3: setup ## the tests on a real S3 server (Ceph from Debian's packages), which this installs, starts and stops
+	@$(BIN)/python -c 'import obstore, s3fs' 2>/dev/null || $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev,s3]'
+	@tests/servers/s3_install.sh
+	@tests/servers/s3_up.sh
+	@trap tests/servers/s3_down.sh EXIT; $(PYTEST_ALONE) -m s3 tests/s3
 
 check: setup ## lint, types, and composing every config
 	@$(BIN)/ruff check .

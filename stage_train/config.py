@@ -54,6 +54,15 @@ class BufferPlace(Enum):
     device = "device"
 
 
+class OnDamage(Enum):
+    """What to do when a context that is needed fails its checksum, is missing or cut off."""
+
+    stop = "stop"
+    """End the run with one line that names the shard."""
+    skip = "skip"
+    """Leave its tokens out of the batches they belong to; log each shard, count the tokens in the metrics."""
+
+
 class Resume(Enum):
     """What to do with the checkpoints of an earlier run in the same folder."""
 
@@ -129,6 +138,7 @@ class StreamSchema:
     io_threads: int = MISSING
     """Reading threads per process."""
     buffer: BufferPlace = MISSING
+    on_damage: OnDamage = MISSING
 
 
 @dataclass(kw_only=True)
