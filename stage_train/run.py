@@ -14,6 +14,7 @@ import torch
 from omegaconf import OmegaConf
 
 from shared.errors import GranaryError
+from shared.kernels import resolve
 from shared.parallel import World, barrier, init_world, shutdown
 from shared.sae import SAE, SAEConfig
 from shared.store import HookStatistics
@@ -171,7 +172,13 @@ class Run:
     def _make_trainer(self) -> Trainer:
         cfg = self.cfg
         generator = torch.Generator().manual_seed(cfg.seed)
-        sae = SAE(self.sae_config, generator=generator)
+        sae = SAE(
+            self.sae_config, kernels=cfg.compute.kernels, compute_dtype=cfg.compute.dtype, generator=generator
+        )
+        try:
+            resolve(cfg.compute.kernels, torch.empty(0, device=self.world.device))
+        except ValueError as error:
+            raise GranaryError(f"compute.{error}") from None
         if self.start.checkpoint is None:
             sample = sample_tokens(self.data, self.hook, self.d_model, self.read_dtype, SAMPLE_TOKENS, cfg.seed)
             sae.initialise(self.statistics, sample)

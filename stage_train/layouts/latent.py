@@ -79,7 +79,14 @@ class GroupTopK(nn.Module):
         """Values and local indices [N, k]: column j is the token's j-th largest latent where held here, else -1."""
         size, rank = dist.get_world_size(self.group), dist.get_rank(self.group)
         own = min(k, encoder.W_enc.shape[0])
-        values_NK, indices_NK = encode_topk(centred_ND, encoder.W_enc, encoder.b_enc, own, kernels=encoder.kernels)
+        values_NK, indices_NK = encode_topk(
+            centred_ND,
+            encoder.W_enc,
+            encoder.b_enc,
+            own,
+            kernels=encoder.kernels,
+            compute_dtype=encoder.compute_dtype,
+        )
         gathered = [torch.empty_like(values_NK) for _ in range(size)]
         dist.all_gather(gathered, values_NK, group=self.group)
         # Stable: among equal values the lower latent comes first, as in one process.
@@ -96,7 +103,7 @@ class LatentShard(SAE):
     def __init__(self, whole: SAE, rank: int, group: dist.ProcessGroup) -> None:
         """Copies this rank's rows out of `whole`."""
         with torch.device("meta"):
-            super().__init__(whole.config, kernels=whole.kernels)
+            super().__init__(whole.config, kernels=whole.kernels, compute_dtype=whole.compute_dtype)
         self.group = group
         self.activation = GroupTopK(group)  # type: ignore[assignment]
         self.num_dead = 0
