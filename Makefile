@@ -23,7 +23,7 @@ else
 STAGE := $(BIN)/python -m shared.parallel.launch --nnodes=$(NNODES) --nproc-per-node=$(NPROC) $(rendezvous) -m
 endif
 
-.PHONY: help setup demo harvest train eval sweep test test-all check bench compile-kernels clean
+.PHONY: help setup demo harvest train eval sweep test test-all check bench compile-kernels bench-gpu clean
 
 help: ## this list
 	@echo 'usage: make TARGET [ARGS="key=value ..."] [NPROC=processes] [NNODES=machines RDZV=host:port]'
@@ -74,8 +74,12 @@ check: setup ## lint, types, and composing every config
 compile-kernels: setup ## compile every Triton kernel for sm_80 and sm_90 (no GPU needed)
 	@$(BIN)/python -m shared.kernels.compile_check
 
+bench-gpu: setup ## on a GPU: kernel tests, tuned block sizes, the step against its floor -> benchmarks/gpu.md
+	@$(BIN)/python -m pytest -q tests/kernels
+	@$(BIN)/python benchmarks/gpu.py $(ARGS)
+
 bench: setup ## every benchmark, quick form
-	@for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script --quick; done
+	@for script in $$(grep -l -- '"--quick"' benchmarks/*.py); do echo "== $$script"; $(BIN)/python $$script --quick; done
 
 clean: ## remove the virtual environment and caches (runs/ stays)
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

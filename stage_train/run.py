@@ -172,9 +172,7 @@ class Run:
     def _make_trainer(self) -> Trainer:
         cfg = self.cfg
         generator = torch.Generator().manual_seed(cfg.seed)
-        sae = SAE(
-            self.sae_config, kernels=cfg.compute.kernels, compute_dtype=cfg.compute.dtype, generator=generator
-        )
+        sae = SAE(self.sae_config, kernels=cfg.compute.kernels, compute_dtype=cfg.compute.dtype, generator=generator)
         try:
             resolve(cfg.compute.kernels, torch.empty(0, device=self.world.device))
         except ValueError as error:
