@@ -75,8 +75,8 @@ compile-kernels: setup ## compile every Triton kernel for sm_80 and sm_90 (no GP
 	@$(BIN)/python -m shared.kernels.compile_check
 
 bench-gpu: setup ## on a GPU: kernel tests, tuned block sizes, the step against its floor -> benchmarks/gpu.md
-	@$(BIN)/python -m pytest -q tests/kernels
-	@$(BIN)/python benchmarks/gpu.py $(ARGS)
+	@status=0; $(BIN)/python -m pytest -q tests/kernels -k triton || status=$$?; \
+	  $(BIN)/python benchmarks/gpu.py $(ARGS); exit $$status
 
 bench: setup ## every benchmark, quick form
 	@for script in $$(grep -l -- '"--quick"' benchmarks/*.py); do echo "== $$script"; $(BIN)/python $$script --quick; done

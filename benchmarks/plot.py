@@ -1,6 +1,6 @@
 """Draw the newest training-step records of benchmarks/results.csv: seconds and peak memory per provider and shape.
 
-    python benchmarks/plot.py [--quick] [--figure docs/images/step.png]
+python benchmarks/plot.py [--quick] [--figure docs/images/step.png]
 """
 
 import argparse
@@ -65,7 +65,8 @@ def main() -> None:
     shapes = newest(rows, machine)
     if not options.quick:
         draw(shapes, machine, options.figure)
-    print(json.dumps({shape: {name: float(row["p50_s"]) for name, row in rows.items()} for shape, rows in shapes.items()}))
+    medians = {shape: {name: float(row["p50_s"]) for name, row in rows.items()} for shape, rows in shapes.items()}
+    print(json.dumps(medians))
 
 
 if __name__ == "__main__":
