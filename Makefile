@@ -24,7 +24,7 @@ else
 STAGE := $(BIN)/python -m shared.parallel.launch --nnodes=$(NNODES) --nproc-per-node=$(NPROC) $(rendezvous) -m
 endif
 
-.PHONY: help setup setup-peers demo harvest train eval sweep check compile-kernels bench clean
+.PHONY: help setup setup-peers demo harvest train eval sweep check compile-kernels bench bench-gpu clean
 .PHONY: test test-all test-s3 test-peers test-cluster
 
 help: ## this list
@@ -104,8 +104,12 @@ check: setup ## lint, types, and composing every config
 compile-kernels: setup ## compile every Triton kernel for sm_80 and sm_90 (no GPU needed)
 	@$(BIN)/python -m shared.kernels.compile_check
 
+bench-gpu: setup ## on a GPU: kernel tests, tuned block sizes, the step against its floor -> benchmarks/gpu.md
+	@status=0; $(BIN)/python -m pytest -q tests/kernels -k triton || status=$$?; \
+	  $(BIN)/python benchmarks/gpu.py $(ARGS); exit $$status
+
 bench: setup ## every benchmark, quick form
-	@for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script --quick; done
+	@for script in $$(grep -l -- '"--quick"' benchmarks/*.py); do echo "== $$script"; $(BIN)/python $$script --quick; done
 
 clean: ## remove the virtual environment and caches (runs/ stays)
 	rm -rf $(VENV) $(VENV_PEERS) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -171,6 +171,17 @@ class OptimSchema:
 
 
 @dataclass(kw_only=True)
+class ComputeSchema:
+    """How a step is computed. See docs/kernels.md."""
+
+    kernels: str = MISSING
+    """auto (triton on a GPU, torch on a CPU), triton, torch, or reference (dense, slow). The results differ by rounding
+    alone."""
+    dtype: str = MISSING
+    """Type of the matrix products: float32 or bfloat16. Weights, moments and the selection are float32 in either."""
+
+
+@dataclass(kw_only=True)
 class ScheduleSchema:
     """Group ``schedule``: how long, and the learning rate along the way."""
 
@@ -251,6 +262,7 @@ class TrainSchema:
     store: StoreInput = field(default_factory=StoreInput)
     sae: SAESchema = field(default_factory=SAESchema)
     optim: OptimSchema = field(default_factory=OptimSchema)
+    compute: ComputeSchema = field(default_factory=ComputeSchema)
     schedule: ScheduleSchema = field(default_factory=ScheduleSchema)
     stream: StreamSchema = field(default_factory=StreamSchema)
     parallel: ParallelSchema = field(default_factory=ParallelSchema)

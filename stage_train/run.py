@@ -15,6 +15,7 @@ import torch
 from omegaconf import OmegaConf
 
 from shared.errors import GranaryError
+from shared.kernels import resolve
 from shared.parallel import World, barrier, init_world, shutdown, telling_lost_contact
 from shared.sae import SAE, SAEConfig
 from shared.sae.optimisers import OPTIMISERS
@@ -231,7 +232,11 @@ class Run:
     def _make_trainer(self) -> Trainer:
         cfg = self.cfg
         generator = torch.Generator().manual_seed(cfg.seed)
-        sae = SAE(self.sae_config, generator=generator)
+        sae = SAE(self.sae_config, kernels=cfg.compute.kernels, compute_dtype=cfg.compute.dtype, generator=generator)
+        try:
+            resolve(cfg.compute.kernels, torch.empty(0, device=self.world.device))
+        except ValueError as error:
+            raise GranaryError(f"compute.{error}") from None
         if self.start.checkpoint is None:
             sample = sample_tokens(
                 self.data,
