@@ -7,6 +7,7 @@ prepares the tokens, prints, and finishes the store.
 import itertools
 import json
 import logging
+import time
 
 import torch
 
@@ -17,10 +18,12 @@ from shared.store import Store, free_bytes, layout
 from shared.store.objectio import open_io
 from stage_harvest.ahead import Room
 from stage_harvest.config import HarvestSchema
+from stage_harvest.encode import TextEncoder, default_workers
 from stage_harvest.forward import ShardForward
+from stage_harvest.heartbeat import Heartbeat
 from stage_harvest.mesh import Place, check_mesh, take_place
 from stage_harvest.plan import HarvestJob, announce, check_length, human_bytes, next_command, staging_dtype
-from stage_harvest.progress import Board, HarvestProgress
+from stage_harvest.progress import Board, HarvestProgress, human_time, tokenise_bar
 from stage_harvest.spool import Spool
 from stage_harvest.tokenise import token_documents
 from stage_harvest.writer import BackgroundWriter
@@ -31,7 +34,12 @@ log = logging.getLogger(__name__)
 def harvest(cfg: HarvestSchema) -> None:
     """Run the whole stage; raises GranaryError for every wrong input before anything is written."""
     world = init_world(cfg.device.name, cfg.device.threads)
-    board = Board(world)
+    with Heartbeat(world):
+        run(cfg, world, Board(world))
+
+
+def run(cfg: HarvestSchema, world: World, board: Board) -> None:
+    """This rank's part of the stage."""
     if world.is_main:
         check_mesh(world, cfg.tensor_parallel)
         # The other ranks wait below: a wrong input is reported once, and they end with this rank.
@@ -65,9 +73,8 @@ def prepare(job: HarvestJob, world: World) -> Store | None:
         announce(job, job.store_plan(cfg.corpus.contexts), committed=0, device=world.device, free=free)
         if cfg.dry_run:
             return None
-    with Spool(cfg.packing.seq_len, cfg.spool_dir) as spool:
-        ids = token_documents(job.corpus, cfg.corpus, cfg.seed, job.tokenizer, job.config.vocab_size)
-        spool.fill(itertools.islice(job.packer.pack(ids), cfg.corpus.contexts))
+    with Spool(cfg.packing.seq_len, cfg.spool_dir, cfg.store.url) as spool:
+        pack_corpus(job, spool)
         check_length(job, spool.num_contexts)
         plan = job.store_plan(spool.num_contexts)
         if cfg.corpus.contexts is None:
@@ -76,6 +83,22 @@ def prepare(job: HarvestJob, world: World) -> Store | None:
                 return None
         tokens, mask, segments = (spool.array(name) for name in ("tokens", "mask", "segments"))
         return Store.create(cfg.store.url, plan, tokens, mask, segments, job.window_bytes)
+
+
+def pack_corpus(job: HarvestJob, spool: Spool) -> None:
+    """Tokenise the corpus in worker processes and pack it into `spool`; says how fast."""
+    cfg = job.cfg
+    workers = default_workers() if cfg.tokenise_workers is None else cfg.tokenise_workers
+    start = time.perf_counter()
+    with TextEncoder(job.tokenizer.backend_tokenizer.to_str(), workers=workers, folder=spool.encoded) as encoder:
+        ids = token_documents(job.corpus, cfg.corpus, cfg.seed, job.tokenizer, job.config.vocab_size, encoder)
+        contexts = itertools.islice(job.packer.pack(ids), cfg.corpus.contexts)
+        spool.fill(tokenise_bar(contexts, cfg.corpus.contexts, cfg.packing.seq_len))
+    if encoder.reused:
+        log.info("%-9s %d batches of documents were tokenised by an earlier run", "resuming", encoder.reused)
+    tokens = spool.num_contexts * cfg.packing.seq_len
+    seconds = time.perf_counter() - start
+    log.info("tokenised %s tokens in %s: %s tokens/s", f"{tokens:,}", human_time(seconds), f"{tokens / seconds:,.0f}")
 
 
 def find_store(url: str) -> Store | None:
@@ -95,8 +118,10 @@ def write_shards(job: HarvestJob, store: Store, pending: list[int], world: World
         board,
         contexts=plan.num_contexts,
         todo=sum(len(store.shard_contexts(shard)) for shard in pending),
+        shard_contexts=plan.shard_contexts,
         seq_len=plan.seq_len,
         context_bytes=sum(plan.context_bytes(hook) for hook in plan.hooks),
+        writers=max(1, min(place.num_replicas, len(pending))),
     )
     try:
         if mine:
@@ -129,6 +154,7 @@ def compute_shards(
         revision=cfg.model.revision,
         attn_implementation=cfg.model.attn_implementation,
         tp_mesh=place.tp_mesh,
+        quantisation=cfg.model.quantisation,
     )
     is_writer = place.part == 0
     room = Room(store)

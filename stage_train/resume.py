@@ -16,6 +16,7 @@ FREE = (
     "checkpoint.",
     "logger.",
     "device.",
+    "compute.kernels",
     "parallel.",
     "optim.micro_batch",
     "stream.prefetch_gib",

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Mapping
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,15 @@ import torch
 from omegaconf import OmegaConf
 
 from shared.errors import GranaryError
-from shared.parallel import World, barrier, init_world, shutdown
+from shared.kernels import resolve
+from shared.parallel import World, barrier, init_world, shutdown, telling_lost_contact
 from shared.sae import SAE, SAEConfig
+from shared.sae.optimisers import OPTIMISERS
 from shared.store import HookStatistics
+from stage_train.average import WeightAverage
 from stage_train.checkpoint import Checkpoints, read_state
-from stage_train.config import BufferPlace, OnDamage, Resume, TrainSchema
-from stage_train.control import StopRequest, lost_contact
+from stage_train.config import BufferPlace, OnDamage, OptimSchema, Resume, TrainSchema
+from stage_train.control import StopRequest
 from stage_train.curves import draw_curves
 from stage_train.export import export, is_exported, provenance, run_id
 from stage_train.frozen import FrozenStore, choose_hook, combined_statistics, freeze, refreeze
@@ -28,11 +32,12 @@ from stage_train.loggers import make_loggers
 from stage_train.outliers import drop_outliers
 from stage_train.progress import ProgressBar
 from stage_train.resume import check_same_run, identity
-from stage_train.schedule import LearningRate, length_in_steps
+from stage_train.schedule import LatentsPerToken, LearningRate, PenaltyScale, automatic_rate, length_in_steps
+from stage_train.spikes import SpikeGuard
 from stage_train.stream import StreamOrder, TokenStream, TrainingData
 from stage_train.stream.length import stream_length
 from stage_train.stream.sample import sample_tokens
-from stage_train.trainer import Trainer
+from stage_train.trainer import Schedules, Trainer
 from stage_train.windowed import StoppedWaiting, windowed
 
 log = logging.getLogger(__name__)
@@ -45,12 +50,8 @@ GIB = 1 << 30
 def main(cfg: TrainSchema) -> None:
     """Train one SAE as `cfg` says, or continue where an earlier run of the same configuration stopped."""
     world = init_world(cfg.device.name, cfg.device.threads)
-    try:
+    with telling_lost_contact():
         Run(cfg, world).execute()
-    except RuntimeError as error:
-        if world.size > 1 and lost_contact(error):
-            raise GranaryError("another process of this run has ended: its own message says why") from error
-        raise
     shutdown()
 
 
@@ -66,6 +67,23 @@ class Start:
 def quoted(value: str) -> str:
     """A value as Hydra and the shell take it, commas and equal signs included."""
     return value if re.fullmatch(r"[\w./:-]+", value) else f"'\"{value}\"'"
+
+
+def optimiser_options(cfg: OptimSchema) -> dict[str, Any]:
+    """Arguments of the class; raises GranaryError for a value that it does not take, or lacks."""
+    given = {
+        "betas": None if cfg.beta1 is None or cfg.beta2 is None else (cfg.beta1, cfg.beta2),
+        "eps": cfg.eps,
+        "momentum": cfg.momentum,
+        "moments": None if cfg.moments is None else cfg.moments.value,
+    }
+    taken = signature(OPTIMISERS[cfg.kind.value]).parameters
+    for name, value in given.items():
+        key = "beta1 and optim.beta2" if name == "betas" else name
+        if (value is not None) != (name in taken):
+            need = "needs a value for" if name in taken else "has no"
+            raise GranaryError(f"optim.kind={cfg.kind.value} {need} optim.{key}: begin from optim={cfg.kind.value}")
+    return {name: value for name, value in given.items() if value is not None} | {"clip_norm": cfg.clip_norm}
 
 
 class Run:
@@ -105,12 +123,43 @@ class Run:
         )
         self.length = stream_length(self.data, self.order, tokens=cfg.schedule.tokens, epochs=cfg.schedule.epochs)
         self.rate = LearningRate(
-            peak=cfg.optim.lr,
+            peak=self._peak_rate(),
             total_steps=self.length.steps,
             warmup_steps=length_in_steps(cfg.schedule.warmup, self.length.steps, "schedule.warmup"),
             decay_steps=length_in_steps(cfg.schedule.decay, self.length.steps, "schedule.decay"),
             shape=cfg.schedule.shape.value,
             final=cfg.schedule.final,
+        )
+        self.k = self._k_schedule()
+        warmup = length_in_steps(cfg.schedule.penalty_warmup, self.length.steps, "schedule.penalty_warmup")
+        self.penalty = PenaltyScale(warmup_steps=warmup)
+
+    def _peak_rate(self) -> float:
+        """The number, or what ``auto`` stands for."""
+        lr = self.cfg.optim.lr
+        if lr == "auto":
+            return automatic_rate(self.sae_config.d_latent)
+        if isinstance(lr, str):
+            raise GranaryError(f"optim.lr={lr}: give a number, or auto for 2e-4 / sqrt(F / 2^14)")
+        return lr
+
+    def _k_schedule(self) -> LatentsPerToken | None:
+        """None where k is the config's all along."""
+        cfg, sae = self.cfg.schedule, self.sae_config
+        if cfg.k_start is None:
+            return None
+        if sae.k is None:
+            raise GranaryError(
+                f"schedule.k_start={cfg.k_start} with sae.activation={sae.activation}: it has no k; set it to null"
+            )
+        if cfg.k_start > sae.d_latent:
+            raise GranaryError(f"schedule.k_start={cfg.k_start} is more than the {sae.d_latent} latents: lower it")
+        return LatentsPerToken(
+            start=cfg.k_start,
+            end=sae.k,
+            cold_steps=length_in_steps(cfg.k_cold, self.length.steps, "schedule.k_cold"),
+            warmup_steps=length_in_steps(cfg.k_warmup, self.length.steps, "schedule.k_warmup"),
+            shape=cfg.k_shape.value,
         )
 
     def execute(self) -> None:
@@ -183,7 +232,11 @@ class Run:
     def _make_trainer(self) -> Trainer:
         cfg = self.cfg
         generator = torch.Generator().manual_seed(cfg.seed)
-        sae = SAE(self.sae_config, generator=generator)
+        sae = SAE(self.sae_config, kernels=cfg.compute.kernels, compute_dtype=cfg.compute.dtype, generator=generator)
+        try:
+            resolve(cfg.compute.kernels, torch.empty(0, device=self.world.device))
+        except ValueError as error:
+            raise GranaryError(f"compute.{error}") from None
         if self.start.checkpoint is None:
             sample = sample_tokens(
                 self.data,
@@ -196,13 +249,13 @@ class Run:
             )
             sae.initialise(self.statistics, sample)
         sae = self.layout.distribute(sae.to(self.world.device))
-        optimiser = self.layout.optimiser(
-            sae,
-            cfg.optim.lr,
-            betas=(cfg.optim.beta1, cfg.optim.beta2),
-            eps=cfg.optim.eps,
-            clip_norm=cfg.optim.clip_norm,
-        )
+        optimiser = self.layout.optimiser(sae, cfg.optim.kind.value, self.rate.peak, **optimiser_options(cfg.optim))
+        average = None
+        if cfg.optim.ema_decay is not None:
+            followed = {**optimiser.parameters, **self._learnt_buffers(sae)}
+            average = WeightAverage(followed, cfg.optim.ema_decay)
+        elif cfg.optim.ema_export:
+            raise GranaryError("optim.ema_export=true needs optim.ema_decay, such as 0.999")
         stream = TokenStream(
             self.data,
             {self.hook: (self.d_model, self.read_dtype)},
@@ -216,7 +269,21 @@ class Run:
             skip_damaged=cfg.stream.on_damage is OnDamage.skip,
         )
         stream.stop_at(*self.length.end)
-        return Trainer(sae, optimiser, self.rate, stream, self.hook, self.layout, micro_batch=cfg.optim.micro_batch)
+        return Trainer(
+            sae,
+            optimiser,
+            Schedules(self.rate, self.k, self.penalty),
+            stream,
+            self.hook,
+            self.layout,
+            micro_batch=cfg.optim.micro_batch,
+            average=average,
+            guard=None if cfg.optim.spike_factor is None else SpikeGuard(cfg.optim.spike_factor),
+        )
+
+    def _learnt_buffers(self, sae: SAE) -> dict[str, torch.Tensor]:
+        """What is learnt beside the parameters: batchtopk's threshold."""
+        return {name: buffer for name, buffer in sae.named_buffers() if name.startswith("activation.")}
 
     def _pool_device(self) -> torch.device:
         """Where contexts are mixed: on the GPU where it is asked for, or where they fit easily."""
@@ -249,7 +316,11 @@ class Run:
             self.data.seq_len,
         )
         log.info(
-            "SAE: %s, k %d, %s latents, %s parameters", sae.activation, sae.k, f"{sae.d_latent:,}", f"{parameters:,}"
+            "SAE: %s, %s, %s latents, %s parameters",
+            sae.activation,
+            f"k {sae.k}" if sae.k else f"penalty {sae.penalty} {sae.penalty_weight:g}",
+            f"{sae.d_latent:,}",
+            f"{parameters:,}",
         )
         log.info(
             "run: %s steps of %s tokens, %s in all (%.2f epochs) on %d x %s",
@@ -343,6 +414,7 @@ class Run:
             "stores": [part.record() for part in self.start.stores],
             "world": self.world.size,
             "sae": self.sae_config.to_dict(),
+            "export_average": self.cfg.optim.ema_export,
             "provenance": provenance(
                 self.start.stores, self.hook, self.identity, trainer.progress.step, trainer.progress.tokens
             ),

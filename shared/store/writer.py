@@ -232,7 +232,7 @@ class ShardWriter:
                 convert(source[block], scratch[: len(chosen)])
                 values_HNE = scratch[: len(chosen)].numpy()[None]
             squared_norms.append(self._add(statistics, values_HNE, source[block], chosen, hook, context, start))
-        statistics.norms.add(np.concatenate(squared_norms))
+        statistics.norms.add(np.concatenate(squared_norms), np.flatnonzero(mask))
         return statistics
 
     def _add(
@@ -284,7 +284,7 @@ class ShardWriter:
                 statistics.norms.squared_error += _squared_error(offered_ND, values_ND, chosen, scratch[1])
             values_1ND = values_ND.numpy()[None]
             squared_norms.append(self._add(statistics, values_1ND, source[block], chosen, hook, context, start))
-        statistics.norms.add(np.concatenate(squared_norms))
+        statistics.norms.add(np.concatenate(squared_norms), np.flatnonzero(mask))
         chunks = encode_chunks(bits_of(stored_TD), self.plan.chunk_rows, self.plan.codec)
         scale_chunks = []
         if scale_TG is not None:

@@ -45,13 +45,15 @@ def kernels(request, monkeypatch):
     if request.param == "triton":
         if not HAS_TRITON:
             pytest.skip("triton is not installed")
+        from shared.kernels.encode_threshold import triton as threshold
         from shared.kernels.encode_topk import triton as encode
         from shared.kernels.row_grad import triton as grad
 
         monkeypatch.setattr(torch, "empty", poisoned_empty)
         if DEVICE == "cpu":
             monkeypatch.setattr(encode, "BLOCK_COLUMNS", 32)
+            monkeypatch.setattr(threshold, "BLOCK_COLUMNS", 32)
             monkeypatch.setattr(encode, "SMALLEST_TILE", 48)
-            monkeypatch.setattr(encode, "WORKSPACE_BYTES", 0)
+            monkeypatch.setattr(encode, "WORKSPACE_MB", 0)
             monkeypatch.setattr(grad, "SUM_BLOCK_P", 8)
     return request.param

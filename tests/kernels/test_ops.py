@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from shared.kernels import PairOrder, decode, dot_picks, encode_topk, latent_sum, row_grad, row_update
-from shared.kernels.encode_topk import cpu as encode_cpu
+from shared.kernels.encode_topk import candidates
 from shared.kernels.row_update import cpu as update_cpu
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -64,10 +64,37 @@ def test_encode_topk(rng, kernels, shape, dtype, bias):
 def test_encode_topk_in_row_tiles_equals_one_tile(rng, monkeypatch):
     x, W, b = integers(rng, 23, 8), integers(rng, 50, 8), torch.zeros(50, dtype=torch.float64, device=DEVICE)
     whole = encode_topk(x, W, b, 6, kernels="torch")
-    monkeypatch.setattr(encode_cpu, "TILE_ELEMENTS", 4 * 50 + 7)  # 4 rows at a time, 3 in the last
+    monkeypatch.setattr(candidates, "TILE_ELEMENTS", 4 * 50 + 7)  # 4 rows at a time, 3 in the last
     tiled = encode_topk(x, W, b, 6, kernels="torch")
     assert torch.equal(tiled[0], whole[0])
     assert torch.equal(tiled[1], whole[1])
+
+
+@pytest.mark.parametrize("num_latents", [640, 650])  # 650 is no multiple of the group size
+def test_encode_topk_by_groups_with_many_ties(rng, num_latents):
+    x, W = integers(rng, 9, 3), integers(rng, num_latents, 3)
+    b = torch.zeros(num_latents, dtype=torch.float64, device=DEVICE)
+    expected_values, expected_indices = encode_topk(x, W, b, 11, kernels="reference")
+    values, indices = encode_topk(x, W, b, 11, kernels="torch")
+    assert torch.equal(values, expected_values)
+    assert torch.equal(indices, expected_indices)
+
+
+def test_encode_topk_in_bfloat16_keeps_exact_values(rng, kernels):
+    x, W = torch.randn(4, 48, generator=rng).to(DEVICE), torch.randn(90, 48, generator=rng).to(DEVICE)
+    b = torch.randn(90, generator=rng).to(DEVICE)
+    expected_values, expected_indices = encode_topk(x, W, b, 8, kernels="reference")
+    values, indices = encode_topk(x, W, b, 8, kernels=kernels, compute_dtype="bfloat16")
+    if kernels == "torch":  # nominates in bfloat16, decides in float32
+        torch.testing.assert_close(values, expected_values)
+        assert torch.equal(indices, expected_indices)
+    else:
+        torch.testing.assert_close(values, expected_values, rtol=2e-2, atol=5e-2)
+
+
+def test_encode_topk_refuses_an_unknown_compute_dtype():
+    with pytest.raises(ValueError, match="compute_dtype='float8'"):
+        encode_topk(torch.ones(2, 3), torch.ones(8, 3), torch.zeros(8), 2, compute_dtype="float8")
 
 
 def one_row(column, k, kernels):

@@ -196,6 +196,21 @@ def test_wrong_width_is_refused():
         make_sae().encode(torch.randn(3, 12))
 
 
+@pytest.mark.parametrize("choice", [{"kernels": "cuda"}, {"compute_dtype": "fp8"}])
+def test_unknown_ways_to_compute_are_refused(choice):
+    with pytest.raises(GranaryError, match="choose from"):
+        SAE(SAEConfig(d_model=4, d_latent=8, k=2), **choice)
+
+
+def test_bfloat16_compute_reconstructs_as_float32():
+    x = data()
+    sae = make_sae()
+    sae.initialise(statistics(x), x)
+    exact = sae(x).x_hat
+    sae.compute_dtype = "bfloat16"
+    torch.testing.assert_close(sae(x).x_hat, exact)
+
+
 def test_constant_data_is_refused():
     with pytest.raises(GranaryError, match="nothing to reconstruct"):
         make_sae().initialise(None, torch.ones(5, 10))

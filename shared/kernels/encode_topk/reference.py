@@ -3,7 +3,9 @@
 import torch
 
 
-def encode_topk(x_ND: torch.Tensor, W_FD: torch.Tensor, b_F: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+def encode_topk(
+    x_ND: torch.Tensor, W_FD: torch.Tensor, b_F: torch.Tensor, k: int, compute_dtype: str
+) -> tuple[torch.Tensor, torch.Tensor]:
     """See ``shared.kernels.encode_topk.encode_topk``."""
     z_NF = torch.relu(x_ND @ W_FD.T + b_F)
     values_NF, indices_NF = torch.sort(z_NF, dim=1, descending=True, stable=True)  # stable: lowest index wins a tie

@@ -10,12 +10,16 @@ order by value and, for equal values, lowest index first; no two keys are equal.
 bit, by counting: a loop of 63 reductions in place of a sort, whose unrolled code is a hundred times larger.
 """
 
+from collections.abc import Iterator
+
 import torch
 import triton
 import triton.language as tl
 
-# Bytes of the workspace for one tile of pre-activations.
-WORKSPACE_BYTES = 1 << 28
+from shared.kernels.tuning import tuned
+
+# Size of the workspace for one tile of pre-activations: about a GPU's L2, where the selection then finds it.
+WORKSPACE_MB = 64
 BLOCK_COLUMNS = 1024
 SMALLEST_TILE = 1024
 RANK_BLOCK = 16
@@ -114,9 +118,14 @@ def _unpack(
     tl.store(indices_ptr + row * k + rank, indices, mask=slots < k)
 
 
-def capacity_for(k: int) -> int:
+def config_for(d_model: int) -> dict[str, int]:
+    """Size of the workspace, and columns of one step of ``_select``."""
+    return tuned("encode_topk", d_model, {"WORKSPACE_MB": WORKSPACE_MB, "BLOCK": BLOCK_COLUMNS})
+
+
+def capacity_for(k: int, block: int) -> int:
     """Slots of a row's candidate buffer: k survivors and one block of newcomers, a power of two."""
-    capacity: int = triton.next_power_of_2(k + BLOCK_COLUMNS)
+    capacity: int = triton.next_power_of_2(k + block)
     return capacity
 
 
@@ -125,32 +134,50 @@ def num_warps_for(capacity: int) -> int:
     return min(16, max(4, capacity // 512))
 
 
-def encode_topk(x_ND: torch.Tensor, W_FD: torch.Tensor, b_F: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+def encode_topk(
+    x_ND: torch.Tensor, W_FD: torch.Tensor, b_F: torch.Tensor, k: int, compute_dtype: str
+) -> tuple[torch.Tensor, torch.Tensor]:
     """See ``shared.kernels.encode_topk.encode_topk``. Values are float32 whatever the inputs' type."""
-    num_rows, num_latents = x_ND.shape[0], W_FD.shape[0]
-    capacity, device = capacity_for(k), x_ND.device
+    num_rows, device = x_ND.shape[0], x_ND.device
+    block = config_for(x_ND.shape[1])["BLOCK"]
+    capacity = capacity_for(k, block)
     options = {"CAPACITY": capacity, "num_warps": num_warps_for(capacity)}
     keys = torch.empty(num_rows, capacity, dtype=torch.int64, device=device)
     count = torch.zeros(num_rows, dtype=torch.int32, device=device)
     bar = torch.zeros(num_rows, dtype=torch.float32, device=device)
     values_NK = torch.empty(num_rows, k, dtype=torch.float32, device=device)
     indices_NK = torch.empty(num_rows, k, dtype=torch.int64, device=device)
-    if num_rows == 0:
-        return values_NK, indices_NK
-    tile = min(num_latents, max(SMALLEST_TILE, WORKSPACE_BYTES // (4 * num_rows) // 128 * 128))
-    workspace = torch.empty(num_rows * tile, dtype=torch.float32, device=device)
-    for start in range(0, num_latents, tile):
-        stop = min(start + tile, num_latents)
-        z_NC = workspace[: num_rows * (stop - start)].view(num_rows, stop - start)
-        _matmul_float32(x_ND, W_FD[start:stop], z_NC)
+    for columns, z_NC in column_tiles(x_ND, W_FD, compute_dtype):
+        width = z_NC.shape[1]
         _select[(num_rows,)](
-            z_NC, b_F[start:stop], keys, count, bar, stop - start, start, stop - start, k,
-            BLOCK=BLOCK_COLUMNS, **options,
-        )  # fmt: skip
-    _unpack[(num_rows,)](
-        keys, count, values_NK, indices_NK, k, SLOTS=triton.next_power_of_2(k), RANK_BLOCK=RANK_BLOCK, **options
-    )
+            z_NC, b_F[columns], keys, count, bar, width, columns.start, width, k, BLOCK=block, **options
+        )
+    if num_rows:
+        _unpack[(num_rows,)](
+            keys, count, values_NK, indices_NK, k, SLOTS=triton.next_power_of_2(k), RANK_BLOCK=RANK_BLOCK, **options
+        )
     return values_NK, indices_NK
+
+
+def column_tiles(x_ND: torch.Tensor, W_FD: torch.Tensor, compute_dtype: str) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Iterates over (columns, z_NC): a slice of latents and ``x W^T`` [N, C] float32, overwritten by the next one.
+
+    Nothing for no rows. A float32 W is cast to bfloat16 tile by tile, so that no copy of it exists.
+    """
+    num_rows, num_latents = x_ND.shape[0], W_FD.shape[0]
+    if num_rows == 0:
+        return
+    dtype = torch.bfloat16 if compute_dtype == "bfloat16" else x_ND.dtype
+    x_ND = x_ND.to(dtype)
+    workspace_bytes = config_for(x_ND.shape[1])["WORKSPACE_MB"] << 20
+    tile = min(num_latents, max(SMALLEST_TILE, workspace_bytes // (4 * num_rows) // 128 * 128))
+    workspace = torch.empty(num_rows * tile, dtype=torch.float32, device=x_ND.device)
+    for start in range(0, num_latents, tile):
+        columns = slice(start, min(start + tile, num_latents))
+        width = columns.stop - start
+        z_NC = workspace[: num_rows * width].view(num_rows, width)
+        _matmul_float32(x_ND, W_FD[columns].to(dtype), z_NC)
+        yield columns, z_NC
 
 
 def _matmul_float32(x_ND: torch.Tensor, W_CD: torch.Tensor, out_NC: torch.Tensor) -> None:

@@ -1,0 +1,141 @@
+"""Seconds and memory of one SAE training step on a CPU, ours beside the encoder's matrix product and the peers.
+
+    python benchmarks/step.py --shape a --peers-python /path/to/peers/bin/python
+    python benchmarks/step.py --quick
+
+Every contender runs in its own process on the same data and is stepped in turn, so that a slow minute of the machine
+falls on all of them; medians are over rounds. Peers live in an environment of their own, made with
+``pip install -r benchmarks/requirements-peers.txt``. Appends to benchmarks/results.csv with --record; the last line
+printed is one JSON object.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from records import RESULTS, Record, append, processor
+from step_providers import PACKAGES, PEERS, SHAPES, Shape
+
+HERE = Path(__file__).resolve().parent
+
+
+class Contender:
+    """A worker process and the times of its steps."""
+
+    def __init__(self, name: str, python: str, shape: Shape, threads: int) -> None:
+        numbers = [shape.d_model, shape.d_latent, shape.k, shape.batch, threads]
+        command = [python, str(HERE / "step_worker.py"), name, *map(str, numbers)]
+        environment = os.environ | {"OMP_NUM_THREADS": str(threads), "TRANSFORMERS_VERBOSITY": "error"}
+        self.name = name
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+        )
+        self.seconds: list[float] = []
+        self.peak: dict[str, Any] = {}
+
+    def ask(self, question: str) -> dict[str, Any]:
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        try:
+            self.process.stdin.write(question + "\n")
+            self.process.stdin.flush()
+            line = self.process.stdout.readline()
+        except BrokenPipeError:
+            line = ""
+        if not line:
+            assert self.process.stderr is not None
+            raise SystemExit(f"{self.name} failed:\n{self.process.stderr.read()[-2000:]}")
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+    def finish(self) -> None:
+        self.peak = self.ask("peak")
+        self.process.communicate()
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+
+def race(names: list[str], shape: Shape, rounds: int, threads: int, peers_python: str) -> list[Contender]:
+    """Step all contenders in turn; the first step of each is not counted."""
+    contenders = [Contender(n, peers_python if n in PEERS else sys.executable, shape, threads) for n in names]
+    for contender in contenders:
+        contender.ask("step")
+    for _ in range(rounds):
+        for contender in contenders:
+            contender.seconds.append(contender.ask("step")["seconds"])
+    for contender in contenders:
+        contender.finish()
+    return contenders
+
+
+def peer_versions(python: str) -> dict[str, str]:
+    """Installed peers of an environment, by provider name."""
+    script = (
+        "import importlib.metadata as m, json\n"
+        f"found = {{}}\nfor name, package in {PACKAGES!r}.items():\n"
+        "    try: found[name] = m.version(package)\n"
+        "    except m.PackageNotFoundError: pass\n"
+        "print(json.dumps(found))"
+    )
+    found: dict[str, str] = json.loads(subprocess.run([python, "-c", script], capture_output=True, check=True).stdout)
+    return found
+
+
+def record(contenders: list[Contender], shape: Shape, threads: int, versions: dict[str, str]) -> None:
+    """Append a row per contender."""
+    records = []
+    for contender in contenders:
+        dtype = "bfloat16" if "bfloat16" in contender.name else "float32"
+        peak_mb = contender.peak["peak_mb"]
+        records.append(Record("step", contender.name, str(shape), dtype, contender.seconds, peak_mb))
+    append(records, processor(), threads, versions)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser.add_argument("--shape", choices=sorted(SHAPES), default="a")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--peers-python", default=sys.executable, help="interpreter of the environment with the peers")
+    parser.add_argument("--only", nargs="*", help="these providers alone")
+    parser.add_argument("--quick", action="store_true", help="a small shape and few rounds, within a minute")
+    parser.add_argument("--record", action="store_true", help=f"append to {RESULTS.name}")
+    options = parser.parse_args()
+    shape = SHAPES["quick" if options.quick else options.shape]
+    rounds = min(options.rounds, 5) if options.quick else options.rounds
+
+    versions = peer_versions(options.peers_python)
+    names = options.only or ["gemm", "granary", "granary-bfloat16", "dense", *versions]
+    contenders = race(names, shape, rounds, options.threads, options.peers_python)
+    by_name = {contender.name: contender for contender in contenders}
+    print(f"{shape}, {options.threads} threads, {processor()}, torch {torch.__version__}; median of {rounds} steps")
+    for contender in contenders:
+        relative = f"{contender.median / by_name['granary'].median:6.2f} x ours" if "granary" in by_name else ""
+        print(f"  {contender.name:20s} {contender.median:8.4f} s  {relative}  peak {contender.peak['peak_mb']:6.0f} MB")
+    if options.record:
+        record(contenders, shape, options.threads, versions)
+    ratios = {}
+    if "granary" in by_name:
+        ours = by_name["granary"].median
+        ratios = {f"{name}/granary": round(c.median / ours, 3) for name, c in by_name.items() if name != "granary"}
+        if "gemm" in by_name:
+            ratios["granary/gemm"] = round(ours / by_name["gemm"].median, 3)
+    print(json.dumps({
+        "shape": str(shape),
+        "seconds": {name: round(contender.median, 4) for name, contender in by_name.items()},
+        "peak_mb": {name: round(contender.peak["peak_mb"]) for name, contender in by_name.items()},
+        "ratios": ratios,
+        "versions": {"torch": torch.__version__, **versions},
+    }))  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,19 @@
+"""``encode_batchtopk`` on a GPU: ``collect_above`` with a bar that rises from tile to tile."""
+
+import torch
+
+from shared.kernels.encode_batchtopk.pool import Pool
+from shared.kernels.encode_threshold.triton import collect_above
+from shared.kernels.encode_topk.triton import column_tiles
+from shared.kernels.ragged import pad_rows
+
+
+def encode_batchtopk(
+    x_ND: torch.Tensor, W_FD: torch.Tensor, b_F: torch.Tensor, k: int, compute_dtype: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See ``shared.kernels.encode_batchtopk.encode_batchtopk``. Values are float32 whatever the inputs' type."""
+    num_rows, num_latents = x_ND.shape[0], W_FD.shape[0]
+    pool = Pool(num_rows * k, num_latents, torch.empty(0, dtype=torch.float32, device=x_ND.device))
+    for columns, z_NC in column_tiles(x_ND, W_FD, compute_dtype):
+        pool.add(*collect_above(z_NC, b_F[columns], pool.bar.expand(z_NC.shape[1]), columns.start, batch=True))
+    return pad_rows(*pool.pairs(), num_rows)

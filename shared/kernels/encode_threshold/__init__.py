@@ -1,0 +1,38 @@
+"""Encoder forward where every latent above a threshold fires: ReLU and JumpReLU, and BatchTopK at inference."""
+
+import torch
+
+from shared.kernels.dispatch import implementation
+from shared.kernels.encode_topk import check_compute_dtype
+
+
+def encode_threshold(
+    x_ND: torch.Tensor,
+    W_FD: torch.Tensor,
+    b_F: torch.Tensor,
+    threshold: float | torch.Tensor,
+    *,
+    kernels: str = "auto",
+    compute_dtype: str = "float32",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """All pairs with ``z = x W^T + b > threshold``. No gradient: see ``shared.kernels.autograd``.
+
+    x_ND [N, D], W_FD [F, D], b_F [F] of one floating type; `threshold` is a number or a tensor [F] (JumpReLU,
+    Rajamanoharan et al. 2024). Returns values [N, M], z itself, in descending order, and indices int64 [N, M]; behind
+    them value 0 and index -1. M is the batch's largest count, at least 1; it is read on the host. Equal values are in
+    index order. The torch and triton forms hold one tile of z at a time, and the pairs that passed.
+
+    compute_dtype bfloat16 runs the matrix product in bfloat16. triton: operands are rounded, sums and comparison stay
+    in float32. torch: the product only nominates the pairs that pass within its rounding (``candidates.margin``); their
+    values are computed in the inputs' type, and compared with the threshold. reference: ignored.
+    Raises ValueError for a threshold of another shape or an unknown compute_dtype.
+    """
+    check_compute_dtype(compute_dtype)
+    if isinstance(threshold, torch.Tensor) and threshold.shape not in (b_F.shape, ()):
+        raise ValueError(
+            f"threshold has shape {tuple(threshold.shape)}: a number or one per latent, {tuple(b_F.shape)}"
+        )
+    threshold_F = torch.as_tensor(threshold, dtype=b_F.dtype, device=b_F.device).detach().expand_as(b_F)
+    return implementation("encode_threshold", kernels, x_ND).encode_threshold(
+        x_ND, W_FD, b_F, threshold_F, compute_dtype
+    )
