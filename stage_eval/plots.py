@@ -13,6 +13,8 @@ from stage_eval.theme import Palette, Plot
 Report = dict[str, Any]
 
 FEWEST = 50
+LEGEND_LETTERS, LEGEND_ROWS = 64, 3
+"""What a legend may take above the axes."""
 NOT_DRAWN = f"Groups of fewer than {FEWEST} tokens are not drawn."
 
 
@@ -180,7 +182,7 @@ def norms_by_position(activations: dict[str, Any]) -> Plot:
         else:
             axes.set_ylim(bottom=0)
         axes.set_ylabel("norm")
-        legend_above(axes, columns=4)
+        legend_above(axes)
 
     apart = f" BOS is not in it: its median norm is {bos['p50']:.3g}." if bos is not None else ""
     return Plot(
@@ -216,7 +218,7 @@ def largest_dimensions(activations: dict[str, Any]) -> Plot:
         axes.grid(visible=False)
         axes.set_ylabel("dimension")
         axes.set_xlabel("largest magnitude")
-        legend_above(axes, columns=2)
+        legend_above(axes)
 
     count = "No dimension exceeds" if not largest["massive"] else f"{largest['massive']} dimensions exceed"
     return Plot(
@@ -280,8 +282,15 @@ def log_line(axes: Axes, points: Sequence[tuple[float, float]], colour: str, by:
         axes.set_xlabel("share of all held-out tokens")
 
 
-def legend_above(axes: Axes, columns: int) -> None:
-    """The legend over the axes, where no curve can run through it."""
+def legend_above(axes: Axes) -> None:
+    """The legend over the axes, where no curve can run through it; within them if it has too many entries for that."""
+    names = axes.get_legend_handles_labels()[1]
+    if not names:
+        return
+    columns = min(4, len(names), max(1, LEGEND_LETTERS // (max(map(len, names)) + 6)))
+    if len(names) > LEGEND_ROWS * columns:
+        axes.legend(loc="best")
+        return
     axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=columns, borderaxespad=0.3, columnspacing=1.2)
 
 

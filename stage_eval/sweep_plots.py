@@ -48,7 +48,7 @@ def frequencies(rows: Sequence[Row]) -> Plot:
         axes.set_ylabel("share of latents")
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: power_of_ten(value)))
         axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-        legend_above(axes, columns=4)
+        legend_above(axes)
 
     return Plot(
         "sweep_frequency",
@@ -68,7 +68,7 @@ def directions(rows: Sequence[Row]) -> Plot:
         axes.set_xlabel("cosine with the nearest other latent")
         axes.set_ylabel("share of latents")
         axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-        legend_above(axes, columns=4)
+        legend_above(axes)
 
     return Plot(
         "sweep_decoder",

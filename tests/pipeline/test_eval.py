@@ -427,7 +427,9 @@ def fails(*arguments: str) -> str:
 def test_a_wrong_input_is_one_line_in_a_process_of_its_own(world: World, tmp_path: Path) -> None:
     done = run_processes(f"run_dir={tmp_path}", "sae=/not/here", f"store.url={world.store}")
     assert done.returncode == 2
-    assert done.stderr == "error: there is no SAE folder /not/here: train one, or give a hub id owner/name\n"
+    # Libraries may complain while they are imported; of ours there is one line.
+    assert done.stderr.endswith("error: there is no SAE folder /not/here: train one, or give a hub id owner/name\n")
+    assert "Traceback" not in done.stderr
 
 
 @pytest.fixture(scope="module")
