@@ -47,9 +47,12 @@ class Contender:
     def ask(self, question: str) -> dict[str, Any]:
         assert self.process.stdin is not None
         assert self.process.stdout is not None
-        self.process.stdin.write(question + "\n")
-        self.process.stdin.flush()
-        line = self.process.stdout.readline()
+        try:
+            self.process.stdin.write(question + "\n")
+            self.process.stdin.flush()
+            line = self.process.stdout.readline()
+        except BrokenPipeError:
+            line = ""
         if not line:
             assert self.process.stderr is not None
             raise SystemExit(f"{self.name} failed:\n{self.process.stderr.read()[-2000:]}")

@@ -19,9 +19,10 @@ from shared.store.objectio import open_io
 from stage_harvest.config import HarvestSchema
 from stage_harvest.encode import TextEncoder, default_workers
 from stage_harvest.forward import ShardForward
+from stage_harvest.heartbeat import Heartbeat
 from stage_harvest.mesh import Place, check_mesh, take_place
 from stage_harvest.plan import HarvestJob, announce, check_length, human_bytes, next_command, staging_dtype
-from stage_harvest.progress import Board, HarvestProgress, tokenise_bar
+from stage_harvest.progress import Board, HarvestProgress, human_time, tokenise_bar
 from stage_harvest.spool import Spool
 from stage_harvest.tokenise import token_documents
 from stage_harvest.writer import BackgroundWriter
@@ -32,7 +33,12 @@ log = logging.getLogger(__name__)
 def harvest(cfg: HarvestSchema) -> None:
     """Run the whole stage; raises GranaryError for every wrong input before anything is written."""
     world = init_world(cfg.device.name, cfg.device.threads)
-    board = Board(world)
+    with Heartbeat(world):
+        run(cfg, world, Board(world))
+
+
+def run(cfg: HarvestSchema, world: World, board: Board) -> None:
+    """This rank's part of the stage."""
     if world.is_main:
         check_mesh(world, cfg.tensor_parallel)
         # The other ranks wait below: a wrong input is reported once, and they end with this rank.
@@ -89,7 +95,7 @@ def pack_corpus(job: HarvestJob, spool: Spool) -> None:
         log.info("%-9s %d batches of documents were tokenised by an earlier run", "resuming", encoder.reused)
     tokens = spool.num_contexts * cfg.packing.seq_len
     seconds = time.perf_counter() - start
-    log.info("%-9s %s tokens in %.1f s: %s tokens/s", "tokenised", f"{tokens:,}", seconds, f"{tokens / seconds:,.0f}")
+    log.info("tokenised %s tokens in %s: %s tokens/s", f"{tokens:,}", human_time(seconds), f"{tokens / seconds:,.0f}")
 
 
 def find_store(url: str) -> Store | None:
@@ -109,8 +115,10 @@ def write_shards(job: HarvestJob, store: Store, pending: list[int], world: World
         board,
         contexts=plan.num_contexts,
         todo=sum(len(store.shard_contexts(shard)) for shard in pending),
+        shard_contexts=plan.shard_contexts,
         seq_len=plan.seq_len,
         context_bytes=sum(plan.context_bytes(hook) for hook in plan.hooks),
+        writers=max(1, min(place.num_replicas, len(pending))),
     )
     try:
         if mine:
@@ -137,6 +145,7 @@ def compute_shards(
         revision=cfg.model.revision,
         attn_implementation=cfg.model.attn_implementation,
         tp_mesh=place.tp_mesh,
+        quantisation=cfg.model.quantisation,
     )
     is_writer = place.part == 0
     forward = ShardForward(

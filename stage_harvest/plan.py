@@ -21,6 +21,7 @@ from shared.lm import (
     load_tokenizer,
     model_identity,
     needed_depth,
+    quantisation_config,
     resolve_model,
     special_ids,
     tokenizer_hash,
@@ -61,6 +62,10 @@ class HarvestJob:
         hooks = hook_points(layers, dict.fromkeys(cfg.hooks.sites), config.num_hidden_layers)
         check_hooks(config, hooks)
         check_tensor_parallel(config, cfg.tensor_parallel)
+        if cfg.model.quantisation is not None:
+            quantisation_config(cfg.model.quantisation)
+            if cfg.tensor_parallel > 1:
+                raise GranaryError("model.quantisation does not go with tensor_parallel: use replicas instead")
         limit = getattr(config, "max_position_embeddings", None)
         if limit is not None and cfg.packing.seq_len > limit:
             raise GranaryError(
@@ -86,6 +91,11 @@ class HarvestJob:
         chosen = self.cfg.batch_contexts
         default = default_batch_contexts(self.cfg.packing.seq_len, self.cfg.store.shard_contexts)
         return default if chosen is None else min(chosen, self.cfg.store.shard_contexts)
+
+    @property
+    def _quantisation(self) -> dict[str, str]:
+        scheme = self.cfg.model.quantisation
+        return {} if scheme is None else {"quantisation": scheme}
 
     @property
     def depth(self) -> tuple[int, bool]:
@@ -121,7 +131,7 @@ class HarvestJob:
             heldout_fraction=cfg.store.heldout_fraction,
             heldout_placement=cfg.store.heldout_placement.value,
             provenance={
-                "model": dict(self.identity),
+                "model": {**self.identity, **self._quantisation},
                 "tokenizer": {"hash": tokenizer_hash(self.tokenizer), "special_ids": self.special.to_dict()},
                 "corpus": {
                     "description": self.corpus.description,
@@ -185,7 +195,8 @@ def announce(job: HarvestJob, plan: StorePlan, *, committed: int, device: torch.
     staging = min(STAGING_SETS, plan.num_shards) * plan.shard_contexts * size
     room = "" if free is None else f" of {human_bytes(free)} free"
     lines = {
-        "model": f"{job.identity['id']}, {job.identity['dtype']} on {device}, {layers} of {total} layers",
+        "model": f"{job.identity['id']}, {job.cfg.model.quantisation or job.identity['dtype']} on {device},"
+        f" {layers} of {total} layers",
         "hooks": f"{', '.join(plan.hooks)}; d_model {job.config.hidden_size}",
         "corpus": job.corpus.description,
         "contexts": f"{plan.num_contexts:,} x {plan.seq_len:,} = {plan.num_contexts * plan.seq_len:,} tokens,"

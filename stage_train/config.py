@@ -33,6 +33,7 @@ class OptimKind(Enum):
     """See shared.sae.optim."""
 
     adam = "adam"
+    adam8bit = "adam8bit"
     muon = "muon"
     signum = "signum"
 

@@ -15,14 +15,14 @@ import torch
 from omegaconf import OmegaConf
 
 from shared.errors import GranaryError
-from shared.parallel import World, barrier, init_world, shutdown
+from shared.parallel import World, barrier, init_world, shutdown, telling_lost_contact
 from shared.sae import SAE, SAEConfig
-from shared.sae.optim import OPTIMISERS
+from shared.sae.optimisers import OPTIMISERS
 from shared.store import HookStatistics
 from stage_train.average import WeightAverage
 from stage_train.checkpoint import Checkpoints, read_state
 from stage_train.config import BufferPlace, OptimSchema, Resume, TrainSchema
-from stage_train.control import StopRequest, lost_contact
+from stage_train.control import StopRequest
 from stage_train.curves import draw_curves
 from stage_train.export import export, is_exported, provenance, run_id
 from stage_train.frozen import FrozenStore, choose_hook, combined_statistics, freeze, refreeze
@@ -48,12 +48,8 @@ GIB = 1 << 30
 def main(cfg: TrainSchema) -> None:
     """Train one SAE as `cfg` says, or continue where an earlier run of the same configuration stopped."""
     world = init_world(cfg.device.name, cfg.device.threads)
-    try:
+    with telling_lost_contact():
         Run(cfg, world).execute()
-    except RuntimeError as error:
-        if world.size > 1 and lost_contact(error):
-            raise GranaryError("another process of this run has ended: its own message says why") from error
-        raise
     shutdown()
 
 

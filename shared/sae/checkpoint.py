@@ -7,15 +7,16 @@ file carries the same JSON in its metadata, so that a save which died between th
 import json
 import os
 import uuid
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from shared.errors import GranaryError
 from shared.sae.config import SAEConfig
+from shared.sae.weights_file import write_weights
 
 FORMAT = "granary-sae"
 VERSION = 1
@@ -38,16 +39,25 @@ HUB_FILES = (
 )
 
 
-def save(folder: Path, config: SAEConfig, tensors: dict[str, torch.Tensor], provenance: dict[str, Any]) -> None:
-    """Write both files; each appears whole or not at all, and a mixture of two saves does not load."""
+def save(
+    folder: Path,
+    config: SAEConfig,
+    tensors: Mapping[str, torch.Tensor],
+    provenance: dict[str, Any],
+    *,
+    fetch: Callable[[str], torch.Tensor] | None = None,
+) -> None:
+    """Write both files; each appears whole or not at all, and a mixture of two saves does not load.
+
+    With `fetch` the tensors give names, shapes and types alone, and it gives each one's values when it is its turn.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     document = {"format": FORMAT, "version": VERSION, "config": config.to_dict(), "provenance": provenance}
     text = json.dumps(document, indent=2, sort_keys=True)
-    contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     suffix = f".{uuid.uuid4().hex[:8]}.tmp"
     weights_tmp, config_tmp = folder / (WEIGHTS_FILE + suffix), folder / (CONFIG_FILE + suffix)
     try:
-        save_file(contiguous, weights_tmp, metadata={"granary": text})
+        write_weights(weights_tmp, tensors, fetch or tensors.__getitem__, {"granary": text})
         config_tmp.write_text(text + "\n", encoding="utf-8")
         for path in (weights_tmp, config_tmp):
             _sync(path)

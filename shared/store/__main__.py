@@ -13,9 +13,11 @@ from tqdm import tqdm
 from shared.cli import fail
 from shared.errors import GranaryError
 from shared.store.layout import FORMAT_VERSION
+from shared.store.statistics import MASSIVE_RATIO, PERCENTILES, HookStatistics
 from shared.store.store import Store
 from shared.store.verify import VerifyReport, drop_incomplete, verify
 
+SHOWN_DIMENSIONS = 8
 UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
 
 
@@ -98,7 +100,28 @@ def show_info(store: Store, console: Console) -> int:
         norms = [f"{value:.4g}" for value in (figures.mean_norm, figures.median_norm, figures.max_norm)]
         hooks.add_row(hook, str(d_model), *norms, f"{figures.relative_squared_error:.2g}")
     console.print(hooks)
+    for hook in plan.hooks if trained else ():
+        show_norms(hook, store.statistics(hook, trained), store.seq_len, console)
     return 0
+
+
+def show_norms(hook: str, figures: HookStatistics, seq_len: int, console: Console) -> None:
+    """Norm percentiles along the context, and the dimensions that tower over the others."""
+    table = Table(title=f"{hook}: norms by position (training shards)", title_justify="left")
+    for name in ("positions", "tokens", *(f"{percent} %" for percent in PERCENTILES)):
+        table.add_column(name, justify="right")
+    for group in figures.norms_by_position:
+        last = min(group.last, seq_len - 1)
+        span = str(last) if group.first == last else f"{group.first}-{last}"
+        table.add_row(span, f"{group.count:,}", *(f"{value:.4g}" for value in group.percentiles.values()))
+    console.print(table)
+    massive = figures.massive_dimensions()
+    shown = ", ".join(f"{dimension} ({ratio:.0f} x)" for dimension, ratio in massive[:SHOWN_DIMENSIONS])
+    more = f" and {len(massive) - SHOWN_DIMENSIONS} more" if len(massive) > SHOWN_DIMENSIONS else ""
+    console.print(
+        f"massive dimensions (RMS at least {MASSIVE_RATIO:.0f} times the median's): {shown or 'none'}{more}\n",
+        highlight=False,
+    )
 
 
 def flat(value: object, prefix: str = "") -> list[tuple[str, str]]:

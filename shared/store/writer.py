@@ -227,7 +227,7 @@ class ShardWriter:
                     "use store.dtype=bfloat16 or float32"
                 )
             squared_norms.append(squared)
-        statistics.norms.add(np.concatenate(squared_norms))
+        statistics.norms.add(np.concatenate(squared_norms), np.flatnonzero(mask))
         chunks = encode_chunks(bits_of(stored_TD), self.plan.chunk_rows, self.plan.codec)
         scale_chunks = []
         if scale_TG is not None:

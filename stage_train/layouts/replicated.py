@@ -13,7 +13,8 @@ from torch import Tensor
 from shared.parallel import World, all_reduce_sum
 from shared.sae import SAE, SAEConfig, SAELosses
 from shared.sae.latents import Survey
-from shared.sae.optim import OPTIMISERS, SAEOptimiser
+from shared.sae.optim import SAEOptimiser
+from shared.sae.optimisers import OPTIMISERS
 from shared.sae.survey import Reduce, alone, needs_survey
 
 # Tensors up to this size share one message.
@@ -51,7 +52,8 @@ class Replicated:
 
     def optimiser(self, sae: SAE, kind: str, lr: float, **options: Any) -> SAEOptimiser:
         """The optimiser of what is held here; `options` are those of its class in OPTIMISERS."""
-        return OPTIMISERS[kind](sae, lr, **options)
+        single = self.world.size == 1  # then nobody else has to see the gradients
+        return OPTIMISERS[kind](sae, lr, pair_gradients=single, **options)
 
     # One step
 

@@ -13,9 +13,11 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from torch.distributed.tensor import DTensor, Shard
 
 from shared.errors import GranaryError
+from shared.kernels import PairGradients
 from shared.parallel import World, all_reduce_sum
 from shared.sae import SAE, SAELosses
-from shared.sae.optim import OPTIMISERS, SAEMuon, SAEOptimiser
+from shared.sae.optim import SAEMuon, SAEOptimiser
+from shared.sae.optimisers import OPTIMISERS
 from stage_train.layouts.replicated import Replicated, joint_norm
 
 
@@ -24,6 +26,7 @@ class LocalRows:
 
     def __init__(self, sae: SAE) -> None:
         self.kernels, self.config = sae.kernels, sae.config
+        self.pair_gradients: PairGradients | None = None
         self.sharded = {name: parameter for name, parameter in sae.named_parameters() if isinstance(parameter, DTensor)}
         self.rows = {name: parameter.to_local().detach() for name, parameter in self.sharded.items()}
 
@@ -97,8 +100,9 @@ class FullySharded(Replicated):
             prefix = {"optim": 2, "ema": 1}.get(name.partition(".")[0])
             parameter = self._local.sharded.get(".".join(name.split(".")[prefix:])) if prefix else None
             if parameter is not None:
-                tensor = DTensor.from_local(
-                    tensor, self.mesh, [Shard(0)], run_check=False, shape=parameter.shape, stride=parameter.stride()
-                )
+                whole: dict[str, Any] = {"shape": parameter.shape, "stride": parameter.stride()}
+                if tensor.shape != parameter.to_local().shape:  # scales of blocks, equally many on every rank
+                    whole = {}
+                tensor = DTensor.from_local(tensor, self.mesh, [Shard(0)], run_check=False, **whole)
             seen[name] = tensor
         return seen

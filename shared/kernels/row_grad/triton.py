@@ -16,11 +16,19 @@ SUM_BLOCK_P = 128
 
 
 @triton.jit
-def _row_grad(
-    coefficients_ptr, order_ptr, offsets_ptr, rows_ptr, out_ptr, K, D, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr
+def sum_pairs(
+    coefficients_ptr,
+    order_ptr,
+    offsets_ptr,
+    rows_ptr,
+    latent,
+    columns,
+    K,
+    D,
+    BLOCK_P: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):
-    latent = tl.program_id(0).to(tl.int64)
-    columns = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    """Columns of one latent's gradient: the weighted sum of its pairs' rows, in pair order."""
     inside = columns < D
     first = tl.load(offsets_ptr + latent)
     last = tl.load(offsets_ptr + latent + 1)
@@ -33,7 +41,17 @@ def _row_grad(
         both = present[:, None] & inside[None, :]
         rows = tl.load(rows_ptr + (order // K)[:, None] * D + columns[None, :], mask=both, other=0.0)
         total += tl.sum(coefficients[:, None] * rows.to(tl.float32), axis=0)
-    tl.store(out_ptr + latent * D + columns, total, mask=inside)
+    return total
+
+
+@triton.jit
+def _row_grad(
+    coefficients_ptr, order_ptr, offsets_ptr, rows_ptr, out_ptr, K, D, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    latent = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    total = sum_pairs(coefficients_ptr, order_ptr, offsets_ptr, rows_ptr, latent, columns, K, D, BLOCK_P, BLOCK_D)
+    tl.store(out_ptr + latent * D + columns, total, mask=columns < D)
 
 
 @triton.jit
