@@ -173,13 +173,14 @@ def errorbars(axes: Axes, rows: Sequence[Row], x: str, key: str, colour: str) ->
 
 
 def finish(axes: Axes, ticks: Sequence[float], label: str) -> None:
-    """A log axis with a tick at each of at most eight settings, and the legend."""
-    axes.set_xscale("log")
-    axes.xaxis.set_minor_locator(NullLocator())
+    """A log axis (where all are positive) with a tick at each of at most eight settings, and the legend."""
+    if min(ticks) > 0:
+        axes.set_xscale("log")
+        axes.xaxis.set_minor_locator(NullLocator())
     if len(ticks) <= 8:
         axes.xaxis.set_major_locator(FixedLocator(list(ticks)))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     if len(ticks) == 1:
-        axes.set_xlim(ticks[0] / 2, ticks[0] * 2)
+        axes.set_xlim(ticks[0] / 2, max(2 * ticks[0], 1))
     axes.set_ylabel(label)
     axes.legend(loc="best")

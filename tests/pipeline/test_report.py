@@ -140,6 +140,19 @@ def example(k: int = 16, expansion: int = 8, name: str = "demo/sae", **changes: 
             "total_variance": 190.0,
             "variance_in_largest": 0.31,
             "relative_squared_error": 0.0,
+            "massive_dimensions": [{"dimension": 31, "rms_ratio": 120.0}, {"dimension": 62, "rms_ratio": 14.2}],
+            "store_norm_by_position": [
+                {
+                    "first": 2 ** (i - 1),
+                    "last": 2**i - 1,
+                    "tokens": 9_000,
+                    "p5": 9.0,
+                    "p50": 13.0,
+                    "p95": 19.0,
+                    "p99": 25.0,
+                }
+                for i in range(1, 13)
+            ],
             "norm_by_position": {
                 "edges": positions.edges.tolist(),
                 "tokens": [9_000] * positions.num_bins,
@@ -247,8 +260,9 @@ def test_a_sweep_page_has_what_the_sweep_is_about() -> None:
 def test_what_was_not_measured_is_left_out() -> None:
     missing = dict.fromkeys(("ce_clean", "ce_spliced", "ce_zero", "ce_mean", "loss_recovered", "kl"))
     report = example(downstream=None, training=None, **missing)
+    report["activations"]["store_norm_by_position"] = []
     names = {plot.name for plot in evaluation_plots(report)}
-    assert not names & {"cross_entropy", "loss_by_position", "training"}
+    assert not names & {"cross_entropy", "loss_by_position", "training", "store_norm_by_position"}
     assert "What the model loses" not in render(report)
     assert "Least FVU" in render_comparison(compare([report, report], ["a", "b"]))
 
@@ -328,7 +342,7 @@ def test_chromium_draws_it_on_a_phone(tmp_path: Path, kind: str) -> None:
     done = chromium(tmp_path / "profile", "--dump-dom", (tmp_path / "probe.html").as_uri())
     found = json.loads(html.unescape(re.search(r'<pre id="out">(.*?)</pre>', done.stdout, re.DOTALL)[1]))
     assert found["title"] == ("demo/sae" if kind == "one" else "Sweep comparison")
-    assert found["figures"] == 11
+    assert found["figures"] == 12
     assert found["smallest"] > 100
     assert found["letters"] >= 8
     assert found["overflow"] <= 0
