@@ -58,7 +58,7 @@ def comparison_row(report: dict[str, Any], link: str | None) -> dict[str, Any]:
         "path": report["sae"]["path"],
         "report": link,
         "hook": report["sae"]["hook"],
-        "activation": config.get("activation"),
+        "activation": "matryoshka" if config.get("prefixes") else config.get("activation"),
         "k": config.get("k"),
         "expansion": config["d_latent"] / config["d_model"],
         "d_latent": config["d_latent"],

@@ -18,7 +18,7 @@ from stage_eval.breakdown import frequency_groups, position_groups
 from stage_eval.compare import compare, render_comparison
 from stage_eval.plots import evaluation_plots
 from stage_eval.report import render
-from stage_eval.sweep_plots import pareto_front
+from stage_eval.sweep_plots import apart, lines, pareto_front
 from stage_eval.theme import to_png, to_svg
 
 HOSTILE = '<script>alert("x")</script> & <b>"bold"</b>'
@@ -285,6 +285,21 @@ def test_a_pareto_front_by_hand() -> None:
     expected = [(8, 0.2), (16, 0.1), (64, 0.05)]
     assert [(row["l0"], row["fvu"]) for row in pareto_front(rows, "fvu", larger_is_better=False)] == expected
     assert [(row["l0"], row["fvu"]) for row in pareto_front(rows, "recovered", larger_is_better=True)] == expected
+
+
+def test_ticks_do_not_run_into_one_another() -> None:
+    assert apart([8, 16, 32]) == [8, 16, 32]
+    assert apart([30, 32, 50, 326, 356]) == [30, 50, 326]
+    assert apart([0, 4]) == [0, 4]
+
+
+def test_every_activation_has_its_line() -> None:
+    reports = [example(name=name) for name in ("topk", "batchtopk", "matryoshka")]
+    for report, activation in zip(reports, ("topk", "batchtopk", "batchtopk"), strict=True):
+        report["sae"]["config"]["activation"] = activation
+    reports[2]["sae"]["config"]["prefixes"] = [16, 1024]
+    rows = compare(reports, [None] * 3)["rows"]
+    assert sorted(lines(rows)) == ["batchtopk x8", "matryoshka x8", "topk x8"]
 
 
 # In a frame of the width of a phone, the page reports how it was laid out and what was requested for it.
