@@ -309,7 +309,7 @@ def alone(world: World) -> dict[str, Any]:
     return evaluate(world.root / "alone", world.random, world.store, "batch_contexts=1")
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks", [pytest.param(2, marks=pytest.mark.slow), 4])
 def test_1_2_and_4_ranks_give_the_same_figures(world: World, alone: dict[str, Any], tmp_path: Path, ranks: int) -> None:
     """Real processes on gloo; four of them share four contexts, two of them two each."""
     settings = (f"run_dir={tmp_path}", f"sae={world.random}", f"store.url={world.store}", "batch_contexts=1")
