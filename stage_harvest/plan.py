@@ -26,7 +26,8 @@ from shared.lm import (
     special_ids,
     tokenizer_hash,
 )
-from shared.store import StorePlan, bytes_planned
+from shared.store import StorePlan, WindowPlan, bytes_planned, parse_bytes
+from shared.store.capacity import shard_bytes
 from shared.store.dtypes import storage_type
 from stage_harvest.config import BosPlacement, HarvestSchema, PackingMode
 from stage_harvest.corpus import Corpus, open_corpus
@@ -117,6 +118,12 @@ class HarvestJob:
     def fingerprint(self) -> str:
         return self.corpus.fingerprint()
 
+    @property
+    def window_bytes(self) -> int | None:
+        """Of store.window; raises GranaryError for what is no size."""
+        window = self.cfg.store.window
+        return None if window is None else parse_bytes(window)
+
     def store_plan(self, num_contexts: int) -> StorePlan:
         """The store's plan once the number of contexts is known."""
         cfg, packing = self.cfg, self.cfg.packing
@@ -187,6 +194,10 @@ def announce(job: HarvestJob, plan: StorePlan, *, committed: int, device: torch.
     layers, total = job.depth[0], job.config.num_hidden_layers
     size = sum(plan.context_bytes(hook) for hook in plan.hooks)
     needed = bytes_planned(plan) - committed * (size + 9 * plan.seq_len)
+    window = None if job.window_bytes is None else WindowPlan.of(plan, job.window_bytes)
+    if window is not None:
+        kept = bytes_planned(plan) - (plan.num_shards - len(plan.heldout_shards)) * shard_bytes(plan)
+        needed = min(needed, kept + window.window_bytes)
     if free is not None and needed > free:
         raise GranaryError(
             f"{job.cfg.store.url} needs {human_bytes(needed)}, but only {human_bytes(free)} are free:"
@@ -206,6 +217,11 @@ def announce(job: HarvestJob, plan: StorePlan, *, committed: int, device: torch.
         "to write": f"{human_bytes(needed)}{room}, staging memory {human_bytes(staging)} per writer",
         "store": job.cfg.store.url,
     }
+    if window is not None:
+        lines["window"] = (
+            f"at most {human_bytes(window.window_bytes)} ahead of training, in {window.num_blocks:,} blocks; start"
+            " training on the store while this runs"
+        )
     if committed:
         lines["resuming"] = f"{committed:,} contexts are in the store already"
     for name, text in lines.items():

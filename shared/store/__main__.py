@@ -82,6 +82,14 @@ def show_info(store: Store, console: Console) -> int:
         f"{plan.chunk_rows} tokens per chunk",
         "digest": store.digest(),
     }
+    passed = store.passed_shards()
+    if store.window is not None:
+        window = store.window.plan
+        rows["window"] = (
+            f"{human_bytes(window.window_bytes)}, {window.num_blocks} blocks; {len(passed)} shards passed by training "
+            "and deleted"
+        )
+        rows["bytes"] = human_bytes(sum(record.num_bytes for s, record in records.items() if s not in passed))
     for extent in store.extents[1:]:
         rows[f"extended at shard {extent.first_shard}"] = f"{extent.plan.num_contexts:,} contexts"
     rows |= dict(flat(plan.provenance))
@@ -133,7 +141,7 @@ def flat(value: object, prefix: str = "") -> list[tuple[str, str]]:
 
 def show_shards(store: Store, console: Console) -> int:
     """One line per planned shard."""
-    records = store.committed()
+    records, passed = store.committed(), store.passed_shards()
     table = Table(title=store.url, title_justify="left")
     for name in ("shard", "contexts", "tokens", "bytes", "split", "state"):
         table.add_column(name, justify="right" if name in ("shard", "tokens", "bytes") else "left")
@@ -145,7 +153,9 @@ def show_shards(store: Store, console: Console) -> int:
         if record is None:
             table.add_row(*row, "", "", split, "missing")
         else:
-            table.add_row(*row, f"{record.num_tokens:,}", human_bytes(record.num_bytes), split, "committed")
+            state = "passed" if shard in passed else "committed"
+            size = "" if shard in passed else human_bytes(record.num_bytes)
+            table.add_row(*row, f"{record.num_tokens:,}", size, split, state)
     console.print(table)
     return 0
 
@@ -172,6 +182,8 @@ def show_report(report: VerifyReport, console: Console) -> int:
         console.print(f"leftover {key}", highlight=False)
     for key in report.foreign:
         console.print(f"not part of the store: {key}", highlight=False)
+    if report.passed:
+        console.print(f"passed by training and deleted (store.window): shards {spans(report.passed)}", highlight=False)
     console.print(
         f"{report.num_objects} objects, {human_bytes(report.num_bytes)} checked: "
         f"{len(report.problems)} damaged, {len(report.missing)} of {report.num_shards} shards missing",

@@ -131,29 +131,43 @@ class RowStatistics:
     def empty(cls, d_model: int) -> Self:
         return cls(Moments.empty(d_model), NormFigures())
 
-    def add_block(self, x_ND: npt.NDArray[np.float32]) -> npt.NDArray[np.float64] | None:
-        """Add the moments of at most a block of rows and return their squared norms [N], for `norms.add`.
+    def add_block(
+        self, x_HNE: npt.NDArray[np.float32], chosen_N: npt.NDArray[np.bool_]
+    ) -> npt.NDArray[np.float64] | None:
+        """Add the moments of the chosen ones of at most a block of rows; returns their squared norms, for `norms.add`.
 
-        None, and nothing added, where a row is not finite. `x_ND` is overwritten.
+        The rows are dealt to H parts: part h holds dimensions h, h + H, h + 2 H ... (H is 1 for plain rows).
+        None, and nothing added, where a chosen row is not finite. `x_HNE` is overwritten.
         """
-        n = len(x_ND)
+        n = int(chosen_N.sum())
+        left_out = np.flatnonzero(~chosen_N)
+        x_HNE[:, left_out] = 0  # cheaper than a copy without them
         if n == 0:
             return np.empty(0)
-        squared = np.einsum("nd,nd->n", x_ND, x_ND).astype(np.float64)
+        squared = np.zeros(len(chosen_N))
+        with np.errstate(over="ignore", invalid="ignore"):  # looked at below
+            for x_NE in x_HNE:
+                squared += np.vecdot(x_NE, x_NE)
         if not np.isfinite(squared).all():
-            if not np.isfinite(x_ND).all():
+            if not np.isfinite(x_HNE).all():
                 return None
-            squared = np.einsum("nd,nd->n", x_ND, x_ND, dtype=np.float64)  # finite, but the square is not in float32
-        mean = x_ND.sum(axis=0) / np.float32(n)
-        np.subtract(x_ND, mean, out=x_ND)
-        m2 = np.einsum("nd,nd->d", x_ND, x_ND)
-        self.moments.merge(n, mean.astype(np.float64), m2.astype(np.float64))
-        return squared
+            squared = np.einsum("hne,hne->n", x_HNE, x_HNE, dtype=np.float64)  # the square is not in float32
+        mean_HE = x_HNE.sum(axis=1) / np.float32(n)
+        np.subtract(x_HNE, mean_HE[:, None], out=x_HNE)
+        x_HNE[:, left_out] = 0
+        m2_HE = np.stack([np.einsum("ne,ne->e", x_NE, x_NE) for x_NE in x_HNE])
+        self.moments.merge(n, in_order(mean_HE), in_order(m2_HE))
+        return squared[chosen_N]
 
     def merge(self, other: "RowStatistics") -> None:
         """Add a second set of rows."""
         self.moments.merge(other.moments.count, other.moments.mean, other.moments.m2)
         self.norms.merge(other.norms)
+
+
+def in_order(parts_HE: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
+    """[H, E] as dealt by `RowStatistics.add_block` back to [D]."""
+    return parts_HE.T.reshape(-1).astype(np.float64)
 
 
 @dataclass(frozen=True, slots=True)

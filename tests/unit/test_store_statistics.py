@@ -97,7 +97,10 @@ def test_variance_survives_a_large_mean():
     x_ND = x_ND.astype(np.float32)
     rows = RowStatistics.empty(4)
     for start in range(0, 1000, 128):
-        assert rows.add_block(x_ND[start : start + 128].copy()) is not None
+        assert (
+            rows.add_block(x_ND[None, start : start + 128].copy(), np.ones(len(x_ND[start : start + 128]), bool))
+            is not None
+        )
     np.testing.assert_allclose(rows.moments.m2 / 1000, x_ND.astype(np.float64).var(axis=0), rtol=2e-3)
 
 
@@ -124,7 +127,7 @@ def test_quantiles_of_norms_are_within_a_bin():
 
 
 def test_norms_whose_square_overflows_float32_are_still_counted():
-    squared = RowStatistics.empty(2).add_block(np.array([[3e25, 4e25]], np.float32))
+    squared = RowStatistics.empty(2).add_block(np.array([[[3e25, 4e25]]], np.float32), np.ones(1, bool))
     np.testing.assert_allclose(np.sqrt(squared), 5e25, rtol=1e-6)
 
 
