@@ -1,5 +1,7 @@
 """Adam for an SAE: clip, project, update and renormalise in one pass over the rows."""
 
+from typing import Any
+
 import torch
 
 from shared.errors import GranaryError
@@ -80,7 +82,7 @@ class SAEAdam:
         if self.clip_norm is not None:
             clip = (self.clip_norm / grad_norm.clamp_min(torch.finfo(grad_norm.dtype).tiny)).clamp_max(1.0)
         for name, parameter in self.parameters.items():
-            options = {
+            options: dict[str, Any] = {
                 "clip": clip,
                 "lr": lr,
                 "betas": self.betas,
