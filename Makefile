@@ -6,6 +6,7 @@ SHELL := /bin/bash
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+VENV_PEERS ?= .venv-peers
 ARGS ?=
 NPROC ?= 1
 NNODES ?= 1
@@ -23,7 +24,8 @@ else
 STAGE := $(BIN)/python -m shared.parallel.launch --nnodes=$(NNODES) --nproc-per-node=$(NPROC) $(rendezvous) -m
 endif
 
-.PHONY: help setup demo harvest train eval sweep test test-all check bench compile-kernels bench-gpu clean
+.PHONY: help setup setup-peers demo harvest train eval sweep check compile-kernels bench bench-gpu clean
+.PHONY: test test-all test-s3 test-peers test-cluster
 
 help: ## this list
 	@echo 'usage: make TARGET [ARGS="key=value ..."] [NPROC=processes] [NNODES=machines RDZV=host:port]'
@@ -36,6 +38,17 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "error: Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11")'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+setup-peers: $(VENV_PEERS)/.installed ## a second environment with SAELens, sparsify and dictionary_learning
+
+# torchvision comes with nnsight, is used by nothing here, and its PyPI build does not load beside a CPU torch.
+$(VENV_PEERS)/.installed: pyproject.toml constraints-peers.txt
+	@echo "installing this project and its peers into $(VENV_PEERS)"
+	@test -x $(VENV_PEERS)/bin/python || $(PYTHON) -m venv $(VENV_PEERS)
+	@$(VENV_PEERS)/bin/python -m pip install -q --disable-pip-version-check -c constraints-peers.txt -e . \
+	  sae-lens eai-sparsify dictionary-learning pytest pytest-xdist
+	@$(VENV_PEERS)/bin/python -m pip uninstall -q -y torchvision
 	@touch $@
 
 demo: setup ## text to a scored SAE: harvest, train, evaluate the bundled LLaMA (5 minutes, 2 cores)
@@ -57,13 +70,30 @@ sweep: setup ## train and compare K=8,16 x EXPANSION=4,8 on the store of runs/NA
 	@$(STAGE) stage_eval name=$(NAME) 'sae.path="runs/$(NAME)/sweep/*"'
 
 # Two workers, one thread each: most tests wait for imports of processes they start.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
+PYTEST_ALONE := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
+PYTEST := $(PYTEST_ALONE) -n 2 --dist loadfile
 
 test: setup ## the default tests
-	@$(PYTEST) -m "not slow and not gpu and not s3 and not cluster"
+	@$(PYTEST) -m "not slow and not gpu and not s3 and not cluster and not peers"
 
 test-all: setup ## the default and the slow tests
-	@$(PYTEST) -m "not s3 and not cluster"
+	@$(PYTEST) -m "not s3 and not cluster and not peers"
+
+test-peers: setup-peers ## the formats against the real SAELens, sparsify and dictionary_learning
+	@OMP_NUM_THREADS=1 $(VENV_PEERS)/bin/python -m pytest -q -m peers tests/peers
+
+SLURM_FOLDER := /tmp/granary-slurm
+
+test-cluster: setup ## harvest, train and eval as jobs of a real Slurm, which is installed (Debian, root) and started here
+	@command -v slurmctld > /dev/null || { apt-get update -qq && apt-get install -qq -y slurm-wlm munge > /dev/null; }
+	@tests/servers/slurm_up.sh $(SLURM_FOLDER); trap 'tests/servers/slurm_down.sh $(SLURM_FOLDER)' EXIT; \
+	  SLURM_CONF=$(SLURM_FOLDER)/slurm.conf $(BIN)/python -m pytest -q -m cluster tests/cluster
+
+test-s3: setup ## the tests on a real S3 server (Ceph from Debian's packages), which this installs, starts and stops
+	@$(BIN)/python -c 'import obstore, s3fs' 2>/dev/null || $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev,s3]'
+	@tests/servers/s3_install.sh
+	@tests/servers/s3_up.sh
+	@trap tests/servers/s3_down.sh EXIT; $(PYTEST_ALONE) -m s3 tests/s3
 
 check: setup ## lint, types, and composing every config
 	@$(BIN)/ruff check .
@@ -82,4 +112,4 @@ bench: setup ## every benchmark, quick form
 	@for script in $$(grep -l -- '"--quick"' benchmarks/*.py); do echo "== $$script"; $(BIN)/python $$script --quick; done
 
 clean: ## remove the virtual environment and caches (runs/ stays)
-	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV_PEERS) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

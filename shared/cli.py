@@ -5,6 +5,7 @@
 """
 
 import difflib
+import logging
 import os
 import re
 import signal
@@ -22,6 +23,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from shared import slurm
 from shared.errors import GranaryError
 
 # Groups whose value may also be a plain path, and the key that path belongs to.
@@ -34,9 +36,14 @@ def run_stage(task: Callable[[Any], None], config_name: str) -> None:
     Exits with status 2 and one line on stderr for a wrong configuration or a GranaryError, 130 on Ctrl-C.
     """
     os.environ["HYDRA_FULL_ERROR"] = "1"  # raise, so that the line below is ours and not Hydra's multi-line one
-    sys.argv[1:] = expand_shorthands(sys.argv[1:]) + rank_overrides()
+    os.environ.update(slurm.CHOICE_OF_WARNING)
+    logging.getLogger("submitit").setLevel(logging.ERROR)  # it would tell at each poll that there is no accounting
+    sys.argv[1:] = expand_launcher(expand_shorthands(sys.argv[1:])) + rank_overrides()
 
     def run(cfg: DictConfig) -> None:
+        if slurm.in_submitted_job():
+            slurm.supervise(child_command(f"stage_{config_name}", cfg.nproc, slurm.rendezvous()))
+            return
         if cfg.nproc > 1 and "RANK" not in os.environ:
             relaunch(f"stage_{config_name}", cfg.nproc)
             return
@@ -51,8 +58,14 @@ def run_stage(task: Callable[[Any], None], config_name: str) -> None:
         fail(str(error))
     except (HydraException, OmegaConfBaseException) as error:
         fail(describe_config_error(error))
+    except Exception as error:
+        if not is_failed_job(error):
+            raise
+        fail(f"a Slurm job failed: {str(error).strip().splitlines()[-1]}")
     except KeyboardInterrupt:
-        print("interrupted; run the same command again to continue", file=sys.stderr)  # noqa: T201
+        submitted = any(argument.startswith("hydra/launcher=") for argument in sys.argv)
+        what = "its jobs stay in the queue (squeue, scancel)" if submitted else "run the same command again to continue"
+        print(f"interrupted; {what}", file=sys.stderr)  # noqa: T201
         sys.exit(130)
 
 
@@ -71,10 +84,7 @@ def relaunch(module: str, nproc: int) -> None:
 
     A multirun cannot itself run under torchrun, where every rank would sweep.
     """
-    job = HydraConfig.get()
-    overrides = [override for override in job.overrides.task if not override.startswith("nproc=")]
-    launcher = [sys.executable, "-m", "shared.parallel.launch", "--standalone", f"--nproc-per-node={nproc}"]
-    process = subprocess.Popen([*launcher, "-m", module, *overrides, f"hydra.run.dir='{job.runtime.output_dir}'"])
+    process = subprocess.Popen(child_command(module, nproc, ["--standalone"]))
     previous = {
         number: signal.signal(number, lambda received, _: process.send_signal(received))
         for number in (signal.SIGTERM, signal.SIGUSR1)
@@ -84,6 +94,28 @@ def relaunch(module: str, nproc: int) -> None:
         signal.signal(number, handler)
     if status:
         sys.exit(status if status > 0 else 128 - status)
+
+
+def child_command(module: str, nproc: int, rendezvous: Sequence[str]) -> list[str]:
+    """The present Hydra job as a command of its own, with the same output folder; torchrun where it has many ranks."""
+    job = HydraConfig.get()
+    overrides = [override for override in job.overrides.task if not override.startswith("nproc=")]
+    command = [sys.executable, "-m"]
+    if nproc > 1 or list(rendezvous) != ["--standalone"]:
+        command += ["shared.parallel.launch", *rendezvous, f"--nproc-per-node={nproc}", "-m"]
+    return [*command, module, *overrides, f"hydra.run.dir='{job.runtime.output_dir}'"]
+
+
+def expand_launcher(arguments: Sequence[str]) -> list[str]:
+    """Hydra uses a launcher in multiruns only: naming one asks for a multirun, of one job if need be."""
+    names_one = any(argument.startswith("hydra/launcher=") for argument in arguments)
+    is_multirun = any(argument in ("-m", "--multirun") for argument in arguments)
+    return ["--multirun", *arguments] if names_one and not is_multirun else list(arguments)
+
+
+def is_failed_job(error: Exception) -> bool:
+    """Whether `error` is submitit's report of a job that failed."""
+    return any(kind.__module__.startswith("submitit.") for kind in type(error).__mro__)
 
 
 def expand_shorthands(overrides: Sequence[str]) -> list[str]:
@@ -125,7 +157,9 @@ def describe_config_error(error: Exception) -> str:
     if ambiguous:
         key, values = ambiguous.groups()
         return f"{key}={values} is a sweep: add -m, or write {key}=[{values}] for a list"
-    option = re.search(r"Could not find '([^']+)'", text)
+    option = re.search(r"Could not find '([^']+)'", text) or re.search(r"Could not load '([^']+)'", text)
+    if option and option[1].startswith("hydra/launcher/submitit"):
+        return "hydra/launcher=slurm needs submitit: pip install 'granary[slurm]'"
     if option:
         group, _, name = option[1].rpartition("/")
         return f"no option {name!r} in group {group!r}: choose from {', '.join(group_options(group))}"

@@ -1,12 +1,14 @@
 """Several evaluations side by side: comparison.json, a page with Pareto fronts, a table."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from stage_eval import page
 from stage_eval.page import text
+from stage_eval.plots import activation_plots
 from stage_eval.report import number, percent, short
-from stage_eval.sweep_plots import sweep_plots
+from stage_eval.sweep_plots import latent_plots, sweep_plots
 
 FORMAT = "granary-comparison"
 METRICS = (
@@ -38,6 +40,10 @@ def compare(
         "created": reports[0]["created"],
         "store": reports[0]["provenance"]["store"],
         "model": reports[0]["provenance"]["model"],
+        "corpus": reports[0]["provenance"]["corpus"],
+        "settings": reports[0]["settings"],
+        "activations": {report["sae"]["hook"]: report["activations"] for report in reports},
+        "configs": common_and_different([report["sae"]["config"] for report in reports]),
         "rows": rows,
         "joint": joint,
     }
@@ -60,6 +66,10 @@ def comparison_row(report: dict[str, Any], link: str | None) -> dict[str, Any]:
         "cosine": report["reconstruction"]["cosine"],
         "fvu_per_dimension_mean": report["reconstruction"]["fvu_per_dimension_mean"],
         "dense_fraction": report["latents"]["dense_fraction"],
+        "duplicates": report["decoder"]["duplicates"],
+        "sha256": report["provenance"]["sae"]["sha256"],
+        "frequency": {name: report["latents"]["histogram"][name] for name in ("log10_edges", "latents")},
+        "nearest": {name: report["decoder"][name] for name in ("edges", "nearest")},
         "confidence95": {
             "fvu": report["reconstruction"]["confidence95"]["fvu"],
             **{name: report["downstream"]["confidence95"][name] for name in losses},
@@ -89,9 +99,51 @@ def render_comparison(comparison: dict[str, Any]) -> str:
     sections += [
         page.section("Quality against sparsity", page.figures(sweep_plots(rows))),
         page.section("All SAEs", comparison_table(rows)),
+        page.section("Latents", page.figures(latent_plots(rows))),
+        *(
+            page.section(
+                f"The activations of {hook}",
+                # Names, hence identifiers on the page, of their own for each hook.
+                page.figures(replace(plot, name=f"{plot.name}-{index}") for plot in activation_plots(described)),
+            )
+            for index, (hook, described) in enumerate(comparison["activations"].items())
+        ),
+        page.section("Where it comes from", provenance(comparison)),
+        page.section(
+            "Details",
+            page.folded_json("Configuration that all share", comparison["configs"]["common"]),
+            page.folded_json("Evaluation settings", comparison["settings"]),
+            page.folded("Checkpoint hashes", hash_table(rows)),
+        ),
     ]
     footer = f"Made {comparison['created']}. Store {short(comparison['store']['digest'])}. Formulas: docs/metrics.md."
     return page.page("Sweep comparison", "SAE comparison", lead, sections, footer)
+
+
+def common_and_different(configs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The settings that all SAEs share, and the names of those that differ."""
+    common = {key: value for key, value in configs[0].items() if all(config.get(key) == value for config in configs)}
+    return {"common": common, "different": sorted({key for config in configs for key in config} - set(common))}
+
+
+def provenance(comparison: dict[str, Any]) -> str:
+    """Corpus, store, checkpoints, this comparison."""
+    rows, corpus = comparison["rows"], comparison["corpus"]
+    model = comparison["model"].get("id", "a model that the store does not record")
+    different = ", ".join(comparison["configs"]["different"]) or "nothing but the weights"
+    links = [
+        ("Corpus", corpus.get("description") or "", short(corpus.get("fingerprint"))),
+        ("Activation store", model, short(comparison["store"]["digest"])),
+        (f"{len(rows)} SAE checkpoints", f"they differ in {different}", "hashes below"),
+        ("This comparison", f"{rows[0]['n_tokens']:,} held-out tokens", f"definitions {comparison['definitions']}"),
+    ]
+    return page.chain(links)
+
+
+def hash_table(rows: Sequence[dict[str, Any]]) -> str:
+    """SHA-256 of every checkpoint's weights."""
+    body = [(text(row["name"]), f'<span class="hash">{text(row["sha256"])}</span>') for row in rows]
+    return page.table(("SAE", "SHA-256 of its weights"), body, numeric_from=2)
 
 
 def has_losses(rows: Sequence[dict[str, Any]]) -> bool:
@@ -129,8 +181,9 @@ def comparison_table(rows: Sequence[dict[str, Any]]) -> str:
             value(row, "kl"),
             percent(row["dead_fraction"]),
             percent(row["dense_fraction"]),
+            percent(row["duplicates"]),
         )
         for row in rows
     ]
-    head = ("SAE", "k", "expansion", "L0", "FVU", "loss recovered", "CE spliced", "KL", "dead", "dense")
+    head = ("SAE", "k", "expansion", "L0", "FVU", "loss recovered", "CE spliced", "KL", "dead", "dense", "repeated")
     return page.table(head, body)

@@ -32,6 +32,12 @@ class Estimate:
         """``[low, high]``, the form eval.json holds."""
         return None if self.low is None or self.high is None else [self.low, self.high]
 
+    def complement(self) -> "Estimate":
+        """The estimate of one minus this ratio."""
+        low = None if self.high is None else 1 - self.high
+        high = None if self.low is None else 1 - self.low
+        return Estimate(1 - self.value, low, high)
+
 
 def ratio_of_sums(numerators_C: Vector, denominators_C: Vector) -> Estimate:
     """Estimate sum(numerators) / sum(denominators) over contexts; both are float64 [C].

@@ -30,7 +30,7 @@ from stage_eval.reconstruction import per_latent_figures
 from stage_eval.report import render
 from stage_eval.results import assemble, run_context, write_bytes, write_json
 from stage_eval.sources import Source, find_sources, model_path
-from stage_eval.sweep_plots import sweep_plots
+from stage_eval.sweep_plots import latent_plots, sweep_plots
 from stage_eval.table import print_tables
 from stage_eval.theme import Plot, to_png
 
@@ -116,7 +116,7 @@ def measure(
     """Evaluations and per-latent figures of SAEs that are in memory together; the joint splice's where asked for."""
     device = plan.world.device
     saes = [Loaded(source.name, source.hook, source.load(device)) for source in sources]
-    reconstructions = reconstruction_pass(saes, store, data, statistics, plan)
+    reconstructions, described = reconstruction_pass(saes, store, data, statistics, plan)
     losses: DownstreamSums | None = None
     joint = None
     if model is not None:
@@ -129,7 +129,9 @@ def measure(
     if plan.world.is_main:
         for source, loaded, sums in zip(sources, saes, reconstructions, strict=True):
             decoder = decoder_structure(loaded.sae.W_dec, loaded.sae.W_enc, cfg.seed)
-            reports.append(assemble(source, sums, losses, decoder, statistics[source.hook], data, shared))
+            reports.append(
+                assemble(source, sums, described[source.hook], losses, decoder, statistics[source.hook], data, shared)
+            )
     return reports, [per_latent_figures(sums) for sums in reconstructions], joint
 
 
@@ -153,7 +155,7 @@ def write(
         comparison = compare(reports, links, joint)
         write_json(out / "comparison.json", comparison)
         write_bytes(out / "comparison.html", render_comparison(comparison).encode())
-        write_plots(out / "plots", sweep_plots(comparison["rows"]))
+        write_plots(out / "plots", [*sweep_plots(comparison["rows"]), *latent_plots(comparison["rows"])])
         log.info("figures   %s, and eval.json beside each SAE", out / "comparison.json")
         log.info("report    %s", out / "comparison.html")
         best = min(comparison["rows"], key=lambda row: row["fvu"])

@@ -18,6 +18,7 @@ from shared.hookpoint import HookPoint
 from shared.parallel import World
 from shared.sae import SAE
 from shared.store import HookStatistics, Store
+from stage_eval.activations import ActivationSums
 from stage_eval.data import EvaluationData, read_ahead, units
 from stage_eval.downstream import (
     CLEAN,
@@ -28,7 +29,7 @@ from stage_eval.downstream import (
     run_conditions,
     zero_replacement,
 )
-from stage_eval.sums import ReconstructionSums, Rows
+from stage_eval.sums import ReconstructionSums, Rows, Sums
 from stage_eval.vocabulary import VocabularyHead, check_head
 
 SAE_ROWS = 4096
@@ -64,8 +65,8 @@ def reconstruction_pass(
     data: EvaluationData,
     statistics: dict[HookPoint, HookStatistics],
     plan: Plan,
-) -> list[ReconstructionSums]:
-    """Sums of each SAE over the stored activations; every context is read once, whatever the number of SAEs."""
+) -> tuple[list[ReconstructionSums], dict[HookPoint, ActivationSums]]:
+    """Sums of each SAE and of each hook over the stored activations; a context is read once for all SAEs of a hook."""
     device = plan.world.device
     sums = [
         ReconstructionSums(
@@ -78,7 +79,9 @@ def reconstruction_pass(
         )
         for loaded in saes
     ]
-    hooks = list(dict.fromkeys(str(loaded.hook) for loaded in saes))
+    positions = data.position_groups.num_bins
+    described = {loaded.hook: ActivationSums(loaded.sae.config.d_model, positions, device) for loaded in saes}
+    hooks = list(map(str, described))
     ranges = plan.units(data)
     with progress("reconstruction", ranges, len(hooks), data, plan.world) as bar:
         for context, hook, x_TD in read_ahead(store, hooks, data, ranges):
@@ -86,16 +89,19 @@ def reconstruction_pass(
             bos_T = data.bos_CT[context] & ~mask_1T[0]
             rows = to_device(data.rows(context, mask_1T), device)
             x_ND, bos_MD = x_TD[mask_1T[0]].to(device), x_TD[bos_T].to(device)
+            described[HookPoint.parse(hook)].add(x_ND, rows.position_N)
+            described[HookPoint.parse(hook)].add_bos(bos_MD)
             for loaded, total in zip(saes, sums, strict=True):
                 if str(loaded.hook) == hook:
                     add_tokens(loaded.sae, x_ND, rows, total)
                     if len(bos_MD):
                         total.add_bos(bos_MD, loaded.sae(bos_MD).x_hat)
             bar.update(len(x_TD))
-    for total in sums:
-        total.all_reduce()
-        total.to_cpu()
-    return sums
+    everything: list[Sums] = [*sums, *described.values()]
+    for part in everything:
+        part.all_reduce()
+        part.to_cpu()
+    return sums, described
 
 
 def add_tokens(sae: SAE, x_ND: Tensor, rows: Rows, total: ReconstructionSums) -> None:

@@ -6,7 +6,7 @@ from itertools import pairwise
 from typing import Any
 
 from matplotlib.axes import Axes
-from matplotlib.ticker import FuncFormatter, NullLocator, PercentFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator, PercentFormatter
 
 from stage_eval.theme import Palette, Plot
 
@@ -19,7 +19,8 @@ NOT_DRAWN = f"Groups of fewer than {FEWEST} tokens are not drawn."
 def evaluation_plots(report: Report) -> list[Plot]:
     """Every figure that this evaluation has the data for."""
     groups = report["breakdown"]
-    plots = [firing_histogram(report), dimension_spectrum(report), decoder_similarity(report)]
+    plots = [firing_histogram(report), decoder_similarity(report)]
+    plots += activation_plots(report["activations"])
     plots += [fvu_by(groups[by], by) for by in ("position", "frequency")]
     if report["downstream"] is not None:
         plots.append(loss_bars(report))
@@ -27,6 +28,11 @@ def evaluation_plots(report: Report) -> list[Plot]:
     if report["training"] is not None:
         plots.append(training_curve(report))
     return plots
+
+
+def activation_plots(activations: dict[str, Any]) -> list[Plot]:
+    """What the activations themselves are like; the same for all SAEs of a hook."""
+    return [norms_by_position(activations), largest_dimensions(activations), dimension_spectrum(activations)]
 
 
 def loss_bars(report: Report) -> Plot:
@@ -129,9 +135,9 @@ def loss_by(groups: dict[str, Any], by: str) -> Plot:
     )
 
 
-def dimension_spectrum(report: Report) -> Plot:
+def dimension_spectrum(activations: dict[str, Any]) -> Plot:
     """Spread and mean of every activation dimension, largest first."""
-    spectrum = report["activations"]["spectrum"]
+    spectrum = activations["spectrum"]
 
     def draw(axes: Axes, palette: Palette) -> None:
         axes.plot(spectrum["rank"], spectrum["std"], color=palette.series1, label="standard deviation")
@@ -148,8 +154,76 @@ def dimension_spectrum(report: Report) -> Plot:
     return Plot(
         "activation_spectrum",
         "Activation dimensions",
-        f"Training tokens: mean norm {report['activations']['mean_norm']:.3g}. A steep left end means that a few"
+        f"Training tokens: mean norm {activations['mean_norm']:.3g}. A steep left end means that a few"
         " dimensions carry most of the variance.",
+        draw,
+    )
+
+
+def norms_by_position(activations: dict[str, Any]) -> Plot:
+    """Percentiles of the activation's norm along positions."""
+    groups = activations["norm_by_position"]
+    bos = activations["bos_norm"]
+
+    def draw(axes: Axes, palette: Palette) -> None:
+        curves = {name: well_sampled(groups, name, "tokens", "position") for name in ("p5", "p50", "p95", "p99", "max")}
+        xs = [x for x, _ in curves["p50"]]
+        low, high = ([y for _, y in curves[name]] for name in ("p5", "p95"))
+        axes.fill_between(xs, low, high, color=palette.series1, alpha=0.2, linewidth=0, label="5 to 95 %")
+        log_line(axes, curves["p50"], palette.series1, "position", label="median")
+        log_line(axes, curves["p99"], palette.series2, "position", label="99 %")
+        log_line(axes, curves["max"], palette.series5, "position", label="largest")
+        if low and max(y for _, y in curves["max"]) > 30 * min(low):
+            axes.set_yscale("log")
+            axes.yaxis.set_minor_locator(NullLocator())
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        else:
+            axes.set_ylim(bottom=0)
+        axes.set_ylabel("norm")
+        legend_above(axes, columns=4)
+
+    apart = f" BOS is not in it: its median norm is {bos['p50']:.3g}." if bos is not None else ""
+    return Plot(
+        "norm_by_position",
+        "Activation norm by position",
+        f"Length of the activation on the evaluated tokens.{apart} {NOT_DRAWN}",
+        draw,
+    )
+
+
+def largest_dimensions(activations: dict[str, Any]) -> Plot:
+    """The largest magnitude of the dimensions that reach furthest, with and without BOS."""
+    largest = activations["largest"]
+    rows = largest["dimensions"]
+
+    def draw(axes: Axes, palette: Palette) -> None:
+        places = range(len(rows))
+        reach = [max(row["max"], row["max_bos"]) for row in rows]
+        axes.hlines(places, largest["median_rms"], reach, color=palette.grid, linewidth=1.2, zorder=1)
+        axes.plot([row["max"] for row in rows], places, "o", color=palette.series1, label="evaluated tokens")
+        if any(row["max_bos"] > 0 for row in rows):
+            axes.plot([row["max_bos"] for row in rows], places, "D", color=palette.series2, label="BOS")
+        axes.axvline(largest["median_rms"], color=palette.muted, linewidth=0.8, linestyle=(0, (3, 3)))
+        axes.set_xscale("log")
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.xaxis.set_major_locator(
+            LogLocator(base=10, subs=(1, 2, 5) if max(reach) < 50 * largest["median_rms"] else (1,))
+        )
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.set_xlim(left=largest["median_rms"] / 2)
+        axes.set_yticks(places, [str(row["dimension"]) for row in rows])
+        axes.invert_yaxis()
+        axes.grid(visible=False)
+        axes.set_ylabel("dimension")
+        axes.set_xlabel("largest magnitude")
+        legend_above(axes, columns=2)
+
+    count = "No dimension exceeds" if not largest["massive"] else f"{largest['massive']} dimensions exceed"
+    return Plot(
+        "largest_dimensions",
+        "Largest dimensions",
+        f"The line is the RMS of the median dimension. {count} {largest['massive_ratio']:.0f} times it (massive"
+        " activations).",
         draw,
     )
 
@@ -193,9 +267,9 @@ def training_curve(report: Report) -> Plot:
     return Plot("training", "Training", "The fraction of variance unexplained while the SAE was trained.", draw)
 
 
-def log_line(axes: Axes, points: Sequence[tuple[float, float]], colour: str, by: str) -> None:
+def log_line(axes: Axes, points: Sequence[tuple[float, float]], colour: str, by: str, label: str | None = None) -> None:
     """A marked line over a logarithmic axis of positions or frequencies."""
-    axes.plot([x for x, _ in points], [y for _, y in points], color=colour, marker="o", markersize=3)
+    axes.plot([x for x, _ in points], [y for _, y in points], color=colour, marker="o", markersize=3, label=label)
     axes.set_xscale("log")
     axes.xaxis.set_minor_locator(NullLocator())
     if by == "position":
@@ -204,6 +278,11 @@ def log_line(axes: Axes, points: Sequence[tuple[float, float]], colour: str, by:
     else:
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: power_of_ten(math.log10(value))))
         axes.set_xlabel("share of all held-out tokens")
+
+
+def legend_above(axes: Axes, columns: int) -> None:
+    """The legend over the axes, where no curve can run through it."""
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=columns, borderaxespad=0.3, columnspacing=1.2)
 
 
 def well_sampled(groups: dict[str, Any], metric: str, counts: str, by: str) -> list[tuple[float, float]]:

@@ -39,12 +39,12 @@ def reconstruction_metrics(sums: ReconstructionSums) -> dict[str, Any]:
         "l1": ratio_of_sums(table["l1"], tokens_C),
     }
     scatter_D = (sums.added["spread_D"] - num_tokens * shift_to_mean_D.square()).clamp_min(0)
+    for name, complement in (("explained_variance", "fvu"), ("explained_variance_uncentred", "fvu_uncentred")):
+        estimates[name] = estimates[complement].complement()
     metrics: dict[str, Any] = {name: estimate.value for name, estimate in estimates.items()}
     metrics |= per_dimension(sums.added["error_D"], scatter_D)
     metrics |= {
         "mse": metrics["mse_per_token"] / len(scatter_D),
-        "explained_variance": 1 - metrics["fvu"],
-        "explained_variance_uncentred": 1 - metrics["fvu_uncentred"],
         "mean_error_norm": float((sums.added["residual_D"] / num_tokens).norm()),
         "with_bos": with_bos(sums, float(table["error"].sum()), float(table["energy"].sum())),
         "n_tokens": int(num_tokens),

@@ -13,7 +13,8 @@ Report = dict[str, Any]
 RECONSTRUCTION_ROWS = (
     ("fvu", "FVU", "squared error over variance about the evaluated tokens' mean, a ratio of sums"),
     ("fvu_per_dimension_mean", "FVU, mean of dimensions", "every residual dimension counts the same"),
-    ("explained_variance_uncentred", "Explained var., uncentred", "1 - squared error over squared norm"),
+    ("explained_variance", "Explained variance", "1 - FVU"),
+    ("explained_variance_uncentred", "Explained variance, uncentred", "1 - squared error over squared norm"),
     ("mse", "MSE", "per token and dimension"),
     ("cosine", "Cosine", "between activation and reconstruction, mean over tokens"),
     ("relative_norm", "Relative norm", "length of the reconstruction over the activation's, mean over tokens"),
@@ -54,7 +55,7 @@ def render(report: Report) -> str:
         *losses,
         page.section(
             "Reconstruction",
-            page.columns(page.figure(plots["activation_spectrum"]), metric_rows(reconstruction, RECONSTRUCTION_ROWS)),
+            metric_rows(reconstruction, RECONSTRUCTION_ROWS),
             bos_sentence(reconstruction),
         ),
         page.section(
@@ -69,6 +70,13 @@ def render(report: Report) -> str:
                 *map(page.figure, pick(plots, "firing_frequency", "decoder_cosine")),
                 densest_rows(report["latents"]),
                 *map(page.figure, pick(plots, "training")),
+            ),
+        ),
+        page.section(
+            "The activations themselves",
+            page.columns(
+                *map(page.figure, pick(plots, "norm_by_position", "largest_dimensions", "activation_spectrum")),
+                activation_rows(report["activations"]),
             ),
         ),
         page.section("Where it comes from", provenance(report)),
@@ -169,6 +177,21 @@ def densest_rows(latents: Report) -> str:
     ]
     head = ("most active latents", "fires on", "mean when it fires")
     return page.table(head, rows)
+
+
+def activation_rows(activations: Report) -> str:
+    """What the store says of the activations: mean, spread and norms over the training tokens."""
+    rows = [
+        ("Mean norm", number(activations["mean_norm"])),
+        ("Median norm", number(activations["median_norm"])),
+        ("RMS norm", number(activations["rms_norm"])),
+        ("Largest norm", number(activations["max_norm"])),
+        ("Norm of the mean", number(activations["norm_of_mean"])),
+        ("Total variance", number(activations["total_variance"])),
+        ("Variance in the largest dimension", percent(activations["variance_in_largest"])),
+        ("FVU that the storage type cost", number(activations["relative_squared_error"])),
+    ]
+    return page.table(("training tokens of the store", "value"), [(text(name), value) for name, value in rows])
 
 
 def provenance(report: Report) -> str:

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from shared.store import HookStatistics, Store
+from stage_eval.activations import ActivationSums, activation_metrics
 from stage_eval.config import EvalSchema
 from stage_eval.data import EvaluationData
 from stage_eval.downstream import DownstreamSums, downstream_metrics, loss_breakdown
@@ -34,6 +35,7 @@ DOWNSTREAM_HEADLINES = ("ce_clean", "ce_spliced", "ce_zero", "ce_mean", "loss_re
 def assemble(
     source: Source,
     sums: ReconstructionSums,
+    described: ActivationSums,
     downstream: DownstreamSums | None,
     decoder: dict[str, Any],
     statistics: HookStatistics,
@@ -73,7 +75,10 @@ def assemble(
         "decoder": decoder,
         "downstream": losses,
         "breakdown": groups,
-        "activations": activation_summary(statistics),
+        "activations": {
+            **activation_summary(statistics),
+            **activation_metrics(described, data.position_groups.edges.tolist()),
+        },
         "training": training_curve(source.folder),
         "provenance": {
             **context["provenance"],
@@ -130,8 +135,12 @@ def activation_summary(statistics: HookStatistics) -> dict[str, Any]:
     std_D = np.sort(np.sqrt(statistics.var))[::-1]
     mean_D = np.sort(np.abs(statistics.mean))[::-1]
     ranks = np.unique(np.geomspace(1, len(std_D), min(SPECTRUM_POINTS, len(std_D))).round().astype(int))
+    variance = float(statistics.var.sum())
     return {
         **statistics.summary(),
+        "norm_of_mean": float(np.linalg.norm(statistics.mean)),
+        "total_variance": variance,
+        "variance_in_largest": float(statistics.var.max()) / variance if variance else None,
         "spectrum": {
             "rank": ranks.tolist(),
             "std": std_D[ranks - 1].tolist(),

@@ -1,12 +1,13 @@
 """The figures that compare several SAEs: quality against k and against L0, a line per expansion."""
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator, PercentFormatter
 
+from stage_eval.plots import legend_above, power_of_ten
 from stage_eval.theme import MARKERS, Palette, Plot
 
 Row = dict[str, Any]
@@ -25,8 +26,66 @@ def sweep_plots(rows: Sequence[Row]) -> list[Plot]:
     if all(row["k"] is not None for row in rows):
         costs = [KL, DEAD] if has_losses else [DEAD]
         by_k = [against(rows, "k", metric) for metric in quality]
-        plots = [*by_k, *plots, *(against(rows, "k", metric) for metric in costs)]
+        plots = [*plots, *by_k, *(against(rows, "k", metric) for metric in costs)]
     return plots
+
+
+def latent_plots(rows: Sequence[Row]) -> list[Plot]:
+    """Firing frequencies and decoder directions of all SAEs, laid over one another."""
+    return [frequencies(rows), directions(rows)]
+
+
+def frequencies(rows: Sequence[Row]) -> Plot:
+    """Share of latents by firing frequency, an outline per SAE."""
+
+    def draw(axes: Axes, palette: Palette) -> None:
+        for row, colour, alpha, label in outlines(rows, palette):
+            shares = [count / row["d_latent"] for count in row["frequency"]["latents"]]
+            axes.stairs(shares, row["frequency"]["log10_edges"], color=colour, alpha=alpha, linewidth=1.2, label=label)
+        edges = [row["frequency"]["log10_edges"] for row in rows]
+        axes.set_xlim(min(values[0] for values in edges), 0)
+        axes.set_xlabel("share of tokens the latent fires on")
+        axes.set_ylabel("share of latents")
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: power_of_ten(value)))
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        legend_above(axes, columns=4)
+
+    return Plot(
+        "sweep_frequency",
+        "Firing frequencies",
+        "An outline per SAE; the more latents fire per token, the stronger. Dead latents are not drawn.",
+        draw,
+    )
+
+
+def directions(rows: Sequence[Row]) -> Plot:
+    """Cosine of decoder rows with their nearest neighbour, an outline per SAE."""
+
+    def draw(axes: Axes, palette: Palette) -> None:
+        for row, colour, alpha, label in outlines(rows, palette):
+            nearest = row["nearest"]
+            axes.stairs(nearest["nearest"], nearest["edges"], color=colour, alpha=alpha, linewidth=1.2, label=label)
+        axes.set_xlabel("cosine with the nearest other latent")
+        axes.set_ylabel("share of latents")
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        legend_above(axes, columns=4)
+
+    return Plot(
+        "sweep_decoder",
+        "Decoder directions",
+        "How close each latent's decoder direction comes to its nearest neighbour. Mass near 1 means that latents"
+        " repeat one another.",
+        draw,
+    )
+
+
+def outlines(rows: Sequence[Row], palette: Palette) -> Iterator[tuple[Row, str, float, str | None]]:
+    """(row, colour, opacity, label): a colour per line of the sweep, stronger with L0, labelled once."""
+    for index, (name, group) in enumerate(lines(rows).items()):
+        ordered = sorted(group, key=lambda row: row["l0"])
+        for place, row in enumerate(ordered, start=1):
+            label = name if place == len(ordered) else None
+            yield row, palette.series(index), 0.35 + 0.65 * place / len(ordered), label
 
 
 def lines(rows: Sequence[Row]) -> dict[str, list[Row]]:

@@ -1,0 +1,1 @@
+"""From a corpus to activations: documents, tokens, contexts, forward passes, shards. See docs/harvest.md."""

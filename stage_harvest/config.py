@@ -164,7 +164,7 @@ class TokensCorpus(CorpusSchema):
 class MixtureCorpus(CorpusSchema):
     """Several corpora, by weight."""
 
-    parts: dict[str, Any] = MISSING
+    parts: Any = MISSING
     """Name to kind, weight (share of the tokens, any scale) and the keys of that kind:
     '{web: {kind: hub, path: ..., weight: 0.8}, code: {kind: stdlib, weight: 0.2}}'."""
 
@@ -196,6 +196,9 @@ class StoreSchema:
     heldout_fraction: float = MISSING
     """Share of the shards that training never reads."""
     heldout_placement: HeldoutPlacement = MISSING
+    window: str | int | None = MISSING
+    """Most bytes of activations that the harvest may be ahead of training, which deletes what it has passed: 2TB,
+    500GB, or bytes; null keeps all. See docs/store.md."""
 
 
 @dataclass(kw_only=True)
@@ -221,8 +224,10 @@ class HarvestSchema:
     """Contexts per forward; null: as many as make 4,096 tokens. Part of the store's identity (see forward.py)."""
     dry_run: bool = MISSING
     """Print the plan and stop."""
-    spool_dir: str | None = MISSING
-    """Where tokens wait until the store is made (9 bytes each); null: the system's temporary folder."""
+    tokenise_workers: int | None = MISSING
+    """Processes that tokenise; null: one per core, 0: none but this one. The tokens do not depend on it."""
+    spool_dir: str = MISSING
+    """Local folder where tokens wait until the store has them (13 bytes each); a killed harvest goes on from there."""
 
 
 def register() -> None:

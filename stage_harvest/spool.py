@@ -1,7 +1,9 @@
-"""Packed contexts on local disk, until their number is known and the store can be made."""
+"""Tokens on local disk until the store has them: packed contexts, and encoded documents for the run after a kill."""
 
+import errno
+import fcntl
+import hashlib
 import shutil
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
@@ -17,20 +19,40 @@ FIELDS = (("tokens", np.int32), ("mask", np.bool_), ("segments", np.int32))
 
 
 class Spool:
-    """A temporary folder with three growing files; memory-mapped as [S, T] once filled. A context manager."""
+    """A folder with three growing files, memory-mapped as [S, T] once filled, and one for encoded documents.
 
-    def __init__(self, seq_len: int, folder: str | None = None) -> None:
-        """`folder` is where the temporary folder is made (None: the system's); GranaryError if it can't be."""
+    A context manager: leaving it without an error removes the folder; after an error the encoded documents stay for
+    the next run.
+    """
+
+    def __init__(self, seq_len: int, place: str, owner: str) -> None:
+        """The folder is made in `place`, under a name that `owner` (the store's URL) decides.
+
+        Raises GranaryError if it can't be made, or if another process is using it.
+        """
         self.seq_len = seq_len
         self.num_contexts = 0
+        self.folder = Path(place) / f"spool-{hashlib.sha256(owner.encode()).hexdigest()[:12]}"
+        self.encoded = self.folder / "encoded"
+        """Where encoded documents are kept (see `stage_harvest.encode`)."""
+        self._packed = self.folder / "packed"
         try:
-            self._folder = Path(tempfile.mkdtemp(prefix="granary-spool-", dir=folder))
+            self.encoded.mkdir(parents=True, exist_ok=True)
+            self._lock = (self.folder / "lock").open("w")
         except OSError as error:
-            raise GranaryError(f"no spool folder under {folder or tempfile.gettempdir()}: {error.strerror}") from error
+            raise GranaryError(f"no spool folder under {place}: {error.strerror}; set spool_dir=...") from error
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno == errno.EWOULDBLOCK:  # any other: a file system without locks
+                self._lock.close()
+                raise GranaryError(f"another harvest is tokenising for {owner}: wait for it, or stop it") from error
+        shutil.rmtree(self._packed, ignore_errors=True)
+        self._packed.mkdir()
 
     def fill(self, contexts: Iterable[Context]) -> None:
         """Append all of `contexts`; raises GranaryError when the disk is full."""
-        streams = [(self._folder / name).open("ab") for name, _ in FIELDS]
+        streams = [(self._packed / name).open("ab") for name, _ in FIELDS]
         try:
             for context in contexts:
                 for stream, row in zip(streams, context, strict=True):
@@ -39,7 +61,7 @@ class Spool:
             for stream in streams:
                 stream.close()
         except OSError as error:
-            raise GranaryError(f"spooling tokens to {self._folder}: {error.strerror}; set spool_dir=...") from error
+            raise GranaryError(f"spooling tokens to {self.folder}: {error.strerror}; set spool_dir=...") from error
         finally:
             for stream in streams:
                 stream.close()
@@ -47,7 +69,7 @@ class Spool:
     def array(self, name: str) -> npt.NDArray[Any]:
         """``tokens``, ``mask`` or ``segments`` as a read-only [S, T] memory map."""
         return np.memmap(
-            self._folder / name, dtype=dict(FIELDS)[name], mode="r", shape=(self.num_contexts, self.seq_len)
+            self._packed / name, dtype=dict(FIELDS)[name], mode="r", shape=(self.num_contexts, self.seq_len)
         )
 
     def __enter__(self) -> Self:
@@ -56,4 +78,6 @@ class Spool:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        shutil.rmtree(self._folder, ignore_errors=True)
+        keep = error is not None and any(self.encoded.glob("*.npy"))
+        shutil.rmtree(self._packed if keep else self.folder, ignore_errors=True)
+        self._lock.close()

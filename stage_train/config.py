@@ -22,6 +22,29 @@ class DecayShape(Enum):
     sqrt = "sqrt"
 
 
+class KShape(Enum):
+    """How k falls from k_start to sae.k."""
+
+    linear = "linear"
+    exponential = "exponential"
+
+
+class OptimKind(Enum):
+    """See shared.sae.optim."""
+
+    adam = "adam"
+    adam8bit = "adam8bit"
+    muon = "muon"
+    signum = "signum"
+
+
+class MomentType(Enum):
+    """bfloat16 halves the optimiser's memory."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
 class BufferPlace(Enum):
     """Which memory holds the contexts that are being mixed."""
 
@@ -29,6 +52,15 @@ class BufferPlace(Enum):
     """The GPU's when they take at most a quarter of what is free there, else the host's."""
     host = "host"
     device = "device"
+
+
+class OnDamage(Enum):
+    """What to do when a context that is needed fails its checksum, is missing or cut off."""
+
+    stop = "stop"
+    """End the run with one line that names the shard."""
+    skip = "skip"
+    """Leave its tokens out of the batches they belong to; log each shard, count the tokens in the metrics."""
 
 
 class Resume(Enum):
@@ -106,21 +138,36 @@ class StreamSchema:
     io_threads: int = MISSING
     """Reading threads per process."""
     buffer: BufferPlace = MISSING
+    on_damage: OnDamage = MISSING
 
 
 @dataclass(kw_only=True)
 class OptimSchema:
-    """Group ``optim``: Adam with a unit-norm decoder."""
+    """Group ``optim``: the update of the weights."""
 
-    lr: float = MISSING
-    """Peak learning rate."""
-    beta1: float = MISSING
-    beta2: float = MISSING
-    eps: float = MISSING
+    kind: OptimKind = MISSING
+
+    lr: float | str = MISSING
+    """Peak learning rate; auto: 2e-4 / sqrt(F / 2^14)."""
+    beta1: float | None = MISSING
+    """Adam's, and muon's for the vectors; null for signum."""
+    beta2: float | None = MISSING
+    eps: float | None = MISSING
+    momentum: float | None = MISSING
+    """muon's and signum's; null for adam."""
+    moments: MomentType | None = MISSING
+    """In which adam keeps its moments; null for the others."""
     clip_norm: float | None = MISSING
     """Largest global gradient norm; null does not clip."""
     micro_batch: int | None = MISSING
     """Most rows per forward and process, to bound memory; null: the whole batch at once."""
+    ema_decay: float | None = MISSING
+    """Moving average of the weights, per step; null keeps none."""
+    ema_export: bool = MISSING
+    """Export the average in place of the last weights."""
+    spike_factor: float | None = MISSING
+    """Leave out a step whose loss is above this multiple of the last ones' mean, or not finite; null takes all. With
+    it every step waits for the device."""
 
 
 @dataclass(kw_only=True)
@@ -149,6 +196,15 @@ class ScheduleSchema:
     shape: DecayShape = MISSING
     final: float = MISSING
     """Learning rate at the end, as a share of the peak."""
+    k_start: int | None = MISSING
+    """k of the first steps, above sae.k; null: sae.k from the beginning."""
+    k_cold: int | float = MISSING
+    """How long k_start lasts: a whole number of steps, or a share of the run up to 1.0."""
+    k_warmup: int | float = MISSING
+    """How long k then falls to sae.k, likewise."""
+    k_shape: KShape = MISSING
+    penalty_warmup: int | float = MISSING
+    """Linear warm-up of the sparsity penalty, likewise."""
 
 
 @dataclass(kw_only=True)

@@ -15,6 +15,7 @@ import torch
 from shared.cli import fail
 from shared.errors import GranaryError
 from shared.sae import SAE, SAEConfig
+from shared.sae.checkpoint import save
 from stage_train.checkpoint import load_tensors, newest_checkpoint, read_state
 from stage_train.frozen import FrozenStore
 
@@ -43,14 +44,24 @@ def provenance(
 def export(checkpoint: Path, folder: Path) -> None:
     """Write ``config.json`` and ``sae.safetensors`` from a training checkpoint, whatever layout wrote it.
 
-    One process does it, with one copy of the weights in memory. Raises GranaryError when the checkpoint does not load.
+    One process does it, one tensor at a time. Raises GranaryError when the checkpoint does not load.
     """
     state = read_state(checkpoint)
+    config = SAEConfig.from_dict(state["sae"])
     with torch.device("meta"):
-        sae = SAE(SAEConfig.from_dict(state["sae"]))
-    sae.to_empty(device="cpu")
-    load_tensors(checkpoint, {f"sae.{name}": tensor for name, tensor in sae.state_dict().items()})
-    sae.save_pretrained(folder, state["provenance"])
+        sae = SAE(config)
+    learnt = {name for name, _ in sae.named_parameters()} | {"activation.threshold"}
+    averaged = learnt if state.get("export_average") else set()
+    shapes = sae.state_dict()
+
+    def fetch(name: str) -> torch.Tensor:
+        tensor = torch.empty_like(shapes[name], device="cpu")
+        load_tensors(checkpoint, {f"{'ema' if name in averaged else 'sae'}.{name}": tensor})
+        if name == "W_dec" and averaged and config.unit_norm_decoder:  # an average of unit vectors is shorter
+            tensor.div_(tensor.norm(dim=1, keepdim=True))
+        return tensor
+
+    save(folder, config, shapes, state["provenance"], fetch=fetch)
 
 
 def is_exported(folder: Path) -> bool:

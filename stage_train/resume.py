@@ -22,6 +22,7 @@ FREE = (
     "stream.prefetch_gib",
     "stream.io_threads",
     "stream.buffer",
+    "stream.on_damage",  # so that a run which stopped at a damaged shard can go on without it
 )
 
 

@@ -1,4 +1,4 @@
-"""The learning rate as a pure function of the step: warm-up, hold, decay."""
+"""Schedules as pure functions of the step: the learning rate, k, the weight of the sparsity penalty."""
 
 import math
 from dataclasses import dataclass
@@ -6,6 +6,9 @@ from dataclasses import dataclass
 from shared.errors import GranaryError
 
 SHAPES = ("linear", "cosine", "sqrt")
+K_SHAPES = ("linear", "exponential")
+# a of the exponential k schedule (Language-Model-SAEs).
+STEEPNESS = 3.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,6 +55,55 @@ class LearningRate:
             "sqrt": 1 - math.sqrt(progress),
         }[self.shape]
         return self.peak * (self.final + (1 - self.final) * left)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LatentsPerToken:
+    """k of topk and batchtopk: ``start`` for ``cold_steps``, then down to ``end`` over ``warmup_steps``.
+
+    Llama Scope began with every latent active (4096 to 50); the exponential form is Language-Model-SAEs'.
+    """
+
+    start: int
+    end: int
+    cold_steps: int
+    warmup_steps: int
+    shape: str
+    """linear or exponential."""
+
+    def __post_init__(self) -> None:
+        if self.shape not in K_SHAPES:
+            raise GranaryError(f"schedule.k_shape={self.shape!r}: choose from {', '.join(K_SHAPES)}")
+        if self.start < self.end:
+            raise GranaryError(f"schedule.k_start={self.start} is less than sae.k={self.end}: k only falls")
+
+    def at(self, step: int) -> int:
+        """k of a step, counted from 0; `end` from step ``cold_steps + warmup_steps`` on."""
+        into = step - self.cold_steps
+        if into < 0:
+            return self.start
+        if into >= self.warmup_steps:
+            return self.end
+        progress = into / self.warmup_steps
+        if self.shape == "exponential":
+            progress = (1 - math.exp(-STEEPNESS * progress)) / (1 - math.exp(-STEEPNESS))
+        return max(self.end, math.ceil(self.start - (self.start - self.end) * progress))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PenaltyScale:
+    """What multiplies the sparsity penalty: from 0 to 1, linearly."""
+
+    warmup_steps: int
+
+    def at(self, step: int) -> float:
+        """The factor of a step, counted from 0; 1 from step ``warmup_steps - 1`` on."""
+        return min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps else 1.0
+
+
+def automatic_rate(num_latents: int) -> float:
+    """``2e-4 / sqrt(F / 2^14)``: the rule of sparsify and OpenSAE, after the fits of Gao et al. 2024."""
+    return 2e-4 / math.sqrt(num_latents / 2**14)
 
 
 def length_in_steps(value: int | float, total_steps: int, key: str) -> int:

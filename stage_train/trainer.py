@@ -1,8 +1,9 @@
 """The training loop: batch, losses, one reduction of the gradients, one optimiser step.
 
-Shape letters: N rows of this rank's batch, D d_model, K picks per token, F latents, R dead latents.
+Shape letters: N rows of this rank's batch, D d_model, F latents held here, R dead latents.
 """
 
+import logging
 import math
 import time
 from dataclasses import dataclass, field
@@ -13,17 +14,24 @@ from torch import Tensor
 
 from shared.errors import GranaryError
 from shared.parallel import World, all_reduce_sum
-from shared.sae import SAE, DeadLatents, SAEAdam
+from shared.sae import SAE, DeadLatents
+from shared.sae.activations import BatchTopK
+from shared.sae.latents import Survey
+from shared.sae.optim import SAEOptimiser
+from stage_train.average import WeightAverage
 from stage_train.layouts import Replicated
 from stage_train.metrics import MetricWindow
-from stage_train.schedule import LearningRate
+from stage_train.schedule import LatentsPerToken, LearningRate, PenaltyScale
+from stage_train.spikes import SpikeGuard
 from stage_train.stream import Batch, TokenStream
+
+log = logging.getLogger(__name__)
 
 # Steps between looks at which latents are dead: a look waits for the device, and the answer changes slowly. It is part
 # of what fixes the result.
 DEAD_EVERY = 16
 
-METRICS = ("loss", "reconstruction", "auxk", "multi_topk", "fvu", "l0")
+METRICS = ("loss", "reconstruction", "auxk", "multi_topk", "penalty", "fvu", "l0")
 
 
 @dataclass
@@ -43,6 +51,18 @@ class Stopwatch:
     seconds: float = field(default_factory=time.perf_counter)
     tokens: int = 0
     waited: float = 0.0
+    skipped: int = 0
+
+
+@dataclass(frozen=True)
+class Schedules:
+    """What changes with the step and is a pure function of it."""
+
+    rate: LearningRate
+    k: LatentsPerToken | None = None
+    """None: the config's."""
+    penalty: PenaltyScale | None = None
+    """None: in full from the beginning."""
 
 
 class Trainer:
@@ -51,16 +71,19 @@ class Trainer:
     def __init__(
         self,
         sae: SAE,
-        optimiser: SAEAdam,
-        rate: LearningRate,
+        optimiser: SAEOptimiser,
+        schedules: Schedules,
         stream: TokenStream,
         hook: str,
         layout: Replicated,
         *,
         micro_batch: int | None,
+        average: WeightAverage | None = None,
+        guard: SpikeGuard | None = None,
     ) -> None:
         """`micro_batch` is the largest number of rows in one forward; the result does not depend on it."""
-        self.sae, self.optimiser, self.rate, self.stream = sae, optimiser, rate, stream
+        self.average, self.guard = average, guard
+        self.sae, self.optimiser, self.schedules, self.stream = sae, optimiser, schedules, stream
         self.hook, self.layout, self.micro_batch = hook, layout, micro_batch
         self.progress = Progress()
         device = self.world.device
@@ -85,13 +108,29 @@ class Trainer:
             self.dead_now_F.copy_(self.dead.mask())
             self._dead_R = self.layout.look_at_dead(self.sae, self.dead_now_F)
         self.layout.zero_gradients(self.optimiser)
+        sums_before = self.window.sums.clone()
         parts = self._micro_batches(batch)
-        picks = [
-            self._backward(rows, batch.num_tokens, last=number == len(parts)) for number, rows in enumerate(parts, 1)
-        ]
-        self.grad_norm = self.layout.reduce_gradients(self.optimiser)
-        self.optimiser.step(self.rate.at(self.progress.step), self.grad_norm)
-        self.dead.update(torch.cat(picks), batch.num_tokens)
+        k = None if self.schedules.k is None else self.schedules.k.at(self.progress.step)
+        scale = 1.0 if self.schedules.penalty is None else self.schedules.penalty.at(self.progress.step)
+        options: dict[str, Any] = {"k": k, "penalty_scale": scale}
+        surveys = self.layout.survey(self.sae, parts, batch.num_tokens, k)
+        fired_F = torch.zeros_like(self.dead_now_F)
+        for number, rows in enumerate(parts):
+            options["survey"] = None if surveys is None else surveys[number]
+            fired_F |= self._backward(rows, batch.num_tokens, last=number == len(parts) - 1, **options)
+        grad_norm = self.layout.reduce_gradients(self.optimiser)
+        if self.guard is None or self.guard.admits(self._global_loss(sums_before, batch.num_tokens), grad_norm):
+            self.grad_norm = grad_norm
+            self.optimiser.step(self.schedules.rate.at(self.progress.step), grad_norm)
+            if isinstance(self.sae.activation, BatchTopK) and surveys is not None and surveys[0].least is not None:
+                self.sae.activation.learn(surveys[0].least)
+            if self.average is not None:
+                self.average.update(self.progress.step)
+            self.dead.update(fired_F, batch.num_tokens)
+        else:
+            log.warning("left out step %d: its loss or gradient is out of the ordinary", self.progress.step + 1)
+            self.layout.zero_gradients(self.optimiser)
+            self.window.sums.copy_(sums_before)
         self.progress.step += 1
         self.progress.tokens += batch.num_tokens
 
@@ -104,25 +143,33 @@ class Trainer:
         self.layout.merge_dead(self.dead.tokens_since_fired)
         now = time.perf_counter()
         elapsed = max(now - self._stopwatch.seconds, 1e-9)
-        waited = all_reduce_sum(torch.tensor(self.stream.wait_seconds - self._stopwatch.waited, dtype=torch.float64))
+        mine = (self.stream.wait_seconds - self._stopwatch.waited, self.stream.skipped_tokens - self._stopwatch.skipped)
+        waited, skipped = all_reduce_sum(torch.tensor(mine, dtype=torch.float64)).tolist()
         line: dict[str, float | int] = {
             "step": self.progress.step,
             "tokens": self.progress.tokens,
             "epoch": self.stream.state_dict()["epoch"],
             **means,
             "dead_fraction": self.layout.mean_over_latents(self.dead.fraction()),
-            "lr": self.rate.at(self.progress.step - 1),
+            "lr": self.schedules.rate.at(self.progress.step - 1),
             "grad_norm": float(self.grad_norm),
             "tokens_per_s": (self.progress.tokens - self._stopwatch.tokens) / elapsed,
-            "wait_share": float(waited) / self.world.size / elapsed,
+            "wait_share": waited / self.world.size / elapsed,
         }
+        if self.guard is not None:
+            line["refused_steps"] = self.guard.refused
+        if self.stream.skips_damaged:
+            line["skipped_tokens"] = int(skipped)
         self.reset_clock()
         self.check_finite(means["loss"])
         return line
 
     def reset_clock(self) -> None:
         """Begin to measure speed anew, after something that is not training."""
-        self._stopwatch = Stopwatch(time.perf_counter(), self.progress.tokens, self.stream.wait_seconds)
+        stream = self.stream
+        self._stopwatch = Stopwatch(
+            time.perf_counter(), self.progress.tokens, stream.wait_seconds, stream.skipped_tokens
+        )
 
     def check_finite(self, loss: float = 0.0) -> None:
         """Raise GranaryError, with what to do, when training has diverged; the same on every rank.
@@ -137,12 +184,19 @@ class Trainer:
                 "is intact"
             )
 
+    def _global_loss(self, sums_before: Tensor, num_tokens: int) -> Tensor:
+        """The step's loss over all ranks, from what it added to the metrics."""
+        own = (self.window.sums - sums_before)[self.window.names.index("loss")]
+        # The ranks of a latent group all add the loss of their common rows.
+        return all_reduce_sum(own) * self.layout.stream_world / (self.world.size * num_tokens)
+
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor of the training state, by name; loading fills them in place. Call on all ranks at once."""
         self.layout.merge_dead(self.dead.tokens_since_fired)
         tensors = {
             **{f"sae.{name}": tensor for name, tensor in self.sae.state_dict().items()},
             **{f"optim.{name}": tensor for name, tensor in self.optimiser.state_dict().items()},
+            **{f"ema.{name}": tensor for name, tensor in (self.average.tensors if self.average else {}).items()},
             "dead.tokens_since_fired": self.dead.tokens_since_fired,
             "dead.now": self.dead_now_F,
             "metrics.sums": self.window.sums,
@@ -151,12 +205,15 @@ class Trainer:
 
     def state(self) -> dict[str, Any]:
         """The rest of the training state, as JSON."""
-        return {"step": self.progress.step, "tokens": self.progress.tokens, "stream": self.stream.state_dict()}
+        state = {"step": self.progress.step, "tokens": self.progress.tokens, "stream": self.stream.state_dict()}
+        return state if self.guard is None else {**state, "guard": self.guard.state()}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Continue from `state`, after the tensors have been filled."""
         self.progress = Progress(state["step"], state["tokens"])
         self.stream.load_state_dict(state["stream"])
+        if self.guard is not None:
+            self.guard.restore(state["guard"])
         self._dead_R = self.layout.look_at_dead(self.sae, self.dead_now_F)
         self.reset_clock()
 
@@ -165,12 +222,15 @@ class Trainer:
         number = -(-batch.most_rows // (self.micro_batch or batch.most_rows))
         return torch.tensor_split(batch.activations[self.hook], number)
 
-    def _backward(self, rows_N_D: Tensor, batch_tokens: int, *, last: bool) -> Tensor:
-        """Add the gradient of some rows, as their share of the global batch; returns their picks [N, K]."""
+    def _backward(
+        self, rows_N_D: Tensor, batch_tokens: int, *, last: bool, survey: Survey | None, **options: Any
+    ) -> Tensor:
+        """Add the gradient of some rows, as their share of the global batch; returns which latents fired, [F]."""
         count = len(rows_N_D)
-        if not count:
-            rows_N_D = rows_N_D.new_zeros(1, rows_N_D.shape[1])  # counts for nothing below
-        losses = self.layout.losses(self.sae, rows_N_D, self._dead_R, last=last)
+        if not count:  # a row that counts for nothing below
+            rows_N_D = rows_N_D.new_zeros(1, rows_N_D.shape[1])
+            survey = None if survey is None else survey.for_one_row()
+        losses = self.layout.losses(self.sae, rows_N_D, self._dead_R, last=last, survey=survey, **options)
         torch.autograd.backward(losses.total * (count / batch_tokens))
         self.window.add({**losses.metrics, "loss": losses.total.detach()}, count)
-        return losses.latents.indices[:count]
+        return losses.fired & (count > 0)

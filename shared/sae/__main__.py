@@ -8,15 +8,47 @@ from rich.console import Console
 from shared.cli import fail
 from shared.errors import GranaryError
 
+CONVERT = """\
+Read an SAE folder of any known format and write it as another.
+
+The source's format is found from its files. Input normalisation (scale, centre and scale) is folded into the
+weights, and every latent keeps its value; what a format can't express is refused with the reason.
+
+  format               files                                        read  written
+  granary              config.json, sae.safetensors                 yes   yes
+  saelens              cfg.json, sae_weights.safetensors            yes   yes
+  sparsify             cfg.json, sae.safetensors                    yes   TopK
+  dictionary_learning  config.json, ae.pt                           yes   yes
+  opensae              config.json, model*.safetensors              yes   TopK
+  llama_scope          hyperparams.json, checkpoints/final.safetensors  yes   no
+  gemma_scope          params.npz or params.safetensors             yes   no
+"""
+EXAMPLES = """\
+examples:
+  python -m shared.sae convert runs/demo/sae exported --to saelens
+  python -m shared.sae convert downloaded/layer_20/width_16k/average_l0_71 runs/gemma/sae --to granary
+"""
+
 
 def main(argv: list[str] | None = None) -> None:
     """Run one command; a wrong input is one line on stderr and status 2."""
-    parser = argparse.ArgumentParser(prog="python -m shared.sae", description="Work with SAE folders.")
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        prog="python -m shared.sae", description="Work with SAE folders.", epilog=EXAMPLES, formatter_class=raw
+    )
     commands = parser.add_subparsers(dest="command", required=True)
-    command = commands.add_parser("convert", help="write an SAE in another project's format, or read one")
-    command.add_argument("source", type=Path, help="folder of an SAE; its format is found from its files")
-    command.add_argument("target", type=Path, help="new or empty folder")
-    command.add_argument("--to", required=True, help="granary, saelens, sparsify or dictionary_learning")
+    command = commands.add_parser(
+        "convert",
+        help="write an SAE folder in another project's format, or read one",
+        description=CONVERT,
+        epilog=EXAMPLES,
+        formatter_class=raw,
+    )
+    command.add_argument("source", metavar="SRC", help="folder of an SAE in any of these formats, or a hub id")
+    command.add_argument("target", metavar="DST", type=Path, help="new or empty folder")
+    command.add_argument(
+        "--to", required=True, metavar="FORMAT", help="granary, saelens, sparsify, dictionary_learning or opensae"
+    )
     arguments = parser.parse_args(argv)
     from shared.sae.formats import convert
 
@@ -24,7 +56,7 @@ def main(argv: list[str] | None = None) -> None:
         found = convert(arguments.source, arguments.target, arguments.to)
     except GranaryError as error:
         fail(str(error))
-    Console(soft_wrap=True).print(f"{arguments.target}: {found} to {arguments.to}", highlight=False)
+    Console(soft_wrap=True).print(f"{arguments.target}: {found} to {arguments.to}", highlight=False, markup=False)
 
 
 if __name__ == "__main__":

@@ -7,32 +7,57 @@ file carries the same JSON in its metadata, so that a save which died between th
 import json
 import os
 import uuid
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from shared.errors import GranaryError
 from shared.sae.config import SAEConfig
+from shared.sae.weights_file import write_weights
 
 FORMAT = "granary-sae"
 VERSION = 1
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "sae.safetensors"
+# What an SAE at the top of a hub repository may consist of, in this format or another that shared.sae.formats reads.
+HUB_FILES = (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    "cfg.json",
+    "sae_weights.safetensors",
+    "activation_scaler.json",
+    "model*.safetensors",
+    "model.safetensors.index.json",
+    "ae.pt",
+    "hyperparams.json",
+    "checkpoints/final.safetensors",
+    "params.npz",
+    "params.safetensors",
+)
 
 
-def save(folder: Path, config: SAEConfig, tensors: dict[str, torch.Tensor], provenance: dict[str, Any]) -> None:
-    """Write both files; each appears whole or not at all, and a mixture of two saves does not load."""
+def save(
+    folder: Path,
+    config: SAEConfig,
+    tensors: Mapping[str, torch.Tensor],
+    provenance: dict[str, Any],
+    *,
+    fetch: Callable[[str], torch.Tensor] | None = None,
+) -> None:
+    """Write both files; each appears whole or not at all, and a mixture of two saves does not load.
+
+    With `fetch` the tensors give names, shapes and types alone, and it gives each one's values when it is its turn.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     document = {"format": FORMAT, "version": VERSION, "config": config.to_dict(), "provenance": provenance}
     text = json.dumps(document, indent=2, sort_keys=True)
-    contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     suffix = f".{uuid.uuid4().hex[:8]}.tmp"
     weights_tmp, config_tmp = folder / (WEIGHTS_FILE + suffix), folder / (CONFIG_FILE + suffix)
     try:
-        save_file(contiguous, weights_tmp, metadata={"granary": text})
+        write_weights(weights_tmp, tensors, fetch or tensors.__getitem__, {"granary": text})
         config_tmp.write_text(text + "\n", encoding="utf-8")
         for path in (weights_tmp, config_tmp):
             _sync(path)
@@ -70,22 +95,34 @@ def load_provenance(folder: str | Path) -> dict[str, Any]:
     return _read_config(Path(folder))[1]
 
 
+def is_own(folder: Path) -> bool:
+    """Whether the folder has the files of this project's format."""
+    return (folder / CONFIG_FILE).is_file() and (folder / WEIGHTS_FILE).is_file()
+
+
 def locate(path_or_hub_id: str | Path) -> Path:
-    """A local folder as it is; anything else of the form owner/name is downloaded from the Hugging Face hub."""
+    """A local folder as it is; owner/name, or hf://owner/name/folder, is downloaded from the Hugging Face hub."""
     path = Path(path_or_hub_id)
     if path.is_dir():
         return path
     name = str(path_or_hub_id)
-    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
+    owner, _, rest = name.removeprefix("hf://").partition("/")
+    repository, _, inside = rest.partition("/")
+    is_path = path.is_absolute() or name.startswith((".", "~")) or (inside and not name.startswith("hf://"))
+    if is_path or not (owner and repository):
         raise GranaryError(f"there is no SAE folder {name}: train one, or give a hub id owner/name")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+    wanted = [f"{inside.strip('/')}/*"] if inside else [*HUB_FILES]
     try:
-        return Path(snapshot_download(name, allow_patterns=[CONFIG_FILE, WEIGHTS_FILE]))
+        folder = Path(snapshot_download(f"{owner}/{repository}", allow_patterns=wanted)) / inside
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = " ".join(str(error).split())[:200]
         raise GranaryError(f"{name} is neither a folder nor a hub repository that can be reached: {reason}") from None
+    if not folder.is_dir():
+        raise GranaryError(f"the hub repository {owner}/{repository} has no folder {inside}")
+    return folder
 
 
 def _read_config(folder: Path) -> tuple[SAEConfig, dict[str, Any], str]:

@@ -1,15 +1,13 @@
 """Which latents are dead: tokens seen, over all ranks, since each latent was last nonzero."""
 
-from collections.abc import Callable
-
 import torch
 
 
 class DeadLatents:
     """Counts tokens since each latent's last nonzero activation.
 
-    Call ``update`` once per optimiser step on every rank; counts are global because `num_tokens` is the global batch
-    and `reduce_max` merges which latents fired.
+    Call ``update`` once per optimiser step. A rank counts all tokens of the global batch but only its own firings: the
+    least of the ranks' counts is the global one.
     """
 
     def __init__(self, num_latents: int, dead_after_tokens: int, device: torch.device | str = "cpu") -> None:
@@ -17,25 +15,10 @@ class DeadLatents:
         self.tokens_since_fired = torch.zeros(num_latents, dtype=torch.int64, device=device)
 
     @torch.no_grad()
-    def update(
-        self,
-        indices_NK: torch.Tensor,
-        num_tokens: int,
-        reduce_max: Callable[[torch.Tensor], torch.Tensor] | None = None,
-    ) -> None:
-        """Record a batch: `indices_NK` are this rank's picks (-1: nothing fired), `num_tokens` all ranks' tokens.
-
-        `reduce_max` takes an int32 tensor to its elementwise maximum over ranks. No host synchronisation.
-        """
-        num_latents = self.tokens_since_fired.numel()
-        # The extra slot takes the padding.
-        fired = torch.zeros(num_latents + 1, dtype=torch.int32, device=self.tokens_since_fired.device)
-        fired[indices_NK.reshape(-1)] = 1  # -1 is the last slot
-        fired = fired[:num_latents]
-        if reduce_max is not None:
-            fired = reduce_max(fired)
+    def update(self, fired_F: torch.Tensor, num_tokens: int) -> None:
+        """Record a batch: bool `fired_F`, nonzero on any token of this rank; `num_tokens` are those of all ranks."""
         self.tokens_since_fired += num_tokens
-        self.tokens_since_fired.masked_fill_(fired > 0, 0)
+        self.tokens_since_fired.masked_fill_(fired_F, 0)
 
     def mask(self) -> torch.Tensor:
         """bool [F], true where dead."""

@@ -4,34 +4,31 @@
     x^ = denormalise(sum_i f_i W_dec[i] + b_dec)
 
 Shapes: N tokens, D d_model, F latents, K picks per token, R dead latents. W_enc and W_dec are both [F, D], one row per
-latent; the rows of W_dec have unit norm. Parameters are float32; inputs of any float type are upcast.
+latent; the rows of W_dec have unit norm unless the config frees it. Parameters are float32; inputs of any float type
+are upcast.
 """
 
-import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from shared.errors import GranaryError
-from shared.kernels import (
-    COMPUTE_DTYPES,
-    KERNELS,
-    PairGradient,
-    PairGradients,
-    PairOrder,
-    attach_encoder,
-    decode,
-    sparse_decode,
-    take_rows,
-)
+from shared.kernels import COMPUTE_DTYPES, KERNELS, PairGradient, PairGradients, decode, take_rows
 from shared.sae import checkpoint
 from shared.sae.activations import ACTIVATIONS
 from shared.sae.config import SAEConfig
-from shared.sae.init import ActivationStatistics, encoder_scale, geometric_median, random_unit_rows
-from shared.sae.latents import SAELosses, SAEOutput, SparseLatents
+from shared.sae.dense_step import dense_losses
+from shared.sae.init import ActivationStatistics, initialise, random_unit_rows
+from shared.sae.latents import SAELosses, SAEOutput, SparseLatents, Survey
 from shared.sae.losses import auxk_loss, reconstruction_weight, weighted_square_error
+from shared.sae.part import WHOLE, Part
+from shared.sae.sparse_step import sparse_losses
+from shared.sae.survey import needs_survey
+from shared.sae.survey import survey as survey_batch
 
 LAYER_NORM_EPS = 1e-5
 
@@ -55,7 +52,9 @@ class SAE(nn.Module):
         kernels: str = "auto",
         compute_dtype: str = "float32",
         generator: torch.Generator | None = None,
+        num_latents: int | None = None,
     ) -> None:
+        """`num_latents`: those held here; None: all of the config's."""
         super().__init__()
         for name, value, choices in (
             ("kernels", kernels, KERNELS),
@@ -66,14 +65,17 @@ class SAE(nn.Module):
         self.config = config
         self.kernels = kernels
         self.compute_dtype = compute_dtype
+        self.part: Part = WHOLE
+        """Which latents are held here; another one belongs to a shard."""
         self.pair_gradients: PairGradients | None = None
         """Where the gradients of W_enc and W_dec go instead of ``.grad``; set by an optimiser that reads them there."""
-        d, num_latents = config.d_model, config.d_latent
+        d = config.d_model
+        num_latents = config.d_latent if num_latents is None else num_latents
         self.W_enc = nn.Parameter(torch.empty(num_latents, d))
         self.b_enc = nn.Parameter(torch.zeros(num_latents))
         self.W_dec = nn.Parameter(torch.empty(num_latents, d))
         self.b_dec = nn.Parameter(torch.zeros(d))
-        self.activation = ACTIVATIONS[config.activation]()
+        self.activation = ACTIVATIONS[config.activation](config, num_latents)
         self.register_buffer("input_mean", torch.zeros(d))
         self.register_buffer("input_scale", torch.ones(()))
         self.register_buffer("input_variance", torch.ones(d))  # of the normalised input
@@ -114,14 +116,22 @@ class SAE(nn.Module):
     # ---- inference -----------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def encode(self, x: torch.Tensor) -> SparseLatents:
-        """Active latents of raw activations x [..., D]; values and indices are [..., k]. No gradient."""
+    def encode(self, x: torch.Tensor, *, return_all_features: bool = False) -> SparseLatents:
+        """Active latents of raw activations x [..., D]; values and indices are [..., K]. No gradient.
+
+        K is k under topk, else the number of latents of the fullest token. What a token gets does not depend on the
+        others: under batchtopk the learnt threshold decides. `return_all_features`: also all positive pre-activations,
+        [..., F], from which the activation selects (OpenSAE's ``all_features``).
+        """
         normal, token_mean, token_scale = self.normalise(x)
         normal_ND = normal.reshape(-1, self.config.d_model)
         centred_ND = normal_ND - self.b_dec if self.config.pre_bias else normal_ND
-        values, indices = self.activation.select(self, centred_ND, self.config.k)
+        values, indices = self.activation.encode(self, centred_ND)
         shape = (*x.shape[:-1], values.shape[-1])
-        return SparseLatents(values.view(shape), indices.view(shape), token_mean, token_scale)
+        features = None
+        if return_all_features:
+            features = torch.relu(F.linear(centred_ND, self.W_enc, self.b_enc)).view(*x.shape[:-1], -1)
+        return SparseLatents(values.view(shape), indices.view(shape), token_mean, token_scale, features)
 
     @torch.no_grad()
     def decode(self, latents: SparseLatents) -> torch.Tensor:
@@ -136,112 +146,93 @@ class SAE(nn.Module):
         x_hat = (x_hat_ND + self.b_dec).view(*latents.values.shape[:-1], self.config.d_model)
         return self.denormalise(x_hat, latents.token_mean, latents.token_scale)
 
-    def forward(self, x: torch.Tensor) -> SAEOutput:
-        """Encode and decode x [..., D]. No gradient: training goes through ``losses``."""
-        latents = self.encode(x)
-        return SAEOutput(self.decode(latents), latents)
+    def forward(
+        self,
+        x: torch.Tensor,
+        dead: torch.Tensor | None = None,
+        *,
+        return_losses: bool = False,
+        return_all_features: bool = False,
+    ) -> SAEOutput:
+        """Encode and decode x [..., D], without gradient; with `return_losses` also what ``losses`` gives, with it."""
+        latents = self.encode(x, return_all_features=return_all_features)
+        losses = self.losses(x.reshape(-1, x.shape[-1]), dead) if return_losses else None
+        return SAEOutput(self.decode(latents), latents, losses)
 
     # ---- training ------------------------------------------------------------------------------------------------
 
-    def losses(self, x: torch.Tensor, dead: torch.Tensor | None = None, *, k: int | None = None) -> SAELosses:
-        """Loss of a batch of raw activations x [N, D], with a backward pass that costs N x K instead of N x F.
+    def losses(
+        self,
+        x: torch.Tensor,
+        dead: torch.Tensor | None = None,
+        *,
+        k: int | None = None,
+        penalty_scale: float = 1.0,
+        survey: Survey | None = None,
+    ) -> SAELosses:
+        """Loss of a batch of raw activations x [N, D].
 
-        `dead`: bool [F], or the int64 indices of the dead latents (a bool mask on CUDA costs a host synchronisation);
-        None: no AuxK. `k` overrides the config's, for schedules.
+        TopK and BatchTopK have a backward pass that costs N x K instead of N x F. `dead`: bool [F], or the int64
+        indices of the dead latents (a bool mask on CUDA costs a host synchronisation); None: no AuxK. `k` and
+        `penalty_scale` are for schedules. `survey` is this micro-batch's entry of ``survey``; None: x is the batch.
         """
-        config = self.config
-        if not config.shift_back:
-            raise GranaryError("an SAE with shift_back=false can't be trained: its target is not its input")
-        k = config.k if k is None else k
-        with torch.no_grad():
-            x_ND, token_mean, token_scale = self.normalise(x)
-            centred_ND = x_ND - self.b_dec if config.pre_bias else x_ND
-            width = min(config.multi_topk_factor * k, config.d_latent) if config.multi_topk_weight > 0 else k
-            values_NK, indices_NK = self.activation.select(self, centred_ND, width)
-        num_latents = self.W_enc.shape[0]  # those held here: fewer than config.d_latent in a shard
-        order = PairOrder(indices_NK, num_latents)
-        values_NK = attach_encoder(
-            centred_ND,
-            self._pre_bias(),
-            self.W_enc,
-            self.b_enc,
-            values_NK,
-            indices_NK,
-            order,
-            kernels=self.kernels,
-            compute_dtype=self.compute_dtype,
-            sink=self._sink("W_enc"),
-        )
-        weight_D = reconstruction_weight(self.input_variance, config.loss)
-        metrics: dict[str, torch.Tensor] = {}
+        if not ACTIVATIONS[self.config.activation].fixes_l0:
+            return dense_losses(self, x, dead, penalty_scale, survey)
+        k = self.config.k if k is None else k
+        assert k is not None
+        if survey is None and needs_survey(self, cut=False):
+            (survey,) = self.survey([x], len(x), k=k)
+        return sparse_losses(self, x, dead, k, survey)
 
-        main_values, main_indices = values_NK[:, :k], indices_NK[:, :k]
-        # Without extra picks the encoder and the decoder share one sort of the pairs.
-        main_order = order if width == k else PairOrder(main_indices, num_latents)
-        error_ND = self._decode_picks(main_values, main_indices, main_order) + self.b_dec - x_ND
-        reconstruction = weighted_square_error(error_ND, weight_D)
-        total = reconstruction
-        if width > k:
-            extra_indices = indices_NK[:, k:]
-            extra_ND = self._decode_picks(values_NK[:, k:], extra_indices, PairOrder(extra_indices, num_latents))
-            multi = weighted_square_error(error_ND + extra_ND, weight_D)
-            total = total + config.multi_topk_weight * multi
-            metrics["multi_topk"] = multi.detach()
+    def survey(self, parts: Sequence[torch.Tensor], num_tokens: int, **options: Any) -> list[Survey]:
+        """What ``losses`` of each micro-batch must know of the whole batch; see ``shared.sae.survey``."""
+        return survey_batch(self, parts, num_tokens, **options)
 
-        auxk = self._auxk(-error_ND.detach(), centred_ND, dead)
-        if auxk is not None:
-            total = total + config.auxk_alpha * auxk
-            metrics["auxk"] = auxk.detach()
+    def encoder_input(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, Any, Any]:
+        """What the encoder multiplies, what the decoder must reconstruct, and layer_norm's mean and scale."""
+        normal, token_mean, token_scale = self.normalise(x)
+        target = normal if self.config.shift_back else x.to(normal)
+        return normal - self.b_dec if self.config.pre_bias else normal, target, token_mean, token_scale
 
-        with torch.no_grad():
-            metrics["reconstruction"] = reconstruction.detach()
-            fvu_weight = reconstruction_weight(self.input_variance, "fvu")
-            metrics["fvu"] = (
-                reconstruction.detach() if config.loss == "fvu" else weighted_square_error(error_ND, fvu_weight)
-            )
-            metrics["l0"] = (main_indices >= 0).sum(dtype=torch.float32) / main_indices.shape[0]
-        return SAELosses(
-            total=total,
-            reconstruction=metrics["reconstruction"],
-            latents=SparseLatents(main_values.detach(), main_indices, token_mean, token_scale),
-            auxk=metrics.get("auxk"),
-            multi_topk=metrics.get("multi_topk"),
-            metrics=metrics,
-        )
+    def shared_pre_bias(self) -> torch.Tensor | None:
+        """b_dec as the encoder subtracts it, with its gradient; None without a pre-encoder bias."""
+        return self.part.sum_backward(self.b_dec) if self.config.pre_bias else None
 
-    def _pre_bias(self) -> torch.Tensor | None:
-        """b_dec as the encoder subtracts it; None without a pre-encoder bias."""
-        return self.b_dec if self.config.pre_bias else None
+    def loss_weight(self) -> torch.Tensor:
+        """Weight [D] of the squared errors in the reconstruction loss."""
+        return reconstruction_weight(self.input_variance, self.config.loss)
 
-    def _decode_picks(self, values_NK: torch.Tensor, indices_NK: torch.Tensor, order: PairOrder) -> torch.Tensor:
-        return sparse_decode(
-            values_NK,
-            indices_NK,
-            self.W_dec,
-            order,
-            kernels=self.kernels,
-            compute_dtype=self.compute_dtype,
-            sink=self._sink("W_dec"),
-        )
+    def fvu(self, error_ND: torch.Tensor) -> torch.Tensor:
+        """Ratio of summed squared error to the data set's summed variance, whatever the loss is."""
+        return weighted_square_error(error_ND.detach(), reconstruction_weight(self.input_variance, "fvu"))
 
-    def _sink(self, name: str) -> PairGradient | None:
+    def sink(self, name: str) -> PairGradient | None:
+        """Where the gradient of W_enc or W_dec goes instead of ``.grad``; None: nowhere else."""
         return None if self.pair_gradients is None else self.pair_gradients[name]
 
-    def _auxk(
+    def decoder_norm(self) -> torch.Tensor | None:
+        """Norms [F] of the decoder's rows, which weigh the penalties; None where they are 1."""
+        return None if self.config.unit_norm_decoder else self.W_dec.norm(dim=1)
+
+    def auxk(
         self, residual_ND: torch.Tensor, centred_ND: torch.Tensor, dead: torch.Tensor | None
     ) -> torch.Tensor | None:
+        """The AuxK loss; None where it is off or nothing is dead."""
         if dead is None or self.config.auxk_alpha == 0:
             return None
         dead_R = dead.nonzero().squeeze(1) if dead.dtype == torch.bool else dead
-        if dead_R.numel() == 0:
+        num_dead = self.part.count_dead(dead_R.numel())
+        if num_dead == 0:
             return None
         return auxk_loss(
             residual_ND,
             centred_ND,
-            take_rows(self.W_enc, dead_R, self._sink("W_enc")),
+            take_rows(self.W_enc, dead_R, self.sink("W_enc")),
             self.b_enc.index_select(0, dead_R),
-            take_rows(self.W_dec, dead_R, self._sink("W_dec")),
+            take_rows(self.W_dec, dead_R, self.sink("W_dec")),
             self.config.num_aux,
+            num_dead=num_dead,
+            part=self.part,
             kernels=self.kernels,
             compute_dtype=self.compute_dtype,
         )
@@ -250,54 +241,12 @@ class SAE(nn.Module):
 
     @torch.no_grad()
     def initialise(self, statistics: ActivationStatistics | None, sample: torch.Tensor) -> None:
-        """Set normalisation, b_dec and the encoder's scale from data.
+        """Set normalisation, b_dec, directions and scale from data; see ``shared.sae.initialise``.
 
         `statistics` are the whole data set's (None: the sample's own); `sample` [M, D] are raw activations, a few
-        thousand tokens. Decoder rows keep their random directions; the encoder is their transpose times the one
-        factor that minimises the loss on the sample.
+        thousand tokens.
         """
-        sample_MD = sample.reshape(-1, self.config.d_model).to(self.W_enc)
-        if sample_MD.shape[0] < 2:
-            raise GranaryError("initialising an SAE needs at least 2 tokens")
-        if statistics is None:
-            mean_D, variance_D = sample_MD.mean(0), sample_MD.var(0, correction=0)
-            mean_norm = float(sample_MD.norm(dim=1).mean())
-        else:
-            mean_D = torch.as_tensor(statistics.mean).to(self.input_mean)
-            variance_D = torch.as_tensor(statistics.var).to(self.input_mean)
-            mean_norm = float(statistics.mean_norm)
-        if float(variance_D.sum()) == 0:
-            raise GranaryError("all activations are equal: there is nothing to reconstruct")
-        self._set_normalisation(mean_D, variance_D, mean_norm)
-
-        normal_MD, _, _ = self.normalise(sample_MD)
-        if self.config.normalisation == "layer_norm":
-            self.input_variance.copy_(normal_MD.var(0, correction=0))
-        self.b_enc.zero_()
-        if self.config.bias_init == "zero":
-            self.b_dec.zero_()
-        elif self.config.bias_init == "mean":
-            self.b_dec.copy_(normal_MD.mean(0))
-        else:
-            self.b_dec.copy_(geometric_median(normal_MD))
-
-        self.W_enc.copy_(self.W_dec)
-        centred_MD = normal_MD - self.b_dec if self.config.pre_bias else normal_MD
-        values, indices = self.activation.select(self, centred_MD, self.config.k)
-        decoded_MD = decode(values, indices, self.W_dec, kernels=self.kernels)
-        weight_D = reconstruction_weight(self.input_variance, self.config.loss)
-        self.W_enc.mul_(encoder_scale(normal_MD - self.b_dec, decoded_MD, weight_D))
-
-    def _set_normalisation(self, mean_D: torch.Tensor, variance_D: torch.Tensor, mean_norm: float) -> None:
-        root_d = math.sqrt(self.config.d_model)
-        self.input_mean.zero_()
-        self.input_scale.fill_(1.0)
-        if self.config.normalisation == "scale":
-            self.input_scale.fill_(root_d / mean_norm)
-        elif self.config.normalisation == "centre_scale":
-            self.input_mean.copy_(mean_D)
-            self.input_scale.fill_(root_d / float(variance_D.sum().sqrt()))
-        self.input_variance.copy_(variance_D * self.input_scale.square())
+        initialise(self, statistics, sample)
 
     # ---- checkpoint ----------------------------------------------------------------------------------------------
 
@@ -307,11 +256,19 @@ class SAE(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path_or_hub_id: str | Path, *, device: str | torch.device = "cpu") -> Self:
-        """Load a local folder or a Hugging Face hub repository; needs no GPU and no triton.
+        """Load a local folder or a Hugging Face hub repository (owner/name, hf://owner/name/folder).
 
-        Raises GranaryError when the folder is missing, torn or not an SAE of this project.
+        It needs no GPU and no triton, and reads every format of ``shared.sae.formats``. Raises GranaryError when the
+        folder is missing, torn, or of a format that is not known.
         """
-        config, tensors, _ = checkpoint.load(checkpoint.locate(path_or_hub_id), device)
+        folder = checkpoint.locate(path_or_hub_id)
+        if not checkpoint.is_own(folder):
+            from shared.sae import formats  # which imports this module
+
+            if formats.foreign(folder) is not None:
+                adopted: Any = formats.load_any(folder)[0].to(device)
+                return adopted
+        config, tensors, _ = checkpoint.load(folder, device)
         with torch.device("meta"):
             sae = cls(config)
         expected = {name: tuple(tensor.shape) for name, tensor in sae.state_dict().items()}

@@ -6,26 +6,31 @@ from omegaconf import MISSING
 
 from shared.errors import GranaryError
 from shared.sae.config import SAEConfig
+from shared.sae.rules import check_trainable
 
 
 @dataclass(kw_only=True)
 class SAESchema:
     """Group ``sae``: the fields of ``SAEConfig``, with the width given by ``expansion`` or ``d_latent``."""
 
-    k: int = MISSING
-    """Active latents per token."""
+    k: int | None = MISSING
+    """Active latents per token, for topk and batchtopk; null for the others."""
     expansion: float = MISSING
     """Latents per dimension of the activations: F = expansion * d_model."""
     d_latent: int | None = None
     """Number of latents; overrides expansion."""
     activation: str = MISSING
-    """Which latents fire."""
+    """Which latents fire: topk, batchtopk, relu, jumprelu or gated."""
+    prefixes: list[float] | None = None
+    """Matryoshka groups: shares of the latents up to 1.0, ascending; null for none."""
     normalisation: str = MISSING
     """none, scale, centre_scale or layer_norm."""
     shift_back: bool = MISSING
-    """Undo layer_norm on the reconstruction; false is for SAEs loaded from elsewhere."""
+    """Undo layer_norm on the reconstruction; false reconstructs raw activations from normalised ones."""
     pre_bias: bool = MISSING
     """Subtract b_dec before the encoder."""
+    unit_norm_decoder: bool = MISSING
+    """Keep decoder rows at unit norm; false: their norm is free and weighs the penalty."""
     loss: str = MISSING
     """fvu or fvu_per_dim."""
     auxk_alpha: float = MISSING
@@ -36,10 +41,30 @@ class SAESchema:
     """Weight of the loss with multi_topk_factor * k latents; 0 turns it off."""
     multi_topk_factor: int = MISSING
     """How many times k the Multi-TopK loss uses."""
+    penalty: str = MISSING
+    """Sparsity penalty: none, l0, l1, tanh or tanh_quad; which of them depends on the activation."""
+    penalty_weight: float = MISSING
+    """Its weight; the reconstruction loss counts 1."""
+    tanh_scale: float = MISSING
+    """c in tanh(c f)."""
+    frequency_scale: float = MISSING
+    """s in tanh_quad: p (1 + p / s), with p the batch's mean of tanh(c f)."""
+    bandwidth: float = MISSING
+    """Width of jumprelu's straight-through window."""
+    threshold_init: float = MISSING
+    """jumprelu's thresholds at the start."""
+    preact_weight: float = MISSING
+    """Weight of jumprelu's penalty on how far dead latents are below their thresholds; 0 turns it off."""
+    threshold_decay: float = MISSING
+    """How much of batchtopk's inference threshold is kept per step."""
     dead_after_tokens: int = MISSING
     """A latent without a nonzero activation for this many tokens is dead."""
     bias_init: str = MISSING
     """What b_dec starts at: zero, mean or geometric_median."""
+    encoder_init: str = MISSING
+    """scaled, transpose or norm_search."""
+    init_subspace: int | None = None
+    """Principal directions of the sample that decoder rows start in; null: all of space."""
 
     def to_config(self, d_model: int) -> SAEConfig:
         """The config for activations of width `d_model`; raises GranaryError when it makes no sense."""
@@ -48,4 +73,15 @@ class SAESchema:
         d_latent = self.d_latent if self.d_latent is not None else round(self.expansion * d_model)
         same = {field.name: getattr(self, field.name) for field in fields(self)}
         del same["expansion"], same["d_latent"]
-        return SAEConfig(d_model=d_model, d_latent=d_latent, **same)
+        same["prefixes"] = self._latents_of_prefixes(d_latent)
+        config = SAEConfig(d_model=d_model, d_latent=d_latent, **same)
+        check_trainable(config)
+        return config
+
+    def _latents_of_prefixes(self, d_latent: int) -> tuple[int, ...] | None:
+        if self.prefixes is None:
+            return None
+        for share in self.prefixes:
+            if not 0 < share <= 1:
+                raise GranaryError(f"sae.prefixes={self.prefixes}: shares of the latents, above 0 and up to 1.0")
+        return tuple(max(1, round(share * d_latent)) for share in self.prefixes)

@@ -16,7 +16,8 @@ from typing import Protocol, TypeVar
 
 from shared.errors import GranaryError
 from shared.store.buffers import Buffer, byte_view
-from shared.store.objectio import ObjectMissingError
+from shared.store.checksum import crc32c
+from shared.store.objectio import ObjectMissingError, ObjectShortError
 
 logger = logging.getLogger(__name__)
 
@@ -85,7 +86,7 @@ class RemoteIO:
             end = min(start + RANGE_BYTES, total)
             data = memoryview(self._fetch(key, offset + start, offset + end))
             if len(data) != end - start:
-                raise GranaryError(
+                raise ObjectShortError(
                     f"{key} is shorter than its commit record says: it ends at byte {offset + start + len(data)}"
                 )
             scatter(data, start, buffers)
@@ -96,6 +97,10 @@ class RemoteIO:
         else:
             for done in [self._pool.submit(read, start) for start in starts]:
                 done.result()
+
+    def read_checked(self, key: str, offset: int, buffers: Sequence[memoryview]) -> list[int]:
+        self.read_into(key, offset, buffers)
+        return [crc32c(buffer) for buffer in buffers]
 
     def size(self, key: str) -> int | None:
         try:
@@ -127,7 +132,9 @@ class RemoteIO:
         except FileNotFoundError as error:
             raise ObjectMissingError(f"{key} is missing from {self.url}") from error
         except EOFError as error:
-            raise GranaryError(f"{key} is shorter than its commit record says: it ends before byte {end}") from error
+            raise ObjectShortError(
+                f"{key} is shorter than its commit record says: it ends before byte {end}"
+            ) from error
 
     def _retry(self, verb: str, key: str, request: Callable[[], T]) -> T:
         deadline = time.monotonic() + self.retry_seconds

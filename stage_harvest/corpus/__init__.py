@@ -5,8 +5,7 @@ from collections.abc import Iterator
 from importlib import resources
 from typing import Any
 
-import yaml
-from omegaconf import MISSING, OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from shared.errors import GranaryError
@@ -27,6 +26,8 @@ __all__ = ["Chat", "Corpus", "Document", "Mixture", "Source", "open_corpus", "re
 def open_corpus(cfg: config.CorpusSchema) -> Corpus:
     """The corpus that `cfg` describes; raises GranaryError when it, or a part of it, is not there."""
     if isinstance(cfg, config.MixtureCorpus):
+        if not isinstance(cfg.parts, dict):
+            raise GranaryError("corpus.parts must give each part a name, a kind and a weight: see docs/harvest.md")
         return Mixture({name: _open_part(name, fields, cfg) for name, fields in cfg.parts.items()})
     return _open_source(cfg)
 
@@ -71,8 +72,9 @@ def _open_part(name: str, fields: Any, mixture: config.MixtureCorpus) -> Part:
     whole = {"contexts": None, "shuffle": mixture.shuffle, "shuffle_window": mixture.shuffle_window}
     try:
         text = (resources.files("conf") / "corpus" / f"{fields['kind']}.yaml").read_text(encoding="utf-8")
-        defaults = {key: value for key, value in yaml.safe_load(text).items() if key != "defaults"}
-        defaults = {key: value for key, value in defaults.items() if value != MISSING}
+        defaults = OmegaConf.create(text)
+        assert isinstance(defaults, DictConfig)
+        del defaults["defaults"]
         merged = OmegaConf.merge(OmegaConf.structured(config.SOURCE_KINDS[fields["kind"]]), defaults, whole, own)
         cfg = OmegaConf.to_object(merged)
         weight = float(fields["weight"])

@@ -8,23 +8,27 @@ messages per step, none of the size of the weights.
 Shape letters: N rows, D d_model, F latents held here, K picks per row, L ranks of the group, R dead latents held here.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from shared.errors import GranaryError
-from shared.kernels import PairOrder, encode_topk
-from shared.parallel import World
-from shared.sae import SAE, SAEAdam, SAEConfig, SAELosses
+from shared.parallel import World, all_reduce_sum
+from shared.sae import SAE, SAEConfig, SAELosses
+from shared.sae.activations import Encoder, TopK
+from shared.sae.latents import Survey
+from shared.sae.optim import SAEMuon, SAEOptimiser
+from shared.sae.part import Part
+from shared.sae.survey import needs_survey
 from stage_train.layouts.replicated import Replicated, gradients, joint_norm, sum_over
 
-# Tensors of the SAE that every rank holds whole; all others have one row per latent.
-WHOLE = frozenset({"b_dec", "input_mean", "input_scale", "input_variance"})
+# Last parts of the names of tensors that every rank holds whole.
+WHOLE = frozenset({"b_dec", "input_mean", "input_scale", "input_variance", "threshold"})
 
 
 class _SumForward(torch.autograd.Function):
@@ -68,25 +72,18 @@ def sum_backward(shared: Tensor, group: dist.ProcessGroup) -> Tensor:
     return same
 
 
-class GroupTopK(nn.Module):
+class GroupTopK(TopK):
     """TopK over all latents of the group, of which this rank keeps its own."""
 
-    def __init__(self, group: dist.ProcessGroup) -> None:
-        super().__init__()
+    def __init__(self, config: SAEConfig, num_latents: int, group: dist.ProcessGroup) -> None:
+        super().__init__(config, num_latents)
         self.group = group
 
-    def select(self, encoder: Any, centred_ND: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    def select(self, encoder: Encoder, centred_ND: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """Values and local indices [N, k]: column j is the token's j-th largest latent where held here, else -1."""
         size, rank = dist.get_world_size(self.group), dist.get_rank(self.group)
         own = min(k, encoder.W_enc.shape[0])
-        values_NK, indices_NK = encode_topk(
-            centred_ND,
-            encoder.W_enc,
-            encoder.b_enc,
-            own,
-            kernels=encoder.kernels,
-            compute_dtype=encoder.compute_dtype,
-        )
+        values_NK, indices_NK = super().select(encoder, centred_ND, own)
         gathered = [torch.empty_like(values_NK) for _ in range(size)]
         dist.all_gather(gathered, values_NK, group=self.group)
         # Stable: among equal values the lower latent comes first, as in one process.
@@ -97,55 +94,50 @@ class GroupTopK(nn.Module):
         return torch.where(mine, best_NK, 0.0), torch.where(mine, picked_NK, -1)
 
 
-class LatentShard(SAE):
-    """The latents that one rank of a group holds."""
+class LatentPart(Part):
+    """An equal share of the latents, and the group of ranks that hold the others."""
 
-    def __init__(self, whole: SAE, rank: int, group: dist.ProcessGroup) -> None:
-        """Copies this rank's rows out of `whole`."""
-        with torch.device("meta"):
-            super().__init__(whole.config, kernels=whole.kernels, compute_dtype=whole.compute_dtype)
-        self.group = group
-        self.activation = GroupTopK(group)  # type: ignore[assignment]
+    def __init__(self, first: int, group: dist.ProcessGroup) -> None:
+        self.first, self.group = first, group
         self.num_dead = 0
-        """Dead latents of the whole group."""
-        rows = whole.config.d_latent // dist.get_world_size(group)
-        held = slice(rank * rows, (rank + 1) * rows)
-        parameters = dict(whole.named_parameters())
-        for name, tensor in whole.state_dict().items():
-            part = tensor.clone() if name in WHOLE else tensor[held].clone()
-            if name in parameters:
-                setattr(self, name, nn.Parameter(part))
-            else:
-                self.register_buffer(name, part)
+        """Dead latents of the whole group, as of the last look."""
 
-    def _pre_bias(self) -> Tensor | None:
-        bias = super()._pre_bias()
-        return None if bias is None else sum_backward(bias, self.group)
+    def sum_forward(self, partial: Tensor) -> Tensor:
+        return sum_forward(partial, self.group)
 
-    def _decode_picks(self, values_NK: Tensor, indices_NK: Tensor, order: PairOrder) -> Tensor:
-        return sum_forward(super()._decode_picks(values_NK, indices_NK, order), self.group)
+    def sum_backward(self, shared: Tensor) -> Tensor:
+        return sum_backward(shared, self.group)
 
-    def _auxk(self, residual_ND: Tensor, centred_ND: Tensor, dead: Tensor | None) -> Tensor | None:
-        """As shared.sae.losses.auxk_loss, with the group's dead latents as one pool."""
-        if dead is None or self.config.auxk_alpha == 0 or self.num_dead == 0:
-            return None
-        num_aux = self.config.num_aux
-        z_NR = torch.relu(torch.addmm(self.b_enc[dead], centred_ND, self.W_enc[dead].T))
-        if self.num_dead > num_aux:
-            z_NR = z_NR * (z_NR.detach() >= self._kth_largest(z_NR.detach(), num_aux))
-        decoded_ND = sum_forward(z_NR @ self.W_dec[dead], self.group)
-        error_N = (residual_ND - decoded_ND).square().sum(1)
-        energy_N = residual_ND.square().sum(1).clamp_min(torch.finfo(residual_ND.dtype).tiny)
-        return (error_N / energy_N).mean() * min(self.num_dead / num_aux, 1.0)
+    def count_dead(self, held: int) -> int:
+        return self.num_dead
 
-    def _kth_largest(self, z_NR: Tensor, k: int) -> Tensor:
-        """The k-th largest pre-activation of each row over the whole group: [N, 1]. There are at least k, all >= 0."""
-        own = min(k, z_NR.shape[1])
-        best_NK = z_NR.new_zeros(z_NR.shape[0], k)
-        best_NK[:, :own] = z_NR.topk(own, dim=1).values
+    def kth_largest(self, values_NR: Tensor, k: int) -> Tensor:
+        """Of the candidates of all ranks; every rank sends as many, with zeros where it has fewer."""
+        own = min(k, values_NR.shape[1])
+        best_NK = values_NR.new_zeros(values_NR.shape[0], k)
+        best_NK[:, :own] = values_NR.topk(own, dim=1).values
         gathered = [torch.empty_like(best_NK) for _ in range(dist.get_world_size(self.group))]
         dist.all_gather(gathered, best_NK, group=self.group)
         return torch.cat(gathered, dim=1).topk(k, dim=1).values[:, -1:]
+
+
+def shard(whole: SAE, rank: int, group: dist.ProcessGroup) -> SAE:
+    """The latents that rank `rank` of the group holds, copied out of `whole`."""
+    rows = whole.config.d_latent // dist.get_world_size(group)
+    with torch.device("meta"):
+        held = SAE(whole.config, kernels=whole.kernels, compute_dtype=whole.compute_dtype, num_latents=rows)
+    held.part = LatentPart(rank * rows, group)
+    if whole.config.activation == "topk":
+        held.activation = GroupTopK(whole.config, rows, group)
+    own = slice(rank * rows, (rank + 1) * rows)
+    tensors = {name: tensor if is_whole(name) else tensor[own] for name, tensor in whole.state_dict().items()}
+    held.load_state_dict({name: tensor.clone() for name, tensor in tensors.items()}, assign=True)
+    return held
+
+
+def is_whole(name: str) -> bool:
+    """Whether every rank holds all of a tensor of the SAE or of its moments; all others have one row per latent."""
+    return name.rpartition(".")[2] in WHOLE
 
 
 class LatentParallel(Replicated):
@@ -172,33 +164,48 @@ class LatentParallel(Replicated):
         return self.world.size // self.latent
 
     def num_latents(self, config: SAEConfig) -> int:
-        """An equal share of them. Raises GranaryError when there is none, or no such activation."""
+        """An equal share of them. Raises GranaryError when there is none."""
         if config.d_latent % self.latent:
             raise GranaryError(
                 f"{config.d_latent} latents do not divide among parallel.latent={self.latent}: change sae.expansion"
             )
-        if config.activation != "topk":
-            raise GranaryError(f"parallel=latent knows sae.activation=topk, not {config.activation}: use parallel=fsdp")
         return config.d_latent // self.latent
 
     def distribute(self, sae: SAE) -> SAE:
         """Keep the rank's own latents."""
-        return LatentShard(super().distribute(sae), self.latent_rank, self.latent_group)
+        return shard(super().distribute(sae), self.latent_rank, self.latent_group)
 
-    def losses(self, sae: SAE, rows_N_D: Tensor, dead_R: Tensor, *, last: bool) -> SAELosses:
+    def optimiser(self, sae: SAE, kind: str, lr: float, **options: Any) -> SAEOptimiser:
+        """Of the latents held here."""
+        optimiser = super().optimiser(sae, kind, lr, **options)
+        if isinstance(optimiser, SAEMuon):
+            optimiser.sum_rows = lambda tensor: dist.all_reduce(tensor, group=self.latent_group)
+        return optimiser
+
+    def survey(self, sae: SAE, parts: Sequence[Tensor], num_tokens: int, k: int | None) -> list[Survey] | None:
+        """Every pair of row and latent is on one rank, so counts of pairs add up over all of them."""
+        if not needs_survey(sae, cut=len(parts) > 1 or self.stream_world > 1):
+            return None
+        return sae.survey(parts, num_tokens, k=k, reduce_all=all_reduce_sum, reduce_rows=self._sum_over_dp)
+
+    def _sum_over_dp(self, tensor: Tensor) -> None:
+        if self.stream_world > 1:
+            dist.all_reduce(tensor, group=self.dp_group)
+
+    def losses(self, sae: SAE, rows_N_D: Tensor, dead_R: Tensor, *, last: bool, **options: Any) -> SAELosses:
         """The l0 of a shard counts its own picks: scale it so that the mean over ranks is the whole."""
-        losses = super().losses(sae, rows_N_D, dead_R, last=last)
+        losses = super().losses(sae, rows_N_D, dead_R, last=last, **options)
         losses.metrics["l0"] = losses.metrics["l0"] * self.latent
         return losses
 
-    def reduce_gradients(self, optimiser: SAEAdam) -> Tensor:
+    def reduce_gradients(self, optimiser: SAEOptimiser) -> Tensor:
         """Over the data-parallel ranks that hold the same latents."""
         found = gradients(optimiser)
         if self.stream_world > 1:
             sum_over(found, self.dp_group)
         named = dict(zip(optimiser.parameters, found, strict=True))
-        parts = [grad for name, grad in named.items() if name not in WHOLE]
-        return joint_norm(parts, [grad for name, grad in named.items() if name in WHOLE], self.latent_group)
+        parts = [grad for name, grad in named.items() if not is_whole(name)]
+        return joint_norm(parts, [grad for name, grad in named.items() if is_whole(name)], self.latent_group)
 
     def merge_dead(self, tokens_since_fired_F: Tensor) -> None:
         """Over the ranks that hold the same latents."""
@@ -209,8 +216,8 @@ class LatentParallel(Replicated):
         """Also counts the whole group's, so that all its ranks agree whether AuxK is on."""
         count = dead_now_F.sum()
         dist.all_reduce(count, group=self.latent_group)
-        assert isinstance(sae, LatentShard)
-        sae.num_dead = int(count)
+        assert isinstance(sae.part, LatentPart)
+        sae.part.num_dead = int(count)
         return super().look_at_dead(sae, dead_now_F)
 
     def mean_over_latents(self, mean: Tensor) -> float:
@@ -223,7 +230,7 @@ class LatentParallel(Replicated):
         """Everything with one row per latent is a shard of the whole."""
         seen = {}
         for name, tensor in tensors.items():
-            if name not in ("optim.num_steps", "metrics.sums") and name.rpartition(".")[2] not in WHOLE:
+            if name not in ("optim.num_steps", "metrics.sums") and not is_whole(name):
                 tensor = DTensor.from_local(tensor, self.mesh, [Replicate(), Shard(0)], run_check=False)
             seen[name] = tensor
         return seen

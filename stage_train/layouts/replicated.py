@@ -11,7 +11,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from shared.parallel import World, all_reduce_sum
-from shared.sae import SAE, SAEAdam, SAEConfig, SAELosses
+from shared.sae import SAE, SAEConfig, SAELosses
+from shared.sae.latents import Survey
+from shared.sae.optim import SAEOptimiser
+from shared.sae.optimisers import OPTIMISERS
+from shared.sae.survey import Reduce, alone, needs_survey
 
 # Tensors up to this size share one message.
 SMALL_ELEMENTS = 1 << 18
@@ -46,22 +50,29 @@ class Replicated:
                 dist.broadcast(tensor, src=0)
         return sae
 
-    def optimiser(self, sae: SAE, lr: float, **options: Any) -> SAEAdam:
-        """The optimiser of what is held here; `options` are SAEAdam's."""
-        alone = self.world.size == 1  # then nobody else has to see the gradients
-        return SAEAdam(sae, lr, pair_gradients=alone, **options)
+    def optimiser(self, sae: SAE, kind: str, lr: float, **options: Any) -> SAEOptimiser:
+        """The optimiser of what is held here; `options` are those of its class in OPTIMISERS."""
+        single = self.world.size == 1  # then nobody else has to see the gradients
+        return OPTIMISERS[kind](sae, lr, pair_gradients=single, **options)
 
     # One step
 
-    def zero_gradients(self, optimiser: SAEAdam) -> None:
+    def zero_gradients(self, optimiser: SAEOptimiser) -> None:
         """Before the first backward of a step."""
         optimiser.zero_grad()
 
-    def losses(self, sae: SAE, rows_N_D: Tensor, dead_R: Tensor, *, last: bool) -> SAELosses:
-        """The losses of some of this rank's rows; `last` of the step's micro-batches or not."""
-        return sae.losses(rows_N_D, dead_R)
+    def survey(self, sae: SAE, parts: Sequence[Tensor], num_tokens: int, k: int | None) -> list[Survey] | None:
+        """What the losses of this rank's micro-batches must know of the global batch; None when it is nothing."""
+        if not needs_survey(sae, cut=len(parts) > 1 or self.stream_world > 1):
+            return None
+        reduce: Reduce = all_reduce_sum if self.world.size > 1 else alone
+        return sae.survey(parts, num_tokens, k=k, reduce_all=reduce, reduce_rows=reduce)
 
-    def reduce_gradients(self, optimiser: SAEAdam) -> Tensor:
+    def losses(self, sae: SAE, rows_N_D: Tensor, dead_R: Tensor, *, last: bool, **options: Any) -> SAELosses:
+        """Of some of this rank's rows, the step's last micro-batch or not; `options` are those of ``SAE.losses``."""
+        return sae.losses(rows_N_D, dead_R, **options)
+
+    def reduce_gradients(self, optimiser: SAEOptimiser) -> Tensor:
         """Sum every gradient over the ranks that share it, once; returns the norm of the whole SAE's gradient."""
         if self.world.size > 1:
             sum_over(gradients(optimiser))
@@ -89,7 +100,7 @@ class Replicated:
         return dict(tensors)
 
 
-def gradients(optimiser: SAEAdam) -> list[Tensor]:
+def gradients(optimiser: SAEOptimiser) -> list[Tensor]:
     """All gradients, zeros where there is none."""
     found = []
     for parameter in optimiser.parameters.values():

@@ -13,8 +13,11 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from torch.distributed.tensor import DTensor, Shard
 
 from shared.errors import GranaryError
-from shared.parallel import World
-from shared.sae import SAE, SAEAdam, SAELosses
+from shared.kernels import PairGradients
+from shared.parallel import World, all_reduce_sum
+from shared.sae import SAE, SAELosses
+from shared.sae.optim import SAEMuon, SAEOptimiser
+from shared.sae.optimisers import OPTIMISERS
 from stage_train.layouts.replicated import Replicated, joint_norm
 
 
@@ -22,12 +25,13 @@ class LocalRows:
     """The rank's own rows of a sharded SAE, as plain tensors for the optimiser."""
 
     def __init__(self, sae: SAE) -> None:
-        self.kernels = sae.kernels
+        self.kernels, self.config = sae.kernels, sae.config
+        self.pair_gradients: PairGradients | None = None
         self.sharded = {name: parameter for name, parameter in sae.named_parameters() if isinstance(parameter, DTensor)}
         self.rows = {name: parameter.to_local().detach() for name, parameter in self.sharded.items()}
 
     def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
-        """As SAEAdam asks for them."""
+        """As an optimiser asks for them."""
         yield from self.rows.items()
 
 
@@ -49,6 +53,7 @@ class FullySharded(Replicated):
         sae = super().distribute(sae)
         fully_shard(sae, mesh=self.mesh)
         register_fsdp_forward_method(sae, "losses")
+        register_fsdp_forward_method(sae, "survey")
         assert isinstance(sae, FSDPModule)
         # Losses are weighted by their share of the batch, so gradients add up; as a plain sum, which gloo knows too.
         sae.set_gradient_divide_factor(1.0)
@@ -56,24 +61,28 @@ class FullySharded(Replicated):
         self._local = LocalRows(sae)
         return sae
 
-    def optimiser(self, sae: SAE, lr: float, **options: Any) -> SAEAdam:
+    def optimiser(self, sae: SAE, kind: str, lr: float, **options: Any) -> SAEOptimiser:
         """Of the rank's own rows."""
-        return SAEAdam(self._local, lr, **options)  # type: ignore[arg-type]
+        assert self._local is not None
+        optimiser = OPTIMISERS[kind](self._local, lr, **options)
+        if isinstance(optimiser, SAEMuon):
+            optimiser.sum_rows = all_reduce_sum
+        return optimiser
 
-    def zero_gradients(self, optimiser: SAEAdam) -> None:
+    def zero_gradients(self, optimiser: SAEOptimiser) -> None:
         """Of the sharded parameters and of their local views."""
         assert self._local is not None
         optimiser.zero_grad()
         for parameter in self._local.sharded.values():
             parameter.grad = None
 
-    def losses(self, sae: SAE, rows_N_D: Tensor, dead_R: Tensor, *, last: bool) -> SAELosses:
+    def losses(self, sae: SAE, rows_N_D: Tensor, dead_R: Tensor, *, last: bool, **options: Any) -> SAELosses:
         """Gradients leave the rank once per step, with the last micro-batch."""
         assert isinstance(sae, FSDPModule)
         sae.set_requires_gradient_sync(last)
-        return super().losses(sae, rows_N_D, dead_R, last=last)
+        return super().losses(sae, rows_N_D, dead_R, last=last, **options)
 
-    def reduce_gradients(self, optimiser: SAEAdam) -> Tensor:
+    def reduce_gradients(self, optimiser: SAEOptimiser) -> Tensor:
         """They are reduced already: hand the local rows to the optimiser."""
         assert self._local is not None
         for name, parameter in self._local.sharded.items():
@@ -83,14 +92,17 @@ class FullySharded(Replicated):
         return joint_norm(found, [])
 
     def as_global(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Moments get the sharding of their parameters."""
+        """Moments and averages get the sharding of their parameters."""
         assert self._local is not None
         seen = {}
         for name, tensor in tensors.items():
-            parameter = self._local.sharded.get(name.rpartition(".")[2])
-            if name.startswith("optim.") and parameter is not None:
-                tensor = DTensor.from_local(
-                    tensor, self.mesh, [Shard(0)], run_check=False, shape=parameter.shape, stride=parameter.stride()
-                )
+            # optim.first.activation.r_mag, ema.activation.r_mag
+            prefix = {"optim": 2, "ema": 1}.get(name.partition(".")[0])
+            parameter = self._local.sharded.get(".".join(name.split(".")[prefix:])) if prefix else None
+            if parameter is not None:
+                whole: dict[str, Any] = {"shape": parameter.shape, "stride": parameter.stride()}
+                if tensor.shape != parameter.to_local().shape:  # scales of blocks, equally many on every rank
+                    whole = {}
+                tensor = DTensor.from_local(tensor, self.mesh, [Shard(0)], run_check=False, **whole)
             seen[name] = tensor
         return seen

@@ -2,7 +2,7 @@
 
 Started by ``python -m shared.parallel.launch --nproc-per-node N``. A job may end in an error that the user would see;
 each rank writes how its jobs ended to ``<jobs>.<rank>``. ``stop_at`` makes the first rank receive SIGTERM in that step,
-``poison`` gives the last rank a NaN.
+``poison`` gives the last rank a NaN, ``count`` adds to the end how many messages had the size of the gradients.
 """
 
 import json
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 
@@ -22,6 +23,7 @@ from stage_train import config
 from stage_train.run import Run
 from stage_train.trainer import Trainer
 
+ALL_REDUCE = dist.all_reduce
 STEP = Trainer.step
 """As it is without faults."""
 
@@ -36,8 +38,16 @@ def run(job: dict[str, Any], world: World) -> str:
             batch.activations[self.hook].fill_(float("nan"))
         STEP(self, batch)
 
+    messages = 0
+
+    def all_reduce(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        nonlocal messages
+        messages += tensor.numel() >= job.get("count", 0)
+        return ALL_REDUCE(tensor, *args, **kwargs)
+
     cfg: Any = OmegaConf.to_object(compose("train", overrides=job["overrides"]))
     Trainer.step = step  # type: ignore[method-assign]
+    dist.all_reduce = all_reduce
     try:
         Run(cfg, world).execute()
     except GranaryError as error:
@@ -46,7 +56,8 @@ def run(job: dict[str, Any], world: World) -> str:
         return "stopped" if stopped.code == 0 else f"exit {stopped.code}"
     finally:
         Trainer.step = STEP  # type: ignore[method-assign]
-    return "done"
+        dist.all_reduce = ALL_REDUCE
+    return f"done, {messages} messages" if "count" in job else "done"
 
 
 def main() -> None:

@@ -1,5 +1,7 @@
 """The harvest through its command line, on a small random LLaMA with the bundled tokenizer."""
 
+import json
+import re
 import shutil
 import signal
 import subprocess
@@ -9,6 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -160,6 +165,62 @@ def test_killed_and_run_again_gives_the_same_bytes(harvester: Harvester) -> None
     assert same_files(harvester.root / "whole", harvester.root / "killed") > 3 * whole.num_shards
 
 
+def test_killed_while_tokenising_goes_on_from_there(harvester: Harvester) -> None:
+    """Several batches of documents, of each of which one context is taken."""
+    rng = np.random.default_rng(1)
+    words = rng.choice(["value", "return", "self", "class", "x"], (240, 6000))
+    corpus = harvester.root / "long.txt"
+    corpus.write_text("\n---\n".join(" ".join(document) for document in words))
+    changes = {
+        "corpus__files": corpus,
+        "packing__long_documents": "truncate",
+        "packing__bos": "document",
+        "store__shard_contexts": 120,
+        "batch_contexts": 40,
+        "tokenise_workers": 2,
+    }
+    command = [sys.executable, "-m", "stage_harvest", *harvester.arguments("torn", **changes)]
+    process = subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.DEVNULL, cwd=harvester.root)
+    deadline = time.monotonic() + 120
+    while not (kept := list(harvester.root.glob("run/spool-*/encoded/*.npy"))[4:]) and time.monotonic() < deadline:
+        time.sleep(0.001)
+    workers = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert kept
+    assert not (harvester.root / "torn" / "zarr.json").exists()
+    assert workers
+    assert psutil.wait_procs(workers, timeout=20)[1] == []  # none outlives its parent
+    result = harvester.run("torn", **changes)
+    assert result.code == 0, result.stderr
+    reused = re.search(r"resuming +(\d+) batches of documents were tokenised by an earlier run", result.stderr)
+    assert reused is not None, result.stderr
+    assert 1 <= int(reused[1]) < 9
+    assert not list(harvester.root.glob("run/spool-*"))
+    harvester.harvest("untorn", **{**changes, "tokenise_workers": 0})
+    assert Store.open(harvester.root / "torn").num_contexts == 240
+    same_files(harvester.root / "untorn", harvester.root / "torn")
+
+
+def test_a_mixture_from_the_command_line(harvester: Harvester) -> None:
+    (harvester.root / "b.jsonl").write_text("\n".join(json.dumps({"body": f"zebra {i}"}) for i in range(400)))
+    parts = (
+        f"{{words: {{kind: text, files: {harvester.corpus}, separator: '---', weight: 1}},"
+        " animals: {kind: jsonl, files: b.jsonl, field: body, weight: 3}}"
+    )
+    changes = {"corpus": "mixture", "corpus__files": None, "corpus__separator": None, "corpus__contexts": 20}
+    store = harvester.harvest("mixed", **changes, corpus__parts=parts)
+    tokenizer = load_tokenizer(str(harvester.model))
+    tokens, mask, segments = (f(range(20)) for f in (store.tokens, store.mask, store.segments))
+    animals = 0
+    for context in range(20):
+        for segment in range(segments[context].max() + 1):
+            chosen = (segments[context] == segment) & mask[context]
+            animals += chosen.sum() if "zebra" in tokenizer.decode(tokens[context][chosen]) else 0
+    assert animals / mask.sum() == pytest.approx(0.75, abs=0.06)
+    assert store.plan.provenance["corpus"]["description"].startswith("mixture: 0.25 text: corpus.txt")
+
+
 # What is refused
 
 
@@ -238,7 +299,14 @@ def test_a_model_without_that_hook(harvester: Harvester) -> None:
         ({"store__shard_contexts": 100}, "none can be held out"),
         ({"store__url": "/proc/nowhere/store"}, "/proc/nowhere"),
         ({"batch_contexts": 0}, "batch_contexts=0: it must be at least 1"),
-        ({"spool_dir": "/nowhere"}, "no spool folder under /nowhere"),
+        ({"spool_dir": "/proc/nowhere"}, "no spool folder under /proc/nowhere"),
+        ({"tokenise_workers": -1}, "tokenise_workers=-1: it must be at least 0"),
+        ({"corpus__files": "blank.txt"}, "(text: blank.txt, 9 bytes) fills no context of 32 tokens"),
+        (
+            {"corpus": "parquet", "corpus__separator": None, "corpus__files": "x.parquet"},
+            "has no column 'text': there are body",
+        ),
+        ({"corpus": "jsonl", "corpus__separator": None, "corpus__files": "lone.jsonl"}, "half of a surrogate pair"),
         ({"packing": "loose"}, "no option 'loose' in group 'packing': choose from isolated, joined"),
         ({"packing__bos": "never"}, "packing.bos"),
         ({"corpus__file": "x"}, "unknown configuration key 'corpus.file' (did you mean 'files'?)"),
@@ -248,6 +316,9 @@ def test_a_model_without_that_hook(harvester: Harvester) -> None:
 def test_a_wrong_input_is_one_line(harvester: Harvester, changes: dict[str, object], message: str) -> None:
     (harvester.root / "empty.txt").write_bytes(b"")
     (harvester.root / "latin.txt").write_bytes(b"caf\xe9")
+    (harvester.root / "blank.txt").write_text("\n---\n---\n")
+    (harvester.root / "lone.jsonl").write_text('{"text": "half a pair: \\ud800"}\n')
+    pq.write_table(pa.table({"body": ["text"]}), harvester.root / "x.parquet")
     (harvester.root / "x.jsonl").write_text('{"body": "text"}\n')
     result = harvester.run("refused", **changes)
     last = result.stderr.splitlines()[-1]

@@ -46,6 +46,7 @@ RECONSTRUCTION = {
     "l0": 15.6,
     "l1": 40.0,
 }
+NORMS = {"p5": 9.0, "p50": 13.0, "p95": 19.0, "p99": 25.0, "max": 31.0}
 
 
 def example(k: int = 16, expansion: int = 8, name: str = "demo/sae", **changes: Any) -> dict[str, Any]:
@@ -117,6 +118,7 @@ def example(k: int = 16, expansion: int = 8, name: str = "demo/sae", **changes: 
             "nearest": (np.histogram(rng.beta(6, 8, latents), 40, (0, 1))[0] / latents).tolist(),
             "nearest_random": (np.histogram(rng.normal(0.3, 0.02, latents), 40, (0, 1))[0] / latents).tolist(),
             "nearest_median": 0.42,
+            "duplicates": 0.01,
         },
         "downstream": {**downstream, "n_predictions": 203_900, "confidence95": intervals(downstream)},
         "breakdown": {
@@ -131,6 +133,28 @@ def example(k: int = 16, expansion: int = 8, name: str = "demo/sae", **changes: 
         },
         "activations": {
             "mean_norm": 14.3,
+            "median_norm": 13.9,
+            "rms_norm": 15.0,
+            "max_norm": 800.0,
+            "norm_of_mean": 6.0,
+            "total_variance": 190.0,
+            "variance_in_largest": 0.31,
+            "relative_squared_error": 0.0,
+            "norm_by_position": {
+                "edges": positions.edges.tolist(),
+                "tokens": [9_000] * positions.num_bins,
+                **{name: [scale] * positions.num_bins for name, scale in NORMS.items()},
+            },
+            "bos_norm": {"tokens": 420, "p50": 710.0, "max": 800.0},
+            "largest": {
+                "median_rms": 0.4,
+                "massive": 2,
+                "massive_ratio": 100.0,
+                "dimensions": [
+                    {"dimension": 31 * i, "max": 60.0 / i, "max_bos": 640.0 / i, "rms": 0.5, "energy_share": 0.1}
+                    for i in range(1, 9)
+                ],
+            },
             "spectrum": {
                 "rank": list(range(1, width + 1)),
                 "std": np.sort(rng.lognormal(-1, 0.6, width))[::-1].tolist(),
@@ -196,16 +220,28 @@ def test_everything_from_data_is_escaped() -> None:
     report["provenance"]["model"]["id"] = HOSTILE
     for page in (render(report), render_comparison(compare([report], [f"x/{HOSTILE}"]))):
         assert "<script" not in page
-        assert "<b>" not in page.replace("<b>Corpus", "").replace("<b>Activation", "").replace("<b>SAE", "").replace(
-            "<b>This", ""
-        )
+        assert "<b>" not in re.sub(r"<b>[\w ]+</b>", "", page)  # but the headings of the chain
         assert html.escape(HOSTILE) in page
 
 
 def test_identifiers_are_unique_on_a_page() -> None:
-    identifiers = re.findall(r'\bid="([^"]+)"', render(example()))
-    assert identifiers
-    assert len(identifiers) == len(set(identifiers))
+    two_hooks = [example(), example(name="other")]
+    two_hooks[1]["sae"]["hook"] = "layers.1.resid_post"
+    for page in (render(example()), sweep_page(), render_comparison(compare(two_hooks, ["a", "b"]))):
+        identifiers = re.findall(r'\bid="([^"]+)"', page)
+        assert identifiers
+        assert len(identifiers) == len(set(identifiers))
+
+
+def test_a_sweep_page_has_what_the_sweep_is_about() -> None:
+    page = sweep_page()
+    headings = ("Quality against sparsity", "All SAEs", "Latents", "The activations of layers.2.resid_post")
+    assert all(f"<h2>{heading}</h2>" in page for heading in (*headings, "Where it comes from", "Details"))
+    titles = ("FVU against sparsity", "Loss recovered against sparsity", "Firing frequencies", "Decoder directions")
+    assert all(f"<h3>{title}</h3>" in page for title in titles)
+    assert "they differ in d_latent, k" in page
+    assert page.count("ab" * 32) == 6  # the hash of every checkpoint
+    assert "ffffffffffffffff" in page  # and of the store
 
 
 def test_what_was_not_measured_is_left_out() -> None:
@@ -292,7 +328,7 @@ def test_chromium_draws_it_on_a_phone(tmp_path: Path, kind: str) -> None:
     done = chromium(tmp_path / "profile", "--dump-dom", (tmp_path / "probe.html").as_uri())
     found = json.loads(html.unescape(re.search(r'<pre id="out">(.*?)</pre>', done.stdout, re.DOTALL)[1]))
     assert found["title"] == ("demo/sae" if kind == "one" else "Sweep comparison")
-    assert found["figures"] == (9 if kind == "one" else 6)
+    assert found["figures"] == 11
     assert found["smallest"] > 100
     assert found["letters"] >= 8
     assert found["overflow"] <= 0
@@ -300,15 +336,25 @@ def test_chromium_draws_it_on_a_phone(tmp_path: Path, kind: str) -> None:
     assert found["requests"] == []
 
 
-def test_chromium_draws_it_light_and_dark(tmp_path: Path) -> None:
-    (tmp_path / "page.html").write_text(render(example()))
+FRAME = """<!doctype html><meta name="color-scheme" content="light dark"><title>frame</title>
+<style>body {{ margin: 0 }}</style>
+<iframe src="page.html" style="width:{width}px;height:{height}px;border:0;display:block"></iframe>"""
+
+
+@pytest.mark.parametrize("width", [1200, 390])
+@pytest.mark.parametrize("kind", ["one", "sweep"])
+def test_chromium_draws_it_light_and_dark(tmp_path: Path, kind: str, width: int) -> None:
+    """Real screenshots, on a desk and on a phone; a window can't be narrower than 500 px, hence the frame."""
+    height = 1600
+    (tmp_path / "page.html").write_text(render(example()) if kind == "one" else sweep_page())
+    (tmp_path / "frame.html").write_text(FRAME.format(width=width, height=height))
     pages = {}
     for name in ("light", "dark"):
-        shot = tmp_path / f"{name}.png"
-        size = ("--window-size=1200,1600", f"--screenshot={shot}")
-        chromium(tmp_path / name, *size, (tmp_path / "page.html").as_uri(), dark=name == "dark")
-        pages[name] = matplotlib.image.imread(shot)[..., :3]
-    assert pages["light"].shape[:2] == (1600, 1200)
+        shot = tmp_path / f"{kind}-{width}-{name}.png"
+        size = (f"--window-size={max(width, 600)},{height}", f"--screenshot={shot}")
+        chromium(tmp_path / name, *size, (tmp_path / "frame.html").as_uri(), dark=name == "dark")
+        pages[name] = matplotlib.image.imread(shot)[:, :width, :3]
+    assert pages["light"].shape[:2] == (height, width)
     assert pages["light"].mean() > 0.8
     assert pages["dark"].mean() < 0.25
     for picture in pages.values():

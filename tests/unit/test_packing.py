@@ -1,5 +1,8 @@
 """Documents to contexts: nothing lost, nothing invented, and the tokenizer's own ids."""
 
+import contextlib
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -157,19 +160,34 @@ def test_ids_the_model_lacks_are_refused() -> None:
 # The spool
 
 
-def test_spool_gives_back_what_it_got() -> None:
+def test_spool_gives_back_what_it_got(tmp_path: Path) -> None:
     contexts = pack([[5, 6, 7], [8, 9, 10, 11]], 4)
-    with Spool(4) as spool:
+    with Spool(4, str(tmp_path), "store") as spool:
         spool.fill(contexts)
         assert spool.num_contexts == 3
         for name, field in (("tokens", "tokens_T"), ("mask", "mask_T"), ("segments", "segments_T")):
             array = spool.array(name)
             assert array.dtype == getattr(contexts[0], field).dtype
             assert np.array_equal(array, np.stack([getattr(context, field) for context in contexts]))
-        folder = spool._folder
-    assert not folder.exists()
+        with pytest.raises(GranaryError, match="another harvest is tokenising for store"):
+            Spool(4, str(tmp_path), "store")
+        with Spool(4, str(tmp_path), "another store"):
+            pass
+    assert not list(tmp_path.iterdir())
+
+
+def test_spool_keeps_encoded_documents_after_an_error(tmp_path: Path) -> None:
+    with contextlib.suppress(KeyError), Spool(4, str(tmp_path), "store") as spool:
+        (spool.encoded / "x.npy").write_bytes(b"ids")
+        raise KeyError
+    with Spool(4, str(tmp_path), "store") as spool:
+        assert (spool.encoded / "x.npy").read_bytes() == b"ids"
+        assert spool.num_contexts == 0
+    with contextlib.suppress(KeyError), Spool(4, str(tmp_path), "store"):
+        raise KeyError  # nothing worth keeping
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_spool_folder_that_is_not_there() -> None:
-    with pytest.raises(GranaryError, match="no spool folder under /nowhere"):
-        Spool(4, "/nowhere")
+    with pytest.raises(GranaryError, match="no spool folder under /proc/nowhere"):
+        Spool(4, "/proc/nowhere", "store")

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import weakref
 
 import pytest
 import torch
@@ -68,7 +69,7 @@ def test_a_failed_save_leaves_the_old_one(sae, tmp_path, monkeypatch):
     def no_space(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "save_file", no_space)
+    monkeypatch.setattr(checkpoint, "write_weights", no_space)
     with pytest.raises(OSError, match="No space"):
         sae.save_pretrained(tmp_path, {"step": 2})
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
@@ -124,6 +125,26 @@ def test_a_missing_folder_is_not_looked_up_on_the_hub(tmp_path):
         SAE.from_pretrained("runs/demo/sae")
 
 
+def test_tensors_are_fetched_one_at_a_time(sae, tmp_path):
+    """No more than one is alive: a large SAE is exported within the memory of its largest matrix."""
+    alive, most = weakref.WeakSet(), 0
+
+    def fetch(name):
+        nonlocal most
+        tensor = sae.state_dict()[name].clone()
+        alive.add(tensor)
+        most = max(most, len(alive))
+        return tensor
+
+    shapes = {name: tensor.to("meta") for name, tensor in sae.state_dict().items()}
+    checkpoint.save(tmp_path, sae.config, shapes, {}, fetch=fetch)
+    assert most == 1
+    loaded = SAE.from_pretrained(tmp_path).state_dict()
+    assert all(torch.equal(tensor, loaded[name]) for name, tensor in sae.state_dict().items())
+    with pytest.raises(GranaryError, match=r"is torch\.float32 \[1\], not as announced"):
+        checkpoint.save(tmp_path, sae.config, shapes, {}, fetch=lambda name: torch.zeros(1))
+
+
 def test_loads_without_triton_or_transformers(sae, tmp_path):
     sae.save_pretrained(tmp_path)
     script = (
@@ -134,3 +155,19 @@ def test_loads_without_triton_or_transformers(sae, tmp_path):
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     assert "torch.Size([2, 6])" in result.stdout
+
+
+def test_a_folder_of_a_hub_repository_is_downloaded_alone(sae, tmp_path, monkeypatch):
+    asked = {}
+
+    def download(repository, allow_patterns):
+        asked[repository] = allow_patterns
+        sae.save_pretrained(tmp_path / "layers.3")
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    loaded = SAE.from_pretrained("hf://owner/name/layers.3")
+    assert torch.equal(loaded.W_enc, sae.W_enc)
+    assert asked == {"owner/name": ["layers.3/*"]}
+    with pytest.raises(GranaryError, match=r"owner/name has no folder layers\.4"):
+        SAE.from_pretrained("hf://owner/name/layers.4")

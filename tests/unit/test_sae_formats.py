@@ -1,161 +1,79 @@
-"""Other projects' formats, proven by reconstruction: against their documented formulas, and SAELens against itself."""
+"""Other projects' formats, proven by reconstruction against their documented formulas.
 
+`tests/peers` does the same against the projects themselves.
+"""
+
+import itertools
 import json
-import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from shared.errors import GranaryError
-from shared.sae import SAE, SAEConfig
+from shared.sae import SAE
 from shared.sae.__main__ import main
 from shared.sae.formats import FORMATS, convert, detect, load_any
+from tests.foreign import (
+    foreign_weights,
+    write_dictionary_learning,
+    write_gemma_scope,
+    write_llama_scope,
+    write_opensae,
+    write_saelens,
+)
+from tests.formulas import (
+    ACTIVATIONS,
+    FORMULAS,
+    NORMALISATIONS,
+    PROVENANCE,
+    D,
+    F,
+    K,
+    activations,
+    assert_same,
+    make_sae,
+)
 
-D, F, K, N = 12, 40, 5, 64
-PROVENANCE = {"hook": "layers.3.resid_post", "model": {"id": "tiny"}, "seq_len": 128}
-
-
-def activations() -> Tensor:
-    """Rows with a large mean and one huge dimension, as residual streams have them."""
-    x = torch.randn(N, D, generator=torch.Generator().manual_seed(0)) * 3 + torch.linspace(-4, 9, D)
-    x[:, 2] *= 30
-    return x
-
-
-def make_sae(normalisation: str, pre_bias: bool) -> SAE:
-    config = SAEConfig(d_model=D, d_latent=F, k=K, normalisation=normalisation, pre_bias=pre_bias)
-    sae = SAE(config, generator=torch.Generator().manual_seed(1)).requires_grad_(False)
-    sae.initialise(None, activations())
-    generator = torch.Generator().manual_seed(2)
-    sae.b_enc.copy_(torch.randn(F, generator=generator) * 0.3)
-    sae.b_dec.add_(torch.randn(D, generator=generator) * 0.3)
-    return sae
-
-
-def topk(pre: Tensor) -> Tensor:
-    """Dense latents: the k largest of relu(pre), the rest 0."""
-    values, indices = pre.relu().topk(K, dim=-1)
-    return torch.zeros_like(pre).scatter_(-1, indices, values)
-
-
-def saelens_formula(folder: Path, x: Tensor) -> tuple[Tensor, Tensor]:
-    cfg, w = json.loads((folder / "cfg.json").read_text()), load_file(folder / "sae_weights.safetensors")
-    if cfg["normalize_activations"] == "layer_norm":
-        mean = x.mean(-1, keepdim=True)
-        std = (x - mean).std(-1, keepdim=True)
-        x = (x - mean) / (std + 1e-5)
-    pre = (x - w["b_dec"] * cfg["apply_b_dec_to_input"]) @ w["W_enc"] + w["b_enc"]
-    if cfg["rescale_acts_by_decoder_norm"]:
-        pre = pre * w["W_dec"].norm(dim=1)
-    f = topk(pre)
-    scaled = f / w["W_dec"].norm(dim=1) if cfg["rescale_acts_by_decoder_norm"] else f
-    y = scaled @ w["W_dec"] + w["b_dec"]
-    return f, y * std + mean if cfg["normalize_activations"] == "layer_norm" else y
-
-
-def sparsify_formula(folder: Path, x: Tensor) -> tuple[Tensor, Tensor]:
-    w = load_file(folder / "sae.safetensors")
-    f = topk((x - w["b_dec"]) @ w["encoder.weight"].T + w["encoder.bias"])
-    return f, f @ w["W_dec"] + w["b_dec"]
-
-
-def dictionary_learning_formula(folder: Path, x: Tensor) -> tuple[Tensor, Tensor]:
-    w = torch.load(folder / "ae.pt", weights_only=True)
-    f = topk((x - w["b_dec"]) @ w["encoder.weight"].T + w["encoder.bias"])
-    return f, f @ w["decoder.weight"].T + w["b_dec"]
-
-
-def opensae_formula(folder: Path, x: Tensor) -> tuple[Tensor, Tensor]:
-    config = json.loads((folder / "config.json").read_text())
-    w: dict[str, Tensor] = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        w |= load_file(file)
-    z = x
-    if config["input_normalize"]:
-        mean = x.mean(-1, keepdim=True)
-        scale = (x - mean).std(-1, keepdim=True) + config["input_normalize_eps"]
-        z = (x - mean) / scale
-    f = topk((z - w["b_dec"]) @ w["encoder.weight"].T + w["encoder.bias"])
-    y = f @ w["W_dec"] + w["b_dec"]
-    return f, y * scale + mean if config["normalize_shift_back"] else y
-
-
-FORMULAS: dict[str, Callable[[Path, Tensor], tuple[Tensor, Tensor]]] = {
-    "saelens": saelens_formula,
-    "sparsify": sparsify_formula,
-    "dictionary_learning": dictionary_learning_formula,
-    "opensae": opensae_formula,
+HOLDS = {
+    "saelens": ACTIVATIONS,
+    "dictionary_learning": ACTIVATIONS,
+    "sparsify": ("topk",),
+    "opensae": ("topk",),
 }
+WRITTEN = [(name, activation) for name, held in HOLDS.items() for activation in held]
 
 
-def assert_same(sae: SAE, latents: Tensor, reconstruction: Tensor, x: Tensor) -> None:
-    """Relative to the largest entry: the weights were folded in another order."""
-    output = sae(x)
-    for found, expected in ((output.latents.to_dense(F), latents), (output.x_hat, reconstruction)):
-        assert float((found - expected).abs().max()) <= 2e-5 * float(expected.abs().max())
-    assert ((latents > 0).sum(1) == K).all()
+@pytest.mark.parametrize("normalisation", NORMALISATIONS)
+@pytest.mark.parametrize(("name", "activation"), WRITTEN)
+def test_written_folders_compute_the_same(tmp_path: Path, name: str, activation: str, normalisation: str) -> None:
+    for pre_bias in (True, False):
+        root = tmp_path / str(pre_bias)
+        sae, x = make_sae(activation, normalisation, pre_bias), activations()
+        sae.save_pretrained(root / "ours", PROVENANCE)
+        if normalisation == "layer_norm" and name in ("sparsify", "dictionary_learning"):
+            with pytest.raises(GranaryError, match="has no layer_norm"):
+                convert(root / "ours", root / "theirs", name)
+            continue
+        assert convert(root / "ours", root / "theirs", name) == "granary"
+        assert detect(root / "theirs") == name
+        assert_same(sae, *FORMULAS[name](root / "theirs", x), x)
+        # And back.
+        assert convert(root / "theirs", root / "back", "granary") == name
+        again = SAE.from_pretrained(root / "back")
+        assert_same(again, *FORMULAS[name](root / "theirs", x), x)
 
 
-@pytest.mark.parametrize("pre_bias", [True, False])
-@pytest.mark.parametrize("normalisation", ["none", "scale", "centre_scale", "layer_norm"])
-@pytest.mark.parametrize("name", ["saelens", "sparsify", "dictionary_learning"])
-def test_written_folders_compute_the_same(tmp_path: Path, name: str, normalisation: str, pre_bias: bool) -> None:
-    sae, x = make_sae(normalisation, pre_bias), activations()
-    sae.save_pretrained(tmp_path / "ours", PROVENANCE)
-    if normalisation == "layer_norm" and name != "saelens":
-        with pytest.raises(GranaryError, match="has no layer_norm"):
-            convert(tmp_path / "ours", tmp_path / "theirs", name)
-        return
-    assert convert(tmp_path / "ours", tmp_path / "theirs", name) == "granary"
-    assert detect(tmp_path / "theirs") == name
-    assert_same(sae, *FORMULAS[name](tmp_path / "theirs", x), x)
-    # And back.
-    assert convert(tmp_path / "theirs", tmp_path / "back", "granary") == name
-    again = SAE.from_pretrained(tmp_path / "back")
-    assert_same(again, *FORMULAS[name](tmp_path / "theirs", x), x)
-
-
-def foreign_weights() -> dict[str, Tensor]:
-    """Weights no convention was used to make: decoder rows of any length, biases everywhere."""
-    generator = torch.Generator().manual_seed(5)
-    names = {"encoder.weight": (F, D), "encoder.bias": (F,), "W_dec": (F, D), "b_dec": (D,)}
-    return {name: torch.randn(shape, generator=generator) for name, shape in names.items()}
-
-
-def write_opensae(folder: Path, *, normalise: bool, shift_back: bool, shards: bool, **more: Any) -> None:
-    """A folder as OpenSAE's released ones are laid out."""
-    folder.mkdir()
-    config = {
-        "activation": "topk",
-        "architectures": ["OpenSae"],
-        "feature_size": F,
-        "hidden_size": D,
-        "input_hookpoint": "layers.25",
-        "output_hookpoint": "layers.25",
-        "input_normalize": normalise,
-        "input_normalize_eps": 1e-5,
-        "k": K,
-        "multi_topk": 4,
-        "normalize_shift_back": shift_back,
-        "torch_dtype": "float32",
-        **more,
-    }
-    (folder / "config.json").write_text(json.dumps(config))
-    weights = foreign_weights()
-    if not shards:
-        save_file(weights, folder / "model.safetensors")
-        return
-    files = {"model-00001-of-00002.safetensors": ["W_dec", "b_dec"]}
-    files["model-00002-of-00002.safetensors"] = ["encoder.weight", "encoder.bias"]
-    for file, names in files.items():
-        save_file({name: weights[name] for name in names}, folder / file)
-    index = {"weight_map": {name: file for file, names in files.items() for name in names}}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+@pytest.mark.parametrize(
+    ("name", "activation"),
+    [("sparsify", "relu"), ("sparsify", "batchtopk"), ("opensae", "jumprelu"), ("opensae", "gated")],
+)
+def test_what_a_format_cannot_express_is_refused(tmp_path: Path, name: str, activation: str) -> None:
+    make_sae(activation, "none", True).save_pretrained(tmp_path / "ours", PROVENANCE)
+    with pytest.raises(GranaryError, match=f"the {name} format has no {activation} SAEs: it holds topk"):
+        convert(tmp_path / "ours", tmp_path / "theirs", name)
 
 
 @pytest.mark.parametrize("shards", [True, False])
@@ -164,117 +82,158 @@ def test_opensae_folders(tmp_path: Path, normalise: bool, shift_back: bool, shar
     write_opensae(tmp_path / "released", normalise=normalise, shift_back=shift_back, shards=shards)
     sae, provenance = load_any(tmp_path / "released")
     x = activations()
-    assert_same(sae, *opensae_formula(tmp_path / "released", x), x)
+    assert_same(sae, *FORMULAS["opensae"](tmp_path / "released", x), x)
     assert provenance["hook"] == "layers.25.resid_post"
     convert(tmp_path / "released", tmp_path / "ours", "granary")
-    assert_same(SAE.from_pretrained(tmp_path / "ours"), *opensae_formula(tmp_path / "released", x), x)
+    convert(tmp_path / "ours", tmp_path / "again", "opensae")
+    assert_same(SAE.from_pretrained(tmp_path / "ours"), *FORMULAS["opensae"](tmp_path / "released", x), x)
+    assert_same(sae, *FORMULAS["opensae"](tmp_path / "again", x), x)
     if normalise and not shift_back:
-        with pytest.raises(GranaryError, match="can't be trained"):
-            sae.losses(x)
         with pytest.raises(GranaryError, match="shift_back=false can't be expressed"):
             convert(tmp_path / "released", tmp_path / "theirs", "saelens")
 
 
-def write_saelens(folder: Path, **changes: Any) -> None:
-    folder.mkdir()
-    weights = foreign_weights()
-    weights = {
-        "W_enc": weights["encoder.weight"].T.contiguous(),
-        "b_enc": weights["encoder.bias"],
-        "W_dec": weights["W_dec"],
-        "b_dec": weights["b_dec"],
-    }
-    save_file(weights, folder / "sae_weights.safetensors")
-    cfg = {
-        "architecture": "topk",
-        "d_in": D,
-        "d_sae": F,
-        "k": K,
-        "dtype": "float32",
-        "device": "cpu",
-        "apply_b_dec_to_input": True,
-        "normalize_activations": "none",
-        "reshape_activations": "none",
-        "rescale_acts_by_decoder_norm": False,
-        "metadata": {"hook_name": "blocks.3.hook_resid_pre", "sae_lens_version": "6.54.12"},
-    }
-    (folder / "cfg.json").write_text(json.dumps({**cfg, **changes}))
-
-
-SAELENS_CASES = [
-    {},
-    {"apply_b_dec_to_input": False},
-    {"rescale_acts_by_decoder_norm": True},
-    {"normalize_activations": "layer_norm"},
-    {"normalize_activations": "layer_norm", "apply_b_dec_to_input": False, "rescale_acts_by_decoder_norm": True},
+SAELENS_CASES: list[dict[str, Any]] = [
+    {"architecture": architecture, "apply_b_dec_to_input": pre_bias, "normalize_activations": normalisation}
+    for architecture, pre_bias, normalisation in itertools.product(
+        ("standard", "topk", "jumprelu", "gated", "batchtopk"), (True, False), ("none", "layer_norm")
+    )
+    if (architecture, normalisation) != ("batchtopk", "layer_norm")
+] + [
+    {"architecture": "topk", "rescale_acts_by_decoder_norm": True},
+    {"architecture": "topk", "rescale_acts_by_decoder_norm": True, "normalize_activations": "layer_norm"},
+    {"architecture": "batchtopk", "rescale_acts_by_decoder_norm": True},
 ]
 
 
-@pytest.mark.parametrize("changes", SAELENS_CASES, ids=lambda changes: ",".join(changes) or "plain")
+def label(changes: dict[str, Any]) -> str:
+    return ",".join(str(value) for value in changes.values())
+
+
+@pytest.mark.parametrize("changes", SAELENS_CASES, ids=label)
 def test_saelens_folders(tmp_path: Path, changes: dict[str, Any]) -> None:
     write_saelens(tmp_path / "theirs", **changes)
     sae, provenance = load_any(tmp_path / "theirs")
     x = activations()
-    assert_same(sae, *saelens_formula(tmp_path / "theirs", x), x)
+    if changes.get("normalize_activations") == "layer_norm" and changes["architecture"] == "jumprelu":
+        lower_thresholds(tmp_path / "theirs")
+        sae, provenance = load_any(tmp_path / "theirs")
+    assert_same(sae, *FORMULAS["saelens"](tmp_path / "theirs", x), x)
     assert provenance["hook"] == "layers.3.resid_pre"
 
 
-def real_saelens(folder: Path) -> Any:
-    """The folder as the installed sae_lens loads it."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        sae_lens = pytest.importorskip("sae_lens", reason="sae-lens is not installed: pip install sae-lens")
-        return sae_lens.SAE.load_from_disk(folder).requires_grad_(False)
+def lower_thresholds(folder: Path) -> None:
+    """Layer-normalised inputs are small."""
+    weights = load_file(folder / "sae_weights.safetensors")
+    weights["threshold"] = weights["threshold"] / 20
+    save_file(weights, folder / "sae_weights.safetensors")
 
 
-@pytest.mark.parametrize("pre_bias", [True, False])
-@pytest.mark.parametrize("normalisation", ["none", "scale", "centre_scale", "layer_norm"])
-def test_sae_lens_itself_computes_the_same(tmp_path: Path, normalisation: str, pre_bias: bool) -> None:
-    sae, x = make_sae(normalisation, pre_bias), activations()
-    sae.save_pretrained(tmp_path / "ours", PROVENANCE)
-    convert(tmp_path / "ours", tmp_path / "theirs", "saelens")
-    theirs = real_saelens(tmp_path / "theirs")
-    latents = theirs.encode(x)
-    assert_same(sae, latents, theirs.decode(latents), x)
-    assert theirs.cfg.metadata.hook_name == "blocks.3.hook_resid_post"
-
-
-@pytest.mark.parametrize("changes", SAELENS_CASES, ids=lambda changes: ",".join(changes) or "plain")
-def test_what_sae_lens_saves_is_read(tmp_path: Path, changes: dict[str, Any]) -> None:
-    write_saelens(tmp_path / "made", **changes)
-    theirs = real_saelens(tmp_path / "made")
-    theirs.save_model(tmp_path / "theirs")
+def test_a_scale_that_saelens_keeps_beside_a_checkpoint_is_folded(tmp_path: Path) -> None:
+    write_saelens(tmp_path / "theirs", "jumprelu", normalize_activations="expected_average_only_in")
+    with pytest.raises(GranaryError, match=r"no activation_scaler\.json says by which factor"):
+        load_any(tmp_path / "theirs")
+    (tmp_path / "theirs" / "activation_scaler.json").write_text(json.dumps({"scaling_factor": 0.25}))
+    sae, _ = load_any(tmp_path / "theirs")
+    write_saelens(tmp_path / "plain", "jumprelu")
     x = activations()
-    latents = theirs.encode(x)
-    assert_same(load_any(tmp_path / "theirs")[0], latents, theirs.decode(latents), x)
+    latents, reconstruction = FORMULAS["saelens"](tmp_path / "plain", 0.25 * x)
+    assert_same(sae, latents, 4 * reconstruction, x)
+
+
+@pytest.mark.parametrize(
+    "dict_class",
+    [
+        "AutoEncoder",
+        "AutoEncoderNew",
+        "AutoEncoderTopK",
+        "BatchTopKSAE",
+        "MatryoshkaBatchTopKSAE",
+        "JumpReluAutoEncoder",
+        "GatedAutoEncoder",
+    ],
+)
+def test_dictionary_learning_folders(tmp_path: Path, dict_class: str) -> None:
+    write_dictionary_learning(tmp_path / "theirs", dict_class)
+    sae, provenance = load_any(tmp_path / "theirs")
+    x = activations()
+    assert_same(sae, *FORMULAS["dictionary_learning"](tmp_path / "theirs", x), x)
+    assert provenance["source"]["lm_name"] == "tiny"
+
+
+def test_llama_scope_folders(tmp_path: Path) -> None:
+    write_llama_scope(tmp_path / "theirs")
+    sae, provenance = load_any(tmp_path / "theirs")
+    x = activations()
+    assert_same(sae, *FORMULAS["llama_scope"](tmp_path / "theirs", x), x)
+    assert provenance["hook"] == "layers.8.resid_post"
+
+
+@pytest.mark.parametrize(
+    ("version", "path", "hook"),
+    [
+        (1, "gemma-scope-2b-pt-res/layer_20/width_16k/average_l0_71", "layers.20.resid_post"),
+        (1, "gemma-scope-9b-pt-mlp/layer_3/width_16k/canonical", "layers.3.mlp_out"),
+        (2, "resid_post/layer_9_width_16k_l0_medium", "layers.9.resid_post"),
+        (1, "somewhere", None),
+    ],
+)
+def test_gemma_scope_folders(tmp_path: Path, version: int, path: str, hook: str | None) -> None:
+    write_gemma_scope(tmp_path / path, version)
+    assert detect(tmp_path / path) == "gemma_scope"
+    sae, provenance = load_any(tmp_path / path)
+    x = activations()
+    assert_same(sae, *FORMULAS["gemma_scope"](tmp_path / path, x), x)
+    assert provenance.get("hook") == hook
 
 
 def test_half_precision_files_are_read(tmp_path: Path) -> None:
     write_saelens(tmp_path / "theirs")
-    weights = load_file(tmp_path / "theirs" / "sae_weights.safetensors")
-    save_file(
-        {name: tensor.bfloat16() for name, tensor in weights.items()}, tmp_path / "theirs/sae_weights.safetensors"
-    )
+    path = tmp_path / "theirs" / "sae_weights.safetensors"
+    save_file({name: tensor.bfloat16() for name, tensor in load_file(path).items()}, path)
     sae, _ = load_any(tmp_path / "theirs")
     assert sae.W_enc.dtype == torch.float32
 
 
 def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    make_sae("scale", True).save_pretrained(tmp_path / "ours", PROVENANCE)
+    make_sae("topk", "scale", True).save_pretrained(tmp_path / "ours", PROVENANCE)
     arguments = ["convert", str(tmp_path / "ours"), str(tmp_path / "theirs"), "--to", "saelens"]
     main(arguments)
     assert capsys.readouterr().out.strip().endswith("granary to saelens")
     assert detect(tmp_path / "theirs") == "saelens"
+    (tmp_path / "empty").mkdir()
+    new = str(tmp_path / "new")
+    wrong = {
+        tuple(arguments): f"{tmp_path / 'theirs'} is not empty: choose another folder",
+        ("convert", str(tmp_path / "empty"), new, "--to", "saelens"): (
+            f"{tmp_path / 'empty'} is not an SAE folder of a known format: granary, {', '.join(FORMATS)}"
+        ),
+        ("convert", str(tmp_path / "ours"), new, "--to", "onnx"): (
+            "format 'onnx' can't be written: choose from granary, saelens, sparsify, dictionary_learning, opensae"
+        ),
+    }
+    for command, message in wrong.items():
+        with pytest.raises(SystemExit) as stop:
+            main(list(command))
+        assert stop.value.code == 2
+        assert capsys.readouterr().err == f"error: {message}\n"
+
+
+def test_the_help_names_every_format(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
-        main(arguments)
-    assert stop.value.code == 2
-    assert capsys.readouterr().err == f"error: {tmp_path / 'theirs'} is not empty: choose another folder\n"
+        main(["convert", "--help"])
+    assert stop.value.code == 0
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in ("granary", *FORMATS))
+    assert "examples:" in shown
 
 
 def test_what_cannot_be_read_is_refused(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    write_saelens(tmp_path / "gated", architecture="gated")
+    write_saelens(tmp_path / "transcoder", architecture="transcoder")
     write_saelens(tmp_path / "rescaled", normalize_activations="constant_norm_rescale")
+    write_saelens(tmp_path / "whitened", normalize_activations="covariance_whitening")
+    write_saelens(tmp_path / "heads", reshape_activations="hook_z")
     write_saelens(tmp_path / "width", d_in=D + 1)
     write_opensae(tmp_path / "jump", normalise=True, shift_back=True, shards=False, activation="jumprelu")
     write_opensae(tmp_path / "coder", normalise=True, shift_back=True, shards=False, output_hookpoint="layers.26")
@@ -283,24 +242,29 @@ def test_what_cannot_be_read_is_refused(tmp_path: Path) -> None:
         json.dumps({"d_in": D, "num_latents": F, "k": K, "transcode": True})
     )
     save_file(foreign_weights(), tmp_path / "sparsify" / "sae.safetensors")
-    (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "config.json").write_text(json.dumps({"trainer": {"dict_class": "GatedAutoEncoder"}}))
-    torch.save(foreign_weights(), tmp_path / "other" / "ae.pt")
+    write_dictionary_learning(tmp_path / "other", "AutoEncoder")
+    (tmp_path / "other" / "config.json").write_text(json.dumps({"trainer": {"dict_class": "CrossCoder"}}))
+    write_llama_scope(tmp_path / "mlp", hook_point_out="blocks.8.hook_mlp_out")
+    write_llama_scope(tmp_path / "token", norm_activation="token-wise")
+    write_gemma_scope(tmp_path / "tuned", 1, scaling_factor=torch.tensor(2.0))
     cases = {
         "empty": "not an SAE folder of a known format",
-        "gated": "holds a gated SAE",
-        "rescaled": "fold it into the weights with SAELens first",
+        "transcoder": "holds a transcoder SAE",
+        "rescaled": "constant_norm_rescale: fold it into the weights with SAELens first",
+        "whitened": "covariance_whitening: fold it into the weights with SAELens first",
+        "heads": "for attention heads",
         "width": r"W_enc has shape \(12, 40\), not \(13, 40\)",
         "jump": "activation=jumprelu",
         "coder": "a transcoder, not an SAE",
         "sparsify": "has transcode=True",
-        "other": "holds a GatedAutoEncoder",
+        "other": "holds a CrossCoder",
+        "mlp": "a transcoder, not an SAE",
+        "token": "norm_activation=token-wise",
+        "tuned": "has a scaling_factor",
     }
     for name, message in cases.items():
         with pytest.raises(GranaryError, match=message):
             load_any(tmp_path / name)
-    with pytest.raises(GranaryError, match="format 'opensae' can't be written: choose from granary, saelens, sparsify"):
-        convert(tmp_path / "gated", tmp_path / "new", "opensae")
 
 
 def test_every_format_is_tested() -> None:

@@ -20,23 +20,52 @@ def planted(num_atoms=96, d=48, active=3, seed=0):
     return atoms, draw
 
 
-@pytest.mark.parametrize("kernels", ["torch"])
-def test_recovers_the_atoms(kernels):
-    atoms, draw = planted()
-    sae = SAE(SAEConfig(d_model=48, d_latent=128, k=3, dead_after_tokens=50_000), kernels=kernels)
-    sae.initialise(None, draw(4096))
-    optimiser, dead = SAEAdam(sae, 1e-2), DeadLatents(128, 50_000)
-    steps, batch = 600, 512
+# What each needs beside its activation to settle on the 3 atoms of a token.
+RECIPES = {
+    "topk": {"k": 3},
+    "batchtopk": {"k": 3, "threshold_decay": 0.95},
+    "matryoshka": {"activation": "batchtopk", "k": 3, "prefixes": (24, 64, 96)},
+    "jumprelu": {"penalty": "l0", "penalty_weight": 1e-2},
+    "gated": {"penalty": "l1", "penalty_weight": 5e-2},
+    "relu": {"penalty": "l1", "penalty_weight": 4e-2, "unit_norm_decoder": False},
+}
+
+
+def train(sae, draw, steps, batch=512, lr=1e-2):
+    optimiser, dead = SAEAdam(sae, lr), DeadLatents(sae.config.d_latent, sae.config.dead_after_tokens)
     for step in range(steps):
-        losses = sae.losses(draw(batch), dead.mask())
+        x, surveys = draw(batch), [None]
+        if sae.config.activation == "batchtopk":
+            surveys = sae.survey([x], batch)
+        losses = sae.losses(x, dead.mask(), survey=surveys[0], penalty_scale=min(1.0, (step + 1) / 100))
         optimiser.zero_grad()
         losses.total.backward()
-        optimiser.step(1e-2 * min(1.0, (step + 1) / 50, (steps - step) / 200))
-        dead.update(losses.latents.indices, batch)
+        optimiser.step(lr * min(1.0, (step + 1) / 50, (steps - step) / 100))
+        if surveys[0] is not None:
+            sae.activation.learn(surveys[0].least)
+        dead.update(losses.fired, batch)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recovers_the_atoms(name):
+    atoms, draw = planted(num_atoms=72, d=32)
+    config = SAEConfig(
+        **{"activation": name, "d_model": 32, "d_latent": 96, "dead_after_tokens": 50_000, **RECIPES[name]}
+    )
+    sae = SAE(config, generator=torch.Generator().manual_seed(0))
+    sae.initialise(None, draw(2048))
+    train(sae, draw, steps=350)
 
     x = draw(4096)
-    error = (sae(x).x_hat - x).square().sum()
-    fvu = float(error / (x - x.mean(0)).square().sum())
-    found = float(((atoms @ sae.W_dec.T).amax(1) > 0.95).float().mean())
-    assert fvu < 0.05
+    output = sae(x)
+    fvu = float((output.x_hat - x).square().sum() / (x - x.mean(0)).square().sum())
+    rows = torch.nn.functional.normalize(sae.W_dec.detach(), dim=1)
+    found = float(((atoms @ rows.T).amax(1) > 0.9).float().mean())
+    l0 = float((output.latents.indices >= 0).sum()) / len(x)
     assert found >= 0.9
+    assert fvu < 0.15  # l1 shrinks relu
+    assert l0 < 8
+    if sae.config.activation == "batchtopk":  # by the learnt threshold alone
+        assert l0 == pytest.approx(3, rel=0.05)
+        alone = torch.cat([sae(row[None]).x_hat for row in x[:20]])
+        torch.testing.assert_close(alone, output.x_hat[:20])

@@ -1,8 +1,14 @@
 """Metrics reach the loggers that were chosen: real event files, read back."""
 
+import json
+import time
 from pathlib import Path
+from typing import Any
 
-from stage_train.loggers import TensorBoardLogger
+import pytest
+
+from stage_train.config import LoggerSchema, WandbMode
+from stage_train.loggers import TensorBoardLogger, WandbLogger
 
 
 def test_tensorboard_holds_every_metric(tmp_path: Path) -> None:
@@ -17,3 +23,43 @@ def test_tensorboard_holds_every_metric(tmp_path: Path) -> None:
     assert [(event.step, event.value) for event in events.Scalars("fvu")] == [(20, 0.25), (40, 0.125)]
     assert [(event.step, event.value) for event in events.Scalars("l0")] == [(20, 32.0), (40, 31.5)]
     assert "step" not in events.Tags()["scalars"]
+
+
+def test_wandb_offline_holds_every_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No network: the run's file on disk is read back."""
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    cfg = LoggerSchema(every=1, kinds=[], progress=False, curves=False, project="granary", mode=WandbMode.offline)
+    logger = WandbLogger(cfg, tmp_path, "abc123", "mine", {"sae": {"k": 32}})
+    logger.write({"step": 20, "fvu": 0.25})
+    logger.write({"step": 40, "fvu": 0.125})
+    logger.close()
+    (file,) = tmp_path.glob("wandb/offline-run-*/run-abc123.wandb")
+
+    # Its service process writes what is left after finish() has returned.
+    deadline = time.monotonic() + 30
+    while "exit" not in (kinds := [record.WhichOneof("record_type") for record in wandb_records(file)]):
+        assert time.monotonic() < deadline, kinds
+        time.sleep(0.05)
+    rows = []
+    for record in wandb_records(file):
+        if record.WhichOneof("record_type") == "history":
+            items = {item.key or item.nested_key[0]: json.loads(item.value_json) for item in record.history.item}
+            rows.append((items["_step"], items["fvu"]))
+    assert rows == [(20, 0.25), (40, 0.125)]
+
+
+def wandb_records(file: Path) -> list[Any]:
+    """LevelDB's log format after a header of 7 bytes; no record of a short run is cut by the end of a 32 KiB block."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    data, place, records = file.read_bytes(), 7, []
+    assert len(data) < 1 << 15
+    while place < len(data):
+        begin = place + 7
+        place = begin + int.from_bytes(data[place + 4 : place + 6], "little")
+        if place <= len(data):  # else it is being written
+            record = Record()
+            record.ParseFromString(data[begin:place])
+            records.append(record)
+    return records

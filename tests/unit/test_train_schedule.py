@@ -1,11 +1,12 @@
 """The learning-rate schedule against the values its documentation promises."""
 
 import itertools
+import math
 
 import pytest
 
 from shared.errors import GranaryError
-from stage_train.schedule import LearningRate, length_in_steps
+from stage_train.schedule import LatentsPerToken, LearningRate, PenaltyScale, automatic_rate, length_in_steps
 
 
 def rates(total: int, warmup: int, decay: int, shape: str = "linear", final: float = 0.0) -> list[float]:
@@ -56,3 +57,41 @@ def test_nonsense_is_one_line() -> None:
         rates(5, 0, 0, shape="exponential")
     with pytest.raises(GranaryError, match="final"):
         rates(5, 0, 0, final=2.0)
+
+
+def latents(start: int, end: int, cold: int, warmup: int, shape: str = "linear") -> list[int]:
+    schedule = LatentsPerToken(start=start, end=end, cold_steps=cold, warmup_steps=warmup, shape=shape)
+    return [schedule.at(step) for step in range(cold + warmup + 2)]
+
+
+def test_k_stays_falls_and_ends() -> None:
+    assert latents(50, 10, cold=2, warmup=4) == [50, 50, 50, 40, 30, 20, 10, 10]
+    assert latents(50, 10, cold=0, warmup=0) == [10, 10]
+    assert latents(50, 10, cold=3, warmup=0) == [50, 50, 50, 10, 10]
+    assert latents(10, 10, cold=1, warmup=2) == [10] * 5
+
+
+def test_k_falls_exponentially_and_never_below_its_end() -> None:
+    values = latents(4096, 50, cold=0, warmup=100, shape="exponential")
+    assert values[0] == 4096
+    assert values[50] == math.ceil(4096 - 4046 * (1 - math.exp(-1.5)) / (1 - math.exp(-3)))
+    assert values[100:] == [50, 50]
+    assert all(a >= b >= 50 for a, b in itertools.pairwise(values))
+    assert values[10] < latents(4096, 50, cold=0, warmup=100)[10]  # faster at first
+
+
+def test_k_that_would_rise_is_refused() -> None:
+    with pytest.raises(GranaryError, match=r"schedule.k_start=9 is less than sae.k=10"):
+        latents(9, 10, 0, 1)
+    with pytest.raises(GranaryError, match=r"schedule.k_shape='sqrt'"):
+        latents(20, 10, 0, 1, shape="sqrt")
+
+
+def test_penalty_rises_to_one() -> None:
+    assert [PenaltyScale(warmup_steps=4).at(step) for step in range(6)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+    assert PenaltyScale(warmup_steps=0).at(0) == 1.0
+
+
+def test_automatic_rate() -> None:
+    assert automatic_rate(2**14) == 2e-4
+    assert automatic_rate(262_144) == pytest.approx(5e-5)

@@ -8,8 +8,8 @@ from pathlib import Path
 from types import ModuleType
 
 from shared.errors import GranaryError
-from shared.sae.checkpoint import CONFIG_FILE, WEIGHTS_FILE, load_provenance, locate
-from shared.sae.formats import dictionary_learning, opensae, saelens, sparsify
+from shared.sae.checkpoint import is_own, load_provenance, locate
+from shared.sae.formats import dictionary_learning, gemma_scope, llama_scope, opensae, saelens, sparsify
 from shared.sae.formats.raw import RawSAE
 from shared.sae.model import SAE
 
@@ -21,23 +21,26 @@ FORMATS: dict[str, ModuleType] = {
     "sparsify": sparsify,
     "dictionary_learning": dictionary_learning,
     "opensae": opensae,
+    "llama_scope": llama_scope,
+    "gemma_scope": gemma_scope,
 }
+
+
+def foreign(folder: Path) -> str | None:
+    """Name of the other project's format that the folder's files are of; None where none fits."""
+    return next((name for name, module in FORMATS.items() if module.matches(folder)), None)
 
 
 def detect(folder: Path) -> str:
     """Name of the format of `folder`, from its files alone; raises GranaryError where none fits."""
-    if not folder.is_dir():
-        raise GranaryError(f"there is no folder {folder}")
-    if (folder / WEIGHTS_FILE).is_file() and (folder / CONFIG_FILE).is_file():
-        return GRANARY
-    for name, module in FORMATS.items():
-        if module.matches(folder):
-            return name
-    raise GranaryError(f"{folder} is not an SAE folder of a known format: {', '.join([GRANARY, *FORMATS])}")
+    name = GRANARY if is_own(folder) else foreign(folder)
+    if name is None:
+        raise GranaryError(f"{folder} is not an SAE folder of a known format: {', '.join([GRANARY, *FORMATS])}")
+    return name
 
 
 def load_any(path_or_hub_id: str | Path) -> tuple[SAE, dict[str, object]]:
-    """(SAE, provenance) of a folder of any known format, or of a hub repository of this project."""
+    """(SAE, provenance) of a folder of any known format, or of a hub repository (owner/name, hf://owner/name/folder)."""
     folder = locate(path_or_hub_id)
     name = detect(folder)
     if name == GRANARY:
@@ -46,8 +49,8 @@ def load_any(path_or_hub_id: str | Path) -> tuple[SAE, dict[str, object]]:
     return raw.to_sae(), raw.provenance
 
 
-def convert(source: Path, target: Path, to: str) -> str:
-    """Write the SAE in `source` as format `to` into the folder `target`; returns the source's format.
+def convert(source: str | Path, target: Path, to: str) -> str:
+    """Write the SAE in the folder or hub repository `source` as format `to` into `target`; returns the source's format.
 
     Raises GranaryError for a target that holds files, and for an SAE that the format can't express.
     """
@@ -56,8 +59,9 @@ def convert(source: Path, target: Path, to: str) -> str:
         raise GranaryError(f"format {to!r} can't be written: choose from {', '.join(writable)}")
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise GranaryError(f"{target} is not empty: choose another folder")
-    found = detect(source)
-    sae, provenance = load_any(source)
+    folder = locate(source)
+    found = detect(folder)
+    sae, provenance = load_any(folder)
     if to == GRANARY:
         sae.save_pretrained(target, provenance)
     else:

@@ -1,4 +1,4 @@
-"""OpenSAE (THU-KEG): ``config.json`` with architecture OpenSae + ``model.safetensors``, whole or in shards. Read only.
+"""OpenSAE (THU-KEG): ``config.json`` with architecture OpenSae + ``model.safetensors``, whole or in shards.
 
 Tensors: encoder.weight [F, D], encoder.bias, W_dec [F, D], b_dec. Algorithm of the released SAEs, x of one token:
 
@@ -9,9 +9,12 @@ activations and reconstruct raw ones, with the same b_dec on both sides. Statist
 takes them in the dtype the activation comes in.
 """
 
+import json
 import re
 from dataclasses import replace
 from pathlib import Path
+
+from safetensors.torch import save_file
 
 from shared.errors import GranaryError
 from shared.sae.formats.files import read_json, read_tensors, take
@@ -57,3 +60,44 @@ def load(folder: Path) -> RawSAE:
     shift_back = bool(config.get("normalize_shift_back", False))
     scaled = raw.from_sample_std(scale_output=shift_back)
     return replace(scaled, layer_norm=True, shift_back=shift_back)
+
+
+def save(raw: RawSAE, folder: Path) -> None:
+    """Write the folder; raises GranaryError for an activation other than topk."""
+    raw = raw.expressed_in("opensae", ("topk",))
+    if raw.layer_norm:
+        raw = raw.with_sample_std(scale_output=raw.shift_back)
+    raw = raw.with_pre_bias(True)
+    f, d = raw.W_enc_FD.shape
+    layer = re.fullmatch(r"layers\.(\d+)\.resid_post", str(raw.provenance.get("hook")))
+    place = f"layers.{layer[1]}" if layer else None
+    config = {
+        "activation": "topk",
+        "architectures": [ARCHITECTURE],
+        "decoder_impl": "torch",
+        "feature_size": f,
+        "hidden_size": d,
+        "input_hookpoint": place,
+        "output_hookpoint": place,
+        "input_normalize": raw.layer_norm,
+        "input_normalize_eps": 1e-5,
+        "k": raw.k,
+        "model_name": (raw.provenance.get("model") or {}).get("id"),
+        "multi_topk": None,
+        "normalize_decoder": False,
+        "normalize_shift_back": raw.layer_norm and raw.shift_back,
+        "torch_dtype": "float32",
+    }
+    tensors = {
+        "encoder.weight": raw.W_enc_FD,
+        "encoder.bias": raw.b_enc_F,
+        "W_dec": raw.W_dec_FD,
+        "b_dec": raw.b_dec_D,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(
+        {name: tensor.contiguous() for name, tensor in tensors.items()},
+        folder / f"{WEIGHTS}.safetensors",
+        metadata={"format": "pt"},
+    )
+    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

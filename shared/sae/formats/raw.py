@@ -1,9 +1,15 @@
-"""The meeting point of all formats: a TopK SAE on raw activations, its normalisation folded into its weights.
+"""The meeting point of all formats: an SAE on raw activations, its normalisation folded into its weights.
 
-    f = topk(W_enc (x - b_dec if pre_bias else x) + b_enc),   x^ = sum_i f_i W_dec[i] + b_dec
+    z = W_enc (x - b_dec if pre_bias else x) + b_enc,   f = activation(z),   x^ = sum_i f_i W_dec[i] + b_dec
+
+    topk        the k largest positive z
+    relu        max(z, 0)
+    jumprelu    z where z > threshold
+    batchtopk   the same at inference, with one threshold for all latents; k is what it was trained with
+    gated       max(exp(r_mag) (z - b_enc) + b_mag, 0) where z > 0
 
 With `layer_norm`, x is first brought to mean 0 and (biased) standard deviation 1 per token, and x^ scaled back where
-`shift_back`. Folding keeps every latent's value.
+`shift_back`. Folding keeps every latent's value, hence thresholds too.
 
 Legend: F d_latent, D d_model.
 """
@@ -28,8 +34,15 @@ class RawSAE:
     b_enc_F: Tensor
     W_dec_FD: Tensor
     b_dec_D: Tensor
-    k: int
     pre_bias: bool
+    activation: str = "topk"
+    k: int | None = None
+    """For topk and batchtopk."""
+    threshold_F: Tensor | None = None
+    """For jumprelu and batchtopk, not negative."""
+    r_mag_F: Tensor | None = None
+    """For gated, as `b_mag_F`."""
+    b_mag_F: Tensor | None = None
     layer_norm: bool = False
     shift_back: bool = True
     provenance: dict[str, Any] = field(default_factory=dict)
@@ -37,24 +50,33 @@ class RawSAE:
 
     @classmethod
     def from_sae(cls, sae: SAE, provenance: dict[str, Any]) -> Self:
-        """Fold the normalisation; raises GranaryError for an activation other than TopK."""
+        """Fold the normalisation."""
         config = sae.config
-        if config.activation != "topk":
-            raise GranaryError(f"an SAE with activation {config.activation} has no form in other formats yet")
+        own = {name: tensor.detach().double() for name, tensor in sae.activation.state_dict().items()}
         W_enc, b_enc = sae.W_enc.detach().double(), sae.b_enc.detach().double()
         W_dec, b_dec = sae.W_dec.detach().double(), sae.b_dec.detach().double()
+        b_mag = own.get("b_mag")
         if config.normalisation in ("scale", "centre_scale"):
             scale, mean = float(sae.input_scale), sae.input_mean.double()
             W_enc, W_dec, b_dec = W_enc * scale, W_dec / scale, b_dec / scale + mean
             if not config.pre_bias:  # with it, the new b_dec takes the mean off
-                b_enc = b_enc - W_enc @ mean
+                shift = W_enc @ mean
+                b_enc = b_enc - shift
+                b_mag = None if b_mag is None else b_mag - own["r_mag"].exp() * shift
+        threshold = own["log_threshold"].exp() if "log_threshold" in own else own.get("threshold")
+        if threshold is not None and threshold.dim() == 0:
+            threshold = threshold.expand(len(b_enc))
         return cls(
             W_enc.float(),
             b_enc.float(),
             W_dec.float(),
             b_dec.float(),
-            k=config.k,
             pre_bias=config.pre_bias,
+            activation=config.activation,
+            k=config.k,
+            threshold_F=None if threshold is None else threshold.float(),
+            r_mag_F=own["r_mag"].float() if "r_mag" in own else None,
+            b_mag_F=None if b_mag is None else b_mag.float(),
             layer_norm=config.normalisation == "layer_norm",
             shift_back=config.shift_back,
             provenance=dict(provenance),
@@ -67,9 +89,12 @@ class RawSAE:
             d_model=d_model,
             d_latent=d_latent,
             k=self.k,
+            activation=self.activation,
             normalisation="layer_norm" if self.layer_norm else "none",
             shift_back=self.shift_back,
             pre_bias=self.pre_bias,
+            unit_norm_decoder=False,
+            auxk_alpha=1 / 32 if self.activation in ("topk", "batchtopk") else 0.0,
         )
         with torch.device("meta"):
             sae = SAE(config)
@@ -81,16 +106,65 @@ class RawSAE:
             "input_mean": torch.zeros(d_model),
             "input_scale": torch.ones(()),
             "input_variance": torch.ones(d_model),
+            **self._activation_tensors(),
         }
         sae.load_state_dict({name: tensor.contiguous() for name, tensor in tensors.items()}, assign=True)
         return sae
 
+    def _activation_tensors(self) -> dict[str, Tensor]:
+        match self.activation:
+            case "jumprelu":
+                return {"activation.log_threshold": self.thresholds().log()}
+            case "batchtopk":
+                return {"activation.threshold": self.thresholds()[0].clone()}
+            case "gated":
+                r_mag_F, b_mag_F = self.magnitudes()
+                return {"activation.r_mag": r_mag_F, "activation.b_mag": b_mag_F}
+        return {}
+
+    def thresholds(self) -> Tensor:
+        """[F], of an SAE that has them."""
+        if self.threshold_F is None:
+            raise GranaryError(f"this {self.activation} SAE has no thresholds: its folder is incomplete")
+        return self.threshold_F.clamp_min(0)  # z is at least 0 where it fires, whatever the threshold below that
+
+    def magnitudes(self) -> tuple[Tensor, Tensor]:
+        """r_mag and b_mag [F], of a gated SAE."""
+        if self.r_mag_F is None or self.b_mag_F is None:
+            raise GranaryError("this gated SAE has no r_mag and b_mag: its folder is incomplete")
+        return self.r_mag_F, self.b_mag_F
+
+    def expressed_in(self, form: str, activations: tuple[str, ...]) -> "RawSAE":
+        """Itself; raises GranaryError where the target `form` has no such activation."""
+        if self.activation not in activations:
+            raise GranaryError(f"the {form} format has no {self.activation} SAEs: it holds {', '.join(activations)}")
+        return self
+
     def with_pre_bias(self, pre_bias: bool) -> "RawSAE":
-        """The same function with `pre_bias` as asked: the difference goes into b_enc."""
+        """The same function with `pre_bias` as asked: the difference goes into b_enc (and b_mag)."""
         if self.pre_bias == pre_bias:
             return self
-        shift_F = (self.W_enc_FD.double() @ self.b_dec_D.double()).float()
-        return replace(self, b_enc_F=self.b_enc_F + (shift_F if pre_bias else -shift_F), pre_bias=pre_bias)
+        shift_F = (self.W_enc_FD.double() @ self.b_dec_D.double()).float() * (1 if pre_bias else -1)
+        b_mag_F = self.b_mag_F
+        if b_mag_F is not None and self.r_mag_F is not None:
+            b_mag_F = b_mag_F + self.r_mag_F.exp() * shift_F
+        return replace(self, b_enc_F=self.b_enc_F + shift_F, b_mag_F=b_mag_F, pre_bias=pre_bias)
+
+    def with_input_scale(self, scale: float) -> "RawSAE":
+        """Weights for raw activations, where these are for activations times `scale`; latents keep their values."""
+        return replace(
+            self, W_enc_FD=self.W_enc_FD * scale, W_dec_FD=self.W_dec_FD / scale, b_dec_D=self.b_dec_D / scale
+        )
+
+    def with_unit_scores(self) -> "RawSAE":
+        """Latents times the norm of their decoder row, which then is 1: for SAEs that select by that product."""
+        norm_F = self.W_dec_FD.norm(dim=1)
+        return replace(
+            self,
+            W_enc_FD=self.W_enc_FD * norm_F[:, None],
+            b_enc_F=self.b_enc_F * norm_F,
+            W_dec_FD=self.W_dec_FD / norm_F[:, None],
+        )
 
     def without_layer_norm(self, form: str) -> "RawSAE":
         """Itself; raises GranaryError where the target `form` has no per-token normalisation."""
@@ -112,12 +186,7 @@ class RawSAE:
         if not scale_output:
             raw = self.with_pre_bias(False)
             return replace(raw, W_enc_FD=raw.W_enc_FD * ratio)
-        return replace(
-            self,
-            W_enc_FD=self.W_enc_FD * ratio,
-            W_dec_FD=self.W_dec_FD / ratio,
-            b_dec_D=self.b_dec_D / ratio,
-        )
+        return self.with_input_scale(ratio)
 
 
 def sample_std_ratio(width: int) -> float:

@@ -51,7 +51,7 @@ def load(folder: Path) -> RawSAE:
 
 def save(raw: RawSAE, folder: Path) -> None:
     """Write the folder; raises GranaryError for layer_norm."""
-    raw = raw.without_layer_norm("sparsify").with_pre_bias(True)
+    raw = raw.expressed_in("sparsify", ("topk",)).without_layer_norm("sparsify").with_pre_bias(True)
     f, d = raw.W_enc_FD.shape
     cfg = {
         "activation": "topk",

@@ -1,0 +1,247 @@
+"""Held-out FVU and dead latents of TopK SAEs: this project against the installed peers, at equal tokens.
+
+    python benchmarks/quality.py [--quick] [--peers-python .venv-peers/bin/python] [--model bundled|stories260K ...]
+
+Each seed: this project trains by its own command line; the batches it saw are then dumped in that order, and every
+peer trains on them, at its defaults and over a grid of learning rates (seed 0; the best rate then on all seeds). All
+are scored by one formula on the same held-out tokens. Activations are real: the bundled LLaMA on the standard
+library, and stories260K on TinyStories where ``../shared/realdata`` exists.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from quality_peers import CONTENDERS, score
+
+from shared.parallel import World
+from shared.sae import SAE
+from shared.store import Store
+from stage_train.frozen import choose_hook, freeze
+from stage_train.stream import StreamOrder, TokenStream, TrainingData
+
+ROOT = Path(__file__).resolve().parent.parent
+REALDATA = Path(os.environ.get("GRANARY_REALDATA", ROOT.parent / "shared" / "realdata"))
+PEER_RATES = (1e-3, 3e-3, 1e-2)
+SEEDS = (0, 1, 2)
+SETTINGS: dict[str, dict[str, Any]] = {
+    "bundled": {"k": 32, "expansion": 16, "harvest": []},
+    "stories260K": {
+        "k": 16,
+        "expansion": 8,
+        "harvest": [
+            f"model={REALDATA / 'stories260K-hf'}", "corpus=text", "corpus.contexts=8000", "packing.seq_len=512",
+            f"corpus.files={REALDATA / 'text' / 'tinystories_train.txt'}", "corpus.separator='<|endoftext|>'",
+            "hooks.layers=2", "store.shard_contexts=50", "store.heldout_fraction=0.0125",
+        ],
+    },
+}  # fmt: skip
+
+
+def run(command: list[str], log: Path) -> None:
+    """Run a command of this project or a peer; its output goes to `log`."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with log.open("a") as out:
+        status = subprocess.run(command, cwd=ROOT, env=environment, stdout=out, stderr=out, check=False).returncode
+    if status:
+        sys.exit(f"{' '.join(command)} ended with status {status}: see {log}")
+
+
+class Bench:
+    """One model's store, and everything trained on it."""
+
+    def __init__(self, name: str, options: argparse.Namespace) -> None:
+        self.name, self.options = name, options
+        self.settings = SETTINGS[name]
+        self.folder = Path(options.work) / name
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.log = self.folder / "log.txt"
+        self.results: list[dict[str, Any]] = []
+        self.threads = f"device.threads={options.threads}"
+
+    def harvest(self) -> None:
+        """The store, unless it is there."""
+        extra = ["corpus.contexts=64"] if self.options.quick else []
+        command = [sys.executable, "-m", "stage_harvest", f"run_dir={self.folder}", self.threads]
+        run([*command, *self.settings["harvest"], *extra], self.log)
+
+    def ours(self, seed: int, lr: float | None) -> Path:
+        """Train by the command line, score, and return the run's folder."""
+        out = self.folder / f"ours-{seed}-{lr}"
+        rate = [] if lr is None else [f"optim.lr={lr}"]
+        start = time.perf_counter()
+        run(
+            [
+                sys.executable, "-m", "stage_train", f"run_dir={self.folder}", f"hydra.run.dir={out}", f"seed={seed}",
+                f"sae.k={self.settings['k']}", f"sae.expansion={self.settings['expansion']}", self.threads,
+                f"schedule.tokens={self.options.tokens}", "checkpoint.resume=never", *rate,
+            ],
+            self.log,
+        )  # fmt: skip
+        seconds = time.perf_counter() - start
+        sae = SAE.from_pretrained(out)
+
+        def reconstruct(x_ND: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            latents = sae.encode(x_ND)
+            fired_F = torch.zeros(sae.config.d_latent, dtype=torch.bool)
+            fired_F[latents.indices[latents.indices >= 0]] = True
+            return sae.decode(latents), fired_F
+
+        heldout = torch.from_numpy(np.load(self.folder / "heldout.npy"))
+        self.add("granary", lr, seed, {**score(reconstruct, heldout, 2048), "seconds": seconds})
+        return out
+
+    def dump_heldout(self) -> None:
+        """Held-out trainable tokens, float32 [n, d_model]."""
+        store = Store.open(str(self.folder / "store"))
+        hook = store.hooks[0]
+        contexts = store.contexts("heldout")
+        parts = [store.read_context(hook, int(c)).float()[torch.from_numpy(store.mask([c])[0])] for c in contexts]
+        np.save(self.folder / "heldout.npy", torch.cat(parts)[: self.options.heldout].numpy())
+
+    def dump_training(self, trained: Path) -> None:
+        """The batches that the run in `trained` saw, in order, float32 [tokens, d_model]."""
+        config = yaml.safe_load((trained / "train.yaml").read_text())
+        stores = freeze([(str(self.folder / "store"), 1.0)], World(0, 1, 0, torch.device("cpu")))
+        data = TrainingData([part.source for part in stores])
+        hook, store = choose_hook(None, stores), stores[0].store
+        stream_config = config["stream"]
+        order = StreamOrder(
+            batch_size=stream_config["batch_size"], seed=config["seed"], lanes=stream_config["lanes"],
+            mix_contexts=stream_config["mix_contexts"], drop_last=stream_config["drop_last"],
+        )  # fmt: skip
+        lines = (trained / "metrics.jsonl").read_text().splitlines()
+        steps, width = json.loads(lines[-1])["step"], store.plan.hooks[hook]
+        shape = (steps * order.batch_size, width)
+        out = np.lib.format.open_memmap(self.folder / "train.npy", mode="w+", dtype=np.float32, shape=shape)
+        with TokenStream(data, {hook: (width, store.read_dtype)}, order) as stream:
+            for number, batch in zip(range(steps), stream, strict=False):
+                rows = batch.activations[hook].float().numpy()
+                at = number * order.batch_size
+                out[at : at + len(rows)] = rows
+        out.flush()
+        self.batch_size = order.batch_size
+
+    def peer(self, provider: str, lr: float | None, seed: int) -> None:
+        """Train a peer in its own process and environment."""
+        result = self.folder / f"{provider}-{seed}-{lr}.json"
+        width = np.load(self.folder / "heldout.npy", mmap_mode="r").shape[1]
+        job = {
+            "provider": provider, "lr": lr, "seed": seed, "k": self.settings["k"], "batch_size": self.batch_size,
+            "d_latent": self.settings["expansion"] * width, "train": str(self.folder / "train.npy"),
+            "heldout": str(self.folder / "heldout.npy"), "out": str(result), "threads": self.options.threads,
+        }  # fmt: skip
+        path = result.with_suffix(".job")
+        path.write_text(json.dumps(job))
+        run([self.options.peers_python, str(ROOT / "benchmarks" / "quality_peers.py"), str(path)], self.log)
+        self.add(provider, lr, seed, json.loads(result.read_text()))
+
+    def add(self, provider: str, lr: float | None, seed: int, result: dict[str, float]) -> None:
+        """Keep and print one row."""
+        row = {"model": self.name, "provider": provider, "lr": "default" if lr is None else lr, "seed": seed, **result}
+        self.results.append(row)
+        print(
+            f"{self.name:12} {provider:20} lr {row['lr']!s:8} seed {seed}  FVU {row['fvu']:.4f}  dead {row['dead']:.2%}"
+            f"  {row['seconds']:.0f} s",
+            flush=True,
+        )
+
+    def execute(self) -> None:
+        """Everything; the grid is searched on the first seed alone."""
+        self.harvest()
+        self.dump_heldout()
+        best: dict[str, float] = {}
+        for seed in self.options.seeds:
+            trained = self.ours(seed, None)
+            self.dump_training(trained)
+            for provider in CONTENDERS:
+                self.peer(provider, None, seed)
+                if seed == self.options.seeds[0]:
+                    for lr in self.options.rates:
+                        self.peer(provider, lr, seed)
+                    tried = [r for r in self.results if r["provider"] == provider and r["lr"] != "default"]
+                    if tried:
+                        best[provider] = min(tried, key=lambda r: r["fvu"])["lr"]
+                elif provider in best:
+                    self.peer(provider, best[provider], seed)
+        (self.folder / "train.npy").unlink()
+
+
+def table(rows: list[dict[str, Any]]) -> list[str]:
+    """Markdown: mean and range over seeds of each model, provider and rate."""
+    lines = ["| model | trainer | lr | seeds | FVU mean (range) | dead mean (range) |", "|---|---|---|---|---|---|"]
+    keys = dict.fromkeys((r["model"], r["provider"], r["lr"]) for r in rows)
+    for key in keys:
+        mine = [r for r in rows if (r["model"], r["provider"], r["lr"]) == key]
+        cells = []
+        for name, form in (("fvu", ".4f"), ("dead", ".2%")):
+            values = [r[name] for r in mine]
+            cells.append(f"{mean(values):{form}} ({min(values):{form}} to {max(values):{form}})")
+        lines.append(f"| {key[0]} | {key[1]} | {key[2]} | {len(mine)} | {' | '.join(cells)} |")
+    return lines
+
+
+def ratios(rows: list[dict[str, Any]], models: list[str], seeds: int) -> dict[str, Any]:
+    """Our FVU over the best peer's (below 1: ours is lower), both means over all seeds."""
+    found: dict[str, Any] = {}
+    for model in models:
+        means: dict[tuple[str, Any], float] = {}
+        dead: dict[tuple[str, Any], float] = {}
+        for key in {(r["provider"], r["lr"]) for r in rows if r["model"] == model}:
+            mine = [r for r in rows if r["model"] == model and (r["provider"], r["lr"]) == key]
+            if len(mine) == seeds:
+                means[key], dead[key] = mean(r["fvu"] for r in mine), mean(r["dead"] for r in mine)
+        ours = ("granary", "default")
+        best = min((key for key in means if key[0] != "granary"), key=lambda key: means[key])
+        found[model] = {
+            "fvu": round(means[ours], 5), "best_peer": list(best), "best_peer_fvu": round(means[best], 5),
+            "fvu_over_best_peer": round(means[ours] / means[best], 4),
+            "dead": round(dead[ours], 5), "best_peer_dead": round(dead[best], 5),
+        }  # fmt: skip
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="one model, one seed, defaults only, 120,000 tokens")
+    parser.add_argument("--model", choices=SETTINGS, nargs="+", help="default: all whose files are here")
+    parser.add_argument("--peers-python", default=str(ROOT / ".venv-peers" / "bin" / "python"), metavar="PATH")
+    parser.add_argument("--tokens", type=int, default=1_800_000, help="training tokens of each SAE (default 1.8 M)")
+    parser.add_argument("--threads", type=int, default=max(1, (os.cpu_count() or 2) // 2))
+    parser.add_argument("--work", help="folder for stores and runs; default: a temporary one")
+    parser.add_argument("--csv", type=Path, help="write the rows there")
+    options = parser.parse_args()
+    if not Path(options.peers_python).exists():
+        sys.exit(f"{options.peers_python} is not there: run `make setup-peers`, or name one with --peers-python")
+    options.seeds, options.rates, options.heldout = SEEDS, PEER_RATES, 100_000
+    models = options.model or [m for m in SETTINGS if m == "bundled" or REALDATA.exists()]
+    if options.quick:
+        options.seeds, options.rates, options.tokens, options.heldout = (0,), (), 120_000, 20_000
+        models = models[:1]
+    with tempfile.TemporaryDirectory() as temporary:
+        options.work = options.work or temporary
+        rows = []
+        for model in models:
+            bench = Bench(model, options)
+            bench.execute()
+            rows += bench.results
+    print("\n".join(table(rows)))
+    if options.csv:
+        columns = list(rows[0])
+        lines = [",".join(columns), *(",".join(str(row[column]) for column in columns) for row in rows)]
+        options.csv.write_text("\n".join(lines) + "\n")
+    print(json.dumps(ratios(rows, models, len(options.seeds))))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,193 @@
+"""Train one peer's TopK SAE on dumped activations and score it. Runs in the environment where the peers are installed.
+
+    .venv-peers/bin/python benchmarks/quality_peers.py JOB.json
+
+JOB.json: provider, lr (null: the peer's own recipe), seed, threads, k, d_latent, batch_size, out, train and heldout
+(``.npy``, float32, [tokens, d_model], in training order). Imports torch, numpy and the peer alone.
+
+At lr null the peer's optimiser, rate and schedule are its own, with the warm-up cut to 5 % of the run where it would
+not end; at a given lr every peer uses Adam with 5 % of warm-up and 20 % of linear decay. Inputs are scaled to mean norm
+sqrt(d_model) for all. Shape letters: N tokens, D d_model, F latents.
+"""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+WARMUP, DECAY = 0.05, 0.2
+
+
+class Contender(Protocol):
+    """A peer in training."""
+
+    def step(self, x_ND: torch.Tensor, number: int) -> None:
+        """Learn from one batch."""
+
+    def finish(self) -> None:
+        """After the last step."""
+
+    def reconstruct(self, x_ND: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Reconstruction [N, D] and which latents fired, bool [F]."""
+
+
+def rate(number: int, steps: int) -> float:
+    """Share of the peak rate at step `number`, counted from 0."""
+    warmup, decay = max(1, round(WARMUP * steps)), round(DECAY * steps)
+    return min(1.0, (number + 1) / warmup, (steps - number) / (decay + 1))
+
+
+class SAELens:
+    """``SAETrainer.step`` with a TopKTrainingSAE."""
+
+    def __init__(self, d: int, job: dict[str, Any], steps: int) -> None:
+        from sae_lens.config import LoggingConfig, SAETrainerConfig
+        from sae_lens.saes.topk_sae import TopKTrainingSAE, TopKTrainingSAEConfig
+        from sae_lens.training.sae_trainer import SAETrainer
+
+        lr = job["lr"]
+        self.sae = TopKTrainingSAE(TopKTrainingSAEConfig(d_in=d, d_sae=job["d_latent"], k=job["k"]))
+        config = SAETrainerConfig(
+            n_checkpoints=0, checkpoint_path=None, save_final_checkpoint=False, device="cpu", autocast=False,
+            total_training_samples=steps * job["batch_size"], train_batch_size_samples=job["batch_size"],
+            lr=lr or 3e-4, lr_end=(lr or 3e-4) / 10, lr_scheduler_name="constant",  # lr_end: for cosine alone
+            lr_warm_up_steps=0 if lr is None else round(WARMUP * steps),
+            lr_decay_steps=0 if lr is None else round(DECAY * steps),
+            n_restart_cycles=1, adam_beta1=0.9, adam_beta2=0.999, dead_feature_window=1000,
+            feature_sampling_window=2000, logger=LoggingConfig(log_to_wandb=False),
+        )  # fmt: skip
+        self.trainer = SAETrainer(config, self.sae, iter([]))
+
+    def step(self, x_ND: torch.Tensor, number: int) -> None:
+        self.trainer.step(x_ND)
+        self.trainer.n_training_steps += 1
+
+    def finish(self) -> None:
+        pass
+
+    def reconstruct(self, x_ND: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        latents = self.sae.encode(x_ND)
+        latents = latents.to_dense() if latents.is_sparse else latents
+        return self.sae.decode(latents), (latents > 0).any(0)
+
+
+class DictionaryLearning:
+    """``TopKTrainer.update``."""
+
+    def __init__(self, d: int, job: dict[str, Any], steps: int) -> None:
+        from dictionary_learning.trainers.top_k import TopKTrainer
+
+        self.trainer = TopKTrainer(
+            steps=steps, activation_dim=d, dict_size=job["d_latent"], k=job["k"], layer=0, lm_name="none",
+            lr=job["lr"], warmup_steps=min(1000, round(WARMUP * steps)), seed=job["seed"], device="cpu",
+            decay_start=None if job["lr"] is None else steps - round(DECAY * steps),
+        )  # fmt: skip
+
+    def step(self, x_ND: torch.Tensor, number: int) -> None:
+        self.trainer.update(number, x_ND)
+
+    def finish(self) -> None:
+        pass
+
+    def reconstruct(self, x_ND: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        latents = self.trainer.ae.encode(x_ND, use_threshold=False)
+        return self.trainer.ae.decode(latents), (latents > 0).any(0)
+
+
+class Sparsify:
+    """SparseCoder and the step of sparsify's Trainer, whose own loop needs the language model."""
+
+    def __init__(self, d: int, job: dict[str, Any], steps: int) -> None:
+        os.environ["SPARSIFY_DISABLE_TRITON"] = "1"  # it would look for a GPU wherever triton is installed
+        from sparsify import SparseCoderConfig
+        from sparsify.sparse_coder import SparseCoder
+
+        num_latents = job["d_latent"]
+        self.coder = SparseCoder(d, SparseCoderConfig(num_latents=num_latents, k=job["k"]), dtype=torch.float32)
+        self.since_fired_F = torch.zeros(num_latents, dtype=torch.long)
+        self.steps, self.lr = steps, job["lr"]
+        self.optimiser: Any
+        if self.lr is None:  # its default: schedule-free signum, no AuxK
+            from schedulefree import ScheduleFreeWrapper
+            from sparsify.sign_sgd import SignSGD
+
+            lr = 5e-3 / (num_latents / 2**14) ** 0.5
+            self.optimiser = ScheduleFreeWrapper(SignSGD(self.coder.parameters(), lr=lr), momentum=0.95)
+            self.optimiser.train()
+        else:
+            self.optimiser = torch.optim.Adam(self.coder.parameters(), lr=self.lr)
+
+    def step(self, x_ND: torch.Tensor, number: int) -> None:
+        if number == 0:  # its Trainer begins with b_dec at the mean of the first batch
+            self.coder.b_dec.data = x_ND.mean(0)
+        self.coder.set_decoder_norm_to_unit_norm()
+        out = self.coder(x_ND, dead_mask=self.since_fired_F > 10_000_000 if self.lr else None)
+        (out.fvu + out.auxk_loss / 32).backward()
+        self.coder.remove_gradient_parallel_to_decoder_directions()
+        if self.lr is not None:
+            self.optimiser.param_groups[0]["lr"] = self.lr * rate(number, self.steps)
+        self.optimiser.step()
+        self.optimiser.zero_grad()
+        self.since_fired_F += len(x_ND)
+        self.since_fired_F[out.latent_indices.flatten()] = 0
+
+    def finish(self) -> None:
+        if self.lr is None:
+            self.optimiser.eval()
+        self.coder.set_decoder_norm_to_unit_norm()
+
+    def reconstruct(self, x_ND: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        out = self.coder(x_ND)
+        fired_F = torch.zeros(self.coder.num_latents, dtype=torch.bool)
+        fired_F[out.latent_indices[out.latent_acts > 0]] = True
+        return out.sae_out, fired_F
+
+
+CONTENDERS: dict[str, Callable[[int, dict[str, Any], int], Contender]] = {
+    "sae-lens": SAELens,
+    "dictionary-learning": DictionaryLearning,
+    "sparsify": Sparsify,
+}
+
+
+@torch.no_grad()
+def score(
+    reconstruct: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]], heldout_ND: torch.Tensor, chunk: int
+) -> dict[str, float]:
+    """FVU about the mean, and the share of latents that do not fire, on held-out tokens; sums in float64."""
+    error, fired_F = 0.0, None
+    for x_ND in heldout_ND.split(chunk):
+        x_hat_ND, now_F = reconstruct(x_ND)
+        error += float((x_ND.double() - x_hat_ND.double()).square().sum())
+        fired_F = now_F if fired_F is None else fired_F | now_F
+    variance = float((heldout_ND.double() - heldout_ND.double().mean(0)).square().sum())
+    assert fired_F is not None
+    return {"fvu": error / variance, "dead": 1 - float(fired_F.float().mean())}
+
+
+def main() -> None:
+    job = json.loads(Path(sys.argv[1]).read_text())
+    torch.set_num_threads(job["threads"])
+    torch.manual_seed(job["seed"])
+    train, heldout = np.load(job["train"], mmap_mode="r"), np.load(job["heldout"])
+    batch, d = job["batch_size"], train.shape[1]
+    scale = d**0.5 / float(np.linalg.norm(train[: 50 * batch], axis=1).mean())
+    steps = len(train) // batch
+    contender = CONTENDERS[job["provider"]](d, job, steps)
+    start = time.perf_counter()
+    for number in range(steps):
+        contender.step(torch.from_numpy(train[number * batch : (number + 1) * batch] * scale), number)
+    contender.finish()
+    seconds = time.perf_counter() - start
+    result = score(contender.reconstruct, torch.from_numpy(heldout * scale), batch)
+    Path(job["out"]).write_text(json.dumps({**result, "seconds": seconds}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,145 @@
+"""Every activation under every layout, in micro-batches or whole: ten steps give the weights of one process."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from shared.sae import SAE
+from shared.store import Store
+from stage_train.loggers import read_metrics
+from tests.distributed.test_train_ranks import Runs
+
+TEN_STEPS = ["schedule.tokens=210", "logger.every=2", "optim.lr=3e-3"]
+ACTIVATIONS = {
+    "batchtopk": ["sae=batchtopk"],
+    "multi": ["sae=batchtopk", "sae.multi_topk_weight=0.125", "schedule.k_start=9", "schedule.k_warmup=0.5"],
+    "matryoshka": ["sae=matryoshka"],
+    "relu": ["sae=relu", "sae.k=null", "sae.penalty=tanh_quad", "sae.penalty_weight=0.01"],
+    "jumprelu": ["sae=jumprelu", "sae.k=null", "sae.preact_weight=0.01"],
+    "gated": ["sae=gated", "sae.k=null"],
+}
+OPTIMISERS = {
+    "muon": ["optim=muon", "optim.ema_decay=0.9", "optim.ema_export=true"],
+    "adam8bit": ["optim=adam8bit", "sae.d_latent=256"],
+    "signum": ["optim=signum", "optim.lr=1e-3", "schedule.k_start=9", "optim.ema_decay=0.9", "optim.ema_export=true"],
+}
+LAYOUTS = {
+    "ddp": [],
+    "ddp_micro": ["optim.micro_batch=4"],
+    "fsdp": ["parallel=fsdp"],
+    "fsdp_micro": ["parallel=fsdp", "optim.micro_batch=4"],
+    "latent": ["parallel=latent"],
+    "latent_micro": ["parallel=latent", "optim.micro_batch=4"],
+}
+# One start of two processes runs these; the others are under the slow marker.
+COMMON = [(name, layout) for name in ACTIVATIONS for layout in ("ddp", "latent")]
+COMMON += [("batchtopk", "fsdp"), ("batchtopk", "fsdp_micro"), ("relu", "fsdp_micro"), ("relu", "latent_micro")]
+COMMON += [("jumprelu", "fsdp"), ("gated", "fsdp_micro"), ("matryoshka", "ddp_micro")]
+COMMON += [(name, layout) for name in OPTIMISERS for layout in ("fsdp", "latent")]
+RARE = [(name, layout) for name in ACTIVATIONS for layout in LAYOUTS if (name, layout) not in COMMON]
+RARE += [(name, layout) for name in OPTIMISERS for layout in LAYOUTS if (name, layout) not in COMMON]
+CHOICES = {**ACTIVATIONS, **OPTIMISERS}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory, planted_store: Callable[..., Store]) -> Runs:
+    """Each activation in one process, whole and in micro-batches; then all COMMON runs, with one start of two."""
+    runs = Runs(tmp_path_factory.mktemp("activations"))
+    planted_store(runs.folder / "store")
+    runs.alone(*(runs.job(name, *TEN_STEPS, *choice) for name, choice in CHOICES.items()))
+    runs.alone(
+        *(runs.job(f"{name}_micro", *TEN_STEPS, *ACTIVATIONS[name], "optim.micro_batch=4") for name in ACTIVATIONS)
+    )
+    guard = [*TEN_STEPS, "optim.spike_factor=3"]
+    runs.alone(runs.job("guarded", *guard, poison=7), runs.job("unharmed", *guard))
+    counted = [
+        runs.job(f"counted_{name}", *TEN_STEPS, *ACTIVATIONS[name], "optim.micro_batch=4", count=2 * 96 * 12)
+        for name in ("relu", "batchtopk")
+    ]
+    runs.together(2, *jobs(runs, COMMON), *guarded(runs, guard), *counted)
+    return runs
+
+
+def guarded(runs: Runs, overrides: list[str]) -> list[dict[str, Any]]:
+    """Runs whose last rank alone sees NaN in step 7."""
+    return [
+        runs.job(f"guarded_{layout}_2", *overrides, *LAYOUTS[layout], poison=7) for layout in ("ddp", "fsdp", "latent")
+    ]
+
+
+def jobs(runs: Runs, pairs: list[tuple[str, str]]) -> list[dict[str, Any]]:
+    return [runs.job(f"{name}_{layout}_2", *TEN_STEPS, *CHOICES[name], *LAYOUTS[layout]) for name, layout in pairs]
+
+
+def assert_equal_runs(runs: Runs, one: str, two: str) -> None:
+    """Weights to 1e-4, every metric of every logged step to 1e-5 and dead counts exactly."""
+    assert runs.ends[two] == {"done"}
+    first, second = (SAE.from_pretrained(runs.folder / name).state_dict() for name in (one, two))
+    for name, tensor in first.items():
+        size = float(tensor.abs().max())
+        torch.testing.assert_close(
+            second[name], tensor, rtol=1e-4, atol=1e-4 * size, msg=lambda text, name=name: f"{name}: {text}"
+        )
+    lines = list(zip(read_metrics(runs.folder / one), read_metrics(runs.folder / two), strict=True))
+    assert len(lines) == 5
+    for before, after in lines:
+        assert before.keys() == after.keys()
+        for name in before.keys() - {"tokens_per_s", "wait_share"}:
+            assert after[name] == pytest.approx(before[name], rel=1e-5, abs=1e-7), name
+
+
+@pytest.mark.parametrize(("name", "layout"), COMMON)
+def test_two_processes_equal_one(runs: Runs, name: str, layout: str) -> None:
+    assert_equal_runs(runs, name, f"{name}_{layout}_2")
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_micro_batches_change_nothing(runs: Runs, name: str) -> None:
+    assert_equal_runs(runs, name, f"{name}_micro")
+
+
+def test_the_runs_did_what_they_are_to_show(runs: Runs) -> None:
+    assert all(line["l0"] == pytest.approx(3, rel=0.01) for line in read_metrics(runs.folder / "batchtopk"))
+    assert read_metrics(runs.folder / "multi")[0]["l0"] > 6  # k comes down from 9
+    assert any(line["auxk"] > 0 for line in read_metrics(runs.folder / "jumprelu"))
+    assert any(line["penalty"] > 0 for line in read_metrics(runs.folder / "gated"))
+    threshold = float(SAE.from_pretrained(runs.folder / "batchtopk").activation.threshold)
+    assert threshold > 0
+
+
+@pytest.mark.parametrize("layout", ["ddp", "fsdp", "latent"])
+def test_a_nan_on_one_rank_is_left_out_by_all(runs: Runs, layout: str) -> None:
+    """The guarded run goes on as one process does, without the step's update, statistics and dead counts."""
+    assert_equal_runs(runs, "guarded", f"guarded_{layout}_2")
+    assert read_metrics(runs.folder / "guarded")[-1]["refused_steps"] == 1
+    assert read_metrics(runs.folder / "unharmed")[-1]["refused_steps"] == 0
+
+
+@pytest.mark.parametrize("name", ["relu", "batchtopk"])
+def test_gradients_meet_once_per_step_whatever_the_micro_batches(runs: Runs, name: str) -> None:
+    """Ten steps of three micro-batches each: ten messages that hold both matrices."""
+    assert runs.ends[f"counted_{name}"] == {"done, 10 messages"}
+
+
+@pytest.mark.slow
+def test_every_pair_on_two_processes(runs: Runs) -> None:
+    runs.together(2, *jobs(runs, RARE))
+    for name, layout in RARE:
+        assert_equal_runs(runs, name, f"{name}_{layout}_2")
+
+
+@pytest.mark.slow
+def test_four_processes_and_a_mesh(runs: Runs) -> None:
+    """Latents in two parts, each twice; FSDP and DDP on four."""
+    layouts = {"mesh": ["parallel=latent", "parallel.latent=2"], "ddp": [], "fsdp": ["parallel=fsdp"]}
+    made = [
+        runs.job(f"{name}_{layout}_4", *TEN_STEPS, *choice, *overrides)
+        for name, choice in CHOICES.items()
+        for layout, overrides in layouts.items()
+    ]
+    runs.together(4, *made)
+    for name in CHOICES:
+        for layout in layouts:
+            assert_equal_runs(runs, name, f"{name}_{layout}_4")
