@@ -42,7 +42,7 @@ def draw(shapes: dict[str, dict[str, dict[str, str]]], machine: str, path: Path)
         left.bar_label(bars, [f"{median:.2f}" for median in medians], padding=12, fontsize=8)
         left.set_xlabel("seconds per step")
         left.set_title(shape.replace("_", ", "), fontsize=10)
-        left.margins(x=0.15)
+        left.margins(x=0.25)
         memory = [float(row["peak_mb"]) / 1000 for row in rows]
         bars = right.barh(names, memory, color=colours)
         right.bar_label(bars, [f"{value:.1f}" for value in memory], padding=4, fontsize=8)

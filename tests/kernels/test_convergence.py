@@ -57,6 +57,7 @@ def test_auto_gives_the_same_loss_curve(reference_curve):
     assert float(((loss_curve("auto") - reference_curve) / reference_curve).abs().max()) < TOLERANCE
 
 
+@pytest.mark.parametrize("kernels", ["torch", pytest.param("triton", marks=pytest.mark.slow)], indirect=True)
 def test_bfloat16_products_give_nearly_the_same_loss_curve(kernels, reference_curve):
     curve = loss_curve(kernels, "bfloat16")
     assert float(((curve - reference_curve) / reference_curve).abs().max()) < 2e-2

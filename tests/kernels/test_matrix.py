@@ -110,15 +110,22 @@ def check(op, kernels, n, d, num_latents, k, dtype=torch.float32):
         assert error <= (0.0 if op.startswith("encode") else tolerance), f"{op} output {number}: {error}"
 
 
-@pytest.mark.parametrize("d", WIDTHS)
-@pytest.mark.parametrize("kernels", PROVIDERS, indirect=True)
+def sizes(all_sizes, quick_in_triton):
+    """Parameters (kernels, size): the interpreter is slow, so it takes some sizes in `make test-all` only."""
+    return [
+        pytest.param(kernels, size, marks=() if kernels == "torch" or size in quick_in_triton else pytest.mark.slow)
+        for kernels in PROVIDERS
+        for size in all_sizes
+    ]
+
+
+@pytest.mark.parametrize(("kernels", "d"), sizes(WIDTHS, (100, 5120)), indirect=["kernels"])
 @pytest.mark.parametrize("op", OPS)
 def test_width(op, kernels, d):
     check(op, kernels, n=3, d=d, num_latents=33 if op.startswith("encode") else 13, k=5)
 
 
-@pytest.mark.parametrize("k", KS)
-@pytest.mark.parametrize("kernels", PROVIDERS, indirect=True)
+@pytest.mark.parametrize(("kernels", "k"), sizes(KS, (1, 512)), indirect=["kernels"])
 @pytest.mark.parametrize("op", [op for op in OPS if not op.startswith(("row_update", "auxk"))])  # those see no k
 def test_k(op, kernels, k):
     check(op, kernels, n=2, d=5, num_latents=k + 3 if op.startswith("encode") else 13, k=k)

@@ -6,6 +6,8 @@ clipping and the update each sum a row's pairs in registers, once per step each.
 Shapes: N rows, D d_model, F latents, K picks per row, R rows with a further, dense gradient.
 """
 
+from typing import Any
+
 import torch
 
 from shared.kernels.dispatch import implementation, resolve
@@ -80,12 +82,19 @@ class PairGradient:
         kernels: str = "auto",
     ) -> None:
         """``row_update`` with this gradient, which is used up: the object is cleared."""
-        options = {"clip": clip, "lr": lr, "betas": betas, "eps": eps, "step": step, "unit_rows": unit_rows}
+        options: dict[str, Any] = {
+            "clip": clip,
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "step": step,
+            "unit_rows": unit_rows,
+        }
         if self._fuses(weight, kernels):
             module = implementation("pair_update", kernels, weight)
             module.pair_update(weight, first, second, *self.terms[0], *self._rows(), **options)
         else:
-            row_update(weight, self.dense(weight, kernels), first, second, **options, kernels=kernels)  # type: ignore[arg-type]
+            row_update(weight, self.dense(weight, kernels), first, second, **options, kernels=kernels)
         self.clear()
 
     def _fuses(self, weight: torch.Tensor, kernels: str) -> bool:
