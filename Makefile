@@ -24,8 +24,8 @@ else
 STAGE := $(BIN)/python -m shared.parallel.launch --nnodes=$(NNODES) --nproc-per-node=$(NPROC) $(rendezvous) -m
 endif
 
-.PHONY: help setup setup-peers demo harvest train eval sweep check compile-kernels bench clean
-.PHONY: test test-all test-peers test-cluster
+.PHONY: help setup setup-peers demo harvest train eval sweep check compile-kernels bench bench-gpu clean
+.PHONY: test test-all test-s3 test-peers test-cluster
 
 help: ## this list
 	@echo 'usage: make TARGET [ARGS="key=value ..."] [NPROC=processes] [NNODES=machines RDZV=host:port]'
@@ -70,7 +70,8 @@ sweep: setup ## train and compare K=8,16 x EXPANSION=4,8 on the store of runs/NA
 	@$(STAGE) stage_eval name=$(NAME) 'sae.path="runs/$(NAME)/sweep/*"'
 
 # Two workers, one thread each: most tests wait for imports of processes they start.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
+PYTEST_ALONE := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
+PYTEST := $(PYTEST_ALONE) -n 2 --dist loadfile
 
 test: setup ## the default tests
 	@$(PYTEST) -m "not slow and not gpu and not s3 and not cluster and not peers"
@@ -88,6 +89,12 @@ test-cluster: setup ## harvest, train and eval as jobs of a real Slurm, which is
 	@tests/servers/slurm_up.sh $(SLURM_FOLDER); trap 'tests/servers/slurm_down.sh $(SLURM_FOLDER)' EXIT; \
 	  SLURM_CONF=$(SLURM_FOLDER)/slurm.conf $(BIN)/python -m pytest -q -m cluster tests/cluster
 
+test-s3: setup ## the tests on a real S3 server (Ceph from Debian's packages), which this installs, starts and stops
+	@$(BIN)/python -c 'import obstore, s3fs' 2>/dev/null || $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev,s3]'
+	@tests/servers/s3_install.sh
+	@tests/servers/s3_up.sh
+	@trap tests/servers/s3_down.sh EXIT; $(PYTEST_ALONE) -m s3 tests/s3
+
 check: setup ## lint, types, and composing every config
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
@@ -97,8 +104,12 @@ check: setup ## lint, types, and composing every config
 compile-kernels: setup ## compile every Triton kernel for sm_80 and sm_90 (no GPU needed)
 	@$(BIN)/python -m shared.kernels.compile_check
 
+bench-gpu: setup ## on a GPU: kernel tests, tuned block sizes, the step against its floor -> benchmarks/gpu.md
+	@status=0; $(BIN)/python -m pytest -q tests/kernels -k triton || status=$$?; \
+	  $(BIN)/python benchmarks/gpu.py $(ARGS); exit $$status
+
 bench: setup ## every benchmark, quick form
-	@for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script --quick; done
+	@for script in $$(grep -l -- '"--quick"' benchmarks/*.py); do echo "== $$script"; $(BIN)/python $$script --quick; done
 
 clean: ## remove the virtual environment and caches (runs/ stays)
 	rm -rf $(VENV) $(VENV_PEERS) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -10,11 +10,8 @@ printed is one JSON object.
 """
 
 import argparse
-import csv
-import datetime
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -22,12 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from records import RESULTS, Record, append, processor
 from step_providers import PACKAGES, PEERS, SHAPES, Shape
 
 HERE = Path(__file__).resolve().parent
-RESULTS = HERE / "results.csv"
-COLUMNS = ["date", "commit", "machine", "threads", "versions", "op", "provider", "shape", "dtype",
-           "p20_s", "p50_s", "p80_s", "peak_mb"]  # fmt: skip
 
 
 class Contender:
@@ -47,9 +42,12 @@ class Contender:
     def ask(self, question: str) -> dict[str, Any]:
         assert self.process.stdin is not None
         assert self.process.stdout is not None
-        self.process.stdin.write(question + "\n")
-        self.process.stdin.flush()
-        line = self.process.stdout.readline()
+        try:
+            self.process.stdin.write(question + "\n")
+            self.process.stdin.flush()
+            line = self.process.stdout.readline()
+        except BrokenPipeError:
+            line = ""
         if not line:
             assert self.process.stderr is not None
             raise SystemExit(f"{self.name} failed:\n{self.process.stderr.read()[-2000:]}")
@@ -91,35 +89,14 @@ def peer_versions(python: str) -> dict[str, str]:
     return found
 
 
-def machine() -> str:
-    """Processor name as the kernel gives it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor()
-
-
 def record(contenders: list[Contender], shape: Shape, threads: int, versions: dict[str, str]) -> None:
     """Append a row per contender."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=HERE, check=False
-    )
-    date = datetime.datetime.now(datetime.UTC).date().isoformat()
-    is_new = not RESULTS.exists()
-    with RESULTS.open("a", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        if is_new:
-            writer.writerow(COLUMNS)
-        for contender in contenders:
-            quantiles = statistics.quantiles(contender.seconds, n=5, method="inclusive")
-            software = f"torch {contender.peak['torch']}"
-            if contender.name in versions:
-                software += f"; {contender.name} {versions[contender.name]}"
-            dtype = "bfloat16" if "bfloat16" in contender.name else "float32"
-            times = [f"{seconds:.4f}" for seconds in (quantiles[0], contender.median, quantiles[3])]
-            writer.writerow([date, commit.stdout.strip(), machine(), threads, software, "step", contender.name, shape,
-                             dtype, *times, round(contender.peak["peak_mb"])])  # fmt: skip
+    records = []
+    for contender in contenders:
+        dtype = "bfloat16" if "bfloat16" in contender.name else "float32"
+        peak_mb = contender.peak["peak_mb"]
+        records.append(Record("step", contender.name, str(shape), dtype, contender.seconds, peak_mb))
+    append(records, processor(), threads, versions)
 
 
 def main() -> None:
@@ -139,7 +116,7 @@ def main() -> None:
     names = options.only or ["gemm", "granary", "granary-bfloat16", "dense", *versions]
     contenders = race(names, shape, rounds, options.threads, options.peers_python)
     by_name = {contender.name: contender for contender in contenders}
-    print(f"{shape}, {options.threads} threads, {machine()}, torch {torch.__version__}; median of {rounds} steps")
+    print(f"{shape}, {options.threads} threads, {processor()}, torch {torch.__version__}; median of {rounds} steps")
     for contender in contenders:
         relative = f"{contender.median / by_name['granary'].median:6.2f} x ours" if "granary" in by_name else ""
         print(f"  {contender.name:20s} {contender.median:8.4f} s  {relative}  peak {contender.peak['peak_mb']:6.0f} MB")

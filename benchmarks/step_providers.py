@@ -6,6 +6,7 @@ projection where the project projects. AuxK: ours is always active, on a 64th of
 stay at their defaults, where nothing is dead in the first steps and AuxK costs them nothing.
 """
 
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -94,9 +95,11 @@ def granary(shape: Shape, compute_dtype: str = "float32", kernels: str = "torch"
     config = SAEConfig(d_model=shape.d_model, d_latent=shape.d_latent, k=shape.k)
     sae = SAE(config, kernels=kernels, compute_dtype=compute_dtype)
     sae.initialise(None, x)
-    optimiser, tracker = SAEAdam(sae, 1e-3), DeadLatents(shape.d_latent, config.dead_after_tokens)
+    optimiser, tracker = SAEAdam(sae, 1e-3, pair_gradients=True), DeadLatents(shape.d_latent, config.dead_after_tokens)
     dead = torch.zeros(shape.d_latent, dtype=torch.bool)
     dead[::64] = True
+    with torch.no_grad():
+        sae.W_enc[dead] *= 0.1  # too quiet to be among the k, loud enough for AuxK
 
     def step() -> float:
         losses = sae.losses(x, dead)
@@ -124,7 +127,7 @@ def sae_lens(shape: Shape) -> Step:
     sae = TopKTrainingSAE(TopKTrainingSAEConfig(d_in=shape.d_model, d_sae=shape.d_latent, k=shape.k))
     config = SAETrainerConfig(
         n_checkpoints=0, checkpoint_path=None, save_final_checkpoint=False, total_training_samples=10**9, device="cpu",
-        autocast=False, lr=3e-4, lr_end=None, lr_scheduler_name="constant", lr_warm_up_steps=0, adam_beta1=0.9,
+        autocast=False, lr=3e-4, lr_end=3e-5, lr_scheduler_name="constant", lr_warm_up_steps=0, adam_beta1=0.9,
         adam_beta2=0.999, lr_decay_steps=0, n_restart_cycles=1, train_batch_size_samples=shape.batch,
         dead_feature_window=1000, feature_sampling_window=2000, logger=LoggingConfig(log_to_wandb=False),
     )  # fmt: skip
@@ -138,6 +141,7 @@ def sae_lens(shape: Shape) -> Step:
 
 def sparsify(shape: Shape) -> Step:
     """EleutherAI sparsify: SparseCoder and the step of its Trainer with optimizer=adam (float32)."""
+    os.environ["SPARSIFY_DISABLE_TRITON"] = "1"  # it would look for a GPU
     from sparsify import SparseCoderConfig
     from sparsify.sparse_coder import SparseCoder
 

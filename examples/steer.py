@@ -65,12 +65,13 @@ def run(arguments: argparse.Namespace, console: Console) -> None:
     show_latents(dense, words, console)
     latent = int(dense.max(0).values.argmax()) if arguments.latent is None else arguments.latent
     value = arguments.strength * float(dense.max(0).values[latent])
+    edit = Edit([latent], "set", value)
     settings = {"max_new_tokens": arguments.tokens, "do_sample": False, "pad_token_id": tokenizer.eos_token_id}
-    for name, edits in (("unchanged", []), (f"latent {latent} set to {value:.3g}", [Edit([latent], "set", value)])):
+    for name, edits in (("unchanged", []), (f"latent {latent} set to {value:.3g}", [edit])):
         full = SplicedModel(model, sae, hook, edits=edits).generate(ids, **settings)
         console.print(f"\n[bold]{name}[/bold]")
         console.print(continuation(tokenizer, ids, full), markup=False)
-    draw(dense, words, arguments.out)
+    draw(dense, words, effect(model, tokenizer, sae, hook, ids, edit), latent, arguments.out)
     console.print(f"\nfigure: {arguments.out}")
 
 
@@ -91,6 +92,23 @@ def read(model: PreTrainedModel, sae: SAE, hook: str, ids: Tensor) -> Tensor:
     return features.before.to_dense(sae.config.d_latent)[0] * features.applied[0, :, None]
 
 
+@torch.no_grad()
+def effect(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sae: SAE, hook: str, ids: Tensor, edit: Edit
+) -> list[tuple[str, float]]:
+    """(token, change of its log-probability) of the next tokens that the edit favours and disfavours most.
+
+    Among the tokens that either the unchanged or the steered model finds likely.
+    """
+    clean_V = model(ids).logits[0, -1].log_softmax(-1)
+    steered_V = SplicedModel(model, sae, hook, edits=[edit])(ids).logits[0, -1].log_softmax(-1)
+    likely = torch.maximum(clean_V, steered_V).topk(min(4 * SHOWN, len(clean_V))).indices
+    change = (steered_V - clean_V)[likely]
+    order = change.argsort(descending=True)
+    chosen = torch.cat([order[: SHOWN // 2], order[-(SHOWN // 2) :]])
+    return [(tokenizer.decode([int(likely[i])]), float(change[i])) for i in chosen]
+
+
 def show_latents(dense: Tensor, words: Sequence[str], console: Console) -> None:
     """The strongest latents and the tokens that they fire on."""
     table = Table("latent", "largest value", "fires on")
@@ -107,19 +125,32 @@ def continuation(tokenizer: PreTrainedTokenizerBase, ids: Tensor, full: Tensor) 
     return str(tokenizer.decode(full[0, ids.shape[1] :]))
 
 
-def draw(dense: Tensor, words: Sequence[str], path: Path) -> None:
-    """Strongest latents (rows) over tokens (columns)."""
-    rows = dense.max(0).values.topk(min(2 * SHOWN, dense.shape[1])).indices
-    figure = Figure(figsize=(max(4.0, 0.35 * len(words) + 2), 4.5), layout="constrained")
-    axes = figure.subplots()
-    image = axes.imshow(dense[:, rows].T, aspect="auto", cmap="YlOrBr")
-    # A lone $ would begin a formula, and a control character has no glyph.
-    axes.set_xticks(range(len(words)), [repr(word)[1:-1].replace("$", r"\$") for word in words], rotation=90)
-    axes.set_yticks(range(len(rows)), [str(latent) for latent in rows.tolist()])
-    axes.set_ylabel("latent")
-    figure.colorbar(image, label="value")
+def draw(dense: Tensor, words: Sequence[str], changes: Sequence[tuple[str, float]], latent: int, path: Path) -> None:
+    """Strongest latents (rows) over tokens (columns), and what setting one of them does to the next token."""
+    rows = dense.max(0).values.topk(min(2 * SHOWN, dense.shape[1])).indices.tolist()
+    figure = Figure(figsize=(max(9.0, 0.4 * len(words) + 5), 4.8), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=[max(2, len(words) / 6), 1.4])
+    image = left.imshow(dense[:, rows].T, aspect="auto", cmap="YlOrBr")
+    left.set_xticks(range(len(words)), [printable(word) for word in words], rotation=90)
+    left.set_yticks(range(len(rows)), [str(row) for row in rows])
+    left.set_ylabel("latent")
+    left.set_title("Strongest latents on the text", loc="left")
+    figure.colorbar(image, label="value", pad=0.01)
+    places = range(len(changes))
+    right.barh(places, [change for _, change in changes], color=["#2f7d5b" if c > 0 else "#b4483b" for _, c in changes])
+    right.set_yticks(places, [printable(word) for word, _ in changes])
+    right.invert_yaxis()
+    right.axvline(0, color="black", linewidth=0.8)
+    right.spines[["top", "right"]].set_visible(False)
+    right.set_xlabel("change of log-probability, nats")
+    right.set_title(f"Next token with latent {latent} set", loc="left")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
+
+
+def printable(word: str) -> str:
+    """The token as a label: a lone $ would begin a formula, and a control character has no glyph."""
+    return repr(word)[1:-1].replace("$", r"\$").replace(" ", "\u2423")
 
 
 if __name__ == "__main__":

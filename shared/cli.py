@@ -5,6 +5,7 @@
 """
 
 import difflib
+import logging
 import os
 import re
 import signal
@@ -35,6 +36,9 @@ def run_stage(task: Callable[[Any], None], config_name: str) -> None:
     Exits with status 2 and one line on stderr for a wrong configuration or a GranaryError, 130 on Ctrl-C.
     """
     os.environ["HYDRA_FULL_ERROR"] = "1"  # raise, so that the line below is ours and not Hydra's multi-line one
+    os.environ.update(slurm.CHOICE_OF_WARNING)
+    # It would tell at each poll that a cluster has no accounting.
+    logging.getLogger("submitit").addFilter(lambda record: "sacct error" not in record.getMessage())
     sys.argv[1:] = expand_launcher(expand_shorthands(sys.argv[1:])) + rank_overrides()
 
     def run(cfg: DictConfig) -> None:
@@ -58,9 +62,11 @@ def run_stage(task: Callable[[Any], None], config_name: str) -> None:
     except Exception as error:
         if not is_failed_job(error):
             raise
-        fail(f"a Slurm job failed: {str(error).strip().splitlines()[-1].split('GranaryError: ')[-1]}")
+        fail(f"a Slurm job failed: {str(error).strip().splitlines()[-1]}")
     except KeyboardInterrupt:
-        print("interrupted; run the same command again to continue", file=sys.stderr)  # noqa: T201
+        submitted = any(argument.startswith("hydra/launcher=") for argument in sys.argv)
+        what = "its jobs stay in the queue (squeue, scancel)" if submitted else "run the same command again to continue"
+        print(f"interrupted; {what}", file=sys.stderr)  # noqa: T201
         sys.exit(130)
 
 

@@ -1,8 +1,7 @@
 """Inside a Slurm job that `hydra/launcher=slurm` submitted: a supervisor per node, which starts the stage as its child.
 
-The supervisor outlives the warning that Slurm sends before the time limit: it passes it on, waits until the child has
-saved and ended, and puts the job back into the queue. A pre-empted job gets SIGTERM instead and Slurm requeues it
-itself; a cancelled one gets the same and stays cancelled. Either way the child saves first.
+Slurm sends SIGUSR1 before the time limit and SIGTERM to pre-empt or to cancel, each to every process of the job. The
+stage saves and ends; the supervisor outlives it, and puts the job back into the queue unless it was cancelled.
 """
 
 import os
@@ -14,8 +13,9 @@ from collections.abc import Sequence
 
 from shared.errors import GranaryError
 
-# What submitit asks Slurm to send before the time limit, and what the ranks understand.
-WARNING, SAVE = signal.SIGUSR2, signal.SIGUSR1
+WARNING = signal.SIGUSR1
+# submitit's own choice, SIGUSR2, would end the processes that do not know it.
+CHOICE_OF_WARNING = {"SUBMITIT_PREEMPT_SIGNAL": "USR1"}
 MARKER = "SUBMITIT_EXECUTOR"
 
 
@@ -50,20 +50,25 @@ def supervise(command: Sequence[str]) -> None:
 
     def forward(number: int, _frame: object) -> None:
         received.append(number)
-        process.send_signal(SAVE if number == WARNING else number)
+        process.send_signal(number)
 
-    for number in (WARNING, SAVE, signal.SIGTERM):
+    for number in (WARNING, signal.SIGTERM):
         signal.signal(number, forward)
     last = _pass_on(process)
     status = process.wait()
-    if WARNING in received:
-        if os.environ.get("SLURM_PROCID", "0") == "0":
-            _output("scontrol", "requeue", job_id())
-        sys.exit(0)
     if received:
-        sys.exit(128 + received[0])  # pre-empted or cancelled: Slurm knows which
+        if os.environ.get("SLURM_PROCID", "0") == "0" and (WARNING in received or is_preempted()):
+            _output("scontrol", "requeue", job_id())
+        sys.exit(128 + received[0])
     if status:
-        raise GranaryError(last.removeprefix("error: ") or f"the stage ended with status {status}")
+        why = last.removeprefix("error: ") or f"the stage ended with status {status}"
+        raise GranaryError(f"Slurm job {job_id()} failed: {why}")
+
+
+def is_preempted() -> bool:
+    """Whether Slurm is pre-empting this job, and has not requeued it already."""
+    record = _output("scontrol", "--oneliner", "show", "job", job_id())
+    return re.search(r"\bPreemptTime=\d", record) is not None and "JobState=RUNNING" in record
 
 
 def _pass_on(process: "subprocess.Popen[str]") -> str:

@@ -1,12 +1,13 @@
 """Several evaluations side by side: comparison.json, a page with Pareto fronts, a table."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from stage_eval import page
 from stage_eval.page import text
 from stage_eval.plots import activation_plots
-from stage_eval.report import number, percent, short
+from stage_eval.report import activation_rows, number, percent, short
 from stage_eval.sweep_plots import latent_plots, sweep_plots
 
 FORMAT = "granary-comparison"
@@ -57,7 +58,7 @@ def comparison_row(report: dict[str, Any], link: str | None) -> dict[str, Any]:
         "path": report["sae"]["path"],
         "report": link,
         "hook": report["sae"]["hook"],
-        "activation": config.get("activation"),
+        "activation": "matryoshka" if config.get("prefixes") else config.get("activation"),
         "k": config.get("k"),
         "expansion": config["d_latent"] / config["d_model"],
         "d_latent": config["d_latent"],
@@ -100,8 +101,15 @@ def render_comparison(comparison: dict[str, Any]) -> str:
         page.section("All SAEs", comparison_table(rows)),
         page.section("Latents", page.figures(latent_plots(rows))),
         *(
-            page.section(f"The activations of {hook}", page.figures(activation_plots(described)))
-            for hook, described in comparison["activations"].items()
+            page.section(
+                f"The activations of {hook}",
+                # Names, hence identifiers on the page, of their own for each hook.
+                page.columns(
+                    *(page.figure(replace(plot, name=f"{plot.name}-{index}")) for plot in activation_plots(described)),
+                    activation_rows(described),
+                ),
+            )
+            for index, (hook, described) in enumerate(comparison["activations"].items())
         ),
         page.section("Where it comes from", provenance(comparison)),
         page.section(
@@ -180,5 +188,5 @@ def comparison_table(rows: Sequence[dict[str, Any]]) -> str:
         )
         for row in rows
     ]
-    head = ("SAE", "k", "expansion", "L0", "FVU", "loss recovered", "CE spliced", "KL", "dead", "dense", "repeated")
+    head = ("SAE", "k", "expansion", "L0", "FVU", "recovered", "CE spliced", "KL", "dead", "dense", "repeated")
     return page.table(head, body)

@@ -12,6 +12,7 @@ from shared.hookpoint import HookPoint
 from shared.lm import model_identity
 from shared.sae import SAE, SAEConfig, load_config, load_provenance
 from shared.sae.checkpoint import CONFIG_FILE, WEIGHTS_FILE, locate
+from shared.sae.formats import foreign
 from shared.store import Store
 from stage_eval.config import ModelInput
 
@@ -63,6 +64,9 @@ def expand(spec: str) -> list[str]:
         return [spec]
     if Path(spec).is_dir():
         found = [str(path.parent) for path in Path(spec).rglob(WEIGHTS_FILE) if is_sae(path.parent)]
+        if not found and (name := foreign(Path(spec))) is not None:
+            command = f"python -m shared.sae convert {spec} NEW --to granary"
+            raise GranaryError(f"{spec} is an SAE in the {name} format: convert it first, {command}")
         if not found:
             raise GranaryError(f"no SAE in {spec}: an SAE folder holds {CONFIG_FILE} and {WEIGHTS_FILE}")
         return sorted(found, key=natural_key)

@@ -6,10 +6,11 @@ from stage_harvest.config import HarvestSchema, register
 
 def main(cfg: HarvestSchema) -> None:
     """Harvest as `cfg` says; the heavy imports wait until the configuration is known to be sound."""
-    from shared.parallel import shutdown
+    from shared.parallel import shutdown, telling_lost_contact
     from stage_harvest.harvest import harvest
 
-    harvest(cfg)
+    with telling_lost_contact():
+        harvest(cfg)
     shutdown()
 
 

@@ -196,6 +196,9 @@ class StoreSchema:
     heldout_fraction: float = MISSING
     """Share of the shards that training never reads."""
     heldout_placement: HeldoutPlacement = MISSING
+    window: str | int | None = MISSING
+    """Most bytes of activations that the harvest may be ahead of training, which deletes what it has passed: 2TB,
+    500GB, or bytes; null keeps all. See docs/store.md."""
 
 
 @dataclass(kw_only=True)

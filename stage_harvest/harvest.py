@@ -16,12 +16,14 @@ from shared.lm.load import DTYPES
 from shared.parallel import World, init_world
 from shared.store import Store, free_bytes, layout
 from shared.store.objectio import open_io
+from stage_harvest.ahead import Room
 from stage_harvest.config import HarvestSchema
 from stage_harvest.encode import TextEncoder, default_workers
 from stage_harvest.forward import ShardForward
+from stage_harvest.heartbeat import Heartbeat
 from stage_harvest.mesh import Place, check_mesh, take_place
 from stage_harvest.plan import HarvestJob, announce, check_length, human_bytes, next_command, staging_dtype
-from stage_harvest.progress import Board, HarvestProgress, tokenise_bar
+from stage_harvest.progress import Board, HarvestProgress, human_time, tokenise_bar
 from stage_harvest.spool import Spool
 from stage_harvest.tokenise import token_documents
 from stage_harvest.writer import BackgroundWriter
@@ -32,7 +34,12 @@ log = logging.getLogger(__name__)
 def harvest(cfg: HarvestSchema) -> None:
     """Run the whole stage; raises GranaryError for every wrong input before anything is written."""
     world = init_world(cfg.device.name, cfg.device.threads)
-    board = Board(world)
+    with Heartbeat(world):
+        run(cfg, world, Board(world))
+
+
+def run(cfg: HarvestSchema, world: World, board: Board) -> None:
+    """This rank's part of the stage."""
     if world.is_main:
         check_mesh(world, cfg.tensor_parallel)
         # The other ranks wait below: a wrong input is reported once, and they end with this rank.
@@ -57,7 +64,8 @@ def prepare(job: HarvestJob, world: World) -> Store | None:
     existing = find_store(cfg.store.url)
     if existing is not None:
         # The tokens are in place, and an equal plan says that the corpus would give them again.
-        store = Store.create(cfg.store.url, job.store_plan(existing.plan.num_contexts), None, None, None)
+        plan = job.store_plan(existing.plan.num_contexts)
+        store = Store.create(cfg.store.url, plan, None, None, None, job.window_bytes)
         committed = sum(record.num_contexts for record in store.committed().values())
         announce(job, store.plan, committed=committed, device=world.device, free=free)
         return None if cfg.dry_run else store
@@ -73,7 +81,8 @@ def prepare(job: HarvestJob, world: World) -> Store | None:
             announce(job, plan, committed=0, device=world.device, free=free)
             if cfg.dry_run:
                 return None
-        return Store.create(cfg.store.url, plan, spool.array("tokens"), spool.array("mask"), spool.array("segments"))
+        tokens, mask, segments = (spool.array(name) for name in ("tokens", "mask", "segments"))
+        return Store.create(cfg.store.url, plan, tokens, mask, segments, job.window_bytes)
 
 
 def pack_corpus(job: HarvestJob, spool: Spool) -> None:
@@ -89,7 +98,7 @@ def pack_corpus(job: HarvestJob, spool: Spool) -> None:
         log.info("%-9s %d batches of documents were tokenised by an earlier run", "resuming", encoder.reused)
     tokens = spool.num_contexts * cfg.packing.seq_len
     seconds = time.perf_counter() - start
-    log.info("%-9s %s tokens in %.1f s: %s tokens/s", "tokenised", f"{tokens:,}", seconds, f"{tokens / seconds:,.0f}")
+    log.info("tokenised %s tokens in %s: %s tokens/s", f"{tokens:,}", human_time(seconds), f"{tokens / seconds:,.0f}")
 
 
 def find_store(url: str) -> Store | None:
@@ -109,8 +118,10 @@ def write_shards(job: HarvestJob, store: Store, pending: list[int], world: World
         board,
         contexts=plan.num_contexts,
         todo=sum(len(store.shard_contexts(shard)) for shard in pending),
+        shard_contexts=plan.shard_contexts,
         seq_len=plan.seq_len,
         context_bytes=sum(plan.context_bytes(hook) for hook in plan.hooks),
+        writers=max(1, min(place.num_replicas, len(pending))),
     )
     try:
         if mine:
@@ -119,7 +130,13 @@ def write_shards(job: HarvestJob, store: Store, pending: list[int], world: World
         progress.wait_for_all(written)
     finally:
         progress.close()
-    progress.report()
+    if not training_ended(store):
+        progress.report()
+
+
+def training_ended(store: Store) -> bool:
+    """Whether shards were left out because the training that a windowed store was made for needs no more."""
+    return store.window is not None and store.window.finished and bool(store.pending())
 
 
 def compute_shards(
@@ -137,8 +154,10 @@ def compute_shards(
         revision=cfg.model.revision,
         attn_implementation=cfg.model.attn_implementation,
         tp_mesh=place.tp_mesh,
+        quantisation=cfg.model.quantisation,
     )
     is_writer = place.part == 0
+    room = Room(store)
     forward = ShardForward(
         trunk,
         job.hooks if is_writer else [],
@@ -148,11 +167,15 @@ def compute_shards(
     )
     if not is_writer:
         for shard in shards:
+            if not room.wait(shard):
+                return
             forward.run(store.tokens(store.shard_contexts(shard)), store.segments(store.shard_contexts(shard)), {})
         return
     dtype = staging_dtype(store.plan, DTYPES[cfg.model.dtype.value])
     with BackgroundWriter(store, dtype, pin=device.type == "cuda") as writer:
         for shard in shards:
+            if not room.wait(shard):
+                break
             contexts = store.shard_contexts(shard)
             staging = writer.staging()
             filled = forward.run(
@@ -167,6 +190,10 @@ def compute_shards(
 
 def finish(job: HarvestJob, store: Store) -> None:
     """Mark the store complete; say where it is and what to do with it."""
+    if training_ended(store):
+        made = store.num_shards - len(store.pending())
+        log.info("training has ended: %d of %d shards were made, and no more are needed", made, store.num_shards)
+        return
     summary = store.finalize()
     held = len(summary["heldout_shards"])
     log.info(

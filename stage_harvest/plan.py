@@ -21,11 +21,13 @@ from shared.lm import (
     load_tokenizer,
     model_identity,
     needed_depth,
+    quantisation_config,
     resolve_model,
     special_ids,
     tokenizer_hash,
 )
-from shared.store import StorePlan, bytes_planned
+from shared.store import StorePlan, WindowPlan, bytes_planned, parse_bytes
+from shared.store.capacity import shard_bytes
 from shared.store.dtypes import storage_type
 from stage_harvest.config import BosPlacement, HarvestSchema, PackingMode
 from stage_harvest.corpus import Corpus, open_corpus
@@ -61,6 +63,10 @@ class HarvestJob:
         hooks = hook_points(layers, dict.fromkeys(cfg.hooks.sites), config.num_hidden_layers)
         check_hooks(config, hooks)
         check_tensor_parallel(config, cfg.tensor_parallel)
+        if cfg.model.quantisation is not None:
+            quantisation_config(cfg.model.quantisation)
+            if cfg.tensor_parallel > 1:
+                raise GranaryError("model.quantisation does not go with tensor_parallel: use replicas instead")
         limit = getattr(config, "max_position_embeddings", None)
         if limit is not None and cfg.packing.seq_len > limit:
             raise GranaryError(
@@ -88,6 +94,11 @@ class HarvestJob:
         return default if chosen is None else min(chosen, self.cfg.store.shard_contexts)
 
     @property
+    def _quantisation(self) -> dict[str, str]:
+        scheme = self.cfg.model.quantisation
+        return {} if scheme is None else {"quantisation": scheme}
+
+    @property
     def depth(self) -> tuple[int, bool]:
         """(layers to load, whether the last of them needs its MLP)."""
         return needed_depth(self.hooks)
@@ -107,6 +118,12 @@ class HarvestJob:
     def fingerprint(self) -> str:
         return self.corpus.fingerprint()
 
+    @property
+    def window_bytes(self) -> int | None:
+        """Of store.window; raises GranaryError for what is no size."""
+        window = self.cfg.store.window
+        return None if window is None else parse_bytes(window)
+
     def store_plan(self, num_contexts: int) -> StorePlan:
         """The store's plan once the number of contexts is known."""
         cfg, packing = self.cfg, self.cfg.packing
@@ -121,7 +138,7 @@ class HarvestJob:
             heldout_fraction=cfg.store.heldout_fraction,
             heldout_placement=cfg.store.heldout_placement.value,
             provenance={
-                "model": dict(self.identity),
+                "model": {**self.identity, **self._quantisation},
                 "tokenizer": {"hash": tokenizer_hash(self.tokenizer), "special_ids": self.special.to_dict()},
                 "corpus": {
                     "description": self.corpus.description,
@@ -177,6 +194,10 @@ def announce(job: HarvestJob, plan: StorePlan, *, committed: int, device: torch.
     layers, total = job.depth[0], job.config.num_hidden_layers
     size = sum(plan.context_bytes(hook) for hook in plan.hooks)
     needed = bytes_planned(plan) - committed * (size + 9 * plan.seq_len)
+    window = None if job.window_bytes is None else WindowPlan.of(plan, job.window_bytes)
+    if window is not None:
+        kept = bytes_planned(plan) - (plan.num_shards - len(plan.heldout_shards)) * shard_bytes(plan)
+        needed = min(needed, kept + window.window_bytes)
     if free is not None and needed > free:
         raise GranaryError(
             f"{job.cfg.store.url} needs {human_bytes(needed)}, but only {human_bytes(free)} are free:"
@@ -185,7 +206,8 @@ def announce(job: HarvestJob, plan: StorePlan, *, committed: int, device: torch.
     staging = min(STAGING_SETS, plan.num_shards) * plan.shard_contexts * size
     room = "" if free is None else f" of {human_bytes(free)} free"
     lines = {
-        "model": f"{job.identity['id']}, {job.identity['dtype']} on {device}, {layers} of {total} layers",
+        "model": f"{job.identity['id']}, {job.cfg.model.quantisation or job.identity['dtype']} on {device},"
+        f" {layers} of {total} layers",
         "hooks": f"{', '.join(plan.hooks)}; d_model {job.config.hidden_size}",
         "corpus": job.corpus.description,
         "contexts": f"{plan.num_contexts:,} x {plan.seq_len:,} = {plan.num_contexts * plan.seq_len:,} tokens,"
@@ -195,6 +217,11 @@ def announce(job: HarvestJob, plan: StorePlan, *, committed: int, device: torch.
         "to write": f"{human_bytes(needed)}{room}, staging memory {human_bytes(staging)} per writer",
         "store": job.cfg.store.url,
     }
+    if window is not None:
+        lines["window"] = (
+            f"at most {human_bytes(window.window_bytes)} ahead of training, in {window.num_blocks:,} blocks; start"
+            " training on the store while this runs"
+        )
     if committed:
         lines["resuming"] = f"{committed:,} contexts are in the store already"
     for name, text in lines.items():

@@ -9,7 +9,7 @@ import logging
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import Any, TypeVar
 
 from torch.distributed import distributed_c10d
@@ -85,23 +85,36 @@ class HarvestProgress:
     """The one bar of a job: tokens of all ranks, with tokens/s, MB/s, share of time waiting for the disk, ETA."""
 
     def __init__(
-        self, world: World, board: Board, *, contexts: int, todo: int, seq_len: int, context_bytes: int
+        self,
+        world: World,
+        board: Board,
+        *,
+        contexts: int,
+        todo: int,
+        shard_contexts: int,
+        seq_len: int,
+        context_bytes: int,
+        writers: int,
     ) -> None:
-        """`contexts` of the store in all, `todo` of them for this run, over all ranks."""
+        """`contexts` of the store in all, `todo` of them for this run, over all ranks, `writers` of which write."""
         self.is_main = world.is_main
         self.board = board
         self.todo = todo
         self.done_before = contexts - todo
+        self.shard_contexts = shard_contexts
         self.seq_len = seq_len
         self.context_bytes = context_bytes
+        self.writers = writers
         self.start = time.perf_counter()
-        self.wait_seconds = 0.0
+        self._reported_ms = 0
+        self._wait_share = 0.0
+        self._forecast_due = True
         self._bar = token_bar("harvest", contexts * seq_len, initial=self.done_before * seq_len, show=world.is_main)
 
     def advance(self, contexts: int, wait_seconds: float) -> None:
         """Count `contexts` just computed by this rank, which has waited `wait_seconds` for the disk so far."""
-        self.wait_seconds = wait_seconds
         total = self.board.add("contexts", contexts)
+        self._report_wait(wait_seconds)
         if self.is_main:
             self._show(total)
 
@@ -117,21 +130,54 @@ class HarvestProgress:
         """Leave the bar as it stands and end its line."""
         self._bar.close()
 
-    def _show(self, contexts: int) -> None:
-        seconds = time.perf_counter() - self.start
-        rate = contexts * self.context_bytes / seconds / 1e6
-        self._bar.set_postfix_str(f"{rate:.0f} MB/s, disk wait {self.wait_seconds / seconds:.0%}", refresh=False)
-        self._bar.update((self.done_before + contexts) * self.seq_len - self._bar.n)
-
     def report(self) -> None:
         """Log the run's figures."""
         seconds = time.perf_counter() - self.start
         if self.is_main and self.todo:
             log.info(
-                "harvested %s tokens in %.1f s: %s tokens/s, %.0f MB/s, %.0f %% of the time waiting for the disk",
+                "harvested %s tokens in %s: %s tokens/s, %.0f MB/s, %.0f %% of the time waiting for the disk",
                 f"{self.todo * self.seq_len:,}",
-                seconds,
+                human_time(seconds),
                 f"{self.todo * self.seq_len / seconds:,.0f}",
                 self.todo * self.context_bytes / seconds / 1e6,
-                100 * self.wait_seconds / seconds,
+                100 * self._wait_share,
             )
+
+    def _report_wait(self, wait_seconds: float) -> None:
+        """Add what this rank has waited since it last did to the job's counter."""
+        milliseconds = int(1000 * wait_seconds)
+        total = self.board.add("wait_ms", milliseconds - self._reported_ms)
+        self._reported_ms = milliseconds
+        self._wait_share = total / 1000 / self.writers / (time.perf_counter() - self.start)
+
+    def _show(self, contexts: int) -> None:
+        seconds = time.perf_counter() - self.start
+        rate = contexts * self.context_bytes / seconds / 1e6
+        shards, all_shards = ((n + self.done_before) // self.shard_contexts for n in (contexts, self.todo))
+        self._bar.set_postfix_str(
+            f"shard {shards} of {max(all_shards, 1)}, {rate:.0f} MB/s, disk wait {self._wait_share:.0%}", refresh=False
+        )
+        self._bar.update((self.done_before + contexts) * self.seq_len - self._bar.n)
+        if self._forecast_due and min(self.shard_contexts * self.writers, self.todo) <= contexts < self.todo:
+            self._forecast_due = False
+            left = seconds / contexts * (self.todo - contexts)
+            self._bar.clear()
+            log.info("%-9s %s more at this speed, until about %s", "expected", human_time(left), clock_after(left))
+            self._bar.refresh()
+
+
+def human_time(seconds: float) -> str:
+    """``4.2 s``, ``12 min``, ``3 h 20 min``, ``2 d 4 h``."""
+    if seconds < 100:
+        return f"{seconds:.1f} s"
+    minutes = round(seconds / 60)
+    if minutes < 100:
+        return f"{minutes} min"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours < 48 else f"{hours // 24} d {hours % 24} h"
+
+
+def clock_after(seconds: float) -> str:
+    """The local time then, with the day where it is another one."""
+    then = datetime.now() + timedelta(seconds=seconds)
+    return then.strftime("%H:%M" if then.date() == datetime.now().date() else "%Y-%m-%d %H:%M")

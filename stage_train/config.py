@@ -54,6 +54,15 @@ class BufferPlace(Enum):
     device = "device"
 
 
+class OnDamage(Enum):
+    """What to do when a context that is needed fails its checksum, is missing or cut off."""
+
+    stop = "stop"
+    """End the run with one line that names the shard."""
+    skip = "skip"
+    """Leave its tokens out of the batches they belong to; log each shard, count the tokens in the metrics."""
+
+
 class Resume(Enum):
     """What to do with the checkpoints of an earlier run in the same folder."""
 
@@ -129,6 +138,7 @@ class StreamSchema:
     io_threads: int = MISSING
     """Reading threads per process."""
     buffer: BufferPlace = MISSING
+    on_damage: OnDamage = MISSING
 
 
 @dataclass(kw_only=True)
@@ -158,6 +168,17 @@ class OptimSchema:
     spike_factor: float | None = MISSING
     """Leave out a step whose loss is above this multiple of the last ones' mean, or not finite; null takes all. With
     it every step waits for the device."""
+
+
+@dataclass(kw_only=True)
+class ComputeSchema:
+    """How a step is computed. See docs/kernels.md."""
+
+    kernels: str = MISSING
+    """auto (triton on a GPU, torch on a CPU), triton, torch, or reference (dense, slow). The results differ by rounding
+    alone."""
+    dtype: str = MISSING
+    """Type of the matrix products: float32 or bfloat16. Weights, moments and the selection are float32 in either."""
 
 
 @dataclass(kw_only=True)
@@ -241,6 +262,7 @@ class TrainSchema:
     store: StoreInput = field(default_factory=StoreInput)
     sae: SAESchema = field(default_factory=SAESchema)
     optim: OptimSchema = field(default_factory=OptimSchema)
+    compute: ComputeSchema = field(default_factory=ComputeSchema)
     schedule: ScheduleSchema = field(default_factory=ScheduleSchema)
     stream: StreamSchema = field(default_factory=StreamSchema)
     parallel: ParallelSchema = field(default_factory=ParallelSchema)

@@ -17,12 +17,6 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 EXCHANGE_EVERY = 4
 
 
-def lost_contact(error: RuntimeError) -> bool:
-    """Whether an error says no more than that another rank is gone."""
-    text = str(error)
-    return isinstance(error, dist.DistBackendError) or "gloo" in text or "Connection closed by peer" in text
-
-
 class StopRequest:
     """Within its context the signals only set a flag; ``agreed`` tells whether any rank has it set.
 

@@ -1,5 +1,6 @@
 """Open the stores of a run and fix what of them it may read, the same on every rank and after every resume."""
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,7 @@ from stage_train.stream import Source
 
 @dataclass(frozen=True)
 class FrozenStore:
-    """A store, and the training shards of it that were committed when the run began."""
+    """A store, and the training shards of it that were committed when the run began (with a window: all planned)."""
 
     store: Store
     weight: float
@@ -33,8 +34,21 @@ class FrozenStore:
             "plan": self.store.plan.hash(),
             "weight": self.weight,
             "shards": list(self.shards),
-            "digest": self.store.digest(self.shards),
+            "digest": self.digest(),
         }
+
+    def digest(self) -> str:
+        """What the activations are; with a window, which has not all of them yet, what they will be."""
+        window = self.store.window
+        if window is None:
+            return self.store.digest(self.shards)
+        return hashlib.sha256(self.store.plan.hash().encode() + window.plan.to_bytes()).hexdigest()
+
+    @property
+    def measured_shards(self) -> tuple[int, ...]:
+        """The shards whose statistics stand for all: every one, or with a window the first block."""
+        window = self.store.window
+        return self.shards if window is None else tuple(shard for shard in self.shards if shard < window.plan.ends[0])
 
 
 def freeze(urls: Sequence[tuple[str, float]], world: World) -> list[FrozenStore]:
@@ -47,7 +61,9 @@ def freeze(urls: Sequence[tuple[str, float]], world: World) -> list[FrozenStore]
         if not weight > 0:
             raise GranaryError(f"store weight {weight} of {url}: it must be above 0")
         store = Store.open(url)
-        mine = tuple(shard for shard in store.committed() if shard not in store.heldout_shards)
+        # With a window the harvest has only begun: what it will have made is known all the same.
+        known = store.committed() if store.window is None else range(store.num_shards)
+        mine = tuple(shard for shard in known if shard not in store.heldout_shards)
         shards = broadcast_object(mine)
         if not shards:
             raise GranaryError(
@@ -69,10 +85,10 @@ def refreeze(urls: Sequence[tuple[str, float]], records: Sequence[Mapping[str, A
         part = FrozenStore(Store.open(url), weight, tuple(record["shards"]))
         if weight != record["weight"]:
             raise GranaryError(f"store weight of {url} was {record['weight']}, is {weight}: use the same to continue")
-        missing = sorted(set(part.shards) - set(part.store.committed()))
+        missing = [] if part.store.window is not None else sorted(set(part.shards) - set(part.store.committed()))
         if missing:
             raise GranaryError(f"shard {missing[0]} of {url}, on which this run was trained, is gone: harvest it again")
-        if part.store.digest(part.shards) != record["digest"]:
+        if part.digest() != record["digest"]:
             raise GranaryError(f"the store at {url} does not hold the activations that this run began with")
         frozen.append(part)
     return frozen

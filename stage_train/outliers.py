@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from shared.errors import GranaryError
 from shared.parallel import World
-from shared.store import HookStatistics
+from shared.store import DamagedObjectError, HookStatistics
 from stage_train.frozen import FrozenStore
 from stage_train.stream import TrainingData
 
@@ -74,15 +74,18 @@ def drop_outliers(
     statistics: Sequence[HookStatistics],
     bound: float,
     world: World,
+    *,
+    skip_damaged: bool = False,
 ) -> list[HookStatistics]:
     """Take the tokens whose norm is above `bound` out of `data`; returns the statistics of what is left, per store.
 
-    Every rank reads its share of the shards and learns what the others found.
+    Every rank reads its share of the shards and learns what the others found. `skip_damaged` passes over contexts that
+    cannot be read.
     """
     first_row, left = 0, []
     keep = np.full_like(data.packed_mask, 0xFF)
     for part, whole in zip(stores, statistics, strict=True):
-        mine = _search(data, part, hook, first_row, bound, world)
+        mine = _search(data, part, hook, first_row, bound, world, skip_damaged)
         found: list[Dropped | None] = [mine]
         if world.size > 1:
             found = [None] * world.size
@@ -106,7 +109,15 @@ def drop_outliers(
     return left
 
 
-def _search(data: TrainingData, part: FrozenStore, hook: str, first_row: int, bound: float, world: World) -> Dropped:
+def _search(
+    data: TrainingData,
+    part: FrozenStore,
+    hook: str,
+    first_row: int,
+    bound: float,
+    world: World,
+    skip_damaged: bool,
+) -> Dropped:
     """This rank's share of one store's outliers."""
     store = part.store
     width = store.plan.hooks[hook]
@@ -120,7 +131,12 @@ def _search(data: TrainingData, part: FrozenStore, hook: str, first_row: int, bo
             suspects.append(rows)
         row = rows.stop
     for row in [row for rows in suspects[world.rank :: world.size] for row in rows]:
-        data.read(row, hook, context_T_D)
+        try:
+            data.read(row, hook, context_T_D)
+        except DamagedObjectError:
+            if not skip_damaged:
+                raise
+            continue  # the stream will skip it too, and say so
         positions = data.positions(row)
         rows_N_D = context_T_D[torch.from_numpy(positions)].double().numpy()
         above = np.linalg.norm(rows_N_D, axis=1) > bound

@@ -16,11 +16,13 @@ FREE = (
     "checkpoint.",
     "logger.",
     "device.",
+    "compute.kernels",
     "parallel.",
     "optim.micro_batch",
     "stream.prefetch_gib",
     "stream.io_threads",
     "stream.buffer",
+    "stream.on_damage",  # so that a run which stopped at a damaged shard can go on without it
 )
 
 

@@ -15,14 +15,15 @@ import torch
 from omegaconf import OmegaConf
 
 from shared.errors import GranaryError
-from shared.parallel import World, barrier, init_world, shutdown
+from shared.kernels import resolve
+from shared.parallel import World, barrier, init_world, shutdown, telling_lost_contact
 from shared.sae import SAE, SAEConfig
 from shared.sae.optimisers import OPTIMISERS
 from shared.store import HookStatistics
 from stage_train.average import WeightAverage
 from stage_train.checkpoint import Checkpoints, read_state
-from stage_train.config import BufferPlace, OptimSchema, Resume, TrainSchema
-from stage_train.control import StopRequest, lost_contact
+from stage_train.config import BufferPlace, OnDamage, OptimSchema, Resume, TrainSchema
+from stage_train.control import StopRequest
 from stage_train.curves import draw_curves
 from stage_train.export import export, is_exported, provenance, run_id
 from stage_train.frozen import FrozenStore, choose_hook, combined_statistics, freeze, refreeze
@@ -37,6 +38,7 @@ from stage_train.stream import StreamOrder, TokenStream, TrainingData
 from stage_train.stream.length import stream_length
 from stage_train.stream.sample import sample_tokens
 from stage_train.trainer import Schedules, Trainer
+from stage_train.windowed import StoppedWaiting, windowed
 
 log = logging.getLogger(__name__)
 
@@ -48,12 +50,8 @@ GIB = 1 << 30
 def main(cfg: TrainSchema) -> None:
     """Train one SAE as `cfg` says, or continue where an earlier run of the same configuration stopped."""
     world = init_world(cfg.device.name, cfg.device.threads)
-    try:
+    with telling_lost_contact():
         Run(cfg, world).execute()
-    except RuntimeError as error:
-        if world.size > 1 and lost_contact(error):
-            raise GranaryError("another process of this run has ended: its own message says why") from error
-        raise
     shutdown()
 
 
@@ -107,7 +105,14 @@ class Run:
         self.sae_config: SAEConfig = cfg.sae.to_config(self.d_model)
         self.layout = make_layout(cfg.parallel, world)
         self.layout.num_latents(self.sae_config)  # refuses what does not divide
-        self.data = TrainingData([part.source for part in self.start.stores])
+        self.window = windowed(self.start.stores, cfg.stream.max_norm_multiple)
+        if self.window is not None:
+            if world.is_main:
+                stream = self.start.state["stream"] if self.start.checkpoint is not None else None
+                self.window.begin(run_id(self.folder, self.identity), str(self.folder.resolve()), stream)
+            barrier()
+            self.window.wait(0)
+        self.data = TrainingData([part.source for part in self.start.stores], self.window)
         self.statistics = self._statistics()
         self.order = StreamOrder(
             batch_size=cfg.stream.batch_size,
@@ -167,6 +172,7 @@ class Run:
                 self.checkpoints.load(self.start.checkpoint, trainer.tensors())
                 trainer.restore(dict(self.start.state))
                 log.info("continuing from step %d of %d", trainer.progress.step, self.length.steps)
+                self._release(trainer)
             if trainer.progress.step < self.length.steps or not is_exported(self.folder):
                 stopped = self._train(trainer, stack.enter_context(StopRequest()))
                 if stopped is not None:
@@ -179,6 +185,8 @@ class Run:
                     )
                     sys.exit(0)
                 self._finish()
+            if self.window is not None and self.world.is_main:
+                self.window.window.finish()
             if self.world.is_main:
                 log.info(
                     "the SAE is in %s; score it with: python -m stage_eval %s", self.folder, self._eval_arguments()
@@ -212,20 +220,33 @@ class Run:
     def _statistics(self) -> HookStatistics:
         """Of the tokens that training reads; leaves out the outliers first where that is asked for."""
         stores, multiple = self.start.stores, self.cfg.stream.max_norm_multiple
-        parts = [part.store.statistics(self.hook, part.shards) for part in stores]
+        parts = [part.store.statistics(self.hook, part.measured_shards) for part in stores]
         if multiple is not None:
             if not multiple > 0:
                 raise GranaryError(f"stream.max_norm_multiple={multiple}: it must be above 0, or null")
             bound = multiple * combined_statistics(stores, parts).median_norm
-            parts = drop_outliers(self.data, stores, self.hook, parts, bound, self.world)
+            skip = self.cfg.stream.on_damage is OnDamage.skip
+            parts = drop_outliers(self.data, stores, self.hook, parts, bound, self.world, skip_damaged=skip)
         return combined_statistics(stores, parts)
 
     def _make_trainer(self) -> Trainer:
         cfg = self.cfg
         generator = torch.Generator().manual_seed(cfg.seed)
-        sae = SAE(self.sae_config, generator=generator)
+        sae = SAE(self.sae_config, kernels=cfg.compute.kernels, compute_dtype=cfg.compute.dtype, generator=generator)
+        try:
+            resolve(cfg.compute.kernels, torch.empty(0, device=self.world.device))
+        except ValueError as error:
+            raise GranaryError(f"compute.{error}") from None
         if self.start.checkpoint is None:
-            sample = sample_tokens(self.data, self.hook, self.d_model, self.read_dtype, SAMPLE_TOKENS, cfg.seed)
+            sample = sample_tokens(
+                self.data,
+                self.hook,
+                self.d_model,
+                self.read_dtype,
+                SAMPLE_TOKENS,
+                cfg.seed,
+                skip_damaged=cfg.stream.on_damage is OnDamage.skip,
+            )
             sae.initialise(self.statistics, sample)
         sae = self.layout.distribute(sae.to(self.world.device))
         optimiser = self.layout.optimiser(sae, cfg.optim.kind.value, self.rate.peak, **optimiser_options(cfg.optim))
@@ -245,6 +266,7 @@ class Run:
             io_threads=cfg.stream.io_threads,
             prefetch_bytes=int(cfg.stream.prefetch_gib * GIB),
             pool_device=self._pool_device(),
+            skip_damaged=cfg.stream.on_damage is OnDamage.skip,
         )
         stream.stop_at(*self.length.end)
         return Trainer(
@@ -344,7 +366,16 @@ class Run:
                 closing(ProgressBar(self.length.tokens, trainer.progress.tokens, enabled=enabled))
             )
             trainer.reset_clock()
-            for batch in trainer.stream:
+            if self.window is not None:
+                self.window.stop_requested = lambda: stop.received is not None
+            while True:
+                try:
+                    batch = next(trainer.stream, None)
+                except StoppedWaiting:
+                    self.checkpoints.wait()  # of the end of the last block: nothing has happened since
+                    return stop.received
+                if batch is None:
+                    break
                 trainer.step(batch)
                 step = trainer.progress.step
                 bar.advance(batch.num_tokens)
@@ -354,14 +385,25 @@ class Run:
                     for logger in loggers:
                         logger.write(metrics)
                 halt = stop.agreed(step)
-                if step == total or halt or (save_every and step % save_every == 0):
+                passed = self.window is not None and batch.index + 1 == trainer.stream.plan(batch.epoch).num_batches
+                if step == total or halt or passed or (save_every and step % save_every == 0):
                     trainer.check_finite()
                     self.checkpoints.save(step, trainer.tensors(), self._state(trainer))
+                if passed:
+                    self.checkpoints.wait()
+                    self._release(trainer)
                 if halt and step < total:
                     self.checkpoints.wait()
                     return stop.received or "a signal to another process"
             self.checkpoints.wait()
         return None
+
+    def _release(self, trainer: Trainer) -> None:
+        """Delete the blocks of a windowed store that the checkpoint on disk (it is where the stream is) has passed."""
+        if self.window is not None and self.world.is_main:
+            stream = trainer.stream.state_dict()
+            ended = stream["batch"] >= trainer.stream.plan(stream["epoch"]).num_batches
+            self.window.release(stream["epoch"] + ended)
 
     def _state(self, trainer: Trainer) -> dict[str, Any]:
         """What a checkpoint holds beside tensors."""

@@ -51,6 +51,7 @@ class Stopwatch:
     seconds: float = field(default_factory=time.perf_counter)
     tokens: int = 0
     waited: float = 0.0
+    skipped: int = 0
 
 
 @dataclass(frozen=True)
@@ -142,7 +143,8 @@ class Trainer:
         self.layout.merge_dead(self.dead.tokens_since_fired)
         now = time.perf_counter()
         elapsed = max(now - self._stopwatch.seconds, 1e-9)
-        waited = all_reduce_sum(torch.tensor(self.stream.wait_seconds - self._stopwatch.waited, dtype=torch.float64))
+        mine = (self.stream.wait_seconds - self._stopwatch.waited, self.stream.skipped_tokens - self._stopwatch.skipped)
+        waited, skipped = all_reduce_sum(torch.tensor(mine, dtype=torch.float64)).tolist()
         line: dict[str, float | int] = {
             "step": self.progress.step,
             "tokens": self.progress.tokens,
@@ -152,17 +154,22 @@ class Trainer:
             "lr": self.schedules.rate.at(self.progress.step - 1),
             "grad_norm": float(self.grad_norm),
             "tokens_per_s": (self.progress.tokens - self._stopwatch.tokens) / elapsed,
-            "wait_share": float(waited) / self.world.size / elapsed,
+            "wait_share": waited / self.world.size / elapsed,
         }
         if self.guard is not None:
             line["refused_steps"] = self.guard.refused
+        if self.stream.skips_damaged:
+            line["skipped_tokens"] = int(skipped)
         self.reset_clock()
         self.check_finite(means["loss"])
         return line
 
     def reset_clock(self) -> None:
         """Begin to measure speed anew, after something that is not training."""
-        self._stopwatch = Stopwatch(time.perf_counter(), self.progress.tokens, self.stream.wait_seconds)
+        stream = self.stream
+        self._stopwatch = Stopwatch(
+            time.perf_counter(), self.progress.tokens, stream.wait_seconds, stream.skipped_tokens
+        )
 
     def check_finite(self, loss: float = 0.0) -> None:
         """Raise GranaryError, with what to do, when training has diverged; the same on every rank.

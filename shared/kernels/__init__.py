@@ -1,11 +1,13 @@
 """The sparse step's operations. Imports torch and triton only, so that it can be tested alone on a GPU machine."""
 
-from shared.kernels.autograd import attach_encoder, sparse_decode
+from shared.kernels.autograd import attach_encoder, sparse_decode, take_rows
+from shared.kernels.auxk import auxk_error
 from shared.kernels.decode import decode, dot_picks
 from shared.kernels.dispatch import KERNELS, resolve
 from shared.kernels.encode_batchtopk import encode_batchtopk, smallest_kept
 from shared.kernels.encode_threshold import encode_threshold
 from shared.kernels.encode_topk import COMPUTE_DTYPES, encode_topk
+from shared.kernels.pair_update import PairGradient, PairGradients
 from shared.kernels.pairs import PairOrder, SortedPairs, sort_pairs
 from shared.kernels.row_grad import latent_sum, row_grad
 from shared.kernels.row_update import row_update
@@ -13,9 +15,12 @@ from shared.kernels.row_update import row_update
 __all__ = [
     "COMPUTE_DTYPES",
     "KERNELS",
+    "PairGradient",
+    "PairGradients",
     "PairOrder",
     "SortedPairs",
     "attach_encoder",
+    "auxk_error",
     "decode",
     "dot_picks",
     "encode_batchtopk",
@@ -28,4 +33,5 @@ __all__ = [
     "smallest_kept",
     "sort_pairs",
     "sparse_decode",
+    "take_rows",
 ]

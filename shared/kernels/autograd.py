@@ -10,6 +10,8 @@ from torch.autograd.function import once_differentiable
 
 from shared.kernels.decode import decode as decode_forward
 from shared.kernels.decode import dot_picks
+from shared.kernels.dispatch import resolve
+from shared.kernels.pair_update import PairGradient
 from shared.kernels.pairs import PairOrder
 from shared.kernels.row_grad import latent_sum, row_grad
 
@@ -28,9 +30,11 @@ class _PickedPreactivations(torch.autograd.Function):
         indices_NK: torch.Tensor,
         order: PairOrder,
         kernels: str,
+        compute_dtype: str,
+        sink: PairGradient | None,
     ) -> torch.Tensor:
-        ctx.save_for_backward(centred_ND, W_enc_FD, indices_NK)
-        ctx.order, ctx.kernels = order, kernels
+        ctx.save_for_backward(_rounded(centred_ND, kernels, compute_dtype), W_enc_FD, indices_NK)
+        ctx.order, ctx.kernels, ctx.sink = order, kernels, sink
         return values_NK.view_as(values_NK)
 
     @staticmethod
@@ -40,14 +44,18 @@ class _PickedPreactivations(torch.autograd.Function):
         num_latents, options = W_enc_FD.shape[0], {"kernels": ctx.kernels}
         need_x, need_pre, need_W, need_b = ctx.needs_input_grad[:4]
         dx_ND = decode_forward(dz_NK, indices_NK, W_enc_FD, **options) if need_x else None
-        dW_FD = row_grad(dz_NK, indices_NK, centred_ND, num_latents, ctx.order, **options) if need_W else None
+        dW_FD = None
+        if need_W and ctx.sink is not None:
+            ctx.sink.add(dz_NK, indices_NK, ctx.order, centred_ND)
+        elif need_W:
+            dW_FD = row_grad(dz_NK, indices_NK, centred_ND, num_latents, ctx.order, **options)
         db_F = db_pre_D = None
         if need_b or need_pre:
             db_F = latent_sum(dz_NK, indices_NK, num_latents, ctx.order, **options)
         if need_pre:
             # -sum_n dx[n] without the [N, D] gradient: sum the picks per latent first.
             db_pre_D = -(db_F @ W_enc_FD)
-        return dx_ND, db_pre_D, dW_FD, db_F if need_b else None, None, None, None, None
+        return dx_ND, db_pre_D, dW_FD, db_F if need_b else None, None, None, None, None, None, None
 
 
 class _SparseDecode(torch.autograd.Function):
@@ -61,9 +69,13 @@ class _SparseDecode(torch.autograd.Function):
         W_dec_FD: torch.Tensor,
         order: PairOrder,
         kernels: str,
+        compute_dtype: str,
+        sink: PairGradient | None,
     ) -> torch.Tensor:
+        if values_NK.numel() > 2 * W_dec_FD.shape[0]:  # fewer bytes even with the copy made
+            W_dec_FD = _rounded(W_dec_FD, kernels, compute_dtype)
         ctx.save_for_backward(values_NK, indices_NK, W_dec_FD)
-        ctx.order, ctx.kernels = order, kernels
+        ctx.order, ctx.kernels, ctx.compute_dtype, ctx.sink = order, kernels, compute_dtype, sink
         return decode_forward(values_NK, indices_NK, W_dec_FD, kernels=kernels)
 
     @staticmethod
@@ -71,12 +83,35 @@ class _SparseDecode(torch.autograd.Function):
     def backward(ctx: Any, grad_ND: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         values_NK, indices_NK, W_dec_FD = ctx.saved_tensors
         need_values, _, need_W = ctx.needs_input_grad[:3]
-        grad_ND = grad_ND.contiguous()
+        grad_ND = _rounded(grad_ND.contiguous(), ctx.kernels, ctx.compute_dtype)
         dv_NK = dot_picks(grad_ND, indices_NK, W_dec_FD, kernels=ctx.kernels) if need_values else None
         dW_FD = None
-        if need_W:
+        if need_W and ctx.sink is not None:
+            ctx.sink.add(values_NK, indices_NK, ctx.order, grad_ND)
+        elif need_W:
             dW_FD = row_grad(values_NK, indices_NK, grad_ND, W_dec_FD.shape[0], ctx.order, kernels=ctx.kernels)
-        return dv_NK, None, dW_FD, None, None
+        return dv_NK, None, dW_FD, None, None, None, None
+
+
+class _TakeRows(torch.autograd.Function):
+    """index_select whose backward hands the rows' gradient to a PairGradient instead of making an [F, D] one."""
+
+    @staticmethod
+    def forward(ctx: Any, weight_FD: torch.Tensor, latents_R: torch.Tensor, sink: PairGradient) -> torch.Tensor:
+        ctx.save_for_backward(latents_R)
+        ctx.sink = sink
+        return weight_FD.index_select(0, latents_R)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_RD: torch.Tensor) -> tuple[None, None, None]:
+        ctx.sink.add_rows(ctx.saved_tensors[0], grad_RD)
+        return None, None, None
+
+
+def _rounded(rows: torch.Tensor, kernels: str, compute_dtype: str) -> torch.Tensor:
+    """Rows that kernels gather, in half the bytes where that was asked for: a GPU's sums over them stay in float32."""
+    return rows.bfloat16() if compute_dtype == "bfloat16" and resolve(kernels, rows) == "triton" else rows
 
 
 def attach_encoder(
@@ -89,16 +124,19 @@ def attach_encoder(
     order: PairOrder,
     *,
     kernels: str = "auto",
+    compute_dtype: str = "float32",
+    sink: PairGradient | None = None,
 ) -> torch.Tensor:
     """Selected values as a differentiable function of the encoder: ``z = centred W_enc^T + b_enc`` at the picks.
 
     `values_NK` must be z at `indices_NK` where the index is >= 0; a pick with index -1 passes no gradient, which is
     what ReLU's zeroed picks need. Gradients flow to centred, W_enc and b_enc, each only if it is asked for. Where
     ``centred = x - b_pre``, pass centred without b_pre's history and b_pre beside it: its gradient then costs one
-    matrix-vector product instead of an [N, D] gradient.
+    matrix-vector product instead of an [N, D] gradient. With a `sink` the gradient of W_enc goes there and not to
+    ``W_enc.grad``. compute_dtype bfloat16 (triton only) rounds centred for that gradient.
     """
     result: torch.Tensor = _PickedPreactivations.apply(
-        centred_ND, b_pre_D, W_enc_FD, b_enc_F, values_NK, indices_NK, order, kernels
+        centred_ND, b_pre_D, W_enc_FD, b_enc_F, values_NK, indices_NK, order, kernels, compute_dtype, sink
     )
     return result
 
@@ -110,7 +148,21 @@ def sparse_decode(
     order: PairOrder,
     *,
     kernels: str = "auto",
+    compute_dtype: str = "float32",
+    sink: PairGradient | None = None,
 ) -> torch.Tensor:
-    """``decode`` with gradients for the values and for W_dec; [N, D]."""
-    result: torch.Tensor = _SparseDecode.apply(values_NK, indices_NK, W_dec_FD, order, kernels)
+    """``decode`` with gradients for the values and for W_dec; [N, D].
+
+    With a `sink` the gradient of W_dec goes there and not to ``W_dec.grad``. compute_dtype bfloat16 (triton only)
+    rounds the output's gradient and, where rows are read often enough, W_dec.
+    """
+    result: torch.Tensor = _SparseDecode.apply(values_NK, indices_NK, W_dec_FD, order, kernels, compute_dtype, sink)
+    return result
+
+
+def take_rows(weight_FD: torch.Tensor, latents_R: torch.Tensor, sink: PairGradient | None = None) -> torch.Tensor:
+    """``weight[latents]``, [R, D], for distinct latents; with a `sink` its gradient goes there."""
+    if sink is None:
+        return weight_FD.index_select(0, latents_R)
+    result: torch.Tensor = _TakeRows.apply(weight_FD, latents_R, sink)
     return result

@@ -39,6 +39,7 @@ def cases(d_models: Sequence[int], ks: Sequence[int], types: Sequence[str]) -> I
     from shared.kernels.decode import triton as decode
     from shared.kernels.encode_threshold import triton as threshold
     from shared.kernels.encode_topk import triton as encode
+    from shared.kernels.pair_update import triton as pair
     from shared.kernels.row_grad import triton as grad
     from shared.kernels.row_update import triton as update
 
@@ -52,7 +53,7 @@ def cases(d_models: Sequence[int], ks: Sequence[int], types: Sequence[str]) -> I
             yield Case(f"count batch={batch} {bias}", threshold._count, common | {"count_ptr": "*i64"}, constants)
             yield Case(f"emit batch={batch} {bias}", threshold._emit, common | emit_types, constants)
     for k in ks:
-        capacity = encode.capacity_for(k)
+        capacity = encode.capacity_for(k, encode.BLOCK_COLUMNS)
         options = {"num_warps": encode.num_warps_for(capacity)}
         state = {"keys_ptr": "*i64", "count_ptr": "*i32"}
         select_types = state | {"z_ptr": "*fp32", "bar_ptr": "*fp32"}
@@ -68,20 +69,27 @@ def cases(d_models: Sequence[int], ks: Sequence[int], types: Sequence[str]) -> I
         for weights in (f"*{name}" for name in types):
             label = f"d={d} {weights[1:]}"
             picks = {"indices_ptr": "*i64", "W_ptr": weights, "out_ptr": "*fp32", "K": "i32", "D": "i32"}
-            block = decode.block_d(d)
-            yield Case(f"decode {label}", decode._decode, picks | {"values_ptr": "*fp32"}, {"BLOCK_D": block})
-            constants = {"BLOCK_K": decode.BLOCK_K, "BLOCK_D": block}
-            yield Case(f"dot_picks {label}", decode._dot_picks, picks | {"grad_ptr": "*fp32"}, constants)
+            decode_types = picks | {"values_ptr": "*fp32"}
+            yield _tuned_case(f"decode {label}", decode._decode, decode_types, decode.decode_config(d))
+            for grads in {"*fp32", weights}:
+                dot_types = picks | {"grad_ptr": grads}
+                yield _tuned_case(f"dot_picks {label} {grads[1:]}", decode._dot_picks, dot_types, decode.dot_config(d))
             grad_types = {
                 "coefficients_ptr": "*fp32", "order_ptr": "*i64", "offsets_ptr": "*i64", "rows_ptr": weights,
                 "out_ptr": "*fp32", "K": "i32", "D": "i32",
             }  # fmt: skip
-            constants = {"BLOCK_P": grad.BLOCK_P, "BLOCK_D": grad.block_d(d)}
-            yield Case(f"row_grad {label}", grad._row_grad, grad_types, constants)
+            yield _tuned_case(f"row_grad {label}", grad._row_grad, grad_types, grad.config_for(d))
+            pair_types = grad_types | {"slot_ptr": "*i32", "extra_ptr": "*fp32"}
+            for has_extra in (False, True):
+                what, extra = f"{label} extra={has_extra}", {"HAS_EXTRA": has_extra}
+                yield _tuned_case(f"pair_norm {what}", pair._pair_norm, pair_types, pair.norm_config(d) | extra)
+                for unit_rows in (False, True):
+                    config = pair.update_config(d, unit_rows) | {"UNIT_ROWS": unit_rows} | extra
+                    case_types = pair_types | _adam_types("*fp32")
+                    name = f"pair_update {what} unit_rows={unit_rows}"
+                    yield _tuned_case(name, pair._pair_update, case_types, config)
         for moments in (f"*{name}" for name in types):
-            update_types = dict.fromkeys(("weight_ptr", "grad_ptr", "clip_ptr"), "*fp32")
-            update_types |= dict.fromkeys(("first_ptr", "second_ptr"), moments) | {"D": "i32"}
-            update_types |= dict.fromkeys(("lr", "beta1", "beta2", "eps", "correction1", "correction2"), "fp32")
+            update_types = _adam_types(moments) | {"grad_ptr": "*fp32", "D": "i32"}
             for unit_rows in (False, True):
                 block = update.block_d(d, unit_rows)
                 yield Case(
@@ -93,6 +101,16 @@ def cases(d_models: Sequence[int], ks: Sequence[int], types: Sequence[str]) -> I
                 )
     sum_types = {"coefficients_ptr": "*fp32", "order_ptr": "*i64", "offsets_ptr": "*i64", "out_ptr": "*fp32"}
     yield Case("latent_sum", grad._latent_sum, sum_types, {"BLOCK_P": grad.SUM_BLOCK_P})
+
+
+def _adam_types(moments: str) -> dict[str, str]:
+    types = {"weight_ptr": "*fp32", "clip_ptr": "*fp32", "first_ptr": moments, "second_ptr": moments}
+    return types | dict.fromkeys(("lr", "beta1", "beta2", "eps", "correction1", "correction2"), "fp32")
+
+
+def _tuned_case(label: str, kernel: Any, types: Mapping[str, str], config: Mapping[str, int]) -> Case:
+    constants = {name: value for name, value in config.items() if name != "num_warps"}
+    return Case(label, kernel, types, constants, {"num_warps": config["num_warps"]})
 
 
 def compile_case(case: Case, architecture: int) -> str:

@@ -23,6 +23,8 @@ def resolve(kernels: str, tensor: torch.Tensor) -> str:
         return "triton" if tensor.is_cuda and importlib.util.find_spec("triton") is not None else "torch"
     if kernels == "triton" and not tensor.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
         raise ValueError("kernels=triton needs CUDA tensors (or TRITON_INTERPRET=1 to run slowly on a CPU)")
+    if kernels == "triton" and importlib.util.find_spec("triton") is None:
+        raise ValueError("kernels=triton: triton is not installed: pip install triton, or choose kernels=torch")
     return kernels
 
 

@@ -7,6 +7,7 @@ from shared.lm.checkpoint import ModelIdentity, load_config, model_identity, res
 from shared.lm.hooks import capture, check_hooks, decoder_blocks, needed_depth, splice
 from shared.lm.load import load_causal_lm, load_trunk
 from shared.lm.packed import packed_inputs, segment_positions
+from shared.lm.quantised import quantisation_config
 from shared.lm.sharded import check_tensor_parallel
 from shared.lm.tokenizer import SpecialIds, load_tokenizer, special_ids, tokenizer_hash
 
@@ -24,6 +25,7 @@ __all__ = [
     "model_identity",
     "needed_depth",
     "packed_inputs",
+    "quantisation_config",
     "resolve_model",
     "segment_positions",
     "special_ids",

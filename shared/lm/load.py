@@ -1,6 +1,7 @@
 """Loading a model: the trunk as far as the deepest hook for harvesting, the whole of it for evaluation."""
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from shared.errors import GranaryError
 from shared.lm.checkpoint import load_config, quiet_transformers, resolve_model
 from shared.lm.hooks import decoder_blocks, final_norm
 from shared.lm.packed import DOCUMENT_SDPA
+from shared.lm.quantised import quantisation_config
 from shared.lm.sharded import check_tensor_parallel, sharded_class, tensor_parallel_config
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -27,6 +29,7 @@ def load_trunk(
     revision: str | None = None,
     attn_implementation: str = "sdpa",
     tp_mesh: DeviceMesh | None = None,
+    quantisation: str | None = None,
 ) -> PreTrainedModel:
     """The first `num_layers` decoder layers (None: all) without final norm and LM head, in evaluation mode.
 
@@ -34,7 +37,7 @@ def load_trunk(
     stream after the last loaded layer, since the final norm is an Identity. `last_mlp=False` drops the last layer's
     MLP too, for hooks before it: the stream is then meaningless from that MLP on. Weights need no gradient and the
     forward keeps no cache. With `tp_mesh`, of one axis, its ranks hold a part of the weights each and must call every
-    forward together; the activations are whole on each of them.
+    forward together; the activations are whole on each of them. `quantisation` is a scheme of `shared.lm.quantised`.
 
     Raises GranaryError for a model that can't be had, has fewer layers, or whose files lack some of the weights.
     """
@@ -44,12 +47,17 @@ def load_trunk(
         if not 1 <= num_layers <= total:
             raise GranaryError(f"{num_layers} layers asked of model {path}, which has {total}")
         truncate_config(config, num_layers)
-    model = _load(AutoModel, path, config, dtype, revision, attn_implementation, tp_mesh)
+    extra: dict[str, Any] = {}
+    if quantisation is not None:
+        if tp_mesh is not None:
+            raise GranaryError("model.quantisation does not go with tensor_parallel: use replicas, or no quantisation")
+        extra = {"quantization_config": quantisation_config(quantisation), "device_map": {"": device}}
+    model = _load(AutoModel, path, config, dtype, revision, attn_implementation, tp_mesh, extra)
     holder, name = final_norm(model)
     setattr(holder, name, nn.Identity())
     if not last_mlp:
         decoder_blocks(model)[-1].mlp = nn.Identity()
-    return _move(model, device)
+    return model if quantisation is not None else _move(model, device)
 
 
 def load_causal_lm(
@@ -81,8 +89,9 @@ def _load(
     revision: str | None,
     attn_implementation: str,
     tp_mesh: DeviceMesh | None = None,
+    extra: Mapping[str, Any] | None = None,
 ) -> PreTrainedModel:
-    extra = {}
+    extra = dict(extra or {})
     if tp_mesh is not None and tp_mesh.size() > 1:
         check_tensor_parallel(config, tp_mesh.size())
         auto_class = sharded_class(auto_class._model_mapping[type(config)], tp_mesh)

@@ -6,6 +6,7 @@ the job's. SIGTERM and SIGUSR1 (Slurm's pre-emption) are passed on to the ranks,
 
 import logging
 import os
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -26,11 +27,25 @@ def launch(arguments: Sequence[str]) -> int:
     try:
         torchrun(list(arguments))
     except ChildFailedError as error:
-        _, failure = error.get_first_failure()
-        return failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
+        rank, failure = error.get_first_failure()
+        if failure.exitcode > 0:
+            return failure.exitcode  # that rank has said why
+        tell_killed(rank, -failure.exitcode)
+        return 128 - failure.exitcode
     except SignalException as signalled:
         return 128 + signalled.sigval
     return 0
+
+
+def tell_killed(rank: int, number: int) -> None:
+    """One line for a rank that could not tell its end itself."""
+    name = signal.Signals(number).name
+    why = " (for lack of memory?)" if number == signal.SIGKILL else ""
+    print(  # noqa: T201
+        f"error: rank {rank} was killed by {name}{why}; run the same command again to continue",
+        file=sys.stderr,
+        flush=True,
+    )
 
 
 def threads_per_rank(arguments: Sequence[str]) -> int:

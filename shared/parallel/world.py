@@ -1,6 +1,9 @@
 """The process group torchrun describes, or a world of one."""
 
 import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeVar
@@ -14,6 +17,9 @@ T = TypeVar("T")
 
 # A rank that died must end the job within a minute, not after torch's default ten.
 COLLECTIVE_TIMEOUT = timedelta(seconds=float(os.environ.get("GRANARY_COLLECTIVE_TIMEOUT_S", "600")))
+
+
+LAST_WORDS_SECONDS = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +89,25 @@ def barrier() -> None:
     """Wait for every rank; returns at once in a world of one."""
     if dist.is_initialized():
         dist.barrier()
+
+
+def lost_contact(error: RuntimeError) -> bool:
+    """Whether an error says no more than that another rank is gone."""
+    text = str(error)
+    signs = ("gloo", "Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL")
+    return isinstance(error, dist.DistError) or any(sign in text for sign in signs)
+
+
+@contextmanager
+def telling_lost_contact() -> Iterator[None]:
+    """Turn the failure of a collective because another rank has ended into one line, after that rank's own."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not dist.is_initialized() or not lost_contact(error):
+            raise
+        time.sleep(LAST_WORDS_SECONDS)  # torchrun, which knows what happened, ends this rank meanwhile
+        raise GranaryError("another process of this job has ended: its own message says why") from error
 
 
 def shutdown() -> None:

@@ -15,6 +15,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, Self
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -26,6 +27,9 @@ from shared.lm import splice
 from shared.sae.edits import Edit, apply_edits, apply_edits_by_eviction, check_edits
 from shared.sae.latents import SparseLatents
 from shared.sae.model import SAE
+
+# Prompt lengths [B] of the models that generate now, for all of the SAEs that are spliced into them.
+_PROMPTS: WeakKeyDictionary[PreTrainedModel, Tensor] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -99,7 +103,6 @@ class SplicedModel:
             raise GranaryError(f"the SAE is on {sae.W_enc.device}, the model on {model.device}: move one with .to()")
         self._stack: ExitStack | None = None
         self._place: Place | None = None
-        self._prompt_B: Tensor | None = None
         self._recorded: list[Features] = []
 
     def __enter__(self) -> Self:
@@ -116,7 +119,7 @@ class SplicedModel:
     ) -> None:
         if self._stack is not None:
             self._stack.close()
-        self._stack = self._place = self._prompt_B = None
+        self._stack = self._place = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The model's forward, spliced; all of its tokens count as prompt unless they continue a cache."""
@@ -133,11 +136,11 @@ class SplicedModel:
                 return self.generate(input_ids, attention_mask, **kwargs)
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
-        self._prompt_B = attention_mask.sum(1)
+        _PROMPTS[self.model] = attention_mask.sum(1)
         try:
             return self.model.generate(input_ids, attention_mask=attention_mask, **kwargs)  # type: ignore[operator]
         finally:
-            self._prompt_B = None
+            del _PROMPTS[self.model]
 
     @property
     def features(self) -> Features:
@@ -178,8 +181,9 @@ class SplicedModel:
 
     def _prompt_lengths(self, shape: torch.Size, past: int, is_padding_BT: Tensor) -> Tensor:
         """[B]: what `generate` was given; in a plain call, all tokens that are not padding."""
-        if self._prompt_B is not None:  # beams and several sequences per prompt repeat the rows
-            return self._prompt_B.to(is_padding_BT.device).repeat_interleave(shape[0] // len(self._prompt_B))
+        prompt_B = _PROMPTS.get(self.model)
+        if prompt_B is not None:  # beams and several sequences per prompt repeat the rows
+            return prompt_B.to(is_padding_BT.device).repeat_interleave(shape[0] // len(prompt_B))
         if past and (self.prompt_only or (self.positions is not None and bool((self.positions < 0).any()))):
             raise GranaryError("prompt_only and negative positions need spliced.generate(...), which knows the prompt")
         return (~is_padding_BT).sum(1)

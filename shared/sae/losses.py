@@ -7,6 +7,7 @@ Shapes: N tokens, D d_model, F latents, R dead latents.
 
 import torch
 
+from shared.kernels import auxk_error
 from shared.sae.config import SAEConfig
 from shared.sae.part import WHOLE, Part
 
@@ -39,21 +40,27 @@ def auxk_loss(
     *,
     num_dead: int | None = None,
     part: Part = WHOLE,
+    kernels: str = "auto",
+    compute_dtype: str = "float32",
 ) -> torch.Tensor:
     """Dead latents reconstruct what the living ones leave over (Gao et al. 2024, section A.2); a scalar.
 
     ``scale * mean_n |e_n - e_hat_n|^2 / |e_n|^2`` with e = x - x_hat (pass it detached) and e_hat the decoding, without
     b_dec, of the num_aux largest of the dead latents; scale = min(num_dead / num_aux, 1). Gradients reach the dead
     latents' rows and encoder biases alone: pass `centred_ND`, the encoder's input, detached. `num_dead` counts those of
-    all parts, R those given here; None: R.
+    all parts, R those given here; None: R. See ``shared.kernels.auxk_error`` for `kernels` and `compute_dtype`.
     """
     num_dead = W_enc_RD.shape[0] if num_dead is None else num_dead
+    scale = min(num_dead / num_aux, 1.0)
+    if part is WHOLE:
+        options = {"kernels": kernels, "compute_dtype": compute_dtype}
+        return scale * auxk_error(residual_ND, centred_ND, W_enc_RD, b_enc_R, W_dec_RD, num_aux, **options)
     z_NR = torch.relu(torch.addmm(b_enc_R, centred_ND, W_enc_RD.T))
     if num_dead > num_aux:
         z_NR = z_NR * (z_NR.detach() >= part.kth_largest(z_NR.detach(), num_aux))
     error_N = (residual_ND - part.sum_forward(z_NR @ W_dec_RD)).square().sum(1)
     energy_N = residual_ND.square().sum(1).clamp_min(torch.finfo(residual_ND.dtype).tiny)
-    return (error_N / energy_N).mean() * min(num_dead / num_aux, 1.0)
+    return (error_N / energy_N).mean() * scale
 
 
 def saturated(f_NF: torch.Tensor, config: SAEConfig, norm_F: torch.Tensor | None) -> torch.Tensor:

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from shared.errors import GranaryError
-from shared.kernels import COMPUTE_DTYPES, KERNELS, decode
+from shared.kernels import COMPUTE_DTYPES, KERNELS, PairGradient, PairGradients, decode, take_rows
 from shared.sae import checkpoint
 from shared.sae.activations import ACTIVATIONS
 from shared.sae.config import SAEConfig
@@ -67,6 +67,8 @@ class SAE(nn.Module):
         self.compute_dtype = compute_dtype
         self.part: Part = WHOLE
         """Which latents are held here; another one belongs to a shard."""
+        self.pair_gradients: PairGradients | None = None
+        """Where the gradients of W_enc and W_dec go instead of ``.grad``; set by an optimiser that reads them there."""
         d = config.d_model
         num_latents = config.d_latent if num_latents is None else num_latents
         self.W_enc = nn.Parameter(torch.empty(num_latents, d))
@@ -204,6 +206,10 @@ class SAE(nn.Module):
         """Ratio of summed squared error to the data set's summed variance, whatever the loss is."""
         return weighted_square_error(error_ND.detach(), reconstruction_weight(self.input_variance, "fvu"))
 
+    def sink(self, name: str) -> PairGradient | None:
+        """Where the gradient of W_enc or W_dec goes instead of ``.grad``; None: nowhere else."""
+        return None if self.pair_gradients is None else self.pair_gradients[name]
+
     def decoder_norm(self) -> torch.Tensor | None:
         """Norms [F] of the decoder's rows, which weigh the penalties; None where they are 1."""
         return None if self.config.unit_norm_decoder else self.W_dec.norm(dim=1)
@@ -221,12 +227,14 @@ class SAE(nn.Module):
         return auxk_loss(
             residual_ND,
             centred_ND,
-            self.W_enc.index_select(0, dead_R),
+            take_rows(self.W_enc, dead_R, self.sink("W_enc")),
             self.b_enc.index_select(0, dead_R),
-            self.W_dec.index_select(0, dead_R),
+            take_rows(self.W_dec, dead_R, self.sink("W_dec")),
             self.config.num_aux,
             num_dead=num_dead,
             part=self.part,
+            kernels=self.kernels,
+            compute_dtype=self.compute_dtype,
         )
 
     # ---- initialisation ------------------------------------------------------------------------------------------

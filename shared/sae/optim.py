@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from shared.errors import GranaryError
-from shared.kernels import row_update
+from shared.kernels import PairGradient, PairGradients, row_update
 from shared.sae.config import SAEConfig
 
 
@@ -19,6 +19,7 @@ class Trained(Protocol):
 
     config: SAEConfig
     kernels: str
+    pair_gradients: PairGradients | None
 
     def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
         """Tensors with a ``grad``."""
@@ -29,12 +30,15 @@ class SAEOptimiser:
     """What the optimisers share. ``step`` does, in this order: scale all gradients so that their joint norm is at most
     `clip_norm`; remove from each decoder row's gradient its component along the row; the update; divide each decoder
     row by its norm. The two about rows are left out where the config frees the decoder's norms.
+
+    With `pair_gradients` the gradients of W_enc and W_dec are taken from the pairs they are sums over, and not from
+    ``.grad``, which saves memory and time where nobody else has to see them: in a single process.
     """
 
     kinds: ClassVar[tuple[str, ...]] = ("first", "second")
     """Names of the moments."""
 
-    def __init__(self, sae: Trained, lr: float, *, clip_norm: float | None = 1.0) -> None:
+    def __init__(self, sae: Trained, lr: float, *, clip_norm: float | None = 1.0, pair_gradients: bool = False) -> None:
         if not lr > 0:
             raise GranaryError(f"optim.lr={lr}: must be positive")
         if clip_norm is not None and not clip_norm > 0:
@@ -43,6 +47,9 @@ class SAEOptimiser:
         self.kernels = sae.kernels
         self.unit_norm_decoder = sae.config.unit_norm_decoder
         self.lr, self.clip_norm = lr, clip_norm
+        self.pairs = PairGradients()
+        if pair_gradients:
+            self.pairs = sae.pair_gradients = PairGradients(W_enc=PairGradient(), W_dec=PairGradient())
         self.num_steps = torch.zeros((), dtype=torch.int64)
         self.step_number = 0
         """The same in host memory, within ``step``."""
@@ -61,15 +68,29 @@ class SAEOptimiser:
         """Change `weight` [F, D] (a vector is one row) in place; `grad` is scratch afterwards."""
         raise NotImplementedError
 
+    def update_from_pairs(
+        self, name: str, weight: Tensor, pairs: PairGradient, *, clip: Tensor, lr: float, unit_rows: bool
+    ) -> None:
+        """``update`` with a gradient kept as pairs, which are used up."""
+        self.update(name, weight, pairs.dense(weight, self.kernels), clip=clip, lr=lr, unit_rows=unit_rows)
+        pairs.clear()
+
     def zero_grad(self) -> None:
         """Drop all gradients."""
+        self.pairs.clear()
         for parameter in self.parameters.values():
             parameter.grad = None
 
     @torch.no_grad()
     def grad_norm(self) -> Tensor:
         """Euclidean norm of all gradients together, a scalar tensor on their device."""
+        self._merge_pairs()
         norms = [p.grad.norm() for p in self.parameters.values() if p.grad is not None]
+        norms += [
+            gradient.squared_norm(self.parameters[name], kernels=self.kernels).sqrt()
+            for name, gradient in self.pairs.items()
+            if gradient
+        ]
         if not norms:
             raise GranaryError("SAEAdam.step before backward: there is no gradient")
         return torch.stack(norms).norm()
@@ -85,19 +106,32 @@ class SAEOptimiser:
         lr = self.lr if lr is None else lr
         if grad_norm is None:
             grad_norm = self.grad_norm()
+        self._merge_pairs()
         self.num_steps += 1
         self.step_number = int(self.num_steps)
         clip = torch.ones_like(grad_norm)
         if self.clip_norm is not None:
             clip = (self.clip_norm / grad_norm.clamp_min(torch.finfo(grad_norm.dtype).tiny)).clamp_max(1.0)
         for name, parameter in self.parameters.items():
+            unit_rows = name == "W_dec" and self.unit_norm_decoder
+            pairs = self.pairs.get(name)
+            if pairs:
+                self.update_from_pairs(name, parameter, pairs, clip=clip, lr=lr, unit_rows=unit_rows)
+                continue
             shape = (-1, parameter.shape[-1])
             grad = parameter.grad if parameter.grad is not None else torch.zeros_like(parameter)
-            unit_rows = name == "W_dec" and self.unit_norm_decoder
             weight, grad = parameter.view(shape), grad.contiguous().view(shape)
             self.update(name, weight, grad, clip=clip, lr=lr, unit_rows=unit_rows)
             parameter.grad = None
         return grad_norm
+
+    def _merge_pairs(self) -> None:
+        """Where a weight has a ``.grad`` too, by a dense loss or somebody's own, add its pairs to that."""
+        for name, gradient in self.pairs.items():
+            grad = self.parameters[name].grad
+            if gradient and grad is not None:
+                grad += gradient.dense(self.parameters[name], self.kernels)
+                gradient.clear()
 
     def state_dict(self) -> dict[str, Tensor]:
         """Moments and step count, keyed ``first.W_enc`` and so on."""
@@ -141,6 +175,7 @@ class SAEAdam(SAEOptimiser):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         clip_norm: float | None = 1.0,
+        pair_gradients: bool = False,
         moments: str = "float32",
     ) -> None:
         """`moments` is float32 (the parameters' own type) or bfloat16."""
@@ -148,11 +183,30 @@ class SAEAdam(SAEOptimiser):
         if moments not in ("float32", "bfloat16"):
             raise GranaryError(f"optim.moments={moments!r}: choose from float32, bfloat16")
         self.half = moments == "bfloat16"
-        super().__init__(sae, lr, clip_norm=clip_norm)
+        super().__init__(sae, lr, clip_norm=clip_norm, pair_gradients=pair_gradients)
         self.betas, self.eps = betas, eps
 
     def new_moment(self, kind: str, name: str, parameter: Tensor) -> Tensor | None:
         return torch.zeros_like(parameter, dtype=torch.bfloat16 if self.half else parameter.dtype)
+
+    def update_from_pairs(
+        self, name: str, weight: Tensor, pairs: PairGradient, *, clip: Tensor, lr: float, unit_rows: bool
+    ) -> None:
+        if self.half:
+            super().update_from_pairs(name, weight, pairs, clip=clip, lr=lr, unit_rows=unit_rows)
+            return
+        pairs.update(
+            weight,
+            self.moments["first"][name],
+            self.moments["second"][name],
+            clip=clip,
+            lr=lr,
+            betas=self.betas,
+            eps=self.eps,
+            step=int(self.num_steps),
+            unit_rows=unit_rows,
+            kernels=self.kernels,
+        )
 
     def update(self, name: str, weight: Tensor, grad: Tensor, *, clip: Tensor, lr: float, unit_rows: bool) -> None:
         first, second = self.moment("first", name), self.moment("second", name)
@@ -186,9 +240,17 @@ class SAESignum(SAEOptimiser):
 
     kinds = ("first",)
 
-    def __init__(self, sae: Trained, lr: float, *, momentum: float = 0.9, clip_norm: float | None = 1.0) -> None:
+    def __init__(
+        self,
+        sae: Trained,
+        lr: float,
+        *,
+        momentum: float = 0.9,
+        clip_norm: float | None = 1.0,
+        pair_gradients: bool = False,
+    ) -> None:
         check_betas((momentum, 0.0))
-        super().__init__(sae, lr, clip_norm=clip_norm)
+        super().__init__(sae, lr, clip_norm=clip_norm, pair_gradients=pair_gradients)
         self.momentum = momentum
 
     def update(self, name: str, weight: Tensor, grad: Tensor, *, clip: Tensor, lr: float, unit_rows: bool) -> None:
@@ -220,10 +282,11 @@ class SAEMuon(SAEOptimiser):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         clip_norm: float | None = 1.0,
+        pair_gradients: bool = False,
     ) -> None:
         check_betas(betas)
         check_betas((momentum, 0.0))
-        super().__init__(sae, lr, clip_norm=clip_norm)
+        super().__init__(sae, lr, clip_norm=clip_norm, pair_gradients=pair_gradients)
         self.momentum, self.nesterov, self.ns_steps = momentum, nesterov, ns_steps
         self.betas, self.eps = betas, eps
         self.num_latents = sae.config.d_latent

@@ -6,6 +6,7 @@ from shared.store.manifest import DamagedObjectError, ShardRecord
 from shared.store.objectio import ObjectMissingError
 from shared.store.statistics import HookStatistics
 from shared.store.store import Store
+from shared.store.window import Window, WindowPlan, parse_bytes, wait_until
 
 __all__ = [
     "FORMAT_VERSION",
@@ -15,6 +16,10 @@ __all__ = [
     "ShardRecord",
     "Store",
     "StorePlan",
+    "Window",
+    "WindowPlan",
     "bytes_planned",
     "free_bytes",
+    "parse_bytes",
+    "wait_until",
 ]

@@ -13,9 +13,11 @@ from tqdm import tqdm
 from shared.cli import fail
 from shared.errors import GranaryError
 from shared.store.layout import FORMAT_VERSION
+from shared.store.statistics import MASSIVE_RATIO, PERCENTILES, HookStatistics
 from shared.store.store import Store
 from shared.store.verify import VerifyReport, drop_incomplete, verify
 
+SHOWN_DIMENSIONS = 8
 UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
 
 
@@ -80,6 +82,14 @@ def show_info(store: Store, console: Console) -> int:
         f"{plan.chunk_rows} tokens per chunk",
         "digest": store.digest(),
     }
+    passed = store.passed_shards()
+    if store.window is not None:
+        window = store.window.plan
+        rows["window"] = (
+            f"{human_bytes(window.window_bytes)}, {window.num_blocks} blocks; {len(passed)} shards passed by training "
+            "and deleted"
+        )
+        rows["bytes"] = human_bytes(sum(record.num_bytes for s, record in records.items() if s not in passed))
     for extent in store.extents[1:]:
         rows[f"extended at shard {extent.first_shard}"] = f"{extent.plan.num_contexts:,} contexts"
     rows |= dict(flat(plan.provenance))
@@ -98,7 +108,28 @@ def show_info(store: Store, console: Console) -> int:
         norms = [f"{value:.4g}" for value in (figures.mean_norm, figures.median_norm, figures.max_norm)]
         hooks.add_row(hook, str(d_model), *norms, f"{figures.relative_squared_error:.2g}")
     console.print(hooks)
+    for hook in plan.hooks if trained else ():
+        show_norms(hook, store.statistics(hook, trained), store.seq_len, console)
     return 0
+
+
+def show_norms(hook: str, figures: HookStatistics, seq_len: int, console: Console) -> None:
+    """Norm percentiles along the context, and the dimensions that tower over the others."""
+    table = Table(title=f"{hook}: norms by position (training shards)", title_justify="left")
+    for name in ("positions", "tokens", *(f"{percent} %" for percent in PERCENTILES)):
+        table.add_column(name, justify="right")
+    for group in figures.norms_by_position:
+        last = min(group.last, seq_len - 1)
+        span = str(last) if group.first == last else f"{group.first}-{last}"
+        table.add_row(span, f"{group.count:,}", *(f"{value:.4g}" for value in group.percentiles.values()))
+    console.print(table)
+    massive = figures.massive_dimensions()
+    shown = ", ".join(f"{dimension} ({ratio:.0f} x)" for dimension, ratio in massive[:SHOWN_DIMENSIONS])
+    more = f" and {len(massive) - SHOWN_DIMENSIONS} more" if len(massive) > SHOWN_DIMENSIONS else ""
+    console.print(
+        f"massive dimensions (RMS at least {MASSIVE_RATIO:.0f} times the median's): {shown or 'none'}{more}\n",
+        highlight=False,
+    )
 
 
 def flat(value: object, prefix: str = "") -> list[tuple[str, str]]:
@@ -110,7 +141,7 @@ def flat(value: object, prefix: str = "") -> list[tuple[str, str]]:
 
 def show_shards(store: Store, console: Console) -> int:
     """One line per planned shard."""
-    records = store.committed()
+    records, passed = store.committed(), store.passed_shards()
     table = Table(title=store.url, title_justify="left")
     for name in ("shard", "contexts", "tokens", "bytes", "split", "state"):
         table.add_column(name, justify="right" if name in ("shard", "tokens", "bytes") else "left")
@@ -122,7 +153,9 @@ def show_shards(store: Store, console: Console) -> int:
         if record is None:
             table.add_row(*row, "", "", split, "missing")
         else:
-            table.add_row(*row, f"{record.num_tokens:,}", human_bytes(record.num_bytes), split, "committed")
+            state = "passed" if shard in passed else "committed"
+            size = "" if shard in passed else human_bytes(record.num_bytes)
+            table.add_row(*row, f"{record.num_tokens:,}", size, split, state)
     console.print(table)
     return 0
 
@@ -149,6 +182,8 @@ def show_report(report: VerifyReport, console: Console) -> int:
         console.print(f"leftover {key}", highlight=False)
     for key in report.foreign:
         console.print(f"not part of the store: {key}", highlight=False)
+    if report.passed:
+        console.print(f"passed by training and deleted (store.window): shards {spans(report.passed)}", highlight=False)
     console.print(
         f"{report.num_objects} objects, {human_bytes(report.num_bytes)} checked: "
         f"{len(report.problems)} damaged, {len(report.missing)} of {report.num_shards} shards missing",

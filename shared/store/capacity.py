@@ -11,6 +11,16 @@ RECORD_BYTES_PER_CHUNK = 11  # a decimal crc32c and its comma in a commit record
 RECORD_BYTES = 4096  # the rest of a commit record and its hooks' histograms
 
 
+def shard_bytes(plan: StorePlan) -> int:
+    """Most bytes that the activations (and scales) of one shard take; a last shard may be shorter."""
+    contexts, chunks = plan.shard_contexts, plan.chunks_per_context
+    total = 0
+    for hook in plan.hooks:
+        objects = 2 if plan.dtype == "int8" else 1
+        total += contexts * (plan.context_bytes(hook) + 4 * chunks * objects) + objects * index_bytes(contexts * chunks)
+    return total
+
+
 def bytes_planned(plan: StorePlan) -> int:
     """Bytes a harvest of `plan` will have written; an upper bound where a codec is chosen."""
     contexts, chunks = plan.num_contexts, plan.chunks_per_context

@@ -5,24 +5,35 @@ the commit protocol rests on. Local files have their own path here (same-directo
 directory fsync; preadv into the caller's memory); everything else is in `remote`.
 """
 
+import ctypes
 import errno
 import fcntl
 import importlib.util
 import os
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from shared.errors import GranaryError
 from shared.store.buffers import Buffer, byte_view
+from shared.store.checksum import crc32c
 
 MAX_BUFFERS = 512  # per preadv; the kernel's limit is 1024
+# Read, then checksummed. Smaller pieces are still in the core's cache then, but make threads take the interpreter from
+# each other: on two threads 0.61 of a memmap copy with 8 MiB, 0.37 with 1 MiB.
+PIECE_BYTES = 8 << 20
+WRITEBACK_BYTES = 32 << 20  # written between two hints to the disk
+SYNC_FILE_RANGE_WRITE = 2
 
 
 class ObjectMissingError(GranaryError):
     """No object under that key."""
+
+
+class ObjectShortError(GranaryError):
+    """An object ends before the bytes that were asked for."""
 
 
 class ObjectIO(Protocol):
@@ -42,7 +53,10 @@ class ObjectIO(Protocol):
         """A whole (small) object; raises ObjectMissingError."""
 
     def read_into(self, key: str, offset: int, buffers: Sequence[memoryview]) -> None:
-        """Fill `buffers` from consecutive bytes at `offset`; raises ObjectMissingError, or GranaryError if short."""
+        """Fill `buffers` from consecutive bytes at `offset`; raises ObjectMissingError or ObjectShortError."""
+
+    def read_checked(self, key: str, offset: int, buffers: Sequence[memoryview]) -> list[int]:
+        """`read_into`, and the crc32c of each buffer."""
 
     def size(self, key: str) -> int | None:
         """Bytes of an object, None where there is none."""
@@ -99,8 +113,14 @@ class LocalIO:
             _make_folders(final.parent)
             fd = _open_exclusively(temp, key)
             try:
+                unsent = 0
                 for part in parts:
-                    _write_all(fd, byte_view(part))
+                    view = byte_view(part)
+                    _write_all(fd, view)
+                    unsent += len(view)
+                    if unsent >= WRITEBACK_BYTES:
+                        start_writeback(fd)
+                        unsent = 0
                 os.fsync(fd)
                 stored = _publish(temp, final, replace)
             finally:
@@ -122,6 +142,19 @@ class LocalIO:
                     offset = _read_all(fd, offset, list(buffers[start : start + MAX_BUFFERS]), key)
             finally:
                 os.close(fd)
+
+    def read_checked(self, key: str, offset: int, buffers: Sequence[memoryview]) -> list[int]:
+        crcs = [0] * len(buffers)
+        with explained(self.url, key, "read"):
+            fd = os.open(self.root / key, os.O_RDONLY)
+            try:
+                for pieces in in_pieces(buffers, PIECE_BYTES):
+                    offset = _read_all(fd, offset, [piece for _, piece in pieces], key)
+                    for number, piece in pieces:
+                        crcs[number] = crc32c(piece, crcs[number])
+            finally:
+                os.close(fd)
+        return crcs
 
     def size(self, key: str) -> int | None:
         try:
@@ -191,9 +224,44 @@ def explained(url: str, key: str, verb: str) -> Iterator[None]:
         raise GranaryError(f"cannot {verb} {where}: {error.strerror or error}") from error
 
 
+def in_pieces(buffers: Sequence[memoryview], size: int) -> Iterator[list[tuple[int, memoryview]]]:
+    """(number of its buffer, view) for consecutive bytes of `buffers`, in lists of at most `size` bytes."""
+    pieces: list[tuple[int, memoryview]] = []
+    room = size
+    for number, buffer in enumerate(buffers):
+        while buffer:
+            pieces.append((number, buffer[:room]))
+            room -= len(pieces[-1][1])
+            buffer = buffer[len(pieces[-1][1]) :]
+            if not room:
+                yield pieces
+                pieces, room = [], size
+    if pieces:
+        yield pieces
+
+
 def _write_all(fd: int, view: memoryview) -> None:
     while view:
         view = view[os.write(fd, view) :]
+
+
+def start_writeback(fd: int) -> None:
+    """Let the disk begin with what was written so far while the next bytes are made; fsync then has little left to do.
+
+    A hint: where the system has no sync_file_range, fsync does it all.
+    """
+    if _sync_file_range is not None:
+        _sync_file_range(fd, 0, 0, SYNC_FILE_RANGE_WRITE)
+
+
+def _find_sync_file_range() -> Callable[[int, int, int, int], int] | None:
+    found: Any = getattr(ctypes.CDLL(None), "sync_file_range", None)
+    if found is not None:
+        found.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
+    return found
+
+
+_sync_file_range = _find_sync_file_range()
 
 
 def _read_all(fd: int, offset: int, views: list[memoryview], key: str) -> int:
@@ -201,7 +269,7 @@ def _read_all(fd: int, offset: int, views: list[memoryview], key: str) -> int:
     while views:
         got = os.preadv(fd, views, offset)
         if got == 0:
-            raise GranaryError(f"{key} is shorter than its commit record says: it ends at byte {offset}")
+            raise ObjectShortError(f"{key} is shorter than its commit record says: it ends at byte {offset}")
         offset += got
         while views and got >= len(views[0]):
             got -= len(views.pop(0))

@@ -18,7 +18,7 @@ from shared.store.checksum import CRC_BYTES, crc32c, crc_from_bytes
 from shared.store.dtypes import scales_per_row, storage_type
 from shared.store.layout import StorePlan
 from shared.store.manifest import DamagedObjectError, ShardRecord
-from shared.store.objectio import ObjectIO
+from shared.store.objectio import ObjectIO, ObjectMissingError, ObjectShortError
 from shared.store.quantise import dequantise
 from shared.store.shard import ArrayRecord, decode_chunk
 
@@ -58,24 +58,36 @@ class ContextReader:
         rows = out.reshape(self.chunks_per_context, self.plan.chunk_rows, -1)
         compressed = self.plan.codec != "none"
         if compressed:
-            whole = memoryview(self._bytes("encoded", sum(sizes)))[: sum(sizes)]
-            payloads, start = [], 0
-            for size in sizes:
-                payloads.append(whole[start : start + size - CRC_BYTES])
-                start += size
-            self.io.read_into(record.key, offset, [whole])
+            whole = memoryview(self._bytes("encoded", sum(sizes)))
+            ends = np.cumsum(sizes).tolist()
+            chunks = [whole[end - size : end] for size, end in zip(sizes, ends, strict=True)]
+            views = [view for chunk in chunks for view in (chunk[:-CRC_BYTES], chunk[-CRC_BYTES:])]
         else:
-            payloads = [byte_view(chunk) for chunk in rows]
-            trailers = [memoryview(bytearray(CRC_BYTES)) for _ in sizes]
-            pairs = zip(payloads, trailers, strict=True)
-            self.io.read_into(record.key, offset, [view for pair in pairs for view in pair])
+            views = [view for chunk in rows for view in (byte_view(chunk), memoryview(bytearray(CRC_BYTES)))]
+        found = self._fetch(record.key, shard, offset, views, verify)
         if verify:
-            for number, (payload, crc) in enumerate(zip(payloads, crcs, strict=True)):
-                if crc32c(payload) != crc:
-                    raise damaged(self.io.url, record.key, shard, f"chunk {first + number} fails its checksum")
+            for number, (crc, recorded) in enumerate(zip(found[::2], crcs, strict=True)):
+                if crc != recorded:
+                    raise damaged(self.io.url, record.key, shard, f"fails its checksum in chunk {first + number}")
+        payloads = views[::2]
         if compressed:
             for payload, chunk in zip(payloads, rows, strict=True):
                 decode_chunk(payload, self.plan.codec, chunk)
+
+    def _fetch(self, key: str, shard: int, offset: int, views: list[memoryview], checked: bool) -> list[int]:
+        """Fill `views` from an object that a commit record names: where it is gone or short, the shard is damaged.
+
+        Returns the checksum of each view where `checked`.
+        """
+        try:
+            if checked:
+                return self.io.read_checked(key, offset, views)
+            self.io.read_into(key, offset, views)
+        except ObjectMissingError as error:
+            raise damaged(self.io.url, key, shard, "is missing") from error
+        except ObjectShortError as error:
+            raise damaged(self.io.url, key, shard, "is shorter than its commit record says") from error
+        return []
 
     def _buffer(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """A tensor that this thread uses again and again."""
@@ -97,7 +109,7 @@ class ContextReader:
 def damaged(url: str, key: str, shard: int, what: str) -> DamagedObjectError:
     """The error that a reader raises at a torn or flipped object, and how to mend it."""
     return DamagedObjectError(
-        f"shard {shard} of {url} is damaged: {key}: {what}; run "
+        f"shard {shard} of {url} is damaged: {key} {what}; run "
         f"`python -m shared.store drop-incomplete --damaged {url}` and harvest again",
         key=key,
         shard=shard,
@@ -117,7 +129,7 @@ def read_token_rows(
     for number, slot in enumerate(slots):
         row = data[(slot - first) * row_bytes : (slot - first + 1) * row_bytes]
         if crc32c(row[:-CRC_BYTES]) != crc_from_bytes(row[-CRC_BYTES:]):
-            raise damaged(io.url, key, shard, f"row {slot} fails its checksum")
+            raise damaged(io.url, key, shard, f"fails its checksum in row {slot}")
         out[number] = np.frombuffer(row, dtype, count=seq_len)
 
 

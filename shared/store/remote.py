@@ -10,13 +10,15 @@ import logging
 import os
 import random
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol, TypeVar
 
 from shared.errors import GranaryError
 from shared.store.buffers import Buffer, byte_view
-from shared.store.objectio import ObjectMissingError
+from shared.store.checksum import crc32c
+from shared.store.objectio import ObjectMissingError, ObjectShortError
 
 logger = logging.getLogger(__name__)
 
@@ -25,6 +27,7 @@ T = TypeVar("T")
 RANGE_BYTES = 8 << 20  # one GET; smaller costs round trips, larger leaves connections idle
 RANGE_THREADS = 16
 PARALLEL_PUTS = 4  # objects in flight, each held in memory once
+SPARE_BYTES = 16 << 20  # of an object whose memory is kept for the next
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 10.0  # seconds
 PERMANENT = (FileNotFoundError, FileExistsError, PermissionError, EOFError, TypeError, ValueError, GranaryError)
 
@@ -59,20 +62,27 @@ class RemoteIO:
         self.client = client
         self.url = client.url
         self.retry_seconds = float(os.environ.get("GRANARY_RETRY_SECONDS", "300"))
+        self._spare: deque[bytearray] = deque(maxlen=PARALLEL_PUTS)  # fresh pages cost as much as the copy into them
         self._pool = ThreadPoolExecutor(RANGE_THREADS, thread_name_prefix="granary-range")
 
     def put(self, key: str, parts: Iterable[Buffer], *, replace: bool = False) -> bool:
         if not replace and self.size(key) is not None:
             return False
-        data = bytearray()
+        data = self._spare.pop() if self._spare else bytearray()
+        size = 0
         for part in parts:  # a part is valid only until the next one is asked for
-            data += byte_view(part)
+            view = byte_view(part)
+            data[size : size + len(view)] = view
+            size += len(view)
+        del data[size:]
         try:
             self._retry("write", key, lambda: self.client.put(key, data, replace=replace))
         except FileExistsError:
             return False
         except FileNotFoundError as error:
             raise GranaryError(f"cannot write {self.url}/{key}: no such bucket") from error
+        if size >= SPARE_BYTES:
+            self._spare.append(data)
         return True
 
     def get(self, key: str) -> bytes:
@@ -85,7 +95,7 @@ class RemoteIO:
             end = min(start + RANGE_BYTES, total)
             data = memoryview(self._fetch(key, offset + start, offset + end))
             if len(data) != end - start:
-                raise GranaryError(
+                raise ObjectShortError(
                     f"{key} is shorter than its commit record says: it ends at byte {offset + start + len(data)}"
                 )
             scatter(data, start, buffers)
@@ -96,6 +106,10 @@ class RemoteIO:
         else:
             for done in [self._pool.submit(read, start) for start in starts]:
                 done.result()
+
+    def read_checked(self, key: str, offset: int, buffers: Sequence[memoryview]) -> list[int]:
+        self.read_into(key, offset, buffers)
+        return [crc32c(buffer) for buffer in buffers]
 
     def size(self, key: str) -> int | None:
         try:
@@ -127,7 +141,9 @@ class RemoteIO:
         except FileNotFoundError as error:
             raise ObjectMissingError(f"{key} is missing from {self.url}") from error
         except EOFError as error:
-            raise GranaryError(f"{key} is shorter than its commit record says: it ends before byte {end}") from error
+            raise ObjectShortError(
+                f"{key} is shorter than its commit record says: it ends before byte {end}"
+            ) from error
 
     def _retry(self, verb: str, key: str, request: Callable[[], T]) -> T:
         deadline = time.monotonic() + self.retry_seconds

@@ -16,6 +16,8 @@ import numpy.typing as npt
 
 BLOCK_ROWS = 64  # 1 MiB of float32 at d_model 4096: stays in the core's own cache
 BINS_PER_OCTAVE = 16  # the norm histogram's bins are 4.4 % wide
+MASSIVE_RATIO = 10.0  # a dimension is called massive where its RMS is this many times the median dimension's
+PERCENTILES = (5, 50, 95, 99)
 
 
 @dataclass(slots=True, eq=False)
@@ -53,17 +55,22 @@ class NormFigures:
     """Sum of squared differences between the values offered to the store and those it holds."""
     histogram: Counter[int] = field(default_factory=Counter)
     """floor(16 log2 norm) to number of rows; rows of norm 0 under a bin below all others."""
+    by_position: dict[int, Counter[int]] = field(default_factory=dict)
+    """Position group to such a histogram. Group g > 0 has positions 2^(g-1) to 2^g - 1, group 0 has position 0."""
 
-    def add(self, squared_norms: npt.NDArray[np.float64]) -> None:
-        """Count rows with these squared norms."""
+    def add(self, squared_norms: npt.NDArray[np.float64], positions: npt.NDArray[np.int64] | None = None) -> None:
+        """Count rows with these squared norms, at these positions of their contexts where they are known."""
         norms = np.sqrt(squared_norms)
         self.count += len(norms)
         self.total += float(norms.sum())
         self.total_squared += float(squared_norms.sum())
         self.maximum = max(self.maximum, float(norms.max(initial=0.0)))
         bins = np.floor(BINS_PER_OCTAVE * np.log2(np.maximum(norms, 2.0**-150))).astype(np.int64)
-        values, counts = np.unique(bins, return_counts=True)
-        self.histogram.update(dict(zip(values.tolist(), counts.tolist(), strict=True)))
+        self.histogram.update(count_bins(bins))
+        if positions is not None:
+            groups = np.frexp(positions.astype(np.float64))[1]  # the number of bits
+            for group in np.unique(groups).tolist():
+                self.by_position.setdefault(group, Counter()).update(count_bins(bins[groups == group]))
 
     def merge(self, other: "NormFigures") -> None:
         """Add a second set of rows."""
@@ -73,6 +80,8 @@ class NormFigures:
         self.maximum = max(self.maximum, other.maximum)
         self.squared_error += other.squared_error
         self.histogram.update(other.histogram)
+        for group, histogram in other.by_position.items():
+            self.by_position.setdefault(group, Counter()).update(histogram)
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -81,25 +90,34 @@ class NormFigures:
             "total_squared": self.total_squared,
             "maximum": self.maximum,
             "squared_error": self.squared_error,
-            "histogram": [[bin_, count] for bin_, count in sorted(self.histogram.items())],
+            "histogram": sorted(map(list, self.histogram.items())),
+            "by_position": [[g, sorted(map(list, self.by_position[g].items()))] for g in sorted(self.by_position)],
         }
 
     @classmethod
     def from_json(cls, record: dict[str, Any]) -> Self:
-        return cls(**{**record, "histogram": Counter(dict(record["histogram"]))})
+        by_position = {group: Counter(dict(bins)) for group, bins in record.get("by_position", [])}
+        return cls(**{**record, "histogram": Counter(dict(record["histogram"])), "by_position": by_position})
 
     def quantile(self, q: float) -> float:
         """Norm below which a share `q` of the rows lies, to within half a histogram bin (2.2 %); nan without rows."""
-        if self.count == 0:
-            return math.nan
-        wanted = q * self.count
-        seen = 0
-        for bin_, count in sorted(self.histogram.items()):
-            if seen + count >= wanted:
-                inside = max(wanted - seen, 0.0) / count
-                return min(2.0 ** ((bin_ + inside) / BINS_PER_OCTAVE), self.maximum)
-            seen += count
-        return self.maximum
+        return min(histogram_quantile(self.histogram, q), self.maximum)
+
+
+def count_bins(bins: npt.NDArray[np.int64]) -> dict[int, int]:
+    """Bin to number of times it occurs."""
+    values, counts = np.unique(bins, return_counts=True)
+    return dict(zip(values.tolist(), counts.tolist(), strict=True))
+
+
+def histogram_quantile(histogram: Counter[int], q: float) -> float:
+    """Norm below which a share `q` of the rows lies, to within half a bin (2.2 %); nan without rows."""
+    wanted, seen = q * histogram.total(), 0
+    for bin_, count in sorted(histogram.items()):
+        if seen + count >= wanted:
+            return 2.0 ** ((bin_ + max(wanted - seen, 0.0) / count) / BINS_PER_OCTAVE)
+        seen += count
+    return math.nan
 
 
 @dataclass(slots=True, eq=False)
@@ -113,29 +131,61 @@ class RowStatistics:
     def empty(cls, d_model: int) -> Self:
         return cls(Moments.empty(d_model), NormFigures())
 
-    def add_block(self, x_ND: npt.NDArray[np.float32]) -> npt.NDArray[np.float64] | None:
-        """Add the moments of at most a block of rows and return their squared norms [N], for `norms.add`.
+    def add_block(
+        self, x_HNE: npt.NDArray[np.float32], chosen_N: npt.NDArray[np.bool_]
+    ) -> npt.NDArray[np.float64] | None:
+        """Add the moments of the chosen ones of at most a block of rows; returns their squared norms, for `norms.add`.
 
-        None, and nothing added, where a row is not finite. `x_ND` is overwritten.
+        The rows are dealt to H parts: part h holds dimensions h, h + H, h + 2 H ... (H is 1 for plain rows).
+        None, and nothing added, where a chosen row is not finite. `x_HNE` is overwritten.
         """
-        n = len(x_ND)
+        n = int(chosen_N.sum())
+        left_out = np.flatnonzero(~chosen_N)
+        x_HNE[:, left_out] = 0  # cheaper than a copy without them
         if n == 0:
             return np.empty(0)
-        squared = np.einsum("nd,nd->n", x_ND, x_ND).astype(np.float64)
+        squared = np.zeros(len(chosen_N))
+        with np.errstate(over="ignore", invalid="ignore"):  # looked at below
+            for x_NE in x_HNE:
+                squared += np.vecdot(x_NE, x_NE)
         if not np.isfinite(squared).all():
-            if not np.isfinite(x_ND).all():
+            if not np.isfinite(x_HNE).all():
                 return None
-            squared = np.einsum("nd,nd->n", x_ND, x_ND, dtype=np.float64)  # finite, but the square is not in float32
-        mean = x_ND.sum(axis=0) / np.float32(n)
-        np.subtract(x_ND, mean, out=x_ND)
-        m2 = np.einsum("nd,nd->d", x_ND, x_ND)
-        self.moments.merge(n, mean.astype(np.float64), m2.astype(np.float64))
-        return squared
+            squared = np.einsum("hne,hne->n", x_HNE, x_HNE, dtype=np.float64)  # the square is not in float32
+        mean_HE = x_HNE.sum(axis=1) / np.float32(n)
+        np.subtract(x_HNE, mean_HE[:, None], out=x_HNE)
+        x_HNE[:, left_out] = 0
+        m2_HE = np.stack([np.einsum("ne,ne->e", x_NE, x_NE) for x_NE in x_HNE])
+        self.moments.merge(n, in_order(mean_HE), in_order(m2_HE))
+        return squared[chosen_N]
 
     def merge(self, other: "RowStatistics") -> None:
         """Add a second set of rows."""
         self.moments.merge(other.moments.count, other.moments.mean, other.moments.m2)
         self.norms.merge(other.norms)
+
+
+def in_order(parts_HE: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
+    """[H, E] as dealt by `RowStatistics.add_block` back to [D]."""
+    return parts_HE.T.reshape(-1).astype(np.float64)
+
+
+@dataclass(frozen=True, slots=True)
+class PositionNorms:
+    """Norms of the rows at positions `first` to `last` of their contexts."""
+
+    first: int
+    last: int
+    count: int
+    percentiles: dict[int, float]
+    """Of `PERCENTILES`, to within 2.2 %."""
+
+    @classmethod
+    def from_histogram(cls, group: int, histogram: Counter[int]) -> Self:
+        first = 0 if group == 0 else 2 ** (group - 1)
+        last = 0 if group == 0 else 2**group - 1
+        percentiles = {percent: histogram_quantile(histogram, percent / 100) for percent in PERCENTILES}
+        return cls(first, last, histogram.total(), percentiles)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -155,6 +205,8 @@ class HookStatistics:
     max_norm: float
     relative_squared_error: float
     """What the storage type cost: squared error over total variance; 0 where values were stored as they came."""
+    norms_by_position: tuple[PositionNorms, ...] = ()
+    """Along the context, in groups that double in length; those without rows are left out."""
 
     @classmethod
     def from_rows(cls, rows: RowStatistics) -> Self:
@@ -169,7 +221,24 @@ class HookStatistics:
             median_norm=rows.norms.quantile(0.5),
             max_norm=rows.norms.maximum,
             relative_squared_error=rows.norms.squared_error / variance if variance > 0 else 0.0,
+            norms_by_position=tuple(
+                PositionNorms.from_histogram(group, histogram)
+                for group, histogram in sorted(rows.norms.by_position.items())
+            ),
         )
+
+    def massive_dimensions(self) -> list[tuple[int, float]]:
+        """Dimensions whose RMS is at least `MASSIVE_RATIO` times the median's, with that ratio, largest first.
+
+        LLaMA-like models have a few (Sun et al. 2024, "Massive Activations in Large Language Models").
+        """
+        rms_D = np.sqrt(self.mean**2 + self.var)
+        median = float(np.median(rms_D))
+        if median == 0:
+            return []
+        ratio_D = rms_D / median
+        largest = np.argsort(-ratio_D, kind="stable")[: int((ratio_D >= MASSIVE_RATIO).sum())]
+        return [(int(dimension), float(ratio_D[dimension])) for dimension in largest]
 
     def summary(self) -> dict[str, float]:
         """The scalars, as JSON."""

@@ -24,6 +24,7 @@ from shared.store.manifest import DamagedObjectError, ShardRecord, seal, unseal
 from shared.store.objectio import ObjectIO, open_io
 from shared.store.reader import TOKEN_TYPES, ContextReader, read_dtype_error, read_moments, read_token_rows
 from shared.store.statistics import HookStatistics, Moments, RowStatistics, merge_rows
+from shared.store.window import Window
 from shared.store.writer import ShardWriter
 
 Split = Literal["train", "heldout", "all"]
@@ -36,9 +37,11 @@ class Store:
     Readers trust commit records only. All methods may be called from several threads.
     """
 
-    def __init__(self, io: ObjectIO, extents: Sequence[Extent]) -> None:
+    def __init__(self, io: ObjectIO, extents: Sequence[Extent], window: Window | None) -> None:
         """Use `create` or `open`."""
         self.io = io
+        self.window = window
+        """Where the harvest may run ahead of training by a bounded number of bytes only; else None."""
         self.extents = tuple(extents)
         self._lock = threading.Lock()
         self._records: dict[int, ShardRecord] = {}
@@ -87,12 +90,20 @@ class Store:
     # Making one
 
     @classmethod
-    def create(cls, url: str | os.PathLike[str], plan: StorePlan, tokens: Any, mask: Any, segments: Any) -> Self:
+    def create(
+        cls,
+        url: str | os.PathLike[str],
+        plan: StorePlan,
+        tokens: Any,
+        mask: Any,
+        segments: Any,
+        window_bytes: int | None = None,
+    ) -> Self:
         """Make the store and write its tokens, or open the one that the same plan made before.
 
         `tokens`, `mask`, `segments` are [S, T] int32, bool, int32, and anything sliceable (a numpy memmap). A creation
-        that was killed half-way is completed. Raises GranaryError naming the fields where the URL holds a store of
-        another plan.
+        that was killed half-way is completed. `window_bytes` bounds how far the harvest may run ahead of training (see
+        shared.store.window). Raises GranaryError naming the fields where the URL holds a store of another plan.
         """
         io = open_io(url)
         key = layout.extent_key(0)
@@ -106,7 +117,9 @@ class Store:
             raise GranaryError(
                 f"{io.url} holds another harvest: {difference}; choose another store.url or the same settings"
             )
-        if io.size(layout.extent_tokens_key(0)) is None:
+        fresh = io.size(layout.extent_tokens_key(0)) is None
+        Window.settle(io, plan, window_bytes, fresh=fresh)
+        if fresh:
             write_extent(io, existing, tokens, mask, segments)
         store = cls.open(url)
         store.io.claim(exclusive=False)
@@ -122,6 +135,10 @@ class Store:
         are in `pending` until they are harvested.
         """
         store = cls.open(url)
+        if store.window is not None:
+            raise GranaryError(
+                f"{url} has store.window and cannot be extended: harvest the new tokens into another store"
+            )
         io = store.io
         difference = layout.describe_difference(layout.extension_identity(store.plan), layout.extension_identity(plan))
         if difference:
@@ -153,7 +170,7 @@ class Store:
         finished = [extent for extent in extents if io.size(layout.extent_tokens_key(extent.first_shard)) is not None]
         if extents[0] not in finished:
             raise GranaryError(f"the store at {io.url} has no tokens yet: run its harvest again to complete it")
-        return cls(io, finished)
+        return cls(io, finished, Window.find(io))
 
     def extent_of(self, shard: int) -> Extent:
         """The extent a shard belongs to; raises GranaryError for a shard that is not planned."""
@@ -250,15 +267,29 @@ class Store:
             self._records = {shard: self._records[shard] for shard in shards}
             return dict(self._records)
 
+    def passed_shards(self) -> frozenset[int]:
+        """Shards whose activations training has passed and deleted; empty without a window."""
+        if self.window is None:
+            return frozenset()
+        blocks = [self.window.plan.shards(block) for block in range(self.window.passed())]
+        return frozenset(shard for block in blocks for shard in block) - self.heldout_shards
+
+    def release(self, block: int) -> None:
+        """Training is done with a block of the window: delete its activations, and let the harvest go on."""
+        if self.window is None or self.window.is_freed(block):
+            return
+        shards = [shard for shard in self.window.plan.shards(block) if shard not in self.heldout_shards]
+        self.window.release(block, [self._record(shard) for shard in shards])
+
     def contexts(self, split: Split) -> npt.NDArray[np.int64]:
-        """Indices of committed contexts of a split, ascending."""
+        """Indices of committed contexts of a split, ascending; those that a window has deleted are in none."""
         if split not in ("train", "heldout", "all"):
             raise GranaryError(f"split {split!r} is not known: choose from train, heldout, all")
-        heldout = self.heldout_shards
+        heldout, passed = self.heldout_shards, self.passed_shards()
         chosen = [
             np.arange(record.first_context, record.first_context + record.num_contexts)
             for shard, record in self.committed().items()
-            if split == "all" or (shard in heldout) == (split == "heldout")
+            if shard not in passed and (split == "all" or (shard in heldout) == (split == "heldout"))
         ]
         return np.concatenate([np.empty(0, np.int64), *chosen])
 
@@ -301,7 +332,15 @@ class Store:
             out = torch.empty(shape, dtype=self.read_dtype)
         elif tuple(out.shape) != shape or out.dtype != self.read_dtype or not out.is_contiguous():
             raise read_dtype_error(hook, out, shape, self.read_dtype)
-        self._reader.read(hook, self._record(self.shard_of(int(context))), int(context), out, verify)
+        record = self._record(self.shard_of(int(context)))
+        try:
+            self._reader.read(hook, record, int(context), out, verify)
+        except DamagedObjectError as error:
+            if record.shard in self.passed_shards():
+                raise GranaryError(
+                    f"shard {record.shard} of {self.url} is gone: training has passed it and deleted it (store.window)"
+                ) from error
+            raise
         return out
 
     def statistics(self, hook: str, shards: Iterable[int] | None = None) -> HookStatistics:

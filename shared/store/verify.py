@@ -19,6 +19,7 @@ from shared.store.objectio import ObjectIO, open_io
 from shared.store.reader import TOKEN_TYPES
 from shared.store.shard import ArrayRecord
 from shared.store.store import Store
+from shared.store.window import Window, data_keys, is_window_key, object_check
 
 VERIFY_THREADS = 4
 _SHARD_OBJECT = re.compile(r"(?P<array>(?:statistics/)?layers/\d+/\w+)/c/(?P<shard>\d+)/0/0")
@@ -49,6 +50,8 @@ class VerifyReport:
     num_objects: int = 0
     num_bytes: int = 0
     num_shards: int = 0
+    passed: list[int] = field(default_factory=list)
+    """Shards whose activations training has passed and deleted (store.window)."""
 
     @property
     def intact(self) -> bool:
@@ -111,6 +114,7 @@ def _plan_checks(io: ObjectIO, sizes: dict[str, int], report: VerifyReport) -> t
     for key, text in documents.items():
         known.add(key)
         checks.append((-1, key, len(text), _bytes_check(io, key, text.encode())))
+    passed = _window_checks(io, sizes, extents, report, checks, known)
     planned = {shard: extent for extent in extents for shard in range(extent.first_shard, extent.end_shard)}
     report.num_shards = len(planned)
     for shard in sorted(planned):
@@ -129,6 +133,11 @@ def _plan_checks(io: ObjectIO, sizes: dict[str, int], report: VerifyReport) -> t
             report.problems.append(Problem(shard, key, "belongs to another store or shard"))
         slots = plan.shard_contexts * plan.chunks_per_context
         for path, array in record.arrays.items():
+            if shard in passed and array.key in data_keys(record):
+                if array.key in sizes:
+                    report.leftovers.append(array.key)
+                known.add(array.key)
+                continue
             known.add(array.key)
             in_shards = None if path.startswith("statistics/") else slots
             checks.append((shard, array.key, array.num_bytes, _array_check(io, array, in_shards)))
@@ -136,6 +145,26 @@ def _plan_checks(io: ObjectIO, sizes: dict[str, int], report: VerifyReport) -> t
     if layout.COMPLETE in sizes:
         checks.append((-1, layout.COMPLETE, sizes[layout.COMPLETE], _complete_check(io, report)))
     return checks, known
+
+
+def _window_checks(
+    io: ObjectIO,
+    sizes: dict[str, int],
+    extents: list[Extent],
+    report: VerifyReport,
+    checks: list[Check],
+    known: set[str],
+) -> set[int]:
+    """Check what lies under ``window/``; returns the shards whose activations need not be there."""
+    keys = [key for key in sizes if is_window_key(key)]
+    known.update(keys)
+    bad = {key: wrong for key in keys if (wrong := object_check(key, io.get(key))) is not None}
+    report.problems += [Problem(-1, key, wrong) for key, wrong in bad.items()]
+    if bad or not extents or (window := Window.find(io)) is None:
+        return set()
+    blocks = [window.plan.shards(block) for block in range(window.passed())]
+    report.passed = sorted({shard for block in blocks for shard in block} - extents[0].heldout)
+    return set(report.passed)
 
 
 def _token_checks(io: ObjectIO, extent: Extent, report: VerifyReport, known: set[str]) -> Iterator[Check]:
@@ -230,6 +259,10 @@ def drop_incomplete(url: str, report: VerifyReport | None = None) -> list[str]:
         for key in sizes
         if (match := _SHARD_OBJECT.fullmatch(key)) and layout.manifest_key(int(match["shard"])) not in committed
     ]
+    if any(is_window_key(key) for key in sizes):
+        store = Store.open(url)
+        records = store.committed()
+        orphans += [key for shard in store.passed_shards() for key in data_keys(records[shard]) if key in sizes]
     leftovers = io.leftovers()
     _delete(io, orphans + leftovers)
     return [key for key in dict.fromkeys(doomed + orphans + leftovers) if key in sizes or key in leftovers]

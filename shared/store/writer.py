@@ -1,14 +1,17 @@
 """One shard: activations in, objects and a commit record out.
 
-Shapes: T positions, D = d_model. A context at a time is converted, checked for NaN, measured and checksummed by a few
-threads while the calling thread writes the one before. Memory beyond the caller's tensors is bounded by `LOOKAHEAD` + 2
-contexts, and is a few MB where the tensors already have the stored dtype and no codec is chosen.
+Shapes: T positions, D = d_model. Rows that have the stored dtype and no codec are written as they are while a thread
+checks them for NaN and measures them; nothing is published before that is done. Others are converted, measured and
+checksummed a context at a time by a few threads while the calling thread writes the one before. Memory beyond the
+caller's tensors is bounded by `LOOKAHEAD` + 2 contexts, and is a few MB where rows are written as they are.
 """
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -72,6 +75,8 @@ class ShardWriter:
         self.kind = storage_type(plan.dtype)
         self._spare: deque[torch.Tensor] = deque(maxlen=LOOKAHEAD + 1)
         self.pool = ThreadPoolExecutor(ENCODE_THREADS, thread_name_prefix="granary-encode")
+        # One thread: numpy's short calls gain nothing from two, which would only take the interpreter from each other.
+        self.measurer = ThreadPoolExecutor(1, thread_name_prefix="granary-measure")
         self.slots = plan.shard_contexts * plan.chunks_per_context
 
     def write(
@@ -133,7 +138,7 @@ class ShardWriter:
         main = ObjectDraft(layout.object_key(layout.array_path(hook), shard, 3), self.slots)
         scales: list[EncodedChunk] = []
 
-        def parts() -> Iterator[Buffer]:
+        def prepared_parts() -> Iterator[Buffer]:
             for prepared in self._prepared(hook, first_context, mask, tensor):
                 statistics.merge(prepared.statistics)
                 scales.extend(prepared.scale_chunks)
@@ -143,7 +148,17 @@ class ShardWriter:
                     self._spare.append(prepared.buffer)
             yield main.index()
 
-        arrays[layout.array_path(hook)] = self._put(main, parts())
+        def parts_as_they_are() -> Iterator[Buffer]:
+            with self._measured(hook, first_context, mask, tensor) as measured:
+                for context_TD in tensor:
+                    for chunk in encode_chunks(bits_of(context_TD), self.plan.chunk_rows, "none"):
+                        yield from main.add(chunk)
+                for future in measured:
+                    statistics.merge(future.result())
+            yield main.index()
+
+        as_it_is = tensor.dtype == self.kind.storage and self.plan.codec == "none" and tensor.is_contiguous()
+        arrays[layout.array_path(hook)] = self._put(main, parts_as_they_are() if as_it_is else prepared_parts())
         if self.plan.dtype == "int8":
             draft = ObjectDraft(layout.object_key(layout.scale_path(hook), shard, 3), self.slots)
             scale_parts = [part for chunk in scales for part in draft.add(chunk)]
@@ -186,11 +201,59 @@ class ShardWriter:
             while running:
                 yield running.popleft().result()
         finally:
-            for future in running:  # after an error: no thread may still look at the caller's memory
-                future.cancel()
-            for future in running:
-                if not future.cancelled():
-                    future.exception()
+            drain(running)
+
+    @contextmanager
+    def _measured(
+        self, hook: str, first_context: int, mask: npt.NDArray[np.bool_], tensor: torch.Tensor
+    ) -> Iterator[list[Future[RowStatistics]]]:
+        """The statistics of every context, computed on one thread while the caller writes the rows as they are."""
+        running = [
+            self.measurer.submit(self._measure, hook, first_context + number, tensor[number], mask[number])
+            for number in range(len(mask))
+        ]
+        try:
+            yield running
+        finally:
+            drain(running)
+
+    def _measure(self, hook: str, context: int, source: torch.Tensor, mask: npt.NDArray[np.bool_]) -> RowStatistics:
+        """Figures of one context [T, D] that has the stored dtype already, over `mask` [T]."""
+        T, D = source.shape
+        statistics = RowStatistics.empty(D)
+        squared_norms: list[npt.NDArray[np.float64]] = []
+        scratch = torch.empty(BLOCK_ROWS, D)
+        for start in range(0, T, BLOCK_ROWS):
+            block = slice(start, min(start + BLOCK_ROWS, T))
+            chosen = mask[block]
+            if source.dtype == torch.bfloat16 and D % 2 == 0:
+                values_HNE = widen_halves(bits_of(source)[block], scratch.numpy())
+            else:
+                convert(source[block], scratch[: len(chosen)])
+                values_HNE = scratch[: len(chosen)].numpy()[None]
+            squared_norms.append(self._add(statistics, values_HNE, source[block], chosen, hook, context, start))
+        statistics.norms.add(np.concatenate(squared_norms), np.flatnonzero(mask))
+        return statistics
+
+    def _add(
+        self,
+        statistics: RowStatistics,
+        values_HNE: npt.NDArray[np.float32],
+        source_ND: torch.Tensor,
+        chosen_N: npt.NDArray[np.bool_],
+        hook: str,
+        context: int,
+        start: int,
+    ) -> npt.NDArray[np.float64]:
+        """`RowStatistics.add_block`; raises GranaryError where a chosen row is not finite, as offered or as stored."""
+        squared = statistics.add_block(values_HNE, chosen_N)
+        if squared is None:
+            self._require_finite(source_ND, chosen_N, hook, context, start)
+            raise GranaryError(
+                f"{hook}: context {context} has a value that does not fit {self.plan.dtype}: "
+                "use store.dtype=bfloat16 or float32"
+            )
+        return squared
 
     def _prepare(self, hook: str, context: int, source: torch.Tensor, mask: npt.NDArray[np.bool_]) -> PreparedContext:
         """Convert one context [T, D] to the stored dtype, measure it over `mask` [T], cut it into chunks."""
@@ -219,15 +282,9 @@ class ShardWriter:
                 convert(stored_TD[block], values_ND)
             if converted:
                 statistics.norms.squared_error += _squared_error(offered_ND, values_ND, chosen, scratch[1])
-            squared = statistics.add_block(values_ND.numpy() if chosen.all() else values_ND.numpy()[chosen])
-            if squared is None:
-                self._require_finite(source[block], chosen, hook, context, start)
-                raise GranaryError(
-                    f"{hook}: context {context} has a value that does not fit {self.plan.dtype}: "
-                    "use store.dtype=bfloat16 or float32"
-                )
-            squared_norms.append(squared)
-        statistics.norms.add(np.concatenate(squared_norms))
+            values_1ND = values_ND.numpy()[None]
+            squared_norms.append(self._add(statistics, values_1ND, source[block], chosen, hook, context, start))
+        statistics.norms.add(np.concatenate(squared_norms), np.flatnonzero(mask))
         chunks = encode_chunks(bits_of(stored_TD), self.plan.chunk_rows, self.plan.codec)
         scale_chunks = []
         if scale_TG is not None:
@@ -252,6 +309,27 @@ class ShardWriter:
                 f"{hook}: context {context}, position {position} is NaN or infinite: the model overflows in its dtype; "
                 "try model.dtype=bfloat16 or float32"
             )
+
+
+def drain(running: Iterable[Future[Any]]) -> None:
+    """After an error: no thread may still look at the caller's memory."""
+    for future in running:
+        future.cancel()
+    for future in running:
+        if not future.cancelled():
+            future.exception()
+
+
+def widen_halves(bits_ND: npt.NDArray[np.uint16], scratch: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """Contiguous bfloat16 bits as float32 [2, N, D/2]: even dimensions, odd dimensions, in the memory of `scratch`.
+
+    A float32 whose low half is zero is a bfloat16, so a shift and a mask over pairs convert at memory speed.
+    """
+    pairs = bits_ND.view("<u4")
+    halves = scratch.reshape(-1)[: bits_ND.size].view(np.uint32).reshape(2, *pairs.shape)
+    np.left_shift(pairs, 16, out=halves[0])
+    np.bitwise_and(pairs, np.uint32(0xFFFF0000), out=halves[1])
+    return halves.view(np.float32)
 
 
 def _squared_error(

@@ -52,7 +52,8 @@ class Replicated:
 
     def optimiser(self, sae: SAE, kind: str, lr: float, **options: Any) -> SAEOptimiser:
         """The optimiser of what is held here; `options` are those of its class in OPTIMISERS."""
-        return OPTIMISERS[kind](sae, lr, **options)
+        single = self.world.size == 1  # then nobody else has to see the gradients
+        return OPTIMISERS[kind](sae, lr, pair_gradients=single, **options)
 
     # One step
 

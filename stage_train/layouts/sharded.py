@@ -13,6 +13,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from torch.distributed.tensor import DTensor, Shard
 
 from shared.errors import GranaryError
+from shared.kernels import PairGradients
 from shared.parallel import World, all_reduce_sum
 from shared.sae import SAE, SAELosses
 from shared.sae.optim import SAEMuon, SAEOptimiser
@@ -25,6 +26,7 @@ class LocalRows:
 
     def __init__(self, sae: SAE) -> None:
         self.kernels, self.config = sae.kernels, sae.config
+        self.pair_gradients: PairGradients | None = None
         self.sharded = {name: parameter for name, parameter in sae.named_parameters() if isinstance(parameter, DTensor)}
         self.rows = {name: parameter.to_local().detach() for name, parameter in self.sharded.items()}
 

@@ -44,12 +44,30 @@ class Source:
     """Times each token is read per epoch: 2 is twice, 0.5 is a random half of the contexts, another in each epoch."""
 
 
+class Blocks(Protocol):
+    """A single store that is read once, block after block, while its harvest still runs."""
+
+    @property
+    def firsts(self) -> NDArray[np.int64]:
+        """First context of every block, then the end of the last."""
+
+    def ready(self, block: int) -> bool:
+        """Whether a block can be read now."""
+
+    def wait(self, block: int) -> None:
+        """Until it can."""
+
+
 class TrainingData:
     """The trainable tokens of one or several stores."""
 
-    def __init__(self, sources: Sequence[Source]) -> None:
-        """Reads all masks. Raises GranaryError when the stores disagree on their length or hold nothing to train on."""
+    def __init__(self, sources: Sequence[Source], blocks: Blocks | None = None) -> None:
+        """Reads all masks. Raises GranaryError when the stores disagree on their length or hold nothing to train on.
+
+        With `blocks`, what is called an epoch is one of them, and there are no more epochs than blocks.
+        """
         self.sources = list(sources)
+        self.blocks = blocks
         lengths = {source.store.seq_len for source in self.sources}
         if len(lengths) != 1:
             raise GranaryError(f"the stores have different context lengths {sorted(lengths)}: train on one length")
@@ -100,8 +118,12 @@ class TrainingData:
     def rows_of_epoch(self, seed: int, epoch: int) -> NDArray[np.int64]:
         """The rows an epoch reads, sorted: a row once per whole unit of its store's weight.
 
-        Contexts without a trainable token are left out, so that every lane has something to give.
+        Contexts without a trainable token are left out, so that every lane has something to give. With blocks, the
+        rows of block number `epoch`; none beyond the last.
         """
+        if self.blocks is not None:
+            first, last = (self._block_row(block) for block in (epoch, epoch + 1))
+            return first + np.flatnonzero(self.counts[first:last])
         chosen = []
         for index, source in enumerate(self.sources):
             rows = np.arange(self._first_row[index], self._first_row[index + 1])
@@ -112,6 +134,20 @@ class TrainingData:
                 order = random_order(len(rows), Purpose.SUBSET, seed, epoch, index)
                 chosen.append(rows[order[: round(part * len(rows))]])
         return np.sort(np.concatenate(chosen)) if chosen else np.empty(0, np.int64)
+
+    def _block_row(self, block: int) -> int:
+        assert self.blocks is not None
+        firsts = self.blocks.firsts
+        return int(np.searchsorted(self.sources[0].contexts, firsts[min(block, len(firsts) - 1)]))
+
+    @property
+    def num_blocks(self) -> int | None:
+        """Epochs there are; None where the data can be read again and again."""
+        return None if self.blocks is None else len(self.blocks.firsts) - 1
+
+    def fewest_contexts(self, seed: int) -> int:
+        """Contexts that every epoch reads at least."""
+        return min(len(self.rows_of_epoch(seed, epoch)) for epoch in range(self.num_blocks or 1))
 
 
 def _packed_mask(source: Source) -> NDArray[np.uint8]:

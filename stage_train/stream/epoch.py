@@ -67,10 +67,20 @@ class Lane:
 class EpochPlan:
     """The order of one epoch over the given contexts."""
 
-    def __init__(self, counts: NDArray[np.int64], contexts: NDArray[np.int64], order: StreamOrder, epoch: int) -> None:
-        """`counts` int64 [C]: trainable tokens of every context; `contexts`: rows of it that this epoch reads."""
+    def __init__(
+        self,
+        counts: NDArray[np.int64],
+        contexts: NDArray[np.int64],
+        order: StreamOrder,
+        epoch: int,
+        num_lanes: int | None = None,
+    ) -> None:
+        """`counts` int64 [C]: trainable tokens of every context; `contexts`: rows of it that this epoch reads.
+
+        `num_lanes` where epochs differ in length and must have equally many; else what the contexts allow.
+        """
         self.order, self.epoch = order, epoch
-        self.num_lanes = effective_lanes(order.lanes, len(contexts))
+        self.num_lanes = effective_lanes(order.lanes, len(contexts)) if num_lanes is None else num_lanes
         self._counts = counts
         self._contexts = contexts
         self.num_tokens = int(counts[contexts].sum())

@@ -24,15 +24,26 @@ def stream_length(
 ) -> StreamLength:
     """The fewest whole batches that hold `tokens` tokens, or `epochs` passes over the data.
 
-    Raises GranaryError unless exactly one of the two is given and positive.
+    Raises GranaryError unless exactly one of the two is given and positive, and for more than data in blocks hold.
     """
     if (tokens is None) == (epochs is None):
         raise GranaryError("give one of schedule.tokens and schedule.epochs, and set the other to null")
     asked = tokens if tokens is not None else epochs
     if asked is None or asked <= 0:
         raise GranaryError(f"schedule.{'epochs' if tokens is None else 'tokens'}={asked}: it must be above 0")
+    if data.num_blocks is not None:
+        if epochs is not None:
+            tokens, epochs = round(epochs * data.num_tokens), None
+        assert tokens is not None
+        if tokens > data.num_tokens:
+            raise GranaryError(
+                f"the store has store.window and can be read once: {tokens:,} tokens are asked for, it has "
+                f"{data.num_tokens:,}: lower schedule.tokens, or set schedule.epochs=1 and schedule.tokens=null"
+            )
     steps = seen = epoch = 0
     while True:
+        if data.num_blocks == epoch:  # drop_last left out a few
+            return StreamLength(steps, seen, (epoch, 0))
         plan = EpochPlan(data.counts, data.rows_of_epoch(order.seed, epoch), order, epoch)
         given = min(plan.num_batches * order.batch_size, plan.num_tokens)
         if not plan.num_batches:

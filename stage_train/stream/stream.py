@@ -8,6 +8,7 @@ Shape letters: N rows of this rank's batch, D d_model.
 """
 
 import heapq
+import logging
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping
@@ -21,10 +22,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from shared.errors import GranaryError
+from shared.store import DamagedObjectError
 from stage_train.stream.data import TrainingData
 from stage_train.stream.epoch import EpochPlan, StreamOrder
 from stage_train.stream.permutation import effective_lanes
 from stage_train.stream.pool import ContextPool
+
+log = logging.getLogger(__name__)
+
+DAMAGED = -1  # in a group's index: the place of a token that cannot be read and is left out
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,9 +43,9 @@ class Batch:
     index: int
     """Number of the batch within its epoch."""
     num_tokens: int
-    """Rows of the global batch, all ranks together."""
+    """Rows of the global batch, all ranks together, those included that `skip_damaged` left out."""
     most_rows: int
-    """Rows of the rank that has most."""
+    """Rows of the rank that has most, likewise."""
 
 
 @dataclass(slots=True)
@@ -53,6 +59,8 @@ class _Group:
     slots: list[int] = field(default_factory=list)
     reads: "list[Future[None]]" = field(default_factory=list)
     index: Tensor | None = None
+    whole: bool = True
+    """False where some of `index` is DAMAGED."""
 
 
 class TokenStream:
@@ -71,16 +79,20 @@ class TokenStream:
         io_threads: int = 4,
         prefetch_bytes: int = 1 << 30,
         pool_device: torch.device | str | None = None,
+        skip_damaged: bool = False,
     ) -> None:
         """`hooks` maps each hook to (d_model, dtype the store reads).
+
+        `skip_damaged` leaves out the tokens of contexts that raise DamagedObjectError, instead of raising it. Every
+        other token stays in its batch, so order and state are those of the undamaged store.
 
         `prefetch_bytes` is what may be read ahead, beside the lanes * mix_contexts contexts that are being mixed
         (shared out among the ranks). Raises GranaryError when the lanes do not divide among `world` ranks.
         """
         self.data, self.order = data, order
         self._plans: dict[int, EpochPlan] = {}
-        contexts = len(data.rows_of_epoch(order.seed, 0))
-        lanes = effective_lanes(order.lanes, contexts)
+        contexts = data.fewest_contexts(order.seed)
+        lanes = self.num_lanes = effective_lanes(order.lanes, contexts)
         if lanes % world:
             halved = f" (halved from {order.lanes} for {contexts} contexts)" if lanes != order.lanes else ""
             raise GranaryError(
@@ -89,7 +101,8 @@ class TokenStream:
         share = lanes // world
         self.own_lanes = range(rank * share, (rank + 1) * share)
         context_bytes = sum(data.seq_len * width * dtype.itemsize for width, dtype in hooks.values())
-        mixing = share * min(order.mix_contexts, -(-contexts // lanes))
+        most = contexts if data.blocks is None else int(np.diff(data.blocks.firsts).max())
+        mixing = share * min(order.mix_contexts, -(-most // lanes))
         slots = mixing + min(prefetch_bytes // (context_bytes * world), mixing)
         self._device = torch.device(device)
         self._pool = ContextPool(
@@ -99,11 +112,16 @@ class TokenStream:
         self._buffers: dict[tuple[str, str], Tensor] = {}
         self.wait_seconds = 0.0
         """Time spent waiting for reads since the stream was made."""
+        self.skipped_tokens = 0
+        """Tokens that this rank has left out of the batches handed out since the stream was made."""
+        self.skips_damaged = skip_damaged
+        self._reported: set[str] = set()
         self._stop: tuple[int, int] | None = None
         self._epoch = self._batch = 0
         self._offsets: list[int] = []
         self._queues: dict[int, deque[_Group]] = {lane: deque() for lane in self.own_lanes}
         self._schedule: Iterator[tuple[EpochPlan, int, int, int]] | None = None
+        self._scheduled = 0  # the last epoch that the schedule has come to
         self._filling: _Group | None = None
 
     @property
@@ -122,7 +140,7 @@ class TokenStream:
             for old in [e for e in self._plans if e < self._epoch]:
                 del self._plans[old]
             rows = self.data.rows_of_epoch(self.order.seed, epoch)
-            self._plans[epoch] = EpochPlan(self.data.counts, rows, self.order, epoch)
+            self._plans[epoch] = EpochPlan(self.data.counts, rows, self.order, epoch, self.num_lanes)
         return self._plans[epoch]
 
     def state_dict(self) -> dict[str, Any]:
@@ -155,10 +173,11 @@ class TokenStream:
         """The next batch. Raises GranaryError naming the shard when a read fails."""
         if self._batch >= self.plan(self._epoch).num_batches:
             self._next_epoch()
-        if self._stop is not None and (self._epoch, self._batch) >= self._stop:
+        if (self._stop is not None and (self._epoch, self._batch) >= self._stop) or self._epoch == self.data.num_blocks:
             raise StopIteration
         plan = self.plan(self._epoch)
         if self._schedule is None:
+            self._wait_for_block()
             self._offsets = plan.offsets_at(self._batch)
             self._schedule = self._groups_in_need_order(self._epoch, self._batch)
             self._read_ahead()
@@ -172,6 +191,13 @@ class TokenStream:
         self._batch += 1
         return batch
 
+    def _wait_for_block(self) -> None:
+        """Until the harvest has made what comes next."""
+        if self.data.blocks is not None:
+            begin = time.perf_counter()
+            self.data.blocks.wait(self._epoch)
+            self.wait_seconds += time.perf_counter() - begin
+
     def _next_epoch(self) -> None:
         if not self.plan(self._epoch).num_batches:
             raise GranaryError(
@@ -181,7 +207,12 @@ class TokenStream:
         self._epoch, self._batch = self._epoch + 1, 0
         if self._schedule is None:
             return
+        if self._epoch == self.data.num_blocks or (self._stop is not None and (self._epoch, 0) >= self._stop):
+            return
         self._offsets = self.plan(self._epoch).offsets_at(0)
+        if self._scheduled < self._epoch:  # reading ahead ended where the harvest was
+            self._wait_for_block()
+            self._schedule = self._groups_in_need_order(self._epoch, 0)
         for queue in self._queues.values():
             while queue and queue[0].epoch < self._epoch:  # what drop_last left over
                 self._pool.release(queue.popleft().slots)
@@ -202,8 +233,15 @@ class TokenStream:
         """(plan, lane, group, tokens to skip) in exactly the order in which __next__ will ask for them.
 
         That order is what makes a fixed number of slots enough: whatever holds a slot is needed before what waits.
+        Ends before a block that the harvest has not finished.
         """
+        first = epoch
         while True:
+            if epoch == self.data.num_blocks:
+                return
+            if self.data.blocks is not None and epoch > first and not self.data.blocks.ready(epoch):
+                return
+            self._scheduled = epoch
             plan = self.plan(epoch)
             if not plan.num_batches:
                 return
@@ -249,7 +287,10 @@ class TokenStream:
                 self._filling = None
 
     def _collect(self, needs: Mapping[int, int]) -> dict[str, Tensor]:
-        """Gather the next tokens of this rank's lanes, lane by lane: float [N, D] for every hook."""
+        """Gather the next tokens of this rank's lanes, lane by lane: float [N, D] for every hook.
+
+        N is less than the sum of the needs where damaged tokens are skipped.
+        """
         out = {hook: self._buffer("out", hook, sum(needs.values())) for hook in self._pool.rows_SxT_D}
         pieces: list[Tensor] = []
         spent: list[int] = []
@@ -264,25 +305,45 @@ class TokenStream:
                     self._await(group)
                 assert group.index is not None
                 taken = group.index[group.used : group.used + need]
-                pieces.append(taken)
                 need -= len(taken)
                 group.used += len(taken)
+                if not group.whole:
+                    kept = taken[taken != DAMAGED]
+                    self.skipped_tokens += len(taken) - len(kept)
+                    taken = kept
+                pieces.append(taken)
                 if group.used == len(group.index):
                     spent += group.slots
                     queue.popleft()
-        self._flush(pieces, spent, out, done)
-        return out
+        done = self._flush(pieces, spent, out, done)
+        return {hook: rows_N_D[:done] for hook, rows_N_D in out.items()}
 
     def _await(self, group: _Group) -> None:
         """Wait until a group's contexts are in memory, then fix the order of its tokens."""
         begin = time.perf_counter()
-        for read in group.reads:
-            read.result()
+        read = [self._is_read(read) for read in group.reads]
         order = group.order.result()
         self.wait_seconds += time.perf_counter() - begin
         length = self.data.seq_len
-        rows = [slot * length + self.data.positions(row) for slot, row in zip(group.slots, group.rows, strict=True)]
+        rows = [
+            slot * length + positions if intact else np.full(len(positions), DAMAGED)
+            for slot, positions, intact in zip(group.slots, map(self.data.positions, group.rows), read, strict=True)
+        ]
+        group.whole = all(read)
         group.index = torch.from_numpy(np.concatenate(rows)[order])
+
+    def _is_read(self, read: "Future[None]") -> bool:
+        """Wait for a read; False where it met damage that is to be skipped, which is logged once per object."""
+        try:
+            read.result()
+        except DamagedObjectError as error:
+            if not self.skips_damaged:
+                raise
+            if error.key not in self._reported:
+                self._reported.add(error.key)
+                log.warning("skipping what cannot be read: %s", error)
+            return False
+        return True
 
     def _flush(self, pieces: list[Tensor], spent: list[int], out: Mapping[str, Tensor], done: int) -> int:
         """Gather the collected pieces into `out` from row `done` on, free their slots, and read ahead into those."""

@@ -54,6 +54,6 @@ def kernels(request, monkeypatch):
             monkeypatch.setattr(encode, "BLOCK_COLUMNS", 32)
             monkeypatch.setattr(threshold, "BLOCK_COLUMNS", 32)
             monkeypatch.setattr(encode, "SMALLEST_TILE", 48)
-            monkeypatch.setattr(encode, "WORKSPACE_BYTES", 0)
+            monkeypatch.setattr(encode, "WORKSPACE_MB", 0)
             monkeypatch.setattr(grad, "SUM_BLOCK_P", 8)
     return request.param

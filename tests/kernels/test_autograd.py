@@ -6,13 +6,14 @@ import torch
 from shared.kernels import PairOrder, attach_encoder, encode_topk, sparse_decode
 
 NAMES = ("x", "b_pre", "W_enc", "b_enc", "W_dec")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def make_problem(n, d, num_latents, bias, dtype=torch.float64):
     rng = torch.Generator().manual_seed(1)
 
     def random(*shape):
-        return torch.randn(*shape, generator=rng, dtype=dtype)
+        return torch.randn(*shape, generator=rng, dtype=dtype).to(DEVICE)
 
     tensors = {
         "x": random(n, d),

@@ -20,7 +20,8 @@ def test_kernels_compile_for_sm_80_and_sm_90():
     result = compile_check("--d-model", "768", "--k", "64", "--types", "bf16")
     lines = result.stdout.splitlines()
     assert result.returncode == 0, result.stdout + result.stderr
-    for kernel in ("select", "unpack", "count", "emit", "decode", "dot_picks", "row_grad", "latent_sum", "row_update"):
+    kernels = ("select", "unpack", "count", "emit", "decode", "dot_picks", "row_grad", "latent_sum", "row_update")
+    for kernel in (*kernels, "pair_norm", "pair_update"):
         for architecture in ("sm_80", "sm_90"):
             assert any(line.startswith(f"{architecture} {kernel}") and "cubin" in line for line in lines), kernel
 

@@ -164,7 +164,7 @@ def test_gradients_from_the_pairs(rng, op, argument):
         values, indices = op(x, W, b, argument, kernels="torch")
     z = x @ W.T + b
     kept = torch.zeros_like(z).scatter_add(1, indices.clamp_min(0), (indices >= 0).double())
-    weights = torch.randn(z.shape, generator=rng, dtype=torch.float64)
+    weights = torch.randn(z.shape, generator=rng, dtype=torch.float64).to(DEVICE)
     expected = torch.autograd.grad((z * kept * weights).sum(), (x, W, b))
     z_NM = attach_encoder(x, None, W, b, values, indices, PairOrder(indices, 30), kernels="torch")
     picked_weights = weights.gather(1, indices.clamp_min(0)) * (indices >= 0)

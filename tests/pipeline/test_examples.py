@@ -4,6 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import matplotlib.image
+
 from shared.lm import load_config
 from shared.sae import SAE, SAEConfig
 
@@ -19,4 +21,16 @@ def test_steer(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "unchanged" in done.stdout
     assert "set to" in done.stdout
-    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    picture = matplotlib.image.imread(tmp_path / "a.png")
+    assert picture.shape[0] > 600
+    assert picture.shape[1] > 1200
+    assert 0.02 < picture[..., :3].std() < 0.5  # neither empty nor noise
+
+
+def test_steer_says_what_is_wrong(tmp_path: Path) -> None:
+    command = [sys.executable, "examples/steer.py", str(tmp_path / "nothing")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=REPOSITORY)
+    assert done.returncode == 2
+    wrong = f"error: there is no SAE folder {tmp_path / 'nothing'}: train one, or give a hub id owner/name"
+    assert done.stderr.splitlines()[-1] == wrong
+    assert "Traceback" not in done.stderr

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import signal
+import socket
 import subprocess
 import sys
 import time
@@ -9,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -100,6 +103,98 @@ def test_a_rank_that_fails_ends_the_job(harvester: Harvester) -> None:
     assert f"error (rank 1): layers.1.resid_post: context {context}, position {position} is NaN" in lines[0]
     assert [path.name for path in manifest.glob("*")] in ([], ["00000000.json"])
     assert time.monotonic() - start < 250
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("layout", "victim"), [("dp", 1), ("dp", 0), ("tp", 1), ("tp", 0)])
+def test_a_rank_that_is_killed_ends_the_job_and_the_rerun_finishes(
+    harvester: Harvester, layout: str, victim: int
+) -> None:
+    changes = {"store__shard_contexts": 1, "batch_contexts": 1}
+    if not (harvester.root / "undisturbed").exists():
+        harvester.harvest("undisturbed", **changes)
+    store = f"{layout}{victim}"
+    if layout == "tp":
+        changes["tensor_parallel"] = 2
+    command = [sys.executable, "-m", "stage_harvest", *harvester.arguments(store, nproc=2, **changes)]
+    log = harvester.root / f"{store}.log"
+    with log.open("w") as stream:
+        process = subprocess.Popen(command, env=ENVIRONMENT, stderr=stream, cwd=harvester.root)
+    manifest = harvester.root / store / "manifest"
+    deadline = time.monotonic() + 120
+    while not (manifest.is_dir() and any(manifest.glob("*.json"))) and time.monotonic() < deadline:
+        time.sleep(0.001)
+    ranks = {
+        int(child.environ()["RANK"]): child
+        for child in psutil.Process(process.pid).children(recursive=True)
+        if "stage_harvest" in child.cmdline() and "RANK" in child.environ()
+    }
+    assert sorted(ranks) == [0, 1]
+    start = time.monotonic()
+    ranks[victim].kill()
+    assert process.wait(timeout=100) == 128 + signal.SIGKILL
+    assert time.monotonic() - start < 60
+    assert psutil.wait_procs(list(ranks.values()), timeout=5)[1] == []
+    text = log.read_text()
+    lines = [line for line in text.replace("\r", "\n").splitlines() if line.startswith("error")]
+    assert lines == [
+        f"error: rank {victim} was killed by SIGKILL (for lack of memory?); run the same command again to continue"
+    ]
+    assert "Traceback" not in text
+    whole = Store.open(harvester.root / "undisturbed")
+    assert 0 < len(Store.open(harvester.root / store).committed()) < whole.num_shards
+    rerun = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, cwd=harvester.root, timeout=300)
+    assert rerun.returncode == 0, rerun.stderr
+    if layout == "dp":
+        same_files(harvester.root / "undisturbed", harvester.root / store)
+    again = Store.open(harvester.root / store)
+    assert again.complete
+    for context in range(whole.num_contexts):
+        wanted, got = (s.read_context("layers.1.resid_post", context) for s in (whole, again))
+        assert (got - wanted).norm() < TOLERANCE["float32"] * wanted.norm()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("survivor", [0, 1])
+def test_a_machine_that_dies_ends_the_job_on_the_others(harvester: Harvester, survivor: int) -> None:
+    """Two launchers as two machines; one is killed with all that runs on it."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    changes = {"store__shard_contexts": 1, "batch_contexts": 1, "corpus__files": harvester.root / "more.txt"}
+    (harvester.root / "more.txt").write_text("\n---\n".join(harvester.documents * 200))
+    store = f"machines{survivor}"
+    rendezvous = ["--nnodes=2", "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}", "--rdzv-id=granary"]
+    launch = [sys.executable, "-m", "shared.parallel.launch", *rendezvous, "--nproc-per-node=1", "-m", "stage_harvest"]
+    machines = []
+    for number in range(2):
+        log = (harvester.root / f"machine{number}.log").open("w")
+        with log:
+            command = [*launch, *harvester.arguments(store, **changes)]
+            machines.append(subprocess.Popen(command, env=ENVIRONMENT, stderr=log, cwd=harvester.root))
+    manifest = harvester.root / store / "manifest"
+    deadline = time.monotonic() + 120
+    while not (manifest.is_dir() and any(manifest.glob("*.json"))) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    rank_of = {}
+    for number, machine in enumerate(machines):
+        (rank,) = [c for c in psutil.Process(machine.pid).children() if "RANK" in c.environ()]
+        rank_of[int(rank.environ()["RANK"])] = (number, rank)
+    dead, _ = rank_of[1 - survivor]
+    start = time.monotonic()
+    for child in psutil.Process(machines[dead].pid).children(recursive=True):
+        child.kill()
+    machines[dead].kill()
+    machines[dead].wait()
+    alive, _ = rank_of[survivor]
+    assert machines[alive].wait(timeout=100) != 0
+    assert time.monotonic() - start < 60
+    text = (harvester.root / f"machine{alive}.log").read_text()
+    lines = [line for line in text.replace("\r", "\n").splitlines() if line.startswith("error")]
+    assert len(lines) == 1, text
+    assert "its machine may be gone; run the same command again to continue" in lines[0]
+    assert "Traceback" not in text
+    assert len(Store.open(harvester.root / store).committed()) < Store.open(harvester.root / store).num_shards
 
 
 def test_a_division_that_leaves_ranks_over_is_one_line(harvester: Harvester) -> None:

@@ -18,7 +18,7 @@ from stage_eval.breakdown import frequency_groups, position_groups
 from stage_eval.compare import compare, render_comparison
 from stage_eval.plots import evaluation_plots
 from stage_eval.report import render
-from stage_eval.sweep_plots import pareto_front
+from stage_eval.sweep_plots import apart, lines, pareto_front
 from stage_eval.theme import to_png, to_svg
 
 HOSTILE = '<script>alert("x")</script> & <b>"bold"</b>'
@@ -140,6 +140,19 @@ def example(k: int = 16, expansion: int = 8, name: str = "demo/sae", **changes: 
             "total_variance": 190.0,
             "variance_in_largest": 0.31,
             "relative_squared_error": 0.0,
+            "massive_dimensions": [{"dimension": 31, "rms_ratio": 120.0}, {"dimension": 62, "rms_ratio": 14.2}],
+            "store_norm_by_position": [
+                {
+                    "first": 2 ** (i - 1),
+                    "last": 2**i - 1,
+                    "tokens": 9_000,
+                    "p5": 9.0,
+                    "p50": 13.0,
+                    "p95": 19.0,
+                    "p99": 25.0,
+                }
+                for i in range(1, 13)
+            ],
             "norm_by_position": {
                 "edges": positions.edges.tolist(),
                 "tokens": [9_000] * positions.num_bins,
@@ -225,16 +238,31 @@ def test_everything_from_data_is_escaped() -> None:
 
 
 def test_identifiers_are_unique_on_a_page() -> None:
-    identifiers = re.findall(r'\bid="([^"]+)"', render(example()))
-    assert identifiers
-    assert len(identifiers) == len(set(identifiers))
+    two_hooks = [example(), example(name="other")]
+    two_hooks[1]["sae"]["hook"] = "layers.1.resid_post"
+    for page in (render(example()), sweep_page(), render_comparison(compare(two_hooks, ["a", "b"]))):
+        identifiers = re.findall(r'\bid="([^"]+)"', page)
+        assert identifiers
+        assert len(identifiers) == len(set(identifiers))
+
+
+def test_a_sweep_page_has_what_the_sweep_is_about() -> None:
+    page = sweep_page()
+    headings = ("Quality against sparsity", "All SAEs", "Latents", "The activations of layers.2.resid_post")
+    assert all(f"<h2>{heading}</h2>" in page for heading in (*headings, "Where it comes from", "Details"))
+    titles = ("FVU against sparsity", "Loss recovered against sparsity", "Firing frequencies", "Decoder directions")
+    assert all(f"<h3>{title}</h3>" in page for title in titles)
+    assert "they differ in d_latent, k" in page
+    assert page.count("ab" * 32) == 6  # the hash of every checkpoint
+    assert "ffffffffffffffff" in page  # and of the store
 
 
 def test_what_was_not_measured_is_left_out() -> None:
     missing = dict.fromkeys(("ce_clean", "ce_spliced", "ce_zero", "ce_mean", "loss_recovered", "kl"))
     report = example(downstream=None, training=None, **missing)
+    report["activations"]["store_norm_by_position"] = []
     names = {plot.name for plot in evaluation_plots(report)}
-    assert not names & {"cross_entropy", "loss_by_position", "training"}
+    assert not names & {"cross_entropy", "loss_by_position", "training", "store_norm_by_position"}
     assert "What the model loses" not in render(report)
     assert "Least FVU" in render_comparison(compare([report, report], ["a", "b"]))
 
@@ -257,6 +285,21 @@ def test_a_pareto_front_by_hand() -> None:
     expected = [(8, 0.2), (16, 0.1), (64, 0.05)]
     assert [(row["l0"], row["fvu"]) for row in pareto_front(rows, "fvu", larger_is_better=False)] == expected
     assert [(row["l0"], row["fvu"]) for row in pareto_front(rows, "recovered", larger_is_better=True)] == expected
+
+
+def test_ticks_do_not_run_into_one_another() -> None:
+    assert apart([8, 16, 32]) == [8, 16, 32]
+    assert apart([30, 32, 50, 326, 356]) == [30, 50, 326]
+    assert apart([0, 4]) == [0, 4]
+
+
+def test_every_activation_has_its_line() -> None:
+    reports = [example(name=name) for name in ("topk", "batchtopk", "matryoshka")]
+    for report, activation in zip(reports, ("topk", "batchtopk", "batchtopk"), strict=True):
+        report["sae"]["config"]["activation"] = activation
+    reports[2]["sae"]["config"]["prefixes"] = [16, 1024]
+    rows = compare(reports, [None] * 3)["rows"]
+    assert sorted(lines(rows)) == ["batchtopk x8", "matryoshka x8", "topk x8"]
 
 
 # In a frame of the width of a phone, the page reports how it was laid out and what was requested for it.
@@ -314,7 +357,7 @@ def test_chromium_draws_it_on_a_phone(tmp_path: Path, kind: str) -> None:
     done = chromium(tmp_path / "profile", "--dump-dom", (tmp_path / "probe.html").as_uri())
     found = json.loads(html.unescape(re.search(r'<pre id="out">(.*?)</pre>', done.stdout, re.DOTALL)[1]))
     assert found["title"] == ("demo/sae" if kind == "one" else "Sweep comparison")
-    assert found["figures"] == 11
+    assert found["figures"] == 12
     assert found["smallest"] > 100
     assert found["letters"] >= 8
     assert found["overflow"] <= 0
@@ -322,15 +365,25 @@ def test_chromium_draws_it_on_a_phone(tmp_path: Path, kind: str) -> None:
     assert found["requests"] == []
 
 
-def test_chromium_draws_it_light_and_dark(tmp_path: Path) -> None:
-    (tmp_path / "page.html").write_text(render(example()))
+FRAME = """<!doctype html><meta name="color-scheme" content="light dark"><title>frame</title>
+<style>body {{ margin: 0 }}</style>
+<iframe src="page.html" style="width:{width}px;height:{height}px;border:0;display:block"></iframe>"""
+
+
+@pytest.mark.parametrize("width", [1200, 390])
+@pytest.mark.parametrize("kind", ["one", "sweep"])
+def test_chromium_draws_it_light_and_dark(tmp_path: Path, kind: str, width: int) -> None:
+    """Real screenshots, on a desk and on a phone; a window can't be narrower than 500 px, hence the frame."""
+    height = 1600
+    (tmp_path / "page.html").write_text(render(example()) if kind == "one" else sweep_page())
+    (tmp_path / "frame.html").write_text(FRAME.format(width=width, height=height))
     pages = {}
     for name in ("light", "dark"):
-        shot = tmp_path / f"{name}.png"
-        size = ("--window-size=1200,1600", f"--screenshot={shot}")
-        chromium(tmp_path / name, *size, (tmp_path / "page.html").as_uri(), dark=name == "dark")
-        pages[name] = matplotlib.image.imread(shot)[..., :3]
-    assert pages["light"].shape[:2] == (1600, 1200)
+        shot = tmp_path / f"{kind}-{width}-{name}.png"
+        size = (f"--window-size={max(width, 600)},{height}", f"--screenshot={shot}")
+        chromium(tmp_path / name, *size, (tmp_path / "frame.html").as_uri(), dark=name == "dark")
+        pages[name] = matplotlib.image.imread(shot)[:, :width, :3]
+    assert pages["light"].shape[:2] == (height, width)
     assert pages["light"].mean() > 0.8
     assert pages["dark"].mean() < 0.25
     for picture in pages.values():

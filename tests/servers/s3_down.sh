@@ -7,7 +7,7 @@ for name in client.rgw osd.0 mon.a; do
   [ -f "$file" ] || continue
   pid=$(cat "$file")
   # only if that number still is a Ceph daemon of this folder
-  if tr '\0' ' ' <"/proc/$pid/cmdline" 2>/dev/null | grep -qF "$DIR/ceph.conf"; then
+  if [ -d "/proc/$pid" ] && tr "\0" " " <"/proc/$pid/cmdline" 2>/dev/null | grep -qF "$DIR/ceph.conf"; then
     kill "$pid" 2>/dev/null
     for _ in $(seq 50); do [ -d "/proc/$pid" ] || break; sleep 0.1; done
     kill -9 "$pid" 2>/dev/null

@@ -1,6 +1,7 @@
 """Loading: the trunk is the whole model's beginning and nothing more; identities; and what is refused."""
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -87,6 +88,30 @@ def test_dtype_and_attention(folder: Path, tmp_path: Path) -> None:
     config = Gemma2Config(**HEADS)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     assert load_trunk(str(tmp_path), num_layers=1).config._attn_implementation == "eager"  # softcapping
+
+
+@pytest.mark.parametrize(("scheme", "tolerance"), [("torchao_int8", 0.02), ("bnb_int8", 0.05), ("bnb_nf4", 0.3)])
+@pytest.mark.filterwarnings("ignore")  # of those packages' own
+def test_quantised_weights(tmp_path: Path, scheme: str, tolerance: float) -> None:
+    pytest.importorskip("torchao" if scheme.startswith("torchao") else "bitsandbytes")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=50, hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=2
+    )
+    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    wanted = load_trunk(str(tmp_path), "bfloat16", num_layers=1)(IDS).last_hidden_state.float()
+    trunk = load_trunk(str(tmp_path), "bfloat16", num_layers=1, quantisation=scheme)
+    got = trunk(IDS).last_hidden_state.float()
+    assert 0 < (got - wanted).norm() < tolerance * wanted.norm()
+
+
+def test_a_quantisation_that_cannot_be_had(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(GranaryError, match=r"model\.quantisation=int3: choose from bnb_int8, bnb_nf4, torchao_int8"):
+        load_trunk(str(folder), num_layers=1, quantisation="int3")
+    for package, scheme in (("bitsandbytes", "bnb_nf4"), ("torchao.quantization", "torchao_int8")):
+        monkeypatch.setitem(sys.modules, package, None)
+        with pytest.raises(GranaryError, match=f"model.quantisation={scheme} needs {package.split('.')[0]}: pip"):
+            load_trunk(str(folder), num_layers=1, quantisation=scheme)
 
 
 def test_missing_weights_are_named(folder: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -69,7 +70,9 @@ def test_forward_has_opensae_losses() -> None:
     dead[::3] = True
     output = sae(x, dead, return_losses=True)
     torch.testing.assert_close(output.reconstruction_loss, fvu(sae, x, output.sae_output))
-    assert output.multi_topk_loss < output.reconstruction_loss
+    wider = SAE(replace(config, k=4 * 3, multi_topk_weight=0.0))
+    wider.load_state_dict(sae.state_dict())
+    torch.testing.assert_close(output.multi_topk_loss, fvu(sae, x, wider(x).sae_output))
     total = output.reconstruction_loss + output.multi_topk_loss / 8 + config.auxk_alpha * output.auxk_loss
     torch.testing.assert_close(output.loss.detach(), total)
     assert output.l1_loss is None

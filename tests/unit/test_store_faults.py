@@ -54,7 +54,14 @@ def test_an_untouched_store_is_intact(folder):
     assert report.problems == report.missing == report.uncommitted == report.foreign == report.leftovers == []
 
 
-def test_a_flipped_bit_in_any_object_is_found_and_named(folder):
+@pytest.mark.parametrize(("dtype", "codec"), [("bfloat16", "none"), ("int8", "lz4")])
+def test_a_flipped_bit_in_any_object_is_found_and_named(tmp_path, dtype, codec):
+    folder = tmp_path / "store"
+    plan = synthetic_plan(seq_len=32, d_model=20, dtype=dtype, codec=codec, hooks=dict.fromkeys([HOOK], 20))
+    synthetic_store(folder, plan)
+    kinds = {str(path.relative_to(folder)).split("/c/")[0] for path in folder.rglob("*") if path.is_file()}
+    assert {"tokens", "mask", "segments", "layers/2/resid_post", "zarr.json", "_COMPLETE.json"} <= kinds
+    assert ("layers/2/resid_post_scale" in kinds) == (dtype == "int8")
     chooser = random.Random(0)
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         original = path.read_bytes()

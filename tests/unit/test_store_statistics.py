@@ -6,7 +6,7 @@ import torch
 
 from shared.errors import GranaryError
 from shared.store import Store
-from shared.store.statistics import Moments, NormFigures, RowStatistics
+from shared.store.statistics import HookStatistics, Moments, NormFigures, RowStatistics
 from shared.store.synthetic import synthetic_context, synthetic_plan, synthetic_shard, synthetic_store, synthetic_tokens
 
 HOOK = "layers.2.resid_post"
@@ -34,6 +34,36 @@ def test_they_equal_brute_force_over_the_trainable_positions_of_training_shards(
     assert figures.rms_norm == pytest.approx(np.sqrt((norms**2).mean()), rel=loose)
     assert figures.max_norm == pytest.approx(norms.max(), rel=4e-3)
     assert figures.median_norm == pytest.approx(np.median(norms), rel=0.023)
+
+
+def test_norms_by_position_equal_brute_force(tmp_path):
+    store = synthetic_store(tmp_path, synthetic_plan(seq_len=300, chunk_tokens=100, dtype="float32"))
+    contexts = store.contexts("train").tolist()
+    norms = torch.stack([store.read_context(HOOK, c) for c in contexts]).double().norm(dim=2).numpy()
+    mask = store.mask(contexts)
+    groups = store.statistics(HOOK).norms_by_position
+    assert [group.first for group in groups] == [0, *(2**g for g in range(9))][-len(groups) :]
+    for group in groups:
+        span = slice(group.first, group.last + 1)
+        chosen = norms[:, span][mask[:, span]]
+        assert group.count == len(chosen)
+        for percent, value in group.percentiles.items():
+            # the value that has this share of the rows below it, a histogram's bin of 4.4 % away at most
+            assert np.quantile(chosen, percent / 100, method="inverted_cdf") == pytest.approx(value, rel=0.045)
+    assert sum(group.count for group in groups) == store.statistics(HOOK).count
+
+
+def test_massive_dimensions_are_those_planted():
+    x_ND = np.random.default_rng(0).standard_normal((64, 40)).astype(np.float32)
+    x_ND[:, 7] *= 50
+    x_ND[:, 3] += 1000  # a constant counts: it is as large
+    norms = NormFigures()
+    norms.add((x_ND.astype(np.float64) ** 2).sum(1))
+    moments = Moments(64, x_ND.mean(0), 64 * x_ND.var(0))
+    found = HookStatistics.from_rows(RowStatistics(moments, norms)).massive_dimensions()
+    assert [dimension for dimension, _ in found] == [3, 7]
+    assert found[0][1] == pytest.approx(1000, rel=0.2)
+    assert found[1][1] == pytest.approx(50, rel=0.3)
 
 
 @pytest.mark.parametrize(("dtype", "codec"), [("bfloat16", "none"), ("int8", "lz4"), ("float32", "none")])
@@ -67,7 +97,10 @@ def test_variance_survives_a_large_mean():
     x_ND = x_ND.astype(np.float32)
     rows = RowStatistics.empty(4)
     for start in range(0, 1000, 128):
-        assert rows.add_block(x_ND[start : start + 128].copy()) is not None
+        assert (
+            rows.add_block(x_ND[None, start : start + 128].copy(), np.ones(len(x_ND[start : start + 128]), bool))
+            is not None
+        )
     np.testing.assert_allclose(rows.moments.m2 / 1000, x_ND.astype(np.float64).var(axis=0), rtol=2e-3)
 
 
@@ -94,7 +127,7 @@ def test_quantiles_of_norms_are_within_a_bin():
 
 
 def test_norms_whose_square_overflows_float32_are_still_counted():
-    squared = RowStatistics.empty(2).add_block(np.array([[3e25, 4e25]], np.float32))
+    squared = RowStatistics.empty(2).add_block(np.array([[[3e25, 4e25]]], np.float32), np.ones(1, bool))
     np.testing.assert_allclose(np.sqrt(squared), 5e25, rtol=1e-6)
 
 

@@ -4,6 +4,8 @@ import torch
 import triton
 import triton.language as tl
 
+from shared.kernels.tuning import tuned
+
 MAX_BLOCK_D = 1024
 BLOCK_K = 8
 
@@ -37,19 +39,26 @@ def _dot_picks(grad_ptr, indices_ptr, W_ptr, out_ptr, K, D, BLOCK_K: tl.constexp
     tl.store(out_ptr + row * K + picks, total, mask=picks < K)
 
 
-def block_d(d_model: int) -> int:
-    """Columns of one program."""
-    return min(MAX_BLOCK_D, triton.next_power_of_2(d_model))
+def decode_config(d_model: int) -> dict[str, int]:
+    """Columns and warps of one program of ``_decode``."""
+    block = min(MAX_BLOCK_D, triton.next_power_of_2(d_model))
+    return tuned("decode", d_model, {"BLOCK_D": block, "num_warps": 4})
+
+
+def dot_config(d_model: int) -> dict[str, int]:
+    """Picks, columns per turn and warps of one program of ``_dot_picks``."""
+    block = min(MAX_BLOCK_D, triton.next_power_of_2(d_model))
+    return tuned("dot_picks", d_model, {"BLOCK_D": block, "BLOCK_K": BLOCK_K, "num_warps": 4})
 
 
 def decode(values_NK: torch.Tensor, indices_NK: torch.Tensor, W_FD: torch.Tensor) -> torch.Tensor:
     """See ``shared.kernels.decode.decode``. The result is float32 whatever the inputs' type."""
     (num_rows, num_picks), d_model = indices_NK.shape, W_FD.shape[1]
     out_ND = torch.empty(num_rows, d_model, dtype=torch.float32, device=W_FD.device)
-    block = block_d(d_model)
+    config = decode_config(d_model)
     if num_rows:
-        _decode[(num_rows, triton.cdiv(d_model, block))](
-            values_NK.contiguous(), indices_NK.contiguous(), W_FD, out_ND, num_picks, d_model, BLOCK_D=block
+        _decode[(num_rows, triton.cdiv(d_model, config["BLOCK_D"]))](
+            values_NK.contiguous(), indices_NK.contiguous(), W_FD, out_ND, num_picks, d_model, **config
         )
     return out_ND
 
@@ -58,9 +67,9 @@ def dot_picks(grad_ND: torch.Tensor, indices_NK: torch.Tensor, W_FD: torch.Tenso
     """See ``shared.kernels.decode.dot_picks``. The result is float32 whatever the inputs' type."""
     (num_rows, num_picks), d_model = indices_NK.shape, W_FD.shape[1]
     out_NK = torch.empty(num_rows, num_picks, dtype=torch.float32, device=W_FD.device)
+    config = dot_config(d_model)
     if num_rows:
-        _dot_picks[(num_rows, triton.cdiv(num_picks, BLOCK_K))](
-            grad_ND.contiguous(), indices_NK.contiguous(), W_FD, out_NK, num_picks, d_model,
-            BLOCK_K=BLOCK_K, BLOCK_D=block_d(d_model),
-        )  # fmt: skip
+        _dot_picks[(num_rows, triton.cdiv(num_picks, config["BLOCK_K"]))](
+            grad_ND.contiguous(), indices_NK.contiguous(), W_FD, out_NK, num_picks, d_model, **config
+        )
     return out_NK

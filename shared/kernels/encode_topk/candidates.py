@@ -6,14 +6,20 @@ Shapes: N rows, D d_model, F latents, P pairs.
 from collections.abc import Iterator
 
 import torch
+import torch.nn.functional as F
 
 # Elements of one tile of pre-activations. Large enough for the matrix product to run at full speed, small enough that
 # the tile is still in the last-level cache when the selection reads it.
 TILE_ELEMENTS = 1 << 22
 
+_ONEDNN_LINEAR = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+_ONEDNN_DTYPES = [torch.float32]
+if _ONEDNN_LINEAR and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    _ONEDNN_DTYPES.append(torch.bfloat16)
+
 
 class RowTiles:
-    """Iterates over (rows, z_tile): a slice of rows and their ``x W^T + b`` [rows, F], overwritten by the next one.
+    """Iterates over (rows, z_tile): a slice of rows and their ``x W^T + b`` [rows, F].
 
     With compute_dtype bfloat16 the product runs in bfloat16 and `nominates` is true: z_tile is good to about
     ``margin``, so it may name candidates but not decide between them.
@@ -27,10 +33,17 @@ class RowTiles:
     def __iter__(self) -> Iterator[tuple[slice, torch.Tensor]]:
         num_rows, num_latents = self._x_ND.shape[0], self._W_FD.shape[0]
         tile_rows = max(1, TILE_ELEMENTS // num_latents)
-        tile = self._x_ND.new_empty(min(tile_rows, num_rows), num_latents)
         for start in range(0, num_rows, tile_rows):
             rows = slice(start, min(start + tile_rows, num_rows))
-            yield rows, torch.addmm(self._b_F, self._x_ND[rows], self._W_FD.T, out=tile[: rows.stop - start])
+            yield rows, _linear(self._x_ND[rows], self._W_FD, self._b_F)
+
+
+def _linear(x_ND: torch.Tensor, W_FD: torch.Tensor, b_F: torch.Tensor) -> torch.Tensor:
+    """``x W^T + b``; by oneDNN where it can, which is 1.5 times as fast as MKL's product on tiles of this shape."""
+    if _ONEDNN_LINEAR and x_ND.dtype in _ONEDNN_DTYPES and x_ND.shape[0] and not x_ND.is_cuda:
+        z_NF: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x_ND.contiguous(), W_FD, b_F, "none", [], "")
+        return z_NF
+    return F.linear(x_ND, W_FD, b_F)
 
 
 def margin(x_ND: torch.Tensor, W_FD: torch.Tensor) -> torch.Tensor:

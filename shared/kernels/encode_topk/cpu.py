@@ -18,7 +18,8 @@ def encode_topk(
     values_NK = x_ND.new_empty(x_ND.shape[0], num_kept)
     indices_NK = torch.empty(x_ND.shape[0], num_kept, dtype=torch.int64, device=x_ND.device)
     for rows, z_tile in tiles:
-        values_NK[rows], indices_NK[rows] = select_topk(z_tile, num_kept)
+        select = _topk_by_groups if tiles.nominates else select_topk  # candidates may tie as they like
+        values_NK[rows], indices_NK[rows] = select(z_tile, num_kept)
     if tiles.nominates:
         candidates_NC = indices_NK.sort(dim=1).values  # index order, so that equal values stay in it
         z_NC = dot_picks(x_ND, candidates_NC, W_FD).add_(b_F[candidates_NC])

@@ -16,8 +16,10 @@ import torch
 import triton
 import triton.language as tl
 
-# Bytes of the workspace for one tile of pre-activations.
-WORKSPACE_BYTES = 1 << 28
+from shared.kernels.tuning import tuned
+
+# Size of the workspace for one tile of pre-activations: about a GPU's L2, where the selection then finds it.
+WORKSPACE_MB = 64
 BLOCK_COLUMNS = 1024
 SMALLEST_TILE = 1024
 RANK_BLOCK = 16
@@ -116,9 +118,14 @@ def _unpack(
     tl.store(indices_ptr + row * k + rank, indices, mask=slots < k)
 
 
-def capacity_for(k: int) -> int:
+def config_for(d_model: int) -> dict[str, int]:
+    """Size of the workspace, and columns of one step of ``_select``."""
+    return tuned("encode_topk", d_model, {"WORKSPACE_MB": WORKSPACE_MB, "BLOCK": BLOCK_COLUMNS})
+
+
+def capacity_for(k: int, block: int) -> int:
     """Slots of a row's candidate buffer: k survivors and one block of newcomers, a power of two."""
-    capacity: int = triton.next_power_of_2(k + BLOCK_COLUMNS)
+    capacity: int = triton.next_power_of_2(k + block)
     return capacity
 
 
@@ -132,7 +139,8 @@ def encode_topk(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See ``shared.kernels.encode_topk.encode_topk``. Values are float32 whatever the inputs' type."""
     num_rows, device = x_ND.shape[0], x_ND.device
-    capacity = capacity_for(k)
+    block = config_for(x_ND.shape[1])["BLOCK"]
+    capacity = capacity_for(k, block)
     options = {"CAPACITY": capacity, "num_warps": num_warps_for(capacity)}
     keys = torch.empty(num_rows, capacity, dtype=torch.int64, device=device)
     count = torch.zeros(num_rows, dtype=torch.int32, device=device)
@@ -142,7 +150,7 @@ def encode_topk(
     for columns, z_NC in column_tiles(x_ND, W_FD, compute_dtype):
         width = z_NC.shape[1]
         _select[(num_rows,)](
-            z_NC, b_F[columns], keys, count, bar, width, columns.start, width, k, BLOCK=BLOCK_COLUMNS, **options
+            z_NC, b_F[columns], keys, count, bar, width, columns.start, width, k, BLOCK=block, **options
         )
     if num_rows:
         _unpack[(num_rows,)](
@@ -161,7 +169,8 @@ def column_tiles(x_ND: torch.Tensor, W_FD: torch.Tensor, compute_dtype: str) -> 
         return
     dtype = torch.bfloat16 if compute_dtype == "bfloat16" else x_ND.dtype
     x_ND = x_ND.to(dtype)
-    tile = min(num_latents, max(SMALLEST_TILE, WORKSPACE_BYTES // (4 * num_rows) // 128 * 128))
+    workspace_bytes = config_for(x_ND.shape[1])["WORKSPACE_MB"] << 20
+    tile = min(num_latents, max(SMALLEST_TILE, workspace_bytes // (4 * num_rows) // 128 * 128))
     workspace = torch.empty(num_rows * tile, dtype=torch.float32, device=x_ND.device)
     for start in range(0, num_latents, tile):
         columns = slice(start, min(start + tile, num_latents))

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from shared.kernels.pairs import SortedPairs
+from shared.kernels.tuning import tuned
 
 MAX_BLOCK_D = 512
 BLOCK_P = 8
@@ -16,11 +17,19 @@ SUM_BLOCK_P = 128
 
 
 @triton.jit
-def _row_grad(
-    coefficients_ptr, order_ptr, offsets_ptr, rows_ptr, out_ptr, K, D, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr
+def sum_pairs(
+    coefficients_ptr,
+    order_ptr,
+    offsets_ptr,
+    rows_ptr,
+    latent,
+    columns,
+    K,
+    D,
+    BLOCK_P: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):
-    latent = tl.program_id(0).to(tl.int64)
-    columns = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    """Columns of one latent's gradient: the weighted sum of its pairs' rows, in pair order."""
     inside = columns < D
     first = tl.load(offsets_ptr + latent)
     last = tl.load(offsets_ptr + latent + 1)
@@ -33,7 +42,17 @@ def _row_grad(
         both = present[:, None] & inside[None, :]
         rows = tl.load(rows_ptr + (order // K)[:, None] * D + columns[None, :], mask=both, other=0.0)
         total += tl.sum(coefficients[:, None] * rows.to(tl.float32), axis=0)
-    tl.store(out_ptr + latent * D + columns, total, mask=inside)
+    return total
+
+
+@triton.jit
+def _row_grad(
+    coefficients_ptr, order_ptr, offsets_ptr, rows_ptr, out_ptr, K, D, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    latent = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    total = sum_pairs(coefficients_ptr, order_ptr, offsets_ptr, rows_ptr, latent, columns, K, D, BLOCK_P, BLOCK_D)
+    tl.store(out_ptr + latent * D + columns, total, mask=columns < D)
 
 
 @triton.jit
@@ -49,19 +68,20 @@ def _latent_sum(coefficients_ptr, order_ptr, offsets_ptr, out_ptr, BLOCK_P: tl.c
     tl.store(out_ptr + latent, tl.sum(total))
 
 
-def block_d(d_model: int) -> int:
-    """Columns of one program."""
-    return min(MAX_BLOCK_D, triton.next_power_of_2(d_model))
+def config_for(d_model: int) -> dict[str, int]:
+    """Block sizes and warps of ``_row_grad``."""
+    block = min(MAX_BLOCK_D, triton.next_power_of_2(d_model))
+    return tuned("row_grad", d_model, {"BLOCK_P": BLOCK_P, "BLOCK_D": block, "num_warps": 4})
 
 
 def row_grad(coefficients_NK: torch.Tensor, pairs: SortedPairs, rows_ND: torch.Tensor) -> torch.Tensor:
     """See ``shared.kernels.row_grad.row_grad``. The result is float32 whatever the inputs' type."""
     num_latents, d_model = pairs.offsets_F.numel() - 1, rows_ND.shape[1]
     out_FD = torch.empty(num_latents, d_model, dtype=torch.float32, device=rows_ND.device)
-    block = block_d(d_model)
-    _row_grad[(num_latents, triton.cdiv(d_model, block))](
+    config = config_for(d_model)
+    _row_grad[(num_latents, triton.cdiv(d_model, config["BLOCK_D"]))](
         coefficients_NK.contiguous(), pairs.order_P, pairs.offsets_F, rows_ND.contiguous(), out_FD,
-        coefficients_NK.shape[1], d_model, BLOCK_P=BLOCK_P, BLOCK_D=block,
+        coefficients_NK.shape[1], d_model, **config,
     )  # fmt: skip
     return out_FD
 

@@ -9,6 +9,36 @@ FLAT_BLOCK = 1024
 
 
 @triton.jit
+def adam_row(
+    weight_ptr,
+    grad,
+    first_ptr,
+    second_ptr,
+    at,
+    inside,
+    lr,
+    beta1,
+    beta2,
+    eps,
+    correction1,
+    correction2,
+    UNIT_ROWS: tl.constexpr,
+):
+    """Project the clipped gradient, Adam, renormalise, for the elements at offsets `at`."""
+    weight = tl.load(weight_ptr + at, mask=inside, other=0.0)
+    if UNIT_ROWS:
+        grad -= tl.sum(grad * weight) * weight
+    first = beta1 * tl.load(first_ptr + at, mask=inside, other=0.0).to(tl.float32) + (1 - beta1) * grad
+    second = beta2 * tl.load(second_ptr + at, mask=inside, other=0.0).to(tl.float32) + (1 - beta2) * grad * grad
+    weight -= lr * (first / correction1) / (tl.sqrt(second / correction2) + eps)
+    if UNIT_ROWS:
+        weight /= tl.sqrt(tl.sum(weight * weight))
+    tl.store(first_ptr + at, first, mask=inside)
+    tl.store(second_ptr + at, second, mask=inside)
+    tl.store(weight_ptr + at, weight, mask=inside)
+
+
+@triton.jit
 def _row_update(
     weight_ptr,
     grad_ptr,
@@ -28,18 +58,10 @@ def _row_update(
     columns = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     inside = columns < D
     at = tl.program_id(0).to(tl.int64) * D + columns
-    weight = tl.load(weight_ptr + at, mask=inside, other=0.0)
     grad = tl.load(grad_ptr + at, mask=inside, other=0.0) * tl.load(clip_ptr)
-    if UNIT_ROWS:
-        grad -= tl.sum(grad * weight) * weight
-    first = beta1 * tl.load(first_ptr + at, mask=inside, other=0.0).to(tl.float32) + (1 - beta1) * grad
-    second = beta2 * tl.load(second_ptr + at, mask=inside, other=0.0).to(tl.float32) + (1 - beta2) * grad * grad
-    weight -= lr * (first / correction1) / (tl.sqrt(second / correction2) + eps)
-    if UNIT_ROWS:
-        weight /= tl.sqrt(tl.sum(weight * weight))
-    tl.store(first_ptr + at, first, mask=inside)
-    tl.store(second_ptr + at, second, mask=inside)
-    tl.store(weight_ptr + at, weight, mask=inside)
+    adam_row(
+        weight_ptr, grad, first_ptr, second_ptr, at, inside, lr, beta1, beta2, eps, correction1, correction2, UNIT_ROWS
+    )
 
 
 def block_d(d_model: int, unit_rows: bool) -> int:

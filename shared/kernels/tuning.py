@@ -1,0 +1,71 @@
+"""Block sizes that were measured to be best on this GPU; the launchers' own choice where nothing was measured.
+
+``make bench-gpu`` measures and writes the file. Nothing is tuned while training: block sizes decide the order of sums,
+and a run must give the same bits twice.
+"""
+
+import contextlib
+import functools
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+FOLDER = Path(os.environ.get("GRANARY_TUNING", Path.home() / ".cache" / "granary"))
+
+_on_trial: dict[str, dict[str, int]] = {}
+
+
+def tuning_file(gpu: str) -> Path:
+    """Where the measured choices for a GPU model are kept."""
+    return FOLDER / f"kernels-{gpu.replace(' ', '-').replace('/', '-')}.json"
+
+
+def tuned(kernel: str, d_model: int, default: dict[str, int]) -> dict[str, int]:
+    """The measured choice for `kernel` at this width, else `default`; both map constexpr and launch options."""
+    name = key(kernel, d_model)
+    if name in _on_trial:
+        return default | _on_trial[name]
+    if not torch.cuda.is_available():
+        return default
+    return default | _table(torch.cuda.get_device_name()).get(name, {})
+
+
+@contextlib.contextmanager
+def trial(choices: dict[str, dict[str, int]]) -> Iterator[None]:
+    """Use these choices, by ``key``, within the context: for whoever measures them."""
+    _on_trial.update(choices)
+    try:
+        yield
+    finally:
+        for name in choices:
+            del _on_trial[name]
+
+
+def key(kernel: str, d_model: int) -> str:
+    """How the file names one choice."""
+    return f"{kernel} d={d_model}"
+
+
+def save(gpu: str, choices: dict[str, dict[str, int]]) -> Path:
+    """Merge choices into the GPU's file; returns its path."""
+    path = tuning_file(gpu)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(_read(path) | choices, indent=1, sort_keys=True) + "\n"
+    path.write_text(text)
+    _table.cache_clear()
+    return path
+
+
+@functools.cache
+def _table(gpu: str) -> dict[str, dict[str, int]]:
+    return _read(tuning_file(gpu))
+
+
+def _read(path: Path) -> dict[str, dict[str, int]]:
+    if not path.is_file():
+        return {}
+    table: dict[str, dict[str, int]] = json.loads(path.read_text())
+    return table

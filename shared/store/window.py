@@ -1,0 +1,220 @@
+"""A store larger than its disk: a harvest that runs ahead of one training run by at most a window.
+
+The shards are cut into consecutive blocks, two of which fit the window. Training reads block after block, each shuffled
+in itself; when its checkpoint has passed a block it deletes that block's activations, and only then may the harvest
+write the block after the next. Which shard is in which block is a pure function of (plan, window), so the order of the
+stream never depends on who was faster.
+
+What is kept of a block that is passed: commit records, statistics, tokens, and held-out shards, which are in no block's
+account. Its objects, under ``window/``:
+
+    plan.json               the window and the blocks; put when the store is made
+    reader.json             the one training run that reads the store
+    passed/{block}.json     training will never read that block again: its activations may be deleted
+    freed/{block}.json      they have been: the harvest may write the block after the next
+    finished.json           training has ended: there is nothing to run ahead of
+
+Every object is put before what depends on it, and each step may be repeated: a process killed anywhere goes on.
+"""
+
+import bisect
+import re
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Self
+
+from shared.errors import GranaryError
+from shared.store.capacity import shard_bytes
+from shared.store.layout import StorePlan
+from shared.store.manifest import DamagedObjectError, ShardRecord, seal, unseal
+from shared.store.objectio import ObjectIO
+
+FOLDER = "window"
+PLAN, READER, FINISHED = f"{FOLDER}/plan.json", f"{FOLDER}/reader.json", f"{FOLDER}/finished.json"
+PASSED, FREED = f"{FOLDER}/passed", f"{FOLDER}/freed"
+BLOCKS_IN_WINDOW = 2  # one that training reads, one that the harvest fills
+
+FIRST_POLL, LONGEST_POLL = 0.05, 5.0  # seconds between looks at what the other side has done
+_SIZE = re.compile(r"(?P<number>\d+(?:\.\d+)?)\s*(?P<unit>[kMGTP]?)(?P<binary>i?)B?", re.IGNORECASE)
+
+
+def parse_bytes(text: str | int) -> int:
+    """Bytes of ``2TB``, ``500 GB``, ``1.5TiB`` or a plain number; raises GranaryError for anything else."""
+    found = _SIZE.fullmatch(str(text).strip())
+    if found is None or (found["binary"] and not found["unit"]):
+        raise GranaryError(f"store.window={text} is not a size: write for example 2TB, 500GB, 1.5TiB, or null")
+    power = " kmgtp".index(found["unit"].lower() or " ")
+    return int(float(found["number"]) * (1024 if found["binary"] else 1000) ** power)
+
+
+@dataclass(frozen=True, slots=True)
+class WindowPlan:
+    """The window and the blocks it makes of a store's shards."""
+
+    window_bytes: int
+    ends: tuple[int, ...]
+    """The shard behind the last one of each block."""
+
+    @classmethod
+    def of(cls, plan: StorePlan, window_bytes: int) -> Self:
+        """As few blocks as half the window allows, as equal as can be; raises GranaryError for too small a window."""
+        size = shard_bytes(plan)
+        most = window_bytes // (BLOCKS_IN_WINDOW * size)
+        if most < 1:
+            raise GranaryError(
+                f"store.window of {window_bytes:,} bytes is too small: it must hold {BLOCKS_IN_WINDOW} shards of "
+                f"{size:,} bytes; raise it or lower store.shard_contexts"
+            )
+        heldout = set(plan.heldout_shards)
+        train = [shard for shard in range(plan.num_shards) if shard not in heldout]
+        count = -(-len(train) // most)
+        firsts = [train[len(train) * block // count] for block in range(1, count)]
+        return cls(window_bytes, (*firsts, plan.num_shards))
+
+    @property
+    def num_blocks(self) -> int:
+        return len(self.ends)
+
+    def shards(self, block: int) -> range:
+        """All shards of a block, those held out included."""
+        return range(self.ends[block - 1] if block else 0, self.ends[block])
+
+    def block_of(self, shard: int) -> int:
+        return bisect.bisect_right(self.ends, shard)
+
+    def to_bytes(self) -> bytes:
+        return seal({"window_bytes": self.window_bytes, "ends": list(self.ends)})
+
+    @classmethod
+    def from_bytes(cls, data: bytes, key: str) -> Self:
+        """Raises DamagedObjectError."""
+        record = unseal(data, key)
+        return cls(record["window_bytes"], tuple(record["ends"]))
+
+
+def mark_key(folder: str, block: int) -> str:
+    """Key of a block's mark in `PASSED` or `FREED`."""
+    return f"{folder}/{block:08d}.json"
+
+
+def mark_bytes(block: int) -> bytes:
+    """Content of a mark."""
+    return seal({"block": block})
+
+
+class Window:
+    """The window of one store, as both sides see it. Every look is a fresh one."""
+
+    def __init__(self, io: ObjectIO, plan: WindowPlan) -> None:
+        self.io = io
+        self.plan = plan
+
+    @classmethod
+    def settle(cls, io: ObjectIO, plan: StorePlan, window_bytes: int | None, *, fresh: bool) -> "Window | None":
+        """Put the window of a store that is being made (`fresh`), or compare it with the one it was made with."""
+        if fresh and window_bytes is not None:
+            io.put(PLAN, [WindowPlan.of(plan, window_bytes).to_bytes()])
+        found = cls.find(io)
+        existing = None if found is None else found.plan.window_bytes
+        if existing != window_bytes:
+            names = ["null" if value is None else f"{value:,} bytes" for value in (existing, window_bytes)]
+            raise GranaryError(
+                f"{io.url} was begun with store.window of {names[0]}, not {names[1]}: use the same, or another url"
+            )
+        return found
+
+    @classmethod
+    def find(cls, io: ObjectIO) -> "Window | None":
+        """The window of the store behind `io`; None where it has none."""
+        if io.size(PLAN) is None:
+            return None
+        return cls(io, WindowPlan.from_bytes(io.get(PLAN), PLAN))
+
+    # The harvest's side
+
+    def open_end(self) -> int:
+        """The first shard that must not be written yet."""
+        blocks = min(self._prefix(FREED) + BLOCKS_IN_WINDOW, self.plan.num_blocks)
+        return self.plan.ends[blocks - 1]
+
+    @property
+    def finished(self) -> bool:
+        """True where training has ended."""
+        return self.io.size(FINISHED) is not None
+
+    # The training side
+
+    def claim(self, run: str, folder: str) -> None:
+        """Become the store's one reader, or find oneself that already; raises GranaryError where another run is."""
+        wanted = seal({"run": run, "folder": folder})
+        if self.io.put(READER, [wanted]):
+            return
+        reader = unseal(self.io.get(READER), READER)
+        if reader["run"] != run:
+            raise GranaryError(
+                f"{self.io.url} has store.window and is being read by the run in {reader['folder']}: one run can read "
+                f"it; harvest without a window for several, or delete {READER} there if that run is gone for good"
+            )
+
+    def passed(self) -> int:
+        """Blocks that training will never read again, from the first on."""
+        return self._prefix(PASSED)
+
+    def release(self, block: int, records: Iterable[ShardRecord]) -> None:
+        """Delete the activations of a passed block; `records` are the commit records of its training shards."""
+        self.io.put(mark_key(PASSED, block), [mark_bytes(block)])
+        for record in records:
+            for key in data_keys(record):
+                self.io.delete(key)
+        self.io.put(mark_key(FREED, block), [mark_bytes(block)])
+
+    def is_freed(self, block: int) -> bool:
+        return self.io.size(mark_key(FREED, block)) is not None
+
+    def finish(self) -> None:
+        """Say that training has ended."""
+        self.io.put(FINISHED, [seal({})])
+
+    def _prefix(self, folder: str) -> int:
+        """Marks in a row, from block 0 on."""
+        marks = self.io.listing(folder)
+        block = 0
+        while mark_key(folder, block) in marks:
+            block += 1
+        return block
+
+
+def data_keys(record: ShardRecord) -> list[str]:
+    """The large objects of a shard: activations and scales, not its statistics."""
+    return [array.key for path, array in record.arrays.items() if not path.startswith("statistics/")]
+
+
+def wait_until(ready: Callable[[], bool], waiting: Callable[[float], Any]) -> float:
+    """Poll `ready` with growing pauses; `waiting(seconds)` is called before each. Returns the seconds waited."""
+    start = time.monotonic()
+    pause = FIRST_POLL
+    while not ready():
+        waiting(time.monotonic() - start)
+        time.sleep(pause)
+        pause = min(1.5 * pause, LONGEST_POLL)
+    return time.monotonic() - start
+
+
+def object_check(key: str, data: bytes) -> str | None:
+    """What is wrong with an object under ``window/``, for `verify`; None where nothing is."""
+    try:
+        if key == PLAN:
+            WindowPlan.from_bytes(data, key)
+        elif key in (READER, FINISHED):
+            unseal(data, key)
+        elif data != mark_bytes(int(key.rpartition("/")[2].removesuffix(".json"))):
+            return "is not the mark of its block"
+    except (DamagedObjectError, ValueError) as error:
+        return str(error)
+    return None
+
+
+def is_window_key(key: str) -> bool:
+    """True for the keys of this module."""
+    return key in (PLAN, READER, FINISHED) or re.fullmatch(rf"{FOLDER}/(passed|freed)/\d{{8}}\.json", key) is not None

@@ -1,0 +1,152 @@
+"""Every operation x provider x awkward size, against the dense reference in float64.
+
+Sizes: model widths, powers of two and not; one pick and thousands; odd N and F. Inputs are -1, 0 and 1 with duplicates,
+padding, ties and an all-zero row among them, so sums are exact in float32 and, at width 64, in the half types.
+"""
+
+import functools
+
+import pytest
+import torch
+
+from shared.kernels import (
+    PairGradient,
+    PairOrder,
+    auxk_error,
+    decode,
+    dot_picks,
+    encode_batchtopk,
+    encode_threshold,
+    encode_topk,
+    latent_sum,
+    row_grad,
+    row_update,
+)
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+WIDTHS = (64, 100, 768, 3584, 4096, 5120)
+KS = (1, 512, 2048)
+PROVIDERS = ("torch", "triton")
+UPDATE = {"lr": 0.1, "betas": (0.8, 0.95), "eps": 1e-3, "step": 3}
+
+
+def problem(n, d, num_latents, k, dtype):
+    rng = torch.Generator().manual_seed(n * d + k)
+
+    def ternary(*shape):
+        return torch.randint(-1, 2, shape, generator=rng).to(DEVICE, dtype)
+
+    x = ternary(n, d)
+    x[0] = 0  # an all-zero row: fewer than k positives
+    indices = torch.randint(-1, num_latents, (n, k), generator=rng).to(DEVICE)  # duplicates and padding
+    W = ternary(num_latents, d)
+    W[:, 0] = 1
+    return {"x": x, "W": W, "b": ternary(num_latents), "values": ternary(n, k), "indices": indices, "g": ternary(n, d)}
+
+
+def weights(p, d):
+    wide = p["W"].double() + torch.arange(1, d + 1, device=DEVICE) / d
+    unit = (wide / wide.norm(dim=1, keepdim=True)).to(torch.promote_types(p["W"].dtype, torch.float32))
+    return unit, unit / 8, unit.square() / 8
+
+
+def run_update(p, k, kernels, unit_rows):
+    weight, first, second = weights(p, p["W"].shape[1])
+    grad, clip = p["W"].to(weight.dtype), torch.tensor(0.5, dtype=weight.dtype, device=DEVICE)
+    row_update(weight, grad, first, second, clip=clip, unit_rows=unit_rows, kernels=kernels, **UPDATE)
+    return weight, first, second
+
+
+def run_pairs(p, k, kernels, unit_rows):
+    weight, first, second = weights(p, p["W"].shape[1])
+    gradient = PairGradient()
+    gradient.add(p["values"], p["indices"], PairOrder(p["indices"], len(weight)), p["g"])
+    gradient.add_rows(torch.tensor([2, 0], device=DEVICE), p["W"][:2].to(weight.dtype))
+    square = gradient.squared_norm(weight, kernels=kernels)
+    clip = 10 / square.to(weight.dtype).sqrt()
+    gradient.update(weight, first, second, clip=clip, unit_rows=unit_rows, kernels=kernels, **UPDATE)
+    assert not gradient
+    return square, weight, first, second
+
+
+def run_auxk(p, k, kernels):
+    dead = [p["W"][:9].clone().requires_grad_(), p["b"][:9].clone().requires_grad_(), p["W"][3:12].clone()]
+    dead[2].requires_grad_()
+    error = auxk_error(p["g"], p["x"], *dead, 4, kernels=kernels)
+    return error.detach(), *torch.autograd.grad(error, dead)
+
+
+OPS = {
+    "encode_topk": lambda p, k, kernels: encode_topk(p["x"], p["W"], p["b"], k, kernels=kernels),
+    "encode_threshold": lambda p, k, kernels: encode_threshold(p["x"], p["W"], p["b"], 2.0, kernels=kernels),
+    "encode_batchtopk": lambda p, k, kernels: encode_batchtopk(p["x"], p["W"], p["b"], k, kernels=kernels),
+    "decode": lambda p, k, kernels: [decode(p["values"], p["indices"], p["W"], kernels=kernels)],
+    "dot_picks": lambda p, k, kernels: [dot_picks(p["g"], p["indices"], p["W"], kernels=kernels)],
+    "row_grad": lambda p, k, kernels: [
+        row_grad(p["values"], p["indices"], p["x"], len(p["W"]), PairOrder(p["indices"], len(p["W"])), kernels=kernels)
+    ],
+    "latent_sum": lambda p, k, kernels: [
+        latent_sum(p["values"], p["indices"], len(p["W"]), PairOrder(p["indices"], len(p["W"])), kernels=kernels)
+    ],
+    "row_update": functools.partial(run_update, unit_rows=False),
+    "row_update_unit_rows": functools.partial(run_update, unit_rows=True),
+    "pair_update": functools.partial(run_pairs, unit_rows=False),
+    "pair_update_unit_rows": functools.partial(run_pairs, unit_rows=True),
+    "auxk": run_auxk,
+}
+
+
+def check(op, kernels, n, d, num_latents, k, dtype=torch.float32):
+    expected = OPS[op](problem(n, d, num_latents, k, torch.float64), k, "reference")
+    actual = OPS[op](problem(n, d, num_latents, k, dtype), k, kernels)
+    again = OPS[op](problem(n, d, num_latents, k, dtype), k, kernels)
+    tolerance = 2e-5 if dtype == torch.float32 else 2e-2
+    for number, (result, truth, repeat) in enumerate(zip(actual, expected, again, strict=True)):
+        assert torch.equal(result, repeat), f"{op} output {number}: other bits on a second run"
+        assert result.shape == truth.shape
+        if not truth.is_floating_point():
+            assert torch.equal(result, truth), f"{op} output {number}"
+        error = float((result.double() - truth.double()).norm()) / max(float(truth.double().norm()), 1e-30)
+        assert error <= (0.0 if op.startswith("encode") else tolerance), f"{op} output {number}: {error}"
+
+
+def sizes(all_sizes, quick_in_triton):
+    """Parameters (kernels, size): the interpreter is slow, so it takes some sizes in `make test-all` only."""
+    return [
+        pytest.param(kernels, size, marks=() if kernels == "torch" or size in quick_in_triton else pytest.mark.slow)
+        for kernels in PROVIDERS
+        for size in all_sizes
+    ]
+
+
+@pytest.mark.parametrize(("kernels", "d"), sizes(WIDTHS, (100, 5120)), indirect=["kernels"])
+@pytest.mark.parametrize("op", OPS)
+def test_width(op, kernels, d):
+    check(op, kernels, n=3, d=d, num_latents=33 if op.startswith("encode") else 13, k=5)
+
+
+@pytest.mark.parametrize(("kernels", "k"), sizes(KS, (1, 512)), indirect=["kernels"])
+@pytest.mark.parametrize("op", [op for op in OPS if not op.startswith(("row_update", "auxk"))])  # those see no k
+def test_k(op, kernels, k):
+    check(op, kernels, n=2, d=5, num_latents=k + 3 if op.startswith("encode") else 13, k=k)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+@pytest.mark.parametrize("kernels", PROVIDERS, indirect=True)
+@pytest.mark.parametrize("op", [op for op in OPS if not op.startswith("row_update")])  # masters are float32
+def test_half_types(op, kernels, dtype):
+    check(op, kernels, n=3, d=64, num_latents=33, k=5, dtype=dtype)
+
+
+@pytest.mark.parametrize("kernels", PROVIDERS, indirect=True)
+def test_bfloat16_moments(kernels):
+    if kernels == "torch":
+        pytest.skip("torch's fused Adam wants one type")
+    weight, first, second = weights(problem(3, 100, 33, 5, torch.float32), 100)
+    exact = [weight.clone(), first.clone(), second.clone()]
+    grad, clip = weight.flip(0).contiguous(), torch.ones((), device=DEVICE)
+    row_update(exact[0], grad.clone(), *exact[1:], clip=clip, unit_rows=True, kernels="reference", **UPDATE)
+    first, second = first.bfloat16(), second.bfloat16()
+    row_update(weight, grad, first, second, clip=clip, unit_rows=True, kernels=kernels, **UPDATE)
+    assert first.dtype == torch.bfloat16
+    assert float((weight - exact[0]).norm() / exact[0].norm()) < 1e-2
