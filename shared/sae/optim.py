@@ -203,7 +203,7 @@ class SAEAdam(SAEOptimiser):
             lr=lr,
             betas=self.betas,
             eps=self.eps,
-            step=int(self.num_steps),
+            step=self.step_number,
             unit_rows=unit_rows,
             kernels=self.kernels,
         )

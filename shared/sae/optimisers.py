@@ -37,6 +37,7 @@ class SAEAdam8bit(SAEOptimiser):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         clip_norm: float | None = 1.0,
+        pair_gradients: bool = False,
     ) -> None:
         """Raises GranaryError without bitsandbytes, and for matrices that are no whole number of blocks."""
         try:
@@ -46,7 +47,7 @@ class SAEAdam8bit(SAEOptimiser):
                 "optim=adam8bit needs bitsandbytes: pip install bitsandbytes, or use optim.moments=bfloat16"
             ) from error
         check_betas(betas)
-        super().__init__(sae, lr, clip_norm=clip_norm)
+        super().__init__(sae, lr, clip_norm=clip_norm, pair_gradients=pair_gradients)
         self.betas, self.eps = betas, eps
         device = self.parameters["W_enc"].device
         self.maps = tuple(create_dynamic_map(signed=signed).to(device) for signed in (True, False))

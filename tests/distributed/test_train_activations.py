@@ -1,5 +1,6 @@
 """Every activation under every layout, in micro-batches or whole: ten steps give the weights of one process."""
 
+import importlib.util
 from collections.abc import Callable
 from typing import Any
 
@@ -29,7 +30,6 @@ ACTIVATIONS = {
 }
 OPTIMISERS = {
     "muon": ["optim=muon", "optim.ema_decay=0.9", "optim.ema_export=true"],
-    "adam8bit": ["optim=adam8bit", "sae.d_latent=256"],
     "signum": ["optim=signum", "optim.lr=1e-3", "schedule.k_start=9", "optim.ema_decay=0.9", "optim.ema_export=true"],
 }
 LAYOUTS = {
@@ -43,13 +43,17 @@ LAYOUTS = {
 # One start of two processes runs these; the others are under the slow marker.
 COMMON = [(name, "latent") for name in ACTIVATIONS] + [("batchtopk", "ddp"), ("relu", "ddp"), ("jumprelu", "fsdp")]
 COMMON += [("batchtopk", "fsdp_micro"), ("gated", "fsdp_micro"), ("matryoshka", "ddp_micro"), ("relu", "latent_micro")]
-COMMON += [("muon", "latent"), ("adam8bit", "fsdp"), ("signum", "ddp")]
+COMMON += [("muon", "latent"), ("signum", "ddp")]
 MICRO = ("batchtopk", "multi", "relu")
+if importlib.util.find_spec("bitsandbytes") is not None:
+    OPTIMISERS["adam8bit"] = ["optim=adam8bit", "sae.d_latent=256"]
+    COMMON.append(("adam8bit", "fsdp"))
 RARE = [(name, layout) for name in ACTIVATIONS for layout in LAYOUTS if (name, layout) not in COMMON]
 RARE += [(name, layout) for name in OPTIMISERS for layout in LAYOUTS if (name, layout) not in COMMON]
 CHOICES = {**ACTIVATIONS, **OPTIMISERS}
 # Runs that go from one process to two, and back, with the layout of the two.
-TO_TWO = {"jumprelu": "latent", "muon": "latent", "adam8bit": "fsdp"}
+TO_TWO = {"jumprelu": "latent", "muon": "latent"}
+TO_TWO |= {"adam8bit": "fsdp"} if "adam8bit" in OPTIMISERS else {}
 FROM_TWO = {"batchtopk": "latent", "gated": "fsdp"}
 
 

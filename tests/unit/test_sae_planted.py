@@ -46,7 +46,9 @@ def train(sae, draw, steps, batch=512, lr=1e-2):
         dead.update(losses.fired, batch)
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in ("relu", "matryoshka") else []) for name in RECIPES]
+)
 def test_recovers_the_atoms(name):
     atoms, draw = planted(num_atoms=72, d=32)
     config = SAEConfig(

@@ -1,5 +1,6 @@
 """Every activation and option of training in a real run: it stops and continues exactly, and refuses what is wrong."""
 
+import importlib.util
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,8 @@ CHOICES = {
     "signum": ["optim=signum", "optim.ema_decay=0.9", "optim.ema_export=true", "optim.spike_factor=2"],
     "half": ["optim.moments=bfloat16", "schedule.k_start=20", "schedule.k_warmup=0.5", "schedule.k_cold=2"],
 }
+if importlib.util.find_spec("bitsandbytes") is not None:
+    CHOICES["adam8bit"] = ["optim=adam8bit", "sae.d_latent=256"]
 
 
 @pytest.fixture(scope="module", autouse=True)
