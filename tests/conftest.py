@@ -10,6 +10,9 @@ import torch
 
 from shared.store import Store, StorePlan
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported, which some test's imports may do at any time
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 

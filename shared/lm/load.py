@@ -51,7 +51,9 @@ def load_trunk(
     if quantisation is not None:
         if tp_mesh is not None:
             raise GranaryError("model.quantisation does not go with tensor_parallel: use replicas, or no quantisation")
-        extra = {"quantization_config": quantisation_config(quantisation), "device_map": {"": device}}
+        extra = {"quantization_config": quantisation_config(quantisation)}
+        if torch.device(device).type != "cpu":
+            extra["device_map"] = {"": device}  # quantised weights are made where they stay; needs accelerate
     model = _load(AutoModel, path, config, dtype, revision, attn_implementation, tp_mesh, extra)
     holder, name = final_norm(model)
     setattr(holder, name, nn.Identity())

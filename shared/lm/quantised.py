@@ -28,7 +28,6 @@ SCHEMES: dict[str, tuple[str, Callable[[], Any]]] = {
     "bnb_int8": ("bitsandbytes", lambda: _bitsandbytes(load_in_8bit=True)),
     "bnb_nf4": ("bitsandbytes", lambda: _bitsandbytes(load_in_4bit=True, bnb_4bit_quant_type="nf4")),
     "torchao_int8": ("torchao", lambda: _torchao("Int8WeightOnlyConfig")),
-    "torchao_int4": ("torchao", lambda: _torchao("Int4WeightOnlyConfig")),
 }
 
 
@@ -40,4 +39,4 @@ def quantisation_config(scheme: str) -> Any:
     try:
         return make()
     except (ImportError, AttributeError) as error:
-        raise GranaryError(f"model.quantisation={scheme} needs {package}: pip install {package}") from error
+        raise GranaryError(f"model.quantisation={scheme} needs {package}: pip install 'granary[quantised]'") from error

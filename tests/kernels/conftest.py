@@ -1,13 +1,9 @@
 """Kernels under test: the torch forms, and the triton ones in triton's interpreter (on a GPU machine, compiled)."""
 
 import importlib.util
-import os
 
 import pytest
 import torch
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined, so before shared.kernels.*.triton is imported
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
