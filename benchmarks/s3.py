@@ -134,7 +134,7 @@ def measure(contexts: int, pairs: int, clients: list[str]) -> tuple[dict[str, fl
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="67 MB objects instead of 268, 3 pairs instead of 5")
+    parser.add_argument("--quick", action="store_true", help="67 MB objects instead of 134, 3 pairs instead of 5")
     parser.add_argument("--clients", default="obstore,fsspec")
     options = parser.parse_args()
     for name, value in DEFAULTS.items():
@@ -144,7 +144,7 @@ def main() -> None:
         print(f"no S3 server at {os.environ['AWS_ENDPOINT_URL']}: start one with tests/servers/s3_up.sh")
         print(json.dumps({"ratios": {}}))
         return
-    contexts, pairs = (8, 3) if options.quick else (32, 5)
+    contexts, pairs = (8, 3) if options.quick else (16, 5)
     ratios, details = measure(contexts, pairs, options.clients.split(","))
     print(json.dumps({"ratios": ratios, "details": details}))
 

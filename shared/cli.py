@@ -37,7 +37,8 @@ def run_stage(task: Callable[[Any], None], config_name: str) -> None:
     """
     os.environ["HYDRA_FULL_ERROR"] = "1"  # raise, so that the line below is ours and not Hydra's multi-line one
     os.environ.update(slurm.CHOICE_OF_WARNING)
-    logging.getLogger("submitit").setLevel(logging.ERROR)  # it would tell at each poll that there is no accounting
+    # It would tell at each poll that a cluster has no accounting.
+    logging.getLogger("submitit").addFilter(lambda record: "sacct error" not in record.getMessage())
     sys.argv[1:] = expand_launcher(expand_shorthands(sys.argv[1:])) + rank_overrides()
 
     def run(cfg: DictConfig) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 from stage_eval import page
 from stage_eval.page import text
 from stage_eval.plots import activation_plots
-from stage_eval.report import number, percent, short
+from stage_eval.report import activation_rows, number, percent, short
 from stage_eval.sweep_plots import latent_plots, sweep_plots
 
 FORMAT = "granary-comparison"
@@ -58,7 +58,7 @@ def comparison_row(report: dict[str, Any], link: str | None) -> dict[str, Any]:
         "path": report["sae"]["path"],
         "report": link,
         "hook": report["sae"]["hook"],
-        "activation": config.get("activation"),
+        "activation": "matryoshka" if config.get("prefixes") else config.get("activation"),
         "k": config.get("k"),
         "expansion": config["d_latent"] / config["d_model"],
         "d_latent": config["d_latent"],
@@ -104,7 +104,10 @@ def render_comparison(comparison: dict[str, Any]) -> str:
             page.section(
                 f"The activations of {hook}",
                 # Names, hence identifiers on the page, of their own for each hook.
-                page.figures(replace(plot, name=f"{plot.name}-{index}") for plot in activation_plots(described)),
+                page.columns(
+                    *(page.figure(replace(plot, name=f"{plot.name}-{index}")) for plot in activation_plots(described)),
+                    activation_rows(described),
+                ),
             )
             for index, (hook, described) in enumerate(comparison["activations"].items())
         ),
@@ -185,5 +188,5 @@ def comparison_table(rows: Sequence[dict[str, Any]]) -> str:
         )
         for row in rows
     ]
-    head = ("SAE", "k", "expansion", "L0", "FVU", "loss recovered", "CE spliced", "KL", "dead", "dense", "repeated")
+    head = ("SAE", "k", "expansion", "L0", "FVU", "recovered", "CE spliced", "KL", "dead", "dense", "repeated")
     return page.table(head, body)

@@ -39,7 +39,7 @@ figure svg { display: block; width: 100%%; height: auto; overflow: visible; }
 figcaption { color: var(--muted); font-size: 13px; line-height: 1.45; margin-top: 8px; }
 .panel { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%%; font-size: 14px; font-variant-numeric: tabular-nums; }
-th, td { text-align: left; padding: 8px 14px; border-bottom: 1px solid var(--line); vertical-align: top; }
+th, td { text-align: left; padding: 8px 12px; border-bottom: 1px solid var(--line); vertical-align: top; }
 tr:last-child > * { border-bottom: 0; }
 thead th { color: var(--muted); font-weight: 600; font-size: 13px; white-space: nowrap; }
 .num { text-align: right; white-space: nowrap; }

@@ -13,6 +13,8 @@ from stage_eval.theme import Palette, Plot
 Report = dict[str, Any]
 
 FEWEST = 50
+LEGEND_LETTERS, LEGEND_ROWS = 64, 3
+"""What a legend may take above the axes."""
 NOT_DRAWN = f"Groups of fewer than {FEWEST} tokens are not drawn."
 
 
@@ -32,7 +34,10 @@ def evaluation_plots(report: Report) -> list[Plot]:
 
 def activation_plots(activations: dict[str, Any]) -> list[Plot]:
     """What the activations themselves are like; the same for all SAEs of a hook."""
-    return [norms_by_position(activations), largest_dimensions(activations), dimension_spectrum(activations)]
+    plots = [norms_by_position(activations), largest_dimensions(activations), dimension_spectrum(activations)]
+    if activations["store_norm_by_position"]:  # stores of older versions have none
+        plots.insert(1, store_norms(activations))
+    return plots
 
 
 def loss_bars(report: Report) -> Plot:
@@ -161,34 +166,55 @@ def dimension_spectrum(activations: dict[str, Any]) -> Plot:
 
 
 def norms_by_position(activations: dict[str, Any]) -> Plot:
-    """Percentiles of the activation's norm along positions."""
+    """Percentiles of the norm on the evaluated tokens, along positions."""
     groups = activations["norm_by_position"]
     bos = activations["bos_norm"]
-
-    def draw(axes: Axes, palette: Palette) -> None:
-        curves = {name: well_sampled(groups, name, "tokens", "position") for name in ("p5", "p50", "p95", "p99", "max")}
-        xs = [x for x, _ in curves["p50"]]
-        low, high = ([y for _, y in curves[name]] for name in ("p5", "p95"))
-        axes.fill_between(xs, low, high, color=palette.series1, alpha=0.2, linewidth=0, label="5 to 95 %")
-        log_line(axes, curves["p50"], palette.series1, "position", label="median")
-        log_line(axes, curves["p99"], palette.series2, "position", label="99 %")
-        log_line(axes, curves["max"], palette.series5, "position", label="largest")
-        if low and max(y for _, y in curves["max"]) > 30 * min(low):
-            axes.set_yscale("log")
-            axes.yaxis.set_minor_locator(NullLocator())
-            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        else:
-            axes.set_ylim(bottom=0)
-        axes.set_ylabel("norm")
-        legend_above(axes, columns=4)
-
+    curves = {name: well_sampled(groups, name, "tokens", "position") for name in ("p5", "p50", "p95", "p99", "max")}
     apart = f" BOS is not in it: its median norm is {bos['p50']:.3g}." if bos is not None else ""
     return Plot(
         "norm_by_position",
         "Activation norm by position",
-        f"Length of the activation on the evaluated tokens.{apart} {NOT_DRAWN}",
-        draw,
+        f"Length of the activation on the evaluated tokens, by the position that the model saw.{apart} {NOT_DRAWN}",
+        lambda axes, palette: draw_norms(axes, palette, curves),
     )
+
+
+def store_norms(activations: dict[str, Any]) -> Plot:
+    """Percentiles of the norm on the store's training tokens, along the context."""
+    groups = activations["store_norm_by_position"]
+    curves = {
+        name: [
+            (centre(group["first"], group["last"] + 1, "position"), group[name])
+            for group in groups
+            if group["tokens"] >= FEWEST
+        ]
+        for name in ("p5", "p50", "p95", "p99")
+    }
+    return Plot(
+        "store_norm_by_position",
+        "Norm by position, training tokens",
+        f"The same for what the store holds for training, by position in the context. {NOT_DRAWN}",
+        lambda axes, palette: draw_norms(axes, palette, curves),
+    )
+
+
+def draw_norms(axes: Axes, palette: Palette, curves: dict[str, list[tuple[float, float]]]) -> None:
+    """A band from 5 to 95 %, and the other percentiles as lines."""
+    low, high = ([y for _, y in curves[name]] for name in ("p5", "p95"))
+    xs = [x for x, _ in curves["p50"]]
+    axes.fill_between(xs, low, high, color=palette.series1, alpha=0.2, linewidth=0, label="5 to 95 %")
+    log_line(axes, curves["p50"], palette.series1, "position", label="median")
+    log_line(axes, curves["p99"], palette.series2, "position", label="99 %")
+    if "max" in curves:
+        log_line(axes, curves["max"], palette.series5, "position", label="largest")
+    if low and max(y for points in curves.values() for _, y in points) > 30 * min(low):
+        axes.set_yscale("log")
+        axes.yaxis.set_minor_locator(NullLocator())
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    else:
+        axes.set_ylim(bottom=0)
+    axes.set_ylabel("norm")
+    legend_above(axes)
 
 
 def largest_dimensions(activations: dict[str, Any]) -> Plot:
@@ -216,7 +242,7 @@ def largest_dimensions(activations: dict[str, Any]) -> Plot:
         axes.grid(visible=False)
         axes.set_ylabel("dimension")
         axes.set_xlabel("largest magnitude")
-        legend_above(axes, columns=2)
+        legend_above(axes)
 
     count = "No dimension exceeds" if not largest["massive"] else f"{largest['massive']} dimensions exceed"
     return Plot(
@@ -280,8 +306,15 @@ def log_line(axes: Axes, points: Sequence[tuple[float, float]], colour: str, by:
         axes.set_xlabel("share of all held-out tokens")
 
 
-def legend_above(axes: Axes, columns: int) -> None:
-    """The legend over the axes, where no curve can run through it."""
+def legend_above(axes: Axes) -> None:
+    """The legend over the axes, where no curve can run through it; within them if it has too many entries for that."""
+    names = axes.get_legend_handles_labels()[1]
+    if not names:
+        return
+    columns = min(4, len(names), max(1, LEGEND_LETTERS // (max(map(len, names)) + 6)))
+    if len(names) > LEGEND_ROWS * columns:
+        axes.legend(loc="best")
+        return
     axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=columns, borderaxespad=0.3, columnspacing=1.2)
 
 

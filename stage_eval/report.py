@@ -3,9 +3,10 @@
 import math
 from typing import Any
 
+from shared.store.statistics import MASSIVE_RATIO
 from stage_eval import page
 from stage_eval.page import text
-from stage_eval.plots import evaluation_plots
+from stage_eval.plots import activation_plots, evaluation_plots
 from stage_eval.theme import Plot
 
 Report = dict[str, Any]
@@ -75,7 +76,7 @@ def render(report: Report) -> str:
         page.section(
             "The activations themselves",
             page.columns(
-                *map(page.figure, pick(plots, "norm_by_position", "largest_dimensions", "activation_spectrum")),
+                *map(page.figure, activation_plots(report["activations"])),
                 activation_rows(report["activations"]),
             ),
         ),
@@ -190,8 +191,19 @@ def activation_rows(activations: Report) -> str:
         ("Total variance", number(activations["total_variance"])),
         ("Variance in the largest dimension", percent(activations["variance_in_largest"])),
         ("FVU that the storage type cost", number(activations["relative_squared_error"])),
+        (
+            f"Massive dimensions (RMS {MASSIVE_RATIO:.0f} times the median's)",
+            massive(activations["massive_dimensions"]),
+        ),
     ]
     return page.table(("training tokens of the store", "value"), [(text(name), value) for name, value in rows])
+
+
+def massive(dimensions: list[Report], shown: int = 4) -> str:
+    """``4 (12 x), 7 (11 x)``."""
+    named = ", ".join(f"{row['dimension']} ({row['rms_ratio']:.0f} x)" for row in dimensions[:shown])
+    more = f" and {len(dimensions) - shown} more" if len(dimensions) > shown else ""
+    return text(f"{named}{more}" or "none")
 
 
 def provenance(report: Report) -> str:

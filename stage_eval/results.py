@@ -141,6 +141,16 @@ def activation_summary(statistics: HookStatistics) -> dict[str, Any]:
         "norm_of_mean": float(np.linalg.norm(statistics.mean)),
         "total_variance": variance,
         "variance_in_largest": float(statistics.var.max()) / variance if variance else None,
+        "massive_dimensions": [{"dimension": i, "rms_ratio": ratio} for i, ratio in statistics.massive_dimensions()],
+        "store_norm_by_position": [
+            {
+                "first": group.first,
+                "last": group.last,
+                "tokens": group.count,
+                **{f"p{percent}": value for percent, value in group.percentiles.items()},
+            }
+            for group in statistics.norms_by_position
+        ],
         "spectrum": {
             "rank": ranks.tolist(),
             "std": std_D[ranks - 1].tolist(),

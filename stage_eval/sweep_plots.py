@@ -1,5 +1,6 @@
 """The figures that compare several SAEs: quality against k and against L0, a line per expansion."""
 
+import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -12,6 +13,8 @@ from stage_eval.theme import MARKERS, Palette, Plot
 
 Row = dict[str, Any]
 
+LABEL_WIDTH = 0.08
+"""Share of an axis that a tick's label takes."""
 FVU = ("fvu", "FVU", "lower is better")
 RECOVERED = ("loss_recovered", "loss recovered", "higher is better")
 KL = ("kl", "KL to clean", "lower is better")
@@ -48,7 +51,7 @@ def frequencies(rows: Sequence[Row]) -> Plot:
         axes.set_ylabel("share of latents")
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: power_of_ten(value)))
         axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-        legend_above(axes, columns=4)
+        legend_above(axes)
 
     return Plot(
         "sweep_frequency",
@@ -68,7 +71,7 @@ def directions(rows: Sequence[Row]) -> Plot:
         axes.set_xlabel("cosine with the nearest other latent")
         axes.set_ylabel("share of latents")
         axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-        legend_above(axes, columns=4)
+        legend_above(axes)
 
     return Plot(
         "sweep_decoder",
@@ -172,14 +175,25 @@ def errorbars(axes: Axes, rows: Sequence[Row], x: str, key: str, colour: str) ->
             axes.plot([row[x]] * 2, interval, color=colour, linewidth=1, alpha=0.6)
 
 
+def apart(ticks: Sequence[float]) -> list[float]:
+    """Those of the ascending ticks whose labels do not run into one another on a logarithmic axis."""
+    span = ticks[-1] / ticks[0] if ticks[0] > 0 else math.inf
+    kept: list[float] = []
+    for tick in ticks:
+        if not kept or kept[-1] <= 0 or tick / kept[-1] >= span**LABEL_WIDTH:
+            kept.append(tick)
+    return kept
+
+
 def finish(axes: Axes, ticks: Sequence[float], label: str) -> None:
-    """A log axis with a tick at each of at most eight settings, and the legend."""
-    axes.set_xscale("log")
-    axes.xaxis.set_minor_locator(NullLocator())
+    """A log axis (where all are positive) with a tick at each of at most eight settings, and the legend."""
+    if min(ticks) > 0:
+        axes.set_xscale("log")
+        axes.xaxis.set_minor_locator(NullLocator())
     if len(ticks) <= 8:
-        axes.xaxis.set_major_locator(FixedLocator(list(ticks)))
+        axes.xaxis.set_major_locator(FixedLocator(apart(ticks)))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     if len(ticks) == 1:
-        axes.set_xlim(ticks[0] / 2, ticks[0] * 2)
+        axes.set_xlim(ticks[0] / 2, max(2 * ticks[0], 1))
     axes.set_ylabel(label)
     axes.legend(loc="best")

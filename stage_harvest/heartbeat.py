@@ -35,7 +35,8 @@ class Heartbeat:
         self._store: Any = None
         if world.size > 1:
             # A client of its own: another one is blocked while it waits for a key.
-            self._store = PrefixStore("granary_heartbeat", distributed_c10d._get_default_store()).clone()
+            store: Any = PrefixStore("granary_heartbeat", distributed_c10d._get_default_store())
+            self._store = store.clone()
 
     def _run(self) -> None:
         watched = range(1, self.world.size) if self.world.is_main else range(1)

@@ -9,7 +9,17 @@ from shared.errors import GranaryError
 from shared.store.buffers import Buffer
 
 # s3fs: a whole object in one PUT, and time enough for it. Its own retries are few; `RemoteIO` has the long ones.
-S3_OPTIONS = {"use_listings_cache": False, "config_kwargs": {"connect_timeout": 5, "read_timeout": 300}}
+# TLS guards the way and commit records the content, so no SHA-256 and no second checksum of every byte.
+S3_OPTIONS = {
+    "use_listings_cache": False,
+    "config_kwargs": {
+        "connect_timeout": 5,
+        "read_timeout": 300,
+        "request_checksum_calculation": "when_required",
+        "response_checksum_validation": "when_required",
+        "s3": {"payload_signing_enabled": False},
+    },
+}
 S3_SINGLE_PUT = {"chunksize": 5 << 30}
 
 

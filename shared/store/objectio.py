@@ -21,7 +21,9 @@ from shared.store.buffers import Buffer, byte_view
 from shared.store.checksum import crc32c
 
 MAX_BUFFERS = 512  # per preadv; the kernel's limit is 1024
-PIECE_BYTES = 1 << 20  # read, then checksummed while it is in the core's own cache
+# Read, then checksummed. Smaller pieces are still in the core's cache then, but make threads take the interpreter from
+# each other: on two threads 0.61 of a memmap copy with 8 MiB, 0.37 with 1 MiB.
+PIECE_BYTES = 8 << 20
 WRITEBACK_BYTES = 32 << 20  # written between two hints to the disk
 SYNC_FILE_RANGE_WRITE = 2
 

@@ -10,6 +10,7 @@ import logging
 import os
 import random
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol, TypeVar
@@ -26,6 +27,7 @@ T = TypeVar("T")
 RANGE_BYTES = 8 << 20  # one GET; smaller costs round trips, larger leaves connections idle
 RANGE_THREADS = 16
 PARALLEL_PUTS = 4  # objects in flight, each held in memory once
+SPARE_BYTES = 16 << 20  # of an object whose memory is kept for the next
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 10.0  # seconds
 PERMANENT = (FileNotFoundError, FileExistsError, PermissionError, EOFError, TypeError, ValueError, GranaryError)
 
@@ -60,20 +62,27 @@ class RemoteIO:
         self.client = client
         self.url = client.url
         self.retry_seconds = float(os.environ.get("GRANARY_RETRY_SECONDS", "300"))
+        self._spare: deque[bytearray] = deque(maxlen=PARALLEL_PUTS)  # fresh pages cost as much as the copy into them
         self._pool = ThreadPoolExecutor(RANGE_THREADS, thread_name_prefix="granary-range")
 
     def put(self, key: str, parts: Iterable[Buffer], *, replace: bool = False) -> bool:
         if not replace and self.size(key) is not None:
             return False
-        data = bytearray()
+        data = self._spare.pop() if self._spare else bytearray()
+        size = 0
         for part in parts:  # a part is valid only until the next one is asked for
-            data += byte_view(part)
+            view = byte_view(part)
+            data[size : size + len(view)] = view
+            size += len(view)
+        del data[size:]
         try:
             self._retry("write", key, lambda: self.client.put(key, data, replace=replace))
         except FileExistsError:
             return False
         except FileNotFoundError as error:
             raise GranaryError(f"cannot write {self.url}/{key}: no such bucket") from error
+        if size >= SPARE_BYTES:
+            self._spare.append(data)
         return True
 
     def get(self, key: str) -> bytes:

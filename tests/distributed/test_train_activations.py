@@ -17,7 +17,14 @@ ACTIVATIONS = {
     "multi": ["sae=batchtopk", "sae.multi_topk_weight=0.125", "schedule.k_start=9", "schedule.k_warmup=0.5"],
     "matryoshka": ["sae=matryoshka"],
     "relu": ["sae=relu", "sae.k=null", "sae.penalty=tanh_quad", "sae.penalty_weight=0.01"],
-    "jumprelu": ["sae=jumprelu", "sae.k=null", "sae.preact_weight=0.01"],
+    # Long enough for a second look at dead latents, of which high thresholds make some.
+    "jumprelu": [
+        "sae=jumprelu",
+        "sae.k=null",
+        "sae.preact_weight=0.01",
+        "sae.threshold_init=1.0",
+        "schedule.tokens=420",
+    ],
     "gated": ["sae=gated", "sae.k=null"],
 }
 OPTIMISERS = {
@@ -34,13 +41,16 @@ LAYOUTS = {
     "latent_micro": ["parallel=latent", "optim.micro_batch=4"],
 }
 # One start of two processes runs these; the others are under the slow marker.
-COMMON = [(name, layout) for name in ACTIVATIONS for layout in ("ddp", "latent")]
-COMMON += [("batchtopk", "fsdp"), ("batchtopk", "fsdp_micro"), ("relu", "fsdp_micro"), ("relu", "latent_micro")]
-COMMON += [("jumprelu", "fsdp"), ("gated", "fsdp_micro"), ("matryoshka", "ddp_micro")]
-COMMON += [(name, layout) for name in OPTIMISERS for layout in ("fsdp", "latent")]
+COMMON = [(name, "latent") for name in ACTIVATIONS] + [("batchtopk", "ddp"), ("relu", "ddp"), ("jumprelu", "fsdp")]
+COMMON += [("batchtopk", "fsdp_micro"), ("gated", "fsdp_micro"), ("matryoshka", "ddp_micro"), ("relu", "latent_micro")]
+COMMON += [("muon", "latent"), ("adam8bit", "fsdp"), ("signum", "ddp")]
+MICRO = ("batchtopk", "multi", "relu")
 RARE = [(name, layout) for name in ACTIVATIONS for layout in LAYOUTS if (name, layout) not in COMMON]
 RARE += [(name, layout) for name in OPTIMISERS for layout in LAYOUTS if (name, layout) not in COMMON]
 CHOICES = {**ACTIVATIONS, **OPTIMISERS}
+# Runs that go from one process to two, and back, with the layout of the two.
+TO_TWO = {"jumprelu": "latent", "muon": "latent", "adam8bit": "fsdp"}
+FROM_TWO = {"batchtopk": "latent", "gated": "fsdp"}
 
 
 @pytest.fixture(scope="module")
@@ -49,17 +59,30 @@ def runs(tmp_path_factory: pytest.TempPathFactory, planted_store: Callable[..., 
     runs = Runs(tmp_path_factory.mktemp("activations"))
     planted_store(runs.folder / "store")
     runs.alone(*(runs.job(name, *TEN_STEPS, *choice) for name, choice in CHOICES.items()))
-    runs.alone(
-        *(runs.job(f"{name}_micro", *TEN_STEPS, *ACTIVATIONS[name], "optim.micro_batch=4") for name in ACTIVATIONS)
-    )
+    runs.alone(*(runs.job(f"{name}_micro", *TEN_STEPS, *ACTIVATIONS[name], "optim.micro_batch=4") for name in MICRO))
     guard = [*TEN_STEPS, "optim.spike_factor=3"]
     runs.alone(runs.job("guarded", *guard, poison=7), runs.job("unharmed", *guard))
     counted = [
         runs.job(f"counted_{name}", *TEN_STEPS, *ACTIVATIONS[name], "optim.micro_batch=4", count=2 * 96 * 12)
         for name in ("relu", "batchtopk")
     ]
-    runs.together(2, *jobs(runs, COMMON), *guarded(runs, guard), *counted)
+    runs.alone(*(moved(runs, name, stop_at=5) for name in TO_TWO))
+    runs.together(
+        2,
+        *jobs(runs, COMMON),
+        *guarded(runs, guard),
+        *counted,
+        *(moved(runs, name, *LAYOUTS[layout]) for name, layout in TO_TWO.items()),
+        *(moved(runs, name, *LAYOUTS[layout], stop_at=1) for name, layout in FROM_TWO.items()),
+    )
+    assert all(runs.ends[f"{name}_moved"] == {"stopped"} for name in FROM_TWO)
+    runs.alone(*(moved(runs, name) for name in FROM_TWO))
     return runs
+
+
+def moved(runs: Runs, name: str, *overrides: str, **faults: int) -> dict[str, Any]:
+    """A run that stops under one layout and continues under another."""
+    return runs.job(f"{name}_moved", *TEN_STEPS, *CHOICES[name], *overrides, **faults)
 
 
 def guarded(runs: Runs, overrides: list[str]) -> list[dict[str, Any]]:
@@ -75,6 +98,16 @@ def jobs(runs: Runs, pairs: list[tuple[str, str]]) -> list[dict[str, Any]]:
 
 def assert_equal_runs(runs: Runs, one: str, two: str) -> None:
     """Weights to 1e-4, every metric of every logged step to 1e-5 and dead counts exactly."""
+    assert_equal_weights(runs, one, two)
+    lines = list(zip(read_metrics(runs.folder / one), read_metrics(runs.folder / two), strict=True))
+    assert len(lines) >= 5
+    for before, after in lines:
+        assert before.keys() == after.keys()
+        for name in before.keys() - {"tokens_per_s", "wait_share"}:
+            assert after[name] == pytest.approx(before[name], rel=1e-5, abs=1e-7), name
+
+
+def assert_equal_weights(runs: Runs, one: str, two: str) -> None:
     assert runs.ends[two] == {"done"}
     first, second = (SAE.from_pretrained(runs.folder / name).state_dict() for name in (one, two))
     for name, tensor in first.items():
@@ -82,12 +115,6 @@ def assert_equal_runs(runs: Runs, one: str, two: str) -> None:
         torch.testing.assert_close(
             second[name], tensor, rtol=1e-4, atol=1e-4 * size, msg=lambda text, name=name: f"{name}: {text}"
         )
-    lines = list(zip(read_metrics(runs.folder / one), read_metrics(runs.folder / two), strict=True))
-    assert len(lines) == 5
-    for before, after in lines:
-        assert before.keys() == after.keys()
-        for name in before.keys() - {"tokens_per_s", "wait_share"}:
-            assert after[name] == pytest.approx(before[name], rel=1e-5, abs=1e-7), name
 
 
 @pytest.mark.parametrize(("name", "layout"), COMMON)
@@ -95,7 +122,7 @@ def test_two_processes_equal_one(runs: Runs, name: str, layout: str) -> None:
     assert_equal_runs(runs, name, f"{name}_{layout}_2")
 
 
-@pytest.mark.parametrize("name", ACTIVATIONS)
+@pytest.mark.parametrize("name", MICRO)
 def test_micro_batches_change_nothing(runs: Runs, name: str) -> None:
     assert_equal_runs(runs, name, f"{name}_micro")
 
@@ -103,10 +130,15 @@ def test_micro_batches_change_nothing(runs: Runs, name: str) -> None:
 def test_the_runs_did_what_they_are_to_show(runs: Runs) -> None:
     assert all(line["l0"] == pytest.approx(3, rel=0.01) for line in read_metrics(runs.folder / "batchtopk"))
     assert read_metrics(runs.folder / "multi")[0]["l0"] > 6  # k comes down from 9
-    assert any(line["auxk"] > 0 for line in read_metrics(runs.folder / "jumprelu"))
+    assert any(line["auxk"] > 0 and line["dead_fraction"] > 0 for line in read_metrics(runs.folder / "jumprelu"))
     assert any(line["penalty"] > 0 for line in read_metrics(runs.folder / "gated"))
     threshold = float(SAE.from_pretrained(runs.folder / "batchtopk").activation.threshold)
     assert threshold > 0
+
+
+@pytest.mark.parametrize("name", [*TO_TWO, *FROM_TWO])
+def test_resume_under_another_layout(runs: Runs, name: str) -> None:
+    assert_equal_weights(runs, name, f"{name}_moved")
 
 
 @pytest.mark.parametrize("layout", ["ddp", "fsdp", "latent"])

@@ -309,7 +309,7 @@ def alone(world: World) -> dict[str, Any]:
     return evaluate(world.root / "alone", world.random, world.store, "batch_contexts=1")
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks", [pytest.param(2, marks=pytest.mark.slow), 4])
 def test_1_2_and_4_ranks_give_the_same_figures(world: World, alone: dict[str, Any], tmp_path: Path, ranks: int) -> None:
     """Real processes on gloo; four of them share four contexts, two of them two each."""
     settings = (f"run_dir={tmp_path}", f"sae={world.random}", f"store.url={world.store}", "batch_contexts=1")
@@ -427,7 +427,9 @@ def fails(*arguments: str) -> str:
 def test_a_wrong_input_is_one_line_in_a_process_of_its_own(world: World, tmp_path: Path) -> None:
     done = run_processes(f"run_dir={tmp_path}", "sae=/not/here", f"store.url={world.store}")
     assert done.returncode == 2
-    assert done.stderr == "error: there is no SAE folder /not/here: train one, or give a hub id owner/name\n"
+    # Libraries may complain while they are imported; of ours there is one line.
+    assert done.stderr.endswith("error: there is no SAE folder /not/here: train one, or give a hub id owner/name\n")
+    assert "Traceback" not in done.stderr
 
 
 @pytest.fixture(scope="module")

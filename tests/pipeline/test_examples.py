@@ -31,6 +31,6 @@ def test_steer_says_what_is_wrong(tmp_path: Path) -> None:
     command = [sys.executable, "examples/steer.py", str(tmp_path / "nothing")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=REPOSITORY)
     assert done.returncode == 2
-    assert (
-        done.stderr == f"error: there is no SAE folder {tmp_path / 'nothing'}: train one, or give a hub id owner/name\n"
-    )
+    wrong = f"error: there is no SAE folder {tmp_path / 'nothing'}: train one, or give a hub id owner/name"
+    assert done.stderr.splitlines()[-1] == wrong
+    assert "Traceback" not in done.stderr

@@ -18,7 +18,7 @@ from stage_eval.breakdown import frequency_groups, position_groups
 from stage_eval.compare import compare, render_comparison
 from stage_eval.plots import evaluation_plots
 from stage_eval.report import render
-from stage_eval.sweep_plots import pareto_front
+from stage_eval.sweep_plots import apart, lines, pareto_front
 from stage_eval.theme import to_png, to_svg
 
 HOSTILE = '<script>alert("x")</script> & <b>"bold"</b>'
@@ -140,6 +140,19 @@ def example(k: int = 16, expansion: int = 8, name: str = "demo/sae", **changes: 
             "total_variance": 190.0,
             "variance_in_largest": 0.31,
             "relative_squared_error": 0.0,
+            "massive_dimensions": [{"dimension": 31, "rms_ratio": 120.0}, {"dimension": 62, "rms_ratio": 14.2}],
+            "store_norm_by_position": [
+                {
+                    "first": 2 ** (i - 1),
+                    "last": 2**i - 1,
+                    "tokens": 9_000,
+                    "p5": 9.0,
+                    "p50": 13.0,
+                    "p95": 19.0,
+                    "p99": 25.0,
+                }
+                for i in range(1, 13)
+            ],
             "norm_by_position": {
                 "edges": positions.edges.tolist(),
                 "tokens": [9_000] * positions.num_bins,
@@ -247,8 +260,9 @@ def test_a_sweep_page_has_what_the_sweep_is_about() -> None:
 def test_what_was_not_measured_is_left_out() -> None:
     missing = dict.fromkeys(("ce_clean", "ce_spliced", "ce_zero", "ce_mean", "loss_recovered", "kl"))
     report = example(downstream=None, training=None, **missing)
+    report["activations"]["store_norm_by_position"] = []
     names = {plot.name for plot in evaluation_plots(report)}
-    assert not names & {"cross_entropy", "loss_by_position", "training"}
+    assert not names & {"cross_entropy", "loss_by_position", "training", "store_norm_by_position"}
     assert "What the model loses" not in render(report)
     assert "Least FVU" in render_comparison(compare([report, report], ["a", "b"]))
 
@@ -271,6 +285,21 @@ def test_a_pareto_front_by_hand() -> None:
     expected = [(8, 0.2), (16, 0.1), (64, 0.05)]
     assert [(row["l0"], row["fvu"]) for row in pareto_front(rows, "fvu", larger_is_better=False)] == expected
     assert [(row["l0"], row["fvu"]) for row in pareto_front(rows, "recovered", larger_is_better=True)] == expected
+
+
+def test_ticks_do_not_run_into_one_another() -> None:
+    assert apart([8, 16, 32]) == [8, 16, 32]
+    assert apart([30, 32, 50, 326, 356]) == [30, 50, 326]
+    assert apart([0, 4]) == [0, 4]
+
+
+def test_every_activation_has_its_line() -> None:
+    reports = [example(name=name) for name in ("topk", "batchtopk", "matryoshka")]
+    for report, activation in zip(reports, ("topk", "batchtopk", "batchtopk"), strict=True):
+        report["sae"]["config"]["activation"] = activation
+    reports[2]["sae"]["config"]["prefixes"] = [16, 1024]
+    rows = compare(reports, [None] * 3)["rows"]
+    assert sorted(lines(rows)) == ["batchtopk x8", "matryoshka x8", "topk x8"]
 
 
 # In a frame of the width of a phone, the page reports how it was laid out and what was requested for it.
@@ -328,7 +357,7 @@ def test_chromium_draws_it_on_a_phone(tmp_path: Path, kind: str) -> None:
     done = chromium(tmp_path / "profile", "--dump-dom", (tmp_path / "probe.html").as_uri())
     found = json.loads(html.unescape(re.search(r'<pre id="out">(.*?)</pre>', done.stdout, re.DOTALL)[1]))
     assert found["title"] == ("demo/sae" if kind == "one" else "Sweep comparison")
-    assert found["figures"] == 11
+    assert found["figures"] == 12
     assert found["smallest"] > 100
     assert found["letters"] >= 8
     assert found["overflow"] <= 0
