@@ -100,7 +100,7 @@ def our_step(shape: Shape, device: str, kernels: str, compiled: bool = False) ->
         optimiser.zero_grad()
         losses.total.backward()
         optimiser.step()
-        tracker.update(losses.latents.indices, shape.batch)
+        tracker.update(losses.fired, shape.batch)
 
     return step
 

@@ -1,12 +1,12 @@
 """Seconds and memory of one SAE training step on a CPU, ours beside the encoder's matrix product and the peers.
 
-    python benchmarks/step.py --shape a --peers-python /path/to/peers/bin/python
+    python benchmarks/step.py --shape a
     python benchmarks/step.py --quick
 
 Every contender runs in its own process on the same data and is stepped in turn, so that a slow minute of the machine
 falls on all of them; medians are over rounds. Peers live in an environment of their own, made with
-``pip install -r benchmarks/requirements-peers.txt``. Appends to benchmarks/results.csv with --record; the last line
-printed is one JSON object.
+``make setup-peers``; those that are not installed are left out. Appends to benchmarks/results.csv with --record; the
+last line printed is one JSON object.
 """
 
 import argparse
@@ -23,6 +23,7 @@ from records import RESULTS, Record, append, processor
 from step_providers import PACKAGES, PEERS, SHAPES, Shape
 
 HERE = Path(__file__).resolve().parent
+PEERS_PYTHON = HERE.parent / ".venv-peers" / "bin" / "python"
 
 
 class Contender:
@@ -104,7 +105,7 @@ def main() -> None:
     parser.add_argument("--shape", choices=sorted(SHAPES), default="a")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--peers-python", default=sys.executable, help="interpreter of the environment with the peers")
+    parser.add_argument("--peers-python", default=PEERS_PYTHON, help="of the environment with the peers")
     parser.add_argument("--only", nargs="*", help="these providers alone")
     parser.add_argument("--quick", action="store_true", help="a small shape and few rounds, within a minute")
     parser.add_argument("--record", action="store_true", help=f"append to {RESULTS.name}")
@@ -112,9 +113,10 @@ def main() -> None:
     shape = SHAPES["quick" if options.quick else options.shape]
     rounds = min(options.rounds, 5) if options.quick else options.rounds
 
-    versions = peer_versions(options.peers_python)
+    peers_python = options.peers_python if Path(options.peers_python).exists() else sys.executable
+    versions = peer_versions(peers_python)
     names = options.only or ["gemm", "granary", "granary-bfloat16", "dense", *versions]
-    contenders = race(names, shape, rounds, options.threads, options.peers_python)
+    contenders = race(names, shape, rounds, options.threads, peers_python)
     by_name = {contender.name: contender for contender in contenders}
     print(f"{shape}, {options.threads} threads, {processor()}, torch {torch.__version__}; median of {rounds} steps")
     for contender in contenders:

@@ -106,7 +106,7 @@ def granary(shape: Shape, compute_dtype: str = "float32", kernels: str = "torch"
         optimiser.zero_grad()
         losses.total.backward()
         optimiser.step()
-        tracker.update(losses.latents.indices, shape.batch)
+        tracker.update(losses.fired, shape.batch)
         return float(losses.reconstruction)
 
     return step

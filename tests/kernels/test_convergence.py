@@ -35,7 +35,7 @@ def loss_curve(kernels, compute_dtype="float32", steps=STEPS, batch=BATCH, d=6, 
         step.total.backward()
         optimiser.step()
         most_dead = max(most_dead, int(dead.mask().sum()))
-        dead.update(step.latents.indices, batch)
+        dead.update(step.fired, batch)
         losses.append(float(step.reconstruction))
     assert most_dead > 0, "AuxK never had anything to do"
     assert sum(losses[-5:]) < 0.8 * sum(losses[:5]), "nothing was learned"

@@ -278,3 +278,17 @@ def test_length_is_tokens_or_epochs(train: Train) -> None:
     out = train("a", "schedule.tokens=null", "schedule.epochs=1.5")
     per_epoch = read_metrics(out)[-1]["tokens"] / 1.5
     assert per_epoch == pytest.approx(20 * T * 0.9, rel=0.1)
+
+
+def test_kernels_of_the_configuration_give_the_same_curve(train: Train) -> None:
+    auto, reference = (read_metrics(train(name, f"compute.kernels={name}")) for name in ("auto", "reference"))
+    for one, other in zip(auto, reference, strict=True):
+        assert one["reconstruction"] == pytest.approx(other["reconstruction"], rel=1e-3)
+
+
+def test_kernels_that_cannot_run_here_are_refused(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(GranaryError, match=r"compute\.kernels=triton needs CUDA"):
+        train("triton", "compute.kernels=triton")
+    with pytest.raises(GranaryError, match="compute_dtype='float8'"):
+        train("float8", "compute.dtype=float8")

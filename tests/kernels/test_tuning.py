@@ -1,0 +1,45 @@
+"""Measured block sizes: kept per GPU model, used by the launchers, never in the way where there are none."""
+
+import pytest
+import torch
+
+from shared.kernels import decode, tuning
+from shared.kernels.decode import triton as decode_triton
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(tuning, "FOLDER", tmp_path / "cache")
+    tuning._table.cache_clear()
+    yield
+    tuning._table.cache_clear()
+
+
+def test_without_a_file_the_default_holds():
+    assert tuning.tuned("decode", 64, {"BLOCK_D": 64}) == {"BLOCK_D": 64}
+
+
+def test_saved_choices_are_found_on_that_gpu_only(monkeypatch):
+    path = tuning.save("NVIDIA H200", {tuning.key("decode", 64): {"BLOCK_D": 32}})
+    tuning.save("NVIDIA H200", {tuning.key("row_grad", 64): {"BLOCK_P": 4}})  # adds, does not replace
+    assert path.name == "kernels-NVIDIA-H200.json"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
+    assert tuning.tuned("decode", 64, {"BLOCK_D": 64, "num_warps": 4}) == {"BLOCK_D": 32, "num_warps": 4}
+    assert tuning.tuned("row_grad", 64, {"BLOCK_P": 8}) == {"BLOCK_P": 4}
+    assert tuning.tuned("decode", 100, {"BLOCK_D": 128}) == {"BLOCK_D": 128}
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "another")
+    assert tuning.tuned("decode", 64, {"BLOCK_D": 64}) == {"BLOCK_D": 64}
+
+
+def test_a_trial_ends_with_its_context(kernels):
+    if kernels != "triton":
+        pytest.skip("only triton's launchers ask")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    values, indices, W = torch.ones(2, 3), torch.tensor([[0, 1, 2], [3, 4, -1]]), torch.eye(5, 40)
+    values, indices, W = values.to(device), indices.to(device), W.to(device)
+    expected = decode(values, indices, W, kernels="reference")
+    with tuning.trial({tuning.key("decode", 40): {"BLOCK_D": 16}}):
+        assert decode_triton.decode_config(40)["BLOCK_D"] == 16
+        assert torch.equal(decode(values, indices, W, kernels="triton"), expected)
+    assert decode_triton.decode_config(40)["BLOCK_D"] == 64
