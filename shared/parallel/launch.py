@@ -42,7 +42,7 @@ def tell_killed(rank: int, number: int) -> None:
     name = signal.Signals(number).name
     why = " (for lack of memory?)" if number == signal.SIGKILL else ""
     print(  # noqa: T201
-        f"error: rank {rank} was killed by {name}{why}; run the same command again to continue",
+        f"\nerror: rank {rank} was killed by {name}{why}; run the same command again to continue",  # below its bar
         file=sys.stderr,
         flush=True,
     )
