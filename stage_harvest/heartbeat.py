@@ -56,7 +56,7 @@ class Heartbeat:
                 self._give_up("the machine of rank 0 can't be reached")
 
     def _give_up(self, what: str) -> None:
-        line = f"error: {what}: its machine may be gone; run the same command again to continue"
+        line = f"\nerror: {what}: its machine may be gone; run the same command again to continue"
         print(line, file=sys.stderr, flush=True)  # noqa: T201
         os._exit(2)
 

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.elastic.rendezvous import RendezvousError
 from torch.distributed.run import main as torchrun
 
 
@@ -34,6 +35,10 @@ def launch(arguments: Sequence[str]) -> int:
         return 128 - failure.exitcode
     except SignalException as signalled:
         return 128 + signalled.sigval
+    except RendezvousError:
+        what = "the rendezvous can't be reached: its machine may be gone; run the same command again to continue"
+        print(f"\nerror: {what}", file=sys.stderr, flush=True)  # noqa: T201
+        return 1
     return 0
 
 
@@ -42,7 +47,7 @@ def tell_killed(rank: int, number: int) -> None:
     name = signal.Signals(number).name
     why = " (for lack of memory?)" if number == signal.SIGKILL else ""
     print(  # noqa: T201
-        f"error: rank {rank} was killed by {name}{why}; run the same command again to continue",
+        f"\nerror: rank {rank} was killed by {name}{why}; run the same command again to continue",  # below its bar
         file=sys.stderr,
         flush=True,
     )

@@ -190,9 +190,8 @@ def test_a_machine_that_dies_ends_the_job_on_the_others(harvester: Harvester, su
     assert machines[alive].wait(timeout=100) != 0
     assert time.monotonic() - start < 60
     text = (harvester.root / f"machine{alive}.log").read_text()
-    lines = [line for line in text.replace("\r", "\n").splitlines() if line.startswith("error")]
-    assert len(lines) == 1, text
-    assert "its machine may be gone; run the same command again to continue" in lines[0]
+    # The rank's line or the launcher's, whichever notices first; torch's own warnings may stand beside it.
+    assert 1 <= text.count("its machine may be gone; run the same command again to continue") <= 2, text
     assert "Traceback" not in text
     assert len(Store.open(harvester.root / store).committed()) < Store.open(harvester.root / store).num_shards
 
