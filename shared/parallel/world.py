@@ -20,6 +20,10 @@ COLLECTIVE_TIMEOUT = timedelta(seconds=float(os.environ.get("GRANARY_COLLECTIVE_
 
 
 LAST_WORDS_SECONDS = 5
+LOST_CONTACT = (
+    "another process of this job has ended and has said why, or its machine may be gone;"
+    " run the same command again to continue"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +111,7 @@ def telling_lost_contact() -> Iterator[None]:
         if not dist.is_initialized() or not lost_contact(error):
             raise
         time.sleep(LAST_WORDS_SECONDS)  # torchrun, which knows what happened, ends this rank meanwhile
-        raise GranaryError("another process of this job has ended: its own message says why") from error
+        raise GranaryError(LOST_CONTACT) from error
 
 
 def shutdown() -> None:
