@@ -60,7 +60,7 @@ def measure(contexts: int, pairs: int, clients: list[str]) -> tuple[dict[str, fl
     files = s3fs.S3FileSystem(use_listings_cache=False)
     files.mkdir(bucket)
     plan = synthetic_plan(
-        num_contexts=contexts, seq_len=1024, d_model=4096, hooks=HOOKS, shard_contexts=contexts, chunk_tokens=1024,
+        num_contexts=contexts, seq_len=4096, d_model=4096, hooks=HOOKS, shard_contexts=contexts, chunk_tokens=1024,
         heldout_fraction=0.0,
     )  # fmt: skip
     tokens = synthetic_tokens(plan)
@@ -73,7 +73,7 @@ def measure(contexts: int, pairs: int, clients: list[str]) -> tuple[dict[str, fl
         for hook, path in raw.items():
             path.write_bytes(byte_view(bits_of(activations[hook])))
         size = sum(path.stat().st_size for path in raw.values())
-        out = [torch.empty(1024, 4096, dtype=torch.bfloat16).fill_(0) for _ in range(READ_THREADS)]
+        out = [torch.empty(4096, 4096, dtype=torch.bfloat16).fill_(0) for _ in range(READ_THREADS)]
         url = f"{os.environ['AWS_ENDPOINT_URL']}/{bucket}/raw"
 
         def curl_put() -> float:
@@ -144,7 +144,7 @@ def main() -> None:
         print(f"no S3 server at {os.environ['AWS_ENDPOINT_URL']}: start one with tests/servers/s3_up.sh")
         print(json.dumps({"ratios": {}}))
         return
-    contexts, pairs = (8, 3) if options.quick else (16, 5)
+    contexts, pairs = (2, 3) if options.quick else (4, 5)
     ratios, details = measure(contexts, pairs, options.clients.split(","))
     print(json.dumps({"ratios": ratios, "details": details}))
 

@@ -48,14 +48,14 @@ class FsspecClient:
                 raise FileExistsError(key) from error
             raise
 
-    def fetch(self, key: str, start: int, end: int | None) -> Buffer:
+    def fetch(self, key: str, start: int, end: int | None) -> list[Buffer]:
         try:
             data: Buffer = self.fs.cat_file(self._path(key), start=start or None, end=end)
         except OSError as error:
             if error.errno == errno.EINVAL:  # s3fs for 416, a range beyond the end
                 raise EOFError(key) from error
             raise
-        return data
+        return [data]
 
     def head(self, key: str) -> int:
         info = self.fs.info(self._path(key), refresh=True)

@@ -13,6 +13,8 @@ from typing import Any
 from shared.errors import GranaryError
 from shared.store.buffers import Buffer
 
+PART_BYTES = 256 << 10  # smaller parts cost calls, larger ones are put together in memory first
+
 
 class ObstoreClient:
     """`remote.Client` over obstore's S3 store."""
@@ -50,13 +52,11 @@ class ObstoreClient:
             mode = "overwrite" if replace else "create"
             self._obstore.put(self._store, key, data, mode=mode, use_multipart=False)
 
-    def fetch(self, key: str, start: int, end: int | None) -> Buffer:
+    def fetch(self, key: str, start: int, end: int | None) -> Iterator[Buffer]:
+        options = None if end is None else {"range": (start, end)}
         with translated():
-            if end is None:
-                whole: Buffer = self._obstore.get(self._store, key).bytes()
-                return whole
-            part: Buffer = self._obstore.get_range(self._store, key, start=start, end=end)
-            return part
+            # A stream: the bytes of a range are copied once, to where the caller wants them.
+            yield from self._obstore.get(self._store, key, options=options).stream(min_chunk_size=PART_BYTES)
 
     def head(self, key: str) -> int:
         with translated():

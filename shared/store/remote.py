@@ -13,6 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from typing import Protocol, TypeVar
 
 from shared.errors import GranaryError
@@ -24,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-RANGE_BYTES = 8 << 20  # one GET; smaller costs round trips, larger leaves connections idle
+RANGE_BYTES = 8 << 20  # about one GET; smaller costs round trips, larger leaves connections idle
 RANGE_THREADS = 16
 PARALLEL_PUTS = 4  # objects in flight, each held in memory once
 SPARE_BYTES = 16 << 20  # of an object whose memory is kept for the next
@@ -40,8 +41,11 @@ class Client(Protocol):
     def put(self, key: str, data: bytearray, *, replace: bool) -> None:
         """One atomic PUT. Raises FileExistsError, PermissionError, FileNotFoundError (no such bucket)."""
 
-    def fetch(self, key: str, start: int, end: int | None) -> Buffer:
-        """Bytes [start, end) or the whole object. Raises FileNotFoundError, EOFError, PermissionError."""
+    def fetch(self, key: str, start: int, end: int | None) -> Iterable[Buffer]:
+        """Bytes [start, end) or the whole object, in parts as they come; each is valid until the next is asked for.
+
+        Raises FileNotFoundError, EOFError, PermissionError, also while the parts are read.
+        """
 
     def head(self, key: str) -> int:
         """Size in bytes. Raises FileNotFoundError, PermissionError."""
@@ -86,25 +90,25 @@ class RemoteIO:
         return True
 
     def get(self, key: str) -> bytes:
-        return bytes(self._fetch(key, 0, None))
+        found = bytearray()
+        self._fetch(key, 0, None, lambda at, part: found.__setitem__(slice(at, None), part))
+        return bytes(found)
 
     def read_into(self, key: str, offset: int, buffers: Sequence[memoryview]) -> None:
         total = sum(len(buffer) for buffer in buffers)
+        bounds = cuts(offset, total)
 
-        def read(start: int) -> None:
-            end = min(start + RANGE_BYTES, total)
-            data = memoryview(self._fetch(key, offset + start, offset + end))
-            if len(data) != end - start:
+        def read(start: int, end: int) -> None:
+            size = self._fetch(key, offset + start, offset + end, lambda at, part: scatter(part, start + at, buffers))
+            if size != end - start:
                 raise ObjectShortError(
-                    f"{key} is shorter than its commit record says: it ends at byte {offset + start + len(data)}"
+                    f"{key} is shorter than its commit record says: it ends at byte {offset + start + size}"
                 )
-            scatter(data, start, buffers)
 
-        starts = range(0, total, RANGE_BYTES)
-        if len(starts) == 1:
-            read(0)
+        if len(bounds) == 2:
+            read(0, total)
         else:
-            for done in [self._pool.submit(read, start) for start in starts]:
+            for done in [self._pool.submit(read, *ends) for ends in pairwise(bounds)]:
                 done.result()
 
     def read_checked(self, key: str, offset: int, buffers: Sequence[memoryview]) -> list[int]:
@@ -135,9 +139,19 @@ class RemoteIO:
     def claim(self, *, exclusive: bool) -> bool:
         return True  # object stores have no locks; puts that never replace are what protects there
 
-    def _fetch(self, key: str, start: int, end: int | None) -> Buffer:
+    def _fetch(self, key: str, start: int, end: int | None, take: Callable[[int, memoryview], None]) -> int:
+        """Give `take` each part and where it begins, from the start again after a failure; returns their sum."""
+
+        def request() -> int:
+            at = 0
+            for part in self.client.fetch(key, start, end):
+                view = byte_view(part)
+                take(at, view)
+                at += len(view)
+            return at
+
         try:
-            return self._retry("read", key, lambda: self.client.fetch(key, start, end))
+            return self._retry("read", key, request)
         except FileNotFoundError as error:
             raise ObjectMissingError(f"{key} is missing from {self.url}") from error
         except EOFError as error:
@@ -167,6 +181,16 @@ class RemoteIO:
                 logger.warning("cannot %s %s/%s, trying again: %s", verb, self.url, key, one_line(error))
             time.sleep(pause * random.uniform(0.5, 1.0))
             pause = min(2 * pause, LONGEST_PAUSE)
+
+
+def cuts(offset: int, total: int) -> list[int]:
+    """Where to cut `total` bytes from `offset` on into requests, 0 and `total` included.
+
+    At multiples of RANGE_BYTES in the object, which servers keep in stripes of a power of two: a range over one stripe
+    more took a sixth longer. No request is for less than an eighth of that, such as a checksum alone.
+    """
+    inner = range(-offset % RANGE_BYTES, total, RANGE_BYTES)
+    return [0, *(cut for cut in inner if RANGE_BYTES // 8 <= cut <= total - RANGE_BYTES // 8), total]
 
 
 def scatter(data: memoryview, start: int, buffers: Sequence[memoryview]) -> None:
