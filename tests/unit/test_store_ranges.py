@@ -1,5 +1,7 @@
 """How one read of an object is cut into requests."""
 
+import itertools
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -11,7 +13,7 @@ MIB = 1 << 20
 @given(offset=st.integers(0, 1 << 32), total=st.integers(1, 200 * MIB))
 def test_cuts_cover_the_read_in_requests_of_a_fair_size(offset, total):
     bounds = cuts(offset, total)
-    sizes = [end - start for start, end in zip(bounds, bounds[1:], strict=False)]
+    sizes = [end - start for start, end in itertools.pairwise(bounds)]
     assert bounds[0] == 0
     assert sum(sizes) == total
     assert max(sizes) <= RANGE_BYTES * 5 // 4
