@@ -6,35 +6,18 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from shared.errors import GranaryError
-from shared.hookpoint import HookPoint
-from shared.lm import capture
 from shared.sae import SAE, SAEConfig, SparseLatents
 from shared.sae.edits import Edit, apply_edits, apply_edits_by_eviction
 from shared.sae.intervene import SplicedModel
-
-D, F, K, VOCAB, BOS = 16, 40, 5, 50, 1
-HOOK = "layers.1.resid_post"
+from tests.splicing import HOOK, D, F, K, activation, prompt, tiny_llama
 
 
 @pytest.fixture(scope="module")
 def model() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=D,
-        intermediate_size=24,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        initializer_range=0.4,
-        bos_token_id=BOS,
-        eos_token_id=None,
-        pad_token_id=0,
-    )
-    return LlamaForCausalLM(config).eval().requires_grad_(False)
+    return tiny_llama()
 
 
 @pytest.fixture(scope="module", params=["none", "layer_norm"])
@@ -43,18 +26,6 @@ def sae(request: pytest.FixtureRequest) -> SAE:
     sae = SAE(config, generator=torch.Generator().manual_seed(0)).requires_grad_(False)
     sae.b_dec.copy_(torch.randn(D, generator=torch.Generator().manual_seed(1)) * 0.1)
     return sae
-
-
-def prompt(batch: int = 2, length: int = 7) -> Tensor:
-    tokens = torch.randint(2, VOCAB, (batch, length), generator=torch.Generator().manual_seed(2))
-    tokens[:, 0] = BOS
-    return tokens
-
-
-def activation(model: LlamaForCausalLM, hook: str = HOOK, **inputs: Any) -> Tensor:
-    with torch.no_grad(), capture(model, [HookPoint.parse(hook)]) as captured:
-        model(**inputs)
-    return captured[HookPoint.parse(hook)]
 
 
 def edited_dense(sae: SAE, x: Tensor, edits: Sequence[Edit]) -> Tensor:
