@@ -92,6 +92,7 @@ class Run:
     def __init__(self, cfg: TrainSchema, world: World) -> None:
         """Opens the stores and checks everything that can be wrong before any work. Raises GranaryError."""
         self.cfg, self.world = cfg, world
+        self.skip_damaged = cfg.stream.on_damage is OnDamage.skip
         self.folder = Path(cfg.out_dir)
         config = OmegaConf.to_container(OmegaConf.structured(cfg), enum_to_str=True)
         assert isinstance(config, dict)
@@ -225,8 +226,9 @@ class Run:
             if not multiple > 0:
                 raise GranaryError(f"stream.max_norm_multiple={multiple}: it must be above 0, or null")
             bound = multiple * combined_statistics(stores, parts).median_norm
-            skip = self.cfg.stream.on_damage is OnDamage.skip
-            parts = drop_outliers(self.data, stores, self.hook, parts, bound, self.world, skip_damaged=skip)
+            parts = drop_outliers(
+                self.data, stores, self.hook, parts, bound, self.world, skip_damaged=self.skip_damaged
+            )
         return combined_statistics(stores, parts)
 
     def _make_trainer(self) -> Trainer:
@@ -245,7 +247,7 @@ class Run:
                 self.read_dtype,
                 SAMPLE_TOKENS,
                 cfg.seed,
-                skip_damaged=cfg.stream.on_damage is OnDamage.skip,
+                skip_damaged=self.skip_damaged,
             )
             sae.initialise(self.statistics, sample)
         sae = self.layout.distribute(sae.to(self.world.device))
@@ -266,7 +268,7 @@ class Run:
             io_threads=cfg.stream.io_threads,
             prefetch_bytes=int(cfg.stream.prefetch_gib * GIB),
             pool_device=self._pool_device(),
-            skip_damaged=cfg.stream.on_damage is OnDamage.skip,
+            skip_damaged=self.skip_damaged,
         )
         stream.stop_at(*self.length.end)
         return Trainer(

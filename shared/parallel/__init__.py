@@ -7,7 +7,6 @@ from shared.parallel.world import (
     barrier,
     broadcast_object,
     init_world,
-    lost_contact,
     shutdown,
     telling_lost_contact,
 )
@@ -19,7 +18,6 @@ __all__ = [
     "barrier",
     "broadcast_object",
     "init_world",
-    "lost_contact",
     "shutdown",
     "telling_lost_contact",
 ]

@@ -269,10 +269,7 @@ class Store:
 
     def passed_shards(self) -> frozenset[int]:
         """Shards whose activations training has passed and deleted; empty without a window."""
-        if self.window is None:
-            return frozenset()
-        blocks = [self.window.plan.shards(block) for block in range(self.window.passed())]
-        return frozenset(shard for block in blocks for shard in block) - self.heldout_shards
+        return frozenset() if self.window is None else self.window.passed_shards(self.heldout_shards)
 
     def release(self, block: int) -> None:
         """Training is done with a block of the window: delete its activations, and let the harvest go on."""

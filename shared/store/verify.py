@@ -154,17 +154,17 @@ def _window_checks(
     report: VerifyReport,
     checks: list[Check],
     known: set[str],
-) -> set[int]:
+) -> frozenset[int]:
     """Check what lies under ``window/``; returns the shards whose activations need not be there."""
     keys = [key for key in sizes if is_window_key(key)]
     known.update(keys)
     bad = {key: wrong for key in keys if (wrong := object_check(key, io.get(key))) is not None}
     report.problems += [Problem(-1, key, wrong) for key, wrong in bad.items()]
     if bad or not extents or (window := Window.find(io)) is None:
-        return set()
-    blocks = [window.plan.shards(block) for block in range(window.passed())]
-    report.passed = sorted({shard for block in blocks for shard in block} - extents[0].heldout)
-    return set(report.passed)
+        return frozenset()
+    passed = window.passed_shards(extents[0].heldout)
+    report.passed = sorted(passed)
+    return passed
 
 
 def _token_checks(io: ObjectIO, extent: Extent, report: VerifyReport, known: set[str]) -> Iterator[Check]:

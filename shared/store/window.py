@@ -20,7 +20,7 @@ Every object is put before what depends on it, and each step may be repeated: a 
 import bisect
 import re
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Set
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -160,6 +160,11 @@ class Window:
     def passed(self) -> int:
         """Blocks that training will never read again, from the first on."""
         return self._prefix(PASSED)
+
+    def passed_shards(self, heldout: Set[int]) -> frozenset[int]:
+        """The training shards of the passed blocks: their activations need not be there."""
+        blocks = [self.plan.shards(block) for block in range(self.passed())]
+        return frozenset(shard for block in blocks for shard in block) - heldout
 
     def release(self, block: int, records: Iterable[ShardRecord]) -> None:
         """Delete the activations of a passed block; `records` are the commit records of its training shards."""
