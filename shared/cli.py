@@ -30,8 +30,11 @@ from shared.errors import GranaryError
 PATH_SHORTHANDS = {"model": "model.path"}
 
 
-def run_stage(task: Callable[[Any], None], config_name: str) -> None:
+def run_stage(task: Callable[[Any], None], config_name: str, afterwards: Callable[[], None] = lambda: None) -> None:
     """Compose ``conf/<config_name>.yaml`` with the command line, and call `task` with the filled schema object.
+
+    In a sweep that is once per job; `afterwards` is called when all are done. A packed job (``packed=true``) is not
+    started in processes of its own: its task only takes note of it.
 
     Exits with status 2 and one line on stderr for a wrong configuration or a GranaryError, 130 on Ctrl-C.
     """
@@ -45,8 +48,8 @@ def run_stage(task: Callable[[Any], None], config_name: str) -> None:
         if slurm.in_submitted_job():
             slurm.supervise(child_command(f"stage_{config_name}", cfg.nproc, slurm.rendezvous()))
             return
-        if cfg.nproc > 1 and "RANK" not in os.environ:
-            relaunch(f"stage_{config_name}", cfg.nproc)
+        if cfg.nproc > 1 and "RANK" not in os.environ and not cfg.get("packed", False):
+            run_child(child_command(f"stage_{config_name}", cfg.nproc, ["--standalone"]))
             return
         try:
             task(OmegaConf.to_object(cfg))
@@ -55,6 +58,7 @@ def run_stage(task: Callable[[Any], None], config_name: str) -> None:
 
     try:
         hydra.main(version_base="1.3", config_path="pkg://conf", config_name=config_name)(run)()
+        afterwards()
     except GranaryError as error:
         fail(str(error))
     except (HydraException, OmegaConfBaseException) as error:
@@ -80,12 +84,13 @@ def fail(message: str) -> NoReturn:
     sys.exit(2)
 
 
-def relaunch(module: str, nproc: int) -> None:
-    """Run this one Hydra job as `nproc` ranks: Hydra outside, torchrun inside, one output folder.
+def run_child(command: Sequence[str]) -> None:
+    """Run the ranks of a job under this process: Hydra outside, torchrun inside, one output folder.
 
-    A multirun cannot itself run under torchrun, where every rank would sweep.
+    A multirun cannot itself run under torchrun, where every rank would sweep. Signals are passed on; exits with the
+    child's status unless that is 0.
     """
-    process = subprocess.Popen(child_command(module, nproc, ["--standalone"]))
+    process = subprocess.Popen(list(command))
     previous = {
         number: signal.signal(number, lambda received, _: process.send_signal(received))
         for number in (signal.SIGTERM, signal.SIGUSR1)
@@ -101,10 +106,15 @@ def child_command(module: str, nproc: int, rendezvous: Sequence[str]) -> list[st
     """The present Hydra job as a command of its own, with the same output folder; torchrun where it has many ranks."""
     job = HydraConfig.get()
     overrides = [override for override in job.overrides.task if not override.startswith("nproc=")]
+    return [*python_module(nproc, rendezvous), module, *overrides, f"hydra.run.dir='{job.runtime.output_dir}'"]
+
+
+def python_module(nproc: int, rendezvous: Sequence[str] = ("--standalone",)) -> list[str]:
+    """``python -m``, through torchrun where there are many ranks."""
     command = [sys.executable, "-m"]
     if nproc > 1 or list(rendezvous) != ["--standalone"]:
         command += ["shared.parallel.launch", *rendezvous, f"--nproc-per-node={nproc}", "-m"]
-    return [*command, module, *overrides, f"hydra.run.dir='{job.runtime.output_dir}'"]
+    return command
 
 
 def expand_launcher(arguments: Sequence[str]) -> list[str]:

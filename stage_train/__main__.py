@@ -1,15 +1,19 @@
 """Entry point of training: ``python -m stage_train store.url=... sae.k=... out_dir=...``."""
 
 from shared.cli import run_stage
+from stage_train import packed
 from stage_train.config import TrainSchema, register
 
 
 def main(cfg: TrainSchema) -> None:
     """Train as `cfg` says; the heavy imports wait until the configuration is known to be sound."""
-    from stage_train.run import main as train
+    if cfg.packed:
+        packed.gather(cfg)
+        return
+    from stage_train.job import train
 
-    train(cfg)
+    train([cfg])
 
 
 register()
-run_stage(main, "train")
+run_stage(main, "train", afterwards=packed.train_gathered)

@@ -5,6 +5,7 @@ Types and meanings here, values in ``conf/``. Imports nothing heavy, so that a w
 
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Any
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, OmegaConf
@@ -123,6 +124,8 @@ class StoreInput:
 class StreamSchema:
     """Group ``stream``: the order of tokens, and how far to read ahead. See docs/stream.md."""
 
+    seed: int | None = MISSING
+    """Of the order of tokens; null: the run's seed."""
     batch_size: int = MISSING
     """Tokens per step, all processes together."""
     lanes: int = MISSING
@@ -257,6 +260,8 @@ class TrainSchema:
     """Order of the tokens and the initial weights."""
     nproc: int = MISSING
     """Processes on this machine; above 1, the job starts them itself."""
+    packed: bool = MISSING
+    """In a sweep (-m): train all its SAEs together, from one pass over the store."""
     hook: str | None = MISSING
     """Which of the store's hooks; null takes the only one."""
     store: StoreInput = field(default_factory=StoreInput)
@@ -269,6 +274,13 @@ class TrainSchema:
     checkpoint: CheckpointSchema = field(default_factory=CheckpointSchema)
     logger: LoggerSchema = field(default_factory=LoggerSchema)
     device: DeviceSchema = field(default_factory=DeviceSchema)
+
+
+def as_dict(cfg: TrainSchema) -> dict[str, Any]:
+    """A configuration in plain types, as ``train.yaml`` holds it."""
+    config = OmegaConf.to_container(OmegaConf.structured(cfg), enum_to_str=True)
+    assert isinstance(config, dict)
+    return {str(key): value for key, value in config.items()}
 
 
 def register() -> None:

@@ -34,7 +34,7 @@ def provenance(
         "stores": [part.record() | {"shards": len(part.shards)} for part in stores],
         "seed": identity["seed"],
         "config": dict(identity),
-        "config_hash": _digest(identity),
+        "config_hash": digest(identity),
         "steps": steps,
         "tokens": tokens,
         "versions": versions(),
@@ -71,7 +71,7 @@ def is_exported(folder: Path) -> bool:
 
 def run_id(folder: Path, identity: Mapping[str, Any]) -> str:
     """A name for the run that is the same whenever it is continued."""
-    return _digest({"folder": str(folder.resolve()), **identity})[:16]
+    return digest({"folder": str(folder.resolve()), **identity})[:16]
 
 
 def versions() -> dict[str, str]:
@@ -79,7 +79,8 @@ def versions() -> dict[str, str]:
     return {"granary": version("granary"), "torch": torch.__version__, "python": platform.python_version()}
 
 
-def _digest(value: Mapping[str, Any]) -> str:
+def digest(value: Mapping[str, Any]) -> str:
+    """SHA-256 of a mapping, in hexadecimal."""
     return hashlib.sha256(json.dumps(dict(value), sort_keys=True).encode()).hexdigest()
 
 

@@ -82,6 +82,7 @@ class WandbLogger:
             name=name,
             id=run_id,
             resume="allow",
+            reinit="create_new",  # beside those of other runs in this process
             mode=cfg.mode.value,
             dir=folder,
             config=dict(config),

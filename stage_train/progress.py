@@ -1,7 +1,7 @@
 """The bar that a user watches."""
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from tqdm import tqdm
 
@@ -25,11 +25,17 @@ class ProgressBar:
         """Count a batch."""
         self._bar.update(tokens)
 
-    def show(self, metrics: Mapping[str, float | int]) -> None:
-        """Show a logging step's figures."""
+    def show(self, metrics: Sequence[Mapping[str, float | int]]) -> None:
+        """Show the figures of a logging step: one run's, or the span over several."""
+
+        def span(name: str, form: str) -> str:
+            values = [run[name] for run in metrics]
+            low, high = f"{min(values):{form}}", f"{max(values):{form}}"
+            return low if low == high else f"{low}-{high}"
+
         self._bar.set_postfix_str(
-            f"FVU {metrics['fvu']:.4f} L0 {metrics['l0']:.1f} dead {metrics['dead_fraction']:.1%} "
-            f"wait {metrics['wait_share']:.0%}",
+            f"FVU {span('fvu', '.4f')} L0 {span('l0', '.1f')} dead {span('dead_fraction', '.1%')} "
+            f"wait {span('wait_share', '.0%')}",
             refresh=False,
         )
 

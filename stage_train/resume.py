@@ -11,6 +11,7 @@ FREE = (
     "run_dir",
     "out_dir",
     "nproc",
+    "packed",
     "store.url",  # the checkpoint knows the store by its digest
     "store.others",
     "checkpoint.",
@@ -28,7 +29,7 @@ FREE = (
 
 def identity(config: Mapping[str, Any]) -> dict[str, Any]:
     """The keys that fix the result, flattened: ``{"optim.lr": 0.001, ...}``."""
-    return {key: value for key, value in _flatten(config) if not key.startswith(FREE)}
+    return {key: value for key, value in flatten(config) if not key.startswith(FREE)}
 
 
 def check_same_run(saved: Mapping[str, Any], wanted: Mapping[str, Any], folder: object) -> None:
@@ -45,9 +46,10 @@ def check_same_run(saved: Mapping[str, Any], wanted: Mapping[str, Any], folder: 
         )
 
 
-def _flatten(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flatten(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The values of nested mappings under dotted keys; what FREE names whole stays whole."""
     for key, value in config.items():
         if isinstance(value, Mapping) and f"{prefix}{key}" not in FREE:
-            yield from _flatten(value, f"{prefix}{key}.")
+            yield from flatten(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value

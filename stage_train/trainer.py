@@ -6,6 +6,7 @@ Shape letters: N rows of this rank's batch, D d_model, F latents held here, R de
 import logging
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,6 +33,10 @@ log = logging.getLogger(__name__)
 DEAD_EVERY = 16
 
 METRICS = ("loss", "reconstruction", "auxk", "multi_topk", "penalty", "fvu", "l0")
+
+
+class DivergedError(GranaryError):
+    """The loss or the gradient is not finite any more."""
 
 
 @dataclass
@@ -137,7 +142,7 @@ class Trainer:
     def read_metrics(self) -> dict[str, float | int]:
         """Metrics of the steps since the last call, the same on every rank. Waits for the device and the others.
 
-        Raises GranaryError when the loss or the gradient is not finite, on all ranks alike.
+        Raises DivergedError when the loss or the gradient is not finite, on all ranks alike.
         """
         means = self.window.read()
         self.layout.merge_dead(self.dead.tokens_since_fired)
@@ -172,13 +177,13 @@ class Trainer:
         )
 
     def check_finite(self, loss: float = 0.0) -> None:
-        """Raise GranaryError, with what to do, when training has diverged; the same on every rank.
+        """Raise DivergedError, with what to do, when training has diverged; the same on every rank.
 
         A loss that is not finite on one rank makes the summed gradient not finite on all.
         """
         grad_norm = float(self.grad_norm)
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            raise GranaryError(
+            raise DivergedError(
                 f"training diverged by step {self.progress.step} (loss {loss}, gradient norm {grad_norm}): lower "
                 "optim.lr or optim.clip_norm, or leave out outliers with stream.max_norm_multiple; the last checkpoint "
                 "is intact"
@@ -208,10 +213,9 @@ class Trainer:
         state = {"step": self.progress.step, "tokens": self.progress.tokens, "stream": self.stream.state_dict()}
         return state if self.guard is None else {**state, "guard": self.guard.state()}
 
-    def restore(self, state: dict[str, Any]) -> None:
-        """Continue from `state`, after the tensors have been filled."""
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Continue from `state`, after the tensors have been filled; the stream is put in its place by its owner."""
         self.progress = Progress(state["step"], state["tokens"])
-        self.stream.load_state_dict(state["stream"])
         if self.guard is not None:
             self.guard.restore(state["guard"])
         self._dead_R = self.layout.look_at_dead(self.sae, self.dead_now_F)

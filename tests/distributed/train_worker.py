@@ -20,7 +20,7 @@ from omegaconf import OmegaConf
 from shared.errors import GranaryError
 from shared.parallel import World, init_world, shutdown
 from stage_train import config
-from stage_train.run import Run
+from stage_train.job import Job
 from stage_train.trainer import Trainer
 
 ALL_REDUCE = dist.all_reduce
@@ -49,7 +49,7 @@ def run(job: dict[str, Any], world: World) -> str:
     Trainer.step = step  # type: ignore[method-assign]
     dist.all_reduce = all_reduce
     try:
-        Run(cfg, world).execute()
+        Job([cfg], world).execute()
     except GranaryError as error:
         return str(error)
     except SystemExit as stopped:

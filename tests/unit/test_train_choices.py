@@ -16,8 +16,8 @@ from shared.parallel import World
 from shared.sae import SAE
 from shared.store import Store
 from stage_train import config
+from stage_train.job import Job
 from stage_train.loggers import read_metrics
-from stage_train.run import Run
 from stage_train.trainer import Trainer
 
 WORLD = World(0, 1, 0, torch.device("cpu"))
@@ -58,7 +58,7 @@ class Jobs:
         out = self.folder / name
         paths = [f"out_dir={out}", f"store.url={self.folder / 'store'}"]
         cfg: Any = OmegaConf.to_object(compose("train", overrides=[*FIXED, *paths, *overrides]))
-        Run(cfg, WORLD).execute()
+        Job([cfg], WORLD).execute()
         return out
 
 

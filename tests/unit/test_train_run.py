@@ -16,8 +16,8 @@ from shared.parallel import World
 from shared.sae import SAE, load_provenance
 from shared.store import Store
 from stage_train import config
+from stage_train.job import Job
 from stage_train.loggers import read_metrics
-from stage_train.run import Run
 from stage_train.trainer import Trainer
 
 HOOK, T = "layers.1.resid_post", 16
@@ -51,7 +51,7 @@ def train(tmp_path: Path, planted_store: Callable[..., Store], monkeypatch: pyte
         ]
         paths = [f"out_dir={out}", f"store.url={tmp_path / 'store'}"]
         cfg: Any = OmegaConf.to_object(compose("train", overrides=[*fixed, *paths, *overrides]))
-        job = Run(cfg, WORLD)
+        job = Job([cfg], WORLD)
         if stop_after is None:
             job.execute()
         else:

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from shared.parallel import World
 from shared.store import Store
 from stage_train import config
-from stage_train.run import Run
+from stage_train.job import Job
 from stage_train.trainer import DEAD_EVERY
 
 # What makes the host wait for a CUDA device: reading a number, and results whose size depends on the data.
@@ -46,7 +46,10 @@ def test_steps_between_logging_do_not_wait(
     config.register()
     with initialize_config_module("conf", version_base="1.3"):
         cfg: Any = OmegaConf.to_object(compose("train", overrides=overrides))
-    trainer = Run(cfg, World(0, 1, 0, torch.device("cpu")))._make_trainer()
+    job = Job([cfg], World(0, 1, 0, torch.device("cpu")))
+    (run,) = job.runs
+    run.start(job.feed.open_stream(run.layout, run.length.end))
+    trainer = run.trainer
     # The plain kernels read nothing back; those for the CPU do, where that is cheap.
     trainer.sae.kernels = trainer.optimiser.kernels = "reference"
     with closing(trainer.stream) as stream:
