@@ -12,12 +12,15 @@ NPROC ?= 1
 NNODES ?= 1
 # With NNODES > 1: the same on every node, host:port of node 0.
 RDZV ?=
+# 1: all SAEs of a sweep in one process group, from one pass over the store.
+PACKED ?=
 K ?= 8,16
 EXPANSION ?= 4,8
 NAME ?= demo
 
 comma := ,
 rendezvous := $(if $(filter 1,$(NNODES)),--standalone,--rdzv-backend=c10d --rdzv-endpoint=$(RDZV) --rdzv-id=granary)
+packed := $(if $(filter-out 0,$(PACKED)),packed=true)
 ifeq ($(NPROC)/$(NNODES),1/1)
 STAGE := $(BIN)/python -m
 else
@@ -65,8 +68,8 @@ train: setup ## train a sparse autoencoder from a store
 eval: setup ## score a trained SAE: FVU, L0, loss recovered, plots, report
 	@$(STAGE) stage_eval $(ARGS)
 
-sweep: setup ## train and compare K=8,16 x EXPANSION=4,8 on the store of runs/NAME
-	@$(BIN)/python -m stage_train -m name=$(NAME) nproc=$(NPROC) sae.k=$(K) sae.expansion=$(EXPANSION) $(ARGS)
+sweep: setup ## train and compare K=8,16 x EXPANSION=4,8 on the store of runs/NAME; PACKED=1: from one pass over it
+	@$(BIN)/python -m stage_train -m name=$(NAME) nproc=$(NPROC) sae.k=$(K) sae.expansion=$(EXPANSION) $(packed) $(ARGS)
 	@$(STAGE) stage_eval name=$(NAME) 'sae.path="runs/$(NAME)/sweep/*"'
 
 # Two workers, one thread each: most tests wait for imports of processes they start.
