@@ -25,6 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from shared import slurm
 from shared.errors import GranaryError
+from shared.orphans import environment_of_child
 
 # Groups whose value may also be a plain path, and the key that path belongs to.
 PATH_SHORTHANDS = {"model": "model.path"}
@@ -85,7 +86,7 @@ def relaunch(module: str, nproc: int) -> None:
 
     A multirun cannot itself run under torchrun, where every rank would sweep.
     """
-    process = subprocess.Popen(child_command(module, nproc, ["--standalone"]))
+    process = subprocess.Popen(child_command(module, nproc, ["--standalone"]), env=environment_of_child())
     previous = {
         number: signal.signal(number, lambda received, _: process.send_signal(received))
         for number in (signal.SIGTERM, signal.SIGUSR1)

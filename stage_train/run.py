@@ -28,6 +28,7 @@ from stage_train.curves import draw_curves
 from stage_train.export import export, is_exported, provenance, run_id
 from stage_train.frozen import FrozenStore, choose_hook, combined_statistics, freeze, refreeze
 from stage_train.layouts import make_layout
+from stage_train.lock import only_run_in
 from stage_train.loggers import make_loggers
 from stage_train.outliers import drop_outliers
 from stage_train.progress import ProgressBar
@@ -50,7 +51,7 @@ GIB = 1 << 30
 def main(cfg: TrainSchema) -> None:
     """Train one SAE as `cfg` says, or continue where an earlier run of the same configuration stopped."""
     world = init_world(cfg.device.name, cfg.device.threads)
-    with telling_lost_contact():
+    with telling_lost_contact(), only_run_in(Path(cfg.out_dir), world):
         Run(cfg, world).execute()
     shutdown()
 
