@@ -7,7 +7,7 @@ from tqdm import tqdm
 
 
 class ProgressBar:
-    """Tokens done, speed and ETA; FVU, L0, dead share and waiting share as of the last logging step."""
+    """Tokens done, speed and ETA; loss, FVU, L0, dead share and waiting share as of the last logging step."""
 
     def __init__(self, total_tokens: int, done_tokens: int, *, enabled: bool) -> None:
         self._bar = tqdm(
@@ -28,8 +28,8 @@ class ProgressBar:
     def show(self, metrics: Mapping[str, float | int]) -> None:
         """Show a logging step's figures."""
         self._bar.set_postfix_str(
-            f"FVU {metrics['fvu']:.4f} L0 {metrics['l0']:.1f} dead {metrics['dead_fraction']:.1%} "
-            f"wait {metrics['wait_share']:.0%}",
+            f"loss {metrics['loss']:.4f} FVU {metrics['fvu']:.4f} L0 {metrics['l0']:.1f} "
+            f"dead {metrics['dead_fraction']:.1%} wait {metrics['wait_share']:.0%}",
             refresh=False,
         )
 
