@@ -12,7 +12,7 @@ from shared.store import Store
 from stage_train.loggers import read_metrics
 from tests.distributed.test_train_ranks import Runs
 
-TEN_STEPS = ["schedule.tokens=210", "logger.every=2", "optim.lr=3e-3"]
+TEN_STEPS = ["schedule.tokens=210", "logger.every=3", "optim.lr=3e-3"]
 ACTIVATIONS = {
     "topk": ["sae.multi_topk_weight=0.125", "optim.clip_norm=0.05"],
     "batchtopk": ["sae=batchtopk"],
@@ -76,6 +76,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, planted_store: Callable[..., 
     runs.alone(*(runs.job(f"{name}_micro", *TEN_STEPS, *ACTIVATIONS[name], "optim.micro_batch=4") for name in MICRO))
     guard = [*TEN_STEPS, "optim.spike_factor=3"]
     runs.alone(runs.job("guarded", *guard, poison=7), runs.job("unharmed", *guard))
+    runs.alone(runs.job("guarded_batchtopk", *guard, *ACTIVATIONS["batchtopk"], poison=7))
     counted = [
         runs.job(f"counted_{name}_{layout}", *TEN_STEPS, *CHOICES[name], *LAYOUTS[layout], count=2 * 96 * 12)
         for name, layout in COUNTED
@@ -89,6 +90,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, planted_store: Callable[..., 
         2,
         *jobs(runs, COMMON),
         *guarded(runs, guard),
+        runs.job("guarded_batchtopk_2", *guard, *ACTIVATIONS["batchtopk"], poison=7),
         *counted,
         *alike,
         {"name": "ties", "ties": 3},
@@ -120,7 +122,7 @@ def assert_equal_runs(runs: Runs, one: str, two: str) -> None:
     """Weights to 1e-4, every metric of every logged step to 1e-5 and dead counts exactly."""
     assert_equal_weights(runs, one, two)
     lines = list(zip(read_metrics(runs.folder / one), read_metrics(runs.folder / two), strict=True))
-    assert len(lines) >= 5
+    assert len(lines) >= 4
     for before, after in lines:
         assert before.keys() == after.keys()
         for name in before.keys() - {"tokens_per_s", "wait_share"}:
@@ -161,7 +163,8 @@ def test_the_runs_did_what_they_are_to_show(runs: Runs) -> None:
 
 @pytest.mark.parametrize("name", [*TO_TWO, *FROM_TWO])
 def test_resume_under_another_layout(runs: Runs, name: str) -> None:
-    assert_equal_weights(runs, name, f"{name}_moved")
+    """The stops, after step 5 or 8, fall between two lines of the metrics."""
+    assert_equal_runs(runs, name, f"{name}_moved")
 
 
 @pytest.mark.parametrize("layout", ["ddp", "fsdp", "latent"])
@@ -170,6 +173,12 @@ def test_a_nan_on_one_rank_is_left_out_by_all(runs: Runs, layout: str) -> None:
     assert_equal_runs(runs, "guarded", f"guarded_{layout}_2")
     assert read_metrics(runs.folder / "guarded")[-1]["refused_steps"] == 1
     assert read_metrics(runs.folder / "unharmed")[-1]["refused_steps"] == 0
+
+
+def test_a_nan_on_one_rank_that_all_must_survey(runs: Runs) -> None:
+    """BatchTopK's least value is searched by all ranks together, NaN or not."""
+    assert_equal_runs(runs, "guarded_batchtopk", "guarded_batchtopk_2")
+    assert read_metrics(runs.folder / "guarded_batchtopk_2")[-1]["refused_steps"] == 1
 
 
 @pytest.mark.parametrize(("name", "layout"), COUNTED)
