@@ -25,6 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from shared import slurm
 from shared.errors import GranaryError
+from shared.orphans import environment_of_child
 
 # Groups whose value may also be a plain path, and the key that path belongs to.
 PATH_SHORTHANDS = {"model": "model.path"}
@@ -90,7 +91,7 @@ def run_child(command: Sequence[str]) -> None:
     A multirun cannot itself run under torchrun, where every rank would sweep. Signals are passed on; exits with the
     child's status unless that is 0.
     """
-    process = subprocess.Popen(list(command))
+    process = subprocess.Popen(list(command), env=environment_of_child())
     previous = {
         number: signal.signal(number, lambda received, _: process.send_signal(received))
         for number in (signal.SIGTERM, signal.SIGUSR1)

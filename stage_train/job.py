@@ -10,6 +10,7 @@ import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
+from pathlib import Path
 from typing import Any
 
 from shared.errors import GranaryError
@@ -19,6 +20,7 @@ from stage_train.control import StopRequest
 from stage_train.export import digest
 from stage_train.feed import GIB, Feed, order_of
 from stage_train.frozen import FrozenStore, freeze, refreeze
+from stage_train.lock import only_run_in
 from stage_train.progress import ProgressBar
 from stage_train.resume import flatten
 from stage_train.run import Run
@@ -35,7 +37,9 @@ SHARED = ("nproc", "store.", "stream.", "parallel.", "device.")
 def train(cfgs: Sequence[TrainSchema]) -> None:
     """Train one SAE for each configuration, or continue where an earlier call with the same ones stopped."""
     world = init_world(cfgs[0].device.name, cfgs[0].device.threads)
-    with telling_lost_contact():
+    with telling_lost_contact(), ExitStack() as stack:
+        for folder in sorted({cfg.out_dir for cfg in cfgs}):
+            stack.enter_context(only_run_in(Path(folder), world))
         Job(cfgs, world).execute()
     shutdown()
 

@@ -7,7 +7,7 @@ from tqdm import tqdm
 
 
 class ProgressBar:
-    """Tokens done, speed and ETA; FVU, L0, dead share and waiting share as of the last logging step."""
+    """Tokens done, speed and ETA; loss, FVU, L0, dead share and waiting share as of the last logging step."""
 
     def __init__(self, total_tokens: int, done_tokens: int, *, enabled: bool) -> None:
         self._bar = tqdm(
@@ -34,8 +34,8 @@ class ProgressBar:
             return low if low == high else f"{low}-{high}"
 
         self._bar.set_postfix_str(
-            f"FVU {span('fvu', '.4f')} L0 {span('l0', '.1f')} dead {span('dead_fraction', '.1%')} "
-            f"wait {span('wait_share', '.0%')}",
+            f"loss {span('loss', '.4f')} FVU {span('fvu', '.4f')} L0 {span('l0', '.1f')} "
+            f"dead {span('dead_fraction', '.1%')} wait {span('wait_share', '.0%')}",
             refresh=False,
         )
 

@@ -113,7 +113,8 @@ class Trainer:
             self.dead_now_F.copy_(self.dead.mask())
             self._dead_R = self.layout.look_at_dead(self.sae, self.dead_now_F)
         self.layout.zero_gradients(self.optimiser)
-        sums_before = self.window.sums.clone()
+        if self.guard is not None:
+            self.window.mark()
         parts = self._micro_batches(batch)
         k = None if self.schedules.k is None else self.schedules.k.at(self.progress.step)
         scale = 1.0 if self.schedules.penalty is None else self.schedules.penalty.at(self.progress.step)
@@ -124,7 +125,7 @@ class Trainer:
             options["survey"] = None if surveys is None else surveys[number]
             fired_F |= self._backward(rows, batch.num_tokens, last=number == len(parts) - 1, **options)
         grad_norm = self.layout.reduce_gradients(self.optimiser)
-        if self.guard is None or self.guard.admits(self._global_loss(sums_before, batch.num_tokens), grad_norm):
+        if self.guard is None or self.guard.admits(self._global_loss(batch.num_tokens), grad_norm):
             self.grad_norm = grad_norm
             self.optimiser.step(self.schedules.rate.at(self.progress.step), grad_norm)
             if isinstance(self.sae.activation, BatchTopK) and surveys is not None and surveys[0].least is not None:
@@ -135,7 +136,7 @@ class Trainer:
         else:
             log.warning("left out step %d: its loss or gradient is out of the ordinary", self.progress.step + 1)
             self.layout.zero_gradients(self.optimiser)
-            self.window.sums.copy_(sums_before)
+            self.window.back_to_mark()
         self.progress.step += 1
         self.progress.tokens += batch.num_tokens
 
@@ -189,11 +190,14 @@ class Trainer:
                 "is intact"
             )
 
-    def _global_loss(self, sums_before: Tensor, num_tokens: int) -> Tensor:
+    @property
+    def _copies(self) -> int:
+        """Ranks that read the same rows, and all add them to the metrics: those of a latent group."""
+        return self.world.size // self.layout.stream_world
+
+    def _global_loss(self, num_tokens: int) -> Tensor:
         """The step's loss over all ranks, from what it added to the metrics."""
-        own = (self.window.sums - sums_before)[self.window.names.index("loss")]
-        # The ranks of a latent group all add the loss of their common rows.
-        return all_reduce_sum(own) * self.layout.stream_world / (self.world.size * num_tokens)
+        return all_reduce_sum(self.window.since_mark("loss")) / (self._copies * num_tokens)
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor of the training state, by name; loading fills them in place. Call on all ranks at once."""
@@ -204,7 +208,7 @@ class Trainer:
             **{f"ema.{name}": tensor for name, tensor in (self.average.tensors if self.average else {}).items()},
             "dead.tokens_since_fired": self.dead.tokens_since_fired,
             "dead.now": self.dead_now_F,
-            "metrics.sums": self.window.sums,
+            "metrics.sums": self.window.collect(self._copies),
         }
         return self.layout.as_global(tensors)
 
@@ -216,6 +220,7 @@ class Trainer:
     def restore(self, state: Mapping[str, Any]) -> None:
         """Continue from `state`, after the tensors have been filled; the stream is put in its place by its owner."""
         self.progress = Progress(state["step"], state["tokens"])
+        self.window.restore(first=self.layout.stream_rank == 0)
         if self.guard is not None:
             self.guard.restore(state["guard"])
         self._dead_R = self.layout.look_at_dead(self.sae, self.dead_now_F)

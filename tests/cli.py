@@ -39,6 +39,7 @@ for line in sys.stdin:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
+    print(child, flush=True)
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 
@@ -66,6 +67,7 @@ class ForkServer:
 
     def __init__(self, folder: Path, preload: list[str]) -> None:
         self.folder = folder
+        self._out, self._err = folder / "stdout.txt", folder / "stderr.txt"
         environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
         self.process = subprocess.Popen(
             [sys.executable, "-c", SERVER, json.dumps(preload)],
@@ -79,13 +81,21 @@ class ForkServer:
 
     def run(self, module: str, *arguments: str) -> Result:
         """Run a stage to its end."""
-        out, err = self.folder / "stdout.txt", self.folder / "stderr.txt"
+        self.start(module, *arguments)
+        return self.finish()
+
+    def start(self, module: str, *arguments: str) -> int:
+        """Begin to run a stage; returns its process id. `finish` waits for it."""
         call = {"module": module, "arguments": arguments, "folder": str(self.folder)}
         assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps({**call, "stdout": str(out), "stderr": str(err)}) + "\n")
+        self.process.stdin.write(json.dumps({**call, "stdout": str(self._out), "stderr": str(self._err)}) + "\n")
         self.process.stdin.flush()
+        return int(self._reply())
+
+    def finish(self) -> Result:
+        """Wait for what was started."""
         code = int(self._reply())
-        return Result(code, out.read_text(), err.read_text())
+        return Result(code, self._out.read_text(), self._err.read_text())
 
     def _reply(self) -> str:
         assert self.process.stdout is not None

@@ -1,7 +1,7 @@
 """The sparse step's operations. Imports torch and triton only, so that it can be tested alone on a GPU machine."""
 
 from shared.kernels.autograd import attach_encoder, sparse_decode, take_rows
-from shared.kernels.auxk import auxk_error
+from shared.kernels.auxk import Holders, auxk_error
 from shared.kernels.decode import decode, dot_picks
 from shared.kernels.dispatch import KERNELS, resolve
 from shared.kernels.encode_batchtopk import encode_batchtopk, smallest_kept
@@ -9,12 +9,14 @@ from shared.kernels.encode_threshold import encode_threshold
 from shared.kernels.encode_topk import COMPUTE_DTYPES, encode_topk
 from shared.kernels.pair_update import PairGradient, PairGradients
 from shared.kernels.pairs import PairOrder, SortedPairs, sort_pairs
+from shared.kernels.product import product
 from shared.kernels.row_grad import latent_sum, row_grad
 from shared.kernels.row_update import row_update
 
 __all__ = [
     "COMPUTE_DTYPES",
     "KERNELS",
+    "Holders",
     "PairGradient",
     "PairGradients",
     "PairOrder",
@@ -27,6 +29,7 @@ __all__ = [
     "encode_threshold",
     "encode_topk",
     "latent_sum",
+    "product",
     "resolve",
     "row_grad",
     "row_update",

@@ -15,9 +15,13 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.elastic.rendezvous import RendezvousError
 from torch.distributed.run import main as torchrun
 
+from shared.orphans import end_with_starter, environment_of_child
+
 
 def launch(arguments: Sequence[str]) -> int:
     """Run torchrun; returns the exit status of the first rank that failed, 128 + n after signal n, or 0."""
+    end_with_starter()
+    os.environ.update(environment_of_child())
     # torchrun would pin every rank to one thread: share this node's cores among its ranks instead.
     os.environ.setdefault("OMP_NUM_THREADS", str(threads_per_rank(arguments)))
     os.environ.setdefault("PET_SIGNALS_TO_HANDLE", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1")

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from shared.errors import GranaryError
+from shared.orphans import end_with_starter
 
 T = TypeVar("T")
 
@@ -48,6 +49,8 @@ def init_world(device: str = "auto", threads: int | None = None) -> World:
     """
     if threads is not None:
         torch.set_num_threads(threads)
+    if "RANK" in os.environ:
+        end_with_starter()
     if device not in ("auto", "cpu", "cuda"):
         raise GranaryError(f"device.name={device!r}: choose from auto, cpu, cuda")
     if device == "cuda" and not torch.cuda.is_available():

@@ -1,4 +1,4 @@
-"""The losses of ReLU, JumpReLU and Gated, whose L0 is free: dense [N, F] products with plain autograd.
+"""The losses of ReLU, JumpReLU and Gated, whose L0 is free: dense [N, F] products with autograd.
 
 At the start of training half of all latents may fire, so that a sparse form would save nothing. `optim.micro_batch`
 bounds the memory. Shapes: N tokens, D d_model, F latents held here, R dead latents.
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from shared.kernels import product
 from shared.sae.activations import Gated, JumpReLU
 from shared.sae.latents import SAELosses, Survey
 from shared.sae.losses import penalty_per_latent, preact_loss, weighted_square_error
@@ -27,9 +28,10 @@ def dense_losses(sae: "SAE", x: Tensor, dead: Tensor | None, penalty_scale: floa
     shared = sae.shared_pre_bias()
     if shared is not None:  # the gradient of b_dec goes through the encoder too
         input_ND = centred_ND - (shared - shared.detach())
-    z_NF = torch.addmm(sae.b_enc, input_ND, sae.W_enc.T)
+    z_NF = product(input_ND, sae.W_enc.T, sae.b_enc, compute_dtype=sae.compute_dtype)
     f_NF = sae.activation.dense(z_NF, sae.b_enc)
-    error_ND = sae.part.sum_forward(f_NF @ sae.W_dec) + sae.b_dec - target_ND
+    decoded_ND = product(f_NF, sae.W_dec, compute_dtype=sae.compute_dtype)
+    error_ND = sae.part.sum_forward(decoded_ND) + sae.b_dec - target_ND
     reconstruction = weighted_square_error(error_ND, sae.loss_weight())
     total = reconstruction
     metrics: dict[str, Tensor] = {}
@@ -41,7 +43,8 @@ def dense_losses(sae: "SAE", x: Tensor, dead: Tensor | None, penalty_scale: floa
         metrics["penalty"] = penalty.detach()
     if isinstance(sae.activation, Gated):
         # The gate must be a good encoder by itself; frozen, the decoder learns from the magnitudes alone.
-        gate_ND = sae.part.sum_forward(torch.relu(z_NF) @ sae.W_dec.detach()) + sae.b_dec.detach()
+        gate_ND = product(torch.relu(z_NF), sae.W_dec.detach(), compute_dtype=sae.compute_dtype)
+        gate_ND = sae.part.sum_forward(gate_ND) + sae.b_dec.detach()
         gate = weighted_square_error(gate_ND - target_ND, sae.loss_weight())
         total = total + gate
         metrics["gate"] = gate.detach()

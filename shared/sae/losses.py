@@ -51,16 +51,11 @@ def auxk_loss(
     all parts, R those given here; None: R. See ``shared.kernels.auxk_error`` for `kernels` and `compute_dtype`.
     """
     num_dead = W_enc_RD.shape[0] if num_dead is None else num_dead
-    scale = min(num_dead / num_aux, 1.0)
-    if part is WHOLE:
-        options = {"kernels": kernels, "compute_dtype": compute_dtype}
-        return scale * auxk_error(residual_ND, centred_ND, W_enc_RD, b_enc_R, W_dec_RD, num_aux, **options)
-    z_NR = torch.relu(torch.addmm(b_enc_R, centred_ND, W_enc_RD.T))
-    if num_dead > num_aux:
-        z_NR = z_NR * (z_NR.detach() >= part.kth_largest(z_NR.detach(), num_aux))
-    error_N = (residual_ND - part.sum_forward(z_NR @ W_dec_RD)).square().sum(1)
-    energy_N = residual_ND.square().sum(1).clamp_min(torch.finfo(residual_ND.dtype).tiny)
-    return (error_N / energy_N).mean() * scale
+    error = auxk_error(
+        residual_ND, centred_ND, W_enc_RD, b_enc_R, W_dec_RD, num_aux,
+        kernels=kernels, compute_dtype=compute_dtype, holders=part, num_dead=num_dead,
+    )  # fmt: skip
+    return min(num_dead / num_aux, 1.0) * error
 
 
 def saturated(f_NF: torch.Tensor, config: SAEConfig, norm_F: torch.Tensor | None) -> torch.Tensor:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from shared.kernels import product
 from shared.sae.activations import BatchTopK, encode_above
 from shared.sae.latents import Survey
 from shared.sae.losses import saturated
@@ -54,7 +55,7 @@ def survey(
         return _survey_batchtopk(sae, inputs, num_tokens, sae.config.k if k is None else k, reduce_all)
     sums_F = torch.zeros_like(sae.b_enc)
     for centred_ND in inputs:
-        z_NF = torch.addmm(sae.b_enc, centred_ND, sae.W_enc.T)
+        z_NF = product(centred_ND, sae.W_enc.T, sae.b_enc, compute_dtype=sae.compute_dtype)
         sums_F += saturated(sae.activation.dense(z_NF, sae.b_enc), sae.config, sae.decoder_norm()).sum(0)
     reduce_rows(sums_F)
     return [Survey(frequency=sums_F / num_tokens) for _ in inputs]

@@ -1,6 +1,7 @@
 """Every activation and option of training in a real run: it stops and continues exactly, and refuses what is wrong."""
 
 import importlib.util
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -111,6 +112,30 @@ def test_k_comes_down_to_its_end(jobs: Jobs) -> None:
 def test_lr_auto(jobs: Jobs) -> None:
     out = jobs.run("auto", "optim.lr=auto", "sae.d_latent=64", "schedule.warmup=0", "schedule.decay=0")
     assert {line["lr"] for line in read_metrics(out)} == {2e-4 / (64 / 2**14) ** 0.5}
+
+
+@pytest.mark.parametrize(
+    ("name", "decay", "shape"),
+    [
+        ("constant", 0.0, lambda progress: 1.0),
+        ("linear", 1.0, lambda progress: 1 - progress),
+        ("cosine", 1.0, lambda progress: (1 + math.cos(math.pi * progress)) / 2),
+        ("wsd", 0.2, lambda progress: 1 - progress),
+    ],
+)
+@pytest.mark.parametrize("warmup", [4, 0.2])
+def test_named_schedules(jobs: Jobs, name: str, decay: float, shape: Callable[[float], float], warmup: float) -> None:
+    """The rate of every step of a run, with lengths in steps and in shares."""
+    out = jobs.run(
+        f"{name}_{warmup}", f"schedule={name}", f"schedule.warmup={warmup}", "schedule.final=0.1", "logger.every=1"
+    )
+    lr = [line["lr"] for line in read_metrics(out)]
+    total = len(lr)
+    rising = warmup if isinstance(warmup, int) else round(warmup * total)
+    falling = min(round(decay * total), total - rising)
+    wanted = [min(1.0, (step + 1) / rising) for step in range(total - falling)]
+    wanted += [0.1 + 0.9 * shape(step / (falling + 1)) for step in range(1, falling + 1)]
+    assert [rate / max(lr) for rate in lr] == pytest.approx(wanted)
 
 
 def test_warmups_of_zero_steps(jobs: Jobs) -> None:

@@ -9,6 +9,7 @@ import pytest
 
 from stage_train.config import LoggerSchema, WandbMode
 from stage_train.loggers import TensorBoardLogger, WandbLogger
+from stage_train.progress import ProgressBar
 
 
 def test_tensorboard_holds_every_metric(tmp_path: Path) -> None:
@@ -47,6 +48,19 @@ def test_wandb_offline_holds_every_line(tmp_path: Path, monkeypatch: pytest.Monk
             items = {item.key or item.nested_key[0]: json.loads(item.value_json) for item in record.history.item}
             rows.append((items["_step"], items["fvu"]))
     assert rows == [(20, 0.25), (40, 0.125)]
+
+
+def test_the_bar_shows_a_runs_figures(capsys: pytest.CaptureFixture[str]) -> None:
+    bar = ProgressBar(4_000, 1_000, enabled=True)
+    bar.advance(500)
+    bar.show({"loss": 0.25, "fvu": 0.2, "l0": 32.04, "dead_fraction": 0.125, "wait_share": 0.03})
+    bar.advance(500)
+    bar.close()
+    last = capsys.readouterr().err.splitlines()[-1].rpartition("\r")[2]
+    assert "2.00k/4.00k" in last
+    assert "tok/s, loss 0.2500 FVU 0.2000 L0 32.0 dead 12.5% wait 3%" in last
+    ProgressBar(4_000, 0, enabled=False).close()
+    assert capsys.readouterr().err == ""
 
 
 def wandb_records(file: Path) -> list[Any]:

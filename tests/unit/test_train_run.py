@@ -1,6 +1,8 @@
 """Training runs in one process: exact resume, what is refused, what is left on disk."""
 
 import json
+import resource
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,12 +12,15 @@ import torch
 from hydra import compose, initialize_config_module
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
 from shared.errors import GranaryError
 from shared.parallel import World
 from shared.sae import SAE, load_provenance
 from shared.store import Store
 from stage_train import config
+from stage_train.checkpoint import newest_checkpoint
+from stage_train.export import export
 from stage_train.job import Job
 from stage_train.loggers import read_metrics
 from stage_train.trainer import Trainer
@@ -261,6 +266,49 @@ def test_a_checkpoint_torn_while_being_written_is_ignored(train: Train) -> None:
     train("a")
     assert_same_weights(straight, out)
     assert not partial.exists()
+
+
+def test_a_checkpoint_that_cannot_be_written_is_one_line(train: Train) -> None:
+    """As on a full disk: no file may grow beyond 8 KiB. The checkpoint before stays, and the run goes on from it."""
+    straight, out = train("straight"), train("a", stop_after=9)
+    _, most = limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8192, most))
+    try:
+        with pytest.raises(
+            GranaryError, match=r"could not be written \(.*File too large.*\): is there room\?"
+        ) as caught:
+            train("a", "checkpoint.every=5")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "\n" not in str(caught.value)
+    assert (out / "checkpoints/latest").read_text() == "step-00000009"
+    assert_same_weights(straight, train("a"))
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The writer waits for a later step, and writes the weights of the step that was saved."""
+    stopped = train("stopped", stop_after=10)
+    later, write, step = threading.Event(), FileSystemWriter.write_data, Trainer.step
+
+    def waiting(self: FileSystemWriter, *args: Any) -> Any:
+        assert later.wait(timeout=60)
+        return write(self, *args)
+
+    def stepping(self: Trainer, batch: Any) -> None:
+        step(self, batch)
+        if self.progress.step == 15:
+            assert newest_checkpoint(tmp_path / "a/checkpoints") is None
+            later.set()
+
+    monkeypatch.setattr(FileSystemWriter, "write_data", waiting)
+    monkeypatch.setattr(Trainer, "step", stepping)
+    out = train("a", "checkpoint.every=10", "checkpoint.keep=9")
+    for folder in (out, stopped):
+        export(folder / "checkpoints/step-00000010", folder / "ten")
+    assert_same_weights(out / "ten", stopped / "ten")
+    assert not torch.equal(weights(out)["W_enc"], weights(out / "ten")["W_enc"])
 
 
 def test_hooks_are_chosen_or_listed(train: Train, tmp_path: Path, planted_store: Callable[..., Store]) -> None:

@@ -3,10 +3,13 @@
 R is a small part of F and most dead latents are among the num_aux, so dense products on [rows, R] beat gathering pairs.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.autograd.function import once_differentiable
+
+if TYPE_CHECKING:
+    from shared.kernels.auxk import Holders
 
 # Elements of one [rows, R] block; a few such blocks are alive at once.
 BLOCK_ELEMENTS = 1 << 24
@@ -22,22 +25,23 @@ class _AuxKError(torch.autograd.Function):
         b_enc_R: torch.Tensor,
         W_dec_RD: torch.Tensor,
         num_aux: int,
+        holders: "Holders",
+        num_dead: int,
         compute_dtype: str,
     ) -> torch.Tensor:
-        num_rows, num_dead = residual_ND.shape[0], W_enc_RD.shape[0]
+        num_rows = residual_ND.shape[0]
         dtype = torch.bfloat16 if compute_dtype == "bfloat16" else residual_ND.dtype
         W_enc, W_dec = W_enc_RD.to(dtype), W_dec_RD.to(dtype)
         grads = [torch.zeros_like(weight) for weight in (W_enc_RD, b_enc_R, W_dec_RD)]
         total = residual_ND.new_zeros(())
-        rows = max(1, BLOCK_ELEMENTS // max(1, num_dead))
+        rows = max(1, BLOCK_ELEMENTS // max(1, num_dead))  # equally many for all holders
         for start in range(0, num_rows, rows):
             residual, centred = residual_ND[start : start + rows], centred_ND[start : start + rows].to(dtype)
             z = torch.addmm(b_enc_R.to(dtype), centred, W_enc.T).relu_()
             if num_dead > num_aux:
-                kth = z.topk(num_aux, dim=1, sorted=False).values.amin(dim=1, keepdim=True)
-                z.masked_fill_(z < kth, 0)
+                z.masked_fill_(z < holders.kth_largest(z, num_aux), 0)
             energy = residual.square().sum(1, keepdim=True).clamp_min_(torch.finfo(residual.dtype).tiny)
-            error = z @ W_dec - residual
+            error = holders.sum_forward((z @ W_dec).to(residual.dtype)) - residual
             total += (error.square().sum(1, keepdim=True) / energy).sum()
             grad = (error * (2 / num_rows / energy)).to(dtype)
             dz = (grad @ W_dec.T).masked_fill_(z == 0, 0)
@@ -51,7 +55,7 @@ class _AuxKError(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         dW_enc, db_enc, dW_dec = ctx.saved_tensors
-        return None, None, dW_enc * grad, db_enc * grad, dW_dec * grad, None, None
+        return None, None, dW_enc * grad, db_enc * grad, dW_dec * grad, None, None, None, None
 
 
 def auxk_error(
@@ -61,10 +65,12 @@ def auxk_error(
     b_enc_R: torch.Tensor,
     W_dec_RD: torch.Tensor,
     num_aux: int,
+    holders: "Holders",
+    num_dead: int,
     compute_dtype: str,
 ) -> torch.Tensor:
     """See ``shared.kernels.auxk.auxk_error``."""
     result: torch.Tensor = _AuxKError.apply(
-        residual_ND, centred_ND, W_enc_RD, b_enc_R, W_dec_RD, num_aux, compute_dtype
+        residual_ND, centred_ND, W_enc_RD, b_enc_R, W_dec_RD, num_aux, holders, num_dead, compute_dtype
     )
     return result

@@ -1,6 +1,11 @@
 """The dense truth of ``auxk_error``: plain autograd over [N, R]."""
 
+from typing import TYPE_CHECKING
+
 import torch
+
+if TYPE_CHECKING:
+    from shared.kernels.auxk import Holders
 
 
 def auxk_error(
@@ -10,12 +15,13 @@ def auxk_error(
     b_enc_R: torch.Tensor,
     W_dec_RD: torch.Tensor,
     num_aux: int,
+    holders: "Holders",
+    num_dead: int,
 ) -> torch.Tensor:
     """See ``shared.kernels.auxk.auxk_error``."""
     z_NR = torch.relu(torch.addmm(b_enc_R, centred_ND, W_enc_RD.T))
-    if W_enc_RD.shape[0] > num_aux:
-        kth_N1 = z_NR.detach().topk(num_aux, dim=1, sorted=False).values.amin(dim=1, keepdim=True)
-        z_NR = z_NR * (z_NR.detach() >= kth_N1)
-    error_N = (residual_ND - z_NR @ W_dec_RD).square().sum(1)
+    if num_dead > num_aux:
+        z_NR = z_NR * (z_NR.detach() >= holders.kth_largest(z_NR.detach(), num_aux))
+    error_N = (residual_ND - holders.sum_forward(z_NR @ W_dec_RD)).square().sum(1)
     energy_N = residual_ND.square().sum(1).clamp_min(torch.finfo(residual_ND.dtype).tiny)
     return (error_N / energy_N).mean()

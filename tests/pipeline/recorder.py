@@ -1,0 +1,41 @@
+"""Once imported, every training step first appends its batch to ``batches.bin`` in the run's out_dir.
+
+A record is int64 (step, epoch, index in the epoch, values), then the activations in float32: what a kill cannot undo.
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from stage_train.trainer import Trainer
+
+STEP = Trainer.step
+FILE = "batches.bin"
+
+
+def step(self: Trainer, batch: Any) -> None:
+    (folder,) = [argument.partition("=")[2] for argument in sys.argv if argument.startswith("out_dir=")]
+    rows = batch.activations[self.hook].numpy()
+    header = np.array([self.progress.step, batch.epoch, batch.index, rows.size], np.int64)
+    with Path(folder, FILE).open("ab", buffering=0) as file:
+        file.write(header.tobytes() + rows.tobytes())
+    STEP(self, batch)
+
+
+Trainer.step = step  # type: ignore[method-assign]
+
+
+def batches(folder: Path) -> tuple[list[bytes], int]:
+    """The batches that the weights of a finished run have seen, in order, and how many more were lost to kills."""
+    data, place, seen, lost = (folder / FILE).read_bytes(), 0, [], 0
+    while place < len(data):
+        step, _, _, values = np.frombuffer(data, np.int64, 4, place)
+        end = place + 32 + 4 * int(values)
+        assert end <= len(data)
+        assert step <= len(seen), "a batch was skipped"
+        lost += len(seen) - int(step)
+        seen[int(step) :] = [data[place:end]]
+        place = end
+    return seen, lost

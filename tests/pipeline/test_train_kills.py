@@ -1,0 +1,170 @@
+"""SIGKILL at random moments of real training commands, the same command again each time: as if nothing had happened."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from shared.errors import GranaryError
+from shared.parallel import World
+from shared.sae import SAE
+from shared.store import Store
+from stage_train.checkpoint import newest_checkpoint
+from stage_train.lock import only_run_in
+from stage_train.loggers import read_metrics
+from tests.cli import ForkServer
+from tests.pipeline.recorder import batches
+
+ROOT = Path(__file__).resolve().parents[2]
+TIMES = {"tokens_per_s", "wait_share"}
+COMMON = ["sae.k=3", "sae.expansion=8", "stream.batch_size=16", "sae.dead_after_tokens=500", "logger.every=10"]
+COMMON += ["checkpoint.every=25", "checkpoint.keep=2", "logger.progress=false", "logger.curves=false"]
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory, planted_store: Callable[..., Store]) -> Store:
+    return planted_store(tmp_path_factory.mktemp("kills") / "store")
+
+
+@pytest.fixture(scope="module")
+def server(store: Store, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForkServer]:
+    """Processes that are ready to train, and write down every batch."""
+    modules = ["shared.cli", "stage_train.run", "tests.pipeline.recorder"]
+    with ForkServer(tmp_path_factory.mktemp("server"), modules) as server:
+        yield server
+
+
+def command(store: Store, folder: Path, tokens: int) -> list[str]:
+    return [*COMMON, f"schedule.tokens={tokens}", f"store.url={store.url}", f"run_dir={folder}", f"out_dir={folder}"]
+
+
+def assert_same_run(straight: Path, broken: Path) -> None:
+    """Bit for bit: weights, and every line of the metrics but its times."""
+    first, second = (SAE.from_pretrained(folder).state_dict() for folder in (straight, broken))
+    assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
+    lines = [
+        [{key: value for key, value in line.items() if key not in TIMES} for line in read_metrics(folder)]
+        for folder in (straight, broken)
+    ]
+    assert lines[0] == lines[1]
+
+
+def test_killed_at_random_moments_nothing_is_repeated_or_skipped(
+    server: ForkServer, store: Store, tmp_path: Path
+) -> None:
+    """The batches that count are those of an uninterrupted run, byte for byte; so are weights and metrics."""
+    straight, broken = tmp_path / "straight", tmp_path / "broken"
+    begin = time.monotonic()
+    assert server.run("stage_train", *command(store, straight, 8_000)).code == 0
+    seconds = time.monotonic() - begin
+
+    moments = random.Random(0)
+    killed = 0
+    while killed < 6:
+        process = server.start("stage_train", *command(store, broken, 8_000))
+        time.sleep(moments.uniform(0.1, 0.9) * seconds)
+        with suppress(ProcessLookupError):
+            os.kill(process, signal.SIGKILL)
+        result = server.finish()
+        if result.code == 0:  # it was faster
+            break
+        assert result.code == -signal.SIGKILL, result.stderr
+        killed += 1
+    result = server.run("stage_train", *command(store, broken, 8_000))
+    assert result.code == 0, result.stderr
+
+    seen, lost = batches(broken)
+    assert seen == batches(straight)[0]
+    assert lost > 0, "no kill fell between a checkpoint and the next"
+    assert_same_run(straight, broken)
+    assert_each_token_once(store, seen)
+
+
+def assert_each_token_once(store: Store, seen: list[bytes]) -> None:
+    """The batches of the first epoch hold every trainable token of the store."""
+    headers = [np.frombuffer(record, np.int64, 4) for record in seen]
+    parts = [record[32:] for record, header in zip(seen, headers, strict=True) if header[1] == 0]
+    read = np.frombuffer(b"".join(parts), np.float32).reshape(-1, 12)
+    (hook,) = store.hooks
+    contexts = [int(context) for context in store.contexts("train")]
+    masks = store.mask(contexts)
+    rows = [store.read_context(hook, context).numpy()[mask] for context, mask in zip(contexts, masks, strict=True)]
+    assert sorted(row.tobytes() for row in read) == sorted(row.tobytes() for row in np.concatenate(rows))
+
+
+def test_one_run_per_folder(server: ForkServer, store: Store, tmp_path: Path) -> None:
+    with only_run_in(tmp_path / "a", World(0, 1, 0, torch.device("cpu"))):
+        refused = server.run("stage_train", *command(store, tmp_path / "a", 160))
+    assert f"another run is training into {tmp_path / 'a'}: wait for it, end it, or set out_dir" in refused.error
+    assert server.run("stage_train", *command(store, tmp_path / "a", 160)).code == 0
+    (tmp_path / "file").touch()
+    impossible = server.run("stage_train", *command(store, tmp_path / "b", 160), f"out_dir={tmp_path / 'file/sae'}")
+    assert "file/sae: Not a directory; set out_dir" in impossible.error
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("nproc", "kills"), [(1, 20), (2, 8)])
+def test_many_kills_of_the_command_line(store: Store, tmp_path: Path, nproc: int, kills: int) -> None:
+    """``python -m stage_train`` from a shell; with nproc=2, the command and all its processes at once."""
+    straight, broken = tmp_path / "straight", tmp_path / "broken"
+    tokens = 24_000
+
+    def start(folder: Path) -> "subprocess.Popen[bytes]":
+        line = [*command(store, folder, tokens), f"nproc={nproc}", "stream.lanes=4"]
+        return subprocess.Popen(
+            [sys.executable, "-m", "stage_train", *line],
+            cwd=ROOT,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            start_new_session=True,
+            stderr=subprocess.DEVNULL,
+        )
+
+    begin = time.monotonic()
+    assert start(straight).wait(timeout=200) == 0
+    seconds = time.monotonic() - begin
+    moments, killed = random.Random(nproc), 0
+    for _ in range(kills):
+        process = start(broken)
+        time.sleep(moments.uniform(0.3, 1.0) * seconds)
+        killed += process.poll() is None
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    assert killed >= kills // 2
+    assert start(broken).wait(timeout=200) == 0
+    assert_same_run(straight, broken)
+
+
+@pytest.mark.slow
+def test_killing_the_command_alone_ends_its_ranks_too(store: Store, tmp_path: Path) -> None:
+    """SIGKILL cannot be passed on, but the ranks are told by the kernel, and save; meanwhile the folder is theirs."""
+    line = [*command(store, tmp_path, 10_000_000), "checkpoint.every=0", "nproc=2", "stream.lanes=4"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen([sys.executable, "-m", "stage_train", *line], cwd=ROOT, env=environment)
+    deadline = time.monotonic() + 120
+    while not read_metrics(tmp_path):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    while newest_checkpoint(tmp_path / "checkpoints") is None:
+        assert time.monotonic() < deadline, "the ranks train on"
+        time.sleep(0.05)
+    world = World(0, 1, 0, torch.device("cpu"))
+    while time.monotonic() < deadline:
+        try:
+            with only_run_in(tmp_path, world):
+                break
+        except GranaryError:
+            time.sleep(0.05)
+    else:
+        raise AssertionError("the ranks hold the folder")
