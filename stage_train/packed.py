@@ -25,6 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from shared.cli import describe_config_error, fail, python_module, run_child
 from shared.errors import GranaryError
+from shared.orphans import end_with_starter
 from stage_train.config import TrainSchema, as_dict
 
 LIST = "packed.yaml"
@@ -73,6 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("file", type=Path, help=f"{LIST} of a sweep with packed=true")
     path: Path = parser.parse_args(arguments).file
+    end_with_starter()
     try:
         cfgs = read_list(path)
         _log_to(path.with_suffix(".log"))

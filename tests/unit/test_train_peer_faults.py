@@ -23,8 +23,8 @@ from shared.parallel import World
 from shared.sae import SAE, SAEAdam, SAEConfig
 from shared.store import Store
 from stage_train import config
+from stage_train.job import Job
 from stage_train.resume import identity
-from stage_train.run import Run
 
 WORLD = World(0, 1, 0, torch.device("cpu"))
 SMALL = ["sae.k=3", "sae.expansion=8", "stream.batch_size=16", "stream.lanes=4", "schedule.tokens=160"]
@@ -52,7 +52,7 @@ def train(tmp_path_factory: pytest.TempPathFactory, planted_store: Callable[...,
             out = done[overrides] = folder / str(len(done))
             paths = [f"out_dir={out}", f"store.url={folder / 'store'}"]
             cfg: Any = OmegaConf.to_object(compose("train", overrides=[*SMALL, *paths, *overrides]))
-            Run(cfg, WORLD).execute()
+            Job([cfg], WORLD).execute()
         return done[overrides]
 
     return run
@@ -171,7 +171,7 @@ def test_default_settings_that_crash(tmp_path: Path, planted_store: Callable[...
     guarded = ["optim.spike_factor=1.05", "stream.batch_size=64", "checkpoint.resume=never", "logger.curves=false"]
     for more in ([], guarded):
         cfg: Any = OmegaConf.to_object(compose("train", overrides=[*where, *more]))
-        Run(cfg, WORLD).execute()
+        Job([cfg], WORLD).execute()
         assert SAE.from_pretrained(tmp_path / "sae").config.k == 32
 
 
