@@ -58,25 +58,29 @@ def one_of(run: Path, name: str) -> Path:
 
 
 def wait_for(process: "subprocess.Popen[str]", run: Path, lines: int) -> None:
-    """Until one of the sweep's SAEs has logged so often."""
+    """Until one of the sweep's SAEs has logged so often; a sweep that does not get there is ended."""
     deadline = time.monotonic() + 100
     while not any(len(read_metrics(path.parent)) >= lines for path in (run / "sweep").glob("*/metrics.jsonl")):
-        assert process.poll() is None, process.communicate()[1]
-        assert time.monotonic() < deadline
+        if process.poll() is not None or time.monotonic() > deadline:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+            raise AssertionError(finish(process)[1])
         time.sleep(0.01)
 
 
-def saes(sweep: Path) -> dict[str, dict[str, torch.Tensor]]:
-    return {path.parent.name: SAE.from_pretrained(path.parent).state_dict() for path in sweep.glob("*/config.json")}
+def saes(run: Path) -> dict[tuple[int | None, int], dict[str, torch.Tensor]]:
+    """Weights of a sweep's SAEs by k and width."""
+    found = [SAE.from_pretrained(path.parent) for path in (run / "sweep").glob("*/config.json")]
+    return {(sae.config.k, sae.config.d_latent): sae.state_dict() for sae in found}
 
 
 def assert_same_sweep(one: Path, two: Path, **tolerance: float) -> None:
-    first, second = saes(one / "sweep"), saes(two / "sweep")
+    first, second = saes(one), saes(two)
     assert len(first) == 4
     assert first.keys() == second.keys()
-    for name, tensors in first.items():
-        for key, tensor in tensors.items():
-            torch.testing.assert_close(second[name][key], tensor, **(tolerance or {"rtol": 0, "atol": 0}), msg=key)
+    for sae, tensors in first.items():
+        for name, tensor in tensors.items():
+            torch.testing.assert_close(second[sae][name], tensor, **(tolerance or {"rtol": 0, "atol": 0}), msg=name)
 
 
 def test_killed_and_continued_it_equals_the_sweep_in_turn(folder: Path) -> None:
@@ -84,7 +88,7 @@ def test_killed_and_continued_it_equals_the_sweep_in_turn(folder: Path) -> None:
     wait_for(process, folder / "packed", lines=8)
     os.killpg(process.pid, signal.SIGKILL)
     finish(process)
-    assert not saes(folder / "packed/sweep")
+    assert not saes(folder / "packed")
 
     status, errors = finish(start(folder, "packed", *SWEEP, "packed=true"))
     assert status == 0, errors
