@@ -68,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         with initialize_config_module("conf", version_base="1.3"):
             options, overrides = split_overrides(given)
             run(options, overrides)
-    except (GranaryError, ValueError) as error:
+    except GranaryError as error:
         fail(str(error))
     except (HydraException, OmegaConfBaseException) as error:
         fail(describe_config_error(error))

@@ -19,6 +19,7 @@ from shared.sae import SAE, SAEConfig
 from shared.sae.activations import ACTIVATIONS
 from shared.sae.optimisers import OPTIMISERS
 from shared.store.dtypes import scales_per_row, storage_type
+from stage_train.average import WeightAverage
 from stage_train.config import BufferPlace, LayoutKind, TrainSchema
 from stage_train.frozen import choose_hook, freeze
 from stage_train.layouts.share import latent_parts, latents_per_rank
@@ -200,7 +201,10 @@ def make_job(cfg: TrainSchema, options: PlanSchema, data: Data) -> Job:
         raise GranaryError(f"optim.micro_batch={micro}: it must be at least 1, or null")
     micro_batches = math.ceil(rows / micro)
     cuda = options.device.value == "cuda"
-    resolve(cfg.compute.kernels, _StandIn(cuda))  # type: ignore[arg-type]
+    try:
+        resolve(cfg.compute.kernels, _StandIn(cuda))  # type: ignore[arg-type]
+    except ValueError as error:
+        raise GranaryError(f"compute.{error}") from None
     weights, moments, average = _state_bytes(cfg, config, held)
     itemsize = storage_type(data.dtype).read.itemsize
     slots = slots_for(
@@ -297,8 +301,12 @@ def _state_bytes(cfg: TrainSchema, config: SAEConfig, held: int) -> tuple[int, i
     if isinstance(lr, str):
         raise GranaryError(f"optim.lr={lr}: give a number, or auto for 2e-4 / sqrt(F / 2^14)")
     optimiser = OPTIMISERS[cfg.optim.kind.value](sae, lr, **optimiser_options(cfg.optim))
-    average = total_bytes(sae.parameters()) if cfg.optim.ema_decay is not None else 0
-    return total_bytes(sae.state_dict().values()), total_bytes(optimiser.state_dict().values()), average
+    average = {}
+    if cfg.optim.ema_decay is not None:
+        average = WeightAverage(optimiser.parameters, cfg.optim.ema_decay).tensors
+    parts = (sae.state_dict(), optimiser.state_dict(), average)
+    weights, moments, averages = (total_bytes(part.values()) for part in parts)
+    return weights, moments, averages
 
 
 def _width(cfg: TrainSchema, config: SAEConfig, options: PlanSchema) -> int:

@@ -13,7 +13,7 @@ from stage_train.plan.config import PlanSchema
 from stage_train.plan.job import Job
 from stage_train.run import optimiser_options
 
-# Time of a sparse step over that of the encoder's product alone: the larger of the two that README.md reports for a CPU.
+# Time of a sparse step over that of the encoder's product alone: the worse of README.md's two, on a CPU.
 # The dense losses are products nearly throughout.
 SPARSE_STEP, DENSE_STEP = 1.75, 1.2
 MEASURED_STEPS = 3

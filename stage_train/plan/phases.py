@@ -26,7 +26,7 @@ TRITON_BLOCK = 1024
 # [n, F] tensors at the peak of the dense losses' backward, by activation; tanh and tanh_quad keep one more.
 DENSE_TENSORS = {"relu": 4.0, "jumprelu": 4.25, "gated": 7.25}
 # [F, D] tensors that an update makes beside weight, gradient and moments.
-UPDATE_MATRICES = {"adam": 0, "adam8bit": 3, "signum": 3, "muon": 5}
+UPDATE_MATRICES = {"adam": 0, "adam8bit": 2, "signum": 2, "muon": 5}
 # [n, D] tensors at the peak of a forward and backward: input, target, decoded, error, square, residual, gradient.
 ROW_TENSORS = 7
 
@@ -125,7 +125,9 @@ def encode(job: Job, num_rows: int) -> list[Block]:
     tile = memory.encode_tile(num_rows, job.computed_latents, TILE_ELEMENTS, itemsize)
     blocks = [Block("encode: tiles", tile, 2)]
     if job.half_compute:
-        blocks.append(Block("encode: bfloat16 operands", memory.rounded_operands(num_rows, job.computed_latents, job.d_model)))
+        blocks.append(
+            Block("encode: bfloat16 operands", memory.rounded_operands(num_rows, job.computed_latents, job.d_model))
+        )
     if job.activation == "batchtopk":
         blocks.append(Block("selection", memory.threshold_pairs(num_rows * job.width)))
     return blocks
@@ -203,7 +205,9 @@ def update(job: Job) -> list[Block]:
     if job.optimiser == "adam":
         tile = memory.FLOAT * min(MOMENT_TILE, job.latents * job.d_model)
         return [Block("tiles of moments", tile, 6)] if job.half_moments else []
-    return [Block(f"{job.optimiser}'s temporaries", memory.matrix(job.latents, job.d_model), UPDATE_MATRICES[job.optimiser])]
+    return [
+        Block(f"{job.optimiser}'s temporaries", memory.matrix(job.latents, job.d_model), UPDATE_MATRICES[job.optimiser])
+    ]
 
 
 def staged(job: Job) -> Block:

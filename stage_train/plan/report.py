@@ -58,7 +58,7 @@ def make_plan(job: Job, pace: Pace, fixed: int) -> Plan:
 
 def table(plan: Plan, memory_gib: float | None, disk_mb_s: float | None) -> str:
     """Lines of text."""
-    job, pace, config = plan.job, plan.pace, plan.job.config
+    job, config = plan.job, plan.job.config
     what = f"k {config.k}" if config.k else f"penalty {config.penalty} {config.penalty_weight:g}"
     lines = [
         f"SAE: {config.activation}, {what}, {config.d_latent:,} latents of width {config.d_model:,}",
@@ -128,7 +128,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "tokens": job.tokens,
         "memory": {
             "peak": plan.phase,
-            "blocks": {name: size for name, size in _merged([(block.what, block.total) for block in plan.blocks])},
+            "blocks": dict(_merged([(block.what, block.total) for block in plan.blocks])),
             "kept_by_malloc": plan.kept,
             "fixed": plan.fixed,
             "total": plan.total,
