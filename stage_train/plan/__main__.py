@@ -16,7 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 from shared.cli import describe_config_error, fail
 from shared.errors import GranaryError
 from stage_train.config import TrainSchema, register
-from stage_train.plan.config import PlanDevice, PlanSchema, split_overrides
+from stage_train.plan.config import PlanSchema, split_overrides
 
 # Tried in this order where a plan does not fit.
 ALTERNATIVES = (
@@ -43,15 +43,6 @@ def resident_bytes() -> int:
     status = Path("/proc/self/status")
     found = re.search(r"VmRSS:\s+(\d+) kB", status.read_text()) if status.is_file() else None
     return int(found[1]) * 1024 if found else 0
-
-
-def choose_device(options: PlanSchema) -> PlanDevice:
-    """A machine without a GPU may plan for one that has."""
-    if options.device is not None:
-        return options.device
-    import torch
-
-    return PlanDevice.cuda if torch.cuda.is_available() else PlanDevice.cpu
 
 
 def smaller_batches(rows: int) -> list[list[str]]:
@@ -82,7 +73,6 @@ def run(options: PlanSchema, overrides: Sequence[str]) -> None:
     from stage_train.plan.report import Plan, as_json, make_plan, table
     from stage_train.run import GIB
 
-    options.device = choose_device(options)
     for name in LATER_IMPORTS:
         importlib.import_module(name)
     fixed = resident_bytes()

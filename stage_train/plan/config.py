@@ -1,16 +1,8 @@
 """What the plan is told beside training's own configuration."""
 
 from dataclasses import dataclass, fields
-from enum import Enum
 
 from omegaconf import OmegaConf
-
-
-class PlanDevice(Enum):
-    """Where the run will be."""
-
-    cpu = "cpu"
-    cuda = "cuda"
 
 
 @dataclass(kw_only=True)
@@ -23,8 +15,6 @@ class PlanSchema:
     """Positions per context, without a store."""
     store_dtype: str = "bfloat16"
     """As which activations will be stored, without a store."""
-    device: PlanDevice | None = None
-    """cpu or cuda; null: cuda where memory_gib or several nodes are given or a GPU is here, else cpu."""
     nodes: int = 1
     """Machines, of nproc processes each."""
     memory_gib: float | None = None

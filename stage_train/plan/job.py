@@ -200,7 +200,7 @@ def make_job(cfg: TrainSchema, options: PlanSchema, data: Data) -> Job:
     if micro < 1:
         raise GranaryError(f"optim.micro_batch={micro}: it must be at least 1, or null")
     micro_batches = math.ceil(rows / micro)
-    cuda = options.device.value == "cuda"
+    cuda = plans_for_cuda(cfg.device.name)
     try:
         resolve(cfg.compute.kernels, _StandIn(cuda))  # type: ignore[arg-type]
     except ValueError as error:
@@ -246,6 +246,13 @@ def make_job(cfg: TrainSchema, options: PlanSchema, data: Data) -> Job:
         optimiser=cfg.optim.kind.value,
         data=data,
     )
+
+
+def plans_for_cuda(device: str) -> bool:
+    """From device.name; a machine without a GPU may plan for one that has. Raises GranaryError for another name."""
+    if device not in ("auto", "cpu", "cuda"):
+        raise GranaryError(f"device.name={device!r}: choose from auto, cpu, cuda")
+    return device == "cuda" or (device == "auto" and torch.cuda.is_available())
 
 
 def find_data(cfg: TrainSchema, options: PlanSchema) -> Data:

@@ -57,6 +57,11 @@ def candidate_buffer(num_rows: int, capacity: int) -> int:
     return INDEX * num_rows * capacity
 
 
+def merged_candidates(num_rows: int, width: int, parts: int) -> int:
+    """TopK over a latent group of L ranks: gathered values, joined, sorted, and their places: ``20 N K L``."""
+    return (3 * FLOAT + INDEX) * num_rows * width * parts
+
+
 def auxk_rows(dead: int, d_model: int) -> int:
     """The dead latents' rows of both matrices: ``8 R D``; their gradients are as large."""
     return 2 * matrix(dead, d_model)
@@ -74,6 +79,11 @@ def threshold_pairs(pairs: int) -> int:
     of the last sort and what is gathered along it (28).
     """
     return 84 * pairs
+
+
+def tile_pairs(num_rows: int, latents: int, elements: int) -> tuple[int, float]:
+    """BatchTopK's first tile, half of which passes before there is a bar: 44 bytes per pair, as 5.5 int64 columns."""
+    return INDEX * encode_tile(num_rows, latents, elements, 1) // 2, 5.5
 
 
 def context_pool(slots: int, seq_len: int, d_model: int, itemsize: int) -> int:

@@ -76,7 +76,7 @@ def find_pace(cfg: TrainSchema, options: PlanSchema, job: Job) -> Pace:
 def measured_seconds(cfg: TrainSchema, job: Job) -> float:
     """Median time of an optimiser step of one rank's rows and latents, random ones, on this machine."""
     if job.cuda and not torch.cuda.is_available():
-        raise GranaryError("measure=true with device=cuda, but torch sees no CUDA device: give tflops=... instead")
+        raise GranaryError("measure=true with device.name=cuda, but torch sees no CUDA device: give tflops=... instead")
     device = torch.device("cuda" if job.cuda else "cpu")
     generator = torch.Generator().manual_seed(cfg.seed)
     options = {"kernels": cfg.compute.kernels, "compute_dtype": cfg.compute.dtype}

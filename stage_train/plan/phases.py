@@ -117,13 +117,17 @@ def encode(job: Job, num_rows: int) -> list[Block]:
     """Workspace of the encoder's product and selection."""
     if not job.sparse:
         return []
+    blocks = []
+    if job.parts > 1 and job.activation == "topk":
+        merged = memory.merged_candidates(num_rows, job.width, job.parts)
+        blocks.append(Block("encode: candidates of all ranks", merged))
     if resolve(job.kernels, job.stand_in) == "triton":
         capacity = 1 << (job.width + TRITON_BLOCK - 1).bit_length()
         keys = memory.candidate_buffer(num_rows, capacity)
-        return [Block("encode: workspace", TRITON_WORKSPACE), Block("encode: candidates", keys)]
+        return [*blocks, Block("encode: workspace", TRITON_WORKSPACE), Block("encode: candidates", keys)]
     itemsize = 2 if job.half_compute else 4
     tile = memory.encode_tile(num_rows, job.computed_latents, TILE_ELEMENTS, itemsize)
-    blocks = [Block("encode: tiles", tile, 2)]
+    blocks.append(Block("encode: tiles", tile, 2))
     if job.half_compute:
         blocks.append(
             Block("encode: bfloat16 operands", memory.rounded_operands(num_rows, job.computed_latents, job.d_model))
@@ -181,12 +185,11 @@ def auxk(job: Job, num_rows: int) -> list[Block]:
     """Rows of the dead latents with their gradients, and the blocks they are made in."""
     if not job.dead:
         return []
-    itemsize = 2 if job.half_compute else 4
-    block = memory.auxk_block(num_rows, job.dead, BLOCK_ELEMENTS) * itemsize // 4
-    return [
-        Block("AuxK: rows of dead latents and their gradients", memory.auxk_rows(job.dead, job.d_model), 3),
-        Block("AuxK: blocks", block, 3),
-    ]
+    rows = Block("AuxK: rows of dead latents and their gradients", memory.auxk_rows(job.dead, job.d_model), 3)
+    if job.parts > 1:  # by autograd on all rows: the ranks of a group must agree on the selection
+        return [rows, Block("AuxK: activations", memory.FLOAT * num_rows * job.dead, 4)]
+    block = memory.auxk_block(num_rows, job.dead, BLOCK_ELEMENTS)
+    return [rows, Block("AuxK: blocks", block // 2 if job.half_compute else block, 3)]
 
 
 def fsdp(job: Job) -> list[Phase]:
@@ -228,6 +231,8 @@ def start(job: Job) -> list[Block]:
     ]
     if job.sparse:
         blocks.append(Block("picks", memory.picks(sample, job.width), 2))
+    if job.activation == "batchtopk":
+        blocks.append(Block("pairs of a tile", *memory.tile_pairs(sample, job.all_latents, TILE_ELEMENTS)))
     if job.activation != "topk":
         pairs = sample * (job.width if job.sparse else job.all_latents // 2)
         blocks.append(Block("selection", memory.threshold_pairs(pairs)))

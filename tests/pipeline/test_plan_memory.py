@@ -16,7 +16,7 @@ from hydra import initialize_config_module
 from shared.store.synthetic import synthetic_plan, synthetic_store
 from stage_train.config import register
 from stage_train.plan.__main__ import training_config
-from stage_train.plan.config import PlanDevice, PlanSchema
+from stage_train.plan.config import PlanSchema
 from stage_train.plan.job import find_data, make_job
 from stage_train.plan.pace import find_pace
 from stage_train.plan.report import Plan, make_plan
@@ -88,7 +88,7 @@ def check(stores: dict[int, Path], tmp_path: Path) -> Check:
         tiny = [*overrides(16, ["stream.batch_size=64", "schedule.tokens=256"]), "sae.d_latent=64", *shared]
         register()
         with initialize_config_module("conf", version_base="1.3"):
-            cfg, options = training_config(measured), PlanSchema(device=PlanDevice.cpu)
+            cfg, options = training_config(measured), PlanSchema()
         job = make_job(cfg, options, find_data(cfg, options))
         plan = make_plan(job, find_pace(cfg, options, job), fixed=0)
         jobs = tmp_path / "jobs.json"

@@ -116,7 +116,7 @@ def memory_of(document: dict[str, object]) -> dict[str, int]:
 
 def test_a_layout_divides_what_it_says(plan: Callable[..., dict[str, object]]) -> None:
     whole, fsdp, latent = (
-        memory_of(plan(*LARGE, "device=cuda", f"parallel={layout}")) for layout in ("ddp", "fsdp", "latent")
+        memory_of(plan(*LARGE, "device.name=cuda", f"parallel={layout}")) for layout in ("ddp", "fsdp", "latent")
     )
     for part in (fsdp, latent):
         assert part["weights"] == pytest.approx(whole["weights"] / 8, rel=1e-3)
@@ -125,11 +125,11 @@ def test_a_layout_divides_what_it_says(plan: Callable[..., dict[str, object]]) -
     assert latent["gradients"] == whole["gradients"] / 8
     assert latent["batch"] == 8 * whole["batch"]
     assert whole["fixed"] == 0
-    assert memory_of(plan(*LARGE, "device=cpu"))["fixed"] > 100e6
+    assert memory_of(plan(*LARGE, "device.name=cpu"))["fixed"] > 100e6
 
 
 def test_less_is_planned_where_less_is_asked_for(plan: Callable[..., dict[str, object]]) -> None:
-    base = ["d_model=512", "sae.d_latent=65536", "device=cpu", "stream.batch_size=8192"]
+    base = ["d_model=512", "sae.d_latent=65536", "device.name=cpu", "stream.batch_size=8192"]
     total = memory_of(plan(*base))["total"]
     assert memory_of(plan(*base, "optim.moments=bfloat16"))["total"] < total
     assert memory_of(plan(*base, "checkpoint.every=0"))["total"] < total
@@ -151,7 +151,7 @@ def test_time_and_reading_follow_from_the_speed(plan: Callable[..., dict[str, ob
 
 
 def test_steps_are_timed_on_request(plan: Callable[..., dict[str, object]]) -> None:
-    document = plan("d_model=32", "sae.d_latent=256", "sae.k=4", "device=cpu", "measure=true")
+    document = plan("d_model=32", "sae.d_latent=256", "sae.k=4", "device.name=cpu", "measure=true")
     pace = document["pace"]
     assert isinstance(pace, dict)
     assert pace["tokens_per_s"] > 0
@@ -171,7 +171,7 @@ def test_a_store_gives_width_length_and_tokens(
 
 
 def test_the_table_names_peak_total_and_what_is_assumed(server: ForkServer) -> None:
-    long = ["schedule.tokens=1_000_000_000", "disk_mb_s=1", "tflops=100", "device=cuda"]
+    long = ["schedule.tokens=1_000_000_000", "disk_mb_s=1", "tflops=100", "device.name=cuda"]
     result = server.run("stage_train.plan", *LARGE, *long)
     assert result.code == 0, result.stderr
     for piece in ("weights", "total", "26,214 dead latents", "training would wait", "host memory", "CUDA context"):
@@ -181,8 +181,8 @@ def test_the_table_names_peak_total_and_what_is_assumed(server: ForkServer) -> N
 @pytest.mark.parametrize(
     ("overrides", "line"),
     [
-        ([*LARGE, "memory_gib=5", "device=cuda"], "a rank needs 8.* memory_gib=5 .*: parallel=latent takes"),
-        ([*LARGE, "memory_gib=0.1", "device=cuda"], "take more ranks, fewer latents, or a larger memory"),
+        ([*LARGE, "memory_gib=5", "device.name=cuda"], "a rank needs 8.* memory_gib=5 .*: parallel=latent takes"),
+        ([*LARGE, "memory_gib=0.1", "device.name=cuda"], "take more ranks, fewer latents, or a larger memory"),
         ([*LARGE, "sae.k=300000"], "sae.k=300000 is more than the 262144 latents"),
         ([*LARGE, "parallel=latent", "sae.d_latent=262142"], "262142 latents do not divide among parallel.latent=8"),
         ([*LARGE, "parallel=fsdp", "sae.d_latent=262142"], "262142 latents do not divide among 8 processes"),
