@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from shared.errors import GranaryError
 from shared.kernels import resolve
@@ -91,7 +90,8 @@ class Job:
     """Ranks that read one and the same token: those of a latent group."""
     pool_on_device: bool
     cuda: bool
-    kernels: str
+    triton: bool
+    """Which kernels run."""
     half_compute: bool
     half_moments: bool
     optimiser: str
@@ -165,16 +165,6 @@ class Job:
     def read_itemsize(self) -> int:
         return storage_type(self.data.dtype).read.itemsize
 
-    @property
-    def stand_in(self) -> Tensor:
-        """What ``resolve`` asks for the device."""
-        return _StandIn(self.cuda)  # type: ignore[return-value]
-
-
-@dataclass(frozen=True)
-class _StandIn:
-    is_cuda: bool
-
 
 def make_job(cfg: TrainSchema, options: PlanSchema, data: Data) -> Job:
     """Raises GranaryError where training would, with its words, and for plan options that make no sense."""
@@ -201,10 +191,6 @@ def make_job(cfg: TrainSchema, options: PlanSchema, data: Data) -> Job:
         raise GranaryError(f"optim.micro_batch={micro}: it must be at least 1, or null")
     micro_batches = math.ceil(rows / micro)
     cuda = plans_for_cuda(cfg.device.name)
-    try:
-        resolve(cfg.compute.kernels, _StandIn(cuda))  # type: ignore[arg-type]
-    except ValueError as error:
-        raise GranaryError(f"compute.{error}") from None
     weights, moments, average = _state_bytes(cfg, config, held)
     itemsize = storage_type(data.dtype).read.itemsize
     slots = slots_for(
@@ -240,7 +226,7 @@ def make_job(cfg: TrainSchema, options: PlanSchema, data: Data) -> Job:
         readers=parts,
         pool_on_device=not cuda or _pool_on_device(cfg, options, slots * data.seq_len * data.d_model * itemsize),
         cuda=cuda,
-        kernels=cfg.compute.kernels,
+        triton=_uses_triton(cfg.compute.kernels, cuda),
         half_compute=cfg.compute.dtype == "bfloat16",
         half_moments=cfg.optim.moments is not None and cfg.optim.moments.value == "bfloat16",
         optimiser=cfg.optim.kind.value,
@@ -314,6 +300,16 @@ def _state_bytes(cfg: TrainSchema, config: SAEConfig, held: int) -> tuple[int, i
     parts = (sae.state_dict(), optimiser.state_dict(), average)
     weights, moments, averages = (total_bytes(part.values()) for part in parts)
     return weights, moments, averages
+
+
+def _uses_triton(kernels: str, cuda: bool) -> bool:
+    """Whether the run does; for a GPU elsewhere this machine need not have it."""
+    if cuda and kernels in ("auto", "triton"):
+        return True
+    try:
+        return resolve(kernels, torch.empty(0)) == "triton"
+    except ValueError as error:
+        raise GranaryError(f"compute.{error}") from None
 
 
 def _width(cfg: TrainSchema, config: SAEConfig, options: PlanSchema) -> int:

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from shared.kernels.auxk.blocks import BLOCK_ELEMENTS
-from shared.kernels.dispatch import resolve
 from shared.kernels.encode_topk.candidates import TILE_ELEMENTS
 from shared.sae.init import SEARCH_TOKENS
 from shared.sae.optim import TILE_ELEMENTS as MOMENT_TILE
@@ -121,7 +120,7 @@ def encode(job: Job, num_rows: int) -> list[Block]:
     if job.parts > 1 and job.activation == "topk":
         merged = memory.merged_candidates(num_rows, job.width, job.parts)
         blocks.append(Block("encode: candidates of all ranks", merged))
-    if resolve(job.kernels, job.stand_in) == "triton":
+    if job.triton:
         capacity = 1 << (job.width + TRITON_BLOCK - 1).bit_length()
         keys = memory.candidate_buffer(num_rows, capacity)
         return [*blocks, Block("encode: workspace", TRITON_WORKSPACE), Block("encode: candidates", keys)]
@@ -150,7 +149,7 @@ def step(job: Job) -> list[Phase]:
     n, d, kept = job.micro_rows, job.d_model, job.pairs_kept and job.sparse
     gathered = [Block("gathered weights", memory.matrix(job.computed_latents, d), 2)] if job.fsdp else []
     grads, term = gradients(job)
-    fused = kept and resolve(job.kernels, job.stand_in) == "triton" and term.count == 0 and job.fuses
+    fused = kept and job.triton and term.count == 0 and job.fuses
     made = [] if fused else [grads, term]
     pairs = [
         Block("rows kept for the gradients", memory.rows(n, d), 2 * job.micro_batches),

@@ -190,7 +190,7 @@ def test_the_table_names_peak_total_and_what_is_assumed(server: ForkServer) -> N
         ([*LARGE, "parallel=other"], "no option 'other' in group 'parallel'"),
         ([*LARGE, "stream.lanes=12"], "stream.lanes: 12 lanes do not divide among 8 processes"),
         ([*LARGE, "optim.moments=null"], "optim.kind=adam needs a value for optim.moments"),
-        ([*LARGE, "compute.kernels=fast"], "compute.kernels='fast': choose from auto"),
+        ([*LARGE, "compute.kernels=fast"], "kernels='fast': choose from auto"),
         ([*LARGE, "schedule.tokens=null", "schedule.epochs=1"], "nobody knows how long an epoch is"),
         ([*LARGE, "tflops=-1"], "tflops=-1.0: must be above 0"),
         ([*LARGE, "sae.expantion=4"], "did you mean 'expansion'"),
