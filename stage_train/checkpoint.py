@@ -123,8 +123,9 @@ class Checkpoints:
 def _host_copy(tensor: Tensor) -> Tensor:
     if not isinstance(tensor, DTensor):
         return tensor.detach().to("cpu", copy=True)
-    staged = tensor.detach()  # shares memory, and has the placement that the planner of a save reads
-    staged._local_tensor = tensor._local_tensor.detach().to("cpu", copy=True)
+    placed: Any = tensor.detach()  # shares memory, and has the placement that the planner of a save reads
+    placed._local_tensor = tensor.to_local().detach().to("cpu", copy=True)
+    staged: Tensor = placed
     return staged
 
 

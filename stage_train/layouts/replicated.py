@@ -138,4 +138,5 @@ def joint_norm(parts: Sequence[Tensor], whole: Sequence[Tensor], group: dist.Pro
 
 def _squared_norm(tensor: Tensor) -> Tensor:
     """Without a tensor of the squares, as large as the gradient."""
-    return torch.linalg.vector_norm(tensor).square()
+    squared: Tensor = torch.linalg.vector_norm(tensor).square()
+    return squared

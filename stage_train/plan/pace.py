@@ -80,7 +80,7 @@ def measured_seconds(cfg: TrainSchema, job: Job) -> float:
     device = torch.device("cuda" if job.cuda else "cpu")
     generator = torch.Generator().manual_seed(cfg.seed)
     options = {"kernels": cfg.compute.kernels, "compute_dtype": cfg.compute.dtype}
-    sae = SAE(job.config, num_latents=job.computed_latents, generator=generator, **options).to(device)  # type: ignore[arg-type]
+    sae = SAE(job.config, num_latents=job.computed_latents, generator=generator, **options).to(device)
     single = {"pair_gradients": job.pairs_kept}
     optimiser = OPTIMISERS[job.optimiser](sae, 1e-4, **optimiser_options(cfg.optim), **single)
     rows_N_D = torch.randn(job.rows, job.d_model, generator=generator).to(device)

@@ -11,9 +11,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from hydra import initialize_config_module
 
 from shared.store.synthetic import synthetic_plan, synthetic_store
+from stage_train.checkpoint import load_tensors, newest_checkpoint, read_state
 from stage_train.config import register
 from stage_train.plan.__main__ import training_config
 from stage_train.plan.config import PlanSchema
@@ -88,20 +90,29 @@ def check(stores: dict[int, Path], tmp_path: Path) -> Check:
         tiny = [*overrides(16, ["stream.batch_size=64", "schedule.tokens=256"]), "sae.d_latent=64", *shared]
         register()
         with initialize_config_module("conf", version_base="1.3"):
-            cfg, options = training_config(measured), PlanSchema()
-        job = make_job(cfg, options, find_data(cfg, options))
-        plan = make_plan(job, find_pace(cfg, options, job), fixed=0)
+            cfg = training_config(measured)
         jobs = tmp_path / "jobs.json"
         jobs.write_text(json.dumps([tiny, measured]))
-        launch = ["-m", "shared.parallel.launch", "--standalone", f"--nproc-per-node={job.ranks}"]
-        command = [sys.executable, *(launch if job.ranks > 1 else []), str(WORKER), str(jobs)]
+        launch = ["-m", "shared.parallel.launch", "--standalone", f"--nproc-per-node={cfg.nproc}"]
+        command = [sys.executable, *(launch if cfg.nproc > 1 else []), str(WORKER), str(jobs)]
         done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=500)
         assert done.returncode == 0, done.stderr
         peaks = [int(peak) for peak in re.findall(r"peak (\d+)", done.stdout)]
-        assert len(peaks) == job.ranks
-        return plan, peaks
+        assert len(peaks) == cfg.nproc
+        options = PlanSchema(dead_fraction=dead_fraction(tmp_path / "512"))
+        job = make_job(cfg, options, find_data(cfg, options))
+        return make_plan(job, find_pace(cfg, options, job), fixed=0), peaks
 
     return run
+
+
+def dead_fraction(run: Path) -> float:
+    """The share of latents that AuxK took for dead at the end of a run."""
+    newest = newest_checkpoint(run / "checkpoints")
+    assert newest is not None
+    dead = torch.zeros(read_state(newest)["sae"]["d_latent"], dtype=torch.bool)
+    load_tensors(newest, {"dead.now": dead})
+    return float(dead.float().mean())
 
 
 @pytest.mark.parametrize("name", QUICK)
