@@ -30,7 +30,10 @@ class Pace:
     basis: str
     """Where it comes from."""
     read_bytes_per_token: float
-    """By all machines together."""
+    """Once."""
+    reads: float
+    """Times that a token is read, all machines together: by each rank of a latent group, once per machine where the page
+    cache of a local store gives it to the others."""
     nodes: int
 
     def seconds(self, tokens: int) -> float | None:
@@ -40,11 +43,15 @@ class Pace:
     @property
     def read_mb_s(self) -> float | None:
         """That each machine must read, MB (10^6) per second."""
-        return None if self.tokens_per_s is None else self.tokens_per_s * self.read_bytes_per_token / self.nodes / 1e6
+        return (
+            None
+            if self.tokens_per_s is None
+            else self.tokens_per_s * self.read_bytes_per_token * self.reads / self.nodes / 1e6
+        )
 
     def tokens_per_s_of_disk(self, mb_s: float) -> float:
         """At which a disk or network of `mb_s` per machine feeds the run."""
-        return mb_s * 1e6 * self.nodes / self.read_bytes_per_token
+        return mb_s * 1e6 * self.nodes / (self.read_bytes_per_token * self.reads)
 
 
 def flop_per_token(job: Job) -> float:
@@ -69,8 +76,15 @@ def find_pace(cfg: TrainSchema, options: PlanSchema, job: Job) -> Pace:
         basis = f"assumed: {options.tflops:g} TFLOP/s per rank, a step {factor:g} x its products"
     if speed is None:
         basis = "give tokens_per_s=..., tflops=... of a rank, or measure=true"
-    read = job.data.bytes_per_token * job.parts
-    return Pace(flop_per_token=flop, tokens_per_s=speed, basis=basis, read_bytes_per_token=read, nodes=options.nodes)
+    remote = options.d_model is None and "://" in cfg.store.url
+    return Pace(
+        flop_per_token=flop,
+        tokens_per_s=speed,
+        basis=basis,
+        read_bytes_per_token=job.data.bytes_per_token,
+        reads=job.parts if remote else max(1.0, job.parts / cfg.nproc),
+        nodes=options.nodes,
+    )
 
 
 def measured_seconds(cfg: TrainSchema, job: Job) -> float:

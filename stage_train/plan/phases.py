@@ -172,7 +172,8 @@ def step(job: Job) -> list[Phase]:
     phases = [Phase("forward and backward", [*gathered, *(pairs if kept else []), *activations])]
     if kept:
         sort = Block("pair sort", memory.pair_sort(n, job.width), job.micro_batches)
-        phases.append(Phase("gradients from pairs", [*pairs, sort, *made]))
+        dead = Block("AuxK: gradients of dead rows", memory.auxk_rows(job.dead, d))
+        phases.append(Phase("gradients from pairs", [*pairs, sort, dead, *made]))
     if job.fsdp:
         phases += fsdp(job)
     own = Block("gradients", memory.matrix(job.latents, d), 0 if fused else 2)

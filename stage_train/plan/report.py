@@ -93,15 +93,17 @@ def table(plan: Plan, memory_gib: float | None, disk_mb_s: float | None) -> str:
 def speed_lines(plan: Plan, disk_mb_s: float | None) -> list[str]:
     """Tokens per second, time and reading."""
     job, pace = plan.job, plan.pace
-    read = pace.read_bytes_per_token
+    read = f"reading: {pace.read_bytes_per_token:,.0f} bytes per token"
+    if pace.reads > 1:
+        read += f", {pace.reads:g} times"
     lines = [f"products: {pace.flop_per_token / 1e9:.3g} GFLOP per token"]
     speed, seconds, mb_s = pace.tokens_per_s, pace.seconds(job.tokens), pace.read_mb_s
     if speed is None or seconds is None or mb_s is None:
-        lines += [f"reading: {read:,.0f} bytes per token", f"time: unknown; {pace.basis}"]
+        lines += [read, f"time: unknown; {pace.basis}"]
     else:
         lines += [
             f"time: {duration(seconds)} at {speed:,.0f} tokens/s ({pace.basis})",
-            f"reading: {read:,.0f} bytes per token, {mb_s:,.1f} MB/s on each machine",
+            f"{read}, {mb_s:,.1f} MB/s on each machine",
         ]
     if disk_mb_s is not None:
         feeds = pace.tokens_per_s_of_disk(disk_mb_s)
