@@ -63,7 +63,7 @@ class Job:
     layout: str
     ranks: int
     parts: int
-    """Into which the latents are split for computing."""
+    """Into which the latents are split for computing: ranks of a latent group, which read the same rows."""
     latents: int
     """Held by a rank: weights and moments."""
     rows: int
@@ -86,8 +86,6 @@ class Job:
     average_bytes: int
     slots: int
     """Contexts in the stream's memory."""
-    readers: int
-    """Ranks that read one and the same token: those of a latent group."""
     pool_on_device: bool
     cuda: bool
     triton: bool
@@ -223,7 +221,6 @@ def make_job(cfg: TrainSchema, options: PlanSchema, data: Data) -> Job:
         moment_bytes=moments,
         average_bytes=average,
         slots=slots,
-        readers=parts,
         pool_on_device=not cuda or _pool_on_device(cfg, options, slots * data.seq_len * data.d_model * itemsize),
         cuda=cuda,
         triton=_uses_triton(cfg.compute.kernels, cuda),

@@ -32,8 +32,8 @@ class Pace:
     read_bytes_per_token: float
     """Once."""
     reads: float
-    """Times that a token is read, all machines together: by each rank of a latent group, once per machine where the page
-    cache of a local store gives it to the others."""
+    """Times that a token is read, all machines together: by each rank of a latent group; once per machine where the
+    page cache of a local store gives it to the others."""
     nodes: int
 
     def seconds(self, tokens: int) -> float | None:
