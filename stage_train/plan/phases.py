@@ -163,6 +163,7 @@ def step(job: Job) -> list[Phase]:
     if job.sparse:
         activations.append(Block("picks", 2 * memory.picks(n, job.width), max(1, job.prefixes)))
         activations.append(Block("pair sort", memory.pair_sort(n, job.width)))
+        activations += rounded(job)
     else:
         tensors = DENSE_TENSORS[job.activation] + job.tanh
         activations.append(Block("activations [rows, latents]", memory.FLOAT * n * job.computed_latents, tensors))
@@ -179,6 +180,18 @@ def step(job: Job) -> list[Phase]:
     own = Block("gradients", memory.matrix(job.latents, d), 0 if fused else 2)
     phases.append(Phase("update", [own, *update(job)]))
     return phases
+
+
+def rounded(job: Job) -> list[Block]:
+    """What triton gathers in bfloat16: the input, and W_dec for each decoding that reads its rows often enough."""
+    if not (job.triton and job.half_compute):
+        return []
+    main = job.width // job.config.multi_topk_factor if job.extra_picks else job.width
+    decodings = [main, job.width - main]
+    copies = sum(job.micro_rows * width > 2 * job.computed_latents for width in decodings)
+    half = memory.matrix(job.computed_latents, job.d_model) // 2
+    rows = memory.rows(job.micro_rows, job.d_model) // 2
+    return [Block("W_dec in bfloat16", half, copies), Block("rows in bfloat16", rows, 2)]
 
 
 def auxk(job: Job, num_rows: int) -> list[Block]:
