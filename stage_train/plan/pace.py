@@ -73,7 +73,7 @@ def find_pace(cfg: TrainSchema, options: PlanSchema, job: Job) -> Pace:
     elif speed is None and options.tflops is not None:
         factor = SPARSE_STEP if job.sparse else DENSE_STEP
         speed = options.tflops * 1e12 * job.ranks / (flop * factor)
-        basis = f"assumed: {options.tflops:g} TFLOP/s per rank, a step {factor:g} x its products"
+        basis = f"assumed: {options.tflops:g} TFLOP/s per rank, a step {factor:g} x its products, no messages"
     if speed is None:
         basis = "give tokens_per_s=..., tflops=... of a rank, or measure=true"
     remote = options.d_model is None and "://" in cfg.store.url
