@@ -38,6 +38,8 @@ class Block:
     bytes: int
     """Of one."""
     count: float = 1
+    piece: int | None = None
+    """Bytes of the largest tensor of several of different sizes; None: they are of one."""
 
     @property
     def total(self) -> int:
@@ -65,7 +67,7 @@ def peak(phases: Sequence[Phase], *, heap: bool) -> tuple[int, Phase]:
 
 
 def _sum(phase: Phase, *, small: bool) -> int:
-    return sum(block.total for block in phase.blocks if (block.bytes < MMAP_THRESHOLD) == small)
+    return sum(block.total for block in phase.blocks if ((block.piece or block.bytes) < MMAP_THRESHOLD) == small)
 
 
 def device_phases(job: Job) -> list[Phase]:
@@ -93,10 +95,11 @@ def host_always(job: Job) -> list[Block]:
 
 def always(job: Job) -> list[Block]:
     """What a rank's device holds from the first step to the last."""
+    piece = memory.matrix(job.latents, job.d_model)
     blocks = [
-        Block("weights", job.weight_bytes),
-        Block("optimiser moments", job.moment_bytes),
-        Block("weight average", job.average_bytes),
+        Block("weights", job.weight_bytes, piece=piece),
+        Block("optimiser moments", job.moment_bytes, piece=piece // 2 if job.half_moments else piece),
+        Block("weight average", job.average_bytes, piece=piece),
         Block("counters of dead latents", memory.counters(job.latents)),
         Block("batch", memory.rows(job.rows, job.d_model)),
     ]
@@ -161,7 +164,7 @@ def step(job: Job) -> list[Phase]:
         *auxk(job, n),
     ]
     if job.sparse:
-        activations.append(Block("picks", 2 * memory.picks(n, job.width), max(1, job.prefixes)))
+        activations.append(Block("picks and copies of them", memory.picks(n, job.width), 4 * max(1, job.prefixes)))
         activations.append(Block("pair sort", memory.pair_sort(n, job.width)))
         activations += rounded(job)
     else:
@@ -229,7 +232,8 @@ def update(job: Job) -> list[Block]:
 def staged(job: Job) -> Block:
     """A checkpoint's copy of the state in host memory, until it is on disk."""
     state = job.weight_bytes + job.moment_bytes + job.average_bytes + memory.counters(job.latents)
-    return Block("copy of the state for a checkpoint", state)
+    piece = memory.matrix(job.latents, job.d_model)
+    return Block("copy of the state for a checkpoint", state, piece=piece)
 
 
 def start(job: Job) -> list[Block]:
@@ -238,8 +242,12 @@ def start(job: Job) -> list[Block]:
     sample = job.sample_rows if job.activation == "topk" else min(job.sample_rows, SEARCH_TOKENS)
     blocks = [
         Block("matrices", whole, 4),
-        Block("sample of tokens", memory.rows(job.sample_rows, job.d_model), 2),
-        Block("its reconstruction", memory.rows(sample, job.d_model), 5),
+        Block("sample of tokens", memory.rows(job.sample_rows, job.d_model), 4),
+    ]
+    if job.config.encoder_init == "transpose" and job.activation != "batchtopk":
+        return blocks  # nothing is encoded
+    blocks += [
+        Block("its reconstruction", memory.rows(sample, job.d_model), 3),
         Block("tiles", memory.encode_tile(sample, job.all_latents, TILE_ELEMENTS), 2),
     ]
     if job.sparse:
