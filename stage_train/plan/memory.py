@@ -68,7 +68,7 @@ def auxk_rows(dead: int, d_model: int) -> int:
 
 
 def auxk_block(num_rows: int, dead: int, elements: int) -> int:
-    """One [rows, R] block of AuxK: ``4 min(n R, elements)``; three are alive at once."""
+    """One [rows, R] block of AuxK: ``4 min(n R, elements)``; two and their mask are alive at once."""
     return FLOAT * min(num_rows * dead, max(elements, dead))
 
 

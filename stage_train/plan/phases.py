@@ -201,11 +201,11 @@ def auxk(job: Job, num_rows: int) -> list[Block]:
     """Rows of the dead latents with their gradients, and the blocks they are made in."""
     if not job.dead:
         return []
-    rows = Block("AuxK: rows of dead latents and their gradients", memory.auxk_rows(job.dead, job.d_model), 3)
+    rows = Block("AuxK: rows of dead latents and their gradients", memory.auxk_rows(job.dead, job.d_model), 2.5)
     if job.parts > 1:  # by autograd on all rows: the ranks of a group must agree on the selection
         return [rows, Block("AuxK: activations", memory.FLOAT * num_rows * job.dead, 4)]
     block = memory.auxk_block(num_rows, job.dead, BLOCK_ELEMENTS)
-    return [rows, Block("AuxK: blocks", block // 2 if job.half_compute else block, 3)]
+    return [rows, Block("AuxK: blocks", block // 2 if job.half_compute else block, 2.25)]
 
 
 def fsdp(job: Job) -> list[Phase]:

@@ -43,7 +43,7 @@ FULL = {
     "topk, a save at the end alone": ["sae.d_latent=32768", "checkpoint.every=0"],
     "topk, micro-batches": ["sae.d_latent=32768", "optim.micro_batch=128"],
     "topk, bfloat16 product": ["sae.d_latent=32768", "compute.dtype=bfloat16"],
-    "topk, AuxK": ["sae.d_latent=32768", "sae.dead_after_tokens=1", "schedule.tokens=9216"],
+    "topk, AuxK": ["sae.d_latent=32768", "sae.dead_after_tokens=1", "schedule.tokens=9216", "checkpoint.every=0"],
     "Multi-TopK": ["sae.d_latent=32768", "sae.multi_topk_weight=0.125"],
     "matryoshka": ["sae=matryoshka", "sae.activation=topk", "sae.d_latent=32768"],
     "weight average": ["sae.d_latent=32768", "optim.ema_decay=0.99"],
