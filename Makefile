@@ -27,7 +27,7 @@ else
 STAGE := $(BIN)/python -m shared.parallel.launch --nnodes=$(NNODES) --nproc-per-node=$(NPROC) $(rendezvous) -m
 endif
 
-.PHONY: help setup setup-peers demo harvest train eval sweep check compile-kernels bench bench-gpu clean
+.PHONY: help setup setup-peers demo harvest plan train eval sweep check compile-kernels bench bench-gpu clean
 .PHONY: test test-all test-s3 test-peers test-cluster
 
 help: ## this list
@@ -61,6 +61,9 @@ demo: setup ## text to a scored SAE: harvest, train, evaluate the bundled LLaMA 
 
 harvest: setup ## run a LLaMA over a corpus and write its activations to a store
 	@$(STAGE) stage_harvest $(ARGS)
+
+plan: setup ## memory per rank, reading and time of a training run, before it starts
+	@$(BIN)/python -m stage_train.plan nproc=$(NPROC) nodes=$(NNODES) $(ARGS)
 
 train: setup ## train a sparse autoencoder from a store
 	@$(STAGE) stage_train $(ARGS)

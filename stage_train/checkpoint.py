@@ -24,6 +24,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import AsyncSaveResponse, async_save
+from torch.distributed.tensor import DTensor
 
 from shared.errors import GranaryError
 from shared.parallel import World, barrier, broadcast_object
@@ -33,6 +34,17 @@ log = logging.getLogger(__name__)
 POINTER = "latest"
 STATE = "training.json"
 PARTIAL = ".partial"
+
+
+class StagingWriter(FileSystemWriter):
+    """A writer that copies the state to host memory once, and holds nothing but that copy.
+
+    torch's own staging copies every DTensor twice, and the second copies live until the garbage collector runs.
+    """
+
+    def stage(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """Called by async_save: tensors on the host, which share no memory with `state_dict`."""
+        return {name: _host_copy(tensor) for name, tensor in state_dict.items()}
 
 
 class Checkpoints:
@@ -67,7 +79,7 @@ class Checkpoints:
             partial.mkdir(parents=True)
             _write_text(partial / STATE, json.dumps(state, indent=1))
         barrier()
-        writer = FileSystemWriter(partial, single_file_per_rank=True, sync_files=True)
+        writer = StagingWriter(partial, single_file_per_rank=True, sync_files=True)
         alone = self._group is None
         if alone:
             _expect_one_process()
@@ -106,6 +118,15 @@ class Checkpoints:
         for old in sorted(self.folder.glob("step-*"))[: -self.keep]:
             if old != final:
                 shutil.rmtree(old, ignore_errors=True)
+
+
+def _host_copy(tensor: Tensor) -> Tensor:
+    if not isinstance(tensor, DTensor):
+        return tensor.detach().to("cpu", copy=True)
+    placed: Any = tensor.detach()  # shares memory, and has the placement that the planner of a save reads
+    placed._local_tensor = tensor.to_local().detach().to("cpu", copy=True)
+    staged: Tensor = placed
+    return staged
 
 
 def newest_checkpoint(folder: Path) -> Path | None:

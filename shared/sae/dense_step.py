@@ -59,9 +59,8 @@ def dense_losses(sae: "SAE", x: Tensor, dead: Tensor | None, penalty_scale: floa
     with torch.no_grad():
         metrics["reconstruction"] = reconstruction.detach()
         metrics["fvu"] = sae.fvu(error_ND)
-        fires_NF = f_NF > 0
-        metrics["l0"] = fires_NF.sum(dtype=torch.float32) / len(fires_NF)
-        fired = fires_NF.any(0)
+        metrics["l0"] = f_NF.count_nonzero() / len(f_NF)  # f >= 0; a sum of booleans would copy them to float32
+        fired = (f_NF > 0).any(0)
     return SAELosses(
         total=total,
         reconstruction=metrics["reconstruction"],

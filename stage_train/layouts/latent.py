@@ -17,7 +17,6 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from shared.errors import GranaryError
 from shared.parallel import World, all_reduce_sum
 from shared.sae import SAE, SAEConfig, SAELosses
 from shared.sae.activations import Encoder, TopK
@@ -26,6 +25,7 @@ from shared.sae.optim import SAEMuon, SAEOptimiser
 from shared.sae.part import Part
 from shared.sae.survey import needs_survey
 from stage_train.layouts.replicated import Replicated, gradients, joint_norm, sum_over
+from stage_train.layouts.share import latents_of_part
 
 # Last parts of the names of tensors that every rank holds whole.
 WHOLE = frozenset({"b_dec", "input_mean", "input_scale", "input_variance", "threshold"})
@@ -144,10 +144,8 @@ class LatentParallel(Replicated):
     """A mesh of dp x latent ranks."""
 
     def __init__(self, world: World, latent: int) -> None:
-        """Raises GranaryError when `latent` does not divide the number of ranks."""
+        """`latent` divides the number of ranks; see ``share.latent_parts``."""
         super().__init__(world)
-        if latent < 1 or world.size % latent:
-            raise GranaryError(f"parallel.latent={latent} does not divide the {world.size} processes")
         self.mesh = init_device_mesh(world.device.type, (world.size // latent, latent), mesh_dim_names=("dp", "latent"))
         self.latent = latent
         self.dp_group, self.latent_group = self.mesh.get_group("dp"), self.mesh.get_group("latent")
@@ -165,11 +163,7 @@ class LatentParallel(Replicated):
 
     def num_latents(self, config: SAEConfig) -> int:
         """An equal share of them. Raises GranaryError when there is none."""
-        if config.d_latent % self.latent:
-            raise GranaryError(
-                f"{config.d_latent} latents do not divide among parallel.latent={self.latent}: change sae.expansion"
-            )
-        return config.d_latent // self.latent
+        return latents_of_part(config.d_latent, self.latent)
 
     def distribute(self, sae: SAE) -> SAE:
         """Keep the rank's own latents."""

@@ -1,15 +1,14 @@
 """From the configuration to a layout."""
 
-from shared.errors import GranaryError
 from shared.parallel import World
 from stage_train.config import LayoutKind, ParallelSchema
 from stage_train.layouts.replicated import Replicated
+from stage_train.layouts.share import latent_parts
 
 
 def make_layout(cfg: ParallelSchema, world: World) -> Replicated:
     """One process is always the plain layout. Raises GranaryError when the ranks do not fit the layout."""
-    if cfg.latent is not None and cfg.layout is not LayoutKind.latent:
-        raise GranaryError(f"parallel.latent={cfg.latent} belongs to parallel=latent, the layout is {cfg.layout.value}")
+    parts = latent_parts(cfg, world.size)
     if world.size == 1:
         return Replicated(world)
     # Imported where chosen: FSDP takes a second or two.
@@ -20,5 +19,5 @@ def make_layout(cfg: ParallelSchema, world: World) -> Replicated:
     if cfg.layout is LayoutKind.latent:
         from stage_train.layouts.latent import LatentParallel
 
-        return LatentParallel(world, cfg.latent if cfg.latent is not None else world.size)
+        return LatentParallel(world, parts)
     return Replicated(world)

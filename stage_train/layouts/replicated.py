@@ -126,11 +126,17 @@ def sum_over(tensors: Sequence[Tensor], group: dist.ProcessGroup | None = None) 
 
 def joint_norm(parts: Sequence[Tensor], whole: Sequence[Tensor], group: dist.ProcessGroup | None = None) -> Tensor:
     """Euclidean norm of `parts`, of which the group's ranks hold different ones, and of `whole`, which all hold."""
-    square = torch.stack([tensor.square().sum() for tensor in parts]).sum()
+    square = torch.stack([_squared_norm(tensor) for tensor in parts]).sum()
     if group is None:
         all_reduce_sum(square)
     else:
         dist.all_reduce(square, group=group)
     for tensor in whole:
-        square = square + tensor.square().sum()
+        square = square + _squared_norm(tensor)
     return square.sqrt()
+
+
+def _squared_norm(tensor: Tensor) -> Tensor:
+    """Without a tensor of the squares, as large as the gradient."""
+    squared: Tensor = torch.linalg.vector_norm(tensor).square()
+    return squared

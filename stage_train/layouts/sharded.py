@@ -12,13 +12,13 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, Shard
 
-from shared.errors import GranaryError
 from shared.kernels import PairGradients
 from shared.parallel import World, all_reduce_sum
 from shared.sae import SAE, SAELosses
 from shared.sae.optim import SAEMuon, SAEOptimiser
 from shared.sae.optimisers import OPTIMISERS
 from stage_train.layouts.replicated import Replicated, joint_norm
+from stage_train.layouts.share import latents_of_shard
 
 
 class LocalRows:
@@ -45,11 +45,7 @@ class FullySharded(Replicated):
 
     def distribute(self, sae: SAE) -> SAE:
         """Shard every parameter by rows. Raises GranaryError when the latents do not divide among the ranks."""
-        if sae.config.d_latent % self.world.size:
-            raise GranaryError(
-                f"{sae.config.d_latent} latents do not divide among {self.world.size} processes: change sae.expansion, "
-                "or use parallel=ddp"
-            )
+        latents_of_shard(sae.config.d_latent, self.world.size)
         sae = super().distribute(sae)
         fully_shard(sae, mesh=self.mesh)
         register_fsdp_forward_method(sae, "losses")

@@ -45,6 +45,17 @@ def effective_lanes(lanes: int, num_contexts: int) -> int:
     return lanes
 
 
+def lanes_per_rank(lanes: int, num_contexts: int, world: int) -> tuple[int, int]:
+    """``effective_lanes``, and how many of them each rank owns. Raises GranaryError when they do not divide."""
+    effective = effective_lanes(lanes, num_contexts)
+    if effective % world:
+        halved = f" (halved from {lanes} for {num_contexts} contexts)" if effective != lanes else ""
+        raise GranaryError(
+            f"stream.lanes: {effective} lanes{halved} do not divide among {world} processes: choose a multiple"
+        )
+    return effective, effective // world
+
+
 def group_starts(num_contexts: int, lane: int, mix_contexts: int) -> NDArray[np.int64]:
     """Where each group of a lane's contexts begins, with the end as the last entry: int64 [groups + 1].
 

@@ -21,6 +21,17 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
+def slots_for(
+    share: int, lanes: int, mix_contexts: int, contexts: int, *, prefetch_bytes: int, context_bytes: int, world: int
+) -> int:
+    """Contexts that a rank holds which owns `share` of the `lanes`: being mixed, and read ahead within its budget.
+
+    `contexts` are those of an epoch; `prefetch_bytes` is what all `world` ranks together may read ahead.
+    """
+    mixing = share * min(mix_contexts, -(-contexts // lanes))
+    return mixing + min(prefetch_bytes // (context_bytes * world), mixing)
+
+
 class ContextPool:
     """S slots of one context each, for every hook the same slot number."""
 

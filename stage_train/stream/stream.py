@@ -25,8 +25,8 @@ from shared.errors import GranaryError
 from shared.store import DamagedObjectError
 from stage_train.stream.data import TrainingData
 from stage_train.stream.epoch import EpochPlan, StreamOrder
-from stage_train.stream.permutation import effective_lanes
-from stage_train.stream.pool import ContextPool
+from stage_train.stream.permutation import lanes_per_rank
+from stage_train.stream.pool import ContextPool, slots_for
 
 log = logging.getLogger(__name__)
 
@@ -92,18 +92,20 @@ class TokenStream:
         self.data, self.order = data, order
         self._plans: dict[int, EpochPlan] = {}
         contexts = data.fewest_contexts(order.seed)
-        lanes = self.num_lanes = effective_lanes(order.lanes, contexts)
-        if lanes % world:
-            halved = f" (halved from {order.lanes} for {contexts} contexts)" if lanes != order.lanes else ""
-            raise GranaryError(
-                f"stream.lanes: {lanes} lanes{halved} do not divide among {world} processes: choose a multiple"
-            )
-        share = lanes // world
+        lanes, share = lanes_per_rank(order.lanes, contexts, world)
+        self.num_lanes = lanes
         self.own_lanes = range(rank * share, (rank + 1) * share)
         context_bytes = sum(data.seq_len * width * dtype.itemsize for width, dtype in hooks.values())
         most = contexts if data.blocks is None else int(np.diff(data.blocks.firsts).max())
-        mixing = share * min(order.mix_contexts, -(-most // lanes))
-        slots = mixing + min(prefetch_bytes // (context_bytes * world), mixing)
+        slots = slots_for(
+            share,
+            lanes,
+            order.mix_contexts,
+            most,
+            prefetch_bytes=prefetch_bytes,
+            context_bytes=context_bytes,
+            world=world,
+        )
         self._device = torch.device(device)
         self._pool = ContextPool(
             data, hooks, slots=slots, io_threads=io_threads, device=torch.device(pool_device or "cpu")
