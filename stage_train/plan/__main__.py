@@ -25,7 +25,7 @@ ALTERNATIVES = (
     ["parallel=fsdp"],
     ["parallel=latent", "optim.moments=bfloat16"],
 )
-# What training imports while it runs, beside stage_train.run.
+# What training imports while it runs, beside stage_train.job.
 LATER_IMPORTS = ("stage_train.layouts.sharded", "stage_train.layouts.latent")
 
 
@@ -68,10 +68,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def run(options: PlanSchema, overrides: Sequence[str]) -> None:
     """`overrides` are training's."""
     cfg = training_config(overrides)
+    from stage_train.feed import GIB
     from stage_train.plan.job import find_data, make_job  # torch, and all that training imports
     from stage_train.plan.pace import find_pace
     from stage_train.plan.report import Plan, as_json, make_plan, table
-    from stage_train.run import GIB
 
     for name in LATER_IMPORTS:
         importlib.import_module(name)

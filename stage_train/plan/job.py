@@ -20,11 +20,12 @@ from shared.sae.optimisers import OPTIMISERS
 from shared.store.dtypes import scales_per_row, storage_type
 from stage_train.average import WeightAverage
 from stage_train.config import BufferPlace, LayoutKind, TrainSchema
+from stage_train.feed import GIB, SAMPLE_TOKENS, order_of
 from stage_train.frozen import choose_hook, freeze
 from stage_train.layouts.share import latent_parts, latents_per_rank
 from stage_train.plan.config import PlanSchema
 from stage_train.plan.memory import total_bytes
-from stage_train.run import GIB, SAMPLE_TOKENS, optimiser_options
+from stage_train.run import optimiser_options
 from stage_train.schedule import automatic_rate, length_in_steps
 from stage_train.stream import StreamOrder, TrainingData
 from stage_train.stream.length import stream_length
@@ -56,7 +57,7 @@ class Data:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job:
+class PlannedRun:
     """One run as a rank sees it. Letters as in stage_train.plan.memory."""
 
     config: SAEConfig
@@ -164,7 +165,7 @@ class Job:
         return storage_type(self.data.dtype).read.itemsize
 
 
-def make_job(cfg: TrainSchema, options: PlanSchema, data: Data) -> Job:
+def make_job(cfg: TrainSchema, options: PlanSchema, data: Data) -> PlannedRun:
     """Raises GranaryError where training would, with its words, and for plan options that make no sense."""
     if cfg.nproc < 1 or options.nodes < 1:
         raise GranaryError(f"nproc={cfg.nproc}, nodes={options.nodes}: at least one process")
@@ -175,13 +176,7 @@ def make_job(cfg: TrainSchema, options: PlanSchema, data: Data) -> Job:
     held = latents_per_rank(config.d_latent, cfg.parallel, ranks)
     replicas = ranks // parts
     lanes, share = lanes_per_rank(cfg.stream.lanes, data.contexts or cfg.stream.lanes, replicas)
-    order = StreamOrder(
-        batch_size=cfg.stream.batch_size,
-        seed=cfg.seed,
-        lanes=cfg.stream.lanes,
-        mix_contexts=cfg.stream.mix_contexts,
-        drop_last=cfg.stream.drop_last,
-    )
+    order = order_of(cfg)
     steps, tokens = _length(cfg, data, order)
     rows = math.ceil(order.batch_size / replicas)
     micro = cfg.optim.micro_batch or rows
@@ -201,7 +196,7 @@ def make_job(cfg: TrainSchema, options: PlanSchema, data: Data) -> Job:
         world=replicas,
     )
     every = length_in_steps(cfg.checkpoint.every, steps, "checkpoint.every")
-    return Job(
+    return PlannedRun(
         config=config,
         layout=layout.value if ranks > 1 else "single",
         ranks=ranks,

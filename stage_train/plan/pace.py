@@ -10,7 +10,7 @@ from shared.sae import SAE
 from shared.sae.optimisers import OPTIMISERS
 from stage_train.config import TrainSchema
 from stage_train.plan.config import PlanSchema
-from stage_train.plan.job import Job
+from stage_train.plan.job import PlannedRun
 from stage_train.run import optimiser_options
 
 # Time of a sparse step over that of the encoder's product alone: the worse of README.md's two, on a CPU.
@@ -54,12 +54,12 @@ class Pace:
         return mb_s * 1e6 * self.nodes / (self.read_bytes_per_token * self.reads)
 
 
-def flop_per_token(job: Job) -> float:
+def flop_per_token(job: PlannedRun) -> float:
     """The encoder's product, ``2 F D``; the dense losses have five more of that size: decoding and four gradients."""
     return (2 if job.sparse else 12) * job.all_latents * job.d_model
 
 
-def find_pace(cfg: TrainSchema, options: PlanSchema, job: Job) -> Pace:
+def find_pace(cfg: TrainSchema, options: PlanSchema, job: PlannedRun) -> Pace:
     """From what the options say or measure. Raises GranaryError for a speed that is not positive."""
     for name in ("tokens_per_s", "tflops", "disk_mb_s", "memory_gib"):
         value = getattr(options, name)
@@ -87,7 +87,7 @@ def find_pace(cfg: TrainSchema, options: PlanSchema, job: Job) -> Pace:
     )
 
 
-def measured_seconds(cfg: TrainSchema, job: Job) -> float:
+def measured_seconds(cfg: TrainSchema, job: PlannedRun) -> float:
     """Median time of an optimiser step of one rank's rows and latents, random ones, on this machine."""
     if job.cuda and not torch.cuda.is_available():
         raise GranaryError("measure=true with device.name=cuda, but torch sees no CUDA device: give tflops=... instead")

@@ -14,7 +14,7 @@ from shared.kernels.encode_topk.candidates import TILE_ELEMENTS
 from shared.sae.init import SEARCH_TOKENS
 from shared.sae.optim import TILE_ELEMENTS as MOMENT_TILE
 from stage_train.plan import memory
-from stage_train.plan.job import Job
+from stage_train.plan.job import PlannedRun
 
 # glibc's DEFAULT_MMAP_THRESHOLD_MAX on 64-bit machines.
 MMAP_THRESHOLD = 1 << 25
@@ -70,7 +70,7 @@ def _sum(phase: Phase, *, small: bool) -> int:
     return sum(block.total for block in phase.blocks if ((block.piece or block.bytes) < MMAP_THRESHOLD) == small)
 
 
-def device_phases(job: Job) -> list[Phase]:
+def device_phases(job: PlannedRun) -> list[Phase]:
     """Of a rank's device; a CPU is its own host, and holds all that a host does."""
     held = always(job)
     if job.cuda:
@@ -82,18 +82,18 @@ def device_phases(job: Job) -> list[Phase]:
     return [*moments, Phase("checkpoint", [*held, staged(job)]), Phase("start", start(job))]
 
 
-def host_phases(job: Job) -> list[Phase]:
+def host_phases(job: PlannedRun) -> list[Phase]:
     """Of a rank's share of the host's memory, beside a GPU."""
     return [Phase("checkpoint", [*host_always(job), staged(job)]), Phase("start", start(job))]
 
 
-def host_always(job: Job) -> list[Block]:
+def host_always(job: PlannedRun) -> list[Block]:
     """What a rank's process holds in host memory from the first step to the last."""
     masks = Block("masks of the store", memory.masks(job.contexts or 0, job.seq_len))
     return [block for block in (*([] if job.pool_on_device else pool(job)), masks) if block.bytes]
 
 
-def always(job: Job) -> list[Block]:
+def always(job: PlannedRun) -> list[Block]:
     """What a rank's device holds from the first step to the last."""
     piece = memory.matrix(job.latents, job.d_model)
     blocks = [
@@ -108,14 +108,14 @@ def always(job: Job) -> list[Block]:
     return [block for block in blocks if block.bytes]
 
 
-def pool(job: Job) -> list[Block]:
+def pool(job: PlannedRun) -> list[Block]:
     """The stream's buffers, on the device or the host."""
     staged = job.rows * job.d_model * job.read_itemsize if job.read_itemsize != 4 or not job.pool_on_device else 0
     slots = memory.context_pool(job.slots, job.seq_len, job.d_model, job.read_itemsize)
     return [Block("stream: contexts being mixed and read ahead", slots), Block("stream: rows on their way", staged)]
 
 
-def encode(job: Job, num_rows: int) -> list[Block]:
+def encode(job: PlannedRun, num_rows: int) -> list[Block]:
     """Workspace of the encoder's product and selection."""
     if not job.sparse:
         return []
@@ -139,7 +139,7 @@ def encode(job: Job, num_rows: int) -> list[Block]:
     return blocks
 
 
-def gradients(job: Job) -> tuple[Block, Block]:
+def gradients(job: PlannedRun) -> tuple[Block, Block]:
     """Of both matrices, and what making them needs: a further one where several terms add up."""
     whole = memory.matrix(job.computed_latents, job.d_model)
     several = job.micro_batches > 1 or (job.extra_picks and job.pairs_kept)
@@ -147,7 +147,7 @@ def gradients(job: Job) -> tuple[Block, Block]:
     return Block("gradients", whole, 2), Block("gradient of one term", whole, 1 if several or aux else 0)
 
 
-def step(job: Job) -> list[Phase]:
+def step(job: PlannedRun) -> list[Phase]:
     """The moments of one step: what is alive beside `always`."""
     n, d, kept = job.micro_rows, job.d_model, job.pairs_kept and job.sparse
     gathered = [Block("gathered weights", memory.matrix(job.computed_latents, d), 2)] if job.fsdp else []
@@ -185,7 +185,7 @@ def step(job: Job) -> list[Phase]:
     return phases
 
 
-def rounded(job: Job) -> list[Block]:
+def rounded(job: PlannedRun) -> list[Block]:
     """What triton gathers in bfloat16: the input, and W_dec for each decoding that reads its rows often enough."""
     if not (job.triton and job.half_compute):
         return []
@@ -197,7 +197,7 @@ def rounded(job: Job) -> list[Block]:
     return [Block("W_dec in bfloat16", half, copies), Block("rows in bfloat16", rows, 2)]
 
 
-def auxk(job: Job, num_rows: int) -> list[Block]:
+def auxk(job: PlannedRun, num_rows: int) -> list[Block]:
     """Rows of the dead latents with their gradients, and the blocks they are made in."""
     if not job.dead:
         return []
@@ -208,7 +208,7 @@ def auxk(job: Job, num_rows: int) -> list[Block]:
     return [rows, Block("AuxK: blocks", block // 2 if job.half_compute else block, 2.25)]
 
 
-def fsdp(job: Job) -> list[Phase]:
+def fsdp(job: PlannedRun) -> list[Phase]:
     """Gathering the weights, and summing and scattering the gradients: flat buffers beside the tensors."""
     whole, own = memory.gathered_weights(job.computed_latents, job.d_model), 2 * memory.matrix(job.latents, job.d_model)
     copy = [] if job.cuda else [Block("gloo's copy of the gradients", whole)]
@@ -219,7 +219,7 @@ def fsdp(job: Job) -> list[Phase]:
     ]
 
 
-def update(job: Job) -> list[Block]:
+def update(job: PlannedRun) -> list[Block]:
     """What the optimiser makes."""
     if job.optimiser == "adam":
         tile = memory.FLOAT * min(MOMENT_TILE, job.latents * job.d_model)
@@ -229,14 +229,14 @@ def update(job: Job) -> list[Block]:
     ]
 
 
-def staged(job: Job) -> Block:
+def staged(job: PlannedRun) -> Block:
     """A checkpoint's copy of the state in host memory, until it is on disk."""
     state = job.weight_bytes + job.moment_bytes + job.average_bytes + memory.counters(job.latents)
     piece = memory.matrix(job.latents, job.d_model)
     return Block("copy of the state for a checkpoint", state, piece=piece)
 
 
-def start(job: Job) -> list[Block]:
+def start(job: PlannedRun) -> list[Block]:
     """The initialisation, on the host: the whole SAE, whatever the layout, and its look at a sample of tokens."""
     whole = memory.matrix(job.all_latents, job.d_model)
     sample = job.sample_rows if job.activation == "topk" else min(job.sample_rows, SEARCH_TOKENS)
@@ -260,6 +260,6 @@ def start(job: Job) -> list[Block]:
     return blocks
 
 
-def distribution(job: Job) -> list[Block]:
+def distribution(job: PlannedRun) -> list[Block]:
     """The whole SAE on the device, before a rank keeps its own part."""
     return [Block("whole SAE", memory.matrix(job.all_latents, job.d_model), 2)] if job.latents < job.all_latents else []

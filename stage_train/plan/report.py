@@ -4,17 +4,17 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from stage_train.plan.job import Job
+from stage_train.feed import GIB
+from stage_train.plan.job import PlannedRun
 from stage_train.plan.pace import Pace
 from stage_train.plan.phases import Block, device_phases, host_phases, peak, staged
-from stage_train.run import GIB
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
     """What a run will need. Bytes, per rank where nothing else is said."""
 
-    job: Job
+    job: PlannedRun
     pace: Pace
     phase: str
     """The moment at which the device holds most."""
@@ -39,7 +39,7 @@ class Plan:
         return self.predicted + self.fixed
 
 
-def make_plan(job: Job, pace: Pace, fixed: int) -> Plan:
+def make_plan(job: PlannedRun, pace: Pace, fixed: int) -> Plan:
     """Put the parts together."""
     most, phase = peak(device_phases(job), heap=not job.cuda)
     state = staged(job).bytes * (job.latents and job.all_latents // job.latents)

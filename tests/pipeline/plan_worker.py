@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 
 from shared.parallel import init_world, shutdown
 from stage_train import config
-from stage_train.run import Run
+from stage_train.job import Job
 
 STATUS = Path("/proc/self/status")
 
@@ -37,7 +37,7 @@ def main() -> None:
             before = status("VmRSS")
             Path("/proc/self/clear_refs").write_text("5")  # the high-water mark begins anew
             cfg: Any = OmegaConf.to_object(compose("train", overrides=overrides))
-            Run(cfg, world).execute()
+            Job([cfg], world).execute()
             peak = status("VmHWM") - before
     print(f"peak {peak} before {before}\n", end="", flush=True)  # noqa: T201
     shutdown()
