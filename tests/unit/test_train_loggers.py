@@ -53,12 +53,17 @@ def test_wandb_offline_holds_every_line(tmp_path: Path, monkeypatch: pytest.Monk
 def test_the_bar_shows_a_runs_figures(capsys: pytest.CaptureFixture[str]) -> None:
     bar = ProgressBar(4_000, 1_000, enabled=True)
     bar.advance(500)
-    bar.show({"loss": 0.25, "fvu": 0.2, "l0": 32.04, "dead_fraction": 0.125, "wait_share": 0.03})
+    one = {"loss": 0.25, "fvu": 0.2, "l0": 32.04, "dead_fraction": 0.125, "wait_share": 0.03}
+    bar.show([one])
     bar.advance(500)
     bar.close()
     last = capsys.readouterr().err.splitlines()[-1].rpartition("\r")[2]
     assert "2.00k/4.00k" in last
     assert "tok/s, loss 0.2500 FVU 0.2000 L0 32.0 dead 12.5% wait 3%" in last
+    bar = ProgressBar(4_000, 1_000, enabled=True)
+    bar.show([one, {**one, "fvu": 0.1, "l0": 64.0}])
+    bar.close()
+    assert "loss 0.2500 FVU 0.1000-0.2000 L0 32.0-64.0 dead 12.5% wait 3%" in capsys.readouterr().err
     ProgressBar(4_000, 0, enabled=False).close()
     assert capsys.readouterr().err == ""
 

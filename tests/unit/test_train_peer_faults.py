@@ -128,6 +128,7 @@ OTHER: dict[str, tuple[str, list[str]]] = {
     "schedule.k_shape": ("exponential", FALLING),
     "schedule.penalty_warmup": ("1.0", [*RELU, "schedule.penalty_warmup=0"]),
     "stream.batch_size": ("8", []),
+    "stream.seed": ("7", []),
     "stream.lanes": ("2", []),
     "stream.mix_contexts": ("1", []),
     "stream.drop_last": ("true", ["schedule.tokens=480"]),
