@@ -7,7 +7,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -22,10 +21,12 @@ from stage_train.checkpoint import newest_checkpoint
 from stage_train.lock import only_run_in
 from stage_train.loggers import read_metrics
 from tests.cli import ForkServer
-from tests.pipeline.recorder import batches
+from tests.pipeline.recorder import FILE, batches
 
 ROOT = Path(__file__).resolve().parents[2]
 TIMES = {"tokens_per_s", "wait_share"}
+KILLS = 6
+RECORD_BYTES = 32 + 16 * 12 * 4
 COMMON = ["sae.k=3", "sae.expansion=8", "stream.batch_size=16", "sae.dead_after_tokens=500", "logger.every=10"]
 COMMON += ["checkpoint.every=25", "checkpoint.keep=2", "logger.progress=false", "logger.curves=false"]
 
@@ -63,22 +64,16 @@ def test_killed_at_random_moments_nothing_is_repeated_or_skipped(
 ) -> None:
     """The batches that count are those of an uninterrupted run, byte for byte; so are weights and metrics."""
     straight, broken = tmp_path / "straight", tmp_path / "broken"
-    begin = time.monotonic()
     assert server.run("stage_train", *command(store, straight, 8_000)).code == 0
-    seconds = time.monotonic() - begin
+    steps = len(read_metrics(straight)) * 10
 
     moments = random.Random(0)
-    killed = 0
-    while killed < 6:
+    for _ in range(KILLS):
         process = server.start("stage_train", *command(store, broken, 8_000))
-        time.sleep(moments.uniform(0.1, 0.9) * seconds)
-        with suppress(ProcessLookupError):
-            os.kill(process, signal.SIGKILL)
-        result = server.finish()
-        if result.code == 0:  # it was faster
-            break
-        assert result.code == -signal.SIGKILL, result.stderr
-        killed += 1
+        wait_for_growth(broken / FILE, moments.randrange(steps // (2 * KILLS)))
+        time.sleep(moments.uniform(0, 0.02))
+        os.kill(process, signal.SIGKILL)
+        assert server.finish().code == -signal.SIGKILL
     result = server.run("stage_train", *command(store, broken, 8_000))
     assert result.code == 0, result.stderr
 
@@ -87,6 +82,15 @@ def test_killed_at_random_moments_nothing_is_repeated_or_skipped(
     assert lost > 0, "no kill fell between a checkpoint and the next"
     assert_same_run(straight, broken)
     assert_each_token_once(store, seen)
+
+
+def wait_for_growth(file: Path, num_batches: int) -> None:
+    """Until so many more batches are written; at once for none, which is while the process starts."""
+    size = file.stat().st_size if file.exists() else 0
+    deadline = time.monotonic() + 60
+    while num_batches and (file.stat().st_size if file.exists() else 0) < size + num_batches * RECORD_BYTES:
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
 
 
 def assert_each_token_once(store: Store, seen: list[bytes]) -> None:
