@@ -7,10 +7,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 
@@ -22,10 +22,12 @@ from stage_train.checkpoint import newest_checkpoint
 from stage_train.lock import only_run_in
 from stage_train.loggers import read_metrics
 from tests.cli import ForkServer
-from tests.pipeline.recorder import batches
+from tests.pipeline.recorder import FILE, batches
 
 ROOT = Path(__file__).resolve().parents[2]
 TIMES = {"tokens_per_s", "wait_share"}
+KILLS = 6
+RECORD_BYTES = 32 + 16 * 12 * 4
 COMMON = ["sae.k=3", "sae.expansion=8", "stream.batch_size=16", "sae.dead_after_tokens=500", "logger.every=10"]
 COMMON += ["checkpoint.every=25", "checkpoint.keep=2", "logger.progress=false", "logger.curves=false"]
 
@@ -63,22 +65,16 @@ def test_killed_at_random_moments_nothing_is_repeated_or_skipped(
 ) -> None:
     """The batches that count are those of an uninterrupted run, byte for byte; so are weights and metrics."""
     straight, broken = tmp_path / "straight", tmp_path / "broken"
-    begin = time.monotonic()
     assert server.run("stage_train", *command(store, straight, 8_000)).code == 0
-    seconds = time.monotonic() - begin
+    steps = len(read_metrics(straight)) * 10
 
     moments = random.Random(0)
-    killed = 0
-    while killed < 6:
+    for _ in range(KILLS):
         process = server.start("stage_train", *command(store, broken, 8_000))
-        time.sleep(moments.uniform(0.1, 0.9) * seconds)
-        with suppress(ProcessLookupError):
-            os.kill(process, signal.SIGKILL)
-        result = server.finish()
-        if result.code == 0:  # it was faster
-            break
-        assert result.code == -signal.SIGKILL, result.stderr
-        killed += 1
+        wait_for_growth(broken / FILE, moments.randrange(steps // (2 * KILLS)))
+        time.sleep(moments.uniform(0, 0.02))
+        os.kill(process, signal.SIGKILL)
+        assert server.finish().code == -signal.SIGKILL
     result = server.run("stage_train", *command(store, broken, 8_000))
     assert result.code == 0, result.stderr
 
@@ -87,6 +83,15 @@ def test_killed_at_random_moments_nothing_is_repeated_or_skipped(
     assert lost > 0, "no kill fell between a checkpoint and the next"
     assert_same_run(straight, broken)
     assert_each_token_once(store, seen)
+
+
+def wait_for_growth(file: Path, num_batches: int) -> None:
+    """Until so many more batches are written; at once for none, which is while the process starts."""
+    size = file.stat().st_size if file.exists() else 0
+    deadline = time.monotonic() + 60
+    while num_batches and (file.stat().st_size if file.exists() else 0) < size + num_batches * RECORD_BYTES:
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
 
 
 def assert_each_token_once(store: Store, seen: list[bytes]) -> None:
@@ -112,33 +117,33 @@ def test_one_run_per_folder(server: ForkServer, store: Store, tmp_path: Path) ->
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("nproc", "kills"), [(1, 20), (2, 8)])
+@pytest.mark.parametrize(("nproc", "kills"), [(1, 16), (2, 8)])
 def test_many_kills_of_the_command_line(store: Store, tmp_path: Path, nproc: int, kills: int) -> None:
     """``python -m stage_train`` from a shell; with nproc=2, the command and all its processes at once."""
     straight, broken = tmp_path / "straight", tmp_path / "broken"
-    tokens = 24_000
+    tokens, moments, target = 48_000, random.Random(nproc), 0
 
     def start(folder: Path) -> "subprocess.Popen[bytes]":
         line = [*command(store, folder, tokens), f"nproc={nproc}", "stream.lanes=4"]
-        return subprocess.Popen(
-            [sys.executable, "-m", "stage_train", *line],
-            cwd=ROOT,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            start_new_session=True,
-            stderr=subprocess.DEVNULL,
-        )
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        return subprocess.Popen([sys.executable, "-m", "stage_train", *line], cwd=ROOT, env=environment)
 
-    begin = time.monotonic()
     assert start(straight).wait(timeout=200) == 0
-    seconds = time.monotonic() - begin
-    moments, killed = random.Random(nproc), 0
     for _ in range(kills):
         process = start(broken)
-        time.sleep(moments.uniform(0.3, 1.0) * seconds)
-        killed += process.poll() is None
-        os.killpg(process.pid, signal.SIGKILL)
+        if moments.random() < 0.3:  # while it starts
+            time.sleep(moments.uniform(0, 2))
+        else:
+            target += moments.randrange(tokens // 16 // (3 * kills))
+            while max((line["step"] for line in read_metrics(broken)), default=0) < target:
+                assert process.poll() is None
+                time.sleep(0.005)
+            time.sleep(moments.choice([0.0, 0.01, 0.1]))
+        assert process.poll() is None
+        family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+        for member in family:
+            member.kill()
         process.wait()
-    assert killed >= kills // 2
     assert start(broken).wait(timeout=200) == 0
     assert_same_run(straight, broken)
 

@@ -23,7 +23,12 @@ VARIANTS = {
     "gated": {"penalty": "l1", "penalty_weight": 0.3},
     "gated_free": {"activation": "gated", "penalty": "l1", "penalty_weight": 0.3, "unit_norm_decoder": False},
 }
-MORE = {"per_dim": {"loss": "fvu_per_dim"}, "raw_target": {"normalisation": "layer_norm", "shift_back": False}}
+MORE = {
+    "per_dim": {"loss": "fvu_per_dim"},
+    "raw_target": {"normalisation": "layer_norm", "shift_back": False},
+    "layer_norm": {"normalisation": "layer_norm"},
+    "centre_scale": {"normalisation": "centre_scale"},
+}
 
 
 def make_sae(variant, seed=0, **overrides):
@@ -39,6 +44,9 @@ def make_sae(variant, seed=0, **overrides):
             if name.startswith("activation."):
                 parameter.mul_(0.3).sub_(0.2)
         sae.input_variance.uniform_(0.5, 2.0, generator=generator)
+        if sae.config.normalisation == "centre_scale":
+            sae.input_mean.normal_(generator=generator)
+            sae.input_scale.fill_(1.7)
     x = torch.randn(N, D, generator=generator, dtype=torch.float64)
     return sae, x
 
@@ -49,6 +57,9 @@ def plain(sae, x, dead, penalty_scale=1.0):
     target = x
     if c.normalisation == "layer_norm":
         x = (x - x.mean(1, keepdim=True)) / (x.var(1, correction=0, keepdim=True).sqrt() + 1e-5)
+    elif c.normalisation == "centre_scale":
+        x = (x - sae.input_mean) * sae.input_scale
+    target = x if c.shift_back else target
     weight = 1 / (D * sae.input_variance) if c.loss == "fvu_per_dim" else 1 / sae.input_variance.sum().expand(D)
     z = (x - sae.b_dec) @ sae.W_enc.T + sae.b_enc
     norm = W.norm(dim=1)
