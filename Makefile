@@ -25,7 +25,7 @@ STAGE := $(BIN)/python -m shared.parallel.launch --nnodes=$(NNODES) --nproc-per-
 endif
 
 .PHONY: help setup setup-peers demo harvest train eval sweep check compile-kernels bench bench-gpu clean
-.PHONY: test test-all test-s3 test-peers test-cluster
+.PHONY: test test-all test-s3 test-peers test-quantised test-cluster
 
 help: ## this list
 	@echo 'usage: make TARGET [ARGS="key=value ..."] [NPROC=processes] [NNODES=machines RDZV=host:port]'
@@ -74,13 +74,17 @@ PYTEST_ALONE := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
 PYTEST := $(PYTEST_ALONE) -n 2 --dist loadfile
 
 test: setup ## the default tests
-	@$(PYTEST) -m "not slow and not gpu and not s3 and not cluster and not peers"
+	@$(PYTEST) -m "not slow and not gpu and not s3 and not cluster and not peers and not quantised"
 
 test-all: setup ## the default and the slow tests
-	@$(PYTEST) -m "not s3 and not cluster and not peers"
+	@$(PYTEST) -m "not s3 and not cluster and not peers and not quantised"
 
 test-peers: setup-peers ## the formats against the real SAELens, sparsify and dictionary_learning
 	@OMP_NUM_THREADS=1 $(VENV_PEERS)/bin/python -m pytest -q -m peers tests/peers
+
+test-quantised: setup ## harvests with quantised weights; installs bitsandbytes and torchao
+	@$(BIN)/python -c 'import bitsandbytes, torchao' 2>/dev/null || $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev,quantised]'
+	@$(PYTEST_ALONE) tests/pipeline/test_harvest_quantised.py tests/unit/test_lm_load.py
 
 SLURM_FOLDER := /tmp/granary-slurm
 

@@ -205,9 +205,9 @@ def announce(job: HarvestJob, plan: StorePlan, *, committed: int, device: torch.
         )
     staging = min(STAGING_SETS, plan.num_shards) * plan.shard_contexts * size
     room = "" if free is None else f" of {human_bytes(free)} free"
+    weights = "" if job.cfg.model.quantisation is None else f" with {job.cfg.model.quantisation} weights"
     lines = {
-        "model": f"{job.identity['id']}, {job.cfg.model.quantisation or job.identity['dtype']} on {device},"
-        f" {layers} of {total} layers",
+        "model": f"{job.identity['id']}, {job.identity['dtype']}{weights} on {device}, {layers} of {total} layers",
         "hooks": f"{', '.join(plan.hooks)}; d_model {job.config.hidden_size}",
         "corpus": job.corpus.description,
         "contexts": f"{plan.num_contexts:,} x {plan.seq_len:,} = {plan.num_contexts * plan.seq_len:,} tokens,"
