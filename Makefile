@@ -24,6 +24,8 @@ else
 STAGE := $(BIN)/python -m shared.parallel.launch --nnodes=$(NNODES) --nproc-per-node=$(NPROC) $(rendezvous) -m
 endif
 
+LOCKED := $(if $(shell command -v flock),flock pyproject.toml)
+
 .PHONY: help setup setup-peers demo harvest train eval sweep check compile-kernels bench bench-gpu clean
 .PHONY: test test-all test-s3 test-peers test-quantised test-cluster
 
@@ -33,12 +35,14 @@ help: ## this list
 
 setup: $(VENV)/.installed ## the virtual environment with the pinned versions
 
+# Locked: terminals and machines that share the folder may all start here at once; the first installs.
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@echo "installing the pinned packages into $(VENV)"
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "error: Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11")'
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
-	@touch $@
+	@$(LOCKED) $(SHELL) -euc '[ $@ -nt pyproject.toml ] && [ $@ -nt constraints.txt ] && exit; \
+	  test -x $(BIN)/python || $(PYTHON) -m venv $(VENV); \
+	  $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[dev]"; \
+	  touch $@'
 
 setup-peers: $(VENV_PEERS)/.installed ## a second environment with SAELens, sparsify and dictionary_learning
 
