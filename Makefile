@@ -27,8 +27,10 @@ else
 STAGE := $(BIN)/python -m shared.parallel.launch --nnodes=$(NNODES) --nproc-per-node=$(NPROC) $(rendezvous) -m
 endif
 
+LOCKED := $(if $(shell command -v flock),flock pyproject.toml)
+
 .PHONY: help setup setup-peers demo harvest plan train eval sweep check compile-kernels bench bench-gpu clean
-.PHONY: test test-all test-s3 test-peers test-cluster
+.PHONY: test test-all test-s3 test-peers test-quantised test-cluster
 
 help: ## this list
 	@echo 'usage: make TARGET [ARGS="key=value ..."] [NPROC=processes] [NNODES=machines RDZV=host:port]'
@@ -36,12 +38,14 @@ help: ## this list
 
 setup: $(VENV)/.installed ## the virtual environment with the pinned versions
 
+# Locked: terminals and machines that share the folder may all start here at once; the first installs.
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@echo "installing the pinned packages into $(VENV)"
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "error: Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11")'
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
-	@touch $@
+	@$(LOCKED) $(SHELL) -euc '[ $@ -nt pyproject.toml ] && [ $@ -nt constraints.txt ] && exit; \
+	  test -x $(BIN)/python || $(PYTHON) -m venv $(VENV); \
+	  $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[dev]"; \
+	  touch $@'
 
 setup-peers: $(VENV_PEERS)/.installed ## a second environment with SAELens, sparsify and dictionary_learning
 
@@ -80,13 +84,17 @@ PYTEST_ALONE := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
 PYTEST := $(PYTEST_ALONE) -n 2 --dist loadfile
 
 test: setup ## the default tests
-	@$(PYTEST) -m "not slow and not gpu and not s3 and not cluster and not peers"
+	@$(PYTEST) -m "not slow and not gpu and not s3 and not cluster and not peers and not quantised"
 
 test-all: setup ## the default and the slow tests
-	@$(PYTEST) -m "not s3 and not cluster and not peers"
+	@$(PYTEST) -m "not s3 and not cluster and not peers and not quantised"
 
 test-peers: setup-peers ## the formats against the real SAELens, sparsify and dictionary_learning
 	@OMP_NUM_THREADS=1 $(VENV_PEERS)/bin/python -m pytest -q -m peers tests/peers
+
+test-quantised: setup ## harvests with quantised weights; installs bitsandbytes and torchao
+	@$(BIN)/python -c 'import bitsandbytes, torchao' 2>/dev/null || $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev,quantised]'
+	@$(PYTEST_ALONE) tests/pipeline/test_harvest_quantised.py tests/unit/test_lm_load.py
 
 SLURM_FOLDER := /tmp/granary-slurm
 

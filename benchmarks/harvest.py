@@ -3,11 +3,13 @@
     python benchmarks/harvest.py            # float32 on the CPU, 3 layers of d_model 2048, 4096-token contexts
     python benchmarks/harvest.py --quick    # smaller, under a minute
     python benchmarks/harvest.py --gpu      # Llama-3.1-8B's shape in bfloat16, layer 16, random weights
+    python benchmarks/harvest.py --gpu --dry-run    # every code path of that at a tiny size, on a CPU too
 
 Each round times, one after the other: the bare forward (load the truncated model, run it over all tokens, keep
-nothing), a harvest of the last layer, and a harvest of all layers. A harvest is everything that the command does once
-Python's imports are done: tokenising, packing, loading, forward, statistics, checksums, writing, the final record. The
-ratios are medians over the rounds. Tokenising is timed alone too. The last line is one JSON object.
+nothing), a harvest of the last layer, and a harvest of all layers; every second round goes the other way about. A
+harvest is everything that the command does once Python's imports are done: tokenising, packing, loading, forward,
+statistics, checksums, writing, the final record. A ratio is the median over rounds of the two times of one round; the
+spread over rounds stands beside it. Tokenising is timed alone too. The last line is one JSON object.
 """
 
 import argparse
@@ -19,15 +21,17 @@ import statistics
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
+from gpu import Clock, peak_flops
 from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
+from records import processor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from shared.bundled import MODEL_DIR, stdlib
@@ -62,7 +66,8 @@ class Shape:
 
 QUICK = Shape(1024, 2816, 8, 4, 3, 4096, 4, 4096, 2, "float32")
 CPU = Shape(2048, 5632, 16, 8, 3, 4096, 4, 4096, 3, "float32")
-GPU = Shape(4096, 14336, 32, 8, 17, 128256, 128, 4096, 3, "bfloat16")
+GPU = Shape(4096, 14336, 32, 8, 17, 128256, 64, 4096, 3, "bfloat16")
+DRY = Shape(64, 224, 4, 2, 3, 4096, 8, 64, 2, "bfloat16")
 
 
 def make_model(shape: Shape, folder: Path) -> None:
@@ -158,46 +163,67 @@ def measure(shape: Shape, root: Path) -> dict[str, Any]:
     """Alternate the three and compare."""
     make_model(shape, root / "model")
     make_corpus(root / "corpus.txt", 16_000_000)
-    seconds: dict[str, list[float]] = {"bare": [], "one": [], "all": []}
-    forwards = []
     cfg = configuration(shape, root, str(shape.layers - 1), root / "warm")
     harvest(cfg)  # makes the tokens that the bare forward reads, and warms up
     tokens = Store.open(root / "warm")
     job = HarvestJob.from_config(cfg)
-    stored = {}
-    for _ in range(shape.rounds):
-        whole, forward = bare_forward(shape, root, tokens, job.batch_contexts)
-        seconds["bare"].append(whole)
-        forwards.append(forward)
-        for name, layers in (("one", str(shape.layers - 1)), ("all", "all")):
-            start = time.perf_counter()
-            harvest(configuration(shape, root, layers, root / name))
-            seconds[name].append(time.perf_counter() - start)
-            stored[name] = Store.open(root / name).summary()["bytes"]
-            shutil.rmtree(root / name)
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
-    forward = statistics.median(forwards)
+    layers = {"one": str(shape.layers - 1), "all": "all"}
     count = shape.contexts * shape.seq_len
+    if count * shape.layers * shape.d_model * 2 > 0.9 * shutil.disk_usage(root).free:
+        print(f"all {shape.layers} layers do not fit under {root}: one hook only")
+        del layers["all"]
+    seconds: dict[str, list[float]] = {"bare": [], **{name: [] for name in layers}}
+    forwards = []
+    stored = {}
+    for number in range(shape.rounds):
+        for name in list(seconds)[:: -1 if number % 2 else 1]:
+            if name == "bare":
+                whole, forward = bare_forward(shape, root, tokens, job.batch_contexts)
+                forwards.append(forward)
+            else:
+                start = time.perf_counter()
+                harvest(configuration(shape, root, layers[name], root / name))
+                whole = time.perf_counter() - start
+                stored[name] = Store.open(root / name).summary()["bytes"]
+                shutil.rmtree(root / name)
+            seconds[name].append(whole)
+    forward = statistics.median(forwards)
     tokenising = tokenising_rate(job)
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores"
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{processor()}, {os.cpu_count()} cores"
     result = {
         "benchmark": "harvest",
         "device": device,
         "shape": f"d_model {shape.d_model}, {shape.layers} layers, {shape.contexts} x {shape.seq_len}, {shape.dtype}",
-        "bare_s": round(medians["bare"], 2),
-        "one_hook_ratio": round(medians["one"] / medians["bare"], 3),
-        "all_layers_ratio": round(medians["all"] / medians["bare"], 3),
-        "one_hook_tokens_per_s": round(count / medians["one"]),
-        "all_layers_MB_per_s": round(stored["all"] / medians["all"] / 1e6, 1),
+        "bare_s": round(statistics.median(seconds["bare"]), 2),
+    }
+    for name in layers:
+        ratios = [whole / bare for whole, bare in zip(seconds[name], seconds["bare"], strict=True)]
+        median = statistics.median(seconds[name])
+        result |= {
+            f"{name}_ratio": round(statistics.median(ratios), 3),
+            f"{name}_ratios": [round(ratio, 3) for ratio in sorted(ratios)],
+            f"{name}_tokens_per_s": round(count / median),
+            f"{name}_MB_per_s": round(stored[name] / median / 1e6, 1),
+        }
+    flops = forward_flops(shape, tokens.segments(range(shape.contexts))) / forward
+    return result | {
         "forward_tokens_per_s": round(count / forward),
         "tokenising_tokens_per_s": round(tokenising),
         "tokenising_over_forward": round(tokenising / (count / forward), 1),
-        "forward_TFLOP_per_s": round(forward_flops(shape, tokens.segments(range(shape.contexts))) / forward / 1e12, 2),
+        "forward_TFLOP_per_s": round(flops / 1e12, 2),
+        **shares_of_peak(shape, device, flops),
     }
+
+
+def shares_of_peak(shape: Shape, device: str, flops: float) -> dict[str, float]:
+    """The forward's `flops` per second against a large product measured here and the data sheet; bfloat16 alone."""
+    if shape.dtype != "bfloat16":
+        return {}
+    where = "cuda" if torch.cuda.is_available() else "cpu"
+    measured = peak_flops(where, 8192 if where == "cuda" else 512, Clock(where, 5))
+    shares = {"product_TFLOP_per_s": round(measured / 1e12, 2), "forward_share_of_product": round(flops / measured, 3)}
     peak = next((peak for name, peak in PEAKS.items() if name in device), None)
-    if peak is not None:
-        result["forward_share_of_peak"] = round(result["forward_TFLOP_per_s"] * 1e12 / peak, 3)
-    return result
+    return shares if peak is None else shares | {"forward_share_of_peak": round(flops / peak, 3)}
 
 
 def main() -> None:
@@ -205,14 +231,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="under a minute")
     parser.add_argument("--gpu", action="store_true", help="Llama-3.1-8B's shape in bfloat16; needs CUDA")
+    parser.add_argument("--dry-run", action="store_true", help="the paths of --gpu at a tiny size, on a CPU too")
     parser.add_argument("--contexts", type=int, help="another number of contexts")
+    parser.add_argument("--rounds", type=int, help="another number of rounds")
     parser.add_argument("--folder", help="where model and stores go; default: the temporary folder")
     arguments = parser.parse_args()
-    if arguments.gpu and not torch.cuda.is_available():
-        parser.error("--gpu needs a CUDA device")
-    shape = QUICK if arguments.quick else GPU if arguments.gpu else CPU
-    if arguments.contexts:
-        shape = Shape(**{**shape.__dict__, "contexts": arguments.contexts})
+    if arguments.gpu and not arguments.dry_run and not torch.cuda.is_available():
+        parser.error("--gpu needs a CUDA device; --gpu --dry-run runs its code at a tiny size on a CPU")
+    shape = DRY if arguments.dry_run else GPU if arguments.gpu else QUICK if arguments.quick else CPU
+    changes = {"contexts": arguments.contexts, "rounds": arguments.rounds}
+    shape = replace(shape, **{name: value for name, value in changes.items() if value})
     logging.disable(logging.INFO)
     register()
     with (

@@ -29,6 +29,15 @@ from shared.orphans import environment_of_child
 
 # Groups whose value may also be a plain path, and the key that path belongs to.
 PATH_SHORTHANDS = {"model": "model.path"}
+# Logger, and a part of the message.
+CHATTER = (
+    ("submitit", "sacct error"),  # at each poll, where a cluster has no accounting
+    # transformers imports torchao wherever it is installed, which tells of each library it has for other machines.
+    ("torchao", "Failed to load"),
+    ("torch.utils._pytree", "is an Enum subclass"),
+    ("bitsandbytes.autograd._functions", "inputs will be cast"),  # at each product of bnb_int8: docs/harvest.md says so
+    ("bitsandbytes.backends.cpu.ops", "kernels-community"),  # faster CPU kernels that could be downloaded
+)
 
 
 def run_stage(task: Callable[[Any], None], config_name: str, afterwards: Callable[[], None] = lambda: None) -> None:
@@ -41,8 +50,7 @@ def run_stage(task: Callable[[Any], None], config_name: str, afterwards: Callabl
     """
     os.environ["HYDRA_FULL_ERROR"] = "1"  # raise, so that the line below is ours and not Hydra's multi-line one
     os.environ.update(slurm.CHOICE_OF_WARNING)
-    # It would tell at each poll that a cluster has no accounting.
-    logging.getLogger("submitit").addFilter(lambda record: "sacct error" not in record.getMessage())
+    drop_chatter()
     sys.argv[1:] = expand_launcher(expand_shorthands(sys.argv[1:])) + rank_overrides()
 
     def run(cfg: DictConfig) -> None:
@@ -73,6 +81,12 @@ def run_stage(task: Callable[[Any], None], config_name: str, afterwards: Callabl
         what = "its jobs stay in the queue (squeue, scancel)" if submitted else "run the same command again to continue"
         print(f"interrupted; {what}", file=sys.stderr)  # noqa: T201
         sys.exit(130)
+
+
+def drop_chatter() -> None:
+    """Leave out what libraries log that is not about the user's run; a warning of any other text still shows."""
+    for logger, text in CHATTER:
+        logging.getLogger(logger).addFilter(lambda record, text=text: text not in record.getMessage())
 
 
 def fail(message: str) -> NoReturn:

@@ -7,3 +7,9 @@ class GranaryError(Exception):
     The entry points print it without a traceback and exit with status 2. Everything else that escapes a stage is a
     bug of ours and keeps its traceback.
     """
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what `error` says, or its type's name where it says nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

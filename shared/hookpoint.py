@@ -72,3 +72,27 @@ def hook_points(layers: str, sites: Sequence[str] | Iterable[str], num_layers: i
     """Every site at every chosen layer, in layer order."""
     sites = list(sites)
     return [HookPoint(layer, site) for layer in parse_layers(layers, num_layers) for site in sites]
+
+
+def describe_hooks(hooks: Sequence[HookPoint]) -> str:
+    """One short line: the names of up to four hooks; of more ``resid_post, mlp_out of layers 0-31``."""
+    if len(hooks) <= 4:
+        return ", ".join(map(str, hooks))
+    layers_of: dict[str, list[int]] = {}
+    for hook in hooks:
+        layers_of.setdefault(hook.site, []).append(hook.layer)
+    sites_of: dict[str, list[str]] = {}
+    for site, layers in layers_of.items():
+        sites_of.setdefault(_ranges(layers), []).append(site)
+    return "; ".join(f"{', '.join(sites)} of layers {ranges}" for ranges, sites in sites_of.items())
+
+
+def _ranges(layers: Sequence[int]) -> str:
+    """``0-3,7`` for 0, 1, 2, 3, 7."""
+    runs: list[list[int]] = []
+    for layer in sorted(layers):
+        if runs and layer == runs[-1][-1] + 1:
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+    return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)

@@ -76,8 +76,6 @@ class TextEncoder:
             raise GranaryError(
                 "a tokenising process was killed, perhaps for lack of memory: run again with fewer tokenise_workers"
             ) from error
-        except OSError as error:
-            raise GranaryError(f"keeping token ids in {self.folder}: {error.strerror}; set spool_dir=...") from error
 
     def _start(self, texts: Texts, in_worker: bool) -> Future[TokenIds]:
         done: Future[TokenIds] = Future()
@@ -154,13 +152,16 @@ def split_packed(packed: TokenIds) -> list[TokenIds]:
 
 
 def keep(path: Path, packed: TokenIds) -> None:
-    """Write atomically: a file under its name is whole, also after a power cut."""
+    """Write atomically: a file under its name is whole, also after a power cut. GranaryError if the disk refuses."""
     partial = path.with_suffix(f".{os.getpid()}.partial")
-    with partial.open("wb") as stream:
-        np.save(stream, packed)
-        stream.flush()
-        os.fsync(stream.fileno())
-    partial.rename(path)
+    try:
+        with partial.open("wb") as stream:
+            np.save(stream, packed)
+            stream.flush()
+            os.fsync(stream.fileno())
+        partial.rename(path)
+    except OSError as error:
+        raise GranaryError(f"keeping token ids in {path.parent}: {error.strerror}; set spool_dir=...") from error
 
 
 def read_kept(path: Path) -> TokenIds | None:

@@ -11,7 +11,7 @@ import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from shared.errors import GranaryError
-from shared.hookpoint import HookPoint, hook_points
+from shared.hookpoint import HookPoint, describe_hooks, hook_points
 from shared.lm import (
     ModelIdentity,
     SpecialIds,
@@ -205,10 +205,10 @@ def announce(job: HarvestJob, plan: StorePlan, *, committed: int, device: torch.
         )
     staging = min(STAGING_SETS, plan.num_shards) * plan.shard_contexts * size
     room = "" if free is None else f" of {human_bytes(free)} free"
+    weights = "" if job.cfg.model.quantisation is None else f" with {job.cfg.model.quantisation} weights"
     lines = {
-        "model": f"{job.identity['id']}, {job.cfg.model.quantisation or job.identity['dtype']} on {device},"
-        f" {layers} of {total} layers",
-        "hooks": f"{', '.join(plan.hooks)}; d_model {job.config.hidden_size}",
+        "model": f"{job.identity['id']}, {job.identity['dtype']}{weights} on {device}, {layers} of {total} layers",
+        "hooks": f"{describe_hooks(job.hooks)}; d_model {job.config.hidden_size}",
         "corpus": job.corpus.description,
         "contexts": f"{plan.num_contexts:,} x {plan.seq_len:,} = {plan.num_contexts * plan.seq_len:,} tokens,"
         f" {job.cfg.packing.mode.value} documents, {job.batch_contexts} per forward",

@@ -15,7 +15,7 @@ from transformers import AutoConfig, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from shared.bundled import MODEL_DIR
-from shared.errors import GranaryError
+from shared.errors import GranaryError, first_line
 
 log = logging.getLogger(__name__)
 
@@ -83,7 +83,7 @@ def load_config(path: str, revision: str | None = None) -> PretrainedConfig:
     try:
         config = AutoConfig.from_pretrained(folder)
     except (ValueError, OSError, KeyError) as error:
-        raise GranaryError(f"model {path}: transformers can't read its config.json: {_first_line(error)}") from error
+        raise GranaryError(f"model {path}: transformers can't read its config.json: {first_line(error)}") from error
     is_decoder = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not getattr(
         config, "is_encoder_decoder", False
     )
@@ -157,8 +157,3 @@ def _weights_hash(folder: Path) -> str:
                 stream.seek(0)
             digest.update(stream.read(length))
     return digest.hexdigest()
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

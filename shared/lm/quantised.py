@@ -10,6 +10,7 @@ from shared.errors import GranaryError
 
 
 def _bitsandbytes(**options: Any) -> Any:
+    import accelerate  # noqa: F401
     import bitsandbytes  # noqa: F401
     from transformers import BitsAndBytesConfig
 
@@ -17,6 +18,7 @@ def _bitsandbytes(**options: Any) -> Any:
 
 
 def _torchao(name: str) -> Any:
+    import accelerate  # noqa: F401
     import torchao.quantization
     from transformers import TorchAoConfig
 
@@ -39,4 +41,6 @@ def quantisation_config(scheme: str) -> Any:
     try:
         return make()
     except (ImportError, AttributeError) as error:
-        raise GranaryError(f"model.quantisation={scheme} needs {package}: pip install 'granary[quantised]'") from error
+        raise GranaryError(
+            f"model.quantisation={scheme} needs {package} and accelerate: pip install 'granary[quantised]'"
+        ) from error

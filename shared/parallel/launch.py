@@ -29,6 +29,9 @@ def launch(arguments: Sequence[str]) -> int:
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     logging.getLogger("torch.distributed.elastic.agent.server.api").setLevel(logging.CRITICAL)
     logging.getLogger("torch.distributed.run").setLevel(logging.CRITICAL)
+    if option(arguments, "nnodes") not in (None, "1"):
+        meeting = f"for {option(arguments, 'nnodes')} machines to meet at {option(arguments, 'rdzv-endpoint')}"
+        print(f"waiting   {meeting}", file=sys.stderr, flush=True)  # noqa: T201
     try:
         torchrun(list(arguments))
     except ChildFailedError as error:
@@ -59,12 +62,19 @@ def tell_killed(rank: int, number: int) -> None:
 
 def threads_per_rank(arguments: Sequence[str]) -> int:
     """Cores of this node divided by the ranks torchrun will start on it, at least 1."""
+    ranks = option(arguments, "nproc-per-node")
+    if ranks is None:
+        return os.cpu_count() or 1
+    return max(1, (os.cpu_count() or 1) // int(ranks)) if ranks.isdecimal() else 1
+
+
+def option(arguments: Sequence[str], name: str) -> str | None:
+    """The value of torchrun's option `name`, which may be written with hyphens or underscores; None if not given."""
     for position, argument in enumerate(arguments):
-        name, _, value = argument.partition("=")
-        if name in ("--nproc-per-node", "--nproc_per_node"):
-            ranks = value or arguments[position + 1]
-            return max(1, (os.cpu_count() or 1) // int(ranks)) if ranks.isdecimal() else 1
-    return os.cpu_count() or 1
+        given, equals, value = argument.partition("=")
+        if given.startswith("--") and given[2:].replace("_", "-") == name:
+            return value if equals else arguments[position + 1]
+    return None
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ Exit status: 0 all is well, 1 the store is damaged or incomplete, 2 the command 
 """
 
 import argparse
+import math
 import sys
 
 from rich.console import Console
@@ -77,6 +78,7 @@ def show_info(store: Store, console: Console) -> int:
         "complete": "yes" if store.complete else "no",
         "contexts": f"{contexts:,} of {store.plan.seq_len:,} tokens each",
         "trainable tokens": f"{sum(record.num_tokens for record in records.values()):,}",
+        "hooks": f"{len(plan.hooks)} of d_model {', '.join(map(str, sorted(set(plan.hooks.values()))))}",
         "bytes": human_bytes(sum(record.num_bytes for record in records.values())),
         "storage": f"{plan.dtype}, codec {plan.codec}, {plan.shard_contexts} contexts per shard, "
         f"{plan.chunk_rows} tokens per chunk",
@@ -96,17 +98,20 @@ def show_info(store: Store, console: Console) -> int:
     for name, value in rows.items():
         table.add_row(name, value)
     console.print(table)
-    hooks = Table(title="hooks", title_justify="left")
-    for name in ("hook", "d_model", "mean norm", "median", "max", "storage error"):
-        hooks.add_column(name, justify="left" if name == "hook" else "right")
+    hooks = Table(title="hooks (trainable positions of training shards)", title_justify="left")
+    hooks.add_column("hook", no_wrap=True)
+    for name in ("norm of mean", "total var", "mean norm", "median", "max", "storage error"):
+        hooks.add_column(name, justify="right")
     trained = [shard for shard in records if shard not in store.heldout_shards]
-    for hook, d_model in plan.hooks.items():
+    for hook in plan.hooks:
         if not trained:
-            hooks.add_row(hook, str(d_model), "", "", "", "")
+            hooks.add_row(hook)
             continue
         figures = store.statistics(hook, trained)
-        norms = [f"{value:.4g}" for value in (figures.mean_norm, figures.median_norm, figures.max_norm)]
-        hooks.add_row(hook, str(d_model), *norms, f"{figures.relative_squared_error:.2g}")
+        moments = (math.sqrt((figures.mean**2).sum()), figures.var.sum())
+        norms = (figures.mean_norm, figures.median_norm, figures.max_norm)
+        shown = [f"{value:.4g}" for value in (*moments, *norms)]
+        hooks.add_row(hook, *shown, f"{figures.relative_squared_error:.2g}")
     console.print(hooks)
     for hook in plan.hooks if trained else ():
         show_norms(hook, store.statistics(hook, trained), store.seq_len, console)

@@ -1,7 +1,12 @@
 """Files behind a path, a glob or an fsspec URL, and what tells their contents apart."""
 
 import hashlib
+import io
+import lzma
 import random
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import IO, Any
 
@@ -9,11 +14,13 @@ import fsspec
 from fsspec.core import url_to_fs
 from fsspec.utils import infer_compression
 
-from shared.errors import GranaryError
+from shared.errors import GranaryError, first_line
 
 # Up to this many bytes a corpus is hashed whole; above, the beginning of each file and its size.
 FULL_HASH_BYTES = 64 << 20
 HEAD_BYTES = 64 << 10
+# What reading raises where a file is torn or gone, or its place does not answer.
+UNREADABLE = (OSError, EOFError, zlib.error, lzma.LZMAError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,11 +36,22 @@ class SourceFile:
     def open(self, *, decompress: bool = True) -> IO[bytes]:
         """A binary stream, decompressed as the suffix says."""
         stream: IO[bytes] = self.fs.open(self.path, "rb")
+        if decompress and self.path.endswith(".zst"):
+            return _unzstd(stream)
         compression = infer_compression(self.path) if decompress else None
         if compression is None:
             return stream
         decompressed: IO[bytes] = fsspec.compression.compr[compression](stream, mode="rb")
         return decompressed
+
+
+@contextmanager
+def reading(file: SourceFile) -> Iterator[None]:
+    """Around what reads `file`: `UNREADABLE` errors become a GranaryError that names it."""
+    try:
+        yield
+    except UNREADABLE as error:
+        raise GranaryError(f"{file.path} can't be read to its end: {first_line(error)}") from error
 
 
 def find_files(pattern: str) -> list[SourceFile]:
@@ -50,7 +68,7 @@ def find_files(pattern: str) -> list[SourceFile]:
     except ImportError as error:
         raise GranaryError(f"corpus.files={pattern}: {error}") from error
     except (OSError, ValueError) as error:
-        raise GranaryError(f"corpus.files={pattern} can't be reached: {str(error).splitlines()[0]}") from error
+        raise GranaryError(f"corpus.files={pattern} can't be reached: {first_line(error)}") from error
     if not infos:
         raise GranaryError(f"no file matches corpus.files={pattern}: give a path, a glob or an fsspec URL")
     paths = [str(info["name"]) for info in infos]
@@ -77,7 +95,7 @@ def fingerprint_files(files: list[SourceFile]) -> str:
     digest = hashlib.sha256()
     for file in files:
         digest.update(f"{file.name}\0{file.size}\0".encode())
-        with file.open(decompress=False) as stream:
+        with reading(file), file.open(decompress=False) as stream:
             digest.update(stream.read(file.size if is_small else HEAD_BYTES))
     return digest.hexdigest()
 
@@ -87,6 +105,13 @@ def describe_files(kind: str, files: list[SourceFile]) -> str:
     total = sum(file.size for file in files)
     more = f" and {len(files) - 1} more" if len(files) > 1 else ""
     return f"{kind}: {files[0].name}{more}, {total} bytes"
+
+
+def _unzstd(stream: IO[bytes]) -> IO[bytes]:
+    """By pyarrow, which is there in any case; fsspec would need another package."""
+    import pyarrow
+
+    return io.BufferedReader(pyarrow.CompressedInputStream(stream, "zstd"))
 
 
 def _common_folder(paths: list[str]) -> str:

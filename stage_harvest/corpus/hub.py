@@ -5,8 +5,9 @@ import random
 from collections.abc import Iterator
 from typing import Any
 
-from shared.errors import GranaryError
+from shared.errors import GranaryError, first_line
 from stage_harvest.corpus.base import Document, Source, as_document
+from stage_harvest.corpus.files import UNREADABLE
 
 
 class HubDataset(Source):
@@ -27,13 +28,21 @@ class HubDataset(Source):
         return hashlib.sha256(f"{self.description}\0{self.revision}".encode()).hexdigest()
 
     def documents(self, order: random.Random | None = None) -> Iterator[Document]:
-        dataset = self._open()
-        for record in dataset:
+        for record in self._records():
             if self.column not in record:
                 raise GranaryError(f"{self.path} has no column {self.column!r}: there are {', '.join(record)}")
             document = as_document(record[self.column], f"{self.path}, column {self.column!r}")
             if document is not None:
                 yield document
+
+    def _records(self) -> Iterator[dict[str, Any]]:
+        dataset = self._open()
+        from datasets.exceptions import DatasetsError
+
+        try:
+            yield from dataset
+        except (*UNREADABLE, ValueError, DatasetsError) as error:
+            raise GranaryError(f"dataset {self.path} can't be read to its end: {first_line(error)}") from error
 
     def _open(self) -> Any:
         try:
@@ -44,6 +53,5 @@ class HubDataset(Source):
             return datasets.load_dataset(
                 self.path, self.config, split=self.split, revision=self.revision, streaming=True
             )
-        except (OSError, ValueError) as error:  # not found, gated, unreachable; unknown configuration or split
-            reason = str(error).splitlines()[0]
-            raise GranaryError(f"dataset {self.path} can't be opened: {reason}") from error
+        except (*UNREADABLE, ValueError) as error:  # not found, gated, unreachable; unknown configuration or split
+            raise GranaryError(f"dataset {self.path} can't be opened: {first_line(error)}") from error

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from shared.errors import GranaryError
 from stage_harvest.corpus.base import Document, Source, as_document
-from stage_harvest.corpus.files import SourceFile, describe_files, find_files, fingerprint_files, ordered
+from stage_harvest.corpus.files import SourceFile, describe_files, find_files, fingerprint_files, ordered, reading
 from stage_harvest.corpus.text import decode
 
 
@@ -26,7 +26,8 @@ class JsonlFiles(Source):
 
     def documents(self, order: random.Random | None = None) -> Iterator[Document]:
         for file in ordered(self.files, order):
-            yield from self._read(file)
+            with reading(file):
+                yield from self._read(file)
 
     def _read(self, file: SourceFile) -> Iterator[Document]:
         start = 0

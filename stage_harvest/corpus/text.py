@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 from shared.errors import GranaryError
 from stage_harvest.corpus.base import Document, Source
-from stage_harvest.corpus.files import SourceFile, describe_files, find_files, fingerprint_files, ordered
+from stage_harvest.corpus.files import SourceFile, describe_files, find_files, fingerprint_files, ordered, reading
 
 
 class TextFiles(Source):
@@ -24,7 +24,8 @@ class TextFiles(Source):
 
     def documents(self, order: random.Random | None = None) -> Iterator[Document]:
         for file in ordered(self.files, order):
-            yield from self._split(file)
+            with reading(file):
+                yield from self._split(file)
 
     def _split(self, file: SourceFile) -> Iterator[str]:
         separator = None if self.separator is None else self.separator.encode()

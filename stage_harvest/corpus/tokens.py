@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from shared.errors import GranaryError
 from stage_harvest.corpus.base import Document, Source
-from stage_harvest.corpus.files import SourceFile, describe_files, find_files, fingerprint_files, ordered
+from stage_harvest.corpus.files import SourceFile, describe_files, find_files, fingerprint_files, ordered, reading
 
 RAW_DTYPES = ("uint16", "uint32", "int32", "int64")
 
@@ -35,7 +35,8 @@ class TokenFiles(Source):
 
     def documents(self, order: random.Random | None = None) -> Iterator[Document]:
         for file in ordered(self.files, order):
-            ids = self._read(file)
+            with reading(file):
+                ids = self._read(file)
             if ids.ndim == 2:
                 yield from ids
             elif self.document_end is None:

@@ -1,5 +1,6 @@
 """The harvest through its command line, on a small random LLaMA with the bundled tokenizer."""
 
+import gzip
 import json
 import re
 import shutil
@@ -287,6 +288,7 @@ def test_a_model_without_that_hook(harvester: Harvester) -> None:
         ({"corpus__files": "nothing/*.txt"}, "no file matches corpus.files=nothing/*.txt"),
         ({"corpus__files": "empty.txt"}, "empty.txt is empty"),
         ({"corpus__files": "latin.txt"}, "latin.txt is not UTF-8 at byte 3"),
+        ({"corpus__files": "torn.txt.gz"}, "torn.txt.gz can't be read to its end: Compressed file ended before"),
         (
             {"corpus": "jsonl", "corpus__separator": None, "corpus__files": "x.jsonl"},
             "has no field 'text': there are body",
@@ -316,6 +318,7 @@ def test_a_model_without_that_hook(harvester: Harvester) -> None:
 def test_a_wrong_input_is_one_line(harvester: Harvester, changes: dict[str, object], message: str) -> None:
     (harvester.root / "empty.txt").write_bytes(b"")
     (harvester.root / "latin.txt").write_bytes(b"caf\xe9")
+    (harvester.root / "torn.txt.gz").write_bytes(gzip.compress(b"text")[:-4])
     (harvester.root / "blank.txt").write_text("\n---\n---\n")
     (harvester.root / "lone.jsonl").write_text('{"text": "half a pair: \\ud800"}\n')
     pq.write_table(pa.table({"body": ["text"]}), harvester.root / "x.parquet")

@@ -1,7 +1,10 @@
 """Every kind of corpus: what it yields, in which order, and what it says about bad files."""
 
+import bz2
 import gzip
+import hashlib
 import json
+import lzma
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -79,6 +82,34 @@ def test_no_file_and_empty_files(tmp_path: Path) -> None:
         find_files("nosuchprotocol://bucket/*.txt")
 
 
+def zstd(data: bytes) -> bytes:
+    return bytes(pa.compress(data, "zstd", asbytes=True))
+
+
+COMPRESSORS = {"gz": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress, "zst": zstd}
+
+
+@pytest.mark.parametrize("suffix", COMPRESSORS)
+def test_compressed_files_whole_joined_and_torn(tmp_path: Path, suffix: str) -> None:
+    lines = [json.dumps({"text": hashlib.sha256(bytes([i])).hexdigest()}).encode() + b"\n" for i in range(200)]
+    halves = [COMPRESSORS[suffix](b"".join(part)) for part in (lines[:100], lines[100:])]
+    path = write(tmp_path / f"x.jsonl.{suffix}", b"".join(halves))  # two streams one after the other, as tools write
+    assert plain(JsonlFiles(path, "text").documents()) == [json.loads(line)["text"] for line in lines]
+    torn = write(tmp_path / f"torn.jsonl.{suffix}", halves[0][: len(halves[0]) // 2])
+    for source in (JsonlFiles(torn, "text"), TextFiles(torn), TextFiles(torn, "---")):
+        with pytest.raises(GranaryError, match=rf"torn\.jsonl\.{suffix} can't be read to its end: "):
+            plain(source.documents())
+
+
+def test_a_file_that_goes_away(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.txt", "text")
+    source = TextFiles(path)
+    Path(path).unlink()
+    for read in (source.fingerprint, lambda: plain(source.documents())):
+        with pytest.raises(GranaryError, match=r"a\.txt can't be read to its end: .*No such file"):
+            read()
+
+
 # Text
 
 
@@ -136,6 +167,10 @@ def test_parquet(tmp_path: Path) -> None:
         plain(ParquetFiles(path, "body").documents())
     with pytest.raises(GranaryError, match=r"x\.parquet is not a parquet file"):
         plain(ParquetFiles(write(tmp_path / "x.parquet", "nothing of the kind"), "text").documents())
+    torn = bytearray((tmp_path / "t.parquet").read_bytes())
+    torn[4:40] = bytes(36)  # the first page
+    with pytest.raises(GranaryError, match=r"y\.parquet can't be read to its end"):
+        plain(ParquetFiles(write(tmp_path / "y.parquet", bytes(torn)), "text").documents())
 
 
 # Hub
@@ -150,6 +185,9 @@ def test_hub_dataset_in_a_folder(tmp_path: Path) -> None:
         plain(HubDataset(str(tmp_path / "data"), None, "train", None, "body").documents())
     with pytest.raises(GranaryError, match="can't be opened"):
         plain(HubDataset(str(tmp_path / "data"), None, "test", None, "text").documents())
+    write(tmp_path / "torn/train.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 9)[:-4])
+    with pytest.raises(GranaryError, match=r"torn can't be (opened|read to its end): Compressed file ended"):
+        plain(HubDataset(str(tmp_path / "torn"), None, "train", None, "text").documents())
     assert dataset.fingerprint() != HubDataset(str(tmp_path / "data"), None, "train", "v2", "text").fingerprint()
 
 

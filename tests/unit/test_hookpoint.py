@@ -3,7 +3,7 @@
 import pytest
 
 from shared.errors import GranaryError
-from shared.hookpoint import SITES, HookPoint, hook_points, parse_layers
+from shared.hookpoint import SITES, HookPoint, describe_hooks, hook_points, parse_layers
 
 
 @pytest.mark.parametrize("site", SITES)
@@ -39,3 +39,25 @@ def test_wrong_layers(text: str, reason: str) -> None:
 def test_hook_points_are_in_layer_order() -> None:
     names = [str(hook) for hook in hook_points("3,1", ["mlp_in", "mlp_out"], 4)]
     assert names == ["layers.1.mlp_in", "layers.1.mlp_out", "layers.3.mlp_in", "layers.3.mlp_out"]
+
+
+@pytest.mark.parametrize(
+    ("layers", "sites", "line"),
+    [
+        ("2", ["resid_post"], "layers.2.resid_post"),
+        (
+            "0,1",
+            ["resid_post", "mlp_out"],
+            "layers.0.resid_post, layers.0.mlp_out, layers.1.resid_post, layers.1.mlp_out",
+        ),
+        ("all", ["resid_post", "mlp_out"], "resid_post, mlp_out of layers 0-31"),
+        ("0-3,7,9-10", ["mlp_in"], "mlp_in of layers 0-3,7,9-10"),
+    ],
+)
+def test_many_hooks_are_one_short_line(layers: str, sites: list[str], line: str) -> None:
+    assert describe_hooks(hook_points(layers, sites, 32)) == line
+
+
+def test_sites_at_different_layers_are_told_apart() -> None:
+    hooks = [*hook_points("0-4", ["mlp_in"], 8), *hook_points("1", ["mlp_out", "resid_pre"], 8)]
+    assert describe_hooks(hooks) == "mlp_in of layers 0-4; mlp_out, resid_pre of layers 1"

@@ -1,6 +1,7 @@
 """The multi-process launcher: a failing rank's line and status, and nothing of torchrun's own."""
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -44,6 +45,26 @@ def test_a_shared_fault_is_told_once(tmp_path: Path) -> None:
     done = launch(FAILING, tmp_path)
     assert done.returncode == 2
     assert done.stderr == "error: the disk is full: free some\n"
+
+
+def test_machines_say_where_they_wait_for_one_another(tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(SUMMING)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        endpoint = f"127.0.0.1:{free.getsockname()[1]}"
+    rendezvous = ["--nnodes=2", "--rdzv-backend=c10d", f"--rdzv-endpoint={endpoint}", "--rdzv-id=test"]
+    command = [sys.executable, "-m", "shared.parallel.launch", *rendezvous, "--nproc-per-node=1", "script.py"]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    machines = [
+        subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=tmp_path
+        )
+        for _ in range(2)
+    ]
+    outputs = [machine.communicate(timeout=120) for machine in machines]
+    assert [machine.returncode for machine in machines] == [0, 0], outputs
+    assert "".join(out for out, _ in outputs) == "sum 3 of 2\n"
+    assert all(f"waiting   for 2 machines to meet at {endpoint}\n" in err for _, err in outputs)
 
 
 def test_cores_are_shared_among_ranks() -> None:

@@ -108,10 +108,15 @@ def test_quantised_weights(tmp_path: Path, scheme: str, tolerance: float) -> Non
 def test_a_quantisation_that_cannot_be_had(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(GranaryError, match=r"model\.quantisation=int3: choose from bnb_int8, bnb_nf4, torchao_int8"):
         load_trunk(str(folder), num_layers=1, quantisation="int3")
-    for package, scheme in (("bitsandbytes", "bnb_nf4"), ("torchao.quantization", "torchao_int8")):
-        monkeypatch.setitem(sys.modules, package, None)
-        with pytest.raises(GranaryError, match=f"model.quantisation={scheme} needs {package.split('.')[0]}: pip"):
-            load_trunk(str(folder), num_layers=1, quantisation=scheme)
+    for absent, scheme, package in (
+        ("accelerate", "bnb_nf4", "bitsandbytes"),
+        ("bitsandbytes", "bnb_int8", "bitsandbytes"),
+        ("torchao.quantization", "torchao_int8", "torchao"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setitem(sys.modules, absent, None)
+            with pytest.raises(GranaryError, match=f"{scheme} needs {package} and accelerate: pip"):
+                load_trunk(str(folder), num_layers=1, quantisation=scheme)
 
 
 def test_missing_weights_are_named(folder: Path, tmp_path: Path) -> None:

@@ -5,7 +5,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+from shared.store import Store
 from shared.store.__main__ import human_bytes, main, spans
 from shared.store.synthetic import synthetic_plan, synthetic_store
 
@@ -29,6 +31,22 @@ def test_info_says_what_it_holds(url, capsys):
         "synthetic",
     ):
         assert part in text
+
+
+def test_info_shows_the_statistics_of_the_training_shards(url, capsys):
+    main(["info", url])
+    line = next(line for line in capsys.readouterr().out.splitlines() if "│ layers.2.resid_post │" in line)
+    store = Store.open(url)
+    rows = []
+    for shard in set(range(store.num_shards)) - set(store.heldout_shards):
+        for context in store.shard_contexts(shard):
+            activations = store.read_context("layers.2.resid_post", context).double()
+            rows.append(activations[torch.from_numpy(store.mask([context])[0])])
+    x = torch.cat(rows)
+    norms = x.norm(dim=1)
+    wanted = [x.mean(0).norm(), x.var(0, correction=0).sum(), norms.mean(), norms.median(), norms.max()]
+    got = [float(cell) for cell in line.replace("│", " ").split()[1:6]]
+    assert got == pytest.approx([float(value) for value in wanted], rel=0.03)  # the median is from a histogram
 
 
 def test_ls_has_a_line_per_shard(url, capsys):

@@ -1,0 +1,81 @@
+"""Harvests with quantised weights by the command line, and what the packages for it may not print."""
+
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from shared.store import Store
+from tests.cli import ForkServer
+from tests.harvesting import ENVIRONMENT, PRELOAD, Harvester
+
+pytest.importorskip("torchao", reason="needs the extra quantised: make test-quantised")
+pytest.importorskip("bitsandbytes", reason="needs the extra quantised: make test-quantised")
+
+pytestmark = pytest.mark.quantised
+BUNDLED = {"model": "bundled", "model__dtype": "bfloat16", "corpus__contexts": 8}
+HOOK = "layers.1.resid_post"
+
+
+@pytest.fixture(scope="module")
+def harvester(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Harvester]:
+    root = tmp_path_factory.mktemp("quantised")
+    with ForkServer(root, PRELOAD) as server:
+        harvester = Harvester(root, server)
+        harvester.harvest("exact", **BUNDLED)
+        yield harvester
+
+
+def activations(store: Store) -> torch.Tensor:
+    return torch.stack([store.read_context(HOOK, context).float() for context in range(store.num_contexts)])
+
+
+@pytest.mark.parametrize(("scheme", "tolerance"), [("torchao_int8", 0.03), ("bnb_int8", 0.05), ("bnb_nf4", 0.3)])
+@pytest.mark.parametrize("dtype", ["float16", "int8"])
+def test_a_harvest_with_quantised_weights(harvester: Harvester, scheme: str, tolerance: float, dtype: str) -> None:
+    store = f"{scheme}-{dtype}"
+    result = harvester.run(store, **BUNDLED, model__quantisation=scheme, store__dtype=dtype)
+    assert result.code == 0, result.stderr
+    assert f"model     bundled, bfloat16 with {scheme} weights on cpu, 2 of 4 layers" in result.stderr
+    written = Store.open(harvester.root / store)
+    assert written.plan.provenance["model"]["quantisation"] == scheme
+    assert (written.plan.provenance["model"]["dtype"], written.plan.dtype) == ("bfloat16", dtype)
+    exact = activations(Store.open(harvester.root / "exact"))
+    error = (activations(written) - exact).norm() / exact.norm()
+    assert 1e-4 < error < tolerance
+    error_of_that = harvester.run(store, **BUNDLED, store__dtype=dtype).error
+    assert f"provenance.model.quantisation is {scheme}, not absent" in error_of_that
+
+
+@pytest.mark.parametrize("scheme", ["torchao_int8", "bnb_int8", "bnb_nf4"])
+def test_only_the_harvest_itself_is_shown(harvester: Harvester, scheme: str) -> None:
+    """A process of its own: what a package says when it is imported must not show either."""
+    changes = {**BUNDLED, "model__quantisation": scheme}
+    command = [sys.executable, "-m", "stage_harvest", *harvester.arguments(f"shown-{scheme}", **changes)]
+    run = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, cwd=harvester.root, timeout=300)
+    assert run.returncode == 0, run.stderr
+    starts = ("model ", "hooks ", "corpus ", "contexts ", "shards ", "to write ", "store ", "tokenise", "harvest",
+              "expected ", "next ")  # fmt: skip
+    lines = [line.strip() for line in run.stderr.replace("\r", "\n").splitlines()]
+    assert [line for line in lines if line and not line.startswith(starts)] == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": "./nowhere"}, "no model folder at ./nowhere"),
+        ({"model__quantisation": "int3"}, "model.quantisation=int3: choose from bnb_int8, bnb_nf4, torchao_int8"),
+        ({"model__quantisation": "bnb_nf4", "nproc": 2, "tensor_parallel": 2}, "does not go with tensor_parallel"),
+    ],
+)
+def test_an_error_is_one_line_beside_these_packages(
+    harvester: Harvester, changes: dict[str, object], message: str
+) -> None:
+    command = [sys.executable, "-m", "stage_harvest", *harvester.arguments("refused", **changes)]
+    run = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, cwd=harvester.root, timeout=300)
+    assert run.returncode == 2
+    (line,) = run.stderr.splitlines()
+    assert line.startswith("error: ")
+    assert message in line
