@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
+from shared.kernels.linear import linear
+
 # Elements of one [rows, R] block; a few such blocks are alive at once.
 BLOCK_ELEMENTS = 1 << 24
 
@@ -32,18 +34,18 @@ class _AuxKError(torch.autograd.Function):
         rows = max(1, BLOCK_ELEMENTS // max(1, num_dead))
         for start in range(0, num_rows, rows):
             residual, centred = residual_ND[start : start + rows], centred_ND[start : start + rows].to(dtype)
-            z = torch.addmm(b_enc_R.to(dtype), centred, W_enc.T).relu_()
+            z = linear(centred, W_enc, b_enc_R.to(dtype)).relu_()
             if num_dead > num_aux:
                 kth = z.topk(num_aux, dim=1, sorted=False).values.amin(dim=1, keepdim=True)
                 z.masked_fill_(z < kth, 0)
             energy = residual.square().sum(1, keepdim=True).clamp_min_(torch.finfo(residual.dtype).tiny)
-            error = z @ W_dec - residual
+            error = linear(z, W_dec.T) - residual
             total += (error.square().sum(1, keepdim=True) / energy).sum()
             grad = (error * (2 / num_rows / energy)).to(dtype)
-            dz = (grad @ W_dec.T).masked_fill_(z == 0, 0)
-            grads[0] += dz.T @ centred
+            dz = linear(grad, W_dec).masked_fill_(z == 0, 0)
+            grads[0] += linear(dz.T, centred.T)
             grads[1] += dz.sum(0, dtype=grads[1].dtype)
-            grads[2] += z.T @ grad
+            grads[2] += linear(z.T, grad.T)
         ctx.save_for_backward(*grads)
         return total / num_rows
 
