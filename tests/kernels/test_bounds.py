@@ -64,12 +64,11 @@ def test_bounds_hold(name):
     z = float32_dots(x, W, b).double()
     exact = x.double() @ W.double().T + b.double()
     for rows in made.tiles():
-        tile = made.of(rows)
-        upper, slack = tile.upper_TF.double(), tile.slack_F.double()
-        checked = upper.isfinite() & slack.isfinite()
+        upper = made.of(rows).double()
         for truth in (z[rows], exact[rows]):
-            assert bool((truth <= upper + bounds.ROUNDING * upper.abs())[checked].all())
-            assert bool((truth >= upper - bounds.ROUNDING * upper.abs() - 2 * slack)[checked].all())
+            assert bool(((truth <= upper + bounds.ROUNDING * upper.abs()) | upper.isnan()).all())
+        size = x[rows].double().norm(dim=1, keepdim=True) * W.double().norm(dim=1) + b.double().abs()
+        assert bool((((upper - exact[rows]) <= 0.05 * size + 1e-15) | ~upper.isfinite()).all()), "a bound of no use"
 
 
 @pytest.mark.parametrize("k", [1, 7, 64])

@@ -11,7 +11,6 @@ Shapes: N rows, D d_model, F latents, T rows of a tile, P pairs.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 
 import torch
 
@@ -30,19 +29,9 @@ MANY = 64
 HIDDEN_IN_NORM, HIDDEN_IN_SUM = 2.0**-55, 2.0**-100
 
 
-@dataclass(frozen=True, slots=True)
-class UpperTile:
-    """Bounds of some rows. Where `slack_F` is finite and the bound is, with r = ROUNDING and u in `upper_TF`,
-    ``u - r |u| - 2 slack <= z <= u + r |u|`` for z in float32."""
-
-    rows_T: torch.Tensor
-    upper_TF: torch.Tensor
-    slack_F: torch.Tensor
-
-
 class Bounds:
-    """Makes the ``UpperTile`` of any rows. They share the bound of the longest of them, so ``tiles`` puts rows together
-    whose norms are within a factor of two, the longest first."""
+    """Makes upper bounds of the pre-activations of any rows. They share the slack of the longest of them, so ``tiles``
+    puts rows together whose norms are within a factor of two, the longest first."""
 
     def __init__(self, x_ND: torch.Tensor, W_FD: torch.Tensor, b_F: torch.Tensor) -> None:
         self._x_ND, norm_N, lost_N = _round(x_ND)
@@ -56,15 +45,15 @@ class Bounds:
         _, counts = torch.frexp(norm_N).exponent.unique_consecutive(return_counts=True)
         return [tile for rows in order_N.split(counts.tolist()) for tile in _tiles(rows, self._W_FD.shape[0])]
 
-    def of(self, rows_T: torch.Tensor) -> UpperTile:
-        """One product."""
+    def of(self, rows_T: torch.Tensor) -> torch.Tensor:
+        """u [T, F] in bfloat16 with ``z <= u + ROUNDING |u|`` for z in float32; NaN where there is no finite bound."""
         slack_F = self._lost_N[rows_T].amax() * self._norm_F + self._norm_N[rows_T].amax() * self._lost_F
         slack_F += self._b_F.abs() * 2.0**-22
         # The factor covers the rounding of the norms and of this sum.
-        slack_F = slack_F * (1.01 + self._x_ND.shape[1] * 2.0**-22) + HIDDEN_IN_SUM
-        bias_F = self._b_F + slack_F
+        bias_F = self._b_F + (slack_F * (1.01 + self._x_ND.shape[1] * 2.0**-22) + HIDDEN_IN_SUM)
         bias_F = (bias_F + bias_F.abs() * (2 * ROUNDING)).bfloat16()  # never below the sum
-        return UpperTile(rows_T, product.linear(self._x_ND[rows_T], self._W_FD, bias_F), bias_F.float() - self._b_F)
+        upper_TF = product.linear(self._x_ND[rows_T], self._W_FD, bias_F)
+        return upper_TF if bool(bias_F.isfinite().all()) else upper_TF.fill_(torch.nan)
 
 
 def bounds_pay(x_ND: torch.Tensor, compute_dtype: str) -> bool:
@@ -90,9 +79,8 @@ def pairs_from(
     for rows_T in row_tiles(x_ND, W_FD) if bounds is None else bounds.tiles():
         bar_F = bar()
         if bounds is not None and not many:
-            tile = bounds.of(rows_T)
-            passes_TF = ~(tile.upper_TF < (bar_F * (1 - 4 * ROUNDING * bar_F.sign())).bfloat16())
-            many = bool(passes_TF.sum() * MANY > passes_TF.numel()) or not bool(tile.slack_F.isfinite().all())
+            passes_TF = ~(bounds.of(rows_T) < (bar_F * (1 - 4 * ROUNDING * bar_F.sign())).bfloat16())
+            many = bool(passes_TF.sum() * MANY > passes_TF.numel())
             if not many:
                 places_P, latents_P = passes_TF.nonzero(as_tuple=True)
                 yield rows_T[places_P], latents_P, exact_values(x_ND, W_FD, b_F, rows_T[places_P], latents_P)
@@ -110,7 +98,7 @@ def exact_values(
     """``x[row] . W[latent] + b[latent]`` of the pairs, in the type of the inputs, [P]."""
     # embedding_bag's own backward for its weights: one dot product per pair, threaded, no [P, D] tensor.
     dots_P = torch.ops.aten._embedding_bag_per_sample_weights_backward(
-        x_ND.contiguous(), W_FD, latents_P, torch.zeros_like(latents_P[:1]), rows_P, 0, -1
+        x_ND.contiguous(), W_FD, latents_P.contiguous(), torch.zeros(1, dtype=torch.int64), rows_P.contiguous(), 0, -1
     )
     return dots_P + b_F[latents_P]
 
