@@ -105,13 +105,13 @@ def test_rows_that_bounds_cannot_decide_are_done_in_float32(fast, monkeypatch):
     assert redone == [6]
 
 
-def test_hopeless_inputs_give_up(fast, monkeypatch):
+def test_hopeless_inputs_give_up_after_one_tile(fast, monkeypatch):
     x, W, b, _ = PROBLEMS["nearly equal latents"]
     tiles = []
     of = bounds.Bounds.of
     monkeypatch.setattr(bounds.Bounds, "of", lambda self, rows: tiles.append(rows) or of(self, rows))
     encode_topk(x, W, b, 3)
-    assert 0 < sum(map(len, tiles)) < N
+    assert len(tiles) == 1
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf"), -float("inf")])
@@ -164,5 +164,4 @@ def test_the_float32_product_is_used_where_nothing_is_gained(monkeypatch):
     encode_topk(x, W, b, LATENTS // 4)
     monkeypatch.setattr(linear, "FAST_BFLOAT16", False)
     encode_topk(x, W, b, 3)
-    with pytest.raises(AssertionError):
-        encode_topk(x, W, b, 3, compute_dtype="bfloat16")
+    encode_topk(x, W, b, 3, compute_dtype="bfloat16")

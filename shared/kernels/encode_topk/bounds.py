@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 from shared.kernels import linear as product
+from shared.kernels.decode.cpu import pair_dots
 
 # Elements of one tile of pre-activations. Large enough for the matrix product to run at full speed, small enough that
 # the tile is still in the last-level cache when the selection reads it.
@@ -96,11 +97,7 @@ def exact_values(
     x_ND: torch.Tensor, W_FD: torch.Tensor, b_F: torch.Tensor, rows_P: torch.Tensor, latents_P: torch.Tensor
 ) -> torch.Tensor:
     """``x[row] . W[latent] + b[latent]`` of the pairs, in the type of the inputs, [P]."""
-    # embedding_bag's own backward for its weights: one dot product per pair, threaded, no [P, D] tensor.
-    dots_P = torch.ops.aten._embedding_bag_per_sample_weights_backward(
-        x_ND.contiguous(), W_FD, latents_P.contiguous(), torch.zeros(1, dtype=torch.int64), rows_P.contiguous(), 0, -1
-    )
-    return dots_P + b_F[latents_P]
+    return pair_dots(x_ND, W_FD, rows_P, latents_P) + b_F[latents_P]
 
 
 def _tiles(rows_N: torch.Tensor, num_latents: int) -> list[torch.Tensor]:

@@ -2,11 +2,12 @@
 
 Where a bfloat16 product is faster, it leaves out what can't be among the k largest, and float32 decides between the
 rest; a row with more candidates than are looked at is done again with the float32 product. Either way the picks are
-float32's.
+float32's. With compute_dtype bfloat16 such a product chooses the candidates without proof.
 """
 
 import torch
 
+from shared.kernels.decode.cpu import dot_picks
 from shared.kernels.encode_topk.bounds import ROUNDING, Bounds, bounds_pay, exact_values, row_tiles
 from shared.kernels.linear import linear
 
@@ -19,7 +20,9 @@ def encode_topk(
     x_ND: torch.Tensor, W_FD: torch.Tensor, b_F: torch.Tensor, k: int, compute_dtype: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See ``shared.kernels.encode_topk.encode_topk``."""
-    if bounds_pay(x_ND, compute_dtype) and 4 * _first_width(k) <= W_FD.shape[0]:
+    if compute_dtype == "bfloat16" and bounds_pay(x_ND, compute_dtype):
+        values_NK, indices_NK = _pick_by_nomination(x_ND, W_FD, b_F, k)
+    elif bounds_pay(x_ND, compute_dtype) and 4 * _first_width(k) <= W_FD.shape[0]:
         values_NK, indices_NK, rows_R = _pick_by_bounds(x_ND, W_FD, b_F, k)
         if rows_R.numel():
             values_NK[rows_R], indices_NK[rows_R] = _pick_by_product(x_ND[rows_R], W_FD, b_F, k)
@@ -41,35 +44,84 @@ def _pick_by_product(
     return values_NK, indices_NK
 
 
+def _pick_by_nomination(
+    x_ND: torch.Tensor, W_FD: torch.Tensor, b_F: torch.Tensor, k: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The k largest in float32 of the k + k / 4 that are largest in bfloat16: what compute_dtype bfloat16 asks for."""
+    num_latents = W_FD.shape[0]
+    width = min(k + max(4, k // 4), num_latents)
+    x16_ND, W16_FD, b16_F = x_ND.bfloat16(), W_FD.bfloat16(), b_F.bfloat16()
+    latents_NC = torch.empty(x_ND.shape[0], width, dtype=torch.int64)
+    for rows_T in row_tiles(x_ND, W_FD):
+        part = slice(int(rows_T[0]), int(rows_T[-1]) + 1)
+        _, latents_NC[part] = topk_by_groups(linear(x16_ND[part], W16_FD, b16_F).view(torch.int16), width)
+    latents_NC = latents_NC.sort(dim=1).values  # equal values are taken in index order
+    values_NK, slots_NK = select_topk(dot_picks(x_ND, latents_NC, W_FD).add_(b_F[latents_NC]), k)
+    return values_NK, latents_NC.gather(1, slots_NK)
+
+
 def _pick_by_bounds(
     x_ND: torch.Tensor, W_FD: torch.Tensor, b_F: torch.Tensor, k: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The k largest of each row, and the rows [R] for which that is not sure: they have too many candidates."""
-    values_NK = x_ND.new_empty(x_ND.shape[0], k)
-    indices_NK = torch.empty(x_ND.shape[0], k, dtype=torch.int64)
-    bounds, width = Bounds(x_ND, W_FD, b_F), _first_width(k)
-    tiles, undecided = bounds.tiles(), [indices_NK[:0, 0]]
-    for number, rows_T in enumerate(tiles, 1):
-        upper_TW, latents_TW = _largest_bounds(bounds.of(rows_T), width)
-        # The k with the largest bounds are not the k largest, but the least of them is a bar: the k largest reach it.
-        first_P = latents_TW[:, :k].flatten()
-        z_TK = exact_values(x_ND, W_FD, b_F, rows_T.repeat_interleave(k), first_P).view(-1, k)
-        may_be_TW = (upper_TW >= z_TK.amin(1, keepdim=True)) & (upper_TW > 0)
-        undecided.append(rows_T[may_be_TW[:, -1] | ~upper_TW[:, 0].isfinite()])
-        num_candidates_T = may_be_TW.sum(1)
-        width_used = max(k, int(num_candidates_T.max()))
-        more_TC = may_be_TW[:, k:width_used]
-        z_TC = z_TK.new_full(more_TC.shape, -torch.inf)
-        places_P, _ = more_TC.nonzero(as_tuple=True)
-        z_TC[more_TC] = exact_values(x_ND, W_FD, b_F, rows_T[places_P], latents_TW[:, k:width_used][more_TC])
-        latents_TC, order_TC = latents_TW[:, :width_used].sort(dim=1)  # equal values are taken in index order
-        values_NK[rows_T], slots_TK = select_topk(torch.cat([z_TK, z_TC], 1).gather(1, order_TC), k)
-        indices_NK[rows_T] = latents_TC.gather(1, slots_TK)
-        if sum(map(len, undecided)) > max(len(x_ND) // 8, sum(map(len, tiles[:number])) // 2):
-            undecided += tiles[number:]  # these inputs are not for bounds
-            break
-        width = _next_width(num_candidates_T, width, k, W_FD.shape[0])
-    return values_NK, indices_NK, torch.cat(undecided)
+    bounds, num_rows = Bounds(x_ND, W_FD, b_F), x_ND.shape[0]
+    values_NK, rows_N = x_ND.new_empty(num_rows, k), torch.arange(num_rows)
+    tiles = bounds.tiles()
+    if not tiles:
+        return values_NK, values_NK.long(), rows_N
+    probe_T = tiles[len(tiles) // 2]
+    probe_TF = bounds.of(probe_T)
+    width = _find_width(probe_TF, probe_T, x_ND, W_FD, b_F, k)
+    if width is None:  # these inputs are not for bounds
+        return values_NK, values_NK.long(), rows_N
+    upper_NW, latents_NW = x_ND.new_empty(num_rows, width), rows_N.new_empty(num_rows, width)
+    for rows_T in tiles:
+        upper_TF = probe_TF if rows_T is probe_T else bounds.of(rows_T)
+        upper_NW[rows_T], latents_NW[rows_T] = _largest_bounds(upper_TF, width)
+
+    z_NK, may_be_NW = _candidates(upper_NW, latents_NW, rows_N, x_ND, W_FD, b_F, k)
+    undecided_N = may_be_NW[:, -1] | ~upper_NW[:, 0].isfinite()
+    more_NC = (may_be_NW & ~undecided_N[:, None])[:, k:]
+    more_NC = more_NC[:, : int(more_NC.sum(1).max())]
+    latents_NC = latents_NW[:, : k + more_NC.shape[1]]
+    z_NC = z_NK.new_full(more_NC.shape, -torch.inf)
+    z_NC[more_NC] = exact_values(x_ND, W_FD, b_F, more_NC.nonzero()[:, 0], latents_NC[:, k:][more_NC])
+    latents_NC, order_NC = latents_NC.sort(dim=1)  # equal values are taken in index order
+    values_NK, slots_NK = select_topk(torch.cat([z_NK, z_NC], 1).gather(1, order_NC), k)
+    return values_NK, latents_NC.gather(1, slots_NK), rows_N[undecided_N]
+
+
+def _candidates(
+    upper_TW: torch.Tensor,
+    latents_TW: torch.Tensor,
+    rows_T: torch.Tensor,
+    x_ND: torch.Tensor,
+    W_FD: torch.Tensor,
+    b_F: torch.Tensor,
+    k: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """z [T, k] of the latents with the k largest bounds, and which [T, W] may be among the k largest and positive."""
+    first_P = latents_TW[:, :k].flatten()
+    z_TK = exact_values(x_ND, W_FD, b_F, rows_T.repeat_interleave(k), first_P).view(-1, k)
+    # They need not be the k largest, but the least of them is a bar: the k largest reach it.
+    return z_TK, (upper_TW >= z_TK.amin(1, keepdim=True)) & (upper_TW > 0)
+
+
+def _find_width(
+    upper_TF: torch.Tensor, rows_T: torch.Tensor, x_ND: torch.Tensor, W_FD: torch.Tensor, b_F: torch.Tensor, k: int
+) -> int | None:
+    """How many candidates to look at in a row, from what those of a tile have; None if most have too many."""
+    width, widest = _first_width(k), min(8 * k + 64, W_FD.shape[0] // 4)
+    while True:
+        upper_TW, latents_TW = _largest_bounds(upper_TF, width)
+        _, may_be_TW = _candidates(upper_TW, latents_TW, rows_T, x_ND, W_FD, b_F, k)
+        counts_T = (may_be_TW.sum(1) + width * ~upper_TW[:, 0].isfinite()).sort().values
+        if counts_T[-1 - len(counts_T) // 50] < width:  # but for a few odd rows
+            most = int(counts_T[-1 - len(counts_T) // 50])
+            return min(max(most + most // 3, k) + 8, widest)
+        if width == widest:
+            return width if counts_T[len(counts_T) // 2] < width else None
+        width = min(2 * width, widest)
 
 
 def _largest_bounds(upper_TF: torch.Tensor, width: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -82,13 +134,6 @@ def _largest_bounds(upper_TF: torch.Tensor, width: int) -> tuple[torch.Tensor, t
 def _first_width(k: int) -> int:
     """Candidates to look at in a row; measured on trained SAEs: 1.1 k on average and 2 k at most."""
     return 2 * k + 16
-
-
-def _next_width(num_candidates_T: torch.Tensor, width: int, k: int, num_latents: int) -> int:
-    """The width after a tile whose rows had so many candidates; not for the sake of a few odd rows."""
-    most = int(num_candidates_T.sort().values[-1 - len(num_candidates_T) // 50])
-    width = 2 * width if most >= width else most + most // 4 + 8
-    return min(max(width, k + 8), 8 * k + 64, num_latents // 4)
 
 
 def select_topk(z_NF: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
