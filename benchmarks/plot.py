@@ -12,7 +12,8 @@ from matplotlib.figure import Figure
 from records import read
 
 FIGURE = Path(__file__).resolve().parent.parent / "docs" / "images" / "step.png"
-COLOURS = {"granary": "tab:blue", "granary-bfloat16": "tab:cyan", "gemm": "black"}
+COLOURS = {"granary": "tab:blue", "granary-bfloat16": "tab:cyan", "gemm": "black", "gemm-onednn": "black"}
+NAMES = {"gemm": "float32 product alone, F.linear", "gemm-onednn": "float32 product alone, oneDNN"}
 
 
 def newest(rows: list[dict[str, str]], machine: str) -> dict[str, dict[str, dict[str, str]]]:
@@ -31,7 +32,7 @@ def draw(shapes: dict[str, dict[str, dict[str, str]]], machine: str, path: Path)
     grid = figure.subplots(len(shapes), 2, squeeze=False)
     for (shape, providers), (left, right) in zip(shapes.items(), grid, strict=True):
         rows = sorted(providers.values(), key=lambda row: -float(row["p50_s"]))
-        names = ["encoder product alone" if row["provider"] == "gemm" else row["provider"] for row in rows]
+        names = [NAMES.get(row["provider"], row["provider"]) for row in rows]
         colours = [COLOURS.get(row["provider"], "tab:gray") for row in rows]
         medians = [float(row["p50_s"]) for row in rows]
         spread = [

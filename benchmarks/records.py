@@ -3,6 +3,7 @@
 import csv
 import datetime
 import platform
+import shutil
 import statistics
 import subprocess
 from dataclasses import dataclass
@@ -49,7 +50,9 @@ def processor() -> str:
 def append(records: list[Record], machine: str, threads: int, versions: dict[str, str], path: Path = RESULTS) -> None:
     """Add one line per record; `versions` maps a provider to its software's version."""
     command = ["git", "describe", "--always", "--dirty"]
-    commit = subprocess.run(command, capture_output=True, text=True, cwd=HERE, check=False).stdout.strip()
+    commit = ""
+    if shutil.which("git"):
+        commit = subprocess.run(command, capture_output=True, text=True, cwd=HERE, check=False).stdout.strip()
     date = datetime.datetime.now(datetime.UTC).date().isoformat()
     is_new = not path.exists()
     with path.open("a", newline="") as file:

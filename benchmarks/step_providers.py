@@ -50,12 +50,23 @@ def make_batch(shape: Shape, device: str = "cpu") -> torch.Tensor:
 
 
 def gemm(shape: Shape) -> Step:
-    """The encoder's matrix product alone: the floor of any exact step."""
+    """The encoder's matrix product alone, in float32 by ``F.linear``: what the dense forward costs at least."""
     x = make_batch(shape)
     W, b = torch.randn(shape.d_latent, shape.d_model), torch.zeros(shape.d_latent)
 
     def step() -> float:
         return float(F.linear(x, W, b)[0, 0])
+
+    return step
+
+
+def gemm_onednn(shape: Shape) -> Step:
+    """The same product by oneDNN, which is the faster library on some processors."""
+    x = make_batch(shape)
+    W, b = torch.randn(shape.d_latent, shape.d_model), torch.zeros(shape.d_latent)
+
+    def step() -> float:
+        return float(torch.ops.mkldnn._linear_pointwise(x, W, b, "none", [], "")[0, 0])
 
     return step
 
@@ -185,6 +196,7 @@ def dictionary_learning(shape: Shape) -> Step:
 
 PROVIDERS: dict[str, Callable[[Shape], Step]] = {
     "gemm": gemm,
+    "gemm-onednn": gemm_onednn,
     "dense": dense,
     "granary": granary,
     "granary-bfloat16": granary_bfloat16,

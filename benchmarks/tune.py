@@ -35,8 +35,11 @@ def work(shape: Shape, device: str, kernels: str) -> Iterator[tuple[str, list[di
     values, indices = encode_topk(x, W, b, shape.k, compute_dtype="bfloat16", **options)
     order = PairOrder(indices, shape.d_latent)
     widths = tuple(width for width in (256, 512, 1024, 2048) if width <= max(256, shape.d_model))
-    yield "decode", grid(BLOCK_D=widths, num_warps=(1, 2, 4, 8)), lambda: decode(values, indices, rounded[0], **options)
+    # Narrow columns too: those of all of W_dec may then stay in L2 from one token to the next.
+    candidates = grid(BLOCK_D=(*widths, 128), num_warps=(1, 2, 4, 8))
+    yield "decode", candidates, lambda: decode(values, indices, rounded[0], **options)
     candidates = grid(BLOCK_D=widths[:3], BLOCK_K=(4, 8, 16), num_warps=(2, 4, 8))
+    candidates += grid(BLOCK_D=(128,), PART_D=(128, 256, 512), BLOCK_K=(8, 16, 32), num_warps=(2, 4))
     yield "dot_picks", candidates, lambda: dot_picks(rows, indices, rounded[0], **options)
     candidates = grid(BLOCK_D=widths[:3], BLOCK_P=(1, 2, 4, 8, 16), num_warps=(1, 2, 4, 8))
     yield "row_grad", candidates, lambda: row_grad(values, indices, rows, shape.d_latent, order, **options)

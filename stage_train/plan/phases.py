@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from shared.kernels.auxk.blocks import BLOCK_ELEMENTS
-from shared.kernels.encode_topk.candidates import TILE_ELEMENTS
+from shared.kernels.encode_topk.bounds import TILE_ELEMENTS
 from shared.sae.init import SEARCH_TOKENS
 from shared.sae.optim import TILE_ELEMENTS as MOMENT_TILE
 from stage_train.plan import memory

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from shared.kernels import PairOrder, decode, dot_picks, encode_topk, latent_sum, row_grad, row_update
-from shared.kernels.encode_topk import candidates
+from shared.kernels.encode_topk import bounds
 from shared.kernels.row_update import cpu as update_cpu
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -64,7 +64,7 @@ def test_encode_topk(rng, kernels, shape, dtype, bias):
 def test_encode_topk_in_row_tiles_equals_one_tile(rng, monkeypatch):
     x, W, b = integers(rng, 23, 8), integers(rng, 50, 8), torch.zeros(50, dtype=torch.float64, device=DEVICE)
     whole = encode_topk(x, W, b, 6, kernels="torch")
-    monkeypatch.setattr(candidates, "TILE_ELEMENTS", 4 * 50 + 7)  # 4 rows at a time, 3 in the last
+    monkeypatch.setattr(bounds, "TILE_ELEMENTS", 4 * 50 + 7)  # 4 rows at a time, 3 in the last
     tiled = encode_topk(x, W, b, 6, kernels="torch")
     assert torch.equal(tiled[0], whole[0])
     assert torch.equal(tiled[1], whole[1])

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from shared.kernels import PairOrder, attach_encoder, decode, encode_batchtopk, encode_threshold, smallest_kept
-from shared.kernels.encode_topk import candidates
+from shared.kernels.encode_topk import bounds
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -89,7 +89,7 @@ def test_row_tiles_do_not_change_the_result(rng, monkeypatch, kernels):
     x, W, b = integers(rng, 23, 8), integers(rng, 50, 8), integers(rng, 50)
     for op, argument in ((encode_threshold, 3.0), (encode_batchtopk, 4)):
         expected = op(x, W, b, argument, kernels="reference")
-        monkeypatch.setattr(candidates, "TILE_ELEMENTS", 4 * 50 + 7)  # 4 rows at a time, 3 in the last
+        monkeypatch.setattr(bounds, "TILE_ELEMENTS", 4 * 50 + 7)  # 4 rows at a time, 3 in the last
         values, indices = op(x.float(), W.float(), b.float(), argument, kernels=kernels)
         assert torch.equal(values.double(), expected[0])
         assert torch.equal(indices, expected[1])
@@ -137,7 +137,7 @@ def test_nan_is_not_hidden(kernels):
 def test_bfloat16_nominates_and_float32_decides(rng, op, argument, monkeypatch):
     x, W = torch.randn(50, 48, generator=rng), torch.randn(400, 48, generator=rng)
     b = torch.randn(400, generator=rng)
-    monkeypatch.setattr(candidates, "TILE_ELEMENTS", 7 * 400)
+    monkeypatch.setattr(bounds, "TILE_ELEMENTS", 7 * 400)
     expected_values, expected_indices = op(x, W, b, argument, kernels="reference")
     values, indices = op(x, W, b, argument, kernels="torch", compute_dtype="bfloat16")
     assert torch.equal(indices, expected_indices)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from shared.kernels import decode, tuning
+from shared.kernels import decode, dot_picks, tuning
 from shared.kernels.decode import triton as decode_triton
 
 
@@ -43,3 +43,18 @@ def test_a_trial_ends_with_its_context(kernels):
         assert decode_triton.decode_config(40)["BLOCK_D"] == 16
         assert torch.equal(decode(values, indices, W, kernels="triton"), expected)
     assert decode_triton.decode_config(40)["BLOCK_D"] == 64
+
+
+def test_dot_picks_in_parts_of_the_columns_equals_the_whole(kernels):
+    if kernels != "triton":
+        pytest.skip("only triton's launchers ask")
+    rng = torch.Generator().manual_seed(0)
+    indices = torch.tensor([[0, 1, 2], [3, 3, -1]])
+    grad, W = (torch.randint(-3, 4, (rows, 70), generator=rng).float() for rows in (2, 5))
+    expected = dot_picks(grad, indices, W, kernels="reference")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    for block, part in ((16, 16), (16, 48), (32, 32)):  # the last part is ragged
+        choice = {"BLOCK_D": block, "PART_D": part}
+        with tuning.trial({tuning.key("dot_picks", 70): choice}):
+            result = dot_picks(grad.to(device), indices.to(device), W.to(device), kernels="triton")
+        assert torch.equal(result.cpu(), expected)

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.autograd.function import once_differentiable
 
+from shared.kernels.linear import linear
+
 if TYPE_CHECKING:
     from shared.kernels.auxk import Holders
 
@@ -37,17 +39,17 @@ class _AuxKError(torch.autograd.Function):
         rows = max(1, BLOCK_ELEMENTS // max(1, num_dead))  # equally many for all holders
         for start in range(0, num_rows, rows):
             residual, centred = residual_ND[start : start + rows], centred_ND[start : start + rows].to(dtype)
-            z = torch.addmm(b_enc_R.to(dtype), centred, W_enc.T).relu_()
+            z = linear(centred, W_enc, b_enc_R.to(dtype)).relu_()
             if num_dead > num_aux:
                 z.masked_fill_(z < holders.kth_largest(z, num_aux), 0)
             energy = residual.square().sum(1, keepdim=True).clamp_min_(torch.finfo(residual.dtype).tiny)
-            error = holders.sum_forward((z @ W_dec).to(residual.dtype)) - residual
+            error = holders.sum_forward(linear(z, W_dec.T).to(residual.dtype)) - residual
             total += (error.square().sum(1, keepdim=True) / energy).sum()
             grad = (error * (2 / num_rows / energy)).to(dtype)
-            dz = (grad @ W_dec.T).masked_fill_(z == 0, 0)
-            grads[0] += dz.T @ centred
+            dz = linear(grad, W_dec).masked_fill_(z == 0, 0)
+            grads[0] += linear(dz.T, centred.T)
             grads[1] += dz.sum(0, dtype=grads[1].dtype)
-            grads[2] += z.T @ grad
+            grads[2] += linear(z.T, grad.T)
         ctx.save_for_backward(*grads)
         return total / num_rows
 

@@ -23,8 +23,8 @@ def encode_threshold(
     index order. The torch and triton forms hold one tile of z at a time, and the pairs that passed.
 
     compute_dtype bfloat16 runs the matrix product in bfloat16. triton: operands are rounded, sums and comparison stay
-    in float32. torch: the product only nominates the pairs that pass within its rounding (``candidates.margin``); their
-    values are computed in the inputs' type, and compared with the threshold. reference: ignored.
+    in float32. torch: that product only leaves out what provably does not pass, as for ``encode_topk``. reference:
+    ignored.
     Raises ValueError for a threshold of another shape or an unknown compute_dtype.
     """
     check_compute_dtype(compute_dtype)

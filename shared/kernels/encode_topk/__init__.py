@@ -24,8 +24,10 @@ def encode_topk(
     The torch and triton forms never hold an [N, F] tensor.
 
     compute_dtype bfloat16 runs the matrix product in bfloat16. triton: operands are rounded, sums and selection stay in
-    float32. torch: the product only nominates k + k / 4 candidates, whose values are then computed in the inputs' type
-    before the k largest are taken. reference: ignored.
+    float32. torch: the product only nominates k + k / 4 candidates, whose values are then computed in float32 before
+    the k largest are taken. reference: ignored.
+    float32 too uses such a product on a processor where it is fast, but only to leave out what provably is not among
+    the k largest (``bounds``): the picks are float32's.
     """
     if not 1 <= k <= W_FD.shape[0]:
         raise ValueError(f"k={k} is not between 1 and the number of latents, {W_FD.shape[0]}")
