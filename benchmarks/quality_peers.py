@@ -5,8 +5,8 @@
 JOB.json: provider, lr (null: the peer's own recipe), seed, threads, k, d_latent, batch_size, out, train and heldout
 (validation and test; ``.npy``, float32, [tokens, d_model], in training order). Imports torch, numpy and the peer alone.
 
-At lr null the peer's optimiser, rate and schedule are its own, with the warm-up cut to 5 % of the run where it would
-not end; at a given lr every peer uses Adam with 5 % of warm-up and 20 % of linear decay. Inputs are scaled to mean norm
+At lr null the peer's optimiser, rate and schedule are its own, with the warm-up cut to 20 % of the run where it would
+not end; at a given lr every peer uses Adam with this project's schedule, 20 % of warm-up and 20 % of linear decay. Inputs are scaled to mean norm
 sqrt(d_model) for all. Shape letters: N tokens, D d_model, F latents.
 """
 
@@ -21,7 +21,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-WARMUP, DECAY = 0.05, 0.2
+WARMUP, DECAY = 0.2, 0.2
 
 
 class Contender(Protocol):

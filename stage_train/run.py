@@ -123,6 +123,8 @@ class Run:
             drop_last=cfg.stream.drop_last,
         )
         self.length = stream_length(self.data, self.order, tokens=cfg.schedule.tokens, epochs=cfg.schedule.epochs)
+        # Once more, as sae.dead_after_tokens=auto is a share of the run; whether the rest makes sense is known above.
+        self.sae_config = cfg.sae.to_config(self.d_model, self.length.tokens)
         self.rate = LearningRate(
             peak=self._peak_rate(),
             total_steps=self.length.steps,
