@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
-from quality_peers import CONTENDERS, score_halves
+from quality_peers import CONTENDERS, DECAY, WARMUP, score_halves
 
 from shared.parallel import World
 from shared.sae import SAE
@@ -165,6 +165,7 @@ class Bench:
         job = {
             "provider": provider, "lr": lr, "seed": seed, "k": self.settings["k"], "threads": self.options.threads,
             "d_latent": self.settings["expansion"] * width, "tokens": self.options.tokens,
+            "warmup": WARMUP, "decay": DECAY,
             "heldout": [str(self.folder / f"{half}.npy") for half in HALVES], "out": str(result),
         }  # fmt: skip
 

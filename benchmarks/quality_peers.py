@@ -2,12 +2,12 @@
 
     .venv-peers/bin/python benchmarks/quality_peers.py JOB.json
 
-JOB.json: provider, lr (null: the peer's own recipe), seed, threads, k, d_latent, batch_size, out, train and heldout
+JOB.json: provider, lr (null: the peer's own recipe), seed, threads, k, d_latent, batch_size, out, train, heldout
 (validation and test; ``.npy``, float32, [tokens, d_model], in training order). Imports torch, numpy and the peer alone.
 
 At lr null the peer's optimiser, rate and schedule are its own, with the warm-up cut to 20 % of the run where it would
-not end; at a given lr every peer uses Adam with this project's schedule, 20 % of warm-up and 20 % of linear decay. Inputs are scaled to mean norm
-sqrt(d_model) for all. Shape letters: N tokens, D d_model, F latents.
+not end; at a given lr every peer uses Adam with this project's schedule: 20 % of warm-up, 20 % of linear decay. Inputs
+are scaled to mean norm sqrt(d_model) for all. Shape letters: N tokens, D d_model, F latents.
 """
 
 import json
