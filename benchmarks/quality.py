@@ -2,10 +2,14 @@
 
     python benchmarks/quality.py [--quick] [--peers-python .venv-peers/bin/python] [--model bundled|stories260K ...]
 
-Each seed: this project trains by its own command line; the batches it saw are then dumped in that order, and every
-peer trains on them, at its defaults and over a grid of learning rates (seed 0; the best rate then on all seeds). All
-are scored by one formula on the same held-out tokens. Activations are real: the bundled LLaMA on the standard
-library, and stories260K on TinyStories where ``../shared/realdata`` exists.
+Each seed: this project trains by its own command line at its defaults; the batches it saw are then dumped in that
+order, and every peer trains on them, at its defaults and over a grid of learning rates (first seed; the best rate then
+on all seeds). All are scored by one formula on the same held-out tokens. The held-out contexts are cut in two: the
+rate is chosen on the first half (validation), every figure of the table is of the second (test). Activations are real:
+the bundled LLaMA on the standard library, and stories260K on TinyStories where ``../shared/realdata`` exists.
+
+With --work a run that was stopped goes on: a finished row is kept where its configuration is the same. After a change
+of code, empty that folder.
 """
 
 import argparse
@@ -15,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -22,7 +27,7 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
-from quality_peers import CONTENDERS, score
+from quality_peers import CONTENDERS, DECAY, WARMUP, score_halves
 
 from shared.parallel import World
 from shared.sae import SAE
@@ -32,8 +37,10 @@ from stage_train.stream import StreamOrder, TokenStream, TrainingData
 
 ROOT = Path(__file__).resolve().parent.parent
 REALDATA = Path(os.environ.get("GRANARY_REALDATA", ROOT.parent / "shared" / "realdata"))
-PEER_RATES = (1e-3, 3e-3, 1e-2)
+# Rates that every peer is tried at, and the next one beyond whichever is better.
+PEER_RATES = {3e-3: 1e-3, 1e-2: 2e-2}
 SEEDS = (0, 1, 2)
+HALVES = ("validation", "test")
 SETTINGS: dict[str, dict[str, Any]] = {
     "bundled": {"k": 32, "expansion": 16, "harvest": []},
     "stories260K": {
@@ -75,78 +82,114 @@ class Bench:
         command = [sys.executable, "-m", "stage_harvest", f"run_dir={self.folder}", self.threads]
         run([*command, *self.settings["harvest"], *extra], self.log)
 
-    def ours(self, seed: int, lr: float | None) -> Path:
-        """Train by the command line, score, and return the run's folder."""
-        out = self.folder / f"ours-{seed}-{lr}"
-        rate = [] if lr is None else [f"optim.lr={lr}"]
-        start = time.perf_counter()
-        run(
-            [
-                sys.executable, "-m", "stage_train", f"run_dir={self.folder}", f"hydra.run.dir={out}", f"seed={seed}",
-                f"sae.k={self.settings['k']}", f"sae.expansion={self.settings['expansion']}", self.threads,
-                f"schedule.tokens={self.options.tokens}", "checkpoint.resume=never", *rate,
-            ],
-            self.log,
-        )  # fmt: skip
-        seconds = time.perf_counter() - start
-        sae = SAE.from_pretrained(out)
+    def training(self, seed: int) -> tuple[list[str], Path]:
+        """The command that trains this project's SAE, and the run's folder."""
+        out = self.folder / f"granary-{seed}"
+        command = [
+            sys.executable, "-m", "stage_train", f"run_dir={self.folder}", f"hydra.run.dir={out}", f"seed={seed}",
+            f"sae.k={self.settings['k']}", f"sae.expansion={self.settings['expansion']}", self.threads,
+            f"schedule.tokens={self.options.tokens}", "checkpoint.resume=never",
+        ]  # fmt: skip
+        return command, out
 
-        def reconstruct(x_ND: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            latents = sae.encode(x_ND)
-            fired_F = torch.zeros(sae.config.d_latent, dtype=torch.bool)
-            fired_F[latents.indices[latents.indices >= 0]] = True
-            return sae.decode(latents), fired_F
+    def ours(self, seed: int) -> None:
+        """Train by the command line and score."""
+        command, out = self.training(seed)
+        resolved = subprocess.run([*command, "--cfg", "job"], cwd=ROOT, capture_output=True, text=True, check=True)
+        job = {"config": resolved.stdout, "heldout": self.options.heldout}
 
-        heldout = torch.from_numpy(np.load(self.folder / "heldout.npy"))
-        self.add("granary", lr, seed, {**score(reconstruct, heldout, 2048), "seconds": seconds})
-        return out
+        def train() -> dict[str, float]:
+            start = time.perf_counter()
+            run(command, self.log)
+            seconds = time.perf_counter() - start
+            sae = SAE.from_pretrained(out)
+
+            def reconstruct(x_ND: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+                latents = sae.encode(x_ND)
+                fired_F = torch.zeros(sae.config.d_latent, dtype=torch.bool)
+                fired_F[latents.indices[latents.indices >= 0]] = True
+                return sae.decode(latents), fired_F
+
+            halves = [torch.from_numpy(np.load(self.folder / f"{half}.npy")) for half in HALVES]
+            return {**score_halves(reconstruct, *halves, 2048), "seconds": seconds}
+
+        self.row("granary", None, seed, job, train)
 
     def dump_heldout(self) -> None:
-        """Held-out trainable tokens, float32 [n, d_model]."""
+        """Held-out trainable tokens, float32 [n, d_model]: of the first half of the contexts, and of the second."""
         store = Store.open(str(self.folder / "store"))
         hook = store.hooks[0]
-        contexts = store.contexts("heldout")
-        parts = [store.read_context(hook, int(c)).float()[torch.from_numpy(store.mask([c])[0])] for c in contexts]
-        np.save(self.folder / "heldout.npy", torch.cat(parts)[: self.options.heldout].numpy())
+        contexts = [int(c) for c in store.contexts("heldout")]
+        middle = len(contexts) // 2
+        for half, chosen in zip(HALVES, (contexts[:middle], contexts[middle:]), strict=True):
+            parts = [store.read_context(hook, c).float()[torch.from_numpy(store.mask([c])[0])] for c in chosen]
+            np.save(self.folder / f"{half}.npy", torch.cat(parts)[: self.options.heldout].numpy())
 
-    def dump_training(self, trained: Path) -> None:
-        """The batches that the run in `trained` saw, in order, float32 [tokens, d_model]."""
+    def training_tokens(self, seed: int) -> Path:
+        """Where ``dump_training`` writes."""
+        return self.folder / f"train-{seed}-{self.options.tokens}.npy"
+
+    def dump_training(self, seed: int) -> Path:
+        """The batches that the run of `seed` saw, in order, float32 [tokens, d_model]."""
+        path = self.training_tokens(seed)
+        trained = self.training(seed)[1]
         config = yaml.safe_load((trained / "train.yaml").read_text())
+        stream_config = config["stream"]
+        self.batch_size = stream_config["batch_size"]
+        if path.exists():
+            return path
         stores = freeze([(str(self.folder / "store"), 1.0)], World(0, 1, 0, torch.device("cpu")))
         data = TrainingData([part.source for part in stores])
         hook, store = choose_hook(None, stores), stores[0].store
-        stream_config = config["stream"]
         order = StreamOrder(
-            batch_size=stream_config["batch_size"], seed=config["seed"], lanes=stream_config["lanes"],
+            batch_size=self.batch_size, seed=config["seed"], lanes=stream_config["lanes"],
             mix_contexts=stream_config["mix_contexts"], drop_last=stream_config["drop_last"],
         )  # fmt: skip
         lines = (trained / "metrics.jsonl").read_text().splitlines()
         steps, width = json.loads(lines[-1])["step"], store.plan.hooks[hook]
-        shape = (steps * order.batch_size, width)
-        out = np.lib.format.open_memmap(self.folder / "train.npy", mode="w+", dtype=np.float32, shape=shape)
+        aside = path.with_suffix(".npy.part")
+        out = np.lib.format.open_memmap(aside, mode="w+", dtype=np.float32, shape=(steps * self.batch_size, width))
         with TokenStream(data, {hook: (width, store.read_dtype)}, order) as stream:
             for number, batch in zip(range(steps), stream, strict=False):
                 rows = batch.activations[hook].float().numpy()
-                at = number * order.batch_size
+                at = number * self.batch_size
                 out[at : at + len(rows)] = rows
         out.flush()
-        self.batch_size = order.batch_size
+        aside.rename(path)
+        return path
 
-    def peer(self, provider: str, lr: float | None, seed: int) -> None:
+    def peer(self, provider: str, lr: float | None, seed: int) -> dict[str, Any]:
         """Train a peer in its own process and environment."""
-        result = self.folder / f"{provider}-{seed}-{lr}.json"
-        width = np.load(self.folder / "heldout.npy", mmap_mode="r").shape[1]
+        width = np.load(self.folder / "test.npy", mmap_mode="r").shape[1]
+        result = self.folder / f"{provider}-{seed}-{lr}.out"
         job = {
-            "provider": provider, "lr": lr, "seed": seed, "k": self.settings["k"], "batch_size": self.batch_size,
-            "d_latent": self.settings["expansion"] * width, "train": str(self.folder / "train.npy"),
-            "heldout": str(self.folder / "heldout.npy"), "out": str(result), "threads": self.options.threads,
+            "provider": provider, "lr": lr, "seed": seed, "k": self.settings["k"], "threads": self.options.threads,
+            "d_latent": self.settings["expansion"] * width, "tokens": self.options.tokens,
+            "warmup": WARMUP, "decay": DECAY,
+            "heldout": [str(self.folder / f"{half}.npy") for half in HALVES], "out": str(result),
         }  # fmt: skip
-        path = result.with_suffix(".job")
-        path.write_text(json.dumps(job))
-        run([self.options.peers_python, str(ROOT / "benchmarks" / "quality_peers.py"), str(path)], self.log)
-        self.add(provider, lr, seed, json.loads(result.read_text()))
 
-    def add(self, provider: str, lr: float | None, seed: int, result: dict[str, float]) -> None:
+        def train() -> dict[str, float]:
+            more = {"train": str(self.dump_training(seed)), "batch_size": self.batch_size}
+            path = result.with_suffix(".job")
+            path.write_text(json.dumps(job | more))
+            run([self.options.peers_python, str(ROOT / "benchmarks" / "quality_peers.py"), str(path)], self.log)
+            return json.loads(result.read_text())
+
+        return self.row(provider, lr, seed, job, train)
+
+    def row(
+        self, provider: str, lr: float | None, seed: int, job: dict[str, Any], train: Callable[[], dict[str, float]]
+    ) -> dict[str, Any]:
+        """The row of an earlier run of the same `job`, or that of a new one."""
+        path = self.folder / f"{provider}-{seed}-{lr}.json"
+        kept = json.loads(path.read_text()) if path.exists() else {}
+        if kept.get("job") != job:
+            kept = {"job": job, "result": train()}
+            path.write_text(json.dumps(kept))
+        return self.add(provider, lr, seed, kept["result"])
+
+    def add(self, provider: str, lr: float | None, seed: int, result: dict[str, float]) -> dict[str, Any]:
         """Keep and print one row."""
         row = {"model": self.name, "provider": provider, "lr": "default" if lr is None else lr, "seed": seed, **result}
         self.results.append(row)
@@ -155,26 +198,31 @@ class Bench:
             f"  {row['seconds']:.0f} s",
             flush=True,
         )
+        return row
 
     def execute(self) -> None:
-        """Everything; the grid is searched on the first seed alone."""
+        """Everything, what matters most first; the grid is searched on the first seed alone."""
         self.harvest()
         self.dump_heldout()
-        best: dict[str, float] = {}
         for seed in self.options.seeds:
-            trained = self.ours(seed, None)
-            self.dump_training(trained)
-            for provider in CONTENDERS:
+            self.ours(seed)
+        if self.options.rates:
+            best = {provider: self.best_rate(provider, self.options.seeds[0]) for provider in CONTENDERS}
+            for provider, lr in best.items():
+                for seed in self.options.seeds[1:]:
+                    self.peer(provider, lr, seed)
+        for provider in CONTENDERS:
+            for seed in self.options.seeds:
                 self.peer(provider, None, seed)
-                if seed == self.options.seeds[0]:
-                    for lr in self.options.rates:
-                        self.peer(provider, lr, seed)
-                    tried = [r for r in self.results if r["provider"] == provider and r["lr"] != "default"]
-                    if tried:
-                        best[provider] = min(tried, key=lambda r: r["fvu"])["lr"]
-                elif provider in best:
-                    self.peer(provider, best[provider], seed)
-        (self.folder / "train.npy").unlink()
+        for seed in self.options.seeds:
+            self.training_tokens(seed).unlink(missing_ok=True)
+
+    def best_rate(self, provider: str, seed: int) -> float:
+        """The rate with the least FVU on the validation tokens."""
+        tried = {lr: self.peer(provider, lr, seed)["validation_fvu"] for lr in self.options.rates}
+        beyond = self.options.rates[min(tried, key=lambda lr: tried[lr])]
+        tried[beyond] = self.peer(provider, beyond, seed)["validation_fvu"]
+        return min(tried, key=lambda lr: tried[lr])
 
 
 def table(rows: list[dict[str, Any]]) -> list[str]:
@@ -202,7 +250,8 @@ def ratios(rows: list[dict[str, Any]], models: list[str], seeds: int) -> dict[st
             if len(mine) == seeds:
                 means[key], dead[key] = mean(r["fvu"] for r in mine), mean(r["dead"] for r in mine)
         ours = ("granary", "default")
-        best = min((key for key in means if key[0] != "granary"), key=lambda key: means[key])
+        peers = [key for key in means if key[0] != "granary"]
+        best = min(peers, key=lambda key: means[key])
         found[model] = {
             "fvu": round(means[ours], 5), "best_peer": list(best), "best_peer_fvu": round(means[best], 5),
             "fvu_over_best_peer": round(means[ours] / means[best], 4),
@@ -217,16 +266,17 @@ def main() -> None:
     parser.add_argument("--model", choices=SETTINGS, nargs="+", help="default: all whose files are here")
     parser.add_argument("--peers-python", default=str(ROOT / ".venv-peers" / "bin" / "python"), metavar="PATH")
     parser.add_argument("--tokens", type=int, default=1_800_000, help="training tokens of each SAE (default 1.8 M)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="the grid is searched on the first")
     parser.add_argument("--threads", type=int, default=max(1, (os.cpu_count() or 2) // 2))
     parser.add_argument("--work", help="folder for stores and runs; default: a temporary one")
     parser.add_argument("--csv", type=Path, help="write the rows there")
     options = parser.parse_args()
     if not Path(options.peers_python).exists():
         sys.exit(f"{options.peers_python} is not there: run `make setup-peers`, or name one with --peers-python")
-    options.seeds, options.rates, options.heldout = SEEDS, PEER_RATES, 100_000
+    options.rates, options.heldout = PEER_RATES, 100_000
     models = options.model or [m for m in SETTINGS if m == "bundled" or REALDATA.exists()]
     if options.quick:
-        options.seeds, options.rates, options.tokens, options.heldout = (0,), (), 120_000, 20_000
+        options.seeds, options.rates, options.tokens, options.heldout = (0,), {}, 120_000, 20_000
         models = models[:1]
     with tempfile.TemporaryDirectory() as temporary:
         options.work = options.work or temporary

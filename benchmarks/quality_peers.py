@@ -2,12 +2,12 @@
 
     .venv-peers/bin/python benchmarks/quality_peers.py JOB.json
 
-JOB.json: provider, lr (null: the peer's own recipe), seed, threads, k, d_latent, batch_size, out, train and heldout
-(``.npy``, float32, [tokens, d_model], in training order). Imports torch, numpy and the peer alone.
+JOB.json: provider, lr (null: the peer's own recipe), seed, threads, k, d_latent, batch_size, out, train, heldout
+(validation and test; ``.npy``, float32, [tokens, d_model], in training order). Imports torch, numpy and the peer alone.
 
-At lr null the peer's optimiser, rate and schedule are its own, with the warm-up cut to 5 % of the run where it would
-not end; at a given lr every peer uses Adam with 5 % of warm-up and 20 % of linear decay. Inputs are scaled to mean norm
-sqrt(d_model) for all. Shape letters: N tokens, D d_model, F latents.
+At lr null the peer's optimiser, rate and schedule are its own, with the warm-up cut to 20 % of the run where it would
+not end; at a given lr every peer uses Adam with this project's schedule: 20 % of warm-up, 20 % of linear decay. Inputs
+are scaled to mean norm sqrt(d_model) for all. Shape letters: N tokens, D d_model, F latents.
 """
 
 import json
@@ -21,7 +21,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-WARMUP, DECAY = 0.05, 0.2
+WARMUP, DECAY = 0.2, 0.2
 
 
 class Contender(Protocol):
@@ -150,9 +150,9 @@ class Sparsify:
 
 
 CONTENDERS: dict[str, Callable[[int, dict[str, Any], int], Contender]] = {
-    "sae-lens": SAELens,
-    "dictionary-learning": DictionaryLearning,
     "sparsify": Sparsify,
+    "dictionary-learning": DictionaryLearning,
+    "sae-lens": SAELens,
 }
 
 
@@ -171,11 +171,21 @@ def score(
     return {"fvu": error / variance, "dead": 1 - float(fired_F.float().mean())}
 
 
+def score_halves(
+    reconstruct: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]],
+    validation_ND: torch.Tensor,
+    test_ND: torch.Tensor,
+    chunk: int,
+) -> dict[str, float]:
+    """``score`` of the test tokens, and the FVU of the validation tokens to choose by."""
+    return {**score(reconstruct, test_ND, chunk), "validation_fvu": score(reconstruct, validation_ND, chunk)["fvu"]}
+
+
 def main() -> None:
     job = json.loads(Path(sys.argv[1]).read_text())
     torch.set_num_threads(job["threads"])
     torch.manual_seed(job["seed"])
-    train, heldout = np.load(job["train"], mmap_mode="r"), np.load(job["heldout"])
+    train, halves = np.load(job["train"], mmap_mode="r"), [np.load(path) for path in job["heldout"]]
     batch, d = job["batch_size"], train.shape[1]
     scale = d**0.5 / float(np.linalg.norm(train[: 50 * batch], axis=1).mean())
     steps = len(train) // batch
@@ -185,7 +195,7 @@ def main() -> None:
         contender.step(torch.from_numpy(train[number * batch : (number + 1) * batch] * scale), number)
     contender.finish()
     seconds = time.perf_counter() - start
-    result = score(contender.reconstruct, torch.from_numpy(heldout * scale), batch)
+    result = score_halves(contender.reconstruct, *(torch.from_numpy(half * scale) for half in halves), batch)
     Path(job["out"]).write_text(json.dumps({**result, "seconds": seconds}))
 
 

@@ -81,7 +81,8 @@ class Run:
     def choose(self, stores: Sequence[FrozenStore]) -> None:
         """Fix hook, SAE and layout. Raises GranaryError for a hook, a shape or a number of processes that can't be."""
         self.hook = choose_hook(self.cfg.hook, stores)
-        self.sae_config: SAEConfig = self.cfg.sae.to_config(stores[0].store.plan.hooks[self.hook])
+        self.d_model = stores[0].store.plan.hooks[self.hook]
+        self.sae_config: SAEConfig = self.cfg.sae.to_config(self.d_model)
         self.layout = make_layout(self.cfg.parallel, self.world)
         self.layout.num_latents(self.sae_config)  # refuses what does not divide
 
@@ -89,6 +90,8 @@ class Run:
         """Fix the length and the schedules. Raises GranaryError for those that make no sense."""
         self.feed, cfg = feed, self.cfg.schedule
         self.length = stream_length(feed.data, feed.order, tokens=cfg.tokens, epochs=cfg.epochs)
+        # Once more, as sae.dead_after_tokens=auto is a share of the run; whether the rest makes sense is known by now.
+        self.sae_config = self.cfg.sae.to_config(self.d_model, self.length.tokens)
 
         def steps(name: str) -> int:
             return length_in_steps(getattr(cfg, name), self.length.steps, f"schedule.{name}")

@@ -8,6 +8,9 @@ from shared.errors import GranaryError
 from shared.sae.config import SAEConfig
 from shared.sae.rules import check_trainable
 
+# Gao et al. 2024: ten million tokens, in runs of billions. A run of a few million would end before AuxK began.
+MOST_DEAD_AFTER = 10_000_000
+
 
 @dataclass(kw_only=True)
 class SAESchema:
@@ -57,8 +60,8 @@ class SAESchema:
     """Weight of jumprelu's penalty on how far dead latents are below their thresholds; 0 turns it off."""
     threshold_decay: float = MISSING
     """How much of batchtopk's inference threshold is kept per step."""
-    dead_after_tokens: int = MISSING
-    """A latent without a nonzero activation for this many tokens is dead."""
+    dead_after_tokens: int | str = MISSING
+    """A latent without a nonzero activation for this many tokens is dead; auto: a twentieth of the run, at most 10 M."""
     bias_init: str = MISSING
     """What b_dec starts at: zero, mean or geometric_median."""
     encoder_init: str = MISSING
@@ -66,17 +69,32 @@ class SAESchema:
     init_subspace: int | None = None
     """Principal directions of the sample that decoder rows start in; null: all of space."""
 
-    def to_config(self, d_model: int) -> SAEConfig:
-        """The config for activations of width `d_model`; raises GranaryError when it makes no sense."""
+    def to_config(self, d_model: int, run_tokens: int | None = None) -> SAEConfig:
+        """The config for activations of width `d_model`; raises GranaryError when it makes no sense.
+
+        `run_tokens` is the length of the run that ``dead_after_tokens=auto`` is a share of; None: a long one.
+        """
         if self.d_latent is None and not self.expansion > 0:
             raise GranaryError(f"sae.expansion={self.expansion}: must be positive")
         d_latent = self.d_latent if self.d_latent is not None else round(self.expansion * d_model)
         same = {field.name: getattr(self, field.name) for field in fields(self)}
         del same["expansion"], same["d_latent"]
         same["prefixes"] = self._latents_of_prefixes(d_latent)
+        same["dead_after_tokens"] = self._dead_after_tokens(run_tokens)
         config = SAEConfig(d_model=d_model, d_latent=d_latent, **same)
         check_trainable(config)
         return config
+
+    def _dead_after_tokens(self, run_tokens: int | None) -> int:
+        """The number, or what ``auto`` stands for."""
+        if self.dead_after_tokens == "auto":
+            return MOST_DEAD_AFTER if run_tokens is None else max(1, min(MOST_DEAD_AFTER, run_tokens // 20))
+        if isinstance(self.dead_after_tokens, str):
+            raise GranaryError(
+                f"sae.dead_after_tokens={self.dead_after_tokens}: give a number of tokens, or auto for a twentieth of "
+                "the run, at most 10 M"
+            )
+        return self.dead_after_tokens
 
     def _latents_of_prefixes(self, d_latent: int) -> tuple[int, ...] | None:
         if self.prefixes is None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from shared.kernels.auxk.blocks import BLOCK_ELEMENTS
 from shared.kernels.encode_topk.bounds import TILE_ELEMENTS
+from shared.kernels.linear import FAST_BFLOAT16
 from shared.sae.init import SEARCH_TOKENS
 from shared.sae.optim import TILE_ELEMENTS as MOMENT_TILE
 from stage_train.plan import memory
@@ -127,10 +128,13 @@ def encode(job: PlannedRun, num_rows: int) -> list[Block]:
         capacity = 1 << (job.width + TRITON_BLOCK - 1).bit_length()
         keys = memory.candidate_buffer(num_rows, capacity)
         return [*blocks, Block("encode: workspace", TRITON_WORKSPACE), Block("encode: candidates", keys)]
-    itemsize = 2 if job.half_compute else 4
+    by_bounds = FAST_BFLOAT16 and not job.half_compute  # float32's picks by a bfloat16 product
+    itemsize = 2 if job.half_compute or by_bounds else 4
     tile = memory.encode_tile(num_rows, job.computed_latents, TILE_ELEMENTS, itemsize)
     blocks.append(Block("encode: tiles", tile, 2))
-    if job.half_compute:
+    if by_bounds and job.activation == "topk":
+        blocks.append(Block("encode: candidates", memory.picks(num_rows, 2 * job.width)))
+    if job.half_compute or by_bounds:
         blocks.append(
             Block("encode: bfloat16 operands", memory.rounded_operands(num_rows, job.computed_latents, job.d_model))
         )

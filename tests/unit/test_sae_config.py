@@ -56,6 +56,8 @@ def test_schema_has_the_fields_of_the_config():
     del schema["expansion"], schema["d_latent"], config["d_model"], config["d_latent"]
     assert schema.pop("prefixes") == list[float] | None  # shares of the latents
     assert config.pop("prefixes") == tuple[int, ...] | None
+    assert schema.pop("dead_after_tokens") == int | str  # auto
+    assert config.pop("dead_after_tokens") is int
     assert schema == config
 
 
@@ -81,6 +83,22 @@ def test_width_by_expansion_or_by_d_latent():
     assert schema(d_latent=7).to_config(4).d_latent == 7
     with pytest.raises(GranaryError, match="expansion=0"):
         schema(expansion=0).to_config(4)
+
+
+@pytest.mark.parametrize(
+    ("run_tokens", "tokens"), [(2_000_000, 100_000), (200_000_000, 10_000_000), (400_000_000, 10_000_000), (5, 1)]
+)
+def test_dead_after_tokens_is_a_twentieth_of_a_short_run(run_tokens, tokens):
+    assert schema(dead_after_tokens="auto").to_config(4, run_tokens).dead_after_tokens == tokens
+    assert schema(dead_after_tokens=70).to_config(4, run_tokens).dead_after_tokens == 70
+
+
+def test_dead_after_tokens_is_a_number_or_auto():
+    assert schema(dead_after_tokens="auto").to_config(4).dead_after_tokens == 10_000_000
+    with pytest.raises(GranaryError, match="dead_after_tokens=soon: give a number of tokens, or auto"):
+        schema(dead_after_tokens="soon").to_config(4)
+    with pytest.raises(GranaryError, match="sae.dead_after_tokens=0"):
+        schema(dead_after_tokens=0).to_config(4)
 
 
 def test_prefixes_are_shares_of_the_latents():

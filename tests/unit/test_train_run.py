@@ -99,6 +99,13 @@ def timeless(folder: Path) -> list[dict[str, float]]:
     return [{key: value for key, value in line.items() if key not in TIMES} for line in read_metrics(folder)]
 
 
+@pytest.mark.parametrize("length", ["schedule.tokens=640", "schedule.epochs=2"])
+def test_dead_latents_are_a_share_of_the_run(train: Train, length: str) -> None:
+    tokens = "schedule.tokens=null" if "epochs" in length else length
+    out = train("a", "sae.dead_after_tokens=auto", tokens, length)
+    assert SAE.from_pretrained(out).config.dead_after_tokens == read_metrics(out)[-1]["tokens"] // 20
+
+
 def test_a_run_learns_and_leaves_what_it_promises(train: Train) -> None:
     out = train("a", "schedule.tokens=4_000", "optim.lr=0.02", "logger.curves=true")
     lines = read_metrics(out)
