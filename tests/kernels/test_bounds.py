@@ -52,8 +52,9 @@ def float32_dots(x, W, b):
 
 @pytest.fixture
 def fast(monkeypatch):
-    """As on a processor with the instruction, and several tiles."""
+    """As on a processor with the instruction and for large weights, in several tiles."""
     monkeypatch.setattr(linear, "FAST_BFLOAT16", True)
+    monkeypatch.setattr(bounds, "SMALLEST_WEIGHT", 0)
     monkeypatch.setattr(bounds, "TILE_ELEMENTS", 16 * LATENTS)
 
 
@@ -160,6 +161,8 @@ def test_the_float32_product_is_used_where_nothing_is_gained(monkeypatch):
     monkeypatch.setattr(cpu, "Bounds", refuse)
     x, W, b, _ = PROBLEMS["random"]
     monkeypatch.setattr(linear, "FAST_BFLOAT16", True)
+    encode_topk(x, W, b, 3)  # small weights
+    monkeypatch.setattr(bounds, "SMALLEST_WEIGHT", 0)
     encode_topk(x.double(), W.double(), b.double(), 3)
     encode_topk(x, W, b, LATENTS // 4)
     monkeypatch.setattr(linear, "FAST_BFLOAT16", False)

@@ -24,6 +24,8 @@ TILE_ELEMENTS = 1 << 22
 ROUNDED_ELEMENTS = 1 << 18
 # What is stored in bfloat16 differs from the number that was rounded by at most this part of itself: 8 bits.
 ROUNDING = 2.0**-8
+# Elements of W from which on bounds save time: measured, they cost it at 2^20 and save it at 2^23.
+SMALLEST_WEIGHT = 1 << 22
 # With more than one pair in so many above the bar, bounds save nothing.
 MANY = 64
 # More than underflow can hide, in a norm and in a sum.
@@ -57,10 +59,14 @@ class Bounds:
         return upper_TF if bool(bias_F.isfinite().all()) else upper_TF.fill_(torch.nan)
 
 
-def bounds_pay(x_ND: torch.Tensor, compute_dtype: str) -> bool:
-    """Whether to bound: for float32 on a CPU with bfloat16 products, if they are fast there or were asked for."""
-    is_wanted = product.FAST_BFLOAT16 or compute_dtype == "bfloat16"
-    return is_wanted and product.HAS_BFLOAT16 and x_ND.dtype == torch.float32 and not x_ND.is_cuda
+def bounds_pay(x_ND: torch.Tensor, W_FD: torch.Tensor) -> bool:
+    """Whether bounds save time: on a processor that is fast at bfloat16, and where the product is most of the work."""
+    return product.FAST_BFLOAT16 and W_FD.numel() >= SMALLEST_WEIGHT and bounds_apply(x_ND)
+
+
+def bounds_apply(x_ND: torch.Tensor) -> bool:
+    """Whether there can be bounds: for float32 on a CPU whose bfloat16 products are known to add up in float32."""
+    return product.HAS_BFLOAT16 and x_ND.dtype == torch.float32 and not x_ND.is_cuda
 
 
 def row_tiles(x_ND: torch.Tensor, W_FD: torch.Tensor) -> list[torch.Tensor]:
@@ -75,7 +81,8 @@ def pairs_from(
 
     `bar` is asked for it, a scalar or [F], before each tile. Without bounds rows come in order.
     """
-    bounds = Bounds(x_ND, W_FD, b_F) if bounds_pay(x_ND, compute_dtype) else None
+    asked = compute_dtype == "bfloat16" and bounds_apply(x_ND)
+    bounds = Bounds(x_ND, W_FD, b_F) if asked or bounds_pay(x_ND, W_FD) else None
     many = False  # where many pairs pass, the float32 product costs less than theirs alone
     for rows_T in row_tiles(x_ND, W_FD) if bounds is None else bounds.tiles():
         bar_F = bar()

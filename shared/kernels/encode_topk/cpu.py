@@ -8,7 +8,7 @@ float32's. With compute_dtype bfloat16 such a product chooses the candidates wit
 import torch
 
 from shared.kernels.decode.cpu import dot_picks
-from shared.kernels.encode_topk.bounds import ROUNDING, Bounds, bounds_pay, exact_values, row_tiles
+from shared.kernels.encode_topk.bounds import ROUNDING, Bounds, bounds_apply, bounds_pay, exact_values, row_tiles
 from shared.kernels.linear import linear
 
 # Latents whose maximum stands for them in the first round of the selection.
@@ -20,9 +20,9 @@ def encode_topk(
     x_ND: torch.Tensor, W_FD: torch.Tensor, b_F: torch.Tensor, k: int, compute_dtype: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See ``shared.kernels.encode_topk.encode_topk``."""
-    if compute_dtype == "bfloat16" and bounds_pay(x_ND, compute_dtype):
+    if compute_dtype == "bfloat16" and bounds_apply(x_ND):
         values_NK, indices_NK = _pick_by_nomination(x_ND, W_FD, b_F, k)
-    elif bounds_pay(x_ND, compute_dtype) and 4 * _first_width(k) <= W_FD.shape[0]:
+    elif bounds_pay(x_ND, W_FD) and 4 * _first_width(k) <= W_FD.shape[0]:
         values_NK, indices_NK, rows_R = _pick_by_bounds(x_ND, W_FD, b_F, k)
         if rows_R.numel():
             values_NK[rows_R], indices_NK[rows_R] = _pick_by_product(x_ND[rows_R], W_FD, b_F, k)
