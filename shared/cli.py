@@ -81,7 +81,12 @@ def run_stage(task: Callable[[Any], None], config_name: str) -> None:
 def drop_chatter() -> None:
     """Leave out what libraries log that is not about the user's run; a warning of any other text still shows."""
     for logger, text in CHATTER:
-        logging.getLogger(logger).addFilter(lambda record, text=text: text not in record.getMessage())
+        logging.getLogger(logger).addFilter(without(text))
+
+
+def without(text: str) -> Callable[[logging.LogRecord], bool]:
+    """A filter of log records: those with `text` in their message are left out."""
+    return lambda record: text not in record.getMessage()
 
 
 def fail(message: str) -> NoReturn:
