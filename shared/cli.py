@@ -85,12 +85,13 @@ def run_stage(task: Callable[[Any], None], config_name: str, afterwards: Callabl
 
 def drop_chatter() -> None:
     """Leave out what libraries log that is not about the user's run; a warning of any other text still shows."""
-
-    def lacks(text: str) -> Callable[[logging.LogRecord], bool]:
-        return lambda record: text not in record.getMessage()
-
     for logger, text in CHATTER:
-        logging.getLogger(logger).addFilter(lacks(text))
+        logging.getLogger(logger).addFilter(without(text))
+
+
+def without(text: str) -> Callable[[logging.LogRecord], bool]:
+    """A filter of log records: those with `text` in their message are left out."""
+    return lambda record: text not in record.getMessage()
 
 
 def fail(message: str) -> NoReturn:

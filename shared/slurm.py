@@ -57,18 +57,23 @@ def supervise(command: Sequence[str]) -> None:
     last = _pass_on(process)
     status = process.wait()
     if received:
-        if os.environ.get("SLURM_PROCID", "0") == "0" and (WARNING in received or is_preempted()):
-            _output("scontrol", "requeue", job_id())
+        if os.environ.get("SLURM_PROCID", "0") == "0":
+            _requeue_or_tell(warned=WARNING in received)
         sys.exit(128 + received[0])
     if status:
         why = last.removeprefix("error: ") or f"the stage ended with status {status}"
         raise GranaryError(f"Slurm job {job_id()} failed: {why}")
 
 
-def is_preempted() -> bool:
-    """Whether Slurm is pre-empting this job, and has not requeued it already."""
+def _requeue_or_tell(*, warned: bool) -> None:
+    """Put a job that was warned or is being pre-empted back into the queue; raises GranaryError for a cancelled one."""
     record = _output("scontrol", "--oneliner", "show", "job", job_id())
-    return re.search(r"\bPreemptTime=\d", record) is not None and "JobState=RUNNING" in record
+    preempted = re.search(r"\bPreemptTime=\d", record) is not None
+    if warned or (preempted and "JobState=RUNNING" in record):  # else Slurm has requeued it already
+        _output("scontrol", "requeue", job_id())
+    elif not preempted:
+        # An error is all that reaches the waiting command where Slurm keeps no accounts.
+        raise GranaryError(f"Slurm job {job_id()} was cancelled; the same command again goes on from there")
 
 
 def _pass_on(process: "subprocess.Popen[str]") -> str:

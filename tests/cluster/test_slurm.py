@@ -23,6 +23,9 @@ LAUNCHER = ["hydra/launcher=slurm", "hydra.launcher.timeout_min=20"]
 TINY = ["debug=tiny_harvest", "device.threads=1"]
 # Slow enough to be interrupted, fast enough to wait for.
 SLOW = ["debug=tiny_harvest", "device.threads=1", "name=slow", "corpus.contexts=160", "packing.seq_len=1024"]
+# More than a minute of work.
+LONG = ["debug=tiny_harvest", "device.threads=1", "name=long", "corpus.contexts=1000", "packing.seq_len=1024",
+        "store.shard_contexts=16"]  # fmt: skip
 LONG_TRAINING = [
     "name=debug",
     "stream.batch_size=1024",
@@ -149,19 +152,58 @@ def test_a_warned_harvest_is_queued_again_and_goes_on(folder: Path, slow_store: 
     same_files(slow_store, folder / "warned")
 
 
+def test_a_harvest_that_reaches_its_time_limit_goes_on_until_it_is_done(folder: Path) -> None:
+    """Nothing is signalled by this test: Slurm itself warns the job, one minute at a time."""
+    limit = ["hydra/launcher=slurm", "hydra.launcher.timeout_min=1", "hydra.launcher.signal_delay_s=5"]
+    done = subprocess.run(
+        command("harvest", *limit, *LONG, "store.url=limited"),
+        cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, timeout=900,
+    )  # fmt: skip
+    log = log_of(folder / "runs/long/harvest")
+    assert done.returncode == 0, done.stderr + log
+    restarts = len(re.findall(r"resuming +\d+ contexts are in the store already", log))
+    assert restarts >= 1, log
+    assert log.count("harvested") == 1
+    store = Store.open(folder / "limited")
+    assert store.complete
+    assert store.num_shards == len(store.committed())
+
+
 def test_a_cancelled_harvest_stays_cancelled_and_the_same_command_finishes_it(folder: Path, slow_store: Path) -> None:
     waiting = submit(folder, "harvest", *SLOW, "store.url=cancelled")
     wait_for(lambda: manifests(folder, "cancelled") >= 2)
     (job,) = jobs("harvest")
     slurm("scancel", job)
-    wait_for(lambda: not jobs("harvest"))
-    waiting.kill()  # without accounting submitit cannot learn that a job was cancelled
-    waiting.wait()
+    assert waiting.wait(timeout=60) == 2
+    last = (folder / "submitted.log").read_text().splitlines()[-1]
+    assert re.fullmatch(r"error: Slurm job \d+(_\d+)? was cancelled; the same command again goes on from there", last)
     done = Store.open(folder / "cancelled").committed()
     assert 0 < len(done) < Store.open(folder / "cancelled").num_shards
     rerun = run(folder, "harvest", *LAUNCHER, *SLOW, "store.url=cancelled")
     assert rerun.returncode == 0, rerun.stderr
     same_files(slow_store, folder / "cancelled")
+
+
+def test_one_training_of_a_sweep_is_cancelled_and_the_same_command_finishes_it(folder: Path) -> None:
+    sweep = [*LONG_TRAINING, "name=two", "store.url=runs/debug/store", "seed=3,4"]
+    waiting = submit(folder, "train", *sweep)
+    curves = wait_for(lambda: len(found := sorted(folder.glob("runs/two/sweep/*/metrics.jsonl"))) == 2 and found)
+    assert isinstance(curves, list)
+    wait_for(lambda: all(path.stat().st_size for path in curves))
+    slurm("scancel", next(job for job in jobs("train") if job.endswith("_1")))
+    assert waiting.wait(timeout=280) == 2
+    last = (folder / "submitted.log").read_text().splitlines()[-1]
+    assert re.fullmatch(r"error: Slurm job \d+_1 was cancelled; the same command again goes on from there", last)
+    whole, cut = (path.parent for path in curves)
+    assert (whole / "sae.safetensors").is_file()  # the other was left alone
+    assert not (cut / "sae.safetensors").exists()
+    done = run(folder, "train", *LAUNCHER, *sweep)
+    log = log_of(folder / "runs/two/sweep")
+    assert done.returncode == 0, done.stderr + log
+    assert re.search(r"continuing from step [1-9]\d* of", log), log
+    alone = run(folder, "train", *LONG_TRAINING, "seed=4", "out_dir=alone4")
+    assert alone.returncode == 0, alone.stderr
+    assert (folder / "alone4/sae.safetensors").read_bytes() == (cut / "sae.safetensors").read_bytes()
 
 
 def test_a_job_that_fails_is_one_line(folder: Path) -> None:

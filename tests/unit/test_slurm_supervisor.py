@@ -57,18 +57,21 @@ def start(folder: Path, script: str) -> "subprocess.Popen[str]":
 RUNNING = "JobId=15 JobState=RUNNING PreemptEligibleTime=2026-11-20T10:00:00 PreemptTime=None"
 PREEMPTED = "JobId=15 JobState=RUNNING PreemptEligibleTime=2026-11-20T10:00:00 PreemptTime=2026-11-20T11:00:00"
 CANCELLED = "JobId=15 JobState=COMPLETING PreemptTime=None"
+REQUEUED = "JobId=15 JobState=COMPLETING PreemptTime=2026-11-20T11:00:00"
+TOLD = "told: Slurm job 12_3 was cancelled; the same command again goes on from there\n"
 
 
 @pytest.mark.parametrize(
-    ("sent", "record", "requeued"),
+    ("sent", "record", "requeued", "told"),
     [
-        (signal.SIGUSR1, RUNNING, "requeue 12_3\n"),
-        (signal.SIGTERM, PREEMPTED, "requeue 12_3\n"),
-        (signal.SIGTERM, CANCELLED, ""),
+        (signal.SIGUSR1, RUNNING, "requeue 12_3\n", ""),
+        (signal.SIGTERM, PREEMPTED, "requeue 12_3\n", ""),
+        (signal.SIGTERM, REQUEUED, "", ""),
+        (signal.SIGTERM, CANCELLED, "", TOLD),
     ],
 )
 def test_the_stage_saves_before_the_job_is_requeued(
-    tmp_path: Path, sent: signal.Signals, record: str, requeued: str
+    tmp_path: Path, sent: signal.Signals, record: str, requeued: str, told: str
 ) -> None:
     (tmp_path / "record").write_text(record)
     with start(tmp_path, SAVING) as process:
@@ -76,10 +79,11 @@ def test_the_stage_saves_before_the_job_is_requeued(
         assert process.stderr.readline() == "ready\n"
         begun = time.monotonic()
         process.send_signal(sent)
-        _, rest = process.communicate(timeout=30)
+        out, rest = process.communicate(timeout=30)
         assert time.monotonic() - begun > 0.5
     assert rest == f"saved after {sent.name}\n"
-    assert process.returncode == 128 + sent
+    assert out == told
+    assert process.returncode == (0 if told else 128 + sent)  # the supervisor of this test prints the error
     called = tmp_path / "called"
     assert (called.read_text() if called.exists() else "") == requeued
 
