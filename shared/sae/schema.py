@@ -61,7 +61,7 @@ class SAESchema:
     threshold_decay: float = MISSING
     """How much of batchtopk's inference threshold is kept per step."""
     dead_after_tokens: int | str = MISSING
-    """A latent without a nonzero activation for this many tokens is dead; auto: 1/20 of the run, at most 10 M."""
+    """A latent without a nonzero activation for this many tokens is dead; auto: a twentieth of the run, up to 10 M."""
     bias_init: str = MISSING
     """What b_dec starts at: zero, mean or geometric_median."""
     encoder_init: str = MISSING
