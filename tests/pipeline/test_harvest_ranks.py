@@ -56,10 +56,8 @@ def four_ranks(harvester: Harvester) -> list[list[str]]:
 
 def test_sharded_trunks_give_the_activations_of_whole_ones(four_ranks: list[list[str]]) -> None:
     assert len(four_ranks) == len(FAMILIES) * 2 * 2
-    for family, dtype, tp, worst, share, of_rounding in four_ranks:
+    for family, dtype, tp, worst, share in four_ranks:
         assert float(worst) < TOLERANCE[dtype], (family, dtype, tp)
-        # bfloat16 errors grow with depth; at any depth sharding adds less than bfloat16 itself costs.
-        assert dtype == "float32" or float(of_rounding) < 1, (family, tp)
         assert float(share) < 1 / int(tp) + 0.1, (family, tp)  # norms and biases are on every rank
 
 
