@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from shared.kernels.auxk.blocks import BLOCK_ELEMENTS
-from shared.kernels.encode_topk.bounds import TILE_ELEMENTS
+from shared.kernels.encode_topk.bounds import SMALLEST_WEIGHT, TILE_ELEMENTS
 from shared.kernels.linear import FAST_BFLOAT16
 from shared.sae.init import SEARCH_TOKENS
 from shared.sae.optim import TILE_ELEMENTS as MOMENT_TILE
@@ -128,7 +128,8 @@ def encode(job: PlannedRun, num_rows: int) -> list[Block]:
         capacity = 1 << (job.width + TRITON_BLOCK - 1).bit_length()
         keys = memory.candidate_buffer(num_rows, capacity)
         return [*blocks, Block("encode: workspace", TRITON_WORKSPACE), Block("encode: candidates", keys)]
-    by_bounds = FAST_BFLOAT16 and not job.half_compute  # float32's picks by a bfloat16 product
+    large = job.computed_latents * job.d_model >= SMALLEST_WEIGHT
+    by_bounds = FAST_BFLOAT16 and large and not job.half_compute  # float32's picks by a bfloat16 product
     itemsize = 2 if job.half_compute or by_bounds else 4
     tile = memory.encode_tile(num_rows, job.computed_latents, TILE_ELEMENTS, itemsize)
     blocks.append(Block("encode: tiles", tile, 2))
@@ -206,8 +207,6 @@ def auxk(job: PlannedRun, num_rows: int) -> list[Block]:
     if not job.dead:
         return []
     rows = Block("AuxK: rows of dead latents and their gradients", memory.auxk_rows(job.dead, job.d_model), 2.5)
-    if job.parts > 1:  # by autograd on all rows: the ranks of a group must agree on the selection
-        return [rows, Block("AuxK: activations", memory.FLOAT * num_rows * job.dead, 4)]
     block = memory.auxk_block(num_rows, job.dead, BLOCK_ELEMENTS)
     return [rows, Block("AuxK: blocks", block // 2 if job.half_compute else block, 2.25)]
 

@@ -25,17 +25,3 @@ def step(self: Trainer, batch: Any) -> None:
 
 
 Trainer.step = step  # type: ignore[method-assign]
-
-
-def batches(folder: Path) -> tuple[list[bytes], int]:
-    """The batches that the weights of a finished run have seen, in order, and how many more were lost to kills."""
-    data, place, seen, lost = (folder / FILE).read_bytes(), 0, [], 0
-    while place < len(data):
-        step, _, _, values = np.frombuffer(data, np.int64, 4, place)
-        end = place + 32 + 4 * int(values)
-        assert end <= len(data)
-        assert step <= len(seen), "a batch was skipped"
-        lost += len(seen) - int(step)
-        seen[int(step) :] = [data[place:end]]
-        place = end
-    return seen, lost

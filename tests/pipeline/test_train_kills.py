@@ -22,7 +22,6 @@ from stage_train.checkpoint import newest_checkpoint
 from stage_train.lock import only_run_in
 from stage_train.loggers import read_metrics
 from tests.cli import ForkServer
-from tests.pipeline.recorder import FILE, batches
 
 ROOT = Path(__file__).resolve().parents[2]
 TIMES = {"tokens_per_s", "wait_share"}
@@ -30,6 +29,23 @@ KILLS = 6
 RECORD_BYTES = 32 + 16 * 12 * 4
 COMMON = ["sae.k=3", "sae.expansion=8", "stream.batch_size=16", "sae.dead_after_tokens=500", "logger.every=10"]
 COMMON += ["checkpoint.every=25", "checkpoint.keep=2", "logger.progress=false", "logger.curves=false"]
+
+# What tests/pipeline/recorder.py writes; it changes the trainer, so the processes that train import it and nobody else.
+FILE = "batches.bin"
+
+
+def batches(folder: Path) -> tuple[list[bytes], int]:
+    """The batches that the weights of a finished run have seen, in order, and how many more were lost to kills."""
+    data, place, seen, lost = (folder / FILE).read_bytes(), 0, [], 0
+    while place < len(data):
+        step, _, _, values = np.frombuffer(data, np.int64, 4, place)
+        end = place + 32 + 4 * int(values)
+        assert end <= len(data)
+        assert step <= len(seen), "a batch was skipped"
+        lost += len(seen) - int(step)
+        seen[int(step) :] = [data[place:end]]
+        place = end
+    return seen, lost
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +56,7 @@ def store(tmp_path_factory: pytest.TempPathFactory, planted_store: Callable[...,
 @pytest.fixture(scope="module")
 def server(store: Store, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForkServer]:
     """Processes that are ready to train, and write down every batch."""
-    modules = ["shared.cli", "stage_train.run", "tests.pipeline.recorder"]
+    modules = ["shared.cli", "stage_train.job", "tests.pipeline.recorder"]
     with ForkServer(tmp_path_factory.mktemp("server"), modules) as server:
         yield server
 

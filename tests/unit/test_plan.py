@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from shared.kernels import sort_pairs
-from shared.kernels.encode_topk import candidates
+from shared.kernels.encode_topk import bounds
 from shared.parallel import World
 from shared.sae import SAE, SAEConfig
 from shared.sae.optimisers import OPTIMISERS
@@ -35,14 +35,14 @@ def test_blocks_have_the_sizes_of_the_real_tensors() -> None:
     order = sort_pairs(indices, f).order_P
     gathered = torch.empty(n * k)[order]
     assert memory.pair_sort(n, k) == order.nbytes + (order // k).nbytes + gathered.nbytes
-    for elements, dtype in ((40 * f, "float32"), (40 * f, "bfloat16"), (1, "float32"), (1 << 30, "float32")):
+    W = torch.randn(f, d)
+    for elements in (40 * f, 1, 1 << 30):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(candidates, "TILE_ELEMENTS", elements)
-            tiles = candidates.RowTiles(x, torch.randn(f, d), torch.zeros(f), dtype)
-            _, tile = next(iter(tiles))
-        assert memory.encode_tile(n, f, elements, tile.element_size()) == tile.nbytes
-        if dtype == "bfloat16":
-            assert memory.rounded_operands(n, f, d) == tiles._x_ND.nbytes + tiles._W_FD.nbytes
+            patch.setattr(bounds, "TILE_ELEMENTS", elements)
+            tile = torch.empty(max(len(rows) for rows in bounds.row_tiles(x, W)), f)
+        assert memory.encode_tile(n, f, elements, 4) == tile.nbytes
+        assert memory.encode_tile(n, f, elements, 2) == tile.bfloat16().nbytes
+    assert memory.rounded_operands(n, f, d) == x.bfloat16().nbytes + W.bfloat16().nbytes
 
 
 @pytest.mark.parametrize("kind", ["adam", "muon", "signum"])
