@@ -151,7 +151,7 @@ class OptimSchema:
     kind: OptimKind = MISSING
 
     lr: float | str = MISSING
-    """Peak learning rate; auto: 2e-4 / sqrt(F / 2^14)."""
+    """Peak learning rate; by_width: 1e-2 sqrt(2048 / F); auto: 2e-4 / sqrt(F / 2^14)."""
     beta1: float | None = MISSING
     """Adam's, and muon's for the vectors; null for signum."""
     beta2: float | None = MISSING

@@ -28,7 +28,7 @@ from stage_train.frozen import FrozenStore, choose_hook
 from stage_train.layouts import make_layout
 from stage_train.loggers import Logger, make_loggers
 from stage_train.resume import check_same_run, identity
-from stage_train.schedule import LatentsPerToken, LearningRate, PenaltyScale, automatic_rate, length_in_steps
+from stage_train.schedule import LatentsPerToken, LearningRate, PenaltyScale, length_in_steps, peak_rate
 from stage_train.spikes import SpikeGuard
 from stage_train.stream import Batch, TokenStream
 from stage_train.stream.length import stream_length
@@ -97,7 +97,7 @@ class Run:
             return length_in_steps(getattr(cfg, name), self.length.steps, f"schedule.{name}")
 
         rate = LearningRate(
-            peak=self._peak_rate(),
+            peak=peak_rate(self.cfg.optim.lr, self.sae_config.d_latent),
             total_steps=self.length.steps,
             warmup_steps=steps("warmup"),
             decay_steps=steps("decay"),
@@ -115,15 +115,6 @@ class Run:
             )
         self.schedules = Schedules(rate, k, PenaltyScale(warmup_steps=steps("penalty_warmup")))
         self.save_every = length_in_steps(self.cfg.checkpoint.every, self.length.steps, "checkpoint.every")
-
-    def _peak_rate(self) -> float:
-        """The number, or what ``auto`` stands for."""
-        lr = self.cfg.optim.lr
-        if lr == "auto":
-            return automatic_rate(self.sae_config.d_latent)
-        if isinstance(lr, str):
-            raise GranaryError(f"optim.lr={lr}: give a number, or auto for 2e-4 / sqrt(F / 2^14)")
-        return lr
 
     def _final_k(self, k_start: int) -> int:
         """Where k ends that begins with `k_start`."""

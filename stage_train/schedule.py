@@ -106,6 +106,25 @@ def automatic_rate(num_latents: int) -> float:
     return 2e-4 / math.sqrt(num_latents / 2**14)
 
 
+def rate_by_width(num_latents: int) -> float:
+    """``1e-2 sqrt(2048 / F)``: that rule through the best rates found at 512 and 2,048 latents (docs/log.md)."""
+    return 1e-2 * math.sqrt(2048 / num_latents)
+
+
+RATES = {"auto": automatic_rate, "by_width": rate_by_width}
+
+
+def peak_rate(lr: float | str, num_latents: int) -> float:
+    """The number, or what a name in RATES stands for. Raises GranaryError for another name."""
+    if isinstance(lr, str):
+        if lr not in RATES:
+            raise GranaryError(
+                f"optim.lr={lr}: give a number, by_width for 1e-2 sqrt(2048 / F), or auto for 2e-4 / sqrt(F / 2^14)"
+            )
+        return RATES[lr](num_latents)
+    return lr
+
+
 def length_in_steps(value: int | float, total_steps: int, key: str) -> int:
     """A whole number is steps, a fraction (up to 1.0) is a share of the run. Raises GranaryError naming `key`."""
     if value < 0:

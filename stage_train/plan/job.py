@@ -26,7 +26,7 @@ from stage_train.layouts.share import latent_parts, latents_per_rank
 from stage_train.plan.config import PlanSchema
 from stage_train.plan.memory import total_bytes
 from stage_train.run import optimiser_options
-from stage_train.schedule import automatic_rate, length_in_steps
+from stage_train.schedule import length_in_steps, peak_rate
 from stage_train.stream import StreamOrder, TrainingData
 from stage_train.stream.length import stream_length
 from stage_train.stream.permutation import lanes_per_rank
@@ -282,9 +282,7 @@ def _state_bytes(cfg: TrainSchema, config: SAEConfig, held: int) -> tuple[int, i
     """Weights with buffers, moments, and averages of a rank."""
     with torch.device("meta"):
         sae = SAE(config, kernels=cfg.compute.kernels, compute_dtype=cfg.compute.dtype, num_latents=held)
-    lr = automatic_rate(config.d_latent) if cfg.optim.lr == "auto" else cfg.optim.lr
-    if isinstance(lr, str):
-        raise GranaryError(f"optim.lr={lr}: give a number, or auto for 2e-4 / sqrt(F / 2^14)")
+    lr = peak_rate(cfg.optim.lr, config.d_latent)
     optimiser = OPTIMISERS[cfg.optim.kind.value](sae, lr, **optimiser_options(cfg.optim))
     average = {}
     if cfg.optim.ema_decay is not None:

@@ -6,7 +6,7 @@ import math
 import pytest
 
 from shared.errors import GranaryError
-from stage_train.schedule import LatentsPerToken, LearningRate, PenaltyScale, automatic_rate, length_in_steps
+from stage_train.schedule import LatentsPerToken, LearningRate, PenaltyScale, automatic_rate, length_in_steps, peak_rate
 
 
 def rates(total: int, warmup: int, decay: int, shape: str = "linear", final: float = 0.0) -> list[float]:
@@ -90,6 +90,14 @@ def test_k_that_would_rise_is_refused() -> None:
 def test_penalty_rises_to_one() -> None:
     assert [PenaltyScale(warmup_steps=4).at(step) for step in range(6)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
     assert PenaltyScale(warmup_steps=0).at(0) == 1.0
+
+
+def test_rates_by_name() -> None:
+    assert peak_rate(3e-3, 77) == 3e-3
+    assert peak_rate("auto", 2**16) == 1e-4
+    assert [peak_rate("by_width", latents) for latents in (512, 2048, 8192)] == [2e-2, 1e-2, 5e-3]
+    with pytest.raises(GranaryError, match=r"optim\.lr=fast: give a number, by_width for"):
+        peak_rate("fast", 2048)
 
 
 def test_automatic_rate() -> None:
