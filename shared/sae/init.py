@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 SEARCH_TOKENS = 1024
 # Norms of decoder and encoder rows that norm_search tries first (Language-Model-SAEs).
 NORMS = [round(0.1 * step, 1) for step in range(1, 51)]
+# TopK and BatchTopK begin longer than fits best: fewer latents die, at the same FVU (docs/log.md, 2026-11-24).
+OVERSHOOT = 1.25
 # Scales of JumpReLU's encoder, from where nothing reaches the thresholds to where all does.
 SCALES = [0.01 * 1.25**step for step in range(28)]
 
@@ -168,7 +170,7 @@ def set_scale(sae: "SAE", sample_MD: torch.Tensor) -> None:
         decoded_with(scale, 1.0)
     else:
         scale = encoder_scale(wanted_MD, decoded_with(1.0, 1.0), weight_D)
-        decoded_with(scale, 1.0)
+        decoded_with(scale * OVERSHOOT if sae.activation.fixes_l0 else scale, 1.0)
 
 
 def _set_threshold(sae: "SAE", sample_MD: torch.Tensor) -> None:
