@@ -72,7 +72,8 @@ class SAEConfig:
     """What b_dec starts at: zero, mean or geometric_median of a sample."""
     encoder_init: str = "scaled"
     """transpose: the decoder's transpose as it is; scaled: times the factor that minimises the loss on a sample
-    (topk and batchtopk: times 1.25 beyond it); norm_search: rows of decoder and encoder alike get the norm that does (Language-Model-SAEs)."""
+    (topk and batchtopk: 1.25 times that); norm_search: rows of decoder and encoder alike get the norm that does
+    (Language-Model-SAEs)."""
     init_subspace: int | None = None
     """Decoder rows start within the span of this many principal directions of the sample; null: anywhere."""
 

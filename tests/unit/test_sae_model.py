@@ -7,7 +7,7 @@ import torch
 
 from shared.errors import GranaryError
 from shared.sae import SAE, SAEConfig, SparseLatents
-from shared.sae.init import encoder_scale, geometric_median
+from shared.sae.init import OVERSHOOT, encoder_scale, geometric_median
 
 
 def data(n=300, d=10, seed=0):
@@ -135,7 +135,10 @@ def test_initialise_lowers_the_loss_and_keeps_rows_unit():
     norms = sae.W_dec.norm(dim=1)
     torch.testing.assert_close(norms, torch.ones_like(norms))
     torch.testing.assert_close(sae.W_enc / sae.W_enc.norm(dim=1, keepdim=True), sae.W_dec)
+    with torch.no_grad():
+        sae.W_enc.div_(OVERSHOOT)
     best = float(sae.losses(x[:1000]).reconstruction)
+    assert best < 1
     for factor in (0.9, 1.1):
         with torch.no_grad():
             sae.W_enc.mul_(factor)

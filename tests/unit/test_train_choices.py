@@ -148,7 +148,7 @@ def test_warmups_of_zero_steps(jobs: Jobs) -> None:
 @pytest.mark.parametrize(
     ("overrides", "reason"),
     [
-        (["optim.lr=fast"], "optim.lr=fast: give a number, or auto"),
+        (["optim.lr=fast"], "optim.lr=fast: give a number, by_width for"),
         (["sae=relu", "sae.k=null", "schedule.k_start=9"], "schedule.k_start=9 with sae.activation=relu: it has no k"),
         (["schedule.k_start=97"], "schedule.k_start=97 is more than the 96 latents"),
         (["schedule.k_start=2"], "schedule.k_start=2 is less than sae.k=3"),
