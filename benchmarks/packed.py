@@ -6,7 +6,7 @@
 Both ways train the same SAEs (d_model 256; k 8 to 64, expansion 2 and 4) from the same configurations, each way in a
 process of its own, in turn. Seconds are those from the first configuration to the last exported SAE, imports left out;
 bytes are those the process asked the system to read meanwhile. The slow disk is this one with its reads delayed to
-30 MB/s, about a sixteenth of a 4 Gbit/s link that sixteen jobs share. The last line is one JSON object.
+30 MB/s, one job's share where sixteen read through a link of 4 Gbit/s. The last line is one JSON object.
 """
 
 import argparse
