@@ -83,6 +83,7 @@ class Job:
         """
         self._announce()
         learning = [run for run in self.runs if not run.is_trained]
+        unfinished = [run for run in self.runs if not run.is_complete]  # as of now: a folder may hold an older export
         with ExitStack() as stack:
             end = max(run.length.end for run in self.runs)
             stream = stack.enter_context(closing(self.feed.open_stream(self.runs[0].layout, end)))
@@ -99,8 +100,8 @@ class Job:
         if stopped is not None:
             self._tell_stopped(stopped)
             sys.exit(0)
-        for run in self.runs:
-            if run not in self.failed and not run.is_complete:
+        for run in unfinished:
+            if run not in self.failed:
                 run.finish()
         if self.failed:
             self._tell_failed()

@@ -182,6 +182,18 @@ def test_resume_never_and_must(train: Train) -> None:
     assert_same_weights(train("a", "sae.k=2"), train("b", "sae.k=2"))
 
 
+def test_an_older_export_in_the_folder_is_replaced(train: Train) -> None:
+    """Of a run that is discarded, and of one that was exported on its way."""
+    train("a", "seed=1")
+    train("a", "checkpoint.resume=never")
+    assert_same_weights(train("straight"), train("a"))
+    out = train("b", stop_after=13)
+    newest = newest_checkpoint(out / "checkpoints")
+    assert newest is not None
+    export(newest, out)
+    assert_same_weights(train("straight"), train("b"))
+
+
 def test_a_store_that_grows_does_not_change_a_run(train: Train, tmp_path: Path) -> None:
     """Training begins on a store half made, and keeps to what it saw then."""
     whole, store = Store.open(tmp_path / "store"), tmp_path / "store"
