@@ -4,6 +4,7 @@ An extent is a run of whole shards with a plan of its own. Its records are the c
 first, and the token record, put when all its tokens, masks and segments are written.
 """
 
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,11 +21,13 @@ from shared.store.integrity import object_sha256
 from shared.store.layout import StorePlan
 from shared.store.manifest import seal, unseal
 from shared.store.metadata import metadata_documents
-from shared.store.objectio import ObjectIO
+from shared.store.objectio import BusyObjectError, ObjectIO
 from shared.store.reader import TOKEN_TYPES
 from shared.store.shard import encode_chunks, encode_index
 
 TOKEN_THREADS = 4
+# How long a small object that another process is writing is waited for.
+BUSY_SECONDS = 10.0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -147,9 +150,20 @@ def write_token_object(io: ObjectIO, plan: StorePlan, name: str, shard: int, row
 
 
 def put_same(io: ObjectIO, key: str, data: bytes, *, replace: bool = False) -> None:
-    """Put a small object; where the key is taken it must hold these very bytes."""
-    if io.put(key, [data], replace=replace):
-        return
+    """Put a small object; where the key is taken it must hold these very bytes.
+
+    Where another process is writing it, and so the same, waits for that: two that refused each other would both end.
+    """
+    deadline = time.monotonic() + BUSY_SECONDS
+    while True:
+        try:
+            if io.put(key, [data], replace=replace):
+                return
+            break
+        except BusyObjectError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.02)
     size = io.size(key)
     if size != len(data) or object_sha256(io, key, size) != sha256(data).hexdigest():
         raise GranaryError(

@@ -96,6 +96,10 @@ def open_io(url: str | os.PathLike[str]) -> ObjectIO:
     return RemoteIO(FsspecClient(text))
 
 
+class BusyObjectError(GranaryError):
+    """Another live process is writing the object."""
+
+
 class LocalIO:
     """A folder."""
 
@@ -296,7 +300,7 @@ def _publish(temp: Path, final: Path, replace: bool) -> bool:
 
 
 def _open_exclusively(temp: Path, key: str) -> int:
-    """Open the one temporary file of a key, empty; raises GranaryError while another live writer has it.
+    """Open the one temporary file of a key, empty; raises BusyObjectError while another live writer has it.
 
     The name is fixed and the claim is a file lock, which the kernel drops with its process: what a killed writer left
     is taken over by the next one, and two writers can't mix their bytes.
@@ -305,7 +309,7 @@ def _open_exclusively(temp: Path, key: str) -> int:
         fd = os.open(temp, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         if not _lock(fd):
             os.close(fd)
-            raise GranaryError(
+            raise BusyObjectError(
                 f"another process is writing {key} of this store: let it finish or stop it, then run this again"
             )
         status = os.fstat(fd)

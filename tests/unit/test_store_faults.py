@@ -1,12 +1,14 @@
 """What can go wrong with a store, and that none of it passes unseen."""
 
 import errno
+import fcntl
 import multiprocessing
 import os
 import random
 import resource
 import shutil
 import subprocess
+import threading
 import time
 from pathlib import Path
 
@@ -15,7 +17,7 @@ import pytest
 import torch
 
 from shared.errors import GranaryError
-from shared.store import DamagedObjectError, Store
+from shared.store import DamagedObjectError, Store, extent
 from shared.store.objectio import LocalIO
 from shared.store.synthetic import synthetic_plan, synthetic_shard, synthetic_store, synthetic_tokens
 from shared.store.verify import drop_incomplete, verify
@@ -381,6 +383,24 @@ def test_sigkill_leaves_no_wrong_shard_and_rerunning_completes_it_byte_for_byte(
 def test_sigkill_at_random_points(tmp_path, harvest, finished, attempt):
     share = random.Random(attempt).uniform(0, 1.2)
     kill_and_check(tmp_path / "store", harvest, finished, *KINDS[attempt % 3], share)
+
+
+def test_a_token_object_that_another_process_is_writing_is_waited_for(tmp_path, monkeypatch):
+    """Two harvests that begin at once met each other's locks, and both ended."""
+    temp = tmp_path / "store/tokens/c/0/.0.tmp"
+    temp.parent.mkdir(parents=True)
+    plan = synthetic_plan()
+    with temp.open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        monkeypatch.setattr(extent, "BUSY_SECONDS", 0.1)
+        with pytest.raises(GranaryError, match=r"another process is writing tokens/c/0/0"):
+            Store.create(tmp_path / "store", plan, *synthetic_tokens(plan))
+        monkeypatch.undo()
+        release = threading.Timer(0.3, fcntl.flock, (held, fcntl.LOCK_UN))
+        release.start()
+        store = Store.create(tmp_path / "store", plan, *synthetic_tokens(plan))
+        release.join()
+    assert len(store.pending()) == store.num_shards
 
 
 def test_two_harvests_of_one_store_leave_nothing_wrong_and_one_more_run_completes_it(tmp_path, harvest, finished):
