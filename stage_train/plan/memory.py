@@ -72,13 +72,13 @@ def auxk_block(num_rows: int, dead: int, elements: int) -> int:
     return FLOAT * min(num_rows * dead, max(elements, dead))
 
 
-def threshold_pairs(pairs: int) -> int:
-    """Selecting by threshold, at its peak: 84 bytes per pair that passes.
+def threshold_pairs(pairs: int, *, by_bounds: bool = False) -> int:
+    """Selecting by threshold, at its peak: 84 bytes per pair that passes, or 128.
 
     Tiles' rows, latents, values and nonzero's pair (28), joined (20), slots (8); then padded indices, values, the order
-    of the last sort and what is gathered along it (28).
+    of the last sort and what is gathered along it (28). `by_bounds` rows come in another order: a first sort (44).
     """
-    return 84 * pairs
+    return (84 + 44 * by_bounds) * pairs
 
 
 def tile_pairs(num_rows: int, latents: int, elements: int) -> tuple[int, float]:

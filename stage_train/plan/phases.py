@@ -116,6 +116,11 @@ def pool(job: PlannedRun) -> list[Block]:
     return [Block("stream: contexts being mixed and read ahead", slots), Block("stream: rows on their way", staged)]
 
 
+def bounded(elements: int) -> bool:
+    """Whether this machine, as a CPU, picks float32's latents by a bfloat16 product from weights of that many."""
+    return FAST_BFLOAT16 and elements >= SMALLEST_WEIGHT
+
+
 def encode(job: PlannedRun, num_rows: int) -> list[Block]:
     """Workspace of the encoder's product and selection."""
     if not job.sparse:
@@ -128,8 +133,7 @@ def encode(job: PlannedRun, num_rows: int) -> list[Block]:
         capacity = 1 << (job.width + TRITON_BLOCK - 1).bit_length()
         keys = memory.candidate_buffer(num_rows, capacity)
         return [*blocks, Block("encode: workspace", TRITON_WORKSPACE), Block("encode: candidates", keys)]
-    large = job.computed_latents * job.d_model >= SMALLEST_WEIGHT
-    by_bounds = FAST_BFLOAT16 and large and not job.half_compute  # float32's picks by a bfloat16 product
+    by_bounds = bounded(job.computed_latents * job.d_model) and not job.half_compute
     itemsize = 2 if job.half_compute or by_bounds else 4
     tile = memory.encode_tile(num_rows, job.computed_latents, TILE_ELEMENTS, itemsize)
     blocks.append(Block("encode: tiles", tile, 2))
@@ -259,7 +263,8 @@ def start(job: PlannedRun) -> list[Block]:
         blocks.append(Block("pairs of a tile", *memory.tile_pairs(sample, job.all_latents, TILE_ELEMENTS)))
     if job.activation != "topk":
         pairs = sample * (job.width if job.sparse else job.all_latents // 2)
-        blocks.append(Block("selection", memory.threshold_pairs(pairs)))
+        unordered = not job.sparse and bounded(job.all_latents * job.d_model)
+        blocks.append(Block("selection", memory.threshold_pairs(pairs, by_bounds=unordered)))
     return blocks
 
 
