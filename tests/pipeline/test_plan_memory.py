@@ -48,7 +48,8 @@ FULL = {
     "matryoshka": ["sae=matryoshka", "sae.activation=topk", "sae.d_latent=32768"],
     "weight average": ["sae.d_latent=32768", "optim.ema_decay=0.99"],
     "bfloat16 moments": ["sae.d_latent=32768", "optim.moments=bfloat16"],
-    "muon": ["optim=muon", "sae.d_latent=32768"],
+    # Its long updates outlast the saves that others overlap with: whether the peaks meet would be chance.
+    "muon": ["optim=muon", "sae.d_latent=32768", "checkpoint.every=0"],
     "signum": ["optim=signum", "sae.d_latent=32768"],
     "batchtopk": ["sae=batchtopk", "sae.d_latent=32768"],
     "relu": ["sae=relu", "sae.d_latent=16384", "stream.batch_size=1024"],
