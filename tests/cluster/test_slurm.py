@@ -24,7 +24,7 @@ TINY = ["debug=tiny_harvest", "device.threads=1"]
 # Slow enough to be interrupted, fast enough to wait for.
 SLOW = ["debug=tiny_harvest", "device.threads=1", "name=slow", "corpus.contexts=160", "packing.seq_len=1024"]
 # More than a minute of work.
-LONG = ["debug=tiny_harvest", "device.threads=1", "name=long", "corpus.contexts=1000", "packing.seq_len=1024",
+LONG = ["debug=tiny_harvest", "device.threads=1", "name=long", "corpus.contexts=2500", "packing.seq_len=1024",
         "store.shard_contexts=16"]  # fmt: skip
 LONG_TRAINING = [
     "name=debug",
