@@ -199,7 +199,7 @@ class Job:
                 try:
                     batch = next(stream)
                 except StoppedWaiting:
-                    self._wait_for_saves(learning)  # of the end of the last block: nothing has happened since
+                    self._wait_for_saves()  # of the end of the last block: nothing has happened since
                     return stop.received
                 turn = [run for run in learning if run.step == number]
                 for run in turn:
@@ -215,11 +215,11 @@ class Job:
                     if run not in self.failed and (halt or passed or run.wants_save()):
                         self._guarded(run, run.save)
                 if passed:
-                    self._wait_for_saves(learning)
+                    self._wait_for_saves()
                     self._release(stream)
                 learning = [run for run in learning if not run.is_trained and run not in self.failed]
                 if halt and learning:
-                    self._wait_for_saves(self.runs)
+                    self._wait_for_saves()
                     return stop.received or "a signal to another process"
             return None
 
@@ -234,8 +234,9 @@ class Job:
             log.warning("%s%s", self._prefix(run), error)
             return None
 
-    def _wait_for_saves(self, runs: Sequence[Run]) -> None:
-        for run in runs:
+    def _wait_for_saves(self) -> None:
+        """Also of runs that have ended: what is pending anywhere is on disk then."""
+        for run in self.runs:
             run.checkpoints.wait()
 
     def _release(self, stream: TokenStream) -> None:

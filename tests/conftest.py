@@ -1,7 +1,7 @@
 """Fixtures every test may use."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +19,21 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 @pytest.fixture(autouse=True, scope="session")
 def _one_seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module")
+def train_configs() -> Iterator[None]:
+    """``hydra.compose("train", ...)`` works in this module."""
+    # Imported here: the kernels are tested on machines without Hydra too.
+    from hydra import initialize_config_module
+    from hydra.core.global_hydra import GlobalHydra
+
+    from stage_train import config
+
+    config.register()
+    with initialize_config_module("conf", version_base="1.3"):
+        yield
+    GlobalHydra.instance().clear()
 
 
 @pytest.fixture(scope="session")

@@ -17,7 +17,9 @@ from shared.store import DamagedObjectError, Store
 from stage_train.loggers import read_metrics
 from stage_train.stream import Source, StreamOrder, TokenStream, TrainingData
 from stage_train.stream.sample import sample_tokens
-from tests.unit.test_train_run import _hydra, train  # noqa: F401
+from tests.unit.test_train_run import train  # noqa: F401
+
+pytestmark = pytest.mark.usefixtures("train_configs")
 
 HOOKS = {"layers.0.resid_post": (2, torch.float32)}
 NAME = next(iter(HOOKS))

@@ -2,24 +2,24 @@
 
 import importlib.util
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from hydra import compose, initialize_config_module
-from hydra.core.global_hydra import GlobalHydra
+from hydra import compose
 from omegaconf import OmegaConf
 
 from shared.errors import GranaryError
 from shared.parallel import World
 from shared.sae import SAE
 from shared.store import Store
-from stage_train import config
 from stage_train.job import Job
 from stage_train.loggers import read_metrics
 from stage_train.trainer import Trainer
+
+pytestmark = pytest.mark.usefixtures("train_configs")
 
 WORLD = World(0, 1, 0, torch.device("cpu"))
 FIXED = ["sae.k=3", "sae.expansion=8", "stream.batch_size=16", "stream.lanes=4", "schedule.tokens=320"]
@@ -38,14 +38,6 @@ CHOICES = {
 }
 if importlib.util.find_spec("bitsandbytes") is not None:
     CHOICES["adam8bit"] = ["optim=adam8bit", "sae.d_latent=256"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _hydra() -> Iterator[None]:
-    config.register()
-    with initialize_config_module("conf", version_base="1.3"):
-        yield
-    GlobalHydra.instance().clear()
 
 
 class Jobs:

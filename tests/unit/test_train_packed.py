@@ -3,25 +3,25 @@
 import os
 import signal
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from hydra import compose, initialize_config_module
-from hydra.core.global_hydra import GlobalHydra
+from hydra import compose
 from omegaconf import OmegaConf
 
 from shared.errors import GranaryError
 from shared.parallel import World
 from shared.sae import SAE, load_provenance
 from shared.store import Store
-from stage_train import config
 from stage_train.checkpoint import newest_checkpoint
 from stage_train.job import Job
 from stage_train.loggers import read_metrics
 from stage_train.trainer import Trainer
+
+pytestmark = pytest.mark.usefixtures("train_configs")
 
 HOOKS = ("layers.1.resid_post", "layers.2.resid_post")
 WORLD = World(0, 1, 0, torch.device("cpu"))
@@ -69,14 +69,6 @@ class Folder:
             for name in (one, two)
         ]
         assert lines[0] == lines[1]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _hydra() -> Iterator[None]:
-    config.register()
-    with initialize_config_module("conf", version_base="1.3"):
-        yield
-    GlobalHydra.instance().clear()
 
 
 @pytest.fixture

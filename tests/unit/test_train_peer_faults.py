@@ -9,7 +9,7 @@ depend on the micro-batch, reductions per micro-batch, dead counts of one rank (
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,18 +26,12 @@ from stage_train import config
 from stage_train.job import Job
 from stage_train.resume import identity
 
+pytestmark = pytest.mark.usefixtures("train_configs")
+
 WORLD = World(0, 1, 0, torch.device("cpu"))
 SMALL = ["sae.k=3", "sae.expansion=8", "stream.batch_size=16", "stream.lanes=4", "schedule.tokens=160"]
 SMALL += ["logger.progress=false", "logger.curves=false", "logger.every=5", "checkpoint.every=0"]
 SMALL += ["sae.dead_after_tokens=20", "optim.lr=3e-3"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _hydra() -> Iterator[None]:
-    config.register()
-    with initialize_config_module("conf", version_base="1.3"):
-        yield
-    GlobalHydra.instance().clear()
 
 
 @pytest.fixture(scope="module")

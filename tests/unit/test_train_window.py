@@ -14,7 +14,9 @@ from shared.store import Store
 from shared.store.capacity import shard_bytes
 from shared.store.synthetic import synthetic_plan, synthetic_shard, synthetic_tokens
 from stage_train.loggers import read_metrics
-from tests.unit.test_train_run import _hydra, assert_same_weights, train  # noqa: F401
+from tests.unit.test_train_run import assert_same_weights, train  # noqa: F401
+
+pytestmark = pytest.mark.usefixtures("train_configs")
 
 Train = Callable[..., Path]
 SETTINGS = ("schedule.tokens=null", "schedule.epochs=1", "logger.every=1", "stream.mix_contexts=2")
