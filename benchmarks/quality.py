@@ -3,10 +3,11 @@
     python benchmarks/quality.py [--quick] [--peers-python .venv-peers/bin/python] [--model bundled|stories260K ...]
 
 Each seed: this project trains by its own command line at its defaults; the batches it saw are then dumped in that
-order, and every peer trains on them, at its defaults and over a grid of learning rates (first seed; the best rate then
-on all seeds). All are scored by one formula on the same held-out tokens. The held-out contexts are cut in two: the
-rate is chosen on the first half (validation), every figure of the table is of the second (test). Activations are real:
-the bundled LLaMA on the standard library, and stories260K on TinyStories where ``../shared/realdata`` exists.
+order, and every peer trains on them, at its defaults and over a grid of learning rates and two schedules (first seed;
+the best then on all seeds). All are scored by one formula on the same held-out tokens. The held-out contexts are cut
+in two: the peers' settings are chosen on the first half (validation), every figure of the table is of the second
+(test). Activations are real: the bundled LLaMA on the standard library, and stories260K on TinyStories where
+``../shared/realdata`` exists.
 
 With --work a run that was stopped goes on: a finished row is kept where its configuration is the same. After a change
 of code, empty that folder.
@@ -27,7 +28,7 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
-from quality_peers import CONTENDERS, DECAY, WARMUP, score_halves
+from quality_peers import CONTENDERS, score_halves
 
 from shared.parallel import World
 from shared.sae import SAE
@@ -37,8 +38,11 @@ from stage_train.stream import StreamOrder, TokenStream, TrainingData
 
 ROOT = Path(__file__).resolve().parent.parent
 REALDATA = Path(os.environ.get("GRANARY_REALDATA", ROOT.parent / "shared" / "realdata"))
-# Rates that every peer is tried at, and the next one beyond whichever is better.
-PEER_RATES = {3e-3: 1e-3, 1e-2: 2e-2}
+# Rates for the peers: the middle two are tried, then the neighbours of the best until they are worse.
+RATES = (3e-4, 1e-3, 3e-3, 1e-2, 2e-2, 4e-2, 8e-2)
+MIDDLE = slice(2, 4)
+# Shares of their runs for warm-up and decay; the second are our own defaults.
+LENGTHS = ((0.2, 0.2), (0.1, 0.4))
 SEEDS = (0, 1, 2)
 HALVES = ("validation", "test")
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -113,7 +117,7 @@ class Bench:
             halves = [torch.from_numpy(np.load(self.folder / f"{half}.npy")) for half in HALVES]
             return {**score_halves(reconstruct, *halves, 2048), "seconds": seconds}
 
-        self.row("granary", None, seed, job, train)
+        self.row("granary", None, None, seed, job, train)
 
     def dump_heldout(self) -> None:
         """Held-out trainable tokens, float32 [n, d_model]: of the first half of the contexts, and of the second."""
@@ -158,14 +162,14 @@ class Bench:
         aside.rename(path)
         return path
 
-    def peer(self, provider: str, lr: float | None, seed: int) -> dict[str, Any]:
+    def peer(self, provider: str, lr: float | None, lengths: tuple[float, float], seed: int) -> dict[str, Any]:
         """Train a peer in its own process and environment."""
         width = np.load(self.folder / "test.npy", mmap_mode="r").shape[1]
-        result = self.folder / f"{provider}-{seed}-{lr}.out"
+        result = self.folder / f"{provider}-{seed}-{lr}-{lengths[0]}.out"
         job = {
             "provider": provider, "lr": lr, "seed": seed, "k": self.settings["k"], "threads": self.options.threads,
             "d_latent": self.settings["expansion"] * width, "tokens": self.options.tokens,
-            "warmup": WARMUP, "decay": DECAY,
+            "warmup": lengths[0], "decay": lengths[1],
             "heldout": [str(self.folder / f"{half}.npy") for half in HALVES], "out": str(result),
         }  # fmt: skip
 
@@ -176,28 +180,34 @@ class Bench:
             run([self.options.peers_python, str(ROOT / "benchmarks" / "quality_peers.py"), str(path)], self.log)
             return json.loads(result.read_text())
 
-        return self.row(provider, lr, seed, job, train)
+        return self.row(provider, lr, lengths, seed, job, train)
 
     def row(
-        self, provider: str, lr: float | None, seed: int, job: dict[str, Any], train: Callable[[], dict[str, float]]
+        self,
+        provider: str,
+        lr: float | None,
+        lengths: tuple[float, float] | None,
+        seed: int,
+        job: dict[str, Any],
+        train: Callable[[], dict[str, float]],
     ) -> dict[str, Any]:
         """The row of an earlier run of the same `job`, or that of a new one."""
-        path = self.folder / f"{provider}-{seed}-{lr}.json"
+        path = self.folder / f"{provider}-{seed}-{lr}-{lengths and lengths[0]}.json"
         kept = json.loads(path.read_text()) if path.exists() else {}
         if kept.get("job") != job:
             kept = {"job": job, "result": train()}
             path.write_text(json.dumps(kept))
-        return self.add(provider, lr, seed, kept["result"])
+        recipe: dict[str, Any] = {"lr": "default", "warmup": "default", "decay": "default"}
+        if lr is not None and lengths is not None:
+            recipe = {"lr": lr, "warmup": lengths[0], "decay": lengths[1]}
+        return self.add({"model": self.name, "provider": provider, **recipe, "seed": seed, **kept["result"]})
 
-    def add(self, provider: str, lr: float | None, seed: int, result: dict[str, float]) -> dict[str, Any]:
+    def add(self, row: dict[str, Any]) -> dict[str, Any]:
         """Keep and print one row."""
-        row = {"model": self.name, "provider": provider, "lr": "default" if lr is None else lr, "seed": seed, **result}
         self.results.append(row)
-        print(
-            f"{self.name:12} {provider:20} lr {row['lr']!s:8} seed {seed}  FVU {row['fvu']:.4f}  dead {row['dead']:.2%}"
-            f"  {row['seconds']:.0f} s",
-            flush=True,
-        )
+        told = f"lr {row['lr']!s:8} warm-up {row['warmup']!s:8} seed {row['seed']}"
+        scores = f"FVU {row['fvu']:.4f}  dead {row['dead']:.2%}  {row['seconds']:.0f} s"
+        print(f"{row['model']:12} {row['provider']:20} {told}  {scores}", flush=True)
         return row
 
     def execute(self) -> None:
@@ -206,36 +216,51 @@ class Bench:
         self.dump_heldout()
         for seed in self.options.seeds:
             self.ours(seed)
-        if self.options.rates:
-            best = {provider: self.best_rate(provider, self.options.seeds[0]) for provider in CONTENDERS}
-            for provider, lr in best.items():
+        if not self.options.quick:
+            best = {provider: self.best(provider, self.options.seeds[0]) for provider in CONTENDERS}
+            for provider, (lr, lengths) in best.items():
                 for seed in self.options.seeds[1:]:
-                    self.peer(provider, lr, seed)
+                    self.peer(provider, lr, lengths, seed)
         for provider in CONTENDERS:
             for seed in self.options.seeds:
-                self.peer(provider, None, seed)
+                self.peer(provider, None, LENGTHS[0], seed)
         for seed in self.options.seeds:
             self.training_tokens(seed).unlink(missing_ok=True)
 
-    def best_rate(self, provider: str, seed: int) -> float:
-        """The rate with the least FVU on the validation tokens."""
-        tried = {lr: self.peer(provider, lr, seed)["validation_fvu"] for lr in self.options.rates}
-        beyond = self.options.rates[min(tried, key=lambda lr: tried[lr])]
-        tried[beyond] = self.peer(provider, beyond, seed)["validation_fvu"]
-        return min(tried, key=lambda lr: tried[lr])
+    def best(self, provider: str, seed: int) -> tuple[float, tuple[float, float]]:
+        """The rate and the lengths of warm-up and decay with the least FVU on the validation tokens."""
+        found: dict[tuple[float, tuple[float, float]], float] = {}
+        for lengths in LENGTHS:
+            tried: dict[float, float] = {}
+            wanted = list(RATES[MIDDLE])
+            while wanted:
+                tried |= {lr: self.peer(provider, lr, lengths, seed)["validation_fvu"] for lr in wanted}
+                around = RATES.index(min(tried, key=lambda lr: tried[lr]))
+                wanted = [lr for lr in RATES[max(around - 1, 0) : around + 2] if lr not in tried]
+            found |= {(lr, lengths): fvu for lr, fvu in tried.items()}
+        return min(found, key=lambda settings: found[settings])
+
+
+def groups(rows: list[dict[str, Any]]) -> dict[tuple[Any, ...], list[dict[str, Any]]]:
+    """Rows that differ by the seed alone, under their model, trainer, rate, warm-up and decay."""
+    found: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for row in rows:
+        found.setdefault(tuple(row[name] for name in ("model", "provider", "lr", "warmup", "decay")), []).append(row)
+    return found
 
 
 def table(rows: list[dict[str, Any]]) -> list[str]:
     """Markdown: mean and range over seeds of each model, provider and rate."""
-    lines = ["| model | trainer | lr | seeds | FVU mean (range) | dead mean (range) |", "|---|---|---|---|---|---|"]
-    keys = dict.fromkeys((r["model"], r["provider"], r["lr"]) for r in rows)
-    for key in keys:
-        mine = [r for r in rows if (r["model"], r["provider"], r["lr"]) == key]
+    lines = [
+        "| model | trainer | lr | warm-up | decay | seeds | FVU mean (range) | dead mean (range) |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for key, mine in groups(rows).items():
         cells = []
         for name, form in (("fvu", ".4f"), ("dead", ".2%")):
             values = [r[name] for r in mine]
             cells.append(f"{mean(values):{form}} ({min(values):{form}} to {max(values):{form}})")
-        lines.append(f"| {key[0]} | {key[1]} | {key[2]} | {len(mine)} | {' | '.join(cells)} |")
+        lines.append(f"| {' | '.join(map(str, key))} | {len(mine)} | {' | '.join(cells)} |")
     return lines
 
 
@@ -243,17 +268,15 @@ def ratios(rows: list[dict[str, Any]], models: list[str], seeds: int) -> dict[st
     """Our FVU over the best peer's (below 1: ours is lower), both means over all seeds."""
     found: dict[str, Any] = {}
     for model in models:
-        means: dict[tuple[str, Any], float] = {}
-        dead: dict[tuple[str, Any], float] = {}
-        for key in {(r["provider"], r["lr"]) for r in rows if r["model"] == model}:
-            mine = [r for r in rows if r["model"] == model and (r["provider"], r["lr"]) == key]
+        means: dict[tuple[Any, ...], float] = {}
+        dead: dict[tuple[Any, ...], float] = {}
+        for key, mine in groups([r for r in rows if r["model"] == model]).items():
             if len(mine) == seeds:
                 means[key], dead[key] = mean(r["fvu"] for r in mine), mean(r["dead"] for r in mine)
-        ours = ("granary", "default")
-        peers = [key for key in means if key[0] != "granary"]
-        best = min(peers, key=lambda key: means[key])
+        ours = next(key for key in means if key[1] == "granary")
+        best = min((key for key in means if key != ours), key=lambda key: means[key])
         found[model] = {
-            "fvu": round(means[ours], 5), "best_peer": list(best), "best_peer_fvu": round(means[best], 5),
+            "fvu": round(means[ours], 5), "best_peer": list(best[1:]), "best_peer_fvu": round(means[best], 5),
             "fvu_over_best_peer": round(means[ours] / means[best], 4),
             "dead": round(dead[ours], 5), "best_peer_dead": round(dead[best], 5),
         }  # fmt: skip
@@ -273,10 +296,10 @@ def main() -> None:
     options = parser.parse_args()
     if not Path(options.peers_python).exists():
         sys.exit(f"{options.peers_python} is not there: run `make setup-peers`, or name one with --peers-python")
-    options.rates, options.heldout = PEER_RATES, 100_000
+    options.heldout = 100_000
     models = options.model or [m for m in SETTINGS if m == "bundled" or REALDATA.exists()]
     if options.quick:
-        options.seeds, options.rates, options.tokens, options.heldout = (0,), {}, 120_000, 20_000
+        options.seeds, options.tokens, options.heldout = (0,), 120_000, 20_000
         models = models[:1]
     with tempfile.TemporaryDirectory() as temporary:
         options.work = options.work or temporary

@@ -2,12 +2,14 @@
 
     .venv-peers/bin/python benchmarks/quality_peers.py JOB.json
 
-JOB.json: provider, lr (null: the peer's own recipe), seed, threads, k, d_latent, batch_size, out, train, heldout
-(validation and test; ``.npy``, float32, [tokens, d_model], in training order). Imports torch, numpy and the peer alone.
+JOB.json: provider, lr (null: the peer's own recipe), warmup, decay, seed, threads, k, d_latent, batch_size, out,
+train, heldout (validation and test; ``.npy``, float32, [tokens, d_model], in training order). Imports torch, numpy
+and the peer alone.
 
-At lr null the peer's optimiser, rate and schedule are its own, with the warm-up cut to 20 % of the run where it would
-not end; at a given lr every peer uses Adam with this project's schedule: 20 % of warm-up, 20 % of linear decay. Inputs
-are scaled to mean norm sqrt(d_model) for all. Shape letters: N tokens, D d_model, F latents.
+At lr null the peer's optimiser, rate and schedule are its own, with the warm-up cut to the share `warmup` of the run
+where it would not end; at a given lr every peer uses Adam, warmed up over the share `warmup` and decayed linearly,
+which all of them offer, over the share `decay`. Inputs are scaled to mean norm sqrt(d_model) for all. Shape letters:
+N tokens, D d_model, F latents.
 """
 
 import json
@@ -20,8 +22,6 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-
-WARMUP, DECAY = 0.2, 0.2
 
 
 class Contender(Protocol):
@@ -37,10 +37,9 @@ class Contender(Protocol):
         """Reconstruction [N, D] and which latents fired, bool [F]."""
 
 
-def rate(number: int, steps: int) -> float:
+def rate(number: int, steps: int, warmup: int, decay: int) -> float:
     """Share of the peak rate at step `number`, counted from 0."""
-    warmup, decay = max(1, round(WARMUP * steps)), round(DECAY * steps)
-    return min(1.0, (number + 1) / warmup, (steps - number) / (decay + 1))
+    return min(1.0, (number + 1) / max(1, warmup), (steps - number) / (decay + 1))
 
 
 class SAELens:
@@ -57,8 +56,8 @@ class SAELens:
             n_checkpoints=0, checkpoint_path=None, save_final_checkpoint=False, device="cpu", autocast=False,
             total_training_samples=steps * job["batch_size"], train_batch_size_samples=job["batch_size"],
             lr=lr or 3e-4, lr_end=(lr or 3e-4) / 10, lr_scheduler_name="constant",  # lr_end: for cosine alone
-            lr_warm_up_steps=0 if lr is None else round(WARMUP * steps),
-            lr_decay_steps=0 if lr is None else round(DECAY * steps),
+            lr_warm_up_steps=0 if lr is None else round(job["warmup"] * steps),
+            lr_decay_steps=0 if lr is None else round(job["decay"] * steps),
             n_restart_cycles=1, adam_beta1=0.9, adam_beta2=0.999, dead_feature_window=1000,
             feature_sampling_window=2000, logger=LoggingConfig(log_to_wandb=False),
         )  # fmt: skip
@@ -85,8 +84,8 @@ class DictionaryLearning:
 
         self.trainer = TopKTrainer(
             steps=steps, activation_dim=d, dict_size=job["d_latent"], k=job["k"], layer=0, lm_name="none",
-            lr=job["lr"], warmup_steps=min(1000, round(WARMUP * steps)), seed=job["seed"], device="cpu",
-            decay_start=None if job["lr"] is None else steps - round(DECAY * steps),
+            lr=job["lr"], warmup_steps=min(1000, round(job["warmup"] * steps)), seed=job["seed"], device="cpu",
+            decay_start=None if job["lr"] is None else steps - round(job["decay"] * steps),
         )  # fmt: skip
 
     def step(self, x_ND: torch.Tensor, number: int) -> None:
@@ -112,6 +111,7 @@ class Sparsify:
         self.coder = SparseCoder(d, SparseCoderConfig(num_latents=num_latents, k=job["k"]), dtype=torch.float32)
         self.since_fired_F = torch.zeros(num_latents, dtype=torch.long)
         self.steps, self.lr = steps, job["lr"]
+        self.warmup, self.decay = round(job["warmup"] * steps), round(job["decay"] * steps)
         self.optimiser: Any
         if self.lr is None:  # its default: schedule-free signum, no AuxK
             from schedulefree import ScheduleFreeWrapper
@@ -131,7 +131,7 @@ class Sparsify:
         (out.fvu + out.auxk_loss / 32).backward()
         self.coder.remove_gradient_parallel_to_decoder_directions()
         if self.lr is not None:
-            self.optimiser.param_groups[0]["lr"] = self.lr * rate(number, self.steps)
+            self.optimiser.param_groups[0]["lr"] = self.lr * rate(number, self.steps, self.warmup, self.decay)
         self.optimiser.step()
         self.optimiser.zero_grad()
         self.since_fired_F += len(x_ND)

@@ -150,8 +150,12 @@ class OptimSchema:
 
     kind: OptimKind = MISSING
 
-    lr: float | str = MISSING
+    lr: int | float | str = MISSING
     """Peak learning rate; by_width: 1e-2 sqrt(2048 / F); auto: 2e-4 / sqrt(F / 2^14)."""
+    decoder_factor: float = MISSING
+    """W_dec learns at lr times this."""
+    bias_factor: int | float | str = MISSING
+    """b_enc learns at lr times this; by_width: 6 sqrt(F / 2048), or 1 for gated."""
     beta1: float | None = MISSING
     """Adam's, and muon's for the vectors; null for signum."""
     beta2: float | None = MISSING

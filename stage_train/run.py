@@ -28,7 +28,14 @@ from stage_train.frozen import FrozenStore, choose_hook
 from stage_train.layouts import make_layout
 from stage_train.loggers import Logger, make_loggers
 from stage_train.resume import check_same_run, identity
-from stage_train.schedule import LatentsPerToken, LearningRate, PenaltyScale, length_in_steps, peak_rate
+from stage_train.schedule import (
+    LatentsPerToken,
+    LearningRate,
+    PenaltyScale,
+    length_in_steps,
+    peak_rate,
+    rate_factors,
+)
 from stage_train.spikes import SpikeGuard
 from stage_train.stream import Batch, TokenStream
 from stage_train.stream.length import stream_length
@@ -169,8 +176,8 @@ class Run:
         if self.checkpoint is None:
             sae.initialise(self.feed.statistics(self.hook), self.feed.sample(self.hook, cfg.seed))
         sae = self.layout.distribute(sae.to(self.world.device))
-        rate = self.schedules.rate.peak
-        optimiser = self.layout.optimiser(sae, cfg.optim.kind.value, rate, **optimiser_options(cfg.optim))
+        options = optimiser_options(cfg.optim, self.sae_config)
+        optimiser = self.layout.optimiser(sae, cfg.optim.kind.value, self.schedules.rate.peak, **options)
         average = None
         if cfg.optim.ema_decay is not None:
             learnt = {name: buffer for name, buffer in sae.named_buffers() if name.startswith("activation.")}
@@ -270,7 +277,7 @@ def quoted(value: str) -> str:
     return value if re.fullmatch(r"[\w./:-]+", value) else f"'\"{value}\"'"
 
 
-def optimiser_options(cfg: OptimSchema) -> dict[str, Any]:
+def optimiser_options(cfg: OptimSchema, sae: SAEConfig) -> dict[str, Any]:
     """Arguments of the class; raises GranaryError for a value that it does not take, or lacks."""
     given = {
         "betas": None if cfg.beta1 is None or cfg.beta2 is None else (cfg.beta1, cfg.beta2),
@@ -284,4 +291,6 @@ def optimiser_options(cfg: OptimSchema) -> dict[str, Any]:
         if (value is not None) != (name in taken):
             need = "needs a value for" if name in taken else "has no"
             raise GranaryError(f"optim.kind={cfg.kind.value} {need} optim.{key}: begin from optim={cfg.kind.value}")
-    return {name: value for name, value in given.items() if value is not None} | {"clip_norm": cfg.clip_norm}
+    factors = rate_factors(cfg.decoder_factor, cfg.bias_factor, sae)
+    options = {"factors": factors, "clip_norm": cfg.clip_norm}
+    return {name: value for name, value in given.items() if value is not None} | options

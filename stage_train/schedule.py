@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 
 from shared.errors import GranaryError
+from shared.sae import SAEConfig
 
 SHAPES = ("linear", "cosine", "sqrt")
 K_SHAPES = ("linear", "exponential")
@@ -112,6 +113,24 @@ def rate_by_width(num_latents: int) -> float:
 
 
 RATES = {"auto": automatic_rate, "by_width": rate_by_width}
+
+
+def bias_factor_by_width(num_latents: int) -> float:
+    """``6 sqrt(F / 2048)``: times ``rate_by_width`` that is 6e-2 for any F, as pre-activations keep their size."""
+    return 6 * math.sqrt(num_latents / 2048)
+
+
+def rate_factors(decoder: float, bias: float | str, sae: SAEConfig) -> dict[str, float]:
+    """What multiplies the rate of W_dec and b_enc. Raises GranaryError unless they are positive numbers or by_width."""
+    if isinstance(bias, str):
+        if bias != "by_width":
+            raise GranaryError(f"optim.bias_factor={bias}: give a number, or by_width for 6 sqrt(F / 2048)")
+        # A gate's bias has no gradient from the reconstruction, and was better slow (docs/log.md, 2026-11-25).
+        bias = 1.0 if sae.activation == "gated" else bias_factor_by_width(sae.d_latent)
+    for key, value in (("decoder_factor", decoder), ("bias_factor", bias)):
+        if not (value > 0 and math.isfinite(value)):
+            raise GranaryError(f"optim.{key}={value}: it multiplies optim.lr and must be positive")
+    return {"W_dec": decoder, "b_enc": bias}
 
 
 def peak_rate(lr: float | str, num_latents: int) -> float:

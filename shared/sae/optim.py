@@ -31,6 +31,8 @@ class SAEOptimiser:
     `clip_norm`; remove from each decoder row's gradient its component along the row; the update; divide each decoder
     row by its norm. The two about rows are left out where the config frees the decoder's norms.
 
+    A parameter named in `factors` learns at lr times its factor.
+
     With `pair_gradients` the gradients of W_enc and W_dec are taken from the pairs they are sums over, and not from
     ``.grad``, which saves memory and time where nobody else has to see them: in a single process.
     """
@@ -38,15 +40,26 @@ class SAEOptimiser:
     kinds: ClassVar[tuple[str, ...]] = ("first", "second")
     """Names of the moments."""
 
-    def __init__(self, sae: Trained, lr: float, *, clip_norm: float | None = 1.0, pair_gradients: bool = False) -> None:
+    def __init__(
+        self,
+        sae: Trained,
+        lr: float,
+        *,
+        factors: Mapping[str, float] | None = None,
+        clip_norm: float | None = 1.0,
+        pair_gradients: bool = False,
+    ) -> None:
         if not lr > 0:
             raise GranaryError(f"optim.lr={lr}: must be positive")
         if clip_norm is not None and not clip_norm > 0:
             raise GranaryError(f"optim.clip_norm={clip_norm}: must be positive, or null for no clipping")
+        self.lr, self.factors, self.clip_norm = lr, dict(factors or {}), clip_norm
         self.parameters = dict(sae.named_parameters())
+        for name, factor in self.factors.items():
+            if name not in self.parameters or not factor > 0:
+                raise GranaryError(f"factors[{name!r}]={factor}: a positive number for {', '.join(self.parameters)}")
         self.kernels = sae.kernels
         self.unit_norm_decoder = sae.config.unit_norm_decoder
-        self.lr, self.clip_norm = lr, clip_norm
         self.pairs = PairGradients()
         if pair_gradients:
             self.pairs = sae.pair_gradients = PairGradients(W_enc=PairGradient(), W_dec=PairGradient())
@@ -113,15 +126,16 @@ class SAEOptimiser:
         if self.clip_norm is not None:
             clip = (self.clip_norm / grad_norm.clamp_min(torch.finfo(grad_norm.dtype).tiny)).clamp_max(1.0)
         for name, parameter in self.parameters.items():
+            rate = lr * self.factors.get(name, 1.0)
             unit_rows = name == "W_dec" and self.unit_norm_decoder
             pairs = self.pairs.get(name)
             if pairs:
-                self.update_from_pairs(name, parameter, pairs, clip=clip, lr=lr, unit_rows=unit_rows)
+                self.update_from_pairs(name, parameter, pairs, clip=clip, lr=rate, unit_rows=unit_rows)
                 continue
             shape = (-1, parameter.shape[-1])
             grad = parameter.grad if parameter.grad is not None else torch.zeros_like(parameter)
             weight, grad = parameter.view(shape), grad.contiguous().view(shape)
-            self.update(name, weight, grad, clip=clip, lr=lr, unit_rows=unit_rows)
+            self.update(name, weight, grad, clip=clip, lr=rate, unit_rows=unit_rows)
             parameter.grad = None
         return grad_norm
 
@@ -174,6 +188,7 @@ class SAEAdam(SAEOptimiser):
         *,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
+        factors: Mapping[str, float] | None = None,
         clip_norm: float | None = 1.0,
         pair_gradients: bool = False,
         moments: str = "float32",
@@ -183,7 +198,7 @@ class SAEAdam(SAEOptimiser):
         if moments not in ("float32", "bfloat16"):
             raise GranaryError(f"optim.moments={moments!r}: choose from float32, bfloat16")
         self.half = moments == "bfloat16"
-        super().__init__(sae, lr, clip_norm=clip_norm, pair_gradients=pair_gradients)
+        super().__init__(sae, lr, factors=factors, clip_norm=clip_norm, pair_gradients=pair_gradients)
         self.betas, self.eps = betas, eps
 
     def new_moment(self, kind: str, name: str, parameter: Tensor) -> Tensor | None:
@@ -246,11 +261,12 @@ class SAESignum(SAEOptimiser):
         lr: float,
         *,
         momentum: float = 0.9,
+        factors: Mapping[str, float] | None = None,
         clip_norm: float | None = 1.0,
         pair_gradients: bool = False,
     ) -> None:
         check_betas((momentum, 0.0))
-        super().__init__(sae, lr, clip_norm=clip_norm, pair_gradients=pair_gradients)
+        super().__init__(sae, lr, factors=factors, clip_norm=clip_norm, pair_gradients=pair_gradients)
         self.momentum = momentum
 
     def update(self, name: str, weight: Tensor, grad: Tensor, *, clip: Tensor, lr: float, unit_rows: bool) -> None:
@@ -281,12 +297,13 @@ class SAEMuon(SAEOptimiser):
         ns_steps: int = 5,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
+        factors: Mapping[str, float] | None = None,
         clip_norm: float | None = 1.0,
         pair_gradients: bool = False,
     ) -> None:
         check_betas(betas)
         check_betas((momentum, 0.0))
-        super().__init__(sae, lr, clip_norm=clip_norm, pair_gradients=pair_gradients)
+        super().__init__(sae, lr, factors=factors, clip_norm=clip_norm, pair_gradients=pair_gradients)
         self.momentum, self.nesterov, self.ns_steps = momentum, nesterov, ns_steps
         self.betas, self.eps = betas, eps
         self.num_latents = sae.config.d_latent

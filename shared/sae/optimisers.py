@@ -1,5 +1,7 @@
 """The registry of optimisers, and the one that needs another package."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -36,6 +38,7 @@ class SAEAdam8bit(SAEOptimiser):
         *,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
+        factors: Mapping[str, float] | None = None,
         clip_norm: float | None = 1.0,
         pair_gradients: bool = False,
     ) -> None:
@@ -47,7 +50,7 @@ class SAEAdam8bit(SAEOptimiser):
                 "optim=adam8bit needs bitsandbytes: pip install bitsandbytes, or use optim.moments=bfloat16"
             ) from error
         check_betas(betas)
-        super().__init__(sae, lr, clip_norm=clip_norm, pair_gradients=pair_gradients)
+        super().__init__(sae, lr, factors=factors, clip_norm=clip_norm, pair_gradients=pair_gradients)
         self.betas, self.eps = betas, eps
         device = self.parameters["W_enc"].device
         self.maps = tuple(create_dynamic_map(signed=signed).to(device) for signed in (True, False))

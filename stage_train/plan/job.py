@@ -283,7 +283,7 @@ def _state_bytes(cfg: TrainSchema, config: SAEConfig, held: int) -> tuple[int, i
     with torch.device("meta"):
         sae = SAE(config, kernels=cfg.compute.kernels, compute_dtype=cfg.compute.dtype, num_latents=held)
     lr = peak_rate(cfg.optim.lr, config.d_latent)
-    optimiser = OPTIMISERS[cfg.optim.kind.value](sae, lr, **optimiser_options(cfg.optim))
+    optimiser = OPTIMISERS[cfg.optim.kind.value](sae, lr, **optimiser_options(cfg.optim, config))
     average = {}
     if cfg.optim.ema_decay is not None:
         average = WeightAverage(optimiser.parameters, cfg.optim.ema_decay).tensors

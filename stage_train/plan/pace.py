@@ -95,8 +95,8 @@ def measured_seconds(cfg: TrainSchema, job: PlannedRun) -> float:
     generator = torch.Generator().manual_seed(cfg.seed)
     options = {"kernels": cfg.compute.kernels, "compute_dtype": cfg.compute.dtype}
     sae = SAE(job.config, num_latents=job.computed_latents, generator=generator, **options).to(device)
-    single = {"pair_gradients": job.pairs_kept}
-    optimiser = OPTIMISERS[job.optimiser](sae, 1e-4, **optimiser_options(cfg.optim), **single)
+    learning = optimiser_options(cfg.optim, job.config)
+    optimiser = OPTIMISERS[job.optimiser](sae, 1e-4, pair_gradients=job.pairs_kept, **learning)
     rows_N_D = torch.randn(job.rows, job.d_model, generator=generator).to(device)
     seconds = []
     for _ in range(MEASURED_STEPS + 1):

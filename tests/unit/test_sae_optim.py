@@ -56,6 +56,22 @@ def test_equals_torch_adam_with_projection_and_clip(clip_norm, monkeypatch):
         torch.testing.assert_close(parameter, expected, rtol=1e-4, atol=1e-6, msg=lambda text, n=name: f"{n}: {text}")
 
 
+@pytest.mark.parametrize("optimiser_class", [SAEAdam, SAESignum, SAEMuon])
+@pytest.mark.parametrize("pair_gradients", [False, True])
+def test_a_factor_multiplies_the_rate_of_its_parameter_alone(optimiser_class, pair_gradients):
+    factors = {"W_dec": 3.0, "b_enc": 0.5}
+
+    def stepped(lr, **options):
+        sae = make_sae()
+        train(sae, optimiser_class(sae, lr, pair_gradients=pair_gradients, **options), 1)
+        return dict(sae.named_parameters())
+
+    plain, ours = stepped(1e-2), stepped(1e-2, factors=factors)
+    for name, factor in {"W_enc": 1.0, "b_dec": 1.0, **factors}.items():
+        assert torch.equal(ours[name], stepped(1e-2 * factor)[name]), name
+        assert torch.equal(ours[name], plain[name]) == (factor == 1.0), name
+
+
 def test_decoder_rows_have_unit_norm_after_every_step():
     sae = make_sae()
     optimiser = SAEAdam(sae, 0.3)
@@ -123,6 +139,10 @@ def test_wrong_uses_are_one_line():
         SAEAdam(sae, 1e-3, betas=(0.9, 1.0))
     with pytest.raises(GranaryError, match="clip_norm"):
         SAEAdam(sae, 1e-3, clip_norm=0.0)
+    with pytest.raises(GranaryError, match="factors"):
+        SAEAdam(sae, 1e-3, factors={"W_enk": 2.0})
+    with pytest.raises(GranaryError, match="factors"):
+        SAEAdam(sae, 1e-3, factors={"W_enc": 0.0})
     optimiser = SAEAdam(sae, 1e-3)
     with pytest.raises(GranaryError, match="before backward"):
         optimiser.step()

@@ -32,7 +32,7 @@ CHOICES = {
     "jumprelu": ["sae=jumprelu", "sae.k=null", "sae.preact_weight=0.01"],
     "gated": ["sae=gated", "sae.k=null"],
     "raw_target": ["sae.normalisation=layer_norm", "sae.shift_back=false"],
-    "muon": ["optim=muon", "optim.ema_decay=0.9"],
+    "muon": ["optim=muon", "optim.lr=1e-2", "optim.ema_decay=0.9"],
     "signum": ["optim=signum", "optim.ema_decay=0.9", "optim.ema_export=true", "optim.spike_factor=2"],
     "half": ["optim.moments=bfloat16", "schedule.k_start=20", "schedule.k_warmup=0.5", "schedule.k_cold=2"],
 }
@@ -101,6 +101,13 @@ def test_k_comes_down_to_its_end(jobs: Jobs) -> None:
     assert l0[:4] == pytest.approx([12, (12 + 11 + 9 + 7 + 5) / 5, 3, 3], rel=0.01)
 
 
+def test_whole_numbers_for_rates(jobs: Jobs) -> None:
+    """A number or a name: 1 is as good as 1.0."""
+    runs = [jobs.run(f"lr {one}", f"optim.lr={one}", f"optim.bias_factor={one}") for one in ("1", "1.0")]
+    whole, decimal = (SAE.from_pretrained(run).state_dict() for run in runs)
+    assert all(torch.equal(tensor, decimal[name]) for name, tensor in whole.items())
+
+
 def test_lr_auto(jobs: Jobs) -> None:
     out = jobs.run("auto", "optim.lr=auto", "sae.d_latent=64", "schedule.warmup=0", "schedule.decay=0")
     assert {line["lr"] for line in read_metrics(out)} == {2e-4 / (64 / 2**14) ** 0.5}
@@ -112,7 +119,7 @@ def test_lr_auto(jobs: Jobs) -> None:
         ("constant", 0.0, lambda progress: 1.0),
         ("linear", 1.0, lambda progress: 1 - progress),
         ("cosine", 1.0, lambda progress: (1 + math.cos(math.pi * progress)) / 2),
-        ("wsd", 0.2, lambda progress: 1 - progress),
+        ("wsd", 0.4, lambda progress: (1 + math.cos(math.pi * progress)) / 2),
     ],
 )
 @pytest.mark.parametrize("warmup", [4, 0.2])
@@ -141,6 +148,8 @@ def test_warmups_of_zero_steps(jobs: Jobs) -> None:
     ("overrides", "reason"),
     [
         (["optim.lr=fast"], "optim.lr=fast: give a number, by_width for"),
+        (["optim.bias_factor=fast"], "optim.bias_factor=fast: give a number, or by_width for"),
+        (["optim.decoder_factor=0"], "optim.decoder_factor=0.0: it multiplies optim.lr and must be positive"),
         (["sae=relu", "sae.k=null", "schedule.k_start=9"], "schedule.k_start=9 with sae.activation=relu: it has no k"),
         (["schedule.k_start=97"], "schedule.k_start=97 is more than the 96 latents"),
         (["schedule.k_start=2"], "schedule.k_start=2 is less than sae.k=3"),

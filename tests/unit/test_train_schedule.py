@@ -2,11 +2,21 @@
 
 import itertools
 import math
+from typing import Any
 
 import pytest
 
 from shared.errors import GranaryError
-from stage_train.schedule import LatentsPerToken, LearningRate, PenaltyScale, automatic_rate, length_in_steps, peak_rate
+from shared.sae import SAEConfig
+from stage_train.schedule import (
+    LatentsPerToken,
+    LearningRate,
+    PenaltyScale,
+    automatic_rate,
+    length_in_steps,
+    peak_rate,
+    rate_factors,
+)
 
 
 def rates(total: int, warmup: int, decay: int, shape: str = "linear", final: float = 0.0) -> list[float]:
@@ -98,6 +108,24 @@ def test_rates_by_name() -> None:
     assert [peak_rate("by_width", latents) for latents in (512, 2048, 8192)] == [2e-2, 1e-2, 5e-3]
     with pytest.raises(GranaryError, match=r"optim\.lr=fast: give a number, by_width for"):
         peak_rate("fast", 2048)
+
+
+def test_rate_factors() -> None:
+    def sae(num_latents: int, **options: Any) -> SAEConfig:
+        return SAEConfig(d_model=4, d_latent=num_latents, **{"k": 2, **options})
+
+    assert rate_factors(3, 5, sae(77)) == {"W_dec": 3, "b_enc": 5}
+    for latents in (512, 2048, 8192):
+        factor = rate_factors(1.0, "by_width", sae(latents))["b_enc"]
+        assert factor * peak_rate("by_width", latents) == pytest.approx(6e-2)
+    gated = sae(2048, activation="gated", k=None, penalty="l1", penalty_weight=1e-2)
+    assert rate_factors(3.0, "by_width", gated)["b_enc"] == 1
+    with pytest.raises(GranaryError, match=r"optim\.bias_factor=fast: give a number, or by_width for"):
+        rate_factors(1.0, "fast", sae(77))
+    with pytest.raises(GranaryError, match=r"optim\.bias_factor=-1"):
+        rate_factors(1.0, -1, sae(77))
+    with pytest.raises(GranaryError, match=r"optim\.decoder_factor=inf"):
+        rate_factors(float("inf"), 1.0, sae(77))
 
 
 def test_automatic_rate() -> None:
