@@ -82,7 +82,7 @@ class Bench:
 
     def harvest(self) -> None:
         """The store, unless it is there."""
-        extra = ["corpus.contexts=64"] if self.options.quick else []
+        extra = ["corpus.contexts=40", "store.shard_contexts=8"] if self.options.quick else []
         command = [sys.executable, "-m", "stage_harvest", f"run_dir={self.folder}", self.threads]
         run([*command, *self.settings["harvest"], *extra], self.log)
 
@@ -285,7 +285,7 @@ def ratios(rows: list[dict[str, Any]], models: list[str], seeds: int) -> dict[st
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="one model, one seed, defaults only, 120,000 tokens")
+    parser.add_argument("--quick", action="store_true", help="one model, one seed, defaults only, 80,000 tokens")
     parser.add_argument("--model", choices=SETTINGS, nargs="+", help="default: all whose files are here")
     parser.add_argument("--peers-python", default=str(ROOT / ".venv-peers" / "bin" / "python"), metavar="PATH")
     parser.add_argument("--tokens", type=int, default=1_800_000, help="training tokens of each SAE (default 1.8 M)")
@@ -299,7 +299,7 @@ def main() -> None:
     options.heldout = 100_000
     models = options.model or [m for m in SETTINGS if m == "bundled" or REALDATA.exists()]
     if options.quick:
-        options.seeds, options.tokens, options.heldout = (0,), 120_000, 20_000
+        options.seeds, options.tokens, options.heldout = (0,), 80_000, 20_000
         models = models[:1]
     with tempfile.TemporaryDirectory() as temporary:
         options.work = options.work or temporary
