@@ -191,7 +191,7 @@ class Bench:
         job: dict[str, Any],
         train: Callable[[], dict[str, float]],
     ) -> dict[str, Any]:
-        """The row of an earlier run of the same `job`, or that of a new one."""
+        """The row of an earlier run of the same `job`, or that of a new one; kept and printed."""
         path = self.folder / f"{provider}-{seed}-{lr}-{lengths and lengths[0]}.json"
         kept = json.loads(path.read_text()) if path.exists() else {}
         if kept.get("job") != job:
@@ -200,10 +200,7 @@ class Bench:
         recipe: dict[str, Any] = {"lr": "default", "warmup": "default", "decay": "default"}
         if lr is not None and lengths is not None:
             recipe = {"lr": lr, "warmup": lengths[0], "decay": lengths[1]}
-        return self.add({"model": self.name, "provider": provider, **recipe, "seed": seed, **kept["result"]})
-
-    def add(self, row: dict[str, Any]) -> dict[str, Any]:
-        """Keep and print one row."""
+        row = {"model": self.name, "provider": provider, **recipe, "seed": seed, **kept["result"]}
         self.results.append(row)
         told = f"lr {row['lr']!s:8} warm-up {row['warmup']!s:8} seed {row['seed']}"
         scores = f"FVU {row['fvu']:.4f}  dead {row['dead']:.2%}  {row['seconds']:.0f} s"
@@ -250,7 +247,7 @@ def groups(rows: list[dict[str, Any]]) -> dict[tuple[Any, ...], list[dict[str, A
 
 
 def table(rows: list[dict[str, Any]]) -> list[str]:
-    """Markdown: mean and range over seeds of each model, provider and rate."""
+    """Markdown: mean and range of each of the ``groups``."""
     lines = [
         "| model | trainer | lr | warm-up | decay | seeds | FVU mean (range) | dead mean (range) |",
         "|---|---|---|---|---|---|---|---|",
