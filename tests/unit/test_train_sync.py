@@ -8,15 +8,16 @@ from typing import Any
 
 import pytest
 import torch
-from hydra import compose, initialize_config_module
+from hydra import compose
 from omegaconf import OmegaConf
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from shared.parallel import World
 from shared.store import Store
-from stage_train import config
 from stage_train.job import Job
 from stage_train.trainer import DEAD_EVERY
+
+pytestmark = pytest.mark.usefixtures("train_configs")
 
 # What makes the host wait for a CUDA device: reading a number, and results whose size depends on the data.
 WAITS = {"_local_scalar_dense", "nonzero", "unique", "masked_select", "bincount", "equal", "is_nonzero"}
@@ -43,9 +44,7 @@ def test_steps_between_logging_do_not_wait(
     planted_store(tmp_path / "store")
     overrides = ["sae.k=3", "sae.expansion=8", "stream.batch_size=16", "stream.lanes=4", "schedule.tokens=640"]
     overrides += ["sae.dead_after_tokens=40", f"out_dir={tmp_path / 'sae'}", f"store.url={tmp_path / 'store'}", *choice]
-    config.register()
-    with initialize_config_module("conf", version_base="1.3"):
-        cfg: Any = OmegaConf.to_object(compose("train", overrides=overrides))
+    cfg: Any = OmegaConf.to_object(compose("train", overrides=overrides))
     job = Job([cfg], World(0, 1, 0, torch.device("cpu")))
     (run,) = job.runs
     run.start(job.feed.open_stream(run.layout, run.length.end))
