@@ -24,7 +24,7 @@ packed := $(if $(filter-out 0,$(PACKED)),packed=true)
 ifeq ($(NPROC)/$(NNODES),1/1)
 STAGE := $(BIN)/python -m
 else
-STAGE := $(BIN)/python -m shared.parallel.launch --nnodes=$(NNODES) --nproc-per-node=$(NPROC) $(rendezvous) -m
+STAGE := $(BIN)/python -m shared.launch.torchrun --nnodes=$(NNODES) --nproc-per-node=$(NPROC) $(rendezvous) -m
 endif
 
 LOCKED := $(if $(shell command -v flock),flock pyproject.toml)
@@ -94,7 +94,7 @@ test-peers: setup-peers ## the formats against the real SAELens, sparsify and di
 
 test-quantised: setup ## harvests with quantised weights; installs bitsandbytes and torchao
 	@$(BIN)/python -c 'import bitsandbytes, torchao' 2>/dev/null || $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev,quantised]'
-	@$(PYTEST_ALONE) tests/pipeline/test_harvest_quantised.py tests/unit/test_lm_load.py
+	@$(PYTEST_ALONE) tests/pipeline/test_harvest_quantised.py tests/unit/lm/test_load.py
 
 SLURM_FOLDER := /tmp/granary-slurm
 
@@ -113,7 +113,7 @@ check: setup ## lint, types, and composing every config
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
-	@$(BIN)/python -m pytest -q tests/unit/test_configs.py
+	@$(BIN)/python -m pytest -q tests/unit/config/test_composition.py
 
 compile-kernels: setup ## compile every Triton kernel for sm_80 and sm_90 (no GPU needed)
 	@$(BIN)/python -m shared.kernels.compile_check

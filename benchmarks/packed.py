@@ -26,7 +26,7 @@ from records import processor
 from store import throttle
 
 from shared.store import Store
-from shared.store.synthetic import synthetic_plan, synthetic_store
+from tests.synthetic import synthetic_plan, synthetic_store
 
 D_MODEL, SEQ_LEN = 256, 1024
 KS, EXPANSIONS = (8, 16, 32, 64), (2, 4)

@@ -33,8 +33,8 @@ from quality_peers import CONTENDERS, score_halves
 from shared.parallel import World
 from shared.sae import SAE
 from shared.store import Store
-from stage_train.frozen import choose_hook, freeze
-from stage_train.stream import StreamOrder, TokenStream, TrainingData
+from stage_train.data.stores import choose_hook, freeze
+from stage_train.data.stream import StreamOrder, TokenStream, TrainingData
 
 ROOT = Path(__file__).resolve().parent.parent
 REALDATA = Path(os.environ.get("GRANARY_REALDATA", ROOT.parent / "shared" / "realdata"))

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from stage_train.stream import Source, StreamOrder, TokenStream, TrainingData
+from stage_train.data.stream import Source, StreamOrder, TokenStream, TrainingData
 
 SETTINGS = [(1, 1), (1, 4), (8, 4), (16, 4), (64, 1), (64, 2), (64, 4), (64, 8), (128, 4), (256, 4)]
 

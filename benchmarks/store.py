@@ -31,10 +31,10 @@ import torch
 
 from shared.store import Store
 from shared.store.buffers import bits_of, byte_view
-from shared.store.dtypes import BFloat16Bits
-from shared.store.objectio import LocalIO
-from shared.store.synthetic import synthetic_plan, synthetic_shard, synthetic_tokens
-from stage_train.stream import Source, StreamOrder, TokenStream, TrainingData
+from shared.store.format.dtypes import BFloat16Bits
+from shared.store.io.local import LocalIO
+from stage_train.data.stream import Source, StreamOrder, TokenStream, TrainingData
+from tests.synthetic import synthetic_plan, synthetic_shard, synthetic_tokens
 
 D, T, SHARD = 4096, 4096, 8  # one shard is 268 MB of bfloat16
 HOOK = "layers.2.resid_post"
@@ -395,7 +395,7 @@ def bench_batches(bench: Bench) -> None:
 MEMORY = """
 import sys, torch
 from shared.store import Store
-from stage_train.stream import Source, StreamOrder, TokenStream, TrainingData
+from stage_train.data.stream import Source, StreamOrder, TokenStream, TrainingData
 def peak():  # not ru_maxrss: that of a new process begins at its parent's
     return 1024 * int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1])
 hook = "layers.2.resid_post"

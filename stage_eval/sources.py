@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from shared.errors import GranaryError
-from shared.hookpoint import HookPoint
+from shared.basics.errors import GranaryError
 from shared.lm import model_identity
+from shared.lm.hookpoint import HookPoint
 from shared.sae import SAE, SAEConfig, load_config, load_provenance
-from shared.sae.checkpoint import CONFIG_FILE, WEIGHTS_FILE, locate
+from shared.sae.folder import CONFIG_FILE, WEIGHTS_FILE, locate
 from shared.sae.formats import foreign
 from shared.store import Store
 from stage_eval.config import ModelInput

@@ -10,8 +10,8 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 
-import shared.config
-from shared.config import DeviceSchema, ModelSchema
+import shared.basics.config
+from shared.basics.config import DeviceSchema, ModelSchema
 
 
 class PackingMode(Enum):
@@ -232,7 +232,7 @@ class HarvestSchema:
 
 def register() -> None:
     """Put the schemas into Hydra's ConfigStore."""
-    shared.config.register()
+    shared.basics.config.register()
     store = ConfigStore.instance()
     store.store(name="harvest_schema", node=HarvestSchema)
     store.store(group="packing", name="schema", node=PackingSchema)

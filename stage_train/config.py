@@ -10,9 +10,9 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, OmegaConf
 
-import shared.config
-from shared.config import DeviceSchema
-from shared.sae.schema import SAESchema
+import shared.basics.config
+from shared.basics.config import DeviceSchema
+from stage_train.sae_schema import SAESchema
 
 
 class DecayShape(Enum):
@@ -31,7 +31,7 @@ class KShape(Enum):
 
 
 class OptimKind(Enum):
-    """See shared.sae.optim."""
+    """See shared.sae.optim.base."""
 
     adam = "adam"
     adam8bit = "adam8bit"
@@ -76,7 +76,7 @@ class Resume(Enum):
 
 
 class LayoutKind(Enum):
-    """What each process holds; see stage_train.layouts."""
+    """What each process holds; see stage_train.step.layouts."""
 
     ddp = "ddp"
     """The whole SAE."""
@@ -289,7 +289,7 @@ def as_dict(cfg: TrainSchema) -> dict[str, Any]:
 
 def register() -> None:
     """Put the schemas into Hydra's ConfigStore."""
-    shared.config.register()
+    shared.basics.config.register()
     OmegaConf.register_new_resolver("sweep_name", sweep_name, replace=True)
     store = ConfigStore.instance()
     store.store(name="train_schema", node=TrainSchema)

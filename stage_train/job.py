@@ -13,20 +13,20 @@ from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
-from shared.errors import GranaryError
+from shared.basics.errors import GranaryError
 from shared.parallel import World, init_world, shutdown, telling_lost_contact
+from shared.parallel.stop import StopRequest
 from stage_train.config import TrainSchema, as_dict
-from stage_train.control import StopRequest
-from stage_train.export import digest
-from stage_train.feed import GIB, Feed, order_of
-from stage_train.frozen import FrozenStore, freeze, refreeze
-from stage_train.lock import only_run_in
-from stage_train.progress import ProgressBar
-from stage_train.resume import flatten
+from stage_train.data.blocks import StoppedWaiting
+from stage_train.data.inputs import GIB, Feed, order_of
+from stage_train.data.stores import FrozenStore, freeze, refreeze
+from stage_train.data.stream import TokenStream
 from stage_train.run import Run
-from stage_train.stream import TokenStream
-from stage_train.trainer import DivergedError
-from stage_train.windowed import StoppedWaiting
+from stage_train.show.progress import ProgressBar
+from stage_train.state.export import digest
+from stage_train.state.identity import flatten
+from stage_train.state.lock import only_run_in
+from stage_train.step.trainer import DivergedError
 
 log = logging.getLogger(__name__)
 

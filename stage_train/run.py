@@ -13,22 +13,23 @@ from typing import Any
 import torch
 from omegaconf import OmegaConf
 
-from shared.errors import GranaryError
+from shared.basics.errors import GranaryError
 from shared.kernels import resolve
 from shared.parallel import World, barrier
 from shared.sae import SAE, SAEConfig
-from shared.sae.optimisers import OPTIMISERS
-from stage_train.average import WeightAverage
-from stage_train.checkpoint import Checkpoints, read_state
+from shared.sae.optim.adam8bit import OPTIMISERS
 from stage_train.config import OptimSchema, Resume, TrainSchema, as_dict
-from stage_train.curves import draw_curves
-from stage_train.export import export, is_exported, provenance, run_id
-from stage_train.feed import Feed
-from stage_train.frozen import FrozenStore, choose_hook
-from stage_train.layouts import make_layout
-from stage_train.loggers import Logger, make_loggers
-from stage_train.resume import check_same_run, identity
-from stage_train.schedule import (
+from stage_train.data.inputs import Feed
+from stage_train.data.stores import FrozenStore, choose_hook
+from stage_train.data.stream import Batch, TokenStream
+from stage_train.data.stream.length import stream_length
+from stage_train.show.curves import draw_curves
+from stage_train.show.loggers import Logger, make_loggers
+from stage_train.state.checkpoint import Checkpoints, read_state
+from stage_train.state.export import export, is_exported, provenance, run_id
+from stage_train.state.identity import check_same_run, identity
+from stage_train.step.layouts import make_layout
+from stage_train.step.schedule import (
     LatentsPerToken,
     LearningRate,
     PenaltyScale,
@@ -36,10 +37,9 @@ from stage_train.schedule import (
     peak_rate,
     rate_factors,
 )
-from stage_train.spikes import SpikeGuard
-from stage_train.stream import Batch, TokenStream
-from stage_train.stream.length import stream_length
-from stage_train.trainer import Schedules, Trainer
+from stage_train.step.spike_guard import SpikeGuard
+from stage_train.step.trainer import Schedules, Trainer
+from stage_train.step.weight_average import WeightAverage
 
 
 class Run:

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModel, PretrainedConfig, PreTrainedModel
 
-from shared.errors import GranaryError
-from shared.hookpoint import HookPoint
+from shared.basics.errors import GranaryError
+from shared.lm.hookpoint import HookPoint
 
 # Families whose layers were read and are tested here. Others may scale what a branch adds (Granite) or fuse branches.
 BRANCH_FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "gpt_neox")

@@ -9,12 +9,12 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import AutoModel, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from shared.errors import GranaryError
-from shared.lm.checkpoint import load_config, quiet_transformers, resolve_model
+from shared.basics.errors import GranaryError
 from shared.lm.hooks import decoder_blocks, final_norm
+from shared.lm.identity import load_config, quiet_transformers, resolve_model
 from shared.lm.packed import DOCUMENT_SDPA
 from shared.lm.quantised import quantisation_config
-from shared.lm.sharded import check_tensor_parallel, sharded_class, tensor_parallel_config
+from shared.lm.tensor_parallel import check_tensor_parallel, sharded_class, tensor_parallel_config
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

@@ -1,12 +1,12 @@
 """The sparse autoencoder: config, model, losses, optimiser, checkpoint."""
 
-from shared.sae.checkpoint import load_config, load_provenance
 from shared.sae.config import SAEConfig
-from shared.sae.dead import DeadLatents
+from shared.sae.folder import load_config, load_provenance
 from shared.sae.latents import SAELosses, SAEOutput, SparseLatents
-from shared.sae.model import SAE
-from shared.sae.optim import SAEAdam
-from shared.sae.schema import SAESchema
+from shared.sae.learn.dead import DeadLatents
+from shared.sae.optim.base import SAEAdam
+from shared.sae.variants.sae import SAE
+from stage_train.sae_schema import SAESchema
 
 __all__ = [
     "SAE",

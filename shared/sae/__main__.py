@@ -5,8 +5,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from shared.cli import fail
-from shared.errors import GranaryError
+from shared.basics.errors import GranaryError
+from shared.launch.stage import fail
 
 CONVERT = """\
 Read an SAE folder of any known format and write it as another.

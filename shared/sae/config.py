@@ -5,7 +5,7 @@ import json
 from dataclasses import dataclass
 from typing import Any, Self
 
-from shared.errors import GranaryError
+from shared.basics.errors import GranaryError
 from shared.sae.rules import check
 
 

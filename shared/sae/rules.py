@@ -3,7 +3,7 @@
 import math
 from typing import TYPE_CHECKING
 
-from shared.errors import GranaryError
+from shared.basics.errors import GranaryError
 from shared.sae.activations import ACTIVATIONS
 
 if TYPE_CHECKING:

@@ -11,16 +11,16 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from shared.errors import GranaryError
-from shared.store import layout
+from shared.basics.errors import GranaryError
 from shared.store.buffers import bits_of, byte_view
-from shared.store.checksum import CRC_BYTES, crc32c, crc_from_bytes
-from shared.store.dtypes import scales_per_row, storage_type
-from shared.store.layout import StorePlan
-from shared.store.manifest import DamagedObjectError, ShardRecord
-from shared.store.objectio import ObjectIO, ObjectMissingError, ObjectShortError
-from shared.store.quantise import dequantise
-from shared.store.shard import ArrayRecord, decode_chunk
+from shared.store.format import layout
+from shared.store.format.checksum import CRC_BYTES, crc32c, crc_from_bytes
+from shared.store.format.dtypes import scales_per_row, storage_type
+from shared.store.format.layout import StorePlan
+from shared.store.format.manifest import DamagedObjectError, ShardRecord
+from shared.store.format.quantise import dequantise
+from shared.store.format.shard import ArrayRecord, decode_chunk
+from shared.store.io.local import ObjectIO, ObjectMissingError, ObjectShortError
 
 TOKEN_TYPES = {layout.TOKENS: np.dtype("<i4"), layout.MASK: np.dtype("?"), layout.SEGMENTS: np.dtype("<i4")}
 

@@ -15,13 +15,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from shared.errors import GranaryError
-from shared.store import layout
-from shared.store.dtypes import storage_type
-from shared.store.extent import Extent, put_same, read_extents, write_extent
-from shared.store.layout import StorePlan
-from shared.store.manifest import DamagedObjectError, ShardRecord, seal, unseal
-from shared.store.objectio import ObjectIO, open_io
+from shared.basics.errors import GranaryError
+from shared.store.format import layout
+from shared.store.format.dtypes import storage_type
+from shared.store.format.extent import Extent, put_same, read_extents, write_extent
+from shared.store.format.layout import StorePlan
+from shared.store.format.manifest import DamagedObjectError, ShardRecord, seal, unseal
+from shared.store.io.local import ObjectIO, open_io
 from shared.store.reader import TOKEN_TYPES, ContextReader, read_dtype_error, read_moments, read_token_rows
 from shared.store.statistics import HookStatistics, Moments, RowStatistics, merge_rows
 from shared.store.window import Window

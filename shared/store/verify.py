@@ -10,14 +10,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from hashlib import sha256
 
-from shared.errors import GranaryError
-from shared.store import layout
-from shared.store.extent import Extent, TokenRecord, put_same, read_extents
-from shared.store.integrity import check_array_object, object_sha256
-from shared.store.manifest import DamagedObjectError, ShardRecord, unseal
-from shared.store.objectio import ObjectIO, open_io
+from shared.basics.errors import GranaryError
+from shared.store.format import layout
+from shared.store.format.extent import Extent, TokenRecord, put_same, read_extents
+from shared.store.format.integrity import check_array_object, object_sha256
+from shared.store.format.manifest import DamagedObjectError, ShardRecord, unseal
+from shared.store.format.shard import ArrayRecord
+from shared.store.io.local import ObjectIO, open_io
 from shared.store.reader import TOKEN_TYPES
-from shared.store.shard import ArrayRecord
 from shared.store.store import Store
 from shared.store.window import Window, data_keys, is_window_key, object_check
 

@@ -24,11 +24,11 @@ from collections.abc import Callable, Iterable, Set
 from dataclasses import dataclass
 from typing import Any, Self
 
-from shared.errors import GranaryError
+from shared.basics.errors import GranaryError
 from shared.store.capacity import shard_bytes
-from shared.store.layout import StorePlan
-from shared.store.manifest import DamagedObjectError, ShardRecord, seal, unseal
-from shared.store.objectio import ObjectIO
+from shared.store.format.layout import StorePlan
+from shared.store.format.manifest import DamagedObjectError, ShardRecord, seal, unseal
+from shared.store.io.local import ObjectIO
 
 FOLDER = "window"
 PLAN, READER, FINISHED = f"{FOLDER}/plan.json", f"{FOLDER}/reader.json", f"{FOLDER}/finished.json"

@@ -17,17 +17,17 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from shared.errors import GranaryError
-from shared.store import layout
+from shared.basics.errors import GranaryError
 from shared.store.buffers import Buffer, bits_of
-from shared.store.checksum import crc32c
-from shared.store.dtypes import convert, scales_per_row, storage_type
-from shared.store.integrity import check_array_object
-from shared.store.layout import StorePlan
-from shared.store.manifest import ShardRecord, seal
-from shared.store.objectio import ObjectIO
-from shared.store.quantise import dequantise, quantise
-from shared.store.shard import ArrayRecord, EncodedChunk, encode_chunks, encode_index
+from shared.store.format import layout
+from shared.store.format.checksum import crc32c
+from shared.store.format.dtypes import convert, scales_per_row, storage_type
+from shared.store.format.integrity import check_array_object
+from shared.store.format.layout import StorePlan
+from shared.store.format.manifest import ShardRecord, seal
+from shared.store.format.quantise import dequantise, quantise
+from shared.store.format.shard import ArrayRecord, EncodedChunk, encode_chunks, encode_index
+from shared.store.io.local import ObjectIO
 from shared.store.statistics import BLOCK_ROWS, NormFigures, RowStatistics
 
 LOOKAHEAD = 3  # contexts being prepared ahead of the write

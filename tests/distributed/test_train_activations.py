@@ -9,7 +9,7 @@ import torch
 
 from shared.sae import SAE
 from shared.store import Store
-from stage_train.loggers import read_metrics
+from stage_train.show.loggers import read_metrics
 from tests.distributed.test_train_ranks import Runs
 
 TEN_STEPS = ["schedule.tokens=210", "logger.every=3", "optim.lr=3e-3"]

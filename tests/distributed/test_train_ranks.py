@@ -19,8 +19,8 @@ from shared.parallel import World
 from shared.sae import SAE, load_provenance
 from shared.store import Store
 from stage_train import config
-from stage_train.checkpoint import newest_checkpoint
-from stage_train.loggers import read_metrics
+from stage_train.show.loggers import read_metrics
+from stage_train.state.checkpoint import newest_checkpoint
 
 WORKER = Path(__file__).with_name("train_worker.py")
 ROOT = WORKER.parents[2]
@@ -57,7 +57,7 @@ class Runs:
         """In `world` processes, one job after the other."""
         file = self.folder / f"jobs-{world}.json"
         file.write_text(json.dumps(jobs))
-        command = [sys.executable, "-m", "shared.parallel.launch", "--standalone", f"--nproc-per-node={world}"]
+        command = [sys.executable, "-m", "shared.launch.torchrun", "--standalone", f"--nproc-per-node={world}"]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
         done = subprocess.run(
             [*command, str(WORKER), str(file)], env=environment, capture_output=True, text=True, timeout=280

@@ -1,6 +1,6 @@
 """One rank of a distributed training test: runs the jobs of a JSON file, one list of Hydra overrides each, in turn.
 
-Started by ``python -m shared.parallel.launch --nproc-per-node N``. A job may end in an error that the user would see;
+Started by ``python -m shared.launch.torchrun --nproc-per-node N``. A job may end in an error that the user would see;
 each rank writes how its jobs ended to ``<jobs>.<rank>``. ``stop_at`` makes the first rank receive SIGTERM in that step,
 ``poison`` gives the last rank a NaN, ``count`` adds to the end how many messages had that many numbers or more, and
 ``digest`` a hash of what every rank should hold alike. A job ``{"ties": k}`` trains nothing; see ``tied_picks``.
@@ -20,13 +20,13 @@ from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 from torch.distributed.tensor import DTensor
 
-from shared.errors import GranaryError
+from shared.basics.errors import GranaryError
 from shared.parallel import World, all_reduce_sum, init_world, shutdown
 from shared.sae import SAE, SAEConfig
 from stage_train import config
 from stage_train.job import Job
-from stage_train.layouts.latent import LatentParallel, is_whole, shard
-from stage_train.trainer import Trainer
+from stage_train.step.layouts.latent import LatentParallel, is_whole, shard
+from stage_train.step.trainer import Trainer
 
 ALL_REDUCE = dist.all_reduce
 # What FSDP calls; newer versions of torch have another name for it.

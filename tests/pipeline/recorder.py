@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from stage_train.trainer import Trainer
+from stage_train.step.trainer import Trainer
 
 STEP = Trainer.step
 FILE = "batches.bin"

@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from shared.hookpoint import HookPoint
 from shared.lm import capture, load_causal_lm, model_identity, segment_positions
+from shared.lm.hookpoint import HookPoint
 from shared.sae import SAE, SAEConfig
 from shared.store import Store, StorePlan
 from tests.foreign import write_saelens

@@ -20,8 +20,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from shared.hookpoint import SITES, hook_points
 from shared.lm import capture, load_causal_lm, load_tokenizer, packed_inputs
+from shared.lm.hookpoint import SITES, hook_points
 from shared.store import Store
 from tests.cli import ForkServer
 from tests.harvesting import ENVIRONMENT, LAYERS, PRELOAD, VOCAB, D, Harvester, make_model, same_files

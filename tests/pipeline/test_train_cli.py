@@ -14,7 +14,7 @@ import torch
 
 from shared.sae import SAE
 from shared.store import Store
-from stage_train.loggers import read_metrics
+from stage_train.show.loggers import read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
 TIMES = {"tokens_per_s", "wait_share"}

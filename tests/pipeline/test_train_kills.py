@@ -14,13 +14,13 @@ import psutil
 import pytest
 import torch
 
-from shared.errors import GranaryError
+from shared.basics.errors import GranaryError
 from shared.parallel import World
 from shared.sae import SAE
 from shared.store import Store
-from stage_train.checkpoint import newest_checkpoint
-from stage_train.lock import only_run_in
-from stage_train.loggers import read_metrics
+from stage_train.show.loggers import read_metrics
+from stage_train.state.checkpoint import newest_checkpoint
+from stage_train.state.lock import only_run_in
 from tests.cli import ForkServer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -56,7 +56,7 @@ def store(tmp_path_factory: pytest.TempPathFactory, planted_store: Callable[...,
 @pytest.fixture(scope="module")
 def server(store: Store, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForkServer]:
     """Processes that are ready to train, and write down every batch."""
-    modules = ["shared.cli", "stage_train.job", "tests.pipeline.recorder"]
+    modules = ["shared.launch.stage", "stage_train.job", "tests.pipeline.recorder"]
     with ForkServer(tmp_path_factory.mktemp("server"), modules) as server:
         yield server
 

@@ -13,7 +13,7 @@ import torch
 
 from shared.sae import SAE
 from shared.store import Store
-from stage_train.loggers import read_metrics
+from stage_train.show.loggers import read_metrics
 from tests.cli import REPOSITORY
 
 SWEEP = [

@@ -14,12 +14,12 @@ import torch
 
 from shared.sae import SAE
 from shared.store import Store
-from shared.store.objectio import LocalIO, open_io
-from shared.store.synthetic import synthetic_plan, synthetic_store
+from shared.store.io.local import LocalIO, open_io
 from shared.store.verify import verify
-from stage_train.stream import Source, StreamOrder, TokenStream, TrainingData
+from stage_train.data.stream import Source, StreamOrder, TokenStream, TrainingData
 from tests.cli import REPOSITORY, ForkServer
 from tests.harvesting import PRELOAD, Harvester
+from tests.synthetic import synthetic_plan, synthetic_store
 
 pytestmark = [
     pytest.mark.s3,

@@ -7,12 +7,12 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from shared.errors import GranaryError
+from shared.basics.errors import GranaryError
 from shared.store import DamagedObjectError, Store
-from shared.store.objectio import LocalIO, ObjectMissingError, open_io
-from shared.store.remote import RANGE_BYTES
-from shared.store.synthetic import synthetic_plan, synthetic_shard, synthetic_store, synthetic_tokens
+from shared.store.io.local import LocalIO, ObjectMissingError, open_io
+from shared.store.io.remote import RANGE_BYTES
 from shared.store.verify import drop_incomplete, verify
+from tests.synthetic import synthetic_plan, synthetic_shard, synthetic_store, synthetic_tokens
 
 pytestmark = [
     pytest.mark.s3,

@@ -7,11 +7,11 @@ Each format module has ``matches``, ``load`` and, where this project can write i
 from pathlib import Path
 from types import ModuleType
 
-from shared.errors import GranaryError
-from shared.sae.checkpoint import is_own, load_provenance, locate
+from shared.basics.errors import GranaryError
+from shared.sae.folder import is_own, load_provenance, locate
 from shared.sae.formats import dictionary_learning, gemma_scope, llama_scope, opensae, saelens, sparsify
 from shared.sae.formats.raw import RawSAE
-from shared.sae.model import SAE
+from shared.sae.variants.sae import SAE
 
 __all__ = ["FORMATS", "GRANARY", "convert", "detect", "load_any"]
 

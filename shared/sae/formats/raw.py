@@ -21,9 +21,9 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from shared.errors import GranaryError
+from shared.basics.errors import GranaryError
 from shared.sae.config import SAEConfig
-from shared.sae.model import SAE
+from shared.sae.variants.sae import SAE
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""Optimisers for dictionaries: one file for each."""

@@ -1,0 +1,1 @@
+"""Kinds of dictionary: one file for each."""

@@ -1,0 +1,104 @@
+"""Fully sharded data parallel (FSDP2): weights, gradients and moments cut by rows over the ranks.
+
+Each rank reads its share of a batch; the weights are gathered for a forward and backward, and the gradients are
+summed and scattered. The update runs on the rank's own rows, which the unit-norm decoder allows: its rows are whole.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, Shard
+
+from shared.kernels import PairGradients
+from shared.parallel import World, all_reduce_sum
+from shared.sae import SAE, SAELosses
+from shared.sae.optim.adam8bit import OPTIMISERS
+from shared.sae.optim.base import SAEMuon, SAEOptimiser
+from stage_train.step.layouts.data_parallel import Replicated, joint_norm
+from stage_train.step.layouts.split import latents_of_shard
+
+
+class LocalRows:
+    """The rank's own rows of a sharded SAE, as plain tensors for the optimiser."""
+
+    def __init__(self, sae: SAE) -> None:
+        self.kernels, self.config = sae.kernels, sae.config
+        self.pair_gradients: PairGradients | None = None
+        self.sharded = {name: parameter for name, parameter in sae.named_parameters() if isinstance(parameter, DTensor)}
+        self.rows = {name: parameter.to_local().detach() for name, parameter in self.sharded.items()}
+
+    def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
+        """As an optimiser asks for them."""
+        yield from self.rows.items()
+
+
+class FullySharded(Replicated):
+    """FSDP2 over all ranks."""
+
+    def __init__(self, world: World) -> None:
+        super().__init__(world)
+        self.mesh = init_device_mesh(world.device.type, (world.size,), mesh_dim_names=("dp",))
+        self._local: LocalRows | None = None
+
+    def distribute(self, sae: SAE) -> SAE:
+        """Shard every parameter by rows. Raises GranaryError when the latents do not divide among the ranks."""
+        latents_of_shard(sae.config.d_latent, self.world.size)
+        sae = super().distribute(sae)
+        fully_shard(sae, mesh=self.mesh)
+        register_fsdp_forward_method(sae, "losses")
+        register_fsdp_forward_method(sae, "survey")
+        assert isinstance(sae, FSDPModule)
+        # Losses are weighted by their share of the batch, so gradients add up; as a plain sum, which gloo knows too.
+        sae.set_gradient_divide_factor(1.0)
+        sae.set_force_sum_reduction_for_comms(True)
+        self._local = LocalRows(sae)
+        return sae
+
+    def optimiser(self, sae: SAE, kind: str, lr: float, **options: Any) -> SAEOptimiser:
+        """Of the rank's own rows."""
+        assert self._local is not None
+        optimiser = OPTIMISERS[kind](self._local, lr, **options)
+        if isinstance(optimiser, SAEMuon):
+            optimiser.sum_rows = all_reduce_sum
+        return optimiser
+
+    def zero_gradients(self, optimiser: SAEOptimiser) -> None:
+        """Of the sharded parameters and of their local views."""
+        assert self._local is not None
+        optimiser.zero_grad()
+        for parameter in self._local.sharded.values():
+            parameter.grad = None
+
+    def losses(self, sae: SAE, rows_N_D: Tensor, dead_R: Tensor, *, last: bool, **options: Any) -> SAELosses:
+        """Gradients leave the rank once per step, with the last micro-batch."""
+        assert isinstance(sae, FSDPModule)
+        sae.set_requires_gradient_sync(last)
+        return super().losses(sae, rows_N_D, dead_R, last=last, **options)
+
+    def reduce_gradients(self, optimiser: SAEOptimiser) -> Tensor:
+        """They are reduced already: hand the local rows to the optimiser."""
+        assert self._local is not None
+        for name, parameter in self._local.sharded.items():
+            assert isinstance(parameter.grad, DTensor)
+            self._local.rows[name].grad = parameter.grad.to_local()
+        found = [rows.grad for rows in self._local.rows.values() if rows.grad is not None]
+        return joint_norm(found, [])
+
+    def as_global(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Moments and averages get the sharding of their parameters."""
+        assert self._local is not None
+        seen = {}
+        for name, tensor in tensors.items():
+            # optim.first.activation.r_mag, ema.activation.r_mag
+            prefix = {"optim": 2, "ema": 1}.get(name.partition(".")[0])
+            parameter = self._local.sharded.get(".".join(name.split(".")[prefix:])) if prefix else None
+            if parameter is not None:
+                whole: dict[str, Any] = {"shape": parameter.shape, "stride": parameter.stride()}
+                if tensor.shape != parameter.to_local().shape:  # scales of blocks, equally many on every rank
+                    whole = {}
+                tensor = DTensor.from_local(tensor, self.mesh, [Shard(0)], run_check=False, **whole)
+            seen[name] = tensor
+        return seen
