@@ -15,7 +15,8 @@ from shared.lm import load_trunk
 from shared.lm.load import DTYPES
 from shared.parallel import World, init_world
 from shared.parallel.heartbeat import Heartbeat
-from shared.store import Store, free_bytes, layout
+from shared.store import Store, free_bytes
+from shared.store.format import layout
 from shared.store.io.local import open_io
 from stage_harvest.config import HarvestSchema
 from stage_harvest.job import HarvestJob, announce, check_length, human_bytes, next_command, staging_dtype
