@@ -267,7 +267,13 @@ class TrainSchema:
     packed: bool = MISSING
     """In a sweep (-m): train all its SAEs together, from one pass over the store."""
     hook: str | None = MISSING
-    """Which of the store's hooks; null takes the only one."""
+    """Which of the store's sites to read and give back; null takes the only one. Short for reads and writes alike."""
+    reads: str | None = MISSING
+    """What the dictionary reads, where that is not what it writes."""
+    writes: str | None = MISSING
+    """What it must produce."""
+    variant: dict[str, Any] = field(default_factory=dict)
+    """Group ``variant``: the kind of dictionary, and what only that kind has."""
     store: StoreInput = field(default_factory=StoreInput)
     sae: SAESchema = field(default_factory=SAESchema)
     optim: OptimSchema = field(default_factory=OptimSchema)

@@ -62,7 +62,7 @@ class Job:
             cfg,
             world,
             stores,
-            [run.hook for run in self.runs],
+            [site for run in self.runs for site in run.sites.names],
             claim=(claim, str(folder.resolve())),
             stream=first.state.get("stream"),
         )

@@ -16,11 +16,16 @@ from omegaconf import OmegaConf
 from shared.basics.errors import GranaryError
 from shared.kernels import resolve
 from shared.parallel import World, barrier
-from shared.sae import SAE, SAEConfig
+from shared.sae.config import DictionaryConfig
+from shared.sae.folder import to_document
+from shared.sae.learn.init import initialise
+from shared.sae.learn.objective import Objective
 from shared.sae.optim.adam8bit import OPTIMISERS
+from shared.sae.variants import VARIANTS
+from shared.sae.variants.one_group import OneGroup
 from stage_train.config import OptimSchema, Resume, TrainSchema, as_dict
 from stage_train.data.inputs import Feed
-from stage_train.data.stores import FrozenStore, choose_hook
+from stage_train.data.stores import FrozenStore, choose_sites
 from stage_train.data.stream import Batch, TokenStream
 from stage_train.data.stream.length import stream_length
 from stage_train.show.curves import draw_curves
@@ -87,18 +92,20 @@ class Run:
 
     def choose(self, stores: Sequence[FrozenStore]) -> None:
         """Fix hook, SAE and layout. Raises GranaryError for a hook, a shape or a number of processes that can't be."""
-        self.hook = choose_hook(self.cfg.hook, stores)
-        self.d_model = stores[0].store.plan.hooks[self.hook]
-        self.sae_config: SAEConfig = self.cfg.sae.to_config(self.d_model)
+        self.sites = choose_sites(self.cfg, stores)
+        self.widths = self.sites.widths(stores[0].store.plan.hooks)
+        self.sae_config, self.learning = self.cfg.sae.to_configs(self.cfg.variant, self.sites, self.widths)
         self.layout = make_layout(self.cfg.parallel, self.world)
-        self.layout.num_latents(self.sae_config)  # refuses what does not divide
+        self.layout.num_latents(self.sae_config.d_latent)  # refuses what does not divide
 
     def join(self, feed: Feed) -> None:
         """Fix the length and the schedules. Raises GranaryError for those that make no sense."""
         self.feed, cfg = feed, self.cfg.schedule
         self.length = stream_length(feed.data, feed.order, tokens=cfg.tokens, epochs=cfg.epochs)
         # Once more, as sae.dead_after_tokens=auto is a share of the run; whether the rest makes sense is known by now.
-        self.sae_config = self.cfg.sae.to_config(self.d_model, self.length.tokens)
+        self.sae_config, self.learning = self.cfg.sae.to_configs(
+            self.cfg.variant, self.sites, self.widths, self.length.tokens
+        )
 
         def steps(name: str) -> int:
             return length_in_steps(getattr(cfg, name), self.length.steps, f"schedule.{name}")
@@ -139,7 +146,7 @@ class Run:
     @property
     def num_parameters(self) -> int:
         """Of encoder, decoder and biases."""
-        return self.sae_config.d_latent * (2 * self.sae_config.d_model + 1) + self.sae_config.d_model
+        return self.sae_config.d_latent * (self.widths.d_in + self.widths.d_out + 1) + self.widths.d_out
 
     @property
     def most_on_disk(self) -> int:
@@ -148,8 +155,8 @@ class Run:
 
     def describe(self) -> str:
         """The SAE in one line."""
-        sae = self.sae_config
-        sparsity = f"k {sae.k}" if sae.k else f"penalty {sae.penalty} {sae.penalty_weight:g}"
+        sae, learning = self.sae_config, self.learning
+        sparsity = f"k {sae.k}" if sae.k else f"penalty {learning.penalty} {learning.penalty_weight:g}"
         return f"{sae.activation}, {sparsity}, {sae.d_latent:,} latents, {self.num_parameters:,} parameters"
 
     def write_config(self) -> None:
@@ -168,32 +175,52 @@ class Run:
     def _make_trainer(self, stream: TokenStream) -> Trainer:
         cfg = self.cfg
         generator = torch.Generator().manual_seed(cfg.seed)
-        sae = SAE(self.sae_config, kernels=cfg.compute.kernels, compute_dtype=cfg.compute.dtype, generator=generator)
+        made = VARIANTS[self.sae_config.kind]
+        assert issubclass(made, OneGroup)
+        dictionary = made(
+            self.sae_config, kernels=cfg.compute.kernels, compute_dtype=cfg.compute.dtype, generator=generator
+        )
+        objective = Objective(dictionary, self.learning)
         try:
             resolve(cfg.compute.kernels, torch.empty(0, device=self.world.device))
         except ValueError as error:
             raise GranaryError(f"compute.{error}") from None
         if self.checkpoint is None:
-            sae.initialise(self.feed.statistics(self.hook), self.feed.sample(self.hook, cfg.seed))
-        sae = self.layout.distribute(sae.to(self.world.device))
+            self._initialise(objective)
+        objective = self.layout.distribute(objective.to(self.world.device))
         options = optimiser_options(cfg.optim, self.sae_config)
-        optimiser = self.layout.optimiser(sae, cfg.optim.kind.value, self.schedules.rate.peak, **options)
+        optimiser = self.layout.optimiser(objective, cfg.optim.kind.value, self.schedules.rate.peak, **options)
         average = None
         if cfg.optim.ema_decay is not None:
-            learnt = {name: buffer for name, buffer in sae.named_buffers() if name.startswith("activation.")}
+            roles, buffers = objective.dictionary.roles(), dict(objective.dictionary.named_buffers())
+            learnt = {name: buffer for name, buffer in buffers.items() if roles[name].learnt}
             average = WeightAverage({**optimiser.parameters, **learnt}, cfg.optim.ema_decay)
         elif cfg.optim.ema_export:
             raise GranaryError("optim.ema_export=true needs optim.ema_decay, such as 0.999")
         return Trainer(
-            sae,
+            objective,
             optimiser,
             self.schedules,
             stream,
-            self.hook,
+            self.sites,
             self.layout,
             micro_batch=cfg.optim.micro_batch,
             average=average,
             guard=None if cfg.optim.spike_factor is None else SpikeGuard(cfg.optim.spike_factor),
+        )
+
+    def _initialise(self, objective: Objective) -> None:
+        """From the statistics and a sample of what is read, and of what is written where that is another place."""
+        seed, (read,), (written,) = self.cfg.seed, self.sites.reads, self.sites.writes
+        if self.sites.is_autoencoder:
+            initialise(objective, self.feed.statistics(read), self.feed.sample(read, seed))
+            return
+        initialise(
+            objective,
+            self.feed.statistics(read),
+            self.feed.sample(read, seed),
+            self.feed.statistics(written),
+            self.feed.sample(written, seed),
         )
 
     def open_loggers(self) -> None:
@@ -240,9 +267,9 @@ class Run:
             "config": self.config,
             "stores": [part.record() for part in stores],
             "world": self.world.size,
-            "sae": self.sae_config.to_dict(),
+            "sae": to_document(self.sae_config, self.learning.to_dict(), {}),
             "export_average": self.cfg.optim.ema_export,
-            "provenance": provenance(stores, self.hook, self.identity, progress.step, progress.tokens),
+            "provenance": provenance(stores, self.sites, self.identity, progress.step, progress.tokens),
         }
 
     def close(self) -> None:
@@ -277,7 +304,7 @@ def quoted(value: str) -> str:
     return value if re.fullmatch(r"[\w./:-]+", value) else f"'\"{value}\"'"
 
 
-def optimiser_options(cfg: OptimSchema, sae: SAEConfig) -> dict[str, Any]:
+def optimiser_options(cfg: OptimSchema, sae: DictionaryConfig) -> dict[str, Any]:
     """Arguments of the class; raises GranaryError for a value that it does not take, or lacks."""
     given = {
         "betas": None if cfg.beta1 is None or cfg.beta2 is None else (cfg.beta1, cfg.beta2),

@@ -9,7 +9,9 @@ import numpy as np
 
 from shared.basics.errors import GranaryError
 from shared.parallel import World, broadcast_object
+from shared.sae.sites import Sites
 from shared.store import HookStatistics, Store
+from stage_train.config import TrainSchema
 from stage_train.data.stream import Source
 
 
@@ -108,6 +110,15 @@ def choose_hook(hook: str | None, stores: Sequence[FrozenStore]) -> str:
     if len({(part.store.plan.hooks[hook], part.store.read_dtype) for part in stores}) != 1:
         raise GranaryError(f"the stores hold {hook} with different widths or dtypes: they cannot be read as one")
     return hook
+
+
+def choose_sites(cfg: TrainSchema, stores: Sequence[FrozenStore]) -> Sites:
+    """What to read and to write. Raises GranaryError for names that are not in the stores, or contradict each other."""
+    if (cfg.reads is None) != (cfg.writes is None) or (cfg.hook is not None and cfg.reads is not None):
+        raise GranaryError("give reads=... and writes=..., or hook=... alone for both alike")
+    if cfg.reads is None or cfg.writes is None:
+        return Sites.of(choose_hook(cfg.hook, stores))
+    return Sites((choose_hook(cfg.reads, stores),), (choose_hook(cfg.writes, stores),))
 
 
 def combined_statistics(stores: Sequence[FrozenStore], parts: Sequence[HookStatistics]) -> HookStatistics:

@@ -26,6 +26,9 @@ FREE = (
     "stream.on_damage",  # so that a run which stopped at a damaged shard can go on without it
 )
 
+# Keys that older runs did not record, and what they did in their place.
+ADDED_SINCE = {"variant.kind": "sae"}
+
 
 def identity(config: Mapping[str, Any]) -> dict[str, Any]:
     """The keys that fix the result, flattened: ``{"optim.lr": 0.001, ...}``."""
@@ -34,6 +37,7 @@ def identity(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def check_same_run(saved: Mapping[str, Any], wanted: Mapping[str, Any], folder: object) -> None:
     """Raise GranaryError naming what differs between two identities."""
+    saved = {**ADDED_SINCE, **saved}
     changed = [
         f"{key} was {saved.get(key)}, is {wanted.get(key)}"
         for key in sorted(saved.keys() | wanted.keys())

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 
 from shared.basics.errors import GranaryError
-from shared.sae import SAEConfig
+from shared.sae.config import DictionaryConfig
 
 SHAPES = ("linear", "cosine", "sqrt")
 K_SHAPES = ("linear", "exponential")
@@ -120,7 +120,7 @@ def bias_factor_by_width(num_latents: int) -> float:
     return 6 * math.sqrt(num_latents / 2048)
 
 
-def rate_factors(decoder: float, bias: float | str, sae: SAEConfig) -> dict[str, float]:
+def rate_factors(decoder: float, bias: float | str, sae: DictionaryConfig) -> dict[str, float]:
     """What multiplies the rate of W_dec and b_enc. Raises GranaryError unless they are positive numbers or by_width."""
     if isinstance(bias, str):
         if bias != "by_width":

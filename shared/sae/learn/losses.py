@@ -5,19 +5,25 @@ when a batch is cut into micro-batches or spread over ranks. tanh_quad is not by
 Shapes: N tokens, D d_model, F latents, R dead latents.
 """
 
+from collections.abc import Sequence
+
 import torch
 
 from shared.kernels import auxk_error
-from shared.sae.config import SAEConfig
-from shared.sae.latent_shard import WHOLE, Part
+from shared.sae.latent_shard import WHOLE, LatentShard
+from shared.sae.learn.config import LearningConfig
 
 
-def reconstruction_weight(variance_D: torch.Tensor, loss: str) -> torch.Tensor:
+def reconstruction_weight(variance_D: torch.Tensor, loss: str, widths: Sequence[int] = ()) -> torch.Tensor:
     """w_D such that ``mean_n sum_d w_d (x_hat - x)_nd^2`` is the loss `loss`.
 
     fvu: ratio of summed squared error to summed variance, 1 / sum_d var_d for each dimension. fvu_per_dim: mean over
-    dimensions of the per-dimension ratio, 1 / (D var_d) (OpenSAE). The variance is that of the data set.
+    dimensions of the per-dimension ratio, 1 / (D var_d) (OpenSAE). The variance is that of the data set. Of several
+    sites, with these `widths` side by side, it is the mean over sites: each counts alike.
     """
+    if len(widths) > 1:
+        sites = [reconstruction_weight(part, loss) for part in torch.split(variance_D, list(widths))]
+        return torch.cat(sites) / len(sites)
     if loss == "fvu":
         return (1 / variance_D.sum()).expand_as(variance_D)
     # A dimension that hardly varies must not own the loss.
@@ -39,7 +45,7 @@ def auxk_loss(
     num_aux: int,
     *,
     num_dead: int | None = None,
-    part: Part = WHOLE,
+    part: LatentShard = WHOLE,
     kernels: str = "auto",
     compute_dtype: str = "float32",
 ) -> torch.Tensor:
@@ -58,13 +64,13 @@ def auxk_loss(
     return min(num_dead / num_aux, 1.0) * error
 
 
-def saturated(f_NF: torch.Tensor, config: SAEConfig, norm_F: torch.Tensor | None) -> torch.Tensor:
+def saturated(f_NF: torch.Tensor, config: LearningConfig, norm_F: torch.Tensor | None) -> torch.Tensor:
     """``tanh(c f n)`` [N, F] (Anthropic, January 2025); n are the decoder's norms, None where they are 1."""
     return torch.tanh(config.tanh_scale * (f_NF if norm_F is None else f_NF * norm_F))
 
 
 def penalty_per_latent(
-    f_NF: torch.Tensor, config: SAEConfig, norm_F: torch.Tensor | None, frequency_F: torch.Tensor | None
+    f_NF: torch.Tensor, config: LearningConfig, norm_F: torch.Tensor | None, frequency_F: torch.Tensor | None
 ) -> torch.Tensor:
     """The penalty l1, tanh or tanh_quad of each latent, mean over tokens: [F].
 
