@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from shared.sae import SAE, SAEConfig
 from shared.sae.learn.losses import auxk_loss, reconstruction_weight, weighted_square_error
+from tests.learning import LearningSAE
 
 D, F, K, N = 12, 60, 5, 41
 
@@ -12,7 +12,7 @@ D, F, K, N = 12, 60, 5, 41
 def make_sae(seed=0, **overrides):
     fields = {"d_model": D, "d_latent": F, "k": K, "normalisation": "none", **overrides}
     generator = torch.Generator().manual_seed(seed)
-    sae = SAE(SAEConfig(**fields), generator=generator).double()
+    sae = LearningSAE(**fields, generator=generator).double()
     with torch.no_grad():
         sae.W_enc.normal_(generator=generator)
         sae.b_enc.normal_(generator=generator)
@@ -24,7 +24,7 @@ def make_sae(seed=0, **overrides):
 
 def dense_losses(sae, x, dead=None):
     """The same losses with plain autograd over the dense [N, F] activations."""
-    config = sae.config
+    config = sae.choices
     z = torch.relu((x - sae.b_dec) @ sae.W_enc.T + sae.b_enc)
 
     def keep(matrix, k):
