@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import nn
 
-from shared.kernels import encode_threshold, encode_topk
+from shared.kernels import Compute, encode_threshold, encode_topk
 from shared.sae.straight_through import jump_relu
 
 if TYPE_CHECKING:
@@ -30,8 +30,10 @@ class Encoder(Protocol):
 
     W_enc: nn.Parameter
     b_enc: nn.Parameter
-    kernels: str
-    compute_dtype: str
+
+    @property
+    def compute(self) -> Compute:
+        """How the products are made."""
 
 
 class Activation(nn.Module):
@@ -64,8 +66,7 @@ def encode_above(
         encoder.W_enc,
         encoder.b_enc,
         threshold,
-        kernels=encoder.kernels,
-        compute_dtype=encoder.compute_dtype,
+        compute=encoder.compute,
     )
 
 
@@ -89,8 +90,7 @@ class TopK(Activation):
             encoder.W_enc,
             encoder.b_enc,
             k,
-            kernels=encoder.kernels,
-            compute_dtype=encoder.compute_dtype,
+            compute=encoder.compute,
         )
 
 

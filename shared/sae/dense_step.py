@@ -28,9 +28,9 @@ def dense_losses(sae: "SAE", x: Tensor, dead: Tensor | None, penalty_scale: floa
     shared = sae.shared_pre_bias()
     if shared is not None:  # the gradient of b_dec goes through the encoder too
         input_ND = centred_ND - (shared - shared.detach())
-    z_NF = product(input_ND, sae.W_enc.T, sae.b_enc, compute_dtype=sae.compute_dtype)
+    z_NF = product(input_ND, sae.W_enc.T, sae.b_enc, compute=sae.compute)
     f_NF = sae.activation.dense(z_NF, sae.b_enc)
-    decoded_ND = product(f_NF, sae.W_dec, compute_dtype=sae.compute_dtype)
+    decoded_ND = product(f_NF, sae.W_dec, compute=sae.compute)
     error_ND = sae.part.sum_forward(decoded_ND) + sae.b_dec - target_ND
     reconstruction = weighted_square_error(error_ND, sae.loss_weight())
     total = reconstruction
@@ -43,7 +43,7 @@ def dense_losses(sae: "SAE", x: Tensor, dead: Tensor | None, penalty_scale: floa
         metrics["penalty"] = penalty.detach()
     if isinstance(sae.activation, Gated):
         # The gate must be a good encoder by itself; frozen, the decoder learns from the magnitudes alone.
-        gate_ND = product(torch.relu(z_NF), sae.W_dec.detach(), compute_dtype=sae.compute_dtype)
+        gate_ND = product(torch.relu(z_NF), sae.W_dec.detach(), compute=sae.compute)
         gate_ND = sae.part.sum_forward(gate_ND) + sae.b_dec.detach()
         gate = weighted_square_error(gate_ND - target_ND, sae.loss_weight())
         total = total + gate

@@ -178,6 +178,5 @@ def _set_threshold(sae: "SAE", sample_MD: torch.Tensor) -> None:
     if isinstance(sae.activation, BatchTopK):
         assert sae.config.k is not None
         centred_MD = sae.encoder_input(sample_MD)[0]
-        options = {"kernels": sae.kernels, "compute_dtype": sae.compute_dtype}
-        kept = encode_batchtopk(centred_MD, sae.W_enc, sae.b_enc, sae.config.k, **options)
+        kept = encode_batchtopk(centred_MD, sae.W_enc, sae.b_enc, sae.config.k, compute=sae.compute)
         sae.activation.threshold.copy_(smallest_kept(*kept))

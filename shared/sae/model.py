@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from shared.errors import GranaryError
-from shared.kernels import COMPUTE_DTYPES, KERNELS, PairGradient, PairGradients, decode, take_rows
+from shared.kernels import Compute, DeadRows, PairGradient, PairGradients, decode, take_rows
 from shared.sae import checkpoint
 from shared.sae.activations import ACTIVATIONS
 from shared.sae.config import SAEConfig
@@ -56,12 +56,10 @@ class SAE(nn.Module):
     ) -> None:
         """`num_latents`: those held here; None: all of the config's."""
         super().__init__()
-        for name, value, choices in (
-            ("kernels", kernels, KERNELS),
-            ("compute_dtype", compute_dtype, COMPUTE_DTYPES),
-        ):
-            if value not in choices:
-                raise GranaryError(f"{name}={value!r}: choose from {', '.join(choices)}")
+        try:
+            Compute(kernels, compute_dtype)
+        except ValueError as error:
+            raise GranaryError(str(error)) from None
         self.config = config
         self.kernels = kernels
         self.compute_dtype = compute_dtype
@@ -83,6 +81,11 @@ class SAE(nn.Module):
             random_unit_rows(self.W_dec, generator)
             with torch.no_grad():
                 self.W_enc.copy_(self.W_dec)
+
+    @property
+    def compute(self) -> Compute:
+        """`kernels` and `compute_dtype` as the operations take them."""
+        return Compute(self.kernels, self.compute_dtype)
 
     # ---- normalisation -------------------------------------------------------------------------------------------
 
@@ -227,14 +230,15 @@ class SAE(nn.Module):
         return auxk_loss(
             residual_ND,
             centred_ND,
-            take_rows(self.W_enc, dead_R, self.sink("W_enc")),
-            self.b_enc.index_select(0, dead_R),
-            take_rows(self.W_dec, dead_R, self.sink("W_dec")),
+            DeadRows(
+                take_rows(self.W_enc, dead_R, self.sink("W_enc")),
+                self.b_enc.index_select(0, dead_R),
+                take_rows(self.W_dec, dead_R, self.sink("W_dec")),
+                num_dead,
+            ),
             self.config.num_aux,
-            num_dead=num_dead,
             part=self.part,
-            kernels=self.kernels,
-            compute_dtype=self.compute_dtype,
+            compute=self.compute,
         )
 
     # ---- initialisation ------------------------------------------------------------------------------------------

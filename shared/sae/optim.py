@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from shared.errors import GranaryError
-from shared.kernels import PairGradient, PairGradients, row_update
+from shared.kernels import AdamStep, PairGradient, PairGradients, row_update
 from shared.sae.config import SAEConfig
 
 
@@ -214,14 +214,13 @@ class SAEAdam(SAEOptimiser):
             weight,
             self.moments["first"][name],
             self.moments["second"][name],
-            clip=clip,
-            lr=lr,
-            betas=self.betas,
-            eps=self.eps,
-            step=self.step_number,
-            unit_rows=unit_rows,
+            self.adam_step(clip, lr, unit_rows),
             kernels=self.kernels,
         )
+
+    def adam_step(self, clip: Tensor, lr: float, unit_rows: bool) -> AdamStep:
+        """This step, for one parameter."""
+        return AdamStep(lr, self.betas, self.eps, self.step_number, clip, unit_rows)
 
     def update(self, name: str, weight: Tensor, grad: Tensor, *, clip: Tensor, lr: float, unit_rows: bool) -> None:
         first, second = self.moment("first", name), self.moment("second", name)
@@ -233,18 +232,8 @@ class SAEAdam(SAEOptimiser):
         for start in range(0, len(weight), rows):
             tile = slice(start, start + rows)
             moments = [moment[tile].to(weight.dtype) if self.half else moment[tile] for moment in (first, second)]
-            row_update(
-                weight[tile],
-                grad[tile],
-                *moments,
-                clip=clip,
-                lr=lr,
-                betas=self.betas,
-                eps=self.eps,
-                step=self.step_number,
-                unit_rows=unit_rows,
-                kernels=self.kernels,
-            )
+            adam = self.adam_step(clip, lr, unit_rows)
+            row_update(weight[tile], grad[tile], moments[0], moments[1], adam, kernels=self.kernels)
             if self.half:
                 for kept, moment in zip((first, second), moments, strict=True):
                     kept[tile] = round_stochastically(moment, generator)
@@ -316,19 +305,8 @@ class SAEMuon(SAEOptimiser):
     def update(self, name: str, weight: Tensor, grad: Tensor, *, clip: Tensor, lr: float, unit_rows: bool) -> None:
         first = self.moment("first", name)
         if name not in MATRICES:
-            row_update(
-                weight,
-                grad,
-                first,
-                self.moment("second", name),
-                clip=clip,
-                lr=lr,
-                betas=self.betas,
-                eps=self.eps,
-                step=self.step_number,
-                unit_rows=False,
-                kernels=self.kernels,
-            )
+            adam = AdamStep(lr, self.betas, self.eps, self.step_number, clip, unit_rows=False)
+            row_update(weight, grad, first, self.moment("second", name), adam, kernels=self.kernels)
             return
         grad = project(grad * clip, weight, unit_rows)
         first.lerp_(grad, 1 - self.momentum)

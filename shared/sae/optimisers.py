@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from shared.errors import GranaryError
-from shared.kernels import row_update
+from shared.kernels import AdamStep, row_update
 from shared.sae.optim import (
     MATRICES,
     SAEAdam,
@@ -71,8 +71,8 @@ class SAEAdam8bit(SAEOptimiser):
     def update(self, name: str, weight: Tensor, grad: Tensor, *, clip: Tensor, lr: float, unit_rows: bool) -> None:
         first, second = self.moment("first", name), self.moment("second", name)
         if name not in MATRICES:
-            options = {"betas": self.betas, "eps": self.eps, "step": self.step_number, "kernels": self.kernels}
-            row_update(weight, grad, first, second, clip=clip, lr=lr, unit_rows=False, **options)  # type: ignore[arg-type]
+            adam = AdamStep(lr, self.betas, self.eps, self.step_number, clip, unit_rows=False)
+            row_update(weight, grad, first, second, adam, kernels=self.kernels)
             return
         torch.ops.bitsandbytes.optimizer_update_8bit_blockwise(
             "adam",

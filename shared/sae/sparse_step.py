@@ -40,7 +40,7 @@ def sparse_losses(sae: "SAE", x: Tensor, dead: Tensor | None, k: int, survey: Su
     order = PairOrder(picks.indices_NK, num_latents)
     values_NK = attach_encoder(
         centred_ND, sae.shared_pre_bias(), sae.W_enc, sae.b_enc, picks.values_NK, picks.indices_NK, order,
-        kernels=sae.kernels, compute_dtype=sae.compute_dtype, sink=sae.sink("W_enc"),
+        compute=sae.compute, sink=sae.sink("W_enc"),
     )  # fmt: skip
     metrics: dict[str, Tensor] = {}
 
@@ -117,7 +117,7 @@ def _decode(sae: "SAE", values_NK: Tensor, indices_NK: Tensor, order: PairOrder)
     """Decoded latents without b_dec, over all parts."""
     decoded_ND = sparse_decode(
         values_NK, indices_NK, sae.W_dec, order,
-        kernels=sae.kernels, compute_dtype=sae.compute_dtype, sink=sae.sink("W_dec"),
+        compute=sae.compute, sink=sae.sink("W_dec"),
     )  # fmt: skip
     return sae.part.sum_forward(decoded_ND)
 

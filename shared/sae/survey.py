@@ -55,7 +55,7 @@ def survey(
         return _survey_batchtopk(sae, inputs, num_tokens, sae.config.k if k is None else k, reduce_all)
     sums_F = torch.zeros_like(sae.b_enc)
     for centred_ND in inputs:
-        z_NF = product(centred_ND, sae.W_enc.T, sae.b_enc, compute_dtype=sae.compute_dtype)
+        z_NF = product(centred_ND, sae.W_enc.T, sae.b_enc, compute=sae.compute)
         sums_F += saturated(sae.activation.dense(z_NF, sae.b_enc), sae.config, sae.decoder_norm()).sum(0)
     reduce_rows(sums_F)
     return [Survey(frequency=sums_F / num_tokens) for _ in inputs]

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from shared.errors import GranaryError
-from shared.kernels.row_update import cpu as row_update_cpu
+from shared.kernels.row_update import torch_ as row_update_torch
 from shared.sae import SAE, SAEAdam, SAEConfig
 from shared.sae.optim import SAEMuon, SAESignum, round_stochastically
 from shared.sae.optimisers import SAEAdam8bit
@@ -33,7 +33,7 @@ def train(sae, optimiser, steps, start=0):
 
 @pytest.mark.parametrize("clip_norm", [None, 1e-3])
 def test_equals_torch_adam_with_projection_and_clip(clip_norm, monkeypatch):
-    monkeypatch.setattr(row_update_cpu, "TILE_ELEMENTS", 40)  # several tiles, the last one ragged
+    monkeypatch.setattr(row_update_torch, "TILE_ELEMENTS", 40)  # several tiles, the last one ragged
     ours, theirs = make_sae(), make_sae()
     optimiser = SAEAdam(ours, 1e-2, betas=(0.8, 0.95), eps=1e-7, clip_norm=clip_norm)
     reference = torch.optim.Adam(theirs.parameters(), lr=1e-2, betas=(0.8, 0.95), eps=1e-7)
