@@ -17,7 +17,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from shared.kernels import encode_threshold, encode_topk
+from shared.kernels import Compute, encode_threshold, encode_topk
 from shared.sae.config import DictionaryConfig
 from shared.sae.roles import Role
 
@@ -27,8 +27,10 @@ class Encoder(Protocol):
 
     W_enc: nn.Parameter
     b_enc: nn.Parameter
-    kernels: str
-    compute_dtype: str
+
+    @property
+    def compute(self) -> Compute:
+        """How the encoder's product is computed."""
 
 
 class Activation(nn.Module):
@@ -54,8 +56,7 @@ def encode_above(encoder: Encoder, x_ND: Tensor, threshold: Tensor | float) -> t
         encoder.W_enc,
         encoder.b_enc,
         threshold,
-        kernels=encoder.kernels,
-        compute_dtype=encoder.compute_dtype,
+        compute=encoder.compute,
     )
 
 
@@ -78,8 +79,7 @@ class TopK(Activation):
             encoder.W_enc,
             encoder.b_enc,
             k,
-            kernels=encoder.kernels,
-            compute_dtype=encoder.compute_dtype,
+            compute=encoder.compute,
         )
 
 

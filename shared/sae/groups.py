@@ -6,6 +6,7 @@ Shapes: D_in sum of the widths that the group reads, D_out of those that it writ
 import torch
 from torch import Tensor, nn
 
+from shared.kernels import Compute
 from shared.sae.activations import ACTIVATIONS, Activation
 from shared.sae.config import DictionaryConfig
 from shared.sae.roles import Role
@@ -24,6 +25,11 @@ class LatentGroup(nn.Module):
     activation: Activation
     kernels: str
     compute_dtype: str
+
+    @property
+    def compute(self) -> Compute:
+        """`kernels` and `compute_dtype` as the operations take them."""
+        return Compute(self.kernels, self.compute_dtype)
 
     def make_matrices(self, d_in: int, d_out: int, num_latents: int) -> None:
         """Register the group's own parameters; their values are not set."""

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from shared.kernels import product
+from shared.kernels import Compute, product
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -29,7 +29,7 @@ def test_value_and_every_gradient(shape):
     upstream = torch.randn(num_rows, columns, generator=generator).to(DEVICE)
     exact = run(lambda a_NM, b_MK, bias_K: a_NM @ b_MK + bias_K, tensors, upstream)
     plain = run(product, tensors, upstream)
-    rounded = run(lambda **given: product(**given, compute_dtype="bfloat16"), tensors, upstream)
+    rounded = run(lambda **given: product(**given, compute=Compute(dtype="bfloat16")), tensors, upstream)
     operands = {name: tensor.bfloat16().float() for name, tensor in tensors.items() if name != "bias_K"}
     wanted = run(lambda a_NM, b_MK: a_NM @ b_MK, operands, upstream.bfloat16().float())
     wanted["result"] = wanted["result"] + tensors["bias_K"]
@@ -48,6 +48,6 @@ def test_value_and_every_gradient(shape):
 
 def test_gradients_that_nobody_asked_for_are_not_computed():
     a, b = torch.randn(3, 4, requires_grad=True), torch.randn(4, 5)
-    product(a, b, compute_dtype="bfloat16").sum().backward()
+    product(a, b, compute=Compute(dtype="bfloat16")).sum().backward()
     assert a.grad is not None
     assert b.grad is None

@@ -161,8 +161,7 @@ class BatchTopKRule(Rule):
         """The threshold that keeps k latents per token of the sample."""
         group, k = self.terms.dictionary, self.terms.dictionary.config.k
         assert k is not None
-        options = {"kernels": group.kernels, "compute_dtype": group.compute_dtype}
-        kept = encode_batchtopk(centred_MD, group.W_enc, group.b_enc, k, **options)
+        kept = encode_batchtopk(centred_MD, group.W_enc, group.b_enc, k, compute=group.compute)
         self.activation.threshold.copy_(smallest_kept(*kept))
 
 

@@ -44,7 +44,7 @@ def frequencies(
     """The batch's mean of ``strength(z)`` [N, F] per latent, the same for every micro-batch."""
     sums_F = torch.zeros_like(group.b_enc)
     for centred_ND in centred:
-        z_NF = product(centred_ND, group.W_enc.T, group.b_enc, compute_dtype=group.compute_dtype)
+        z_NF = product(centred_ND, group.W_enc.T, group.b_enc, compute=group.compute)
         sums_F += strength(z_NF).sum(0)
     reduce_rows(sums_F)
     return [BatchFacts(frequency=sums_F / num_tokens) for _ in centred]

@@ -39,9 +39,9 @@ def dense_losses(terms: LossTerms, x: Tensor, y: Tensor, inputs: StepInputs, for
     shared = terms.shared_pre_bias()
     if shared is not None:  # the gradient of b_dec goes through the encoder too
         input_ND = centred_ND - (shared - shared.detach())
-    z_NF = product(input_ND, group.W_enc.T, group.b_enc, compute_dtype=group.compute_dtype)
+    z_NF = product(input_ND, group.W_enc.T, group.b_enc, compute=group.compute)
     f_NF = form.activation(z_NF)
-    decoded_ND = product(f_NF, group.W_dec, compute_dtype=group.compute_dtype)
+    decoded_ND = product(f_NF, group.W_dec, compute=group.compute)
     error_ND = terms.shard.sum_forward(decoded_ND) + group.b_dec - target_ND
     reconstruction = weighted_square_error(error_ND, terms.loss_weight())
     total = reconstruction
@@ -54,7 +54,7 @@ def dense_losses(terms: LossTerms, x: Tensor, y: Tensor, inputs: StepInputs, for
         metrics["penalty"] = penalty.detach()
     if form.gate is not None:
         # The gate must be a good encoder by itself; frozen, the decoder learns from the magnitudes alone.
-        gate_ND = product(form.gate(z_NF), group.W_dec.detach(), compute_dtype=group.compute_dtype)
+        gate_ND = product(form.gate(z_NF), group.W_dec.detach(), compute=group.compute)
         gate_ND = terms.shard.sum_forward(gate_ND) + group.b_dec.detach()
         gate = weighted_square_error(gate_ND - target_ND, terms.loss_weight())
         total = total + gate

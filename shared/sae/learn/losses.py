@@ -9,7 +9,8 @@ from collections.abc import Sequence
 
 import torch
 
-from shared.kernels import auxk_error
+from shared.kernels import Compute, DeadRows, auxk_error
+from shared.kernels.compute import AUTO
 from shared.sae.latent_shard import WHOLE, LatentShard
 from shared.sae.learn.config import LearningConfig
 
@@ -39,29 +40,21 @@ def weighted_square_error(error_ND: torch.Tensor, weight_D: torch.Tensor) -> tor
 def auxk_loss(
     residual_ND: torch.Tensor,
     centred_ND: torch.Tensor,
-    W_enc_RD: torch.Tensor,
-    b_enc_R: torch.Tensor,
-    W_dec_RD: torch.Tensor,
+    dead: DeadRows,
     num_aux: int,
     *,
-    num_dead: int | None = None,
-    part: LatentShard = WHOLE,
-    kernels: str = "auto",
-    compute_dtype: str = "float32",
+    shard: LatentShard = WHOLE,
+    compute: Compute = AUTO,
 ) -> torch.Tensor:
     """Dead latents reconstruct what the living ones leave over (Gao et al. 2024, section A.2); a scalar.
 
     ``scale * mean_n |e_n - e_hat_n|^2 / |e_n|^2`` with e = x - x_hat (pass it detached) and e_hat the decoding, without
-    b_dec, of the num_aux largest of the dead latents; scale = min(num_dead / num_aux, 1). Gradients reach the dead
-    latents' rows and encoder biases alone: pass `centred_ND`, the encoder's input, detached. `num_dead` counts those of
-    all parts, R those given here; None: R. See ``shared.kernels.auxk_error`` for `kernels` and `compute_dtype`.
+    b_dec, of the num_aux largest of the dead latents; scale = min(dead.count / num_aux, 1). Gradients reach the dead
+    latents' rows and encoder biases alone: pass `centred_ND`, the encoder's input, detached. ``dead.count`` is
+    of all parts, R those given here. See ``shared.kernels.auxk_error`` for `compute`.
     """
-    num_dead = W_enc_RD.shape[0] if num_dead is None else num_dead
-    error = auxk_error(
-        residual_ND, centred_ND, W_enc_RD, b_enc_R, W_dec_RD, num_aux,
-        kernels=kernels, compute_dtype=compute_dtype, holders=part, num_dead=num_dead,
-    )  # fmt: skip
-    return min(num_dead / num_aux, 1.0) * error
+    error = auxk_error(residual_ND, centred_ND, dead, num_aux, compute=compute, holders=shard)
+    return min(dead.count / num_aux, 1.0) * error
 
 
 def saturated(f_NF: torch.Tensor, config: LearningConfig, norm_F: torch.Tensor | None) -> torch.Tensor:

@@ -43,7 +43,7 @@ def sparse_losses(terms: LossTerms, x: Tensor, y: Tensor, inputs: StepInputs, se
     order = PairOrder(picks.indices_NK, num_latents)
     values_NK = attach_encoder(
         centred_ND, terms.shared_pre_bias(), group.W_enc, group.b_enc, picks.values_NK, picks.indices_NK, order,
-        kernels=group.kernels, compute_dtype=group.compute_dtype, sink=terms.sink("W_enc"),
+        compute=group.compute, sink=terms.sink("W_enc"),
     )  # fmt: skip
     metrics: dict[str, Tensor] = {}
 
@@ -91,7 +91,7 @@ def _decode(terms: LossTerms, values_NK: Tensor, indices_NK: Tensor, order: Pair
     group = terms.dictionary
     decoded_ND = sparse_decode(
         values_NK, indices_NK, group.W_dec, order,
-        kernels=group.kernels, compute_dtype=group.compute_dtype, sink=terms.sink("W_dec"),
+        compute=group.compute, sink=terms.sink("W_dec"),
     )  # fmt: skip
     return terms.shard.sum_forward(decoded_ND)
 

@@ -5,7 +5,7 @@ Shape letters: N rows, D_in and D_out widths of what is read and written, F late
 
 from torch import Tensor
 
-from shared.kernels import PairGradient, PairGradients, take_rows
+from shared.kernels import DeadRows, PairGradient, PairGradients, take_rows
 from shared.sae.latent_shard import WHOLE, LatentShard
 from shared.sae.learn.config import LearningConfig
 from shared.sae.learn.inputs import dead_indices
@@ -61,12 +61,13 @@ class LossTerms:
         return auxk_loss(
             residual_ND,
             centred_ND,
-            take_rows(group.W_enc, dead_R, self.sink("W_enc")),
-            group.b_enc.index_select(0, dead_R),
-            take_rows(group.W_dec, dead_R, self.sink("W_dec")),
+            DeadRows(
+                take_rows(group.W_enc, dead_R, self.sink("W_enc")),
+                group.b_enc.index_select(0, dead_R),
+                take_rows(group.W_dec, dead_R, self.sink("W_dec")),
+                num_dead,
+            ),
             self.learning.num_aux(group.widths.d_out),
-            num_dead=num_dead,
-            part=self.shard,
-            kernels=group.kernels,
-            compute_dtype=group.compute_dtype,
+            shard=self.shard,
+            compute=group.compute,
         )

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from shared.basics.errors import GranaryError
-from shared.kernels import COMPUTE_DTYPES, KERNELS
+from shared.kernels import Compute
 from shared.sae import folder as on_disk
 from shared.sae.config import DictionaryConfig
 from shared.sae.groups import LatentGroup
@@ -44,12 +44,10 @@ class Dictionary(nn.Module):
 
     def __init__(self, config: DictionaryConfig, *, kernels: str = "auto", compute_dtype: str = "float32") -> None:
         super().__init__()
-        for name, value, choices in (
-            ("kernels", kernels, KERNELS),
-            ("compute_dtype", compute_dtype, COMPUTE_DTYPES),
-        ):
-            if value not in choices:
-                raise GranaryError(f"{name}={value!r}: choose from {', '.join(choices)}")
+        try:
+            Compute(kernels, compute_dtype)
+        except ValueError as error:
+            raise GranaryError(str(error)) from None
         self.config = config
         self.kernels = kernels
         self.compute_dtype = compute_dtype
