@@ -16,7 +16,7 @@ from shared.kernels import resolve
 from shared.parallel import World
 from shared.sae import SAE, SAEConfig
 from shared.sae.activations import ACTIVATIONS
-from shared.sae.optim.adam8bit import OPTIMISERS
+from shared.sae.optim import make_optimiser
 from shared.store.format.dtypes import scales_per_row, storage_type
 from stage_train.config import BufferPlace, LayoutKind, TrainSchema
 from stage_train.data.inputs import GIB, SAMPLE_TOKENS, order_of
@@ -28,9 +28,9 @@ from stage_train.data.stream.pool import slots_for
 from stage_train.data.stream.sample import SAMPLE_CONTEXTS
 from stage_train.estimate.config import PlanSchema
 from stage_train.estimate.memory import total_bytes
-from stage_train.run import optimiser_options
 from stage_train.step.layouts.split import latent_parts, latents_per_rank
-from stage_train.step.schedule import length_in_steps, peak_rate
+from stage_train.step.optimiser import optimiser_config
+from stage_train.step.schedule import length_in_steps
 from stage_train.step.weight_average import WeightAverage
 
 
@@ -282,8 +282,7 @@ def _state_bytes(cfg: TrainSchema, config: SAEConfig, held: int) -> tuple[int, i
     """Weights with buffers, moments, and averages of a rank."""
     with torch.device("meta"):
         sae = SAE(config, kernels=cfg.compute.kernels, compute_dtype=cfg.compute.dtype, num_latents=held)
-    lr = peak_rate(cfg.optim.lr, config.d_latent)
-    optimiser = OPTIMISERS[cfg.optim.kind.value](sae, lr, **optimiser_options(cfg.optim, config))
+    optimiser = make_optimiser(sae, optimiser_config(cfg.optim, config))
     average = {}
     if cfg.optim.ema_decay is not None:
         average = WeightAverage(optimiser.parameters, cfg.optim.ema_decay).tensors

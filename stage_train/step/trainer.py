@@ -18,7 +18,7 @@ from shared.parallel import World, all_reduce_sum
 from shared.sae import SAE, DeadLatents
 from shared.sae.activations import BatchTopK
 from shared.sae.latents import Survey
-from shared.sae.optim.base import SAEOptimiser
+from shared.sae.optim import Optimiser
 from stage_train.data.stream import Batch, TokenStream
 from stage_train.step.layouts import Replicated
 from stage_train.step.metrics import MetricWindow
@@ -76,7 +76,7 @@ class Trainer:
     def __init__(
         self,
         sae: SAE,
-        optimiser: SAEOptimiser,
+        optimiser: Optimiser,
         schedules: Schedules,
         stream: TokenStream,
         hook: str,

@@ -7,7 +7,7 @@ differ by what rounding in another order does to S steps of Adam. Measured here 
 import pytest
 import torch
 
-from shared.sae import SAE, DeadLatents, SAEAdam, SAEConfig
+from shared.sae import SAE, AdamConfig, DeadLatents, SAEConfig, make_optimiser
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 STEPS, BATCH, TOLERANCE = 12, 8, 1e-3
@@ -26,7 +26,7 @@ def loss_curve(kernels, compute_dtype="float32", steps=STEPS, batch=BATCH, d=6, 
     )
     sae = SAE(config, kernels=kernels, compute_dtype=compute_dtype, generator=rng).to(DEVICE)
     sae.initialise(None, x)
-    optimiser = SAEAdam(sae, LR, pair_gradients=True)
+    optimiser = make_optimiser(sae, AdamConfig(lr=LR), pair_gradients=True)
     dead = DeadLatents(num_latents, config.dead_after_tokens, device=DEVICE)
     losses, most_dead = [], 0
     for rows in x.split(batch):

@@ -5,7 +5,7 @@ import torch
 
 from shared.kernels import PairGradient, PairOrder, auxk_error, row_grad, take_rows
 from shared.kernels.auxk import blocks
-from shared.sae import SAE, SAEAdam, SAEConfig
+from shared.sae import SAE, AdamConfig, SAEConfig, make_optimiser
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -17,7 +17,7 @@ def trained(kernels, pair_gradients, steps=2, parts=1, own_loss=False, **overrid
     fields = {"d_model": 12, "d_latent": 40, "k": 4, "auxk_alpha": 0.5, **overrides}
     sae = SAE(SAEConfig(**fields), kernels=kernels, generator=rng).to(DEVICE)
     sae.initialise(None, x)
-    optimiser = SAEAdam(sae, 1e-2, clip_norm=0.01, pair_gradients=pair_gradients)
+    optimiser = make_optimiser(sae, AdamConfig(lr=1e-2, clip_norm=0.01), pair_gradients=pair_gradients)
     norms = []
     for _ in range(steps):
         optimiser.zero_grad()

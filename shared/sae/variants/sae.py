@@ -29,6 +29,7 @@ from shared.sae.learn.dense_step import dense_losses
 from shared.sae.learn.init import ActivationStatistics, initialise, random_unit_rows
 from shared.sae.learn.losses import auxk_loss, reconstruction_weight, weighted_square_error
 from shared.sae.learn.sparse_step import sparse_losses
+from shared.sae.roles import Role
 
 LAYER_NORM_EPS = 1e-5
 
@@ -83,6 +84,25 @@ class SAE(nn.Module):
             random_unit_rows(self.W_dec, generator)
             with torch.no_grad():
                 self.W_enc.copy_(self.W_dec)
+
+    def roles(self) -> dict[str, Role]:
+        """What each parameter and buffer is, by its name in ``state_dict``."""
+        roles = {
+            "W_enc": Role(latent_axis=0, from_pairs=True, is_matrix=True),
+            "b_enc": Role(latent_axis=0, rate="bias"),
+            "W_dec": Role(
+                latent_axis=0,
+                unit_rows=self.config.unit_norm_decoder,
+                rate="decoder",
+                from_pairs=True,
+                is_matrix=True,
+            ),
+            "b_dec": Role(latent_axis=None),
+        }
+        for name, tensor in self.activation.state_dict().items():
+            roles[f"activation.{name}"] = Role(latent_axis=0 if tensor.ndim else None)
+        fixed = ("input_mean", "input_scale", "input_variance")
+        return roles | {name: Role(latent_axis=None, learnt=False) for name in fixed}
 
     # ---- normalisation -------------------------------------------------------------------------------------------
 

@@ -14,8 +14,7 @@ from shared.parallel import World, all_reduce_sum
 from shared.sae import SAE, SAEConfig, SAELosses
 from shared.sae.latents import Survey
 from shared.sae.learn.batch_facts import Reduce, alone, needs_survey
-from shared.sae.optim.adam8bit import OPTIMISERS
-from shared.sae.optim.base import SAEOptimiser
+from shared.sae.optim import Optimiser, OptimiserConfig, make_optimiser
 
 # Tensors up to this size share one message.
 SMALL_ELEMENTS = 1 << 18
@@ -50,14 +49,14 @@ class Replicated:
                 dist.broadcast(tensor, src=0)
         return sae
 
-    def optimiser(self, sae: SAE, kind: str, lr: float, **options: Any) -> SAEOptimiser:
-        """The optimiser of what is held here; `options` are those of its class in OPTIMISERS."""
+    def optimiser(self, sae: SAE, config: OptimiserConfig) -> Optimiser:
+        """The optimiser of what is held here."""
         single = self.world.size == 1  # then nobody else has to see the gradients
-        return OPTIMISERS[kind](sae, lr, pair_gradients=single, **options)
+        return make_optimiser(sae, config, pair_gradients=single)
 
     # One step
 
-    def zero_gradients(self, optimiser: SAEOptimiser) -> None:
+    def zero_gradients(self, optimiser: Optimiser) -> None:
         """Before the first backward of a step."""
         optimiser.zero_grad()
 
@@ -72,7 +71,7 @@ class Replicated:
         """Of some of this rank's rows, the step's last micro-batch or not; `options` are those of ``SAE.losses``."""
         return sae.losses(rows_N_D, dead_R, **options)
 
-    def reduce_gradients(self, optimiser: SAEOptimiser) -> Tensor:
+    def reduce_gradients(self, optimiser: Optimiser) -> Tensor:
         """Sum every gradient over the ranks that share it, once; returns the norm of the whole SAE's gradient."""
         if self.world.size > 1:
             sum_over(gradients(optimiser))
@@ -100,7 +99,7 @@ class Replicated:
         return dict(tensors)
 
 
-def gradients(optimiser: SAEOptimiser) -> list[Tensor]:
+def gradients(optimiser: Optimiser) -> list[Tensor]:
     """All gradients, zeros where there is none."""
     found = []
     for parameter in optimiser.parameters.values():

@@ -23,7 +23,7 @@ from shared.sae.activations import Encoder, TopK
 from shared.sae.latent_shard import Part
 from shared.sae.latents import Survey
 from shared.sae.learn.batch_facts import needs_survey
-from shared.sae.optim.base import SAEMuon, SAEOptimiser
+from shared.sae.optim import Optimiser, OptimiserConfig, RowShare, make_optimiser
 from stage_train.step.layouts.data_parallel import Replicated, gradients, joint_norm, sum_over
 from stage_train.step.layouts.split import latents_of_part
 
@@ -169,12 +169,12 @@ class LatentParallel(Replicated):
         """Keep the rank's own latents."""
         return shard(super().distribute(sae), self.latent_rank, self.latent_group)
 
-    def optimiser(self, sae: SAE, kind: str, lr: float, **options: Any) -> SAEOptimiser:
+    def optimiser(self, sae: SAE, config: OptimiserConfig) -> Optimiser:
         """Of the latents held here."""
-        optimiser = super().optimiser(sae, kind, lr, **options)
-        if isinstance(optimiser, SAEMuon):
-            optimiser.sum_rows = lambda tensor: dist.all_reduce(tensor, group=self.latent_group)
-        return optimiser
+        return make_optimiser(sae, config, rows=RowShare(self.latent, self._sum_over_latents))
+
+    def _sum_over_latents(self, tensor: Tensor) -> None:
+        dist.all_reduce(tensor, group=self.latent_group)
 
     def survey(self, sae: SAE, parts: Sequence[Tensor], num_tokens: int, k: int | None) -> list[Survey] | None:
         """Every pair of row and latent is on one rank, so counts of pairs add up over all of them."""
@@ -192,7 +192,7 @@ class LatentParallel(Replicated):
         losses.metrics["l0"] = losses.metrics["l0"] * self.latent
         return losses
 
-    def reduce_gradients(self, optimiser: SAEOptimiser) -> Tensor:
+    def reduce_gradients(self, optimiser: Optimiser) -> Tensor:
         """Over the data-parallel ranks that hold the same latents."""
         found = gradients(optimiser)
         if self.stream_world > 1:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from shared.sae import SAE, DeadLatents, SAEAdam, SAEConfig
+from shared.sae import SAE, AdamConfig, DeadLatents, SAEConfig, make_optimiser
 
 
 def planted(num_atoms=96, d=48, active=3, seed=0):
@@ -32,7 +32,8 @@ RECIPES = {
 
 
 def train(sae, draw, steps, batch=512, lr=1e-2):
-    optimiser, dead = SAEAdam(sae, lr), DeadLatents(sae.config.d_latent, sae.config.dead_after_tokens)
+    optimiser = make_optimiser(sae, AdamConfig(lr=lr))
+    dead = DeadLatents(sae.config.d_latent, sae.config.dead_after_tokens)
     for step in range(steps):
         x, surveys = draw(batch), [None]
         if sae.config.activation == "batchtopk":
