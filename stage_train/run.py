@@ -6,7 +6,6 @@
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +15,12 @@ from omegaconf import OmegaConf
 from shared.basics.errors import GranaryError
 from shared.kernels import resolve
 from shared.parallel import World, barrier
-from shared.sae.config import DictionaryConfig
 from shared.sae.folder import to_document
 from shared.sae.learn.init import initialise
 from shared.sae.learn.objective import Objective
-from shared.sae.optim.adam8bit import OPTIMISERS
 from shared.sae.variants import VARIANTS
 from shared.sae.variants.one_group import OneGroup
-from stage_train.config import OptimSchema, Resume, TrainSchema, as_dict
+from stage_train.config import Resume, TrainSchema, as_dict
 from stage_train.data.inputs import Feed
 from stage_train.data.stores import FrozenStore, choose_sites
 from stage_train.data.stream import Batch, TokenStream
@@ -34,13 +31,13 @@ from stage_train.state.checkpoint import Checkpoints, read_state
 from stage_train.state.export import export, is_exported, provenance, run_id
 from stage_train.state.identity import check_same_run, identity
 from stage_train.step.layouts import make_layout
+from stage_train.step.optimiser import optimiser_config
 from stage_train.step.schedule import (
     LatentsPerToken,
     LearningRate,
     PenaltyScale,
     length_in_steps,
     peak_rate,
-    rate_factors,
 )
 from stage_train.step.spike_guard import SpikeGuard
 from stage_train.step.trainer import Schedules, Trainer
@@ -188,8 +185,7 @@ class Run:
         if self.checkpoint is None:
             self._initialise(objective)
         objective = self.layout.distribute(objective.to(self.world.device))
-        options = optimiser_options(cfg.optim, self.sae_config)
-        optimiser = self.layout.optimiser(objective, cfg.optim.kind.value, self.schedules.rate.peak, **options)
+        optimiser = self.layout.optimiser(objective, optimiser_config(cfg.optim, self.sae_config))
         average = None
         if cfg.optim.ema_decay is not None:
             roles, buffers = objective.dictionary.roles(), dict(objective.dictionary.named_buffers())
@@ -302,22 +298,3 @@ class Run:
 def quoted(value: str) -> str:
     """A value as Hydra and the shell take it, commas and equal signs included."""
     return value if re.fullmatch(r"[\w./:-]+", value) else f"'\"{value}\"'"
-
-
-def optimiser_options(cfg: OptimSchema, sae: DictionaryConfig) -> dict[str, Any]:
-    """Arguments of the class; raises GranaryError for a value that it does not take, or lacks."""
-    given = {
-        "betas": None if cfg.beta1 is None or cfg.beta2 is None else (cfg.beta1, cfg.beta2),
-        "eps": cfg.eps,
-        "momentum": cfg.momentum,
-        "moments": None if cfg.moments is None else cfg.moments.value,
-    }
-    taken = signature(OPTIMISERS[cfg.kind.value]).parameters
-    for name, value in given.items():
-        key = "beta1 and optim.beta2" if name == "betas" else name
-        if (value is not None) != (name in taken):
-            need = "needs a value for" if name in taken else "has no"
-            raise GranaryError(f"optim.kind={cfg.kind.value} {need} optim.{key}: begin from optim={cfg.kind.value}")
-    factors = rate_factors(cfg.decoder_factor, cfg.bias_factor, sae)
-    options = {"factors": factors, "clip_norm": cfg.clip_norm}
-    return {name: value for name, value in given.items() if value is not None} | options

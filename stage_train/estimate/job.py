@@ -18,7 +18,7 @@ from shared.parallel import World
 from shared.sae.activation_kinds import ACTIVATION_KINDS
 from shared.sae.config import DictionaryConfig
 from shared.sae.learn.config import LearningConfig
-from shared.sae.optim.adam8bit import OPTIMISERS
+from shared.sae.optim import make_optimiser
 from shared.sae.sites import Sites, SiteWidths
 from shared.sae.variants import VARIANTS
 from shared.store.format.dtypes import scales_per_row, storage_type
@@ -32,9 +32,9 @@ from stage_train.data.stream.pool import slots_for
 from stage_train.data.stream.sample import SAMPLE_CONTEXTS
 from stage_train.estimate.config import PlanSchema
 from stage_train.estimate.memory import total_bytes
-from stage_train.run import optimiser_options
 from stage_train.step.layouts.split import latent_parts, latents_per_rank
-from stage_train.step.schedule import length_in_steps, peak_rate
+from stage_train.step.optimiser import optimiser_config
+from stage_train.step.schedule import length_in_steps
 from stage_train.step.weight_average import WeightAverage
 
 
@@ -289,8 +289,7 @@ def _state_bytes(cfg: TrainSchema, config: DictionaryConfig, held: int) -> tuple
     """Weights with buffers, moments, and averages of a rank."""
     with torch.device("meta"):
         sae: Any = VARIANTS[config.kind](config, num_latents=held)  # type: ignore[call-arg]
-    lr = peak_rate(cfg.optim.lr, config.d_latent)
-    optimiser = OPTIMISERS[cfg.optim.kind.value](sae, lr, **optimiser_options(cfg.optim, config))
+    optimiser = make_optimiser(sae, optimiser_config(cfg.optim, config))
     average = {}
     if cfg.optim.ema_decay is not None:
         average = WeightAverage(optimiser.parameters, cfg.optim.ema_decay).tensors

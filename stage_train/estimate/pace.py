@@ -7,11 +7,11 @@ import torch
 
 from shared.basics.errors import GranaryError
 from shared.sae import SAE
-from shared.sae.optim.adam8bit import OPTIMISERS
+from shared.sae.optim import make_optimiser
 from stage_train.config import TrainSchema
 from stage_train.estimate.config import PlanSchema
 from stage_train.estimate.job import PlannedRun
-from stage_train.run import optimiser_options
+from stage_train.step.optimiser import optimiser_config
 
 # Time of a sparse step over that of the encoder's product alone: the worse of README.md's two, on a CPU.
 # The dense losses are products nearly throughout.
@@ -95,8 +95,7 @@ def measured_seconds(cfg: TrainSchema, job: PlannedRun) -> float:
     generator = torch.Generator().manual_seed(cfg.seed)
     options = {"kernels": cfg.compute.kernels, "compute_dtype": cfg.compute.dtype}
     sae = SAE(job.config, num_latents=job.computed_latents, generator=generator, **options).to(device)
-    learning = optimiser_options(cfg.optim, job.config)
-    optimiser = OPTIMISERS[job.optimiser](sae, 1e-4, pair_gradients=job.pairs_kept, **learning)
+    optimiser = make_optimiser(sae, optimiser_config(cfg.optim, job.config), pair_gradients=job.pairs_kept)
     rows_N_D = torch.randn(job.rows, job.d_model, generator=generator).to(device)
     seconds = []
     for _ in range(MEASURED_STEPS + 1):

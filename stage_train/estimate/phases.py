@@ -13,7 +13,7 @@ from shared.kernels.auxk.blocks import BLOCK_ELEMENTS
 from shared.kernels.encode_topk.bounds import SMALLEST_WEIGHT, TILE_ELEMENTS
 from shared.kernels.linear import FAST_BFLOAT16
 from shared.sae.learn.init import SEARCH_TOKENS
-from shared.sae.optim.base import TILE_ELEMENTS as MOMENT_TILE
+from shared.sae.optim.adam import TILE_ELEMENTS as MOMENT_TILE
 from stage_train.estimate import memory
 from stage_train.estimate.job import PlannedRun
 

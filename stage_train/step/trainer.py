@@ -18,7 +18,7 @@ from shared.parallel import World, all_reduce_sum
 from shared.sae.learn.dead import DeadLatents
 from shared.sae.learn.inputs import StepInputs
 from shared.sae.learn.objective import Objective
-from shared.sae.optim.base import SAEOptimiser
+from shared.sae.optim import Optimiser
 from shared.sae.sites import Sites
 from stage_train.data.stream import Batch, TokenStream
 from stage_train.step.layouts import Replicated
@@ -77,7 +77,7 @@ class Trainer:
     def __init__(
         self,
         objective: Objective,
-        optimiser: SAEOptimiser,
+        optimiser: Optimiser,
         schedules: Schedules,
         stream: TokenStream,
         sites: Sites,

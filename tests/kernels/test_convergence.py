@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from shared.sae.learn.dead import DeadLatents
-from shared.sae.optim.base import SAEAdam
+from shared.sae.optim import AdamConfig, make_optimiser
 from tests.learning import LearningSAE
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -28,7 +28,7 @@ def loss_curve(kernels, compute_dtype="float32", steps=STEPS, batch=BATCH, d=6, 
         d_model=d, d_latent=num_latents, k=4, kernels=kernels, compute_dtype=compute_dtype, generator=rng, **fields
     ).to(DEVICE)
     sae.initialise(None, x)
-    optimiser = SAEAdam(sae, LR, pair_gradients=True)
+    optimiser = make_optimiser(sae, AdamConfig(lr=LR), pair_gradients=True)
     sae.objective.pair_gradients = optimiser.pairs
     dead = DeadLatents(num_latents, sae.learning.dead_after_tokens, device=DEVICE)
     losses, most_dead = [], 0

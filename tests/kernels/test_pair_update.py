@@ -5,7 +5,7 @@ import torch
 
 from shared.kernels import AdamStep, Compute, DeadRows, PairGradient, PairOrder, auxk_error, row_grad, take_rows
 from shared.kernels.auxk import blocks
-from shared.sae.optim.base import SAEAdam
+from shared.sae.optim import AdamConfig, make_optimiser
 from tests.learning import LearningSAE
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -18,7 +18,7 @@ def trained(kernels, pair_gradients, steps=2, parts=1, own_loss=False, **overrid
     fields = {"d_model": 12, "d_latent": 40, "k": 4, "auxk_alpha": 0.5, **overrides}
     sae = LearningSAE(kernels=kernels, generator=rng, **fields).to(DEVICE)
     sae.initialise(None, x)
-    optimiser = SAEAdam(sae, 1e-2, clip_norm=0.01, pair_gradients=pair_gradients)
+    optimiser = make_optimiser(sae, AdamConfig(lr=1e-2, clip_norm=0.01), pair_gradients=pair_gradients)
     sae.objective.pair_gradients = optimiser.pairs if pair_gradients else None
     norms = []
     for _ in range(steps):

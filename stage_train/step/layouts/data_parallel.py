@@ -4,7 +4,6 @@ Shape letters: N rows of this rank's batch, D d_model, F latents (those held her
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -14,8 +13,7 @@ from shared.parallel import World, all_reduce_sum
 from shared.sae.learn.batch_facts import Reduce, alone
 from shared.sae.learn.inputs import BatchFacts, Losses, StepInputs
 from shared.sae.learn.objective import Objective
-from shared.sae.optim.adam8bit import OPTIMISERS
-from shared.sae.optim.base import SAEOptimiser
+from shared.sae.optim import Optimiser, OptimiserConfig, make_optimiser
 
 # Tensors up to this size share one message.
 SMALL_ELEMENTS = 1 << 18
@@ -50,16 +48,16 @@ class Replicated:
                 dist.broadcast(tensor, src=0)
         return objective
 
-    def optimiser(self, objective: Objective, kind: str, lr: float, **options: Any) -> SAEOptimiser:
-        """The optimiser of what is held here; `options` are those of its class in OPTIMISERS."""
+    def optimiser(self, objective: Objective, config: OptimiserConfig) -> Optimiser:
+        """The optimiser of what is held here."""
         single = self.world.size == 1  # then nobody else has to see the gradients
-        optimiser = OPTIMISERS[kind](objective.dictionary, lr, pair_gradients=single, **options)
+        optimiser = make_optimiser(objective.dictionary, config, pair_gradients=single)
         objective.pair_gradients = optimiser.pairs if single else None
         return optimiser
 
     # One step
 
-    def zero_gradients(self, optimiser: SAEOptimiser) -> None:
+    def zero_gradients(self, optimiser: Optimiser) -> None:
         """Before the first backward of a step."""
         optimiser.zero_grad()
 
@@ -77,7 +75,7 @@ class Replicated:
         losses: Losses = objective(x_ND, y_ND, inputs)
         return losses
 
-    def reduce_gradients(self, optimiser: SAEOptimiser) -> Tensor:
+    def reduce_gradients(self, optimiser: Optimiser) -> Tensor:
         """Sum every gradient over the ranks that share it, once; returns the norm of the whole gradient."""
         if self.world.size > 1:
             sum_over(gradients(optimiser))
@@ -105,7 +103,7 @@ class Replicated:
         return dict(tensors)
 
 
-def gradients(optimiser: SAEOptimiser) -> list[Tensor]:
+def gradients(optimiser: Optimiser) -> list[Tensor]:
     """All gradients, zeros where there is none."""
     found = []
     for parameter in optimiser.parameters.values():

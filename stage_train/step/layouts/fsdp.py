@@ -12,12 +12,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, Shard
 
-from shared.kernels import PairGradients
 from shared.parallel import World, all_reduce_sum
 from shared.sae.learn.inputs import Losses, StepInputs
 from shared.sae.learn.objective import Objective
-from shared.sae.optim.adam8bit import OPTIMISERS
-from shared.sae.optim.base import SAEMuon, SAEOptimiser
+from shared.sae.optim import Optimiser, OptimiserConfig, RowShare, make_optimiser
+from shared.sae.roles import Role
 from stage_train.step.layouts.data_parallel import Replicated, joint_norm
 from stage_train.step.layouts.split import latents_of_shard
 
@@ -26,8 +25,7 @@ class LocalRows:
     """The rank's own rows of a sharded dictionary, as plain tensors for the optimiser."""
 
     def __init__(self, objective: Objective) -> None:
-        self.kernels, self.config = objective.dictionary.kernels, objective.dictionary.config
-        self.pair_gradients: PairGradients | None = None
+        self.kernels, self._roles = objective.dictionary.kernels, objective.dictionary.roles()
         parameters = objective.dictionary.named_parameters()
         self.sharded = {name: parameter for name, parameter in parameters if isinstance(parameter, DTensor)}
         self.rows = {name: parameter.to_local().detach() for name, parameter in self.sharded.items()}
@@ -35,6 +33,10 @@ class LocalRows:
     def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
         """As an optimiser asks for them."""
         yield from self.rows.items()
+
+    def roles(self) -> Mapping[str, Role]:
+        """Those of the whole SAE."""
+        return self._roles
 
 
 class FullySharded(Replicated):
@@ -58,15 +60,12 @@ class FullySharded(Replicated):
         self._local = LocalRows(objective)
         return objective
 
-    def optimiser(self, objective: Objective, kind: str, lr: float, **options: Any) -> SAEOptimiser:
+    def optimiser(self, objective: Objective, config: OptimiserConfig) -> Optimiser:
         """Of the rank's own rows."""
         assert self._local is not None
-        optimiser = OPTIMISERS[kind](self._local, lr, **options)
-        if isinstance(optimiser, SAEMuon):
-            optimiser.sum_rows = all_reduce_sum
-        return optimiser
+        return make_optimiser(self._local, config, rows=RowShare(self.world.size, all_reduce_sum))
 
-    def zero_gradients(self, optimiser: SAEOptimiser) -> None:
+    def zero_gradients(self, optimiser: Optimiser) -> None:
         """Of the sharded parameters and of their local views."""
         assert self._local is not None
         optimiser.zero_grad()
@@ -79,7 +78,7 @@ class FullySharded(Replicated):
         objective.set_requires_gradient_sync(inputs.last)
         return super().losses(objective, x_ND, y_ND, inputs)
 
-    def reduce_gradients(self, optimiser: SAEOptimiser) -> Tensor:
+    def reduce_gradients(self, optimiser: Optimiser) -> Tensor:
         """They are reduced already: hand the local rows to the optimiser."""
         assert self._local is not None
         for name, parameter in self._local.sharded.items():

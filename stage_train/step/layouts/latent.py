@@ -23,7 +23,7 @@ from shared.sae.config import DictionaryConfig
 from shared.sae.latent_shard import LatentShard
 from shared.sae.learn.inputs import BatchFacts, Losses, StepInputs
 from shared.sae.learn.objective import Objective
-from shared.sae.optim.base import SAEMuon, SAEOptimiser
+from shared.sae.optim import Optimiser, OptimiserConfig, RowShare, make_optimiser
 from stage_train.step.layouts.data_parallel import Replicated, gradients, joint_norm, sum_over
 from stage_train.step.layouts.split import latents_of_part
 
@@ -176,12 +176,12 @@ class LatentParallel(Replicated):
         role = next((self._roles[owner] for owner in owners if owner in self._roles), None)
         return role is not None and role.latent_axis is None
 
-    def optimiser(self, objective: Objective, kind: str, lr: float, **options: Any) -> SAEOptimiser:
+    def optimiser(self, objective: Objective, config: OptimiserConfig) -> Optimiser:
         """Of the latents held here."""
-        optimiser = super().optimiser(objective, kind, lr, **options)
-        if isinstance(optimiser, SAEMuon):
-            optimiser.sum_rows = lambda tensor: dist.all_reduce(tensor, group=self.latent_group)
-        return optimiser
+        return make_optimiser(objective.dictionary, config, rows=RowShare(self.latent, self._sum_over_latents))
+
+    def _sum_over_latents(self, tensor: Tensor) -> None:
+        dist.all_reduce(tensor, group=self.latent_group)
 
     def facts(
         self, objective: Objective, parts: Sequence[Tensor], num_tokens: int, k: int | None
@@ -201,7 +201,7 @@ class LatentParallel(Replicated):
         losses.metrics["l0"] = losses.metrics["l0"] * self.latent
         return losses
 
-    def reduce_gradients(self, optimiser: SAEOptimiser) -> Tensor:
+    def reduce_gradients(self, optimiser: Optimiser) -> Tensor:
         """Over the data-parallel ranks that hold the same latents."""
         found = gradients(optimiser)
         if self.stream_world > 1:

@@ -21,7 +21,7 @@ from omegaconf import OmegaConf
 
 from shared.parallel import World
 from shared.sae import SAE
-from shared.sae.optim.base import SAEAdam
+from shared.sae.optim import AdamConfig, make_optimiser
 from shared.store import Store
 from stage_train import config
 from stage_train.job import Job
@@ -232,7 +232,7 @@ def test_thresholds_that_stop_learning_in_bfloat16() -> None:
     for dtype in ("float32", "bfloat16"):
         sae = make_sae("jumprelu", penalty="l0", penalty_weight=0.05, threshold_init=0.5)
         sae.compute_dtype = dtype
-        optimiser = SAEAdam(sae, 1e-4)
+        optimiser = make_optimiser(sae, AdamConfig(lr=1e-4))
         for step in range(40):
             sae.losses(torch.randn(64, 6, generator=torch.Generator().manual_seed(step))).total.backward()
             optimiser.step()

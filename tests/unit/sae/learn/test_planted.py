@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from shared.sae.learn.dead import DeadLatents
-from shared.sae.optim.base import SAEAdam
+from shared.sae.optim import AdamConfig, make_optimiser
 from tests.learning import LearningSAE
 
 
@@ -34,7 +34,8 @@ RECIPES = {
 
 
 def train(sae, draw, steps, batch=512, lr=1e-2):
-    optimiser, dead = SAEAdam(sae, lr), DeadLatents(sae.config.d_latent, sae.learning.dead_after_tokens)
+    optimiser = make_optimiser(sae, AdamConfig(lr=lr))
+    dead = DeadLatents(sae.config.d_latent, sae.learning.dead_after_tokens)
     for step in range(steps):
         x, facts = draw(batch), [None]
         if sae.config.activation == "batchtopk":
