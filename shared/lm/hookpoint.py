@@ -39,11 +39,6 @@ class HookPoint:
     def __str__(self) -> str:
         return f"layers.{self.layer}.{self.site}"
 
-    @property
-    def key(self) -> str:
-        """The Zarr path of the hook's array: ``layers/16/resid_post``."""
-        return f"layers/{self.layer}/{self.site}"
-
 
 def parse_layers(layers: str, num_layers: int) -> list[int]:
     """``"all"``, ``"3"``, ``"0,4,8"``, ``"0-7"`` or a mixture to sorted layer numbers below `num_layers`.

@@ -14,7 +14,8 @@ import torch
 
 from shared.sae import SAE
 from shared.store import Store
-from shared.store.io.local import LocalIO, open_io
+from shared.store.io.local import LocalIO
+from shared.store.io.open import open_io
 from shared.store.verify import verify
 from stage_train.data.stream import Source, StreamOrder, TokenStream, TrainingData
 from tests.cli import REPOSITORY, ForkServer
