@@ -7,7 +7,7 @@ from typing import Self
 
 from shared.basics.errors import GranaryError
 
-SITES = ("resid_pre", "resid_post", "mlp_in", "mlp_out", "attn_out")
+SITES = ("resid_pre", "attn_in", "attn_out", "resid_mid", "mlp_in", "mlp_out", "resid_post")
 _PATTERN = re.compile(r"layers\.(\d+)\.(\w+)")
 
 
