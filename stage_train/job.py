@@ -186,7 +186,6 @@ class Job:
         with ExitStack() as stack:
             for run in learning:
                 stack.callback(run.close)
-                run.open_loggers()
             longest = max(learning, key=lambda run: run.length.steps)
             done = furthest_back(learning).trainer.progress.tokens
             enabled = longest.cfg.logger.progress and self.world.is_main

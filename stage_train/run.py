@@ -24,7 +24,7 @@ from stage_train.data.stores import FrozenStore, choose_hook
 from stage_train.data.stream import Batch, TokenStream
 from stage_train.data.stream.length import stream_length
 from stage_train.show.curves import draw_curves
-from stage_train.show.loggers import Logger, make_loggers
+from stage_train.show.loggers import METRICS, Logger, check_loggers, make_loggers
 from stage_train.state.checkpoint import Checkpoints, read_state
 from stage_train.state.export import export, is_exported, provenance, run_id
 from stage_train.state.identity import check_same_run, identity
@@ -55,9 +55,9 @@ class Run:
         self.config = as_dict(cfg)
         self.identity = identity(self.config)
         self.checkpoints = Checkpoints(self.folder / "checkpoints", keep=cfg.checkpoint.keep, world=world)
-        if cfg.checkpoint.resume is Resume.never:
-            self.checkpoints.clear()
-        self.checkpoint = self.checkpoints.latest()
+        self.discards = cfg.checkpoint.resume is Resume.never
+        """Whether an earlier run in the folder gives way, once this one makes its first step."""
+        self.checkpoint = None if self.discards else self.checkpoints.latest()
         """What to continue from, if anything."""
         if self.checkpoint is None and cfg.checkpoint.resume is Resume.must:
             raise GranaryError(f"checkpoint.resume=must, but there is no checkpoint in {self.checkpoints.folder}")
@@ -67,6 +67,7 @@ class Run:
             check_same_run(self.state["identity"], self.identity, self.folder)
         self.step = int(self.state.get("step", 0))
         """Optimiser steps done."""
+        self._begun = False
         self._loggers: list[Logger] = []
         self._open = ExitStack()
 
@@ -92,6 +93,7 @@ class Run:
         self.sae_config: SAEConfig = self.cfg.sae.to_config(self.d_model)
         self.layout = make_layout(self.cfg.parallel, self.world)
         self.layout.num_latents(self.sae_config)  # refuses what does not divide
+        check_loggers(self.cfg.logger)
 
     def join(self, feed: Feed) -> None:
         """Fix the length and the schedules. Raises GranaryError for those that make no sense."""
@@ -196,8 +198,11 @@ class Run:
             guard=None if cfg.optim.spike_factor is None else SpikeGuard(cfg.optim.spike_factor),
         )
 
-    def open_loggers(self) -> None:
-        """Begin to record, on the main process."""
+    def _begin(self) -> None:
+        """Before the first step, when nothing is left to check: an earlier run gives way, and recording begins."""
+        self._begun = True
+        if self.discards:
+            self.checkpoints.set_aside(METRICS)
         if self.world.is_main:
             self._loggers = make_loggers(
                 self.cfg.logger,
@@ -213,6 +218,8 @@ class Run:
 
     def learn(self, batch: Batch) -> Mapping[str, float | int] | None:
         """One step; the metrics where it is time to log. Raises GranaryError when training has diverged."""
+        if not self._begun:
+            self._begin()
         self.trainer.step(batch)
         self.step = self.trainer.progress.step
         if self.step % self.cfg.logger.every and not self.is_trained:

@@ -36,7 +36,7 @@ def train(tmp_path: Path, planted_store: Callable[..., Store], monkeypatch: pyte
     """Run training with overrides; returns the output folder."""
     planted_store(tmp_path / "store")
 
-    def run(name: str, *overrides: str, stop_after: int | None = None) -> Path:
+    def run(name: str, *overrides: str, stop_after: int | None = None, interrupt_after: int | None = None) -> Path:
         out = tmp_path / name
         fixed = ["sae.k=3", "sae.expansion=8", "stream.batch_size=16", "stream.lanes=4", "schedule.tokens=640"]
         fixed += [
@@ -49,8 +49,14 @@ def train(tmp_path: Path, planted_store: Callable[..., Store], monkeypatch: pyte
         paths = [f"out_dir={out}", f"store.url={tmp_path / 'store'}"]
         cfg: Any = OmegaConf.to_object(compose("train", overrides=[*fixed, *paths, *overrides]))
         job = Job([cfg], WORLD)
+        if interrupt_after is not None:
+            monkeypatch.setattr(Trainer, "step", interrupted(interrupt_after))
         if stop_after is None:
-            job.execute()
+            try:
+                job.execute()
+            finally:
+                if interrupt_after is not None:
+                    monkeypatch.undo()
         else:
             monkeypatch.setattr(Trainer, "step", stopping(stop_after))
             with pytest.raises(SystemExit) as stopped:
@@ -72,6 +78,18 @@ def stopping(after: int) -> Callable[[Trainer, Any], None]:
     def patched(self: Trainer, batch: Any) -> None:
         if self.progress.step == after - 1:
             os.kill(os.getpid(), signal.SIGTERM)
+        step(self, batch)
+
+    return patched
+
+
+def interrupted(after: int) -> Callable[[Trainer, Any], None]:
+    """Trainer.step that ends the process after a number of steps."""
+    step = Trainer.step
+
+    def patched(self: Trainer, batch: Any) -> None:
+        if self.progress.step == after:
+            raise KeyboardInterrupt
         step(self, batch)
 
     return patched
@@ -172,6 +190,37 @@ def test_resume_never_and_must(train: Train) -> None:
     train("a", "checkpoint.resume=never", "sae.k=2")
     train("b", "sae.k=2")
     assert_same_weights(train("a", "sae.k=2"), train("b", "sae.k=2"))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    ["hook=layers.9.resid_post", "store.url=/nowhere", "sae.k=500", "schedule.epochs=1", "optim.lr=fast",
+     "optim.ema_export=true", "stream.batch_size=100_000", "schedule.warmup=1000", "compute.dtype=float8"],
+)  # fmt: skip
+def test_nothing_is_discarded_before_everything_is_checked(train: Train, wrong: str) -> None:
+    train("a", stop_after=5)
+    with pytest.raises(GranaryError):
+        train("a", "checkpoint.resume=never", "stream.drop_last=true", wrong)
+    assert [line["step"] for line in read_metrics(train("a", "checkpoint.resume=must"))] == [*range(5, 41, 5), 42]
+
+
+def test_the_discarded_run_is_kept_until_its_successor_is_on_disk(train: Train, tmp_path: Path) -> None:
+    """A successor that is killed before its first checkpoint leaves all that was there, under another name."""
+    train("a", stop_after=5)
+    before = {path.relative_to(tmp_path / "a"): path.read_bytes() for path in files_of_state(tmp_path / "a")}
+    with pytest.raises(KeyboardInterrupt):
+        train("a", "checkpoint.resume=never", "seed=1", interrupt_after=3)
+    aside = tmp_path / "a/discarded"
+    assert {path.relative_to(aside): path.read_bytes() for path in files_of_state(aside)} == before
+    out = train("a", "checkpoint.resume=never", "seed=1")
+    assert not aside.exists()
+    assert_same_weights(out, train("b", "seed=1"))
+    assert timeless(out) == timeless(tmp_path / "b")
+
+
+def files_of_state(folder: Path) -> list[Path]:
+    """Checkpoints and metrics."""
+    return [*(path for path in (folder / "checkpoints").rglob("*") if path.is_file()), folder / "metrics.jsonl"]
 
 
 def test_an_older_export_in_the_folder_is_replaced(train: Train) -> None:
