@@ -267,7 +267,12 @@ class TrainSchema:
     packed: bool = MISSING
     """In a sweep (-m): train all its SAEs together, from one pass over the store."""
     hook: str | None = MISSING
-    """Which of the store's hooks; null takes the only one."""
+    """Which of the store's hooks to read and write; null takes the only one."""
+    reads: Any = MISSING
+    """What the dictionary reads where that is not what it writes: a site of the store, a list, or a pattern such as
+    ``layers.*.mlp_in``; several lie side by side. Null: hook."""
+    writes: Any = MISSING
+    """What it produces, likewise; null: what it reads."""
     store: StoreInput = field(default_factory=StoreInput)
     sae: SAESchema = field(default_factory=SAESchema)
     optim: OptimSchema = field(default_factory=OptimSchema)

@@ -11,7 +11,7 @@ from shared.sae.optim.adam8bit import OPTIMISERS
 from stage_train.config import TrainSchema
 from stage_train.estimate.config import PlanSchema
 from stage_train.estimate.job import PlannedRun
-from stage_train.run import optimiser_options
+from stage_train.spec import optimiser_options
 
 # Time of a sparse step over that of the encoder's product alone: the worse of README.md's two, on a CPU.
 # The dense losses are products nearly throughout.

@@ -16,19 +16,22 @@ from shared.basics.errors import GranaryError
 from shared.launch.stage import fail
 from shared.sae import SAE, SAEConfig
 from shared.sae.folder import save
-from stage_train.data.stores import FrozenStore
+from shared.sae.sites import Sites
+from stage_train.data.stores import PinnedStore
 from stage_train.state.checkpoint import load_tensors, newest_checkpoint, read_state
 
 log = logging.getLogger(__name__)
 
 
 def provenance(
-    stores: Sequence[FrozenStore], hook: str, identity: Mapping[str, Any], steps: int, tokens: int
+    stores: Sequence[PinnedStore], sites: Sites, identity: Mapping[str, Any], steps: int, tokens: int
 ) -> dict[str, Any]:
-    """What made the weights: model, activations, hook, configuration, length, software."""
+    """What made the weights: model, activations, sites, configuration, length, software."""
     first = stores[0].store.plan.provenance
+    one_hook = sites.is_autoencoder and len(sites.reads) == 1
+    where = {"hook": sites.reads[0]} if one_hook else {"reads": list(sites.reads), "writes": list(sites.writes)}
     return {
-        "hook": hook,
+        **where,
         "model": first.get("model"),
         "seq_len": stores[0].store.seq_len,
         "stores": [part.record() | {"shards": len(part.shards)} for part in stores],
