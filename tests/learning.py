@@ -60,4 +60,4 @@ class LearningSAE(SAE):
 
     def initialise(self, statistics: Any, sample: Tensor) -> None:
         """Starting values from data."""
-        initialise(self.objective, statistics, sample)
+        initialise(self.objective, None if statistics is None else [statistics], sample)

@@ -19,7 +19,6 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModel, PretrainedConfig
 
-from shared.basics.errors import GranaryError
 from shared.lm.hookpoint import HookPoint
 from shared.lm.places import Location, decoder_blocks, locate
 
@@ -78,9 +77,8 @@ def splice(model: nn.Module, hook: HookPoint, fn: Callable[[Tensor], Tensor]) ->
         return replacement.to(activation.dtype)
 
     with ExitStack() as stack:
-        if hook.site == "resid_mid":
-            replace = _carried(model, hook, replace, stack)
-        stack.callback(_attach(locate(model, hook), replace).remove)
+        acting = _carried(model, hook, replace, stack) if hook.site == "resid_mid" else replace
+        stack.callback(_attach(locate(model, hook), acting).remove)
         yield
 
 

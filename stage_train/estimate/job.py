@@ -24,7 +24,8 @@ from shared.sae.variants import VARIANTS
 from shared.store.format.dtypes import scales_per_row, storage_type
 from stage_train.config import BufferPlace, LayoutKind, TrainSchema
 from stage_train.data.inputs import GIB, SAMPLE_TOKENS, order_of
-from stage_train.data.stores import choose_hook, freeze
+from stage_train.data.sites import resolve_sites
+from stage_train.data.stores import pin
 from stage_train.data.stream import StreamOrder, TrainingData
 from stage_train.data.stream.length import stream_length
 from stage_train.data.stream.permutation import lanes_per_rank
@@ -256,14 +257,14 @@ def find_data(cfg: TrainSchema, options: PlanSchema) -> Data:
         )
     urls = [(cfg.store.url, cfg.store.weight), *((other.url, other.weight) for other in cfg.store.others)]
     try:
-        stores = freeze(urls, World(0, 1, 0, torch.device("cpu")))
+        stores = pin(urls, World(0, 1, 0, torch.device("cpu")))
     except GranaryError as error:
         raise GranaryError(f"{error}; or plan without a store: give d_model=... (and seq_len=...)") from error
-    hook = choose_hook(cfg.hook, stores)
+    sites = resolve_sites(cfg, stores)
     plan = stores[0].store.plan
-    training = TrainingData([part.source for part in stores])
+    training = TrainingData([part.slice for part in stores])
     return Data(
-        d_model=plan.hooks[hook],
+        d_model=sites.widths(plan.hooks).d_in,
         seq_len=plan.seq_len,
         dtype=plan.dtype,
         contexts=training.num_contexts,

@@ -18,19 +18,21 @@ from shared.sae import folder as on_disk
 from shared.sae.load import KINDS
 from shared.sae.sites import Sites
 from shared.sae.variants import VARIANTS
-from stage_train.data.stores import FrozenStore
+from stage_train.data.stores import PinnedStore
 from stage_train.state.checkpoint import load_tensors, newest_checkpoint, read_state
 
 log = logging.getLogger(__name__)
 
 
 def provenance(
-    stores: Sequence[FrozenStore], sites: Sites, identity: Mapping[str, Any], steps: int, tokens: int
+    stores: Sequence[PinnedStore], sites: Sites, identity: Mapping[str, Any], steps: int, tokens: int
 ) -> dict[str, Any]:
-    """What made the weights: model, activations, hook, configuration, length, software."""
+    """What made the weights: model, activations, sites, configuration, length, software."""
     first = stores[0].store.plan.provenance
+    one_hook = sites.is_autoencoder and len(sites.reads) == 1
+    where = {"hook": sites.reads[0]} if one_hook else {"reads": list(sites.reads), "writes": list(sites.writes)}
     return {
-        **({"hook": sites.reads[0]} if sites.is_autoencoder and len(sites.reads) == 1 else {"sites": str(sites)}),
+        **where,
         "model": first.get("model"),
         "seq_len": stores[0].store.seq_len,
         "stores": [part.record() | {"shards": len(part.shards)} for part in stores],

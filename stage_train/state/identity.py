@@ -30,9 +30,17 @@ FREE = (
 ADDED_SINCE = {"variant.kind": "sae"}
 
 
+# Keys that are younger than the first runs: null is as if they were not there, so that a run keeps its id.
+YOUNGER = ("reads", "writes")
+
+
 def identity(config: Mapping[str, Any]) -> dict[str, Any]:
     """The keys that fix the result, flattened: ``{"optim.lr": 0.001, ...}``."""
-    return {key: value for key, value in flatten(config) if not key.startswith(FREE)}
+    return {
+        key: value
+        for key, value in flatten(config)
+        if not key.startswith(FREE) and not (value is None and key in YOUNGER)
+    }
 
 
 def check_same_run(saved: Mapping[str, Any], wanted: Mapping[str, Any], folder: object) -> None:

@@ -75,42 +75,45 @@ def runs(tmp_path_factory: pytest.TempPathFactory, planted_store: Callable[..., 
     runs.alone(*(runs.job(name, *TEN_STEPS, *choice) for name, choice in CHOICES.items()))
     runs.alone(*(runs.job(f"{name}_micro", *TEN_STEPS, *ACTIVATIONS[name], "optim.micro_batch=4") for name in MICRO))
     guard = [*TEN_STEPS, "optim.spike_factor=3"]
-    runs.alone(runs.job("guarded", *guard, poison=7), runs.job("unharmed", *guard))
-    runs.alone(runs.job("guarded_batchtopk", *guard, *ACTIVATIONS["batchtopk"], poison=7))
+    runs.alone(runs.job("guarded", *guard, job="poisoned", step=7), runs.job("unharmed", *guard))
+    runs.alone(runs.job("guarded_batchtopk", *guard, *ACTIVATIONS["batchtopk"], job="poisoned", step=7))
     counted = [
-        runs.job(f"counted_{name}_{layout}", *TEN_STEPS, *CHOICES[name], *LAYOUTS[layout], count=2 * 96 * 12)
+        runs.job(
+            f"counted_{name}_{layout}", *TEN_STEPS, *CHOICES[name], *LAYOUTS[layout], job="counted", least=2 * 96 * 12
+        )
         for name, layout in COUNTED
     ]
     alike = [
-        runs.job(f"alike_{layout}", *TEN_STEPS, *ACTIVATIONS["batchtopk"], *LAYOUTS[layout], digest=1)
+        runs.job(f"alike_{layout}", *TEN_STEPS, *ACTIVATIONS["batchtopk"], *LAYOUTS[layout], job="digested")
         for layout in ("ddp", "fsdp", "latent")
     ]
-    runs.alone(*(moved(runs, name, stop_at=5) for name in TO_TWO))
+    runs.alone(*(moved(runs, name, job="signalled", step=5) for name in TO_TWO))
     runs.together(
         2,
         *jobs(runs, COMMON),
         *guarded(runs, guard),
-        runs.job("guarded_batchtopk_2", *guard, *ACTIVATIONS["batchtopk"], poison=7),
+        runs.job("guarded_batchtopk_2", *guard, *ACTIVATIONS["batchtopk"], job="poisoned", step=7),
         *counted,
         *alike,
-        {"name": "ties", "ties": 3},
+        {"job": "tied_picks", "name": "ties", "k": 3},
         *(moved(runs, name, *LAYOUTS[layout]) for name, layout in TO_TWO.items()),
-        *(moved(runs, name, *LAYOUTS[layout], stop_at=1) for name, layout in FROM_TWO.items()),
+        *(moved(runs, name, *LAYOUTS[layout], job="signalled", step=1) for name, layout in FROM_TWO.items()),
     )
     assert all(runs.ends[f"{name}_moved"] == {"stopped"} for name in FROM_TWO)
     runs.alone(*(moved(runs, name) for name in FROM_TWO))
     return runs
 
 
-def moved(runs: Runs, name: str, *overrides: str, **faults: int) -> dict[str, Any]:
+def moved(runs: Runs, name: str, *overrides: str, **fault: Any) -> dict[str, Any]:
     """A run that stops under one layout and continues under another."""
-    return runs.job(f"{name}_moved", *TEN_STEPS, *CHOICES[name], *overrides, **faults)
+    return runs.job(f"{name}_moved", *TEN_STEPS, *CHOICES[name], *overrides, **fault)
 
 
 def guarded(runs: Runs, overrides: list[str]) -> list[dict[str, Any]]:
     """Runs whose last rank alone sees NaN in step 7."""
     return [
-        runs.job(f"guarded_{layout}_2", *overrides, *LAYOUTS[layout], poison=7) for layout in ("ddp", "fsdp", "latent")
+        runs.job(f"guarded_{layout}_2", *overrides, *LAYOUTS[layout], job="poisoned", step=7)
+        for layout in ("ddp", "fsdp", "latent")
     ]
 
 
@@ -217,7 +220,7 @@ def test_four_processes_and_a_mesh(runs: Runs) -> None:
         for layout, overrides in layouts.items()
     ]
     half = [*TEN_STEPS, *CHOICES["relu"], *layouts["mesh"], "optim.micro_batch=4"]
-    runs.together(4, *made, runs.job("counted_mesh", *half, count=2 * 48 * 12))
+    runs.together(4, *made, runs.job("counted_mesh", *half, job="counted", least=2 * 48 * 12))
     assert runs.ends["counted_mesh"] == {"done, 10 messages"}
     for name in CHOICES:
         for layout in layouts:

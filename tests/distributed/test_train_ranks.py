@@ -37,9 +37,10 @@ class Runs:
         self.folder = folder
         self.ends: Ends = {}
 
-    def job(self, name: str, *overrides: str, **faults: int) -> dict[str, Any]:
+    def job(self, name: str, *overrides: str, job: str = "train", **arguments: int) -> dict[str, Any]:
+        """A run in the folder `name`, by one of JOBS of train_worker.py with its `arguments`."""
         paths = [f"out_dir={self.folder / name}", f"store.url={self.folder / 'store'}"]
-        return {"name": name, "overrides": [*FIXED, *paths, *overrides], **faults}
+        return {"job": job, "name": name, "overrides": [*FIXED, *paths, *overrides], **arguments}
 
     def alone(self, *jobs: dict[str, Any]) -> None:
         """In this process."""
@@ -82,7 +83,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, planted_store: Callable[..., 
     planted_store(runs.folder / "store", outliers=3)
     runs.alone(
         runs.job("one"),
-        runs.job("to_fsdp", stop_at=9),
+        runs.job("to_fsdp", job="signalled", step=9),
         runs.job("one_outliers", "stream.max_norm_multiple=1.5"),
         runs.job("one_short", "stream.batch_size=1", "schedule.tokens=20"),
     )
@@ -94,9 +95,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory, planted_store: Callable[..., 
         runs.job("fsdp_micro", "parallel=fsdp", "optim.micro_batch=4"),
         runs.job("latent", "parallel=latent"),
         runs.job("to_fsdp", "parallel=fsdp"),
-        runs.job("from_latent", "parallel=latent", stop_at=13),
-        runs.job("from_ddp", stop_at=13),
-        runs.job("poisoned", poison=7),
+        runs.job("from_latent", "parallel=latent", job="signalled", step=13),
+        runs.job("from_ddp", job="signalled", step=13),
+        runs.job("poisoned", job="poisoned", step=7),
         runs.job("lanes", "stream.lanes=3"),
         runs.job("odd", "parallel=latent", "sae.d_latent=95"),
         runs.job("outliers", "stream.max_norm_multiple=1.5"),
@@ -159,14 +160,14 @@ def test_ranks_without_rows_take_part(runs: Runs, name: str) -> None:
 def test_four_processes_and_a_mesh(runs: Runs) -> None:
     """Latents in two parts, each twice; FSDP and DDP on four; resumed on four from a mesh and from two processes."""
     mesh = ["parallel=latent", "parallel.latent=2"]
-    runs.together(2, runs.job("four_from_two", "parallel=fsdp", stop_at=13))
+    runs.together(2, runs.job("four_from_two", "parallel=fsdp", job="signalled", step=13))
     runs.together(
         4,
         runs.job("mesh", *mesh),
         runs.job("four_ddp"),
         runs.job("four_fsdp", "parallel=fsdp"),
         runs.job("four_from_two", *mesh),
-        runs.job("one_from_mesh", *mesh, stop_at=13),
+        runs.job("one_from_mesh", *mesh, job="signalled", step=13),
     )
     runs.alone(runs.job("one_from_mesh"))
     for name in ("mesh", "four_ddp", "four_fsdp", "four_from_two", "one_from_mesh"):

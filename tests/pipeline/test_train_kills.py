@@ -30,7 +30,7 @@ RECORD_BYTES = 32 + 16 * 12 * 4
 COMMON = ["sae.k=3", "sae.expansion=8", "stream.batch_size=16", "sae.dead_after_tokens=500", "logger.every=10"]
 COMMON += ["checkpoint.every=25", "checkpoint.keep=2", "logger.progress=false", "logger.curves=false"]
 
-# What tests/pipeline/recorder.py writes; it changes the trainer, so the processes that train import it and nobody else.
+# What tests/pipeline/recorder.py writes; it observes every step, so the processes that train import it and nobody else.
 FILE = "batches.bin"
 
 

@@ -17,7 +17,7 @@ from shared.store import Store
 from shared.store.io.local import LocalIO
 from shared.store.io.open import open_io
 from shared.store.verify import verify
-from stage_train.data.stream import Source, StreamOrder, TokenStream, TrainingData
+from stage_train.data.stream import StoreSlice, StreamOrder, TokenStream, TrainingData
 from tests.cli import REPOSITORY, ForkServer
 from tests.harvesting import PRELOAD, Harvester
 from tests.synthetic import synthetic_plan, synthetic_store
@@ -118,7 +118,7 @@ def test_the_server_dies_in_mid_stream(server, url: str, tmp_path: Path) -> None
     order = StreamOrder(batch_size=256, seed=0, lanes=4, mix_contexts=2)
 
     def stream(store: Store) -> TokenStream:
-        data = TrainingData([Source(store, store.contexts("train"))])
+        data = TrainingData([StoreSlice(store, store.contexts("train"))])
         made = TokenStream(data, {HOOK: (256, torch.bfloat16)}, order, prefetch_bytes=0)
         made.stop_at(1, 0)
         return made

@@ -15,6 +15,7 @@ from shared.basics.errors import GranaryError
 from shared.kernels import PairOrder, decode, row_grad
 from shared.sae.learn.losses import weighted_square_error
 from shared.sae.learn.objective import Objective
+from shared.sae.variants.base import per_column
 from shared.sae.variants.one_group import OneGroup
 
 # Tokens of the sample that activations without a fixed L0 look at for their scale.
@@ -91,29 +92,31 @@ def into_subspace(W_FD: Tensor, points_MD: Tensor, rank: int) -> Tensor:
 @torch.no_grad()
 def initialise(
     objective: Objective,
-    statistics: ActivationStatistics | None,
+    statistics: Sequence[ActivationStatistics] | None,
     sample: Tensor,
-    target_statistics: ActivationStatistics | None = None,
+    target_statistics: Sequence[ActivationStatistics] | None = None,
     target_sample: Tensor | None = None,
 ) -> None:
     """Set normalisation, b_dec, directions and scale from data.
 
-    `statistics` are the whole data set's (None: the sample's own) of what is read; `sample` [M, D_in] are raw
-    activations, a few thousand tokens. The last two are those of what is written, at the same tokens; left out for an
-    autoencoder. Raises GranaryError when there is nothing to learn from.
+    `statistics` are the whole data set's (None: the sample's own) of every site that is read; `sample` [M, D_in] are
+    raw activations, a few thousand tokens. The last two are those of what is written, at the same tokens; not looked
+    at for an autoencoder. Raises GranaryError when there is nothing to learn from.
     """
     dictionary, learning, rule = objective.dictionary, objective.learning, objective.rule
-    x_MD = sample.reshape(-1, dictionary.widths.d_in).to(dictionary.W_enc)
+    widths = dictionary.widths
+    x_MD = sample.reshape(-1, widths.d_in).to(dictionary.W_enc)
     if x_MD.shape[0] < 2:
         raise GranaryError("initialising an SAE needs at least 2 tokens")
-    moments = Moments.of(statistics, x_MD)
-    set_input_normalisation(dictionary, moments)
+    moments = Moments.of(statistics, x_MD, widths.reads)
+    centre(moments, dictionary, dictionary.input_mean, dictionary.input_scale, dictionary.input_variance)
     y_MD = x_MD
     if not dictionary.config.is_autoencoder:
         if target_sample is None:
             raise GranaryError("a dictionary that writes elsewhere than it reads needs a sample of what it writes")
-        y_MD = target_sample.reshape(-1, dictionary.widths.d_out).to(dictionary.W_enc)
-        set_output_normalisation(dictionary, Moments.of(target_statistics, y_MD))
+        y_MD = target_sample.reshape(-1, widths.d_out).to(dictionary.W_enc)
+        moments = Moments.of(target_statistics, y_MD, widths.writes)
+        centre(moments, dictionary, dictionary.output_mean, dictionary.output_scale, dictionary.output_variance)
     rule.start()
 
     _, target_MD, _, _ = objective.terms.prepare(x_MD, y_MD)
@@ -138,51 +141,41 @@ def initialise(
 
 @dataclass(frozen=True)
 class Moments:
-    """Mean and variance [D] of activations, and the mean Euclidean norm of a token."""
+    """Of activations of several sites side by side: mean and variance, and the mean norm of a token of each site."""
 
     mean_D: Tensor
     variance_D: Tensor
-    mean_norm: float
+    mean_norms: tuple[float, ...]
+    widths: tuple[int, ...]
 
     @classmethod
-    def of(cls, statistics: ActivationStatistics | None, sample_MD: Tensor) -> Self:
-        """From the data set's statistics, or the sample's own; raises GranaryError where nothing varies."""
+    def of(cls, statistics: Sequence[ActivationStatistics] | None, sample_MD: Tensor, widths: tuple[int, ...]) -> Self:
+        """From the data set's statistics, or the sample's own; raises GranaryError where a site does not vary."""
         if statistics is None:
             mean_D, variance_D = sample_MD.mean(0), sample_MD.var(0, correction=0)
-            mean_norm = float(sample_MD.norm(dim=1).mean())
+            norms = tuple(float(site_MD.norm(dim=1).mean()) for site_MD in sample_MD.split(widths, dim=1))
         else:
-            mean_D = torch.as_tensor(statistics.mean).to(sample_MD)
-            variance_D = torch.as_tensor(statistics.var).to(sample_MD)
-            mean_norm = float(statistics.mean_norm)
-        if float(variance_D.sum()) == 0:
+            mean_D = torch.cat([torch.as_tensor(site.mean).to(sample_MD) for site in statistics])
+            variance_D = torch.cat([torch.as_tensor(site.var).to(sample_MD) for site in statistics])
+            norms = tuple(float(site.mean_norm) for site in statistics)
+        if any(float(site_D.sum()) == 0 for site_D in variance_D.split(widths)):
             raise GranaryError("all activations are equal: there is nothing to reconstruct")
-        return cls(mean_D, variance_D, mean_norm)
+        return cls(mean_D, variance_D, norms, widths)
 
 
-def set_input_normalisation(dictionary: OneGroup, moments: Moments) -> None:
-    """The buffers that ``normalise`` reads, and the variance of what comes out of it."""
-    mean_D, scale = centre_and_scale(dictionary, moments)
-    dictionary.input_mean.copy_(mean_D)
-    dictionary.input_scale.fill_(scale)
-    dictionary.input_variance.copy_(moments.variance_D * dictionary.input_scale.square())
-
-
-def set_output_normalisation(dictionary: OneGroup, moments: Moments) -> None:
-    """The buffers that ``target`` reads, and the variance of what the decoder must give."""
-    mean_D, scale = centre_and_scale(dictionary, moments)
-    dictionary.output_mean.copy_(mean_D)
-    dictionary.output_scale.fill_(scale)
-    dictionary.output_variance.copy_(moments.variance_D * dictionary.output_scale.square())
-
-
-def centre_and_scale(dictionary: OneGroup, moments: Moments) -> tuple[Tensor, float]:
-    """What is taken off [D], and the factor, as the config's normalisation says."""
-    kind, root_d = dictionary.config.normalisation, math.sqrt(len(moments.mean_D))
+def centre(moments: Moments, dictionary: OneGroup, mean_D: Tensor, scale: Tensor, variance_D: Tensor) -> None:
+    """Fill the buffers of one side as the config's normalisation says: what is taken off, the factor of each site, and
+    the variance of what comes out."""
+    kind = dictionary.config.normalisation
+    mean_D.copy_(moments.mean_D if kind == "centre_scale" else torch.zeros_like(mean_D))
+    factors = [1.0] * len(moments.widths)
     if kind == "scale":
-        return torch.zeros_like(moments.mean_D), root_d / moments.mean_norm
-    if kind == "centre_scale":
-        return moments.mean_D, root_d / float(moments.variance_D.sum().sqrt())
-    return torch.zeros_like(moments.mean_D), 1.0
+        factors = [math.sqrt(width) / norm for width, norm in zip(moments.widths, moments.mean_norms, strict=True)]
+    elif kind == "centre_scale":
+        spreads = [float(site_D.sum().sqrt()) for site_D in moments.variance_D.split(moments.widths)]
+        factors = [math.sqrt(width) / spread for width, spread in zip(moments.widths, spreads, strict=True)]
+    scale.copy_(torch.tensor(factors).view_as(scale))
+    variance_D.copy_(moments.variance_D * per_column(scale, moments.widths).square())
 
 
 def start_decoder_from_data(objective: Objective, x_MD: Tensor, y_MD: Tensor) -> None:

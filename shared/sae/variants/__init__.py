@@ -6,3 +6,5 @@ from shared.sae.variants.transcoder import Transcoder
 
 VARIANTS: dict[str, type[Dictionary]] = {made.config_class.kind: made for made in (SAE, Transcoder)}
 """By the name that ``variant=...`` and ``config.json`` give."""
+
+__all__ = ["SAE", "VARIANTS", "Dictionary", "Transcoder"]
