@@ -7,7 +7,7 @@
 A git worktree of BASE in a temporary folder and the present checkout, uncommitted changes included, each run the matrix
 of ``tests.bits.matrix`` through the stages' command lines with this environment's Python. Every object of the stores,
 every tensor of the SAEs, the metrics and the evaluations are compared; what may differ is listed in
-``tests.bits.compare``. One line per case; the exit status is 1 when anything differs or fails, and 2 for a wrong command.
+``tests.bits.compare``. One line per case. The exit status is 1 when anything differs or fails, 2 for a wrong command.
 """
 
 import argparse

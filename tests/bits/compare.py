@@ -5,6 +5,7 @@ differ is listed here: ``IGNORED`` by its nature, ``MOVED`` by decision.
 """
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -13,6 +14,9 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
+
+# A text or a number of a JSON document.
+VALUE = re.compile(r'"(?:[^"\\]|\\.)*"|-?\d[\d.eE+-]*')
 
 
 @dataclass(frozen=True)
@@ -73,7 +77,7 @@ def compare_files(
         found = []
     elif name.endswith((".json", ".jsonl")):
         patterns = [entry.key for entry in ignored if fnmatch(name, entry.file)]
-        found = compare_json(read_json(base), read_json(head), patterns, moved)
+        found = compare_json(read_json(base), read_json(head), patterns, moved) or compare_layout(base, head)
     else:
         found = [first_byte(base.read_bytes(), head.read_bytes())]
     return [f"{name}: {difference}" for difference in found]
@@ -106,15 +110,16 @@ def compare_tensors(
         a, b = base[name], head[name]
         if a.dtype != b.dtype or a.shape != b.shape:
             found.append(f"{name} is {describe(a)} in base, {describe(b)} in head")
-        elif not same_bits(a, b):
-            gap = (a.double() - b.double()).abs()
-            found.append(f"{name} differs in {int((gap != 0).sum()):,} of {a.numel():,}, max abs {gap.max():.3g}")
+        elif not torch.equal(bits(a), bits(b)):
+            num = int((bits(a) != bits(b)).any(-1).sum())
+            gap = float((a.double() - b.double()).abs().max())
+            found.append(f"{name} differs in {num:,} of {a.numel():,}, max abs {gap:.3g}")
     return found
 
 
-def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """NaN equals NaN of the same bits, and 0 is not -0."""
-    return torch.equal(a.flatten().view(torch.uint8), b.flatten().view(torch.uint8))
+def bits(tensor: torch.Tensor) -> torch.Tensor:
+    """The bytes [numel, bytes of one]: NaN equals NaN of the same bits, and 0 is not -0."""
+    return tensor.flatten().view(torch.uint8).view(tensor.numel(), tensor.element_size())
 
 
 def describe(tensor: torch.Tensor) -> str:
@@ -149,6 +154,15 @@ def compare_json(base: Any, head: Any, ignored: Sequence[str] = (), moved: Seque
         key = next(a for a, b in zip(first, second, strict=True) if a != b)
         found.append(f"{key} has another place among the keys")
     return found
+
+
+def compare_layout(base: Path, head: Path) -> list[str]:
+    """Spaces and line ends, where the two hold the same keys."""
+    first, second = read_json(base), read_json(head)
+    if [key for key, _ in flatten(first)] != [key for key, _ in flatten(second)]:
+        return []
+    texts = (VALUE.sub("_", path.read_text(encoding="utf-8")) for path in (base, head))
+    return [] if next(texts) == next(texts) else ["the spaces between the same values differ"]
 
 
 def flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
