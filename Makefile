@@ -30,7 +30,7 @@ endif
 LOCKED := $(if $(shell command -v flock),flock pyproject.toml)
 
 .PHONY: help setup setup-peers demo harvest plan train eval sweep check compile-kernels bench bench-gpu clean
-.PHONY: test test-all test-s3 test-peers test-quantised test-cluster
+.PHONY: bit-identical test test-all test-s3 test-peers test-quantised test-cluster
 
 help: ## this list
 	@echo 'usage: make TARGET [ARGS="key=value ..."] [NPROC=processes] [NNODES=machines RDZV=host:port]'
@@ -108,6 +108,9 @@ test-s3: setup ## the tests on a real S3 server (Ceph from Debian's packages), w
 	@tests/servers/s3_install.sh
 	@tests/servers/s3_up.sh
 	@trap tests/servers/s3_down.sh EXIT; $(PYTEST_ALONE) -m s3 tests/s3
+
+bit-identical: setup ## whether stores, weights and evaluations are those of the commit BASE=..., bit for bit (4 minutes)
+	@$(BIN)/python -m tests.bit_identical $(BASE) $(ARGS)
 
 check: setup ## lint, types, and composing every config
 	@$(BIN)/ruff check .
