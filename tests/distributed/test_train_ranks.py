@@ -179,7 +179,6 @@ def test_a_signal_to_the_command_reaches_the_ranks(runs: Runs) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
         [sys.executable, "-m", "stage_train", *job["overrides"]],
-        cwd=ROOT,
         env=environment,
         text=True,
         stderr=subprocess.PIPE,
