@@ -21,6 +21,7 @@ from shared.store import Store
 from stage_train import config
 from stage_train.checkpoint import newest_checkpoint
 from stage_train.loggers import read_metrics
+from tests.closeness import REORDERED, SAME_RUN, assert_close_in_norm
 
 WORKER = Path(__file__).with_name("train_worker.py")
 ROOT = WORKER.parents[2]
@@ -70,9 +71,7 @@ class Runs:
     def assert_close(self, one: str, two: str) -> None:
         first, second = (SAE.from_pretrained(self.folder / name).state_dict() for name in (one, two))
         for name, tensor in first.items():
-            torch.testing.assert_close(
-                second[name], tensor, rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
-            )
+            assert_close_in_norm(second[name], tensor, SAME_RUN, f"{name} after the same batches, {REORDERED}")
 
 
 @pytest.fixture(scope="module")
