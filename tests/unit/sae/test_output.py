@@ -16,8 +16,6 @@ from tests.foreign import write_opensae
 from tests.formulas import ACTIVATIONS, NORMALISATIONS, PROVENANCE, D, F, activations, make_sae
 from tests.learning import LearningSAE
 
-REPOSITORY = Path(__file__).resolve().parents[3]
-
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("normalisation", NORMALISATIONS)
@@ -123,6 +121,6 @@ def test_one_line_loads_any_format_without_triton(tmp_path: Path) -> None:
     write_opensae(tmp_path / "opensae", normalise=True, shift_back=True, shards=True)
     names = [*ACTIVATIONS, "opensae"]
     command = [sys.executable, "-c", WITHOUT_TRITON, *(str(tmp_path / name) for name in names)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=REPOSITORY)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == [f"{name} (5,) {name in ('topk', 'opensae')}" for name in names]
