@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from shared.basics.errors import GranaryError
 from shared.store import Store, Window, wait_until
-from stage_train.data.stores import FrozenStore
+from stage_train.data.stores import PinnedStore
 
 log = logging.getLogger(__name__)
 
@@ -60,6 +60,10 @@ class WindowReader:
         for block in range(blocks):
             self.store.release(block)
 
+    def finish(self) -> None:
+        """Tell the harvest that no more is read."""
+        self.window.finish()
+
     def ready(self, block: int) -> bool:
         """Whether all training shards of a block are committed."""
         if block > self._ready:
@@ -85,7 +89,7 @@ class WindowReader:
         wait_until(lambda: self.ready(block), waiting)
 
 
-def windowed(stores: Sequence[FrozenStore], max_norm_multiple: float | None) -> WindowReader | None:
+def windowed(stores: Sequence[PinnedStore], max_norm_multiple: float | None) -> WindowReader | None:
     """A reader where the store has a window, else None. Raises GranaryError for what a window does not allow."""
     found = [part for part in stores if part.store.window is not None]
     if not found:

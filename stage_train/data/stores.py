@@ -1,4 +1,4 @@
-"""Open the stores of a run and fix what of them it may read, the same on every rank and after every resume."""
+"""Open the stores of a run and pin what of them it may read, the same on every rank and after every resume."""
 
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -10,11 +10,11 @@ import numpy as np
 from shared.basics.errors import GranaryError
 from shared.parallel import World, broadcast_object
 from shared.store import HookStatistics, Store
-from stage_train.data.stream import Source
+from stage_train.data.stream import StoreSlice
 
 
 @dataclass(frozen=True)
-class FrozenStore:
+class PinnedStore:
     """A store, and the training shards of it that were committed when the run began (with a window: all planned)."""
 
     store: Store
@@ -22,10 +22,10 @@ class FrozenStore:
     shards: tuple[int, ...]
 
     @property
-    def source(self) -> Source:
+    def slice(self) -> StoreSlice:
         """As the stream reads it."""
         contexts = [np.asarray(self.store.shard_contexts(shard), np.int64) for shard in self.shards]
-        return Source(self.store, np.concatenate([np.empty(0, np.int64), *contexts]), self.weight)
+        return StoreSlice(self.store, np.concatenate([np.empty(0, np.int64), *contexts]), self.weight)
 
     def record(self) -> dict[str, Any]:
         """JSON for the checkpoint."""
@@ -51,12 +51,12 @@ class FrozenStore:
         return self.shards if window is None else tuple(shard for shard in self.shards if shard < window.plan.ends[0])
 
 
-def freeze(urls: Sequence[tuple[str, float]], world: World) -> list[FrozenStore]:
+def pin(urls: Sequence[tuple[str, float]], world: World) -> list[PinnedStore]:
     """Open stores and take their committed training shards; rank 0's listing holds for all ranks.
 
     Raises GranaryError for a missing store, one without a committed training shard, and a weight that is not positive.
     """
-    frozen = []
+    pinned = []
     for url, weight in urls:
         if not weight > 0:
             raise GranaryError(f"store weight {weight} of {url}: it must be above 0")
@@ -69,20 +69,20 @@ def freeze(urls: Sequence[tuple[str, float]], world: World) -> list[FrozenStore]
             raise GranaryError(
                 f"the store at {url} has no committed training shard yet: run stage_harvest, or wait for its first one"
             )
-        frozen.append(FrozenStore(store, weight, shards))
-    return frozen
+        pinned.append(PinnedStore(store, weight, shards))
+    return pinned
 
 
-def refreeze(urls: Sequence[tuple[str, float]], records: Sequence[Mapping[str, Any]]) -> list[FrozenStore]:
+def repin(urls: Sequence[tuple[str, float]], records: Sequence[Mapping[str, Any]]) -> list[PinnedStore]:
     """The shards that a checkpoint names, from stores that may have moved or grown since.
 
     Raises GranaryError when a store no longer holds the same activations.
     """
     if len(urls) != len(records):
         raise GranaryError(f"the checkpoint was trained on {len(records)} stores, the configuration has {len(urls)}")
-    frozen = []
+    pinned = []
     for (url, weight), record in zip(urls, records, strict=True):
-        part = FrozenStore(Store.open(url), weight, tuple(record["shards"]))
+        part = PinnedStore(Store.open(url), weight, tuple(record["shards"]))
         if weight != record["weight"]:
             raise GranaryError(f"store weight of {url} was {record['weight']}, is {weight}: use the same to continue")
         missing = [] if part.store.window is not None else sorted(set(part.shards) - set(part.store.committed()))
@@ -90,27 +90,11 @@ def refreeze(urls: Sequence[tuple[str, float]], records: Sequence[Mapping[str, A
             raise GranaryError(f"shard {missing[0]} of {url}, on which this run was trained, is gone: harvest it again")
         if part.digest() != record["digest"]:
             raise GranaryError(f"the store at {url} does not hold the activations that this run began with")
-        frozen.append(part)
-    return frozen
+        pinned.append(part)
+    return pinned
 
 
-def choose_hook(hook: str | None, stores: Sequence[FrozenStore]) -> str:
-    """The hook to train on. Raises GranaryError listing the hooks there are when it is absent or not clear."""
-    for part in stores:
-        available = part.store.hooks
-        if hook is None and len(available) == 1:
-            hook = available[0]
-        if hook is None:
-            raise GranaryError(f"the store at {part.store.url} has several hooks: choose hook={' | '.join(available)}")
-        if hook not in available:
-            raise GranaryError(f"hook {hook} is not in the store at {part.store.url}: it has {', '.join(available)}")
-    assert hook is not None
-    if len({(part.store.plan.hooks[hook], part.store.read_dtype) for part in stores}) != 1:
-        raise GranaryError(f"the stores hold {hook} with different widths or dtypes: they cannot be read as one")
-    return hook
-
-
-def combined_statistics(stores: Sequence[FrozenStore], parts: Sequence[HookStatistics]) -> HookStatistics:
+def combined_statistics(stores: Sequence[PinnedStore], parts: Sequence[HookStatistics]) -> HookStatistics:
     """The stores' statistics as one, each token counted by its store's weight."""
     if len(parts) == 1:
         return parts[0]

@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -95,6 +96,13 @@ class WandbLogger:
     def close(self) -> None:
         """Finish the upload, or the offline folder."""
         self._run.finish()
+
+
+def check_loggers(cfg: LoggerSchema) -> None:
+    """Raise GranaryError naming the extra to install for a logger whose package is missing."""
+    for kind in cfg.kinds:
+        if find_spec(kind.value) is None:
+            raise GranaryError(f"logger.kinds=[{kind.value}] needs {kind.value}: pip install 'granary[{kind.value}]'")
 
 
 def make_loggers(

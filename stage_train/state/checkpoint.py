@@ -6,7 +6,8 @@
     checkpoints/latest              the name of the newest complete folder
 
 A folder is written under another name, flushed to disk, renamed, and only then pointed to: whatever is killed when,
-``latest`` names a folder that loads.
+``latest`` names a folder that loads. A run that is to be discarded (``checkpoint.resume=never``) is moved to
+``discarded/`` beside the folder, and removed when the first checkpoint of its successor is on disk.
 """
 
 import json
@@ -34,6 +35,7 @@ log = logging.getLogger(__name__)
 POINTER = "latest"
 STATE = "training.json"
 PARTIAL = ".partial"
+DISCARDED = "discarded"
 
 
 class StagingWriter(FileSystemWriter):
@@ -100,24 +102,37 @@ class Checkpoints:
             raise GranaryError(f"a checkpoint in {self.folder} could not be written ({why}): is there room?") from error
         barrier()
 
-    def clear(self) -> None:
-        """Remove every checkpoint."""
-        if self.world.is_main:
-            (self.folder / POINTER).unlink(missing_ok=True)
-            shutil.rmtree(self.folder, ignore_errors=True)
+    def set_aside(self, *beside: str) -> None:
+        """Move the checkpoints, and the files named `beside` the folder, into ``discarded``.
+
+        They are removed when the first checkpoint of the run that replaces theirs is on disk.
+        """
+        if self.world.is_main and newest_checkpoint(self.folder) is not None:
+            shutil.rmtree(self.discarded, ignore_errors=True)
+            self.discarded.mkdir()
+            for name in (*beside, self.folder.name):  # the checkpoints last: until then they are the run's
+                if (self.folder.parent / name).exists():
+                    (self.folder.parent / name).rename(self.discarded / name)
+            sync_folder(self.folder.parent)
         barrier()
+
+    @property
+    def discarded(self) -> Path:
+        """Where an earlier run lies until this one has a checkpoint."""
+        return self.folder.parent / DISCARDED
 
     def _publish(self, written: "Future[Any]", partial: Path, final: Path) -> None:
         written.result()
         if not self.world.is_main:
             return
-        _sync_folder(partial)
+        sync_folder(partial)
         partial.rename(final)
-        _sync_folder(self.folder)
+        sync_folder(self.folder)
         _write_text(self.folder / POINTER, final.name)
         for old in sorted(self.folder.glob("step-*"))[: -self.keep]:
             if old != final:
                 shutil.rmtree(old, ignore_errors=True)
+        shutil.rmtree(self.discarded, ignore_errors=True)
 
 
 def _host_copy(tensor: Tensor) -> Tensor:
@@ -177,10 +192,11 @@ def _write_text(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     aside.replace(path)
-    _sync_folder(path.parent)
+    sync_folder(path.parent)
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Make renames in a folder durable."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)

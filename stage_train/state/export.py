@@ -14,21 +14,25 @@ import torch
 
 from shared.basics.errors import GranaryError
 from shared.launch.stage import fail
-from shared.sae import SAE, SAEConfig
-from shared.sae.folder import save
-from stage_train.data.stores import FrozenStore
+from shared.sae import folder as on_disk
+from shared.sae.load import KINDS
+from shared.sae.sites import Sites
+from shared.sae.variants import VARIANTS
+from stage_train.data.stores import PinnedStore
 from stage_train.state.checkpoint import load_tensors, newest_checkpoint, read_state
 
 log = logging.getLogger(__name__)
 
 
 def provenance(
-    stores: Sequence[FrozenStore], hook: str, identity: Mapping[str, Any], steps: int, tokens: int
+    stores: Sequence[PinnedStore], sites: Sites, identity: Mapping[str, Any], steps: int, tokens: int
 ) -> dict[str, Any]:
-    """What made the weights: model, activations, hook, configuration, length, software."""
+    """What made the weights: model, activations, sites, configuration, length, software."""
     first = stores[0].store.plan.provenance
+    one_hook = sites.is_autoencoder and len(sites.reads) == 1
+    where = {"hook": sites.reads[0]} if one_hook else {"reads": list(sites.reads), "writes": list(sites.writes)}
     return {
-        "hook": hook,
+        **where,
         "model": first.get("model"),
         "seq_len": stores[0].store.seq_len,
         "stores": [part.record() | {"shards": len(part.shards)} for part in stores],
@@ -47,21 +51,21 @@ def export(checkpoint: Path, folder: Path) -> None:
     One process does it, one tensor at a time. Raises GranaryError when the checkpoint does not load.
     """
     state = read_state(checkpoint)
-    config = SAEConfig.from_dict(state["sae"])
+    saved = on_disk.from_document(state["sae"], state["provenance"])
+    config = saved.config(KINDS)
     with torch.device("meta"):
-        sae = SAE(config)
-    learnt = {name for name, _ in sae.named_parameters()} | {"activation.threshold"}
-    averaged = learnt if state.get("export_average") else set()
-    shapes = sae.state_dict()
+        dictionary = VARIANTS[config.kind](config)
+    roles, shapes = dictionary.roles(), dictionary.state_dict()
+    averaged = {name for name, role in roles.items() if role.learnt} if state.get("export_average") else set()
 
     def fetch(name: str) -> torch.Tensor:
         tensor = torch.empty_like(shapes[name], device="cpu")
         load_tensors(checkpoint, {f"{'ema' if name in averaged else 'sae'}.{name}": tensor})
-        if name == "W_dec" and averaged and config.unit_norm_decoder:  # an average of unit vectors is shorter
+        if name in averaged and roles[name].unit_rows:  # an average of unit vectors is shorter
             tensor.div_(tensor.norm(dim=1, keepdim=True))
         return tensor
 
-    save(folder, config, shapes, state["provenance"], fetch=fetch)
+    on_disk.save(folder, config, shapes, saved.training, saved.provenance, fetch=fetch)
 
 
 def is_exported(folder: Path) -> bool:

@@ -11,10 +11,13 @@ from stage_train.config import TrainSchema
 FREE = frozenset(key for key, mark in marks(TrainSchema) if not mark.identity)
 SHARED = frozenset(key for key, mark in marks(TrainSchema) if mark.shared)
 
+# Keys that are younger than the first runs, with the value at which all is as before them: such a run keeps its id.
+YOUNGER = {"reads": None, "writes": None, "variant.kind": "sae"}
+
 
 def identity(config: Mapping[str, Any]) -> dict[str, Any]:
     """The keys that fix the result, flattened: ``{"optim.lr": 0.001, ...}``; a key that is not known counts."""
-    return {key: value for key, value in flatten(config) if key not in FREE}
+    return {key: value for key, value in flatten(config) if key not in FREE and (key, value) not in YOUNGER.items()}
 
 
 def shared_keys(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from dataclasses import fields
 from enum import Enum
 
 from shared.basics.errors import GranaryError
-from shared.sae import SAEConfig
+from shared.sae.config import DictionaryConfig
 from shared.sae.optim import OPTIMISERS, OptimiserConfig
 from stage_train.config import OptimSchema
 from stage_train.step.schedule import bias_factor, peak_rate
@@ -14,7 +14,7 @@ COMMON = {field.name for field in fields(OptimiserConfig)}
 SPECIAL = sorted({field.name for kind in OPTIMISERS.values() for field in fields(kind.config_type)} - COMMON)
 
 
-def optimiser_config(cfg: OptimSchema, sae: SAEConfig) -> OptimiserConfig:
+def optimiser_config(cfg: OptimSchema, sae: DictionaryConfig) -> OptimiserConfig:
     """Options of the optimiser that `cfg` asks for. Raises GranaryError for a value that it does not take, or lacks."""
     kind = cfg.kind.value
     config_type = OPTIMISERS[kind].config_type

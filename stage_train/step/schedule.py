@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 
 from shared.basics.errors import GranaryError
-from shared.sae import SAEConfig
+from shared.sae.config import DictionaryConfig
 
 SHAPES = ("linear", "cosine", "sqrt")
 K_SHAPES = ("linear", "exponential")
@@ -120,7 +120,7 @@ def bias_factor_by_width(num_latents: int) -> float:
     return 6 * math.sqrt(num_latents / 2048)
 
 
-def bias_factor(value: float | str, sae: SAEConfig) -> float:
+def bias_factor(value: float | str, sae: DictionaryConfig) -> float:
     """The number, or what ``by_width`` stands for. Raises GranaryError for another name."""
     if isinstance(value, str):
         if value != "by_width":

@@ -5,7 +5,6 @@ from typing import Protocol
 
 from torch import Tensor
 
-from shared.kernels import PairGradients
 from shared.sae.optim.adam import Adam, AdamConfig
 from shared.sae.optim.adam8bit import Adam8bit, Adam8bitConfig
 from shared.sae.optim.base import Optimiser, OptimiserConfig, RowShare
@@ -22,8 +21,6 @@ class Learner(Protocol):
     """What an optimiser is made for: a dictionary, or the rows of one that a process holds."""
 
     kernels: str
-    pair_gradients: PairGradients | None
-    """Where gradients go instead of ``.grad``, which an optimiser that reads them there sets."""
 
     def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
         """Tensors with a ``grad``."""
@@ -39,10 +36,11 @@ def make_optimiser(
 ) -> Optimiser:
     """The optimiser that `config` describes, of all parameters of `learner`.
 
-    `rows` says which share of the rows it holds (None: all). With `pair_gradients` its losses hand gradients over as
-    pairs from here on. Raises GranaryError for an optimiser that needs another package, or other shapes.
+    `rows` says which share of the rows it holds (None: all). With `pair_gradients` the caller hands the optimiser's
+    ``pairs`` to the losses, which fill them. Raises GranaryError for an optimiser that needs another package, or other
+    shapes.
     """
-    optimiser = OPTIMISERS[config.kind](
+    return OPTIMISERS[config.kind](
         dict(learner.named_parameters()),
         learner.roles(),
         config,
@@ -50,9 +48,6 @@ def make_optimiser(
         kernels=learner.kernels,
         pair_gradients=pair_gradients,
     )
-    if pair_gradients:
-        learner.pair_gradients = optimiser.pairs
-    return optimiser
 
 
 __all__ = [

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from shared.basics.errors import GranaryError
-from shared.kernels import PairGradient, row_update
+from shared.kernels import AdamStep, PairGradient, row_update
 from shared.sae.optim.base import Optimiser, OptimiserConfig
 
 # Elements of a tile whose bfloat16 moments are in float32 at a time.
@@ -57,19 +57,12 @@ class WithMoments(Optimiser):
         self, weight: Tensor, grad: Tensor, first: Tensor, second: Tensor, *, clip: Tensor, lr: float, unit_rows: bool
     ) -> None:
         """One step of Adam on `weight` [F, D] and its moments, in place; `grad` is scratch afterwards."""
-        row_update(
-            weight,
-            grad,
-            first,
-            second,
-            clip=clip,
-            lr=lr,
-            betas=(self.config.beta1, self.config.beta2),
-            eps=self.config.eps,
-            step=self.step_number,
-            unit_rows=unit_rows,
-            kernels=self.kernels,
-        )
+        row_update(weight, grad, first, second, self.adam_step(clip, lr, unit_rows), kernels=self.kernels)
+
+    def adam_step(self, clip: Tensor, lr: float, unit_rows: bool) -> AdamStep:
+        """The present step, as the passes over a matrix take it."""
+        betas = (self.config.beta1, self.config.beta2)
+        return AdamStep(lr, betas, self.config.eps, self.step_number, clip, unit_rows)
 
 
 class Adam(WithMoments):
@@ -96,18 +89,8 @@ class Adam(WithMoments):
         if self.half:
             super().update_from_pairs(name, weight, pairs, clip=clip, lr=lr, unit_rows=unit_rows)
             return
-        pairs.update(
-            weight,
-            self.moments["first"][name],
-            self.moments["second"][name],
-            clip=clip,
-            lr=lr,
-            betas=(self.config.beta1, self.config.beta2),
-            eps=self.config.eps,
-            step=self.step_number,
-            unit_rows=unit_rows,
-            kernels=self.kernels,
-        )
+        first, second = self.moments["first"][name], self.moments["second"][name]
+        pairs.update(weight, first, second, self.adam_step(clip, lr, unit_rows), kernels=self.kernels)
 
     def update(self, name: str, weight: Tensor, grad: Tensor, *, clip: Tensor, lr: float, unit_rows: bool) -> None:
         first, second = self.moment("first", name), self.moment("second", name)

@@ -35,7 +35,7 @@ class ActivationStore(Protocol):
 
 
 @dataclass(frozen=True)
-class Source:
+class StoreSlice:
     """A store, the contexts of it that may be read, and how often per epoch."""
 
     store: ActivationStore
@@ -61,19 +61,19 @@ class Blocks(Protocol):
 class TrainingData:
     """The trainable tokens of one or several stores."""
 
-    def __init__(self, sources: Sequence[Source], blocks: Blocks | None = None) -> None:
+    def __init__(self, slices: Sequence[StoreSlice], blocks: Blocks | None = None) -> None:
         """Reads all masks. Raises GranaryError when the stores disagree on their length or hold nothing to train on.
 
         With `blocks`, what is called an epoch is one of them, and there are no more epochs than blocks.
         """
-        self.sources = list(sources)
+        self.slices = list(slices)
         self.blocks = blocks
-        lengths = {source.store.seq_len for source in self.sources}
+        lengths = {part.store.seq_len for part in self.slices}
         if len(lengths) != 1:
             raise GranaryError(f"the stores have different context lengths {sorted(lengths)}: train on one length")
         (self.seq_len,) = lengths
-        self._first_row = np.cumsum([0, *(len(source.contexts) for source in self.sources)])
-        packed = [_packed_mask(source) for source in self.sources]
+        self._first_row = np.cumsum([0, *(len(part.contexts) for part in self.slices)])
+        packed = [_packed_mask(part) for part in self.slices]
         self.packed_mask: NDArray[np.uint8] = np.concatenate(packed)
         if not self.num_tokens:
             raise GranaryError("the store holds no committed token to train on: harvest first, or wait for a shard")
@@ -104,16 +104,16 @@ class TrainingData:
         """The trainable positions of a context, ascending."""
         return np.flatnonzero(np.unpackbits(self.packed_mask[row], count=self.seq_len))
 
-    def read(self, row: int, hook: str, out: torch.Tensor) -> None:
+    def read(self, row: int, site: str, out: torch.Tensor) -> None:
         """Read a context's activations into `out` [T, d]. Raises GranaryError naming a torn shard."""
-        source, context = self.locate(row)
-        source.store.read_context(hook, context, out=out)
+        part, context = self.locate(row)
+        part.store.read_context(site, context, out=out)
 
-    def locate(self, row: int) -> tuple[Source, int]:
-        """The source and the context number there of a row."""
+    def locate(self, row: int) -> tuple[StoreSlice, int]:
+        """The slice and the context number there of a row."""
         which = int(np.searchsorted(self._first_row, row, side="right")) - 1
-        source = self.sources[which]
-        return source, int(source.contexts[row - self._first_row[which]])
+        part = self.slices[which]
+        return part, int(part.contexts[row - self._first_row[which]])
 
     def rows_of_epoch(self, seed: int, epoch: int) -> NDArray[np.int64]:
         """The rows an epoch reads, sorted: a row once per whole unit of its store's weight.
@@ -125,20 +125,20 @@ class TrainingData:
             first, last = (self._block_row(block) for block in (epoch, epoch + 1))
             return first + np.flatnonzero(self.counts[first:last])
         chosen = []
-        for index, source in enumerate(self.sources):
+        for index, part in enumerate(self.slices):
             rows = np.arange(self._first_row[index], self._first_row[index + 1])
             rows = rows[self.counts[rows] > 0]
-            whole, part = divmod(source.weight, 1.0)
+            whole, fraction = divmod(part.weight, 1.0)
             chosen += [rows] * int(whole)
-            if part:
+            if fraction:
                 order = random_order(len(rows), Purpose.SUBSET, seed, epoch, index)
-                chosen.append(rows[order[: round(part * len(rows))]])
+                chosen.append(rows[order[: round(fraction * len(rows))]])
         return np.sort(np.concatenate(chosen)) if chosen else np.empty(0, np.int64)
 
     def _block_row(self, block: int) -> int:
         assert self.blocks is not None
         firsts = self.blocks.firsts
-        return int(np.searchsorted(self.sources[0].contexts, firsts[min(block, len(firsts) - 1)]))
+        return int(np.searchsorted(self.slices[0].contexts, firsts[min(block, len(firsts) - 1)]))
 
     @property
     def num_blocks(self) -> int | None:
@@ -150,12 +150,12 @@ class TrainingData:
         return min(len(self.rows_of_epoch(seed, epoch)) for epoch in range(self.num_blocks or 1))
 
 
-def _packed_mask(source: Source) -> NDArray[np.uint8]:
-    """The mask of a source's contexts at one bit per position: uint8 [n, ceil(T / 8)]."""
+def _packed_mask(part: StoreSlice) -> NDArray[np.uint8]:
+    """The mask of a slice's contexts at one bit per position: uint8 [n, ceil(T / 8)]."""
     blocks = [
-        np.packbits(source.store.mask(source.contexts[start : start + MASK_BLOCK]), axis=1)
-        for start in range(0, len(source.contexts), MASK_BLOCK)
+        np.packbits(part.store.mask(part.contexts[start : start + MASK_BLOCK]), axis=1)
+        for start in range(0, len(part.contexts), MASK_BLOCK)
     ]
     if not blocks:
-        return np.empty((0, -(-source.store.seq_len // 8)), np.uint8)
+        return np.empty((0, -(-part.store.seq_len // 8)), np.uint8)
     return np.concatenate(blocks)

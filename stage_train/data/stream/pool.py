@@ -33,23 +33,23 @@ def slots_for(
 
 
 class ContextPool:
-    """S slots of one context each, for every hook the same slot number."""
+    """S slots of one context each, for every site the same slot number."""
 
     def __init__(
         self,
         data: TrainingData,
-        hooks: Mapping[str, tuple[int, torch.dtype]],
+        sites: Mapping[str, tuple[int, torch.dtype]],
         *,
         slots: int,
         io_threads: int,
         device: torch.device,
     ) -> None:
-        """`hooks` maps a name to (d_model, dtype read); memory is S * T * sum(D * itemsize) bytes on `device`."""
+        """`sites` maps a name to (width, dtype read); memory is S * T * sum(D * itemsize) bytes on `device`."""
         self._data = data
         self._seq_len = data.seq_len
         self.rows_SxT_D = {
             name: torch.empty(slots * self._seq_len, width, dtype=dtype, device=device)
-            for name, (width, dtype) in hooks.items()
+            for name, (width, dtype) in sites.items()
         }
         self._free = list(range(slots - 1, -1, -1))
         self._executor = ThreadPoolExecutor(io_threads, thread_name_prefix="granary-read")
@@ -76,9 +76,9 @@ class ContextPool:
         """Run something small on a reading thread."""
         return self._executor.submit(function, *args, **kwargs)
 
-    def gather(self, hook: str, index_N: Tensor, out_N_D: Tensor) -> None:
+    def gather(self, site: str, index_N: Tensor, out_N_D: Tensor) -> None:
         """Rows slot * T + position, into `out_N_D` (on the pool's device, of the type read)."""
-        torch.index_select(self.rows_SxT_D[hook], 0, index_N, out=out_N_D)
+        torch.index_select(self.rows_SxT_D[site], 0, index_N, out=out_N_D)
 
     def release(self, slots: list[int]) -> None:
         """Give slots back; what was gathered from them before may still be running on the device."""
@@ -92,25 +92,25 @@ class ContextPool:
 
     def _read(self, row: int, slot: int, gathered: "torch.cuda.Event | None") -> None:
         span = slice(slot * self._seq_len, (slot + 1) * self._seq_len)
-        for hook, rows_SxT_D in self.rows_SxT_D.items():
+        for site, rows_SxT_D in self.rows_SxT_D.items():
             if self._device.type != "cuda":
-                self._data.read(row, hook, rows_SxT_D[span])
+                self._data.read(row, site, rows_SxT_D[span])
                 continue
-            stream, staging_T_D = self._staging(hook)
-            self._data.read(row, hook, staging_T_D)
+            stream, staging_T_D = self._staging(site)
+            self._data.read(row, site, staging_T_D)
             with torch.cuda.stream(stream):
                 if gathered is not None:
                     stream.wait_event(gathered)
                 rows_SxT_D[span].copy_(staging_T_D, non_blocking=True)
             stream.synchronize()
 
-    def _staging(self, hook: str) -> "tuple[torch.cuda.Stream, Tensor]":
-        """This thread's copy stream and its pinned buffer for a hook."""
+    def _staging(self, site: str) -> "tuple[torch.cuda.Stream, Tensor]":
+        """This thread's copy stream and its pinned buffer for a site."""
         if not hasattr(self._local, "stream"):
             self._local.stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
             self._local.buffers = {}
         buffers: dict[str, Tensor] = self._local.buffers
-        if hook not in buffers:
-            rows = self.rows_SxT_D[hook]
-            buffers[hook] = torch.empty(self._seq_len, rows.shape[1], dtype=rows.dtype, pin_memory=True)
-        return self._local.stream, buffers[hook]
+        if site not in buffers:
+            rows = self.rows_SxT_D[site]
+            buffers[site] = torch.empty(self._seq_len, rows.shape[1], dtype=rows.dtype, pin_memory=True)
+        return self._local.stream, buffers[site]

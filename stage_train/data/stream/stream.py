@@ -11,7 +11,7 @@ import heapq
 import logging
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field
 from typing import Any, Self
@@ -38,7 +38,7 @@ class Batch:
     """This rank's rows of one global batch."""
 
     activations: dict[str, Tensor]
-    """[N, D] for every hook, row i of all hooks the same token; overwritten by the next call of the stream."""
+    """[N, D] for every site, row i of all sites the same token; overwritten by the next call of the stream."""
     epoch: int
     index: int
     """Number of the batch within its epoch."""
@@ -46,6 +46,15 @@ class Batch:
     """Rows of the global batch, all ranks together, those included that `skip_damaged` left out."""
     most_rows: int
     """Rows of the rank that has most, likewise."""
+
+    def side_by_side(self, sites: Sequence[str]) -> Tensor:
+        """The activations of some sites along the last axis, [N, sum of D]; of a single one without a copy."""
+        return side_by_side(self.activations, sites)
+
+
+def side_by_side(rows: Mapping[str, Tensor], sites: Sequence[str]) -> Tensor:
+    """Rows of some sites along the last axis: [N, D] each to [N, sum of D]; a single one is returned as it is."""
+    return rows[sites[0]] if len(sites) == 1 else torch.cat([rows[site] for site in sites], dim=-1)
 
 
 @dataclass(slots=True)
@@ -69,7 +78,7 @@ class TokenStream:
     def __init__(
         self,
         data: TrainingData,
-        hooks: Mapping[str, tuple[int, torch.dtype]],
+        sites: Mapping[str, tuple[int, torch.dtype]],
         order: StreamOrder,
         *,
         rank: int = 0,
@@ -81,7 +90,7 @@ class TokenStream:
         pool_device: torch.device | str | None = None,
         skip_damaged: bool = False,
     ) -> None:
-        """`hooks` maps each hook to (d_model, dtype the store reads).
+        """`sites` maps each site to (width, dtype the store reads).
 
         `skip_damaged` leaves out the tokens of contexts that raise DamagedObjectError, instead of raising it. Every
         other token stays in its batch, so order and state are those of the undamaged store.
@@ -95,7 +104,7 @@ class TokenStream:
         lanes, share = lanes_per_rank(order.lanes, contexts, world)
         self.num_lanes = lanes
         self.own_lanes = range(rank * share, (rank + 1) * share)
-        context_bytes = sum(data.seq_len * width * dtype.itemsize for width, dtype in hooks.values())
+        context_bytes = sum(data.seq_len * width * dtype.itemsize for width, dtype in sites.values())
         most = contexts if data.blocks is None else int(np.diff(data.blocks.firsts).max())
         slots = slots_for(
             share,
@@ -108,7 +117,7 @@ class TokenStream:
         )
         self._device = torch.device(device)
         self._pool = ContextPool(
-            data, hooks, slots=slots, io_threads=io_threads, device=torch.device(pool_device or "cpu")
+            data, sites, slots=slots, io_threads=io_threads, device=torch.device(pool_device or "cpu")
         )
         self._dtype = dtype
         self._buffers: dict[tuple[str, str], Tensor] = {}
@@ -289,11 +298,11 @@ class TokenStream:
                 self._filling = None
 
     def _collect(self, needs: Mapping[int, int]) -> dict[str, Tensor]:
-        """Gather the next tokens of this rank's lanes, lane by lane: float [N, D] for every hook.
+        """Gather the next tokens of this rank's lanes, lane by lane: float [N, D] for every site.
 
         N is less than the sum of the needs where damaged tokens are skipped.
         """
-        out = {hook: self._buffer("out", hook, sum(needs.values())) for hook in self._pool.rows_SxT_D}
+        out = {site: self._buffer("out", site, sum(needs.values())) for site in self._pool.rows_SxT_D}
         pieces: list[Tensor] = []
         spent: list[int] = []
         done = 0
@@ -318,7 +327,7 @@ class TokenStream:
                     spent += group.slots
                     queue.popleft()
         done = self._flush(pieces, spent, out, done)
-        return {hook: rows_N_D[:done] for hook, rows_N_D in out.items()}
+        return {site: rows_N_D[:done] for site, rows_N_D in out.items()}
 
     def _await(self, group: _Group) -> None:
         """Wait until a group's contexts are in memory, then fix the order of its tokens."""
@@ -351,8 +360,8 @@ class TokenStream:
         """Gather the collected pieces into `out` from row `done` on, free their slots, and read ahead into those."""
         if pieces:
             index_N = torch.cat(pieces)
-            for hook, out_N_D in out.items():
-                self._gather(hook, index_N, out_N_D[done : done + len(index_N)])
+            for site, out_N_D in out.items():
+                self._gather(site, index_N, out_N_D[done : done + len(index_N)])
             done += len(index_N)
             pieces.clear()
         if spent:
@@ -361,23 +370,23 @@ class TokenStream:
         self._read_ahead()
         return done
 
-    def _gather(self, hook: str, index_N: Tensor, out_N_D: Tensor) -> None:
-        rows = self._pool.rows_SxT_D[hook]
+    def _gather(self, site: str, index_N: Tensor, out_N_D: Tensor) -> None:
+        rows = self._pool.rows_SxT_D[site]
         index_N = index_N.to(rows.device)
         if rows.dtype == out_N_D.dtype and rows.device == out_N_D.device:
-            self._pool.gather(hook, index_N, out_N_D)
+            self._pool.gather(site, index_N, out_N_D)
             return
-        staged_N_D = self._buffer("staged", hook, len(index_N))
-        self._pool.gather(hook, index_N, staged_N_D)
+        staged_N_D = self._buffer("staged", site, len(index_N))
+        self._pool.gather(site, index_N, staged_N_D)
         out_N_D.copy_(staged_N_D)
 
-    def _buffer(self, purpose: str, hook: str, num_rows: int) -> Tensor:
+    def _buffer(self, purpose: str, site: str, num_rows: int) -> Tensor:
         """The first `num_rows` rows of a buffer that is kept between batches."""
-        rows = self._pool.rows_SxT_D[hook]
-        if (purpose, hook) not in self._buffers or len(self._buffers[purpose, hook]) < num_rows:
+        rows = self._pool.rows_SxT_D[site]
+        if (purpose, site) not in self._buffers or len(self._buffers[purpose, site]) < num_rows:
             device, dtype = (self._device, self._dtype) if purpose == "out" else (rows.device, rows.dtype)
             pinned = device.type == "cpu" and self._device.type == "cuda"
-            self._buffers[purpose, hook] = torch.empty(
+            self._buffers[purpose, site] = torch.empty(
                 num_rows, rows.shape[1], device=device, dtype=dtype, pin_memory=pinned
             )
-        return self._buffers[purpose, hook][:num_rows]
+        return self._buffers[purpose, site][:num_rows]

@@ -69,3 +69,10 @@ def test_hydra_leaves_them_out_of_the_name(train_configs: None) -> None:
     overrides = ["name=mine", "sae.k=8", "device.threads=1", "store.url=s3://a/b", "optim.lr=0.01"]
     cfg = compose("train", overrides=overrides, return_hydra_config=True)
     assert cfg.hydra.job.override_dirname == "optim.lr=0.01,sae.k=8"
+
+
+def test_a_younger_key_at_its_old_meaning_leaves_a_run_the_id_it_had() -> None:
+    config = {"seed": 1, "reads": None, "writes": None, "variant": {"kind": "sae"}}
+    assert identity(config) == {"seed": 1}
+    other = {"seed": 1, "reads": ["a"], "writes": "b", "variant": {"kind": "transcoder"}}
+    assert identity(other) == {"seed": 1, "reads": ["a"], "writes": "b", "variant.kind": "transcoder"}

@@ -3,28 +3,18 @@
 import importlib.util
 import math
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from hydra import compose
-from omegaconf import OmegaConf
 
 from shared.basics.errors import GranaryError
-from shared.parallel import World
 from shared.sae import SAE
 from shared.store import Store
-from stage_train.job import Job
 from stage_train.show.loggers import read_metrics
-from stage_train.step.trainer import Trainer
+from tests.training import Runs
 
 pytestmark = pytest.mark.usefixtures("train_configs")
 
-WORLD = World(0, 1, 0, torch.device("cpu"))
-FIXED = ["sae.k=3", "sae.expansion=8", "stream.batch_size=16", "stream.lanes=4", "schedule.tokens=320"]
-FIXED += ["logger.progress=false", "logger.curves=false", "logger.every=5", "checkpoint.every=0"]
-FIXED += ["sae.dead_after_tokens=40"]
 CHOICES = {
     "batchtopk": ["sae=batchtopk"],
     "matryoshka": ["sae=matryoshka", "sae.activation=topk"],
@@ -40,43 +30,18 @@ if importlib.util.find_spec("bitsandbytes") is not None:
     CHOICES["adam8bit"] = ["optim=adam8bit", "sae.d_latent=256"]
 
 
-class Jobs:
-    """Runs in one folder, on one store."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def run(self, name: str, *overrides: str) -> Path:
-        """Train; returns the output folder."""
-        out = self.folder / name
-        paths = [f"out_dir={out}", f"store.url={self.folder / 'store'}"]
-        cfg: Any = OmegaConf.to_object(compose("train", overrides=[*FIXED, *paths, *overrides]))
-        Job([cfg], WORLD).execute()
-        return out
-
-
 @pytest.fixture(scope="module")
-def jobs(tmp_path_factory: pytest.TempPathFactory, planted_store: Callable[..., Store]) -> Jobs:
+def train(tmp_path_factory: pytest.TempPathFactory, planted_store: Callable[..., Store]) -> Runs:
     folder = tmp_path_factory.mktemp("choices")
     planted_store(folder / "store")
-    return Jobs(folder)
+    return Runs(folder, "schedule.tokens=320")
 
 
 @pytest.mark.parametrize("choice", CHOICES)
-def test_a_stopped_run_continues_to_the_same_bits(jobs: Jobs, choice: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    straight = jobs.run(f"{choice}_straight", *CHOICES[choice])
-    step = Trainer.step
-
-    def stopping(self: Trainer, batch: Any) -> None:
-        step(self, batch)
-        if self.progress.step == 9:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(Trainer, "step", stopping)
-    with pytest.raises(KeyboardInterrupt):
-        jobs.run(f"{choice}_stopped", *CHOICES[choice], "checkpoint.every=8")
-    monkeypatch.undo()
-    stopped = jobs.run(f"{choice}_stopped", *CHOICES[choice], "checkpoint.every=8")
+def test_a_stopped_run_continues_to_the_same_bits(train: Runs, choice: str) -> None:
+    straight = train(f"{choice}_straight", *CHOICES[choice])
+    train.killed(f"{choice}_stopped", *CHOICES[choice], "checkpoint.every=8", step=9)
+    stopped = train(f"{choice}_stopped", *CHOICES[choice], "checkpoint.every=8")
     first, second = (SAE.from_pretrained(folder) for folder in (straight, stopped))
     for name, tensor in first.state_dict().items():
         assert torch.equal(tensor, second.state_dict()[name]), name
@@ -84,32 +49,32 @@ def test_a_stopped_run_continues_to_the_same_bits(jobs: Jobs, choice: str, monke
     assert lines[-1]["fvu"] < lines[0]["fvu"]
 
 
-def test_the_average_is_exported_where_it_is_asked_for(jobs: Jobs) -> None:
-    last = SAE.from_pretrained(jobs.run("last", "optim.ema_decay=0.9"))
-    average = SAE.from_pretrained(jobs.run("average", "optim.ema_decay=0.9", "optim.ema_export=true"))
-    assert torch.equal(last.W_enc, SAE.from_pretrained(jobs.run("plain")).W_enc)
+def test_the_average_is_exported_where_it_is_asked_for(train: Runs) -> None:
+    last = SAE.from_pretrained(train("last", "optim.ema_decay=0.9"))
+    average = SAE.from_pretrained(train("average", "optim.ema_decay=0.9", "optim.ema_export=true"))
+    assert torch.equal(last.W_enc, SAE.from_pretrained(train("plain")).W_enc)
     distance = float(((average.W_enc - last.W_enc).norm() / last.W_enc.norm()).detach())
     assert 1e-4 < distance < 0.5
     norms = average.W_dec.detach().norm(dim=1)
     torch.testing.assert_close(norms, torch.ones_like(norms))
 
 
-def test_k_comes_down_to_its_end(jobs: Jobs) -> None:
-    out = jobs.run("cold", "sae=batchtopk", "schedule.k_start=12", "schedule.k_cold=5", "schedule.k_warmup=5")
+def test_k_comes_down_to_its_end(train: Runs) -> None:
+    out = train("cold", "sae=batchtopk", "schedule.k_start=12", "schedule.k_cold=5", "schedule.k_warmup=5")
     l0 = [line["l0"] for line in read_metrics(out)]
     # Steps 6 to 10 fall from 12 by 9/5 a step, rounded up.
     assert l0[:4] == pytest.approx([12, (12 + 11 + 9 + 7 + 5) / 5, 3, 3], rel=0.01)
 
 
-def test_whole_numbers_for_rates(jobs: Jobs) -> None:
+def test_whole_numbers_for_rates(train: Runs) -> None:
     """A number or a name: 1 is as good as 1.0."""
-    runs = [jobs.run(f"lr {one}", f"optim.lr={one}", f"optim.bias_factor={one}") for one in ("1", "1.0")]
+    runs = [train(f"lr {one}", f"optim.lr={one}", f"optim.bias_factor={one}") for one in ("1", "1.0")]
     whole, decimal = (SAE.from_pretrained(run).state_dict() for run in runs)
     assert all(torch.equal(tensor, decimal[name]) for name, tensor in whole.items())
 
 
-def test_lr_auto(jobs: Jobs) -> None:
-    out = jobs.run("auto", "optim.lr=auto", "sae.d_latent=64", "schedule.warmup=0", "schedule.decay=0")
+def test_lr_auto(train: Runs) -> None:
+    out = train("auto", "optim.lr=auto", "sae.d_latent=64", "schedule.warmup=0", "schedule.decay=0")
     assert {line["lr"] for line in read_metrics(out)} == {2e-4 / (64 / 2**14) ** 0.5}
 
 
@@ -123,9 +88,9 @@ def test_lr_auto(jobs: Jobs) -> None:
     ],
 )
 @pytest.mark.parametrize("warmup", [4, 0.2])
-def test_named_schedules(jobs: Jobs, name: str, decay: float, shape: Callable[[float], float], warmup: float) -> None:
+def test_named_schedules(train: Runs, name: str, decay: float, shape: Callable[[float], float], warmup: float) -> None:
     """The rate of every step of a run, with lengths in steps and in shares."""
-    out = jobs.run(
+    out = train(
         f"{name}_{warmup}", f"schedule={name}", f"schedule.warmup={warmup}", "schedule.final=0.1", "logger.every=1"
     )
     lr = [line["lr"] for line in read_metrics(out)]
@@ -137,11 +102,11 @@ def test_named_schedules(jobs: Jobs, name: str, decay: float, shape: Callable[[f
     assert [rate / max(lr) for rate in lr] == pytest.approx(wanted)
 
 
-def test_warmups_of_zero_steps(jobs: Jobs) -> None:
+def test_warmups_of_zero_steps(train: Runs) -> None:
     zero = ["schedule.warmup=0", "schedule.decay=0", "schedule.penalty_warmup=0", "schedule.k_warmup=0"]
-    out = jobs.run("zero", "sae=relu", "sae.k=null", *zero)
+    out = train("zero", "sae=relu", "sae.k=null", *zero)
     assert len({line["lr"] for line in read_metrics(out)}) == 1
-    jobs.run("zero_k", *zero, "schedule.k_start=9", "schedule.k_cold=0")
+    train("zero_k", *zero, "schedule.k_start=9", "schedule.k_cold=0")
 
 
 @pytest.mark.parametrize(
@@ -165,8 +130,8 @@ def test_warmups_of_zero_steps(jobs: Jobs) -> None:
         (["sae=jumprelu"], "sae.k=3 with sae.activation=jumprelu"),
     ],
 )
-def test_bad_combinations_are_refused_before_any_work(jobs: Jobs, overrides: list[str], reason: str) -> None:
+def test_bad_combinations_are_refused_before_any_work(train: Runs, overrides: list[str], reason: str) -> None:
     with pytest.raises(GranaryError) as caught:
-        jobs.run("refused", *overrides)
+        train("refused", *overrides)
     assert reason in str(caught.value)
     assert "\n" not in str(caught.value)

@@ -14,7 +14,7 @@ from shared.parallel import World
 from shared.sae import SAE, SAEConfig
 from shared.sae.optim import OPTIMISERS, make_optimiser
 from shared.store import Store
-from stage_train.data.stores import freeze
+from stage_train.data.stores import pin
 from stage_train.data.stream import StreamOrder, TokenStream, TrainingData
 from stage_train.data.stream.permutation import lanes_per_rank
 from stage_train.data.stream.pool import slots_for
@@ -62,7 +62,7 @@ def test_the_pool_is_as_large_as_the_stream_makes_it(
     planted_store: Callable[..., Store], tmp_path: Path, world: int, prefetch: int
 ) -> None:
     store = planted_store(tmp_path / "store")
-    data = TrainingData([freeze([(store.url, 1.0)], World(0, 1, 0, torch.device("cpu")))[0].source])
+    data = TrainingData([pin([(store.url, 1.0)], World(0, 1, 0, torch.device("cpu")))[0].slice])
     order = StreamOrder(batch_size=8, seed=0, lanes=4, mix_contexts=2)
     width, dtype = 12, torch.float32
     lanes, share = lanes_per_rank(4, data.num_contexts, world)

@@ -1,7 +1,5 @@
 """Several runs on one stream: each ends as it would have alone, whatever happens to the others."""
 
-import os
-import signal
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -9,28 +7,19 @@ from typing import Any
 
 import pytest
 import torch
-from hydra import compose
-from omegaconf import OmegaConf
 
 from shared.basics.errors import GranaryError
-from shared.parallel import World
 from shared.sae import SAE, load_provenance
 from shared.store import Store
 from stage_train.job import Job
 from stage_train.show.loggers import read_metrics
 from stage_train.state.checkpoint import newest_checkpoint
-from stage_train.step.trainer import Trainer
+from tests.training import WORLD, Runs, assert_same_run, exit_code, signalled_in, watching
 
 pytestmark = pytest.mark.usefixtures("train_configs")
 
 HOOKS = ("layers.1.resid_post", "layers.2.resid_post")
-WORLD = World(0, 1, 0, torch.device("cpu"))
-TIMES = {"tokens_per_s", "wait_share"}
-FIXED = [
-    "sae.k=3", "sae.expansion=8", "stream.batch_size=16", "stream.lanes=4", "schedule.tokens=640",
-    f"hook={HOOKS[0]}", "logger.progress=false", "logger.curves=false", "logger.every=5", "checkpoint.every=0",
-    "sae.dead_after_tokens=40", "stream.seed=0",
-]  # fmt: skip
+FIXED = [f"hook={HOOKS[0]}", "stream.seed=0"]
 MEMBERS = {
     "plain": [],
     "wide": ["sae.k=2", "sae.expansion=16", "optim.lr=0.003"],
@@ -43,64 +32,28 @@ MEMBERS = {
 }
 
 
-class Folder:
-    """A store of two hooks, and runs beside it."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def cfg(self, name: str, *overrides: str) -> Any:
-        paths = [f"out_dir={self.path / name}", f"store.url={self.path / 'store'}"]
-        return OmegaConf.to_object(compose("train", overrides=[*FIXED, *paths, *overrides]))
-
-    def alone(self, name: str, *overrides: str) -> Path:
-        Job([self.cfg(name, *overrides)], WORLD).execute()
-        return self.path / name
-
-    def together(self, runs: dict[str, list[str]]) -> None:
-        Job([self.cfg(name, *overrides) for name, overrides in runs.items()], WORLD).execute()
-
-    def assert_same(self, one: str, two: str) -> None:
-        """Bit for bit: weights, and all that was logged but times."""
-        first, second = (SAE.from_pretrained(self.path / name).state_dict() for name in (one, two))
-        assert all(torch.equal(tensor, second[name]) for name, tensor in first.items()), (one, two)
-        lines = [
-            [{key: value for key, value in line.items() if key not in TIMES} for line in read_metrics(self.path / name)]
-            for name in (one, two)
-        ]
-        assert lines[0] == lines[1]
-
-
 @pytest.fixture
-def folder(tmp_path: Path, planted_store: Callable[..., Store]) -> Folder:
+def runs(tmp_path: Path, planted_store: Callable[..., Store]) -> Runs:
+    """Runs beside a store of two hooks."""
     planted_store(tmp_path / "store", hooks=HOOKS)
-    return Folder(tmp_path)
+    return Runs(tmp_path, *FIXED)
 
 
-def stop_in_step(step: int, name: str, monkeypatch: pytest.MonkeyPatch, folder: Folder) -> None:
-    """SIGTERM while the run `name` learns for the `step`-th time."""
-    original = Trainer.step
-    sae_config = folder.cfg(name, *MEMBERS[name]).sae.to_config(12)
-
-    def patched(self: Trainer, batch: Any) -> None:
-        if self.progress.step == step - 1 and self.sae.config == sae_config:
-            os.kill(os.getpid(), signal.SIGTERM)
-        original(self, batch)
-
-    monkeypatch.setattr(Trainer, "step", patched)
+def assert_same(runs: Runs, one: str, two: str) -> None:
+    assert_same_run(runs.folder / one, runs.folder / two)
 
 
-def test_each_run_is_as_if_alone(folder: Folder) -> None:
+def test_each_run_is_as_if_alone(runs: Runs) -> None:
     for name, overrides in MEMBERS.items():
-        folder.alone(f"alone_{name}", *overrides)
-    folder.together(MEMBERS)
+        runs(f"alone_{name}", *overrides)
+    runs.together(MEMBERS)
     for name in MEMBERS:
-        folder.assert_same(f"alone_{name}", name)
-    assert len({(folder.path / name / "sae.safetensors").read_bytes() for name in MEMBERS}) == len(MEMBERS)
-    assert [read_metrics(folder.path / name)[-1]["step"] for name in ("plain", "short")] == [42, 20]
+        assert_same(runs, f"alone_{name}", name)
+    assert len({(runs.folder / name / "sae.safetensors").read_bytes() for name in MEMBERS}) == len(MEMBERS)
+    assert [read_metrics(runs.folder / name)[-1]["step"] for name in ("plain", "short")] == [42, 20]
 
 
-def test_the_store_is_read_once(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_store_is_read_once(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
     """As often as by one run per hook, whatever their number."""
     reads: Counter[str] = Counter()
     original = Store.read_context
@@ -110,50 +63,44 @@ def test_the_store_is_read_once(folder: Folder, monkeypatch: pytest.MonkeyPatch)
         return original(self, hook, context, *args, **options)
 
     monkeypatch.setattr(Store, "read_context", counting)
-    folder.alone("one")
+    runs("one")
     once = reads[HOOKS[0]]
     reads.clear()
-    folder.together({"a": [], "b": ["sae.k=2"], "c": ["sae.k=1"], "d": [f"hook={HOOKS[1]}"]})
+    runs.together({"a": [], "b": ["sae.k=2"], "c": ["sae.k=1"], "d": [f"hook={HOOKS[1]}"]})
     assert reads == {HOOKS[0]: once, HOOKS[1]: once}
 
 
 @pytest.mark.parametrize("step", [1, 17, 30])
-def test_stopped_together_and_continued(folder: Folder, step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stopped_together_and_continued(runs: Runs, step: int) -> None:
     """Also where one of them has ended already by then."""
     members = {name: MEMBERS[name] for name in ("plain", "wide", "short")}
-    stop_in_step(step, "wide", monkeypatch, folder)
-    with pytest.raises(SystemExit) as stopped:
-        folder.together(members)
-    assert stopped.value.code == 0
-    monkeypatch.undo()
-    assert {name: newest_checkpoint(folder.path / name / "checkpoints").name for name in members} == {  # type: ignore[union-attr]
+    with watching(before=signalled_in(step, which="wide")):
+        assert exit_code(lambda: runs.together(members)) == 0
+    assert {name: newest_checkpoint(runs.folder / name / "checkpoints").name for name in members} == {  # type: ignore[union-attr]
         name: f"step-{min(step, 20 if name == 'short' else 42):08d}" for name in members
     }
-    folder.together(members)
+    runs.together(members)
     for name, overrides in members.items():
-        folder.alone(f"alone_{name}", *overrides)
-        folder.assert_same(f"alone_{name}", name)
+        runs(f"alone_{name}", *overrides)
+        assert_same(runs, f"alone_{name}", name)
 
 
-def test_runs_that_were_saved_at_different_steps_meet_again(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_runs_that_were_saved_at_different_steps_meet_again(runs: Runs) -> None:
     """One stopped at 9, one at 30, one done, one new: what a kill between two saves leaves, and more."""
     for name, step in (("plain", 9), ("wide", 30)):
-        stop_in_step(step, name, monkeypatch, folder)
-        with pytest.raises(SystemExit):
-            folder.alone(name, *MEMBERS[name])
-        monkeypatch.undo()
-    folder.alone("short", *MEMBERS["short"])
+        runs.stopped(name, *MEMBERS[name], step=step)
+    runs("short", *MEMBERS["short"])
     members = {name: MEMBERS[name] for name in ("plain", "wide", "short", "seed")}
-    folder.together(members)
+    runs.together(members)
     for name, overrides in members.items():
-        folder.alone(f"alone_{name}", *overrides)
-        folder.assert_same(f"alone_{name}", name)
-    before = {name: (folder.path / name / "sae.safetensors").stat().st_mtime_ns for name in members}
-    folder.together(members)
-    assert before == {name: (folder.path / name / "sae.safetensors").stat().st_mtime_ns for name in members}
+        runs(f"alone_{name}", *overrides)
+        assert_same(runs, f"alone_{name}", name)
+    before = {name: (runs.folder / name / "sae.safetensors").stat().st_mtime_ns for name in members}
+    runs.together(members)
+    assert before == {name: (runs.folder / name / "sae.safetensors").stat().st_mtime_ns for name in members}
 
 
-def test_a_run_that_diverges_does_not_harm_the_others(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_that_diverges_does_not_harm_the_others(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
     losses = SAE.losses
 
     def poisoned(self: SAE, x: torch.Tensor, *args: Any, **options: Any) -> Any:
@@ -161,11 +108,11 @@ def test_a_run_that_diverges_does_not_harm_the_others(folder: Folder, monkeypatc
 
     monkeypatch.setattr(SAE, "losses", poisoned)
     with pytest.raises(GranaryError, match=r"1 of 3 SAEs diverged \(bad\), see above: lower optim\.lr"):
-        folder.together({"a": [], "bad": ["sae.k=2"], "b": ["seed=1"]})
-    folder.alone("alone")
-    folder.assert_same("alone", "a")
-    assert (folder.path / "b/sae.safetensors").exists()
-    assert not (folder.path / "bad/sae.safetensors").exists()
+        runs.together({"a": [], "bad": ["sae.k=2"], "b": ["seed=1"]})
+    runs("alone")
+    assert_same(runs, "alone", "a")
+    assert (runs.folder / "b/sae.safetensors").exists()
+    assert not (runs.folder / "bad/sae.safetensors").exists()
 
 
 @pytest.mark.parametrize(
@@ -184,34 +131,34 @@ def test_a_run_that_diverges_does_not_harm_the_others(folder: Folder, monkeypatc
         ),
     ],
 )
-def test_what_can_not_share_a_stream_is_refused(folder: Folder, one: list[str], two: list[str], message: str) -> None:
+def test_what_can_not_share_a_stream_is_refused(runs: Runs, one: list[str], two: list[str], message: str) -> None:
     with pytest.raises(GranaryError, match=message):
-        folder.together({"a": one, "b": two})
-    assert not (folder.path / "a/sae.safetensors").exists()
+        runs.together({"a": one, "b": two})
+    assert not (runs.folder / "a/sae.safetensors").exists()
 
 
-def test_two_runs_need_two_folders(folder: Folder) -> None:
+def test_two_runs_need_two_folders(runs: Runs) -> None:
     with pytest.raises(GranaryError, match="two of the packed runs have out_dir="):
-        Job([folder.cfg("a"), folder.cfg("a", "sae.k=2")], WORLD)
+        Job([runs.cfg("a"), runs.cfg("a", "sae.k=2")], WORLD)
 
 
-def test_runs_begun_on_other_shards_are_refused(folder: Folder) -> None:
-    hidden = folder.path / "store/manifest/00000001.json"
+def test_runs_begun_on_other_shards_are_refused(runs: Runs) -> None:
+    hidden = runs.folder / "store/manifest/00000001.json"
     text = hidden.read_bytes()
     hidden.unlink()
-    folder.alone("early")
+    runs("early")
     hidden.write_bytes(text)
-    folder.alone("late", "sae.k=2")
+    runs("late", "sae.k=2")
     with pytest.raises(GranaryError, match=r"early and .*late were begun on other shards.*without packed=true"):
-        folder.together({"early": [], "late": ["sae.k=2"]})
-    folder.together({"early": [], "new": ["sae.k=1"]})  # the new one keeps to the shards of the first
-    shards = [load_provenance(folder.path / name)["stores"][0]["shards"] for name in ("early", "new", "late")]
+        runs.together({"early": [], "late": ["sae.k=2"]})
+    runs.together({"early": [], "new": ["sae.k=1"]})  # the new one keeps to the shards of the first
+    shards = [load_provenance(runs.folder / name)["stores"][0]["shards"] for name in ("early", "new", "late")]
     assert shards == [4, 4, 5]
 
 
-def test_outliers_are_dropped_once_for_all(folder: Folder, planted_store: Callable[..., Store]) -> None:
-    planted_store(folder.path / "spiked", hooks=HOOKS, outliers=3)
-    drop = ["stream.max_norm_multiple=1.5", f"store.url={folder.path / 'spiked'}"]
-    folder.together({"a": drop, "b": [*drop, "sae.k=2"]})
-    folder.alone("alone", *drop, "sae.k=2")
-    folder.assert_same("alone", "b")
+def test_outliers_are_dropped_once_for_all(runs: Runs, planted_store: Callable[..., Store]) -> None:
+    planted_store(runs.folder / "spiked", hooks=HOOKS, outliers=3)
+    drop = ["stream.max_norm_multiple=1.5", f"store.url={runs.folder / 'spiked'}"]
+    runs.together({"a": drop, "b": [*drop, "sae.k=2"]})
+    runs("alone", *drop, "sae.k=2")
+    assert_same(runs, "alone", "b")

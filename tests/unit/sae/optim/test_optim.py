@@ -8,17 +8,18 @@ import pytest
 import torch
 
 from shared.basics.errors import GranaryError
-from shared.kernels.row_update import cpu as row_update_cpu
+from shared.kernels.row_update import torch_ as row_update_cpu
 from shared.sae import SAE, SAEConfig
 from shared.sae.optim import Adam, Adam8bitConfig, AdamConfig, MuonConfig, RowShare, SignumConfig, make_optimiser
 from shared.sae.optim.adam import round_stochastically
 from stage_train.step.spike_guard import PATIENCE, WINDOW, SpikeGuard
 from stage_train.step.weight_average import WeightAverage
+from tests.learning import LearningSAE
 
 
 def make_sae(seed=0, d=7, num_latents=30):
-    config = SAEConfig(d_model=d, d_latent=num_latents, k=3, normalisation="none")
-    return SAE(config, generator=torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(seed)
+    return LearningSAE(d_model=d, d_latent=num_latents, k=3, normalisation="none", generator=generator)
 
 
 def batch(step, d=7):

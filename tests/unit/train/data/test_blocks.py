@@ -14,11 +14,10 @@ from shared.store import Store
 from shared.store.capacity import shard_bytes
 from stage_train.show.loggers import read_metrics
 from tests.synthetic import synthetic_plan, synthetic_shard, synthetic_tokens
-from tests.unit.train.test_run import assert_same_weights, train  # noqa: F401
+from tests.training import Runs, assert_same_weights
 
 pytestmark = pytest.mark.usefixtures("train_configs")
 
-Train = Callable[..., Path]
 SETTINGS = ("schedule.tokens=null", "schedule.epochs=1", "logger.every=1", "stream.mix_contexts=2")
 BLOCKS = 4
 
@@ -37,11 +36,11 @@ def fill(store: Store, shards: range) -> None:
 
 
 @pytest.fixture
-def url(tmp_path: Path, train: Train) -> str:  # noqa: F811
+def url(tmp_path: Path, train: Runs) -> str:
     return f"store.url={tmp_path / 'windowed'}"
 
 
-def test_everything_is_read_once_and_deleted(train: Train, url: str, tmp_path: Path) -> None:  # noqa: F811
+def test_everything_is_read_once_and_deleted(train: Runs, url: str, tmp_path: Path) -> None:
     store = windowed_store(tmp_path / "windowed")
     wanted = int(store.mask(store.contexts("train")).sum())
     out = train("a", url, *SETTINGS)
@@ -62,7 +61,7 @@ def test_everything_is_read_once_and_deleted(train: Train, url: str, tmp_path: P
 
 @pytest.mark.parametrize("block", [0, 3])
 def test_killed_between_the_checkpoint_and_the_deletion(
-    train: Train,  # noqa: F811
+    train: Runs,
     url: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -89,7 +88,7 @@ def test_killed_between_the_checkpoint_and_the_deletion(
 
 
 def test_a_signal_while_it_waits_for_the_harvest(
-    train: Train,  # noqa: F811
+    train: Runs,
     url: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -117,7 +116,7 @@ def test_a_signal_while_it_waits_for_the_harvest(
     assert all(torch.isfinite(torch.tensor(line["loss"])) for line in read_metrics(out))
 
 
-def test_more_than_one_pass_is_refused(train: Train, url: str, tmp_path: Path) -> None:  # noqa: F811
+def test_more_than_one_pass_is_refused(train: Runs, url: str, tmp_path: Path) -> None:
     windowed_store(tmp_path / "windowed")
     with pytest.raises(GranaryError, match="can be read once"):
         train("a", url, "schedule.tokens=100000")

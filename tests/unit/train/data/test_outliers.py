@@ -10,8 +10,8 @@ import torch
 from shared.basics.errors import GranaryError
 from shared.parallel import World
 from shared.store import Store
-from stage_train.data.outliers import drop_outliers
-from stage_train.data.stores import combined_statistics, freeze
+from stage_train.data.outliers import drop_outliers, norm_bounds
+from stage_train.data.stores import combined_statistics, pin
 from stage_train.data.stream import TrainingData
 
 HOOK = "layers.1.resid_post"
@@ -28,12 +28,15 @@ def kept(store: Store, bound: float) -> np.ndarray:
 def test_outliers_leave_masks_and_statistics(planted_store: Callable[..., Store], tmp_path: Path) -> None:
     one = planted_store(tmp_path / "one", outliers=9)
     two = planted_store(tmp_path / "two", seed=3, outliers=5)
-    stores = freeze([(one.url, 1.0), (two.url, 2.0)], WORLD)
-    data = TrainingData([part.source for part in stores])
+    stores = pin([(one.url, 1.0), (two.url, 2.0)], WORLD)
+    data = TrainingData([part.slice for part in stores])
     before = data.num_tokens
     parts = [part.store.statistics(HOOK, part.shards) for part in stores]
-    bound = 10 * combined_statistics(stores, parts).median_norm
-    left = drop_outliers(data, stores, HOOK, parts, bound, WORLD)
+    bounds = norm_bounds(stores, [HOOK], 10)
+    bound = bounds[HOOK]
+    assert bound == 10 * combined_statistics(stores, parts).median_norm
+    dropped = drop_outliers(data, stores, bounds, [HOOK], WORLD)
+    left = [rows.taken_from(HOOK, whole) for rows, whole in zip(dropped, parts, strict=True)]
     rows = [kept(one, bound), kept(two, bound)]
     assert before > data.num_tokens == len(rows[0]) + len(rows[1])
     for statistics, expected in zip(left, rows, strict=True):
@@ -58,18 +61,19 @@ def test_shards_without_outliers_are_not_read(
     planted_store: Callable[..., Store], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = planted_store(tmp_path / "store")
-    stores = freeze([(store.url, 1.0)], WORLD)
-    data = TrainingData([part.source for part in stores])
+    stores = pin([(store.url, 1.0)], WORLD)
+    data = TrainingData([part.slice for part in stores])
     statistics = store.statistics(HOOK)
     monkeypatch.setattr(Store, "read_context", None)
-    (left,) = drop_outliers(data, stores, HOOK, [statistics], statistics.max_norm, WORLD)
+    (dropped,) = drop_outliers(data, stores, {HOOK: statistics.max_norm}, [HOOK], WORLD)
+    left = dropped.taken_from(HOOK, statistics)
     np.testing.assert_array_equal(left.mean, statistics.mean)
     assert data.num_tokens == statistics.count
 
 
 def test_nothing_left_is_one_line(planted_store: Callable[..., Store], tmp_path: Path) -> None:
     store = planted_store(tmp_path / "store")
-    stores = freeze([(store.url, 1.0)], WORLD)
-    data = TrainingData([part.source for part in stores])
+    stores = pin([(store.url, 1.0)], WORLD)
+    data = TrainingData([part.slice for part in stores])
     with pytest.raises(GranaryError, match="leaves no token"):
-        drop_outliers(data, stores, HOOK, [store.statistics(HOOK)], -1.0, WORLD)
+        drop_outliers(data, stores, {HOOK: -1.0}, [HOOK], WORLD)

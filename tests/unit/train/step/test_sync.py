@@ -7,15 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from hydra import compose
-from omegaconf import OmegaConf
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from shared.parallel import World
 from shared.store import Store
 from stage_train.job import Job
+from stage_train.run import make_trainer
 from stage_train.step.trainer import DEAD_EVERY
+from tests.training import WORLD, Runs
 
 pytestmark = pytest.mark.usefixtures("train_configs")
 
@@ -42,13 +40,9 @@ def test_steps_between_logging_do_not_wait(
     tmp_path: Path, planted_store: Callable[..., Store], choice: list[str]
 ) -> None:
     planted_store(tmp_path / "store")
-    overrides = ["sae.k=3", "sae.expansion=8", "stream.batch_size=16", "stream.lanes=4", "schedule.tokens=640"]
-    overrides += ["sae.dead_after_tokens=40", f"out_dir={tmp_path / 'sae'}", f"store.url={tmp_path / 'store'}", *choice]
-    cfg: Any = OmegaConf.to_object(compose("train", overrides=overrides))
-    job = Job([cfg], World(0, 1, 0, torch.device("cpu")))
-    (run,) = job.runs
-    run.start(job.feed.open_stream(run.layout, run.length.end))
-    trainer = run.trainer
+    job = Job([Runs(tmp_path).cfg("sae", *choice)], WORLD)
+    (spec,), inputs = job.specs, job.open_inputs()
+    trainer = make_trainer(spec, inputs, inputs.open_stream(0, 1, spec.length.end), job.layout, from_data=True)
     # The plain kernels read nothing back; those for the CPU do, where that is cheap.
     trainer.sae.kernels = trainer.optimiser.kernels = "reference"
     with closing(trainer.stream) as stream:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from shared.basics.errors import GranaryError
-from stage_train.data.stream import Source, StreamOrder, TokenStream, TrainingData
+from stage_train.data.stream import StoreSlice, StreamOrder, TokenStream, TrainingData
 
 HOOKS = {"layers.0.resid_post": (2, torch.float32), "layers.1.resid_post": (3, torch.bfloat16)}
 FIRST, SECOND = HOOKS
@@ -46,7 +46,7 @@ class MemoryStore:
         return out
 
     def data(self) -> TrainingData:
-        return TrainingData([Source(self, np.arange(len(self.mask_ST)))])  # type: ignore[arg-type]
+        return TrainingData([StoreSlice(self, np.arange(len(self.mask_ST)))])  # type: ignore[arg-type]
 
     def trainable(self) -> Counter[tuple[int, int]]:
         return Counter((int(s), int(t)) for s, t in np.argwhere(self.mask_ST))
@@ -237,7 +237,7 @@ def test_a_store_smaller_than_one_full_batch_is_one_line() -> None:
 
 def test_several_stores_with_weights() -> None:
     one, two, three = (MemoryStore(n, 6, seed=n, density=1.0) for n in (4, 6, 10))
-    sources = [Source(s, np.arange(len(s.mask_ST)), w) for s, w in ((one, 2.0), (two, 1.0), (three, 0.5))]  # type: ignore[arg-type]
+    sources = [StoreSlice(s, np.arange(len(s.mask_ST)), w) for s, w in ((one, 2.0), (two, 1.0), (three, 0.5))]  # type: ignore[arg-type]
     data = TrainingData(sources)
     stream = streams(data, StreamOrder(batch_size=7, seed=0, lanes=4), 1)[0]
     assert stream.plan(0).num_tokens == 6 * (2 * 4 + 6 + 5)
@@ -252,7 +252,7 @@ def test_several_stores_with_weights() -> None:
 
 
 def test_stores_of_different_length_are_refused() -> None:
-    sources = [Source(MemoryStore(2, t), np.arange(2)) for t in (4, 8)]  # type: ignore[arg-type]
+    sources = [StoreSlice(MemoryStore(2, t), np.arange(2)) for t in (4, 8)]  # type: ignore[arg-type]
     with pytest.raises(GranaryError, match=r"different context lengths \[4, 8\]"):
         TrainingData(sources)
 

@@ -2,7 +2,6 @@
 
 import json
 import logging
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +13,10 @@ from torch import Tensor
 
 from shared.basics.errors import GranaryError
 from shared.store import DamagedObjectError, Store
-from stage_train.data.stream import Source, StreamOrder, TokenStream, TrainingData
+from stage_train.data.stream import StoreSlice, StreamOrder, TokenStream, TrainingData
 from stage_train.data.stream.sample import sample_tokens
 from stage_train.show.loggers import read_metrics
-from tests.unit.train.test_run import train  # noqa: F401
+from tests.training import Runs
 
 pytestmark = pytest.mark.usefixtures("train_configs")
 
@@ -45,7 +44,7 @@ class TornStore:
         return out
 
     def data(self) -> TrainingData:
-        return TrainingData([Source(self, np.arange(self.contexts))])  # type: ignore[arg-type]
+        return TrainingData([StoreSlice(self, np.arange(self.contexts))])  # type: ignore[arg-type]
 
 
 def batches(
@@ -115,16 +114,16 @@ def test_only_damage_is_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_sample_for_the_initialisation_does_without_them() -> None:
     data = TornStore(8, 4, {0, 2, 5}).data()
     with pytest.raises(DamagedObjectError):
-        sample_tokens(data, NAME, 2, torch.float32, 100, 0)
-    rows = sample_tokens(data, NAME, 2, torch.float32, 100, 0, skip_damaged=True)
+        sample_tokens(data, HOOKS, 100, 0)
+    rows = sample_tokens(data, HOOKS, 100, 0, skip_damaged=True)[NAME]
     assert {int(context) for context in rows[:, 0].tolist()} == {1, 3, 4, 6, 7}
     with pytest.raises(DamagedObjectError):
-        sample_tokens(TornStore(8, 4, set(range(8))).data(), NAME, 2, torch.float32, 100, 0, skip_damaged=True)
+        sample_tokens(TornStore(8, 4, set(range(8))).data(), HOOKS, 100, 0, skip_damaged=True)
 
 
 @pytest.mark.parametrize("fault", ["flipped", "missing", "short"])
 def test_a_run_that_stopped_at_damage_goes_on_without_it(
-    train: Callable[..., Path],  # noqa: F811
+    train: Runs,
     tmp_path: Path,
     fault: str,
 ) -> None:
@@ -148,7 +147,7 @@ def test_a_run_that_stopped_at_damage_goes_on_without_it(
     assert all(np.isfinite(line["loss"]) for line in lines)
 
 
-def test_batches_without_a_single_token_left_are_survived(train: Callable[..., Path], tmp_path: Path) -> None:  # noqa: F811
+def test_batches_without_a_single_token_left_are_survived(train: Runs, tmp_path: Path) -> None:
     store = Store.open(tmp_path / "store")
     keys = [record.arrays["layers/1/resid_post"].key for shard, record in store.committed().items() if shard != 0]
     for key in keys:

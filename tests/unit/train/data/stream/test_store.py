@@ -14,8 +14,8 @@ from shared.basics.errors import GranaryError
 from shared.store import Store, WindowPlan
 from shared.store.capacity import shard_bytes
 from stage_train.data.blocks import WindowReader, windowed
-from stage_train.data.stores import freeze
-from stage_train.data.stream import Source, StreamOrder, TokenStream, TrainingData
+from stage_train.data.stores import pin
+from stage_train.data.stream import StoreSlice, StreamOrder, TokenStream, TrainingData
 from stage_train.data.stream.length import stream_length
 from tests.synthetic import synthetic_plan, synthetic_tokens
 
@@ -98,7 +98,7 @@ def test_every_trainable_token_once_for_any_store(
     wanted = trainable(store, contexts)
     if not wanted:
         return
-    data = TrainingData([Source(store, np.array(contexts))])
+    data = TrainingData([StoreSlice(store, np.array(contexts))])
     order = StreamOrder(batch_size=batch_size, seed=3, lanes=lanes, mix_contexts=mix)
     alone, _ = batches(data, order, 1, (2, 0))
     half = len(alone) // 2
@@ -152,7 +152,7 @@ def test_a_window_reads_every_token_once_block_after_block_whatever_the_timing(
     if any(not trainable(store, block) for block in blocks):
         return
     reader = WindowReader(store, type("Held", (), {"plan": window})())  # type: ignore[arg-type]
-    source = [Source(store, np.array(contexts))]
+    source = [StoreSlice(store, np.array(contexts))]
     order = StreamOrder(batch_size=batch_size, seed=3, lanes=lanes, mix_contexts=2)
     data = TrainingData(source, reader)
     length = stream_length(data, order, epochs=1)
@@ -191,16 +191,16 @@ def blocks_of(folder: Any) -> TrainingData:
     store = labelled_store(folder, heldout_fraction=0.0)
     window = WindowPlan.of(store.plan, 2 * shard_bytes(store.plan))
     reader = WindowReader(store, type("Held", (), {"plan": window})())  # type: ignore[arg-type]
-    return TrainingData([Source(store, store.contexts("train"))], reader)
+    return TrainingData([StoreSlice(store, store.contexts("train"))], reader)
 
 
 def test_what_a_window_does_not_allow_is_one_line(tmp_path: Any) -> None:
     plan = synthetic_plan(num_contexts=40)
     store = Store.create(tmp_path / "a", plan, *synthetic_tokens(plan), 4 * shard_bytes(plan))
     world = type("World", (), {"is_main": True, "size": 1, "rank": 0})()
-    (part,) = freeze([(store.url, 1.0)], world)  # type: ignore[arg-type]
+    (part,) = pin([(store.url, 1.0)], world)  # type: ignore[arg-type]
     assert set(part.shards) == set(range(10)) - store.heldout_shards
-    (heavy,) = freeze([(store.url, 2.0)], world)  # type: ignore[arg-type]
+    (heavy,) = pin([(store.url, 2.0)], world)  # type: ignore[arg-type]
     for parts, multiple, line in (([heavy], None, "read alone, once, with weight 1"), ([part, part], None, "alone"),
                                   ([part], 10.0, "max_norm_multiple needs the whole store")):  # fmt: skip
         with pytest.raises(GranaryError, match=line):
