@@ -26,16 +26,13 @@ from stage_train.run import Run, eval_arguments, finish, write_config
 from stage_train.show.progress import ProgressBar
 from stage_train.spec import RunSpec
 from stage_train.state.export import digest, is_exported
-from stage_train.state.identity import flatten
+from stage_train.state.identity import shared_keys
 from stage_train.state.lock import only_run_in
 from stage_train.state.resume import Start
 from stage_train.step.layouts import make_layout
 from stage_train.step.loop import Loop
 
 log = logging.getLogger(__name__)
-
-# Keys that all runs of a job give alike.
-SHARED = ("nproc", "store.", "stream.", "parallel.", "device.")
 
 
 def train(cfgs: Sequence[TrainSchema]) -> None:
@@ -280,9 +277,9 @@ def check_alike(cfgs: Sequence[TrainSchema]) -> None:
             f"packed runs read one stream in one order, and the seeds {seeds} ask for several: give stream.seed=0, and "
             "they differ in their weights alone"
         )
-    first = shared_keys(cfgs[0])
+    first = shared_keys(as_dict(cfgs[0]))
     for cfg in cfgs[1:]:
-        for key, value in shared_keys(cfg).items():
+        for key, value in shared_keys(as_dict(cfg)).items():
             if value != first.get(key):
                 raise GranaryError(
                     f"packed runs read one stream in one process group, but {key} is {first.get(key)} for one and "
@@ -292,11 +289,6 @@ def check_alike(cfgs: Sequence[TrainSchema]) -> None:
     for folder in folders:
         if folders.count(folder) > 1:
             raise GranaryError(f"two of the packed runs have out_dir={folder}: give each its own")
-
-
-def shared_keys(cfg: TrainSchema) -> dict[str, Any]:
-    """What describes the stream and the processes: ``{"stream.lanes": 64, ...}``."""
-    return {key: value for key, value in flatten(as_dict(cfg)) if key.startswith(SHARED)}
 
 
 def _digests(record: Mapping[str, Any]) -> tuple[Any, ...]:

@@ -3,49 +3,30 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from shared.basics.config import marks
 from shared.basics.errors import GranaryError
+from stage_train.config import TrainSchema
 
-# What may change between the parts of one run: nothing here alters its result.
-FREE = (
-    "name",
-    "run_dir",
-    "out_dir",
-    "nproc",
-    "packed",
-    "store.url",  # the checkpoint knows the store by its digest
-    "store.others",
-    "checkpoint.",
-    "logger.",
-    "device.",
-    "compute.kernels",
-    "parallel.",
-    "optim.micro_batch",
-    "stream.prefetch_gib",
-    "stream.io_threads",
-    "stream.buffer",
-    "stream.on_damage",  # so that a run which stopped at a damaged shard can go on without it
-)
+# What may change between the parts of one run, and what all runs of a job give alike; marked beside the fields.
+FREE = frozenset(key for key, mark in marks(TrainSchema) if not mark.identity)
+SHARED = frozenset(key for key, mark in marks(TrainSchema) if mark.shared)
 
-# Keys that older runs did not record, and what they did in their place.
-ADDED_SINCE = {"variant.kind": "sae"}
-
-
-# Keys that are younger than the first runs: null is as if they were not there, so that a run keeps its id.
-YOUNGER = ("reads", "writes")
+# Keys that are younger than the first runs, with the value at which all is as before them: such a run keeps its id.
+YOUNGER = {"reads": None, "writes": None, "variant.kind": "sae"}
 
 
 def identity(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The keys that fix the result, flattened: ``{"optim.lr": 0.001, ...}``."""
-    return {
-        key: value
-        for key, value in flatten(config)
-        if not key.startswith(FREE) and not (value is None and key in YOUNGER)
-    }
+    """The keys that fix the result, flattened: ``{"optim.lr": 0.001, ...}``; a key that is not known counts."""
+    return {key: value for key, value in flatten(config) if key not in FREE and (key, value) not in YOUNGER.items()}
+
+
+def shared_keys(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What describes the stream and the processes, flattened: ``{"stream.lanes": 64, ...}``."""
+    return {key: value for key, value in flatten(config) if key in SHARED}
 
 
 def check_same_run(saved: Mapping[str, Any], wanted: Mapping[str, Any], folder: object) -> None:
     """Raise GranaryError naming what differs between two identities."""
-    saved = {**ADDED_SINCE, **saved}
     changed = [
         f"{key} was {saved.get(key)}, is {wanted.get(key)}"
         for key in sorted(saved.keys() | wanted.keys())
@@ -59,9 +40,9 @@ def check_same_run(saved: Mapping[str, Any], wanted: Mapping[str, Any], folder: 
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """The values of nested mappings under dotted keys; what FREE names whole stays whole."""
+    """The values of nested mappings under dotted keys."""
     for key, value in config.items():
-        if isinstance(value, Mapping) and f"{prefix}{key}" not in FREE:
+        if isinstance(value, Mapping):
             yield from flatten(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
