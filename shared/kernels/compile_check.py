@@ -14,12 +14,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from shared.kernels.cubin import Resources, resources
 
 ARCHITECTURES = (80, 90)
 D_MODELS = (64, 768, 4096, 5120)
 KS = (1, 64, 128, 512, 2048)
-TYPES = ("fp32", "bf16", "fp16")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+TYPES = tuple(DTYPES)
 LAUNCH_OPTIONS = {"num_warps", "maxnreg"}
 
 
@@ -38,8 +41,6 @@ class Case:
 
 def cases(d_models: Sequence[int], ks: Sequence[int], types: Sequence[str]) -> Iterator[Case]:
     """Every kernel of the package with the block sizes its launcher chooses for these widths, ks and matrix types."""
-    from triton import next_power_of_2
-
     from shared.kernels.decode import triton as decode
     from shared.kernels.encode_threshold import triton as threshold
     from shared.kernels.encode_topk import triton as encode
@@ -65,9 +66,7 @@ def cases(d_models: Sequence[int], ks: Sequence[int], types: Sequence[str]) -> I
         for bias in types:
             yield _tuned_case(f"select k={k} {bias}", encode._select, select_types | {"b_ptr": f"*{bias}"}, config)
         unpack_types = state | {"values_ptr": "*fp32", "indices_ptr": "*i64", "k": "i32"}
-        config = {name: config[name] for name in ("CAPACITY", "num_warps")}
-        config |= {"SLOTS": next_power_of_2(k), "RANK_BLOCK": encode.RANK_BLOCK}
-        yield _tuned_case(f"unpack k={k}", encode._unpack, unpack_types, config)
+        yield _tuned_case(f"unpack k={k}", encode._unpack, unpack_types, encode.unpack_config(k, config))
 
     for d in d_models:
         for weights in (f"*{name}" for name in types):
@@ -88,15 +87,13 @@ def cases(d_models: Sequence[int], ks: Sequence[int], types: Sequence[str]) -> I
             sum_types = grad_types | {"order_ptr": "*i64", "indices_ptr": "*i64"}
             yield _tuned_case(f"chunk_sums {label}", grad._chunk_sums, sum_types, grad.config_for(d) | chunk)
             pair_types = grad_types | {"slot_ptr": "*i32", "extra_ptr": "*fp32"}
-            for has_extra in (False, True):
-                what, extra = f"{label} extra={has_extra}", {"HAS_EXTRA": has_extra} | chunk
-                yield _tuned_case(f"pair_norm {what}", pair._pair_norm, pair_types, pair.norm_config(d) | extra)
-                for unit_rows in (False, True):
-                    config = pair.update_config(d, unit_rows) | {"UNIT_ROWS": unit_rows} | extra
-                    for moments in ("fp32", "bf16"):
-                        case_types = pair_types | _adam_types(f"*{moments}")
-                        name = f"pair_update {what} unit_rows={unit_rows} moments {moments}"
-                        yield _tuned_case(name, pair._pair_update, case_types, config)
+            yield _tuned_case(f"pair_norm {label}", pair._pair_norm, pair_types, pair.norm_config(d) | chunk)
+            for unit_rows in (False, True):
+                config = pair.update_config(d, unit_rows, DTYPES[weights[1:]]) | {"UNIT_ROWS": unit_rows} | chunk
+                for moments in ("fp32", "bf16"):
+                    case_types = pair_types | _adam_types(f"*{moments}")
+                    name = f"pair_update {label} unit_rows={unit_rows} moments {moments}"
+                    yield _tuned_case(name, pair._pair_update, case_types, config)
         for moments in ("*fp32", "*bf16"):
             update_types = _adam_types(moments) | {"grad_ptr": "*fp32", "D": "i32"}
             for unit_rows in (False, True):

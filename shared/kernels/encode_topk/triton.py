@@ -148,6 +148,13 @@ def select_config(k: int, warp_columns: int) -> dict[str, int]:
     return config | {"maxnreg": 80} if num_warps == 1 else config  # 25 rows at once on a multiprocessor, not 18
 
 
+def unpack_config(k: int, config: dict[str, int]) -> dict[str, int]:
+    """Of ``_unpack``, for the buffers of ``_select``."""
+    slots: int = triton.next_power_of_2(k)
+    warps = max(4, config["num_warps"])
+    return {"CAPACITY": config["CAPACITY"], "SLOTS": slots, "RANK_BLOCK": RANK_BLOCK, "num_warps": warps}
+
+
 def encode_topk(
     x_ND: torch.Tensor, W_FD: torch.Tensor, b_F: torch.Tensor, k: int, compute_dtype: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -164,9 +171,7 @@ def encode_topk(
         width = z_TC.shape[1]
         _select[(len(z_TC),)](z_TC, b_F[columns], *state, width, columns.start, width, k, **config)
     if num_rows:
-        slots = triton.next_power_of_2(k)
-        config = {name: config[name] for name in ("CAPACITY", "num_warps")}
-        _unpack[(num_rows,)](keys, count, values_NK, indices_NK, k, SLOTS=slots, RANK_BLOCK=RANK_BLOCK, **config)
+        _unpack[(num_rows,)](keys, count, values_NK, indices_NK, k, **unpack_config(k, config))
     return values_NK, indices_NK
 
 

@@ -34,7 +34,6 @@ def _gradient(
     latent,
     columns,
     D,
-    HAS_EXTRA: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -42,10 +41,9 @@ def _gradient(
     grad = sum_pairs(
         coefficients_ptr, tokens_ptr, offsets_ptr, rows_ptr, chunks_ptr, latent, columns, D, CHUNK, BLOCK_P, BLOCK_D
     )
-    if HAS_EXTRA:
-        slot = tl.load(slot_ptr + latent).to(tl.int64)
-        if slot >= 0:
-            grad += tl.load(extra_ptr + slot * D + columns, mask=columns < D, other=0.0).to(tl.float32)
+    slot = tl.load(slot_ptr + latent).to(tl.int64)
+    if slot >= 0:
+        grad += tl.load(extra_ptr + slot * D + columns, mask=columns < D, other=0.0).to(tl.float32)
     return grad
 
 
@@ -60,7 +58,6 @@ def _pair_norm(
     extra_ptr,
     out_ptr,
     D,
-    HAS_EXTRA: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -69,7 +66,7 @@ def _pair_norm(
     columns = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     grad = _gradient(
         coefficients_ptr, tokens_ptr, offsets_ptr, rows_ptr, chunks_ptr, slot_ptr, extra_ptr, latent, columns, D,
-        HAS_EXTRA, CHUNK, BLOCK_P, BLOCK_D,
+        CHUNK, BLOCK_P, BLOCK_D,
     )  # fmt: skip
     tl.store(out_ptr + tl.program_id(1).to(tl.int64) * tl.num_programs(0) + latent, tl.sum(grad * grad))
 
@@ -98,7 +95,6 @@ def _pair_update(
     step,
     D,
     UNIT_ROWS: tl.constexpr,
-    HAS_EXTRA: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -110,7 +106,7 @@ def _pair_update(
     weight, first, second = load_state(weight_ptr, first_ptr, second_ptr, at, inside)
     grad = _gradient(
         coefficients_ptr, tokens_ptr, offsets_ptr, rows_ptr, chunks_ptr, slot_ptr, extra_ptr, latent, columns, D,
-        HAS_EXTRA, CHUNK, BLOCK_P, BLOCK_D,
+        CHUNK, BLOCK_P, BLOCK_D,
     )  # fmt: skip
     adam_row(
         weight, grad * tl.load(clip_ptr), first, second, weight_ptr, first_ptr, second_ptr, at, inside,
@@ -123,21 +119,14 @@ class PairWalk:
     """What both kernels read: the pairs, and further rows of the gradient of some latents."""
 
     term: row_grad.Walk
-    slot_F: torch.Tensor | None
+    slot_F: torch.Tensor
     """int32: where a latent's further row is, -1 for none."""
-    extra_RD: torch.Tensor | None
+    extra_RD: torch.Tensor
 
     @property
     def arguments(self) -> tuple[torch.Tensor, ...]:
         """As the kernels take them."""
-        if self.slot_F is None or self.extra_RD is None:
-            return (*self.term.arguments, self.term.tokens_P, self.term.rows_ND)  # stand-ins that are not read
         return (*self.term.arguments, self.slot_F, self.extra_RD)
-
-    @property
-    def options(self) -> dict[str, int | bool]:
-        """Constants of both kernels."""
-        return {"HAS_EXTRA": self.slot_F is not None, "CHUNK": row_grad.CHUNK}
 
 
 def make_walk(
@@ -149,19 +138,20 @@ def make_walk(
 ) -> PairWalk:
     """Sorts the coefficients and sums the chunks, once for the norm and the update."""
     walk = row_grad.Walk.of(coefficients_NK, order, rows_ND)
-    if latents_R is None or extra_RD is None:
-        return PairWalk(walk, None, None)
     slot_F = torch.full((order.num_latents,), -1, dtype=torch.int32, device=rows_ND.device)
-    slot_F[latents_R] = torch.arange(latents_R.numel(), dtype=torch.int32, device=rows_ND.device)
-    return PairWalk(walk, slot_F, extra_RD.contiguous())
+    if latents_R is None or extra_RD is None:
+        return PairWalk(walk, slot_F, walk.chunks_CD)  # a stand-in that no latent points into
+    slots_R = torch.arange(latents_R.numel(), dtype=torch.int32, device=rows_ND.device)
+    return PairWalk(walk, slot_F.index_copy_(0, latents_R, slots_R), extra_RD.contiguous())
 
 
-def update_config(d_model: int, unit_rows: bool) -> dict[str, int]:
-    """Block sizes and warps of ``_pair_update``: a whole row where rows are projected."""
+def update_config(d_model: int, unit_rows: bool, gathered: torch.dtype) -> dict[str, int]:
+    """Block sizes and warps of ``_pair_update``, which gathers rows of that type: a whole row where it is projected."""
     block: int = triton.next_power_of_2(d_model)
     block = block if unit_rows else min(block, 1024)
-    # 64 registers let 32 warps onto a multiprocessor: a second program then loads while the first one computes.
-    default = {"BLOCK_P": BLOCK_P, "BLOCK_D": block, "num_warps": min(16, max(1, block // 256)), "maxnreg": 64}
+    default = {"BLOCK_P": BLOCK_P, "BLOCK_D": block, "num_warps": min(32, max(1, block // 256))}
+    if default["num_warps"] >= 16 and gathered.itemsize == 2:
+        default["maxnreg"] = 64  # 32 warps fit: with 16, a second program loads while the first one computes
     return tuned(f"pair_update unit_rows={unit_rows}", d_model, default)
 
 
@@ -177,7 +167,7 @@ def squared_norm(weight: torch.Tensor, walk: PairWalk) -> torch.Tensor:
     config = norm_config(d_model)
     num_blocks = triton.cdiv(d_model, config["BLOCK_D"])
     out_BF = torch.empty(num_blocks, num_latents, dtype=torch.float32, device=weight.device)
-    _pair_norm[(num_latents, num_blocks)](*walk.arguments, out_BF, d_model, **walk.options, **config)
+    _pair_norm[(num_latents, num_blocks)](*walk.arguments, out_BF, d_model, CHUNK=row_grad.CHUNK, **config)
     return out_BF.sum()
 
 
@@ -186,8 +176,8 @@ def pair_update(
 ) -> None:
     """See ``PairGradient.update``. Weights are float32; moments may be bfloat16, stochastically rounded."""
     num_latents, d_model = weight.shape
-    config = update_config(d_model, adam.unit_rows)
+    config = update_config(d_model, adam.unit_rows, walk.term.rows_ND.dtype)
     _pair_update[(num_latents, triton.cdiv(d_model, config["BLOCK_D"]))](
         *walk.arguments, weight, first, second, adam.clip, *adam.scalars, d_model,
-        UNIT_ROWS=adam.unit_rows, **walk.options, **config,
+        UNIT_ROWS=adam.unit_rows, CHUNK=row_grad.CHUNK, **config,
     )  # fmt: skip
