@@ -26,7 +26,7 @@ import torch
 
 from shared.sae import SAE
 from shared.store import Store
-from shared.store.synthetic import synthetic_plan, synthetic_shard, synthetic_tokens
+from tests.synthetic import synthetic_plan, synthetic_shard, synthetic_tokens
 
 KINDS = [("float32", "none"), ("bfloat16", "none"), ("bfloat16", "lz4"), ("bfloat16", "zstd"), ("float16", "none"),
          ("int8", "none"), ("int8", "lz4")]  # fmt: skip

@@ -30,7 +30,7 @@ from step_providers import Shape, make_batch
 
 from shared.kernels import AdamStep, Compute, PairOrder, decode, dot_picks, encode_topk, sort_pairs
 from shared.kernels.pair_update import PairGradient
-from shared.sae import SAE, DeadLatents, SAEAdam, SAEConfig
+from shared.sae import SAE, AdamConfig, DeadLatents, SAEConfig, make_optimiser
 
 TABLE = Path(__file__).resolve().parent / "gpu.md"
 D_MODEL = 4096
@@ -92,7 +92,7 @@ def make_sae(shape: Shape, device: str, kernels: str) -> tuple[SAE, torch.Tensor
 def our_step(shape: Shape, device: str, kernels: str, compiled: bool = False) -> Callable[[], None]:
     """The whole recipe; `compiled` puts losses and backward under torch.compile."""
     sae, dead_R = make_sae(shape, device, kernels)
-    optimiser = SAEAdam(sae, 1e-4, pair_gradients=not compiled)
+    optimiser = make_optimiser(sae, AdamConfig(lr=1e-4), pair_gradients=not compiled)
     tracker = DeadLatents(shape.d_latent, sae.config.dead_after_tokens, device=device)
     x = make_batch(shape, device)
     torch.compiler.reset()  # else earlier shapes use up the recompilations, and this one runs eagerly

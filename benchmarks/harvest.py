@@ -38,10 +38,10 @@ from shared.bundled import MODEL_DIR, stdlib
 from shared.lm import load_trunk, packed_inputs
 from shared.store import Store
 from stage_harvest.config import register
-from stage_harvest.encode import TextEncoder, default_workers
 from stage_harvest.harvest import harvest
-from stage_harvest.plan import HarvestJob
-from stage_harvest.tokenise import token_documents
+from stage_harvest.job import HarvestJob
+from stage_harvest.tokens.encoder import TextEncoder, default_workers
+from stage_harvest.tokens.tokenise import token_documents
 
 SEPARATOR = "<|endoftext|>"
 # Dense bfloat16 tensor-core peaks of data sheets, FLOP/s.

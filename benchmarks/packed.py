@@ -26,7 +26,7 @@ from records import processor
 from store import throttle
 
 from shared.store import Store
-from shared.store.synthetic import synthetic_plan, synthetic_store
+from tests.synthetic import synthetic_plan, synthetic_store
 
 D_MODEL, SEQ_LEN = 256, 1024
 KS, EXPANSIONS = (8, 16, 32, 64), (2, 4)
@@ -39,12 +39,13 @@ def work(way: str, store: str, out: str, tokens: int, limit: float) -> dict[str,
     from omegaconf import OmegaConf
 
     from shared.parallel import World
-    from stage_train import config, frozen
+    from stage_train import config
+    from stage_train.data import stores
     from stage_train.job import Job
 
     if limit:
         opened = Store.open
-        frozen.Store.open = lambda url: throttle(opened(url), limit)  # type: ignore[method-assign, assignment]
+        stores.Store.open = lambda url: throttle(opened(url), limit)  # type: ignore[method-assign, assignment]
     config.register()
     cfgs: list[Any] = []
     with initialize_config_module("conf", version_base="1.3"):

@@ -33,8 +33,8 @@ from quality_peers import CONTENDERS, score_halves
 from shared.parallel import World
 from shared.sae import SAE
 from shared.store import Store
-from stage_train.frozen import choose_hook, freeze
-from stage_train.stream import StreamOrder, TokenStream, TrainingData
+from stage_train.data.stores import pin
+from stage_train.data.stream import StreamOrder, TokenStream, TrainingData
 
 ROOT = Path(__file__).resolve().parent.parent
 REALDATA = Path(os.environ.get("GRANARY_REALDATA", ROOT.parent / "shared" / "realdata"))
@@ -142,9 +142,10 @@ class Bench:
         self.batch_size = stream_config["batch_size"]
         if path.exists():
             return path
-        stores = freeze([(str(self.folder / "store"), 1.0)], World(0, 1, 0, torch.device("cpu")))
-        data = TrainingData([part.source for part in stores])
-        hook, store = choose_hook(None, stores), stores[0].store
+        stores = pin([(str(self.folder / "store"), 1.0)], World(0, 1, 0, torch.device("cpu")))
+        data = TrainingData([part.slice for part in stores])
+        store = stores[0].store
+        (hook,) = store.hooks
         order = StreamOrder(
             batch_size=self.batch_size, seed=config["seed"], lanes=stream_config["lanes"],
             mix_contexts=stream_config["mix_contexts"], drop_last=stream_config["drop_last"],

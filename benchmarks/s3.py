@@ -26,7 +26,7 @@ import torch
 
 from shared.store import Store
 from shared.store.buffers import bits_of, byte_view
-from shared.store.synthetic import synthetic_plan, synthetic_shard, synthetic_tokens
+from tests.synthetic import synthetic_plan, synthetic_shard, synthetic_tokens
 
 DEFAULTS = {
     "AWS_ENDPOINT_URL": "http://127.0.0.1:18080", "AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "testsecret",

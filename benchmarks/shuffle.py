@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from stage_train.stream import Source, StreamOrder, TokenStream, TrainingData
+from stage_train.data.stream import StoreSlice, StreamOrder, TokenStream, TrainingData
 
 SETTINGS = [(1, 1), (1, 4), (8, 4), (16, 4), (64, 1), (64, 2), (64, 4), (64, 8), (128, 4), (256, 4)]
 
@@ -35,7 +35,7 @@ class LabelStore:
 
 def measure(contexts: int, seq_len: int, batch_size: int, lanes: int, mix: int) -> dict[str, Any]:
     """Share of same-context pairs over one epoch's full batches, and distinct contexts per batch."""
-    data = TrainingData([Source(LabelStore(contexts, seq_len), np.arange(contexts))])
+    data = TrainingData([StoreSlice(LabelStore(contexts, seq_len), np.arange(contexts))])
     order = StreamOrder(batch_size=batch_size, seed=0, lanes=lanes, mix_contexts=mix, drop_last=True)
     shares, distinct = [], []
     with TokenStream(data, {"context": (1, torch.float32)}, order) as stream:

@@ -31,10 +31,10 @@ import torch
 
 from shared.store import Store
 from shared.store.buffers import bits_of, byte_view
-from shared.store.dtypes import BFloat16Bits
-from shared.store.objectio import LocalIO
-from shared.store.synthetic import synthetic_plan, synthetic_shard, synthetic_tokens
-from stage_train.stream import Source, StreamOrder, TokenStream, TrainingData
+from shared.store.format.dtypes import BFloat16Bits
+from shared.store.io.local import LocalIO
+from stage_train.data.stream import StoreSlice, StreamOrder, TokenStream, TrainingData
+from tests.synthetic import synthetic_plan, synthetic_shard, synthetic_tokens
 
 D, T, SHARD = 4096, 4096, 8  # one shard is 268 MB of bfloat16
 HOOK = "layers.2.resid_post"
@@ -377,7 +377,7 @@ def bench_batches(bench: Bench) -> None:
         return run
 
     def ours() -> float:
-        data = TrainingData([Source(store, store.contexts("all"))])
+        data = TrainingData([StoreSlice(store, store.contexts("all"))])
         order = StreamOrder(batch_size=batch, seed=0, lanes=8, mix_contexts=1, drop_last=True)
         with TokenStream(
             data, {HOOK: (D, torch.bfloat16)}, order, dtype=torch.bfloat16, io_threads=2, prefetch_bytes=1 << 28
@@ -395,12 +395,12 @@ def bench_batches(bench: Bench) -> None:
 MEMORY = """
 import sys, torch
 from shared.store import Store
-from stage_train.stream import Source, StreamOrder, TokenStream, TrainingData
+from stage_train.data.stream import StoreSlice, StreamOrder, TokenStream, TrainingData
 def peak():  # not ru_maxrss: that of a new process begins at its parent's
     return 1024 * int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1])
 hook = "layers.2.resid_post"
 store = Store.open(sys.argv[1])
-data = TrainingData([Source(store, store.contexts("all")[: int(sys.argv[2])])])
+data = TrainingData([StoreSlice(store, store.contexts("all")[: int(sys.argv[2])])])
 order = StreamOrder(batch_size=4096, seed=0, lanes=4, mix_contexts=2)
 before = peak()
 with TokenStream(data, {hook: (4096, torch.bfloat16)}, order, prefetch_bytes=1 << 27, io_threads=2) as stream:

@@ -18,13 +18,13 @@ from rich.table import Table
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from shared.cli import fail
-from shared.errors import GranaryError
+from shared.basics.errors import GranaryError
+from shared.intervene.edits import Edit
+from shared.intervene.splice import SplicedModel
+from shared.launch.stage import fail
 from shared.lm import load_causal_lm, load_tokenizer
 from shared.sae import SAE
-from shared.sae.edits import Edit
-from shared.sae.formats import load_any
-from shared.sae.intervene import SplicedModel
+from shared.sae.load import load_any
 
 SHOWN = 8
 

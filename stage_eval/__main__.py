@@ -2,7 +2,7 @@
 
 import sys
 
-from shared.cli import run_stage
+from shared.launch.stage import run_stage
 from stage_eval.config import EvalSchema, path_overrides, register
 
 

@@ -11,8 +11,8 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 
-import shared.config
-from shared.config import DeviceSchema, ModelDtype
+import shared.basics.config
+from shared.basics.config import DeviceSchema, ModelDtype
 
 
 class Split(Enum):
@@ -91,7 +91,7 @@ class EvalSchema:
 
 def register() -> None:
     """Put the schemas into Hydra's ConfigStore."""
-    shared.config.register()
+    shared.basics.config.register()
     ConfigStore.instance().store(name="eval_schema", node=EvalSchema)
 
 

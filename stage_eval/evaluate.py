@@ -14,25 +14,25 @@ from safetensors.torch import save
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from shared.errors import GranaryError
-from shared.hookpoint import HookPoint
+from shared.basics.errors import GranaryError
 from shared.lm import load_causal_lm
+from shared.lm.hookpoint import HookPoint
 from shared.parallel import barrier, init_world, shutdown
 from shared.store import HookStatistics, Store
-from stage_eval.compare import compare, render_comparison
 from stage_eval.config import EvalSchema
-from stage_eval.data import EvaluationData, default_unit, load_data
-from stage_eval.decoder import decoder_structure
-from stage_eval.downstream import DownstreamSums, downstream_metrics
-from stage_eval.passes import Loaded, Plan, conditions_for, downstream_pass, reconstruction_pass
-from stage_eval.plots import evaluation_plots
-from stage_eval.reconstruction import per_latent_figures
-from stage_eval.report import render
+from stage_eval.measure.data import EvaluationData, default_unit, load_data
+from stage_eval.measure.decoder import decoder_structure
+from stage_eval.measure.downstream import DownstreamSums, downstream_metrics
+from stage_eval.measure.passes import Loaded, Plan, conditions_for, downstream_pass, reconstruction_pass
+from stage_eval.measure.reconstruction import per_latent_figures
 from stage_eval.results import assemble, run_context, write_bytes, write_json
+from stage_eval.show.compare import compare, render_comparison
+from stage_eval.show.plots import evaluation_plots
+from stage_eval.show.report import render
+from stage_eval.show.sweep_plots import latent_plots, sweep_plots
+from stage_eval.show.table import print_tables
+from stage_eval.show.theme import Plot, to_png
 from stage_eval.sources import Source, find_sources, model_path
-from stage_eval.sweep_plots import latent_plots, sweep_plots
-from stage_eval.table import print_tables
-from stage_eval.theme import Plot, to_png
 
 log = logging.getLogger(__name__)
 

@@ -14,14 +14,15 @@ from typing import Any
 import numpy as np
 import torch
 
+from shared.sae.folder import describe
 from shared.store import HookStatistics, Store
-from stage_eval.activations import ActivationSums, activation_metrics
 from stage_eval.config import EvalSchema
-from stage_eval.data import EvaluationData
-from stage_eval.downstream import DownstreamSums, downstream_metrics, loss_breakdown
-from stage_eval.reconstruction import breakdown, latent_metrics, reconstruction_metrics
+from stage_eval.measure.activations import ActivationSums, activation_metrics
+from stage_eval.measure.data import EvaluationData
+from stage_eval.measure.downstream import DownstreamSums, downstream_metrics, loss_breakdown
+from stage_eval.measure.reconstruction import breakdown, latent_metrics, reconstruction_metrics
+from stage_eval.measure.sums import ReconstructionSums
 from stage_eval.sources import Source
-from stage_eval.sums import ReconstructionSums
 
 FORMAT = "granary-evaluation"
 DEFINITIONS = 1
@@ -68,7 +69,7 @@ def assemble(
             "name": source.name,
             "path": source.path,
             "hook": str(source.hook),
-            "config": source.config.to_dict(),
+            "config": describe(source.folder).flat(),
         },
         "reconstruction": reconstruction,
         "latents": latents,

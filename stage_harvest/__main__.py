@@ -1,6 +1,6 @@
 """Entry point of the harvest: ``python -m stage_harvest model=... corpus=... run_dir=...``."""
 
-from shared.cli import run_stage
+from shared.launch.stage import run_stage
 from stage_harvest.config import HarvestSchema, register
 
 

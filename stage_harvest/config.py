@@ -10,8 +10,8 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 
-import shared.config
-from shared.config import DeviceSchema, ModelSchema
+import shared.basics.config
+from shared.basics.config import DeviceSchema, ModelSchema
 
 
 class PackingMode(Enum):
@@ -64,7 +64,7 @@ class HooksSchema:
     layers: Any = MISSING
     """``all``, ``16``, ``0-7`` or a list ``[0,8,16-20]``; layers are counted from 0."""
     sites: list[str] = MISSING
-    """Of resid_pre, resid_post, attn_out, mlp_in, mlp_out."""
+    """Of resid_pre, attn_in, attn_out, resid_mid, mlp_in, mlp_out, resid_post (docs/harvest.md)."""
 
 
 @dataclass(kw_only=True)
@@ -232,7 +232,7 @@ class HarvestSchema:
 
 def register() -> None:
     """Put the schemas into Hydra's ConfigStore."""
-    shared.config.register()
+    shared.basics.config.register()
     store = ConfigStore.instance()
     store.store(name="harvest_schema", node=HarvestSchema)
     store.store(group="packing", name="schema", node=PackingSchema)

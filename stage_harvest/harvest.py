@@ -14,19 +14,20 @@ import torch
 from shared.lm import load_trunk
 from shared.lm.load import DTYPES
 from shared.parallel import World, init_world
-from shared.store import Store, free_bytes, layout
-from shared.store.objectio import open_io
-from stage_harvest.ahead import Room
+from shared.parallel.heartbeat import Heartbeat
+from shared.store import Store, free_bytes
+from shared.store.format import layout
+from shared.store.io.open import open_io
 from stage_harvest.config import HarvestSchema
-from stage_harvest.encode import TextEncoder, default_workers
-from stage_harvest.forward import ShardForward
-from stage_harvest.heartbeat import Heartbeat
-from stage_harvest.mesh import Place, check_mesh, take_place
-from stage_harvest.plan import HarvestJob, announce, check_length, human_bytes, next_command, staging_dtype
+from stage_harvest.job import HarvestJob, announce, check_length, human_bytes, next_command, staging_dtype
 from stage_harvest.progress import Board, HarvestProgress, human_time, tokenise_bar
-from stage_harvest.spool import Spool
-from stage_harvest.tokenise import token_documents
-from stage_harvest.writer import BackgroundWriter
+from stage_harvest.shards.forward import ShardForward
+from stage_harvest.shards.mesh import Place, check_mesh, take_place
+from stage_harvest.shards.window_gate import Room
+from stage_harvest.shards.writer import BackgroundWriter
+from stage_harvest.tokens.encoder import TextEncoder, default_workers
+from stage_harvest.tokens.spool import Spool
+from stage_harvest.tokens.tokenise import token_documents
 
 log = logging.getLogger(__name__)
 

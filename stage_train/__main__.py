@@ -1,7 +1,7 @@
 """Entry point of training: ``python -m stage_train store.url=... sae.k=... out_dir=...``."""
 
-from shared.cli import run_stage
-from stage_train import packed
+from shared.launch.stage import run_stage
+from stage_train import many as packed
 from stage_train.config import TrainSchema, register
 
 

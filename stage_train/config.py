@@ -10,9 +10,9 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, OmegaConf
 
-import shared.config
-from shared.config import DeviceSchema
-from shared.sae.schema import SAESchema
+import shared.basics.config
+from shared.basics.config import DeviceSchema
+from stage_train.sae_schema import SAESchema
 
 
 class DecayShape(Enum):
@@ -31,7 +31,7 @@ class KShape(Enum):
 
 
 class OptimKind(Enum):
-    """See shared.sae.optim."""
+    """See shared.sae.optim.base."""
 
     adam = "adam"
     adam8bit = "adam8bit"
@@ -76,7 +76,7 @@ class Resume(Enum):
 
 
 class LayoutKind(Enum):
-    """What each process holds; see stage_train.layouts."""
+    """What each process holds; see stage_train.step.layouts."""
 
     ddp = "ddp"
     """The whole SAE."""
@@ -267,7 +267,14 @@ class TrainSchema:
     packed: bool = MISSING
     """In a sweep (-m): train all its SAEs together, from one pass over the store."""
     hook: str | None = MISSING
-    """Which of the store's hooks; null takes the only one."""
+    """Which of the store's sites to read and give back; null takes the only one. Short for reads and writes alike."""
+    reads: Any = MISSING
+    """What the dictionary reads where that is not what it writes: a site of the store, a list, or a pattern such as
+    ``layers.*.mlp_in``; several lie side by side. Null: hook."""
+    writes: Any = MISSING
+    """What it produces, likewise; null: what it reads."""
+    variant: dict[str, Any] = field(default_factory=dict)
+    """Group ``variant``: the kind of dictionary, and what only that kind has."""
     store: StoreInput = field(default_factory=StoreInput)
     sae: SAESchema = field(default_factory=SAESchema)
     optim: OptimSchema = field(default_factory=OptimSchema)
@@ -289,7 +296,7 @@ def as_dict(cfg: TrainSchema) -> dict[str, Any]:
 
 def register() -> None:
     """Put the schemas into Hydra's ConfigStore."""
-    shared.config.register()
+    shared.basics.config.register()
     OmegaConf.register_new_resolver("sweep_name", sweep_name, replace=True)
     store = ConfigStore.instance()
     store.store(name="train_schema", node=TrainSchema)

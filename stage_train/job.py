@@ -1,32 +1,36 @@
 """The work of one process group: one run, or many that learn from the same pass over the store.
 
 All runs of a job read one stream, so what they share (stores, order of tokens, processes) is asked for alike by all.
-A batch has a number, and a run learns from it when that is the run's next step: runs that were saved at different
-steps, or end at different steps, need nothing more.
+A job first checks everything, changing nothing; then it says what it will do, claims, trains and exports.
 """
 
 import logging
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, closing
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
-from shared.errors import GranaryError
+import torch
+
+from shared.basics.errors import GranaryError
+from shared.kernels import resolve
 from shared.parallel import World, init_world, shutdown, telling_lost_contact
+from shared.parallel.stop import StopRequest
 from stage_train.config import TrainSchema, as_dict
-from stage_train.control import StopRequest
-from stage_train.export import digest
-from stage_train.feed import GIB, Feed, order_of
-from stage_train.frozen import FrozenStore, freeze, refreeze
-from stage_train.lock import only_run_in
-from stage_train.progress import ProgressBar
-from stage_train.resume import flatten
-from stage_train.run import Run
-from stage_train.stream import TokenStream
-from stage_train.trainer import DivergedError
-from stage_train.windowed import StoppedWaiting
+from stage_train.data.inputs import GIB, PinnedTokens, TrainingInputs, order_of
+from stage_train.data.sites import resolve_sites
+from stage_train.data.stores import PinnedStore, pin, repin
+from stage_train.run import Run, eval_arguments, finish, write_config
+from stage_train.show.progress import ProgressBar
+from stage_train.spec import RunSpec
+from stage_train.state.export import digest, is_exported
+from stage_train.state.identity import flatten
+from stage_train.state.lock import only_run_in
+from stage_train.state.resume import Start
+from stage_train.step.layouts import make_layout
+from stage_train.step.loop import Loop
 
 log = logging.getLogger(__name__)
 
@@ -48,33 +52,29 @@ class Job:
     """Runs on one stream."""
 
     def __init__(self, cfgs: Sequence[TrainSchema], world: World) -> None:
-        """Opens the stores and checks everything that can be wrong before any work. Raises GranaryError."""
+        """Looks for earlier parts of the runs, opens the stores and checks everything that can be wrong.
+
+        Changes nothing on disk and waits for nobody. Raises GranaryError.
+        """
         check_alike(cfgs)
         self.world, cfg = world, cfgs[0]
-        self.runs = [Run(cfg, world) for cfg in cfgs]
-        stores = self._open_stores(cfg)
-        for run in self.runs:
-            self._named(run, run.choose, stores)
-        first = furthest_back(self.runs)
-        claim = self.runs[0].id if self.alone else digest({run.id: run.cfg.out_dir for run in self.runs})[:16]
-        folder = self.runs[0].folder if self.alone else self.runs[0].folder.parent
-        self.feed = Feed(
-            cfg,
-            world,
-            stores,
-            [run.hook for run in self.runs],
-            claim=(claim, str(folder.resolve())),
-            stream=first.state.get("stream"),
-        )
-        for run in self.runs:
-            self._named(run, run.join, self.feed)
-        self.failed: set[Run] = set()
-        """Runs that have diverged."""
-
-    @property
-    def alone(self) -> bool:
+        self.alone = len(cfgs) == 1
         """Whether the job is a single run."""
-        return len(self.runs) == 1
+        self.starts = [Start.find(one, world) for one in cfgs]
+        self.layout = make_layout(cfg.parallel, world)
+        stores = self._pin_stores(cfgs)
+        sites = []
+        for one in cfgs:
+            with self.blaming(one.out_dir):
+                check_kernels(one.compute.kernels, world)
+                sites.append(resolve_sites(one, stores))
+        self.tokens = PinnedTokens.choose(cfg, stores, sites, world)
+        self.specs: list[RunSpec] = []
+        for one in cfgs:
+            with self.blaming(one.out_dir):
+                spec = RunSpec.resolve(one, stores, self.tokens.data)
+                self.layout.num_latents(spec.dictionary.d_latent)  # refuses what does not divide
+                self.specs.append(spec)
 
     def execute(self) -> None:
         """Train, save, export. Ends the process with status 0 after a stop signal, when all is saved.
@@ -82,207 +82,194 @@ class Job:
         Raises GranaryError when a run has diverged; if there are others, after they are done.
         """
         self._announce()
-        learning = [run for run in self.runs if not run.is_trained]
-        unfinished = [run for run in self.runs if not run.is_complete]  # as of now: a folder may hold an older export
-        with ExitStack() as stack:
-            end = max(run.length.end for run in self.runs)
-            stream = stack.enter_context(closing(self.feed.open_stream(self.runs[0].layout, end)))
-            for run in learning:
-                self._named(run, run.start, stream)
-                if run.checkpoint is not None:
-                    log.info("%scontinuing from step %d of %d", self._prefix(run), run.step, run.length.steps)
-            self.feed.forget_samples()
-            state = furthest_back(learning or self.runs).state.get("stream")
-            if state is not None:
-                stream.load_state_dict(state)
-                self._release(stream)
-            stopped = self._train(learning, stream, stack.enter_context(StopRequest())) if learning else None
-        if stopped is not None:
-            self._tell_stopped(stopped)
-            sys.exit(0)
-        for run in unfinished:
-            if run not in self.failed:
-                run.finish()
-        if self.failed:
-            self._tell_failed()
-        if self.feed.window is not None and self.world.is_main:
-            self.feed.window.window.finish()
+        pairs = list(zip(self.specs, self.starts, strict=True))
+        learning = [(spec, start) for spec, start in pairs if start.step < spec.length.steps]
+        # As of now: a folder may hold an older export.
+        unfinished = [pair for pair in pairs if pair in learning or not is_exported(pair[0].folder)]
+        inputs = self.open_inputs()
+        failed = self._train(inputs, learning) if learning else set()
+        for spec, start in unfinished:
+            if spec.folder not in failed:
+                finish(spec, start.checkpoints, self.world)
+        if failed:
+            self._tell_failed(failed)
+        if inputs.blocks is not None and self.world.is_main:
+            inputs.blocks.finish()
         if self.world.is_main:
             self._tell_done()
 
     # ---- before the first step -------------------------------------------------------------------------------------
 
-    def _open_stores(self, cfg: TrainSchema) -> list[FrozenStore]:
-        """As frozen now, or as they were when the checkpoints' runs began."""
+    def _pin_stores(self, cfgs: Sequence[TrainSchema]) -> list[PinnedStore]:
+        """As they are, or as they were when the checkpoints' runs began."""
+        cfg = cfgs[0]
         urls = [(cfg.store.url, cfg.store.weight), *((other.url, other.weight) for other in cfg.store.others)]
-        begun = [run for run in self.runs if run.checkpoint is not None]
+        begun = [(one, start) for one, start in zip(cfgs, self.starts, strict=True) if start.checkpoint is not None]
         if not begun:
-            return freeze(urls, self.world)
-        records = begun[0].state["stores"]
-        for run in begun:
-            if [_digests(record) for record in run.state["stores"]] != [_digests(record) for record in records]:
+            return pin(urls, self.world)
+        first, records = begun[0][0], begun[0][1].state["stores"]
+        for one, start in begun:
+            if [_digests(record) for record in start.state["stores"]] != [_digests(record) for record in records]:
                 raise GranaryError(
-                    f"{begun[0].folder} and {run.folder} were begun on other shards of the store, so they can't read "
+                    f"{first.out_dir} and {one.out_dir} were begun on other shards of the store, so they can't read "
                     "one stream: continue them without packed=true"
                 )
-        return refreeze(urls, records)
+        return repin(urls, records)
 
-    def _named(self, run: Run, call: Any, *arguments: Any) -> None:
-        """Call, and say which run an error belongs to where there are several."""
+    def open_inputs(self) -> TrainingInputs:
+        """Claim what the runs read, and wait until there is some of it."""
+        first, state = self.specs[0], furthest_back(self.starts).state
+        claim, folder = first.id, first.folder
+        if not self.alone:
+            claim = digest({spec.id: spec.cfg.out_dir for spec in self.specs})[:16]
+            folder = first.folder.parent
+        names = [name for spec in self.specs for name in spec.sites.names]
+        return TrainingInputs.open(
+            first.cfg, self.world, self.tokens, names, claim=(claim, str(folder.resolve())), stream=state.get("stream")
+        )
+
+    @contextmanager
+    def blaming(self, folder: str | Path) -> Iterator[None]:
+        """Say which run an error belongs to where there are several."""
         try:
-            call(*arguments)
+            yield
         except GranaryError as error:
             if self.alone:
                 raise
-            raise GranaryError(f"{self._prefix(run)}{error}") from error
+            raise GranaryError(f"{self._prefix(folder)}{error}") from error
 
-    def _prefix(self, run: Run) -> str:
-        return "" if self.alone else f"{run.folder.name}: "
+    def _prefix(self, folder: str | Path) -> str:
+        return "" if self.alone else f"{Path(folder).name}: "
 
     def _announce(self) -> None:
         """Say what will be done and written, and refuse when the disk has no room for it."""
         if not self.world.is_main:
             return
-        data, first = self.feed.data, self.runs[0]
-        for run in self.runs:
-            run.folder.mkdir(parents=True, exist_ok=True)
+        data, first = self.tokens.data, self.specs[0]
+        for spec in self.specs:
+            spec.folder.mkdir(parents=True, exist_ok=True)
+        widths = {
+            name: width
+            for spec in self.specs
+            for names, sizes in ((spec.sites.reads, spec.widths.reads), (spec.sites.writes, spec.widths.writes))
+            for name, width in zip(names, sizes, strict=True)
+        }
         log.info(
             "data: %s trainable tokens of %s in %s contexts of %d",
             f"{data.num_tokens:,}",
-            ", ".join(f"{hook} (d_model {width})" for hook, (width, _) in self.feed.hooks.items()),
+            ", ".join(f"{name} (d_model {width})" for name, width in widths.items()),
             f"{data.num_contexts:,}",
             data.seq_len,
         )
-        for run in self.runs:
-            log.info("SAE: %s%s", self._prefix(run), run.describe())
-        longest = max((run.length for run in self.runs), key=lambda length: length.steps)
+        for spec in self.specs:
+            log.info("SAE: %s%s", self._prefix(spec.folder), spec.describe())
+        longest = max((spec.length for spec in self.specs), key=lambda length: length.steps)
         log.info(
             "run: %s steps of %s tokens, %s in all (%.2f epochs) on %d x %s%s",
             f"{longest.steps:,}",
-            f"{self.feed.order.batch_size:,}",
+            f"{order_of(first.cfg).batch_size:,}",
             f"{longest.tokens:,}",
             longest.tokens / data.num_tokens,
             self.world.size,
             self.world.device.type,
-            "" if self.alone else f", read once for {len(self.runs)} SAEs",
+            "" if self.alone else f", read once for {len(self.specs)} SAEs",
         )
-        folder = first.folder if self.alone else first.folder.parent
-        on_disk, free = sum(run.most_on_disk for run in self.runs), shutil.disk_usage(first.folder).free
+        on_disk, free = sum(spec.most_on_disk for spec in self.specs), shutil.disk_usage(first.folder).free
         log.info(
-            "disk: up to %.1f MiB of checkpoints and weights in %s (%.1f GiB free)", on_disk / 2**20, folder, free / GIB
+            "disk: up to %.1f MiB of checkpoints and weights in %s (%.1f GiB free)",
+            on_disk / 2**20,
+            self._folder,
+            free / GIB,
         )
         if on_disk > free:
             raise GranaryError(
-                f"{folder} has {free / GIB:.1f} GiB free, checkpoints need up to {on_disk / GIB:.1f} GiB: "
+                f"{self._folder} has {free / GIB:.1f} GiB free, checkpoints need up to {on_disk / GIB:.1f} GiB: "
                 "lower checkpoint.keep or choose another out_dir"
             )
-        for run in self.runs:
-            run.write_config()
+        for spec in self.specs:
+            write_config(spec)
 
-    # ---- the loop --------------------------------------------------------------------------------------------------
+    @property
+    def _folder(self) -> Path:
+        """Where all is written."""
+        folder = self.specs[0].folder
+        return folder if self.alone else folder.parent
 
-    def _train(self, learning: list[Run], stream: TokenStream, stop: StopRequest) -> str | None:
-        """All steps that are left; the name of the signal when one ended them early."""
+    # ---- training --------------------------------------------------------------------------------------------------
+
+    def _train(self, inputs: TrainingInputs, learning: Sequence[tuple[RunSpec, Start]]) -> set[Path]:
+        """Make all steps that are left; returns the folders of runs that diverged. Ends the process after a signal."""
+        end = max(spec.length.end for spec in self.specs)
         with ExitStack() as stack:
-            for run in learning:
-                stack.callback(run.close)
-                run.open_loggers()
-            longest = max(learning, key=lambda run: run.length.steps)
-            done = furthest_back(learning).trainer.progress.tokens
-            enabled = longest.cfg.logger.progress and self.world.is_main
-            bar = stack.enter_context(closing(ProgressBar(longest.length.tokens, done, enabled=enabled)))
-            if self.feed.window is not None:
-                self.feed.window.stop_requested = lambda: stop.received is not None
-            number = furthest_back(learning).step
-            latest: dict[Run, Mapping[str, float | int]] = {}
-            while learning:
-                try:
-                    batch = next(stream)
-                except StoppedWaiting:
-                    self._wait_for_saves()  # of the end of the last block: nothing has happened since
-                    return stop.received
-                turn = [run for run in learning if run.step == number]
-                for run in turn:
-                    if metrics := self._guarded(run, run.learn, batch):
-                        latest[run] = metrics
-                number += 1
-                bar.advance(batch.num_tokens)
-                if latest:
-                    bar.show(list(latest.values()))
-                halt = stop.agreed(number)
-                passed = self.feed.window is not None and batch.index + 1 == stream.plan(batch.epoch).num_batches
-                for run in turn:
-                    if run not in self.failed and (halt or passed or run.wants_save()):
-                        self._guarded(run, run.save)
-                if passed:
-                    self._wait_for_saves()
-                    self._release(stream)
-                learning = [run for run in learning if not run.is_trained and run not in self.failed]
-                if halt and learning:
-                    self._wait_for_saves()
-                    return stop.received or "a signal to another process"
-            return None
+            stream = stack.enter_context(
+                closing(inputs.open_stream(self.layout.stream_rank, self.layout.stream_world, end))
+            )
+            runs = []
+            for spec, start in learning:
+                with self.blaming(spec.folder):
+                    runs.append(Run(spec, start, inputs, stream, self.layout))
+                if start.checkpoint is not None:
+                    log.info(
+                        "%scontinuing from step %d of %d", self._prefix(spec.folder), start.step, spec.length.steps
+                    )
+            inputs.forget_samples()
+            state = furthest_back([start for _, start in learning]).state.get("stream")
+            bar = stack.enter_context(closing(self._progress_bar(runs)))
+            stop = stack.enter_context(StopRequest())
+            loop = Loop(runs, stream, inputs.blocks, stop, bar, self.world, alone=self.alone)
+            if state is not None:
+                stream.load_state_dict(state)
+                loop.release()
+            stopped = loop.run()
+        if stopped is not None:
+            self._tell_stopped(stopped, runs)
+            sys.exit(0)
+        return {run.spec.folder for run in runs if run in loop.failed}
 
-    def _guarded(self, run: Run, call: Any, *arguments: Any) -> Any:
-        """Call; a run that has diverged, which all ranks see alike, leaves the job, and ends it if it is alone."""
-        try:
-            return call(*arguments)
-        except DivergedError as error:
-            if self.alone:
-                raise
-            self.failed.add(run)
-            log.warning("%s%s", self._prefix(run), error)
-            return None
-
-    def _wait_for_saves(self) -> None:
-        """Also of runs that have ended: what is pending anywhere is on disk then."""
-        for run in self.runs:
-            run.checkpoints.wait()
-
-    def _release(self, stream: TokenStream) -> None:
-        """Delete the blocks of a windowed store that the checkpoints on disk (they are where it is) have passed."""
-        if self.feed.window is not None and self.world.is_main:
-            state = stream.state_dict()
-            ended = state["batch"] >= stream.plan(state["epoch"]).num_batches
-            self.feed.window.release(state["epoch"] + ended)
+    def _progress_bar(self, runs: Sequence[Run]) -> ProgressBar:
+        """Over the longest run, from where the first batch is."""
+        longest = max((run.spec for run in runs), key=lambda spec: spec.length.steps)
+        done = min(runs, key=lambda run: run.step).trainer.progress.tokens
+        return ProgressBar(longest.length.tokens, done, enabled=longest.cfg.logger.progress and self.world.is_main)
 
     # ---- after the last --------------------------------------------------------------------------------------------
 
-    def _tell_stopped(self, signal: str) -> None:
-        run = self.runs[0]
-        where = run.checkpoints.folder if self.alone else f"{run.folder.parent}/*/checkpoints"
-        step = max(run.step for run in self.runs)
-        total = max(run.length.steps for run in self.runs)
+    def _tell_stopped(self, signal: str, runs: Sequence[Run]) -> None:
+        where = self.starts[0].checkpoints.folder if self.alone else f"{self._folder}/*/checkpoints"
         log.info(
             "stopped by %s after step %d of %d; all is saved in %s: the same command continues",
             signal,
-            step,
-            total,
+            max(run.step for run in runs),
+            max(spec.length.steps for spec in self.specs),
             where,
         )
 
-    def _tell_failed(self) -> None:
-        names = ", ".join(run.folder.name for run in self.failed)
+    def _tell_failed(self, failed: set[Path]) -> None:
+        names = ", ".join(sorted(path.name for path in failed))
         raise GranaryError(
-            f"{len(self.failed)} of {len(self.runs)} SAEs diverged ({names}), see above: lower optim.lr or "
+            f"{len(failed)} of {len(self.specs)} SAEs diverged ({names}), see above: lower optim.lr or "
             "optim.clip_norm for them; the others are done"
         )
 
     def _tell_done(self) -> None:
-        run = self.runs[0]
-        what = f"the SAE is in {run.folder}; score it"
+        what = f"the SAE is in {self._folder}; score it"
         if not self.alone:
-            what = f"{len(self.runs)} SAEs are in {run.folder.parent}; compare them"
-        log.info(
-            "%s with: python -m stage_eval %s",
-            what,
-            run.eval_arguments(run.folder if self.alone else run.folder.parent / "*"),
-        )
+            what = f"{len(self.specs)} SAEs are in {self._folder}; compare them"
+        saes = self._folder if self.alone else self._folder / "*"
+        log.info("%s with: python -m stage_eval %s", what, eval_arguments(self.specs[0].cfg, saes))
 
 
-def furthest_back(runs: Sequence[Run]) -> Run:
-    """The run whose next batch comes first."""
-    return min(runs, key=lambda run: run.step)
+def furthest_back(starts: Sequence[Start]) -> Start:
+    """That of the run whose next batch comes first."""
+    return min(starts, key=lambda start: start.step)
+
+
+def check_kernels(kernels: str, world: World) -> None:
+    """Raise GranaryError for kernels that can't run on the device, or are not known."""
+    try:
+        resolve(kernels, torch.empty(0, device=world.device))
+    except ValueError as error:
+        raise GranaryError(f"compute.{error}") from None
 
 
 def check_alike(cfgs: Sequence[TrainSchema]) -> None:

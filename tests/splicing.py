@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from shared.hookpoint import HookPoint
 from shared.lm import capture
+from shared.lm.hookpoint import HookPoint
 
 D, F, K, VOCAB, BOS = 16, 40, 5, 50, 1
 HOOK = "layers.1.resid_post"

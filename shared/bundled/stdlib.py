@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Literal, get_args
 
-from shared.errors import GranaryError
+from shared.basics.errors import GranaryError
 
 Document = tuple[str, str]
 """(document id, text). The id is a path relative to the library, with `/`; a topic adds `#` and its name."""

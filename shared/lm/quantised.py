@@ -6,7 +6,7 @@ The forward still computes in the model's dtype. A model whose own config.json s
 from collections.abc import Callable
 from typing import Any
 
-from shared.errors import GranaryError
+from shared.basics.errors import GranaryError
 
 
 def _bitsandbytes(**options: Any) -> Any:

@@ -6,8 +6,8 @@ from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from shared.errors import GranaryError
-from shared.lm.checkpoint import quiet_transformers, resolve_model
+from shared.basics.errors import GranaryError
+from shared.lm.identity import quiet_transformers, resolve_model
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

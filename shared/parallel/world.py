@@ -11,8 +11,8 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
-from shared.errors import GranaryError
-from shared.orphans import end_with_starter
+from shared.basics.errors import GranaryError
+from shared.launch.orphans import end_with_starter
 
 T = TypeVar("T")
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from shared.cli import fail
-from shared.errors import GranaryError
+from shared.basics.errors import GranaryError
+from shared.launch.stage import fail
 
 CONVERT = """\
 Read an SAE folder of any known format and write it as another.
@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> None:
         "--to", required=True, metavar="FORMAT", help="granary, saelens, sparsify, dictionary_learning or opensae"
     )
     arguments = parser.parse_args(argv)
-    from shared.sae.formats import convert
+    from shared.sae.load import convert
 
     try:
         found = convert(arguments.source, arguments.target, arguments.to)

@@ -11,9 +11,9 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from shared.cli import fail
-from shared.errors import GranaryError
-from shared.store.layout import FORMAT_VERSION
+from shared.basics.errors import GranaryError
+from shared.launch.stage import fail
+from shared.store.format.layout import FORMAT_VERSION
 from shared.store.statistics import MASSIVE_RATIO, PERCENTILES, HookStatistics
 from shared.store.store import Store
 from shared.store.verify import VerifyReport, drop_incomplete, verify

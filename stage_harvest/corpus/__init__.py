@@ -8,7 +8,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from shared.errors import GranaryError
+from shared.basics.errors import GranaryError
 from stage_harvest import config
 from stage_harvest.corpus.base import Chat, Corpus, Document, Source
 from stage_harvest.corpus.hub import HubDataset

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from shared.errors import GranaryError
+from shared.basics.errors import GranaryError
 
 
 @dataclass(frozen=True, slots=True)

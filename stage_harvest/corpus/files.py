@@ -14,7 +14,7 @@ import fsspec
 from fsspec.core import url_to_fs
 from fsspec.utils import infer_compression
 
-from shared.errors import GranaryError, first_line
+from shared.basics.errors import GranaryError, first_line
 
 # Up to this many bytes a corpus is hashed whole; above, the beginning of each file and its size.
 FULL_HASH_BYTES = 64 << 20

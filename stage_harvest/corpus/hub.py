@@ -5,7 +5,7 @@ import random
 from collections.abc import Iterator
 from typing import Any
 
-from shared.errors import GranaryError, first_line
+from shared.basics.errors import GranaryError, first_line
 from stage_harvest.corpus.base import Document, Source, as_document
 from stage_harvest.corpus.files import UNREADABLE
 

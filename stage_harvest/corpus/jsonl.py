@@ -4,7 +4,7 @@ import json
 import random
 from collections.abc import Iterator
 
-from shared.errors import GranaryError
+from shared.basics.errors import GranaryError
 from stage_harvest.corpus.base import Document, Source, as_document
 from stage_harvest.corpus.files import SourceFile, describe_files, find_files, fingerprint_files, ordered, reading
 from stage_harvest.corpus.text import decode

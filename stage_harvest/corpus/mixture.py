@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from shared.errors import GranaryError
+from shared.basics.errors import GranaryError
 from stage_harvest.config import CorpusSchema
 from stage_harvest.corpus.base import Corpus, Source
 

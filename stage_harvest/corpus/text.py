@@ -3,7 +3,7 @@
 import random
 from collections.abc import Iterator
 
-from shared.errors import GranaryError
+from shared.basics.errors import GranaryError
 from stage_harvest.corpus.base import Document, Source
 from stage_harvest.corpus.files import SourceFile, describe_files, find_files, fingerprint_files, ordered, reading
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from shared.errors import GranaryError
+from shared.basics.errors import GranaryError
 from stage_harvest.corpus.base import Document, Source
 from stage_harvest.corpus.files import SourceFile, describe_files, find_files, fingerprint_files, ordered, reading
 

@@ -19,8 +19,9 @@ from shared.parallel import World
 from shared.sae import SAE, load_provenance
 from shared.store import Store
 from stage_train import config
-from stage_train.checkpoint import newest_checkpoint
-from stage_train.loggers import read_metrics
+from stage_train.show.loggers import read_metrics
+from stage_train.state.checkpoint import newest_checkpoint
+from tests.closeness import REORDERED, SAME_RUN, assert_close_in_norm
 
 WORKER = Path(__file__).with_name("train_worker.py")
 ROOT = WORKER.parents[2]
@@ -37,9 +38,10 @@ class Runs:
         self.folder = folder
         self.ends: Ends = {}
 
-    def job(self, name: str, *overrides: str, **faults: int) -> dict[str, Any]:
+    def job(self, name: str, *overrides: str, job: str = "train", **arguments: int) -> dict[str, Any]:
+        """A run in the folder `name`, by one of JOBS of train_worker.py with its `arguments`."""
         paths = [f"out_dir={self.folder / name}", f"store.url={self.folder / 'store'}"]
-        return {"name": name, "overrides": [*FIXED, *paths, *overrides], **faults}
+        return {"job": job, "name": name, "overrides": [*FIXED, *paths, *overrides], **arguments}
 
     def alone(self, *jobs: dict[str, Any]) -> None:
         """In this process."""
@@ -57,7 +59,7 @@ class Runs:
         """In `world` processes, one job after the other."""
         file = self.folder / f"jobs-{world}.json"
         file.write_text(json.dumps(jobs))
-        command = [sys.executable, "-m", "shared.parallel.launch", "--standalone", f"--nproc-per-node={world}"]
+        command = [sys.executable, "-m", "shared.launch.torchrun", "--standalone", f"--nproc-per-node={world}"]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
         done = subprocess.run(
             [*command, str(WORKER), str(file)], env=environment, capture_output=True, text=True, timeout=280
@@ -70,9 +72,7 @@ class Runs:
     def assert_close(self, one: str, two: str) -> None:
         first, second = (SAE.from_pretrained(self.folder / name).state_dict() for name in (one, two))
         for name, tensor in first.items():
-            torch.testing.assert_close(
-                second[name], tensor, rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
-            )
+            assert_close_in_norm(second[name], tensor, SAME_RUN, f"{name} after the same batches, {REORDERED}")
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +82,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, planted_store: Callable[..., 
     planted_store(runs.folder / "store", outliers=3)
     runs.alone(
         runs.job("one"),
-        runs.job("to_fsdp", stop_at=9),
+        runs.job("to_fsdp", job="signalled", step=9),
         runs.job("one_outliers", "stream.max_norm_multiple=1.5"),
         runs.job("one_short", "stream.batch_size=1", "schedule.tokens=20"),
     )
@@ -94,9 +94,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory, planted_store: Callable[..., 
         runs.job("fsdp_micro", "parallel=fsdp", "optim.micro_batch=4"),
         runs.job("latent", "parallel=latent"),
         runs.job("to_fsdp", "parallel=fsdp"),
-        runs.job("from_latent", "parallel=latent", stop_at=13),
-        runs.job("from_ddp", stop_at=13),
-        runs.job("poisoned", poison=7),
+        runs.job("from_latent", "parallel=latent", job="signalled", step=13),
+        runs.job("from_ddp", job="signalled", step=13),
+        runs.job("poisoned", job="poisoned", step=7),
         runs.job("lanes", "stream.lanes=3"),
         runs.job("odd", "parallel=latent", "sae.d_latent=95"),
         runs.job("outliers", "stream.max_norm_multiple=1.5"),
@@ -159,14 +159,14 @@ def test_ranks_without_rows_take_part(runs: Runs, name: str) -> None:
 def test_four_processes_and_a_mesh(runs: Runs) -> None:
     """Latents in two parts, each twice; FSDP and DDP on four; resumed on four from a mesh and from two processes."""
     mesh = ["parallel=latent", "parallel.latent=2"]
-    runs.together(2, runs.job("four_from_two", "parallel=fsdp", stop_at=13))
+    runs.together(2, runs.job("four_from_two", "parallel=fsdp", job="signalled", step=13))
     runs.together(
         4,
         runs.job("mesh", *mesh),
         runs.job("four_ddp"),
         runs.job("four_fsdp", "parallel=fsdp"),
         runs.job("four_from_two", *mesh),
-        runs.job("one_from_mesh", *mesh, stop_at=13),
+        runs.job("one_from_mesh", *mesh, job="signalled", step=13),
     )
     runs.alone(runs.job("one_from_mesh"))
     for name in ("mesh", "four_ddp", "four_fsdp", "four_from_two", "one_from_mesh"):
@@ -179,7 +179,6 @@ def test_a_signal_to_the_command_reaches_the_ranks(runs: Runs) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
         [sys.executable, "-m", "stage_train", *job["overrides"]],
-        cwd=ROOT,
         env=environment,
         text=True,
         stderr=subprocess.PIPE,

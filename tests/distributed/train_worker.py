@@ -1,9 +1,8 @@
-"""One rank of a distributed training test: runs the jobs of a JSON file, one list of Hydra overrides each, in turn.
+"""One rank of a distributed training test: does the jobs of a JSON file in turn.
 
-Started by ``python -m shared.parallel.launch --nproc-per-node N``. A job may end in an error that the user would see;
-each rank writes how its jobs ended to ``<jobs>.<rank>``. ``stop_at`` makes the first rank receive SIGTERM in that step,
-``poison`` gives the last rank a NaN, ``count`` adds to the end how many messages had that many numbers or more, and
-``digest`` a hash of what every rank should hold alike. A job ``{"ties": k}`` trains nothing; see ``tied_picks``.
+Started by ``python -m shared.launch.torchrun --nproc-per-node N``. A job names one of JOBS, with the Hydra overrides of
+its run and further arguments of the function. It may end in an error that the user would see; each rank writes how its
+jobs ended to ``<jobs>.<rank>``.
 """
 
 import hashlib
@@ -11,8 +10,11 @@ import json
 import os
 import signal
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -20,66 +22,118 @@ from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 from torch.distributed.tensor import DTensor
 
-from shared.errors import GranaryError
+from shared.basics.errors import GranaryError
 from shared.parallel import World, all_reduce_sum, init_world, shutdown
-from shared.sae import SAE, SAEConfig
+from shared.sae.config import SAEConfig
+from shared.sae.learn.objective import Objective
+from shared.sae.variants import SAE
 from stage_train import config
+from stage_train.config import TrainSchema
+from stage_train.data.stream import Batch
 from stage_train.job import Job
-from stage_train.layouts.latent import LatentParallel, is_whole, shard
-from stage_train.trainer import Trainer
+from stage_train.step import loop
+from stage_train.step.layouts.latent import LatentParallel, shard
+from stage_train.step.trainer import Trainer
 
-ALL_REDUCE = dist.all_reduce
 # What FSDP calls; newer versions of torch have another name for it.
 REDUCE_SCATTER_NAME = "reduce_scatter_single" if hasattr(dist, "reduce_scatter_single") else "reduce_scatter_tensor"
-REDUCE_SCATTER = getattr(dist, REDUCE_SCATTER_NAME)
-STEP = Trainer.step
-"""As it is without faults."""
 
 
 def run(job: dict[str, Any], world: World) -> str:
-    """How the job ended: "done", "stopped", or the error's line. Needs Hydra to be initialised."""
-    if "ties" in job:
-        return tied_picks(job["ties"], world)
-    trainers = []
-
-    def step(self: Trainer, batch: Any) -> None:
-        trainers[:] = [self]
-        if self.progress.step + 1 == job.get("stop_at") and world.rank == 0:
-            os.kill(os.getpid(), signal.SIGTERM)
-        if self.progress.step + 1 == job.get("poison") and world.rank == world.size - 1:
-            batch.activations[self.hook].fill_(float("nan"))
-        STEP(self, batch)
-
-    messages = 0
-
-    def all_reduce(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        nonlocal messages
-        messages += tensor.numel() >= job.get("count", 0)
-        return ALL_REDUCE(tensor, *args, **kwargs)
-
-    def reduce_scatter(*args: Any, **kwargs: Any) -> Any:
-        nonlocal messages
-        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
-        messages += max(tensor.numel() for tensor in tensors) >= job.get("count", 0)
-        return REDUCE_SCATTER(*args, **kwargs)
-
-    cfg: Any = OmegaConf.to_object(compose("train", overrides=job["overrides"]))
-    Trainer.step = step  # type: ignore[method-assign]
-    dist.all_reduce = all_reduce
-    setattr(dist, REDUCE_SCATTER_NAME, reduce_scatter)
+    """How a job ended: "done" (with what its function tells), "stopped", or the error's line. Hydra is initialised."""
+    work = JOBS[job.get("job", "train")]
+    arguments = {key: value for key, value in job.items() if key not in ("job", "name", "overrides")}
+    if "overrides" in job:
+        arguments["cfg"] = OmegaConf.to_object(compose("train", overrides=job["overrides"]))
     try:
-        Job([cfg], world).execute()
+        return work(world, **arguments)
     except GranaryError as error:
         return str(error)
     except SystemExit as stopped:
         return "stopped" if stopped.code == 0 else f"exit {stopped.code}"
+
+
+@contextmanager
+def observing(observer: loop.StepObserver) -> Iterator[None]:
+    """Within it, the observer sees every step."""
+    loop.observers.append(observer)
+    try:
+        yield
     finally:
-        Trainer.step = STEP  # type: ignore[method-assign]
-        dist.all_reduce = ALL_REDUCE
-        setattr(dist, REDUCE_SCATTER_NAME, REDUCE_SCATTER)
-    if "digest" in job:
-        return f"done, {digest(trainers[0])}"
-    return f"done, {messages} messages" if "count" in job else "done"
+        loop.observers.remove(observer)
+
+
+class Observer:
+    """Keeps the trainer, and does what its job asks for before a step."""
+
+    trainer: Trainer
+
+    def before_step(self, run: loop.Learner, batch: Batch) -> None:
+        self.trainer = run.trainer
+
+    def after_step(self, run: loop.Learner, batch: Batch) -> None:
+        pass
+
+
+def train(world: World, cfg: TrainSchema) -> str:
+    """A run without a fault."""
+    Job([cfg], world).execute()
+    return "done"
+
+
+def signalled(world: World, cfg: TrainSchema, step: int) -> str:
+    """The first rank receives SIGTERM in that step."""
+
+    class Signal(Observer):
+        def before_step(self, run: loop.Learner, batch: Batch) -> None:
+            if run.step + 1 == step and world.rank == 0:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    with observing(Signal()):
+        return train(world, cfg)
+
+
+def poisoned(world: World, cfg: TrainSchema, step: int) -> str:
+    """The last rank sees NaN in that step."""
+
+    class Poison(Observer):
+        def before_step(self, run: loop.Learner, batch: Batch) -> None:
+            if run.step + 1 == step and world.rank == world.size - 1:
+                for rows_ND in batch.activations.values():
+                    rows_ND.fill_(float("nan"))
+
+    with observing(Poison()):
+        return train(world, cfg)
+
+
+def counted(world: World, cfg: TrainSchema, least: int) -> str:
+    """Tells how many messages between ranks had `least` numbers or more."""
+    messages = 0
+
+    def counting(name: str) -> Callable[..., Any]:
+        send = getattr(dist, name)
+
+        def counted_send(*args: Any, **kwargs: Any) -> Any:
+            nonlocal messages
+            tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
+            messages += max(tensor.numel() for tensor in tensors) >= least
+            return send(*args, **kwargs)
+
+        return counted_send
+
+    with ExitStack() as stack:
+        for name in ("all_reduce", REDUCE_SCATTER_NAME):
+            stack.enter_context(patch.object(dist, name, counting(name)))
+        train(world, cfg)
+    return f"done, {messages} messages"
+
+
+def digested(world: World, cfg: TrainSchema) -> str:
+    """Tells a hash of what every rank should hold alike."""
+    observer = Observer()
+    with observing(observer):
+        train(world, cfg)
+    return f"done, {digest(observer.trainer)}"
 
 
 def digest(trainer: Trainer) -> str:
@@ -87,25 +141,35 @@ def digest(trainer: Trainer) -> str:
     cut = isinstance(trainer.layout, LatentParallel)
     whole = {
         name: tensor.numpy().tobytes()
-        for name, tensor in trainer.sae.state_dict().items()
-        if not isinstance(tensor, DTensor) and not (cut and not is_whole(name))
+        for name, tensor in trainer.objective.dictionary.state_dict().items()
+        if not isinstance(tensor, DTensor) and not (cut and not trainer.layout.is_whole(name))
     }
     return hashlib.sha256(b"".join(whole.values())).hexdigest()[:8] + f" of {', '.join(whole)}"
 
 
-def tied_picks(k: int, world: World) -> str:
+def tied_picks(world: World, k: int) -> str:
     """Select the k of a dictionary whose latents all tie, cut among the ranks: how many, and whether as one process."""
     whole = SAE(SAEConfig(d_model=4, d_latent=8, k=k), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         whole.W_enc.copy_(whole.W_enc[0].expand(8, 4))
     x = torch.randn(16, 4, generator=torch.Generator().manual_seed(1))
-    part = shard(whole, world.rank, dist.group.WORLD)
+    part = shard(Objective(whole), world.rank, dist.group.WORLD)
     found, wanted = torch.zeros(2, 16, 9).unbind()  # the last column is for padding
-    _, indices = part.activation.select(part, x, k)
-    found.scatter_(1, torch.where(indices < 0, 8, indices + part.part.first), 1.0)
+    _, indices = part.dictionary.activation.select(part.dictionary, x, k)
+    found.scatter_(1, torch.where(indices < 0, 8, indices + part.shard.first), 1.0)
     all_reduce_sum(found)
     wanted.scatter_(1, whole.activation.select(whole, x, k)[1] % 9, 1.0)  # -1 is 8
     return f"{int(found[:, :8].sum(1).max())} picks, as one process: {torch.equal(found[:, :8], wanted[:, :8])}"
+
+
+JOBS: dict[str, Callable[..., str]] = {
+    "train": train,
+    "signalled": signalled,
+    "poisoned": poisoned,
+    "counted": counted,
+    "digested": digested,
+    "tied_picks": tied_picks,
+}
 
 
 def main() -> None:

@@ -5,7 +5,8 @@ import torch
 
 from shared.kernels import AdamStep, Compute, DeadRows, PairGradient, PairOrder, auxk_error, row_grad, take_rows
 from shared.kernels.auxk import blocks
-from shared.sae import SAE, SAEAdam, SAEConfig
+from shared.sae.optim import AdamConfig, make_optimiser
+from tests.learning import LearningSAE
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -15,9 +16,10 @@ def trained(kernels, pair_gradients, steps=2, parts=1, own_loss=False, **overrid
     rng = torch.Generator().manual_seed(0)
     x = torch.randn(8, 12, generator=rng).to(DEVICE)
     fields = {"d_model": 12, "d_latent": 40, "k": 4, "auxk_alpha": 0.5, **overrides}
-    sae = SAE(SAEConfig(**fields), kernels=kernels, generator=rng).to(DEVICE)
+    sae = LearningSAE(kernels=kernels, generator=rng, **fields).to(DEVICE)
     sae.initialise(None, x)
-    optimiser = SAEAdam(sae, 1e-2, clip_norm=0.01, pair_gradients=pair_gradients)
+    optimiser = make_optimiser(sae, AdamConfig(lr=1e-2, clip_norm=0.01), pair_gradients=pair_gradients)
+    sae.objective.pair_gradients = optimiser.pairs if pair_gradients else None
     norms = []
     for _ in range(steps):
         optimiser.zero_grad()

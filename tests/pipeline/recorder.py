@@ -5,23 +5,28 @@ A record is int64 (step, epoch, index in the epoch, values), then the activation
 
 import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from stage_train.trainer import Trainer
+from stage_train.data.stream import Batch
+from stage_train.step import loop
 
-STEP = Trainer.step
 FILE = "batches.bin"
 
 
-def step(self: Trainer, batch: Any) -> None:
-    (folder,) = [argument.partition("=")[2] for argument in sys.argv if argument.startswith("out_dir=")]
-    rows = batch.activations[self.hook].numpy()
-    header = np.array([self.progress.step, batch.epoch, batch.index, rows.size], np.int64)
-    with Path(folder, FILE).open("ab", buffering=0) as file:
-        file.write(header.tobytes() + rows.tobytes())
-    STEP(self, batch)
+class Recorder:
+    """Observes all steps of this process."""
+
+    def before_step(self, run: loop.Learner, batch: Batch) -> None:
+        (folder,) = [argument.partition("=")[2] for argument in sys.argv if argument.startswith("out_dir=")]
+        (rows_ND,) = batch.activations.values()
+        rows = rows_ND.numpy()
+        header = np.array([run.step, batch.epoch, batch.index, rows.size], np.int64)
+        with Path(folder, FILE).open("ab", buffering=0) as file:
+            file.write(header.tobytes() + rows.tobytes())
+
+    def after_step(self, run: loop.Learner, batch: Batch) -> None:
+        pass
 
 
-Trainer.step = step  # type: ignore[method-assign]
+loop.observers.append(Recorder())

@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from shared.hookpoint import HookPoint
 from shared.lm import capture, load_causal_lm, model_identity, segment_positions
+from shared.lm.hookpoint import HookPoint
 from shared.sae import SAE, SAEConfig
 from shared.store import Store, StorePlan
 from tests.foreign import write_saelens
@@ -172,7 +172,7 @@ def run_processes(*arguments: str, ranks: int = 1) -> subprocess.CompletedProces
     """The command line as a user types it, in processes of its own."""
     command = [sys.executable, "-m", "stage_eval", "device.name=cpu", "device.threads=1", f"nproc={ranks}", *arguments]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "HF_HUB_OFFLINE": "1", "COLUMNS": "160"}
-    return subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment, cwd=REPOSITORY)
+    return subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
 
 
 def evaluate(out: Path, sae: Path, store: Path, *more: str) -> dict[str, Any]:

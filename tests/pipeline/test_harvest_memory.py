@@ -43,7 +43,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int, int]:
 @pytest.mark.parametrize("tp", [1, 2, 4])
 def test_peak_memory_of_a_rank_is_its_part(model: tuple[Path, int, int], tp: int) -> None:
     folder, layers, embedding = model
-    launch = [sys.executable, "-m", "shared.parallel.launch", "--standalone", f"--nproc-per-node={tp}"]
+    launch = [sys.executable, "-m", "shared.launch.torchrun", "--standalone", f"--nproc-per-node={tp}"]
     command = [*launch, str(WORKER), str(folder), str(NEEDED)]
     run = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr

@@ -47,7 +47,7 @@ def four_ranks(harvester: Harvester) -> list[list[str]]:
         torch.manual_seed(0)
         AutoModelForCausalLM.from_config(config).save_pretrained(harvester.root / "families" / family)
     jobs = [harvester.arguments("dp4"), harvester.arguments("dp2tp2", tensor_parallel=2)]
-    launch = [sys.executable, "-m", "shared.parallel.launch", "--standalone", "--nproc-per-node=4"]
+    launch = [sys.executable, "-m", "shared.launch.torchrun", "--standalone", "--nproc-per-node=4"]
     command = [*launch, str(WORKER), str(harvester.root / "families"), json.dumps(jobs)]
     run = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, cwd=harvester.root, timeout=590)
     assert run.returncode == 0, run.stderr
@@ -165,7 +165,7 @@ def test_a_machine_that_dies_ends_the_job_on_the_others(harvester: Harvester, su
     (harvester.root / "more.txt").write_text("\n---\n".join(harvester.documents * 200))
     store = f"machines{survivor}"
     rendezvous = ["--nnodes=2", "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}", "--rdzv-id=granary"]
-    launch = [sys.executable, "-m", "shared.parallel.launch", *rendezvous, "--nproc-per-node=1", "-m", "stage_harvest"]
+    launch = [sys.executable, "-m", "shared.launch.torchrun", *rendezvous, "--nproc-per-node=1", "-m", "stage_harvest"]
     machines = []
     for number in range(2):
         log = (harvester.root / f"machine{number}.log").open("w")

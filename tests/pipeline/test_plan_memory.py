@@ -14,15 +14,15 @@ import pytest
 import torch
 from hydra import initialize_config_module
 
-from shared.store.synthetic import synthetic_plan, synthetic_store
-from stage_train.checkpoint import load_tensors, newest_checkpoint, read_state
 from stage_train.config import register
-from stage_train.plan.__main__ import training_config
-from stage_train.plan.config import PlanSchema
-from stage_train.plan.job import find_data, make_job
-from stage_train.plan.pace import find_pace
-from stage_train.plan.report import Plan, make_plan
+from stage_train.estimate.__main__ import training_config
+from stage_train.estimate.config import PlanSchema
+from stage_train.estimate.job import find_data, make_job
+from stage_train.estimate.pace import find_pace
+from stage_train.estimate.report import Plan, make_plan
+from stage_train.state.checkpoint import load_tensors, newest_checkpoint, read_state
 from tests.harvesting import ENVIRONMENT
+from tests.synthetic import synthetic_plan, synthetic_store
 
 WORKER = Path(__file__).with_name("plan_worker.py")
 COMMON = [
@@ -93,7 +93,7 @@ def check(stores: dict[int, Path], tmp_path: Path) -> Check:
             cfg = training_config(measured)
         jobs = tmp_path / "jobs.json"
         jobs.write_text(json.dumps([tiny, measured]))
-        launch = ["-m", "shared.parallel.launch", "--standalone", f"--nproc-per-node={cfg.nproc}"]
+        launch = ["-m", "shared.launch.torchrun", "--standalone", f"--nproc-per-node={cfg.nproc}"]
         command = [sys.executable, *(launch if cfg.nproc > 1 else []), str(WORKER), str(jobs)]
         done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=500)
         assert done.returncode == 0, done.stderr

@@ -14,12 +14,12 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from stage_eval.breakdown import frequency_groups, position_groups
-from stage_eval.compare import compare, render_comparison
-from stage_eval.plots import evaluation_plots
-from stage_eval.report import render
-from stage_eval.sweep_plots import apart, lines, pareto_front
-from stage_eval.theme import to_png, to_svg
+from stage_eval.measure.breakdown import frequency_groups, position_groups
+from stage_eval.show.compare import compare, render_comparison
+from stage_eval.show.plots import evaluation_plots
+from stage_eval.show.report import render
+from stage_eval.show.sweep_plots import apart, lines, pareto_front
+from stage_eval.show.theme import to_png, to_svg
 
 HOSTILE = '<script>alert("x")</script> & <b>"bold"</b>'
 DOWNSTREAM = {

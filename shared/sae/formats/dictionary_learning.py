@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shared.errors import GranaryError
+from shared.basics.errors import GranaryError
 from shared.sae.formats.files import read_json, take
 from shared.sae.formats.raw import RawSAE
 

@@ -9,7 +9,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from shared.errors import GranaryError
+from shared.basics.errors import GranaryError
 
 
 def read_json(path: Path) -> dict[str, Any]:

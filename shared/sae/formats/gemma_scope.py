@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from shared.errors import GranaryError
+from shared.basics.errors import GranaryError
 from shared.sae.formats.files import read_json, read_tensors, take
 from shared.sae.formats.raw import RawSAE
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from shared.errors import GranaryError
+from shared.basics.errors import GranaryError
 from shared.sae.formats.files import read_json, read_tensors, take
 from shared.sae.formats.raw import RawSAE
 from shared.sae.formats.saelens import hook_record

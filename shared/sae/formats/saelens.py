@@ -21,7 +21,7 @@ from typing import Any
 
 from safetensors.torch import save_file
 
-from shared.errors import GranaryError
+from shared.basics.errors import GranaryError
 from shared.sae.formats.files import read_json, read_tensors, take
 from shared.sae.formats.raw import RawSAE
 

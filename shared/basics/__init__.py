@@ -1,0 +1,1 @@
+"""What everything stands on: errors, configuration schemas, files, units. Imports nothing of ours."""

@@ -1,0 +1,51 @@
+"""Tensor parallelism by transformers' own plans, on one axis of a device mesh.
+
+Each rank of the axis holds its part of every sharded weight, read straight from the file: no rank ever has the whole
+model. The residual stream is replicated, so hooks see the same full activation on every rank of the axis.
+"""
+
+from typing import Any
+
+from torch.distributed.device_mesh import DeviceMesh
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.distributed.configuration_utils import DistributedConfig
+
+from shared.basics.errors import GranaryError
+
+
+def check_tensor_parallel(config: PretrainedConfig, size: int) -> None:
+    """Raise GranaryError unless the model has a plan and its heads and MLP divide by `size`."""
+    if size == 1:
+        return
+    if not getattr(config, "base_model_tp_plan", None):
+        raise GranaryError(f"transformers has no tensor-parallel plan for {config.model_type}: use tensor_parallel=1")
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    for count, name in (
+        (heads, "key/value heads"),
+        (config.num_attention_heads, "attention heads"),
+        (config.intermediate_size, "MLP neurons"),
+    ):
+        if count % size:
+            raise GranaryError(f"tensor_parallel={size} does not divide the model's {count} {name}")
+
+
+def sharded_class(model_class: type[PreTrainedModel], tp_mesh: DeviceMesh) -> type[PreTrainedModel]:
+    """`model_class` whose ``from_pretrained(distributed_config=...)`` shards over `tp_mesh`.
+
+    transformers accepts a mesh of its own making only, with as many ranks as the job has. A mesh with a further axis,
+    for replicas, is the same to everything after that check.
+    """
+
+    def prepare_distribute_model(
+        cls: type, distributed_config: Any, *, device_mesh: Any = None, device_map: Any = None
+    ) -> tuple[Any, None, DeviceMesh]:
+        return distributed_config, None, tp_mesh
+
+    return type(
+        model_class.__name__, (model_class,), {"prepare_distribute_model": classmethod(prepare_distribute_model)}
+    )
+
+
+def tensor_parallel_config(tp_mesh: DeviceMesh) -> DistributedConfig:
+    """transformers' request for the model's own plan over all ranks of `tp_mesh`."""
+    return DistributedConfig(tp_size=tp_mesh.size(), tp_plan="auto")

@@ -1,0 +1,1 @@
+"""Learning a dictionary: starting values, losses, what they must know of the batch, dead latents."""

@@ -1,0 +1,107 @@
+"""What the losses must know of the whole batch before the first backward: BatchTopK's picks, tanh_quad's frequencies.
+
+A batch may lie in several micro-batches and on several ranks; the answer does not depend on how it is cut.
+Shapes: N rows of a micro-batch, D_in width of what is read, F latents held here, M candidates per row, P values.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from shared.kernels import product
+from shared.sae.activations import encode_above
+from shared.sae.groups import LatentGroup
+from shared.sae.learn.inputs import BatchFacts
+
+Reduce = Callable[[Tensor], object]
+"""Sums a tensor over all ranks, in place."""
+
+# A search begins at this share of the last threshold: low enough that it seldom has to be repeated.
+MARGIN = 0.8
+BITS_PER_ROUND = 8
+
+
+@dataclass(slots=True)
+class SelectionMemory:
+    """Where the next search for the batch's threshold may begin: saves time, does not change the result."""
+
+    lower_bound: float | None = None
+
+
+def alone(tensor: Tensor) -> None:
+    """The reduction of a single process."""
+
+
+def frequencies(
+    group: LatentGroup,
+    centred: Sequence[Tensor],
+    num_tokens: int,
+    strength: Callable[[Tensor], Tensor],
+    reduce_rows: Reduce,
+) -> list[BatchFacts]:
+    """The batch's mean of ``strength(z)`` [N, F] per latent, the same for every micro-batch."""
+    sums_F = torch.zeros_like(group.b_enc)
+    for centred_ND in centred:
+        z_NF = product(centred_ND, group.W_enc.T, group.b_enc, compute=group.compute)
+        sums_F += strength(z_NF).sum(0)
+    reduce_rows(sums_F)
+    return [BatchFacts(frequency=sums_F / num_tokens) for _ in centred]
+
+
+def select_over_batch(
+    group: LatentGroup,
+    centred: Sequence[Tensor],
+    *,
+    wanted: int,
+    most: int,
+    memory: SelectionMemory,
+    first_guess: Tensor,
+    reduce: Reduce,
+) -> list[BatchFacts]:
+    """The pairs with the `wanted` largest values of the batch, and with the `most` largest, for Multi-TopK.
+
+    `first_guess` is a threshold to begin the search from where `memory` has none yet.
+    """
+    lower = MARGIN * float(first_guess) if memory.lower_bound is None else memory.lower_bound
+    while True:
+        found = [encode_above(group, centred_ND, lower) for centred_ND in centred]
+        values_P = torch.cat([values[indices >= 0] for values, indices in found])
+        total = torch.tensor(len(values_P), device=values_P.device)
+        reduce(total)
+        if lower == 0 or int(total) >= most:
+            break
+        lower = lower / 2 if lower > 1e-6 else 0.0
+    least = kth_largest(values_P, wanted, reduce)
+    least_multi = least if most == wanted else kth_largest(values_P, most, reduce)
+    memory.lower_bound = MARGIN * float(least_multi)
+    facts = []
+    for values, indices in found:  # in descending order: what is kept comes first
+        width = int(((indices >= 0) & (values >= least_multi)).sum(1).max()) if len(values) else 0
+        facts.append(BatchFacts(values[:, : max(1, width)], indices[:, : max(1, width)], least, least_multi))
+    return facts
+
+
+def kth_largest(values_P: Tensor, k: int, reduce: Reduce = alone) -> Tensor:
+    """The k-th largest of all ranks' positive values, a scalar; 0 when there are fewer.
+
+    Exact, by radix: positive floats are ordered as their bits are. The ranks exchange 256 counts per round.
+    """
+    integer = {4: torch.int32, 8: torch.int64}[values_P.element_size()]
+    bits_P = values_P[values_P > 0].view(integer).long()
+    total = torch.tensor(len(bits_P), device=values_P.device)
+    reduce(total)
+    if int(total) < k:
+        return values_P.new_zeros(())
+    size, prefix, left = 1 << BITS_PER_ROUND, 0, k
+    for shift in range(8 * values_P.element_size() - BITS_PER_ROUND, -1, -BITS_PER_ROUND):
+        digits_P = (bits_P >> shift) & (size - 1)
+        counts = torch.bincount(digits_P, minlength=size)
+        reduce(counts)
+        above = counts.flip(0).cumsum(0).flip(0)  # how many have this digit or a larger one
+        digit = int((above >= left).nonzero()[-1])
+        left -= int(above[digit] - counts[digit])
+        prefix = prefix << BITS_PER_ROUND | digit
+        bits_P = bits_P[digits_P == digit]
+    return torch.tensor(prefix, dtype=integer, device=values_P.device).view(values_P.dtype)

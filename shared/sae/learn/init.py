@@ -1,0 +1,228 @@
+"""Starting values: normalisation, directions, bias and scale.
+
+Shape letters: M tokens of a sample, D a width (D_in of what is read, D_out of what is written), F latents, K picks.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, Self
+
+import torch
+from torch import Tensor
+
+from shared.basics.errors import GranaryError
+from shared.kernels import PairOrder, decode, row_grad
+from shared.sae.learn.losses import weighted_square_error
+from shared.sae.learn.objective import Objective
+from shared.sae.variants.base import per_column
+from shared.sae.variants.one_group import OneGroup
+
+# Tokens of the sample that activations without a fixed L0 look at for their scale.
+SEARCH_TOKENS = 1024
+# Norms of decoder and encoder rows that norm_search tries first (Language-Model-SAEs).
+NORMS = [round(0.1 * step, 1) for step in range(1, 51)]
+# Scales of JumpReLU's encoder, from where nothing reaches the thresholds to where all does.
+SCALES = [0.01 * 1.25**step for step in range(28)]
+
+
+class ActivationStatistics(Protocol):
+    """What initialisation reads of an activation store's statistics; arrays or tensors."""
+
+    @property
+    def mean(self) -> Any:
+        """[D]."""
+
+    @property
+    def var(self) -> Any:
+        """[D]."""
+
+    @property
+    def mean_norm(self) -> float:
+        """Mean Euclidean norm of a token."""
+
+
+def geometric_median(points_MD: Tensor, *, max_steps: int = 100, tolerance: float = 1e-6) -> Tensor:
+    """The point [D] with the least summed distance to `points_MD` (Weiszfeld 1937), in float32 or better.
+
+    Stops when a step moves it by less than `tolerance` times the mean distance.
+    """
+    points_MD = points_MD.to(torch.promote_types(points_MD.dtype, torch.float32))
+    median_D = points_MD.mean(0)
+    for _ in range(max_steps):
+        distance_M = (points_MD - median_D).norm(dim=1)
+        # A point on the median would get infinite weight and hold it there for ever.
+        weight_M = 1 / distance_M.clamp_min(1e-6 * float(distance_M.mean()) + torch.finfo(points_MD.dtype).tiny)
+        moved_D = weight_M @ points_MD / weight_M.sum()
+        step = float((moved_D - median_D).norm())
+        median_D = moved_D
+        if step <= tolerance * float(distance_M.mean()):
+            break
+    return median_D
+
+
+def encoder_scale(target_MD: Tensor, decoded_MD: Tensor, weight_D: Tensor) -> float:
+    """argmin_s of ``sum w (target - s * decoded)^2``.
+
+    With b_enc = 0 the choice of latents does not depend on the encoder's scale and the reconstruction is linear in it,
+    so the best scale has this closed form; other projects search it on a grid. JumpReLU's thresholds break that.
+    """
+    scale = float((target_MD * decoded_MD * weight_D).sum() / (decoded_MD.square() * weight_D).sum())
+    return scale if scale > 0 else 1.0
+
+
+def grid_search(loss: Callable[[float], float], coarse: Sequence[float], steps: int) -> float:
+    """The point with the least `loss` among `coarse`, then among `steps` points around it up to its neighbours."""
+    losses = [loss(point) for point in coarse]
+    best = losses.index(min(losses))
+    low, high = coarse[max(best - 1, 0)], coarse[min(best + 1, len(coarse) - 1)]
+    fine = torch.linspace(low, high, steps + 2).tolist()[1:-1]
+    candidates = {coarse[best]: losses[best], **{point: loss(point) for point in fine}}
+    return min(candidates, key=lambda point: candidates[point])
+
+
+def into_subspace(W_FD: Tensor, points_MD: Tensor, rank: int) -> Tensor:
+    """Unit rows in the span of the `rank` principal directions of `points_MD`, with as many of W's coordinates."""
+    centred_MD = (points_MD - points_MD.mean(0)).double()
+    _, vectors_DD = torch.linalg.eigh(centred_MD.T @ centred_MD)  # ascending
+    rows_FD = W_FD[:, :rank] @ vectors_DD[:, -rank:].T.to(W_FD.dtype)
+    return rows_FD / rows_FD.norm(dim=1, keepdim=True)
+
+
+@torch.no_grad()
+def initialise(
+    objective: Objective,
+    statistics: Sequence[ActivationStatistics] | None,
+    sample: Tensor,
+    target_statistics: Sequence[ActivationStatistics] | None = None,
+    target_sample: Tensor | None = None,
+) -> None:
+    """Set normalisation, b_dec, directions and scale from data.
+
+    `statistics` are the whole data set's (None: the sample's own) of every site that is read; `sample` [M, D_in] are
+    raw activations, a few thousand tokens. The last two are those of what is written, at the same tokens; not looked
+    at for an autoencoder. Raises GranaryError when there is nothing to learn from.
+    """
+    dictionary, learning, rule = objective.dictionary, objective.learning, objective.rule
+    widths = dictionary.widths
+    x_MD = sample.reshape(-1, widths.d_in).to(dictionary.W_enc)
+    if x_MD.shape[0] < 2:
+        raise GranaryError("initialising an SAE needs at least 2 tokens")
+    moments = Moments.of(statistics, x_MD, widths.reads)
+    centre(moments, dictionary, dictionary.input_mean, dictionary.input_scale, dictionary.input_variance)
+    y_MD = x_MD
+    if not dictionary.config.is_autoencoder:
+        if target_sample is None:
+            raise GranaryError("a dictionary that writes elsewhere than it reads needs a sample of what it writes")
+        y_MD = target_sample.reshape(-1, widths.d_out).to(dictionary.W_enc)
+        moments = Moments.of(target_statistics, y_MD, widths.writes)
+        centre(moments, dictionary, dictionary.output_mean, dictionary.output_scale, dictionary.output_variance)
+    rule.start()
+
+    _, target_MD, _, _ = objective.terms.prepare(x_MD, y_MD)
+    if dictionary.config.normalisation == "layer_norm" and dictionary.config.shift_back:
+        dictionary.input_variance.copy_(target_MD.var(0, correction=0))
+    dictionary.b_enc.zero_()
+    if learning.bias_init == "zero":
+        dictionary.b_dec.zero_()
+    elif learning.bias_init == "mean":
+        dictionary.b_dec.copy_(target_MD.mean(0))
+    else:
+        dictionary.b_dec.copy_(geometric_median(target_MD))
+    if dictionary.config.is_autoencoder:
+        if learning.init_subspace is not None:
+            points_MD = dictionary.normalise(x_MD)[0]
+            dictionary.W_dec.copy_(into_subspace(dictionary.W_dec, points_MD, learning.init_subspace))
+        dictionary.W_enc.copy_(dictionary.W_dec)
+    else:
+        start_decoder_from_data(objective, x_MD, y_MD)
+    set_scale(objective, x_MD, y_MD)
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Of activations of several sites side by side: mean and variance, and the mean norm of a token of each site."""
+
+    mean_D: Tensor
+    variance_D: Tensor
+    mean_norms: tuple[float, ...]
+    widths: tuple[int, ...]
+
+    @classmethod
+    def of(cls, statistics: Sequence[ActivationStatistics] | None, sample_MD: Tensor, widths: tuple[int, ...]) -> Self:
+        """From the data set's statistics, or the sample's own; raises GranaryError where a site does not vary."""
+        if statistics is None:
+            mean_D, variance_D = sample_MD.mean(0), sample_MD.var(0, correction=0)
+            norms = tuple(float(site_MD.norm(dim=1).mean()) for site_MD in sample_MD.split(widths, dim=1))
+        else:
+            mean_D = torch.cat([torch.as_tensor(site.mean).to(sample_MD) for site in statistics])
+            variance_D = torch.cat([torch.as_tensor(site.var).to(sample_MD) for site in statistics])
+            norms = tuple(float(site.mean_norm) for site in statistics)
+        if any(float(site_D.sum()) == 0 for site_D in variance_D.split(widths)):
+            raise GranaryError("all activations are equal: there is nothing to reconstruct")
+        return cls(mean_D, variance_D, norms, widths)
+
+
+def centre(moments: Moments, dictionary: OneGroup, mean_D: Tensor, scale: Tensor, variance_D: Tensor) -> None:
+    """Fill the buffers of one side as the config's normalisation says: what is taken off, the factor of each site, and
+    the variance of what comes out."""
+    kind = dictionary.config.normalisation
+    mean_D.copy_(moments.mean_D if kind == "centre_scale" else torch.zeros_like(mean_D))
+    factors = [1.0] * len(moments.widths)
+    if kind == "scale":
+        factors = [math.sqrt(width) / norm for width, norm in zip(moments.widths, moments.mean_norms, strict=True)]
+    elif kind == "centre_scale":
+        spreads = [float(site_D.sum().sqrt()) for site_D in moments.variance_D.split(moments.widths)]
+        factors = [math.sqrt(width) / spread for width, spread in zip(moments.widths, spreads, strict=True)]
+    scale.copy_(torch.tensor(factors).view_as(scale))
+    variance_D.copy_(moments.variance_D * per_column(scale, moments.widths).square())
+
+
+def start_decoder_from_data(objective: Objective, x_MD: Tensor, y_MD: Tensor) -> None:
+    """Each decoder row as the mean of what is wanted where its latent fires, with its strength for a weight, made unit.
+
+    The encoder's transpose lies in another space. Latents that no token of the sample fires keep their random rows.
+    """
+    dictionary = objective.dictionary
+    if not objective.rule.looks_at_all:
+        x_MD, y_MD = x_MD[:SEARCH_TOKENS], y_MD[:SEARCH_TOKENS]
+    centred_MD, target_MD, _, _ = objective.terms.prepare(x_MD, y_MD)
+    objective.rule.fit_to_sample(centred_MD)
+    values_MK, indices_MK = dictionary.activation.encode(dictionary, centred_MD)
+    order = PairOrder(indices_MK, dictionary.num_latents)
+    wanted_MD = (target_MD - dictionary.b_dec).contiguous()
+    rows_FD = row_grad(values_MK, indices_MK, wanted_MD, dictionary.num_latents, order, kernels=dictionary.kernels)
+    norm_F1 = rows_FD.norm(dim=1, keepdim=True)
+    dictionary.W_dec.copy_(torch.where(norm_F1 > 0, rows_FD / norm_F1.clamp_min(1e-30), dictionary.W_dec))
+
+
+def set_scale(objective: Objective, x_MD: Tensor, y_MD: Tensor) -> None:
+    """The encoder's and decoder's rows times what ``encoder_init`` says, and thresholds that follow from them."""
+    dictionary, learning, rule = objective.dictionary, objective.learning, objective.rule
+    if not rule.looks_at_all:
+        x_MD, y_MD = x_MD[:SEARCH_TOKENS], y_MD[:SEARCH_TOKENS]  # half of all latents may fire
+    encoder_FD, decoder_FD = dictionary.W_enc.clone(), dictionary.W_dec.clone()
+    centred_MD, target_MD, _, _ = objective.terms.prepare(x_MD, y_MD)
+    wanted_MD, weight_D = target_MD - dictionary.b_dec, objective.terms.loss_weight()
+
+    def decoded_with(encoder: float, decoder: float) -> Tensor:
+        dictionary.W_enc.copy_(encoder_FD * encoder)
+        dictionary.W_dec.copy_(decoder_FD * decoder)
+        rule.fit_to_sample(centred_MD)
+        values, indices = dictionary.activation.encode(dictionary, centred_MD)
+        return decode(values, indices, dictionary.W_dec, kernels=dictionary.kernels)
+
+    def loss_with(encoder: float, decoder: float) -> float:
+        return float(weighted_square_error(decoded_with(encoder, decoder) - wanted_MD, weight_D))
+
+    if learning.encoder_init == "transpose":
+        rule.fit_to_sample(centred_MD)
+    elif learning.encoder_init == "norm_search":
+        norm = grid_search(lambda norm: loss_with(norm, norm), NORMS, steps=20)
+        decoded_with(norm, norm)
+    elif rule.scale_search == "grid":
+        scale = grid_search(lambda scale: loss_with(scale, 1.0), SCALES, steps=10)
+        decoded_with(scale, 1.0)
+    else:
+        scale = encoder_scale(wanted_MD, decoded_with(1.0, 1.0), weight_D)
+        decoded_with(scale * rule.overshoot, 1.0)

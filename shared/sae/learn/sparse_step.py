@@ -1,0 +1,111 @@
+"""The losses of TopK, BatchTopK and their Matryoshka forms: a backward pass that costs N x K instead of N x F.
+
+Shapes: N tokens, D_in and D_out widths of what is read and written, F latents held here, K picks per token, G groups of
+a Matryoshka.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from shared.kernels import PairOrder, attach_encoder, sparse_decode
+from shared.sae.latents import SparseLatents
+from shared.sae.learn.inputs import Losses, StepInputs
+from shared.sae.learn.losses import weighted_square_error
+from shared.sae.learn.terms import LossTerms
+
+
+@dataclass(slots=True)
+class Selection:
+    """Selected pre-activations: the main ones, and those that Multi-TopK adds."""
+
+    values_NK: Tensor
+    indices_NK: Tensor
+    main: Tensor
+    """indices_NK where the pick is a main one, else -1; or its first columns, for TopK."""
+    extra: Tensor | None
+    """Likewise for the others; None without Multi-TopK."""
+
+
+Select = Callable[[Tensor, StepInputs], Selection]
+"""From the encoder's input [N, D_in] to what fires."""
+
+
+def sparse_losses(terms: LossTerms, x: Tensor, y: Tensor, inputs: StepInputs, select: Select) -> Losses:
+    """See ``Objective.losses``."""
+    group, learning = terms.dictionary, terms.learning
+    with torch.no_grad():
+        centred_ND, target_ND, token_mean, token_scale = terms.prepare(x, y)
+        picks = select(centred_ND, inputs)
+    num_latents = group.num_latents
+    order = PairOrder(picks.indices_NK, num_latents)
+    values_NK = attach_encoder(
+        centred_ND, terms.shared_pre_bias(), group.W_enc, group.b_enc, picks.values_NK, picks.indices_NK, order,
+        compute=group.compute, sink=terms.sink("W_enc"),
+    )  # fmt: skip
+    metrics: dict[str, Tensor] = {}
+
+    width = picks.main.shape[1]
+    main_values = values_NK[:, :width]
+    # Without extra picks the encoder and the decoder share one sort of the pairs.
+    main_order = order if picks.main is picks.indices_NK else PairOrder(picks.main, num_latents)
+    if learning.prefixes is None:
+        decoded_ND = _decode(terms, main_values, picks.main, main_order)
+        error_ND = decoded_ND + group.b_dec - target_ND
+        reconstruction = weighted_square_error(error_ND, terms.loss_weight())
+    else:
+        error_GND = _decode_prefixes(terms, main_values, picks.main, learning.prefixes) + group.b_dec - target_ND
+        reconstruction = torch.stack([weighted_square_error(error, terms.loss_weight()) for error in error_GND]).sum()
+        error_ND = error_GND[-1]
+    total = reconstruction
+    if picks.extra is not None:
+        extra_values = values_NK[:, -picks.extra.shape[1] :]
+        extra_ND = _decode(terms, extra_values, picks.extra, PairOrder(picks.extra, num_latents))
+        multi = weighted_square_error(error_ND + extra_ND, terms.loss_weight())
+        total = total + learning.multi_topk_weight * multi
+        metrics["multi_topk"] = multi.detach()
+
+    auxk = terms.auxk(-error_ND.detach(), centred_ND, inputs.dead)
+    if auxk is not None:
+        total = total + learning.auxk_alpha * auxk
+        metrics["auxk"] = auxk.detach()
+    with torch.no_grad():
+        metrics["reconstruction"] = reconstruction.detach()
+        metrics["fvu"] = terms.fvu(error_ND)
+        metrics["l0"] = (picks.main >= 0).sum(dtype=torch.float32) / picks.main.shape[0]
+        fired = torch.zeros(num_latents + 1, dtype=torch.bool, device=x.device)
+        fired[picks.main.reshape(-1)] = True  # -1 is the last slot
+    return Losses(
+        total=total,
+        reconstruction=metrics["reconstruction"],
+        fired=fired[:-1],
+        latents=SparseLatents(main_values.detach(), picks.main, token_mean, token_scale),
+        metrics=metrics,
+    )
+
+
+def _decode(terms: LossTerms, values_NK: Tensor, indices_NK: Tensor, order: PairOrder) -> Tensor:
+    """Decoded latents without b_dec, over all parts."""
+    group = terms.dictionary
+    decoded_ND = sparse_decode(
+        values_NK, indices_NK, group.W_dec, order,
+        compute=group.compute, sink=terms.sink("W_dec"),
+    )  # fmt: skip
+    return terms.shard.sum_forward(decoded_ND)
+
+
+def _decode_prefixes(terms: LossTerms, values_NK: Tensor, indices_NK: Tensor, prefixes: tuple[int, ...]) -> Tensor:
+    """The decoding [G, N, D_out] of the latents below each prefix.
+
+    One decode: the picks of each group are rows of their own, and their running sums the prefixes' reconstructions.
+    """
+    num_groups, (num_rows, _) = len(prefixes), indices_NK.shape
+    bounds = torch.tensor(prefixes, device=indices_NK.device)
+    group_NK = torch.bucketize(indices_NK + terms.shard.first, bounds, right=True)
+    groups = torch.arange(num_groups, device=indices_NK.device)[:, None, None]
+    indices_GNK = indices_NK.masked_fill(group_NK != groups, -1).flatten(0, 1)
+    values_GNK = values_NK.expand(num_groups, -1, -1).flatten(0, 1)
+    decoded = _decode(terms, values_GNK, indices_GNK, PairOrder(indices_GNK, terms.dictionary.num_latents))
+    return decoded.view(num_groups, num_rows, -1).cumsum(0)

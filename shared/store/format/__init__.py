@@ -1,0 +1,1 @@
+"""What a store's bytes mean: plan, keys, shards, manifests, types, checksums."""

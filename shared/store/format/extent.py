@@ -1,0 +1,178 @@
+"""Extents: the harvest that made a store, and each one that extended it later.
+
+An extent is a run of whole shards with a plan of its own. Its records are the claim (plan and metadata documents), put
+first, and the token record, put when all its tokens, masks and segments are written.
+"""
+
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from hashlib import sha256
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from shared.basics.errors import GranaryError
+from shared.store.buffers import Buffer
+from shared.store.format import layout
+from shared.store.format.integrity import object_sha256
+from shared.store.format.layout import StorePlan
+from shared.store.format.manifest import seal, unseal
+from shared.store.format.metadata import metadata_documents
+from shared.store.format.shard import encode_chunks, encode_index
+from shared.store.io.base import BusyObjectError, ObjectIO
+from shared.store.reader import TOKEN_TYPES
+
+TOKEN_THREADS = 4
+# How long a small object that another process is writing is waited for.
+BUSY_SECONDS = 10.0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Extent:
+    """Shards [first_shard, end_shard) of a store and the plan they follow."""
+
+    first_shard: int
+    plan: StorePlan
+    documents: dict[str, str]
+    """Key to text of every zarr.json as of this extent."""
+
+    @property
+    def first_context(self) -> int:
+        return self.first_shard * self.plan.shard_contexts
+
+    @property
+    def end_shard(self) -> int:
+        return self.first_shard + self.plan.num_shards
+
+    @property
+    def end_context(self) -> int:
+        return self.first_context + self.plan.num_contexts
+
+    @property
+    def heldout(self) -> frozenset[int]:
+        return frozenset(self.first_shard + shard for shard in self.plan.heldout_shards)
+
+    def contexts(self, shard: int) -> range:
+        """Contexts of one of the extent's shards; the last shard may be short."""
+        start = shard * self.plan.shard_contexts
+        return range(start, min(start + self.plan.shard_contexts, self.end_context))
+
+    @classmethod
+    def planned(cls, plan: StorePlan, earlier: Sequence["Extent"] = ()) -> Self:
+        """The extent that `plan` makes behind those that exist."""
+        first_shard = earlier[-1].end_shard if earlier else 0
+        num_contexts = first_shard * plan.shard_contexts + plan.num_contexts
+        plans = [extent.plan for extent in earlier] + [plan]
+        return cls(first_shard, plan, metadata_documents(plans, num_contexts, first_shard + plan.num_shards))
+
+    def to_bytes(self) -> bytes:
+        return seal(
+            {
+                "format": layout.FORMAT_VERSION,
+                "first_shard": self.first_shard,
+                "plan": self.plan.to_json(),
+                "plan_hash": self.plan.hash(),
+                "documents": self.documents,
+            }
+        )
+
+    @classmethod
+    def from_bytes(cls, data: bytes, key: str) -> Self:
+        """Raises DamagedObjectError, or GranaryError for a format this version does not know."""
+        record = unseal(data, key)
+        if record["format"] > layout.FORMAT_VERSION:
+            raise GranaryError(
+                f"the store has format {record['format']}, this Granary reads up to {layout.FORMAT_VERSION}: upgrade it"
+            )
+        return cls(record["first_shard"], StorePlan.from_json(record["plan"]), record["documents"])
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TokenRecord:
+    """Bytes and checksums of the token, mask and segment objects of an extent."""
+
+    sizes: dict[str, list[int]]
+    sha256: dict[str, list[str]]
+
+    def to_bytes(self) -> bytes:
+        return seal({"sizes": self.sizes, "sha256": self.sha256})
+
+    @classmethod
+    def from_bytes(cls, data: bytes, key: str) -> Self:
+        return cls(**unseal(data, key))
+
+
+def write_extent(io: ObjectIO, extent: Extent, tokens: Any, mask: Any, segments: Any) -> None:
+    """Everything of an extent but its activations; picks up where a killed writer stopped.
+
+    The arrays are [num_contexts, T] and anything sliceable. Every object is a pure function of the input, so what is
+    already there is either equal or an error.
+    """
+    sources = {layout.TOKENS: tokens, layout.MASK: mask, layout.SEGMENTS: segments}
+    for name, source in sources.items():
+        wanted = (extent.plan.num_contexts, extent.plan.seq_len)
+        if tuple(source.shape) != wanted:
+            raise GranaryError(f"{name} has shape {tuple(source.shape)}, the plan says {wanted}")
+        if name != layout.MASK and not np.issubdtype(source.dtype, np.integer):
+            raise GranaryError(f"{name} must be integers, not {source.dtype}")
+    for key, text in extent.documents.items():
+        put_same(io, key, text.encode(), replace=extent.first_shard > 0)
+    jobs = [(name, shard) for shard in range(extent.first_shard, extent.end_shard) for name in sources]
+
+    def write(job: tuple[str, int]) -> tuple[int, str]:
+        name, shard = job
+        rows = [context - extent.first_context for context in extent.contexts(shard)]
+        return write_token_object(io, extent.plan, name, shard, sources[name][rows[0] : rows[-1] + 1])
+
+    with ThreadPoolExecutor(TOKEN_THREADS, thread_name_prefix="granary-tokens") as pool:
+        figures = list(pool.map(write, jobs))
+    record = TokenRecord({name: [] for name in sources}, {name: [] for name in sources})
+    for (name, _), (size, digest) in zip(jobs, figures, strict=True):
+        record.sizes[name].append(size)
+        record.sha256[name].append(digest)
+    put_same(io, layout.extent_tokens_key(extent.first_shard), record.to_bytes())
+
+
+def write_token_object(io: ObjectIO, plan: StorePlan, name: str, shard: int, rows: npt.NDArray[Any]) -> tuple[int, str]:
+    """One shard of tokens, mask or segments [n, T], one chunk per context; returns its bytes and checksum."""
+    stored = np.ascontiguousarray(rows, dtype=TOKEN_TYPES[name])
+    if not np.array_equal(stored, rows):
+        raise GranaryError(f"{name} of shard {shard} holds values that do not fit {TOKEN_TYPES[name]}")
+    chunks = encode_chunks(stored, 1, "none")
+    parts: list[Buffer] = [part for chunk in chunks for part in chunk.parts()]
+    parts.append(encode_index([chunk.num_bytes for chunk in chunks], plan.shard_contexts))
+    data = b"".join(parts)
+    put_same(io, layout.object_key(name, shard, 2), data)
+    return len(data), sha256(data).hexdigest()
+
+
+def put_same(io: ObjectIO, key: str, data: bytes, *, replace: bool = False) -> None:
+    """Put a small object; where the key is taken it must hold these very bytes.
+
+    Where another process is writing it, and so the same, waits for that: two that refused each other would both end.
+    """
+    deadline = time.monotonic() + BUSY_SECONDS
+    while True:
+        try:
+            if io.put(key, [data], replace=replace):
+                return
+            break
+        except BusyObjectError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.02)
+    size = io.size(key)
+    if size != len(data) or object_sha256(io, key, size) != sha256(data).hexdigest():
+        raise GranaryError(
+            f"{io.url}/{key} exists with other content: it belongs to another harvest; choose another store.url, or "
+            "delete the folder if it is a broken leftover"
+        )
+
+
+def read_extents(io: ObjectIO) -> list[Extent]:
+    """All extents in shard order; empty where the URL holds no store."""
+    keys = [key for key in sorted(io.listing("extents")) if not key.endswith(".tokens.json")]
+    return [Extent.from_bytes(io.get(key), key) for key in keys]

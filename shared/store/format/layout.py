@@ -1,0 +1,218 @@
+"""What a store holds and under which keys: a pure function of its plan.
+
+Shapes: S contexts, T = seq_len positions, D = d_model. Contexts lie in shards of `shard_contexts`; shard i of every
+array covers the same contexts. A chunk, the unit of checksum and codec, is `chunk_rows` positions of one context.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Collection
+from dataclasses import asdict, dataclass, fields
+from functools import cache
+from typing import Any, Self
+
+from shared.basics.errors import GranaryError
+from shared.store.format.dtypes import scales_per_row, storage_type
+from shared.store.format.site_path import CHUNKS, check_sites, scale_path, site_path
+
+FORMAT_VERSION = 1
+
+TOKENS, MASK, SEGMENTS = "tokens", "mask", "segments"
+COMPLETE = "_COMPLETE.json"
+CODECS = ("none", "lz4", "zstd")
+PLACEMENTS = ("spread", "last")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StorePlan:
+    """Everything that fixes the bytes of a store, or of one extension of it."""
+
+    num_contexts: int
+    seq_len: int
+    """Tokens in a context, T."""
+    hooks: dict[str, int]
+    """Name of a site (``layers.2.resid_post``; see `site_path`) to d_model."""
+    dtype: str
+    """Storage type: bfloat16, float16, float32 or int8."""
+    shard_contexts: int
+    """Contexts in a shard: the unit that is written, committed and held out."""
+    chunk_tokens: int
+    """Wished positions per chunk; `chunk_rows` is the divisor of seq_len nearest to it."""
+    codec: str
+    """none, lz4 or zstd (both through blosc with bit shuffling)."""
+    heldout_fraction: float
+    """Share of the shards that training never reads."""
+    heldout_placement: str
+    """spread evenly over the store, or the last shards."""
+    provenance: dict[str, Any]
+    """JSON: model, tokenizer, corpus, packing. Part of the identity."""
+    versions: dict[str, str]
+    """Software versions: recorded, not part of the identity."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_contexts", "seq_len", "shard_contexts", "chunk_tokens"):
+            if getattr(self, name) < 1:
+                raise GranaryError(f"a store needs {name} >= 1, not {getattr(self, name)}")
+        if not self.hooks:
+            raise GranaryError("a store needs at least one hook")
+        storage_type(self.dtype)
+        check_sites(self.hooks, scaled=self.dtype == "int8")
+        for hook, d_model in self.hooks.items():
+            if d_model < 1:
+                raise GranaryError(f"hook {hook} has d_model {d_model}: it must be at least 1")
+        if self.codec not in CODECS:
+            raise GranaryError(f"store codec {self.codec!r} is not known: choose from {', '.join(CODECS)}")
+        if self.heldout_placement not in PLACEMENTS:
+            raise GranaryError(
+                f"heldout_placement {self.heldout_placement!r} is not known: choose from {', '.join(PLACEMENTS)}"
+            )
+        if not 0 <= self.heldout_fraction < 1:
+            raise GranaryError(f"heldout_fraction must be in [0, 1), not {self.heldout_fraction}")
+        if self.heldout_fraction > 0 and self.num_shards < 2:
+            raise GranaryError(
+                f"{self.num_contexts} contexts make one shard of {self.shard_contexts}, so none can be held out: "
+                "lower shard_contexts, harvest more tokens, or set heldout_fraction=0"
+            )
+        try:
+            canonical_json(self.provenance)
+        except (TypeError, ValueError) as error:
+            raise GranaryError(f"the provenance of a store must be plain JSON: {error}") from error
+
+    @property
+    def num_shards(self) -> int:
+        return math.ceil(self.num_contexts / self.shard_contexts)
+
+    @property
+    def chunk_rows(self) -> int:
+        """Positions per chunk: the divisor of seq_len nearest to chunk_tokens by ratio, the larger at a tie."""
+        return _nearest_divisor(self.seq_len, self.chunk_tokens)
+
+    @property
+    def chunks_per_context(self) -> int:
+        return self.seq_len // self.chunk_rows
+
+    @property
+    def heldout_shards(self) -> tuple[int, ...]:
+        """Shards that training never reads; at least one where heldout_fraction > 0, never all."""
+        if self.heldout_fraction == 0:
+            return ()
+        total = self.num_shards
+        held = min(max(1, round(self.heldout_fraction * total)), total - 1)
+        if self.heldout_placement == "last":
+            return tuple(range(total - held, total))
+        return tuple((2 * i + 1) * total // (2 * held) for i in range(held))
+
+    def identity(self) -> dict[str, Any]:
+        """All that must be equal for two harvests to be the same one, as JSON."""
+        record = asdict(self)
+        del record["versions"]
+        record["chunk_tokens"] = self.chunk_rows
+        record["format"] = FORMAT_VERSION
+        return record
+
+    def hash(self) -> str:
+        """SHA-256 of the identity, in hexadecimal."""
+        return hashlib.sha256(canonical_json(self.identity())).hexdigest()
+
+    def to_json(self) -> dict[str, Any]:
+        """All fields, as JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, record: dict[str, Any]) -> Self:
+        """Inverse of `to_json`."""
+        return cls(**{field.name: record[field.name] for field in fields(cls)})
+
+    def context_bytes(self, hook: str) -> int:
+        """Bytes of one context of one hook before any codec, scales of int8 included, checksums not."""
+        d_model = self.hooks[hook]
+        row = d_model * storage_type(self.dtype).numpy.itemsize
+        if self.dtype == "int8":
+            row += 2 * scales_per_row(d_model)
+        return self.seq_len * row
+
+
+@cache
+def _nearest_divisor(number: int, wish: int) -> int:
+    divisors = [n for n in range(1, number + 1) if number % n == 0]
+    return min(divisors, key=lambda n: (abs(math.log(n / wish)), -n))
+
+
+def canonical_json(value: Any) -> bytes:
+    """One spelling per value: sorted keys, no spaces, no NaN."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+
+
+def extension_identity(plan: StorePlan) -> dict[str, Any]:
+    """What a harvest must share with a store that it extends: all but the contexts, the corpus and the split."""
+    record = plan.identity()
+    for name in ("num_contexts", "heldout_fraction", "heldout_placement"):
+        del record[name]
+    record["provenance"] = {key: value for key, value in record["provenance"].items() if key != "corpus"}
+    return record
+
+
+def describe_difference(existing: dict[str, Any], wanted: dict[str, Any]) -> str:
+    """``name: existing value, not wanted value`` for every leaf that differs between two identities."""
+    old, new = _flatten(existing), _flatten(wanted)
+    parts = [
+        f"{name} is {_short(old.get(name))}, not {_short(new.get(name))}"
+        for name in sorted(old.keys() | new.keys())
+        if old.get(name) != new.get(name)
+    ]
+    return "; ".join(parts)
+
+
+def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {prefix: value}
+    flat: dict[str, Any] = {}
+    for key, item in value.items():
+        flat |= _flatten(item, f"{prefix}.{key}" if prefix else str(key))
+    return flat
+
+
+def _short(value: Any) -> str:
+    if value is None:
+        return "absent"
+    text = json.dumps(value) if not isinstance(value, str) else value
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def statistics_path(site: str) -> str:
+    """Zarr path of a site's [shards, (mean, M2), D] moments."""
+    return f"statistics/{site_path(site)}"
+
+
+def shard_arrays(plan: StorePlan) -> set[str]:
+    """Zarr paths of all arrays that grow shard by shard as the harvest goes: [S, T, D], and [shards, 2, D]."""
+    paths = {path(site) for site in plan.hooks for path in (site_path, statistics_path)}
+    return paths | ({scale_path(site) for site in plan.hooks} if plan.dtype == "int8" else set())
+
+
+def object_key(path: str, shard: int, ndim: int) -> str:
+    """Key of shard (or chunk) `shard` along the first axis of an array that has one shard along all others."""
+    return "/".join([path, CHUNKS, str(shard), *["0"] * (ndim - 1)])
+
+
+def shard_of_key(key: str, arrays: Collection[str]) -> int | None:
+    """Inverse of `object_key` for three-dimensional `arrays`; None for a key that is no object of theirs."""
+    path, _, numbers = key.rpartition(f"/{CHUNKS}/")
+    shard = numbers.removesuffix("/0/0")
+    return int(shard) if path in arrays and shard.isdecimal() and object_key(path, int(shard), 3) == key else None
+
+
+def manifest_key(shard: int) -> str:
+    """Key of the commit record of a shard."""
+    return f"manifest/{shard:08d}.json"
+
+
+def extent_key(first_shard: int) -> str:
+    """Key of the plan of the harvest (the first, or an extension) that starts at a shard."""
+    return f"extents/{first_shard:08d}.json"
+
+
+def extent_tokens_key(first_shard: int) -> str:
+    """Key of the record that says all tokens of an extent are written."""
+    return f"extents/{first_shard:08d}.tokens.json"

@@ -1,0 +1,1 @@
+"""From activations and a language model to figures."""

@@ -1,0 +1,122 @@
+"""What the activations of a hook are like: norms along positions, and dimensions far larger than the rest.
+
+Gathered from the evaluated tokens in the same pass as the reconstruction. BOS positions are kept apart: in LLaMA models
+they carry the massive activations (Sun et al. 2024), a few dimensions thousands of times larger than the others.
+
+Legend: N tokens, D d_model, G position groups (the last row is BOS), B norm bins.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from stage_eval.measure.sums import Sums
+
+BINS_PER_OCTAVE = 16  # a bin is 4.4 % wide
+LEAST_EXPONENT, GREATEST_EXPONENT = -32, 32
+NUM_BINS = (GREATEST_EXPONENT - LEAST_EXPONENT) * BINS_PER_OCTAVE
+PERCENTILES = (5, 50, 95, 99)
+LARGEST_DIMENSIONS = 8
+MASSIVE_RATIO = 100.0
+"""A dimension is called massive where its largest magnitude is this many times the median dimension's RMS."""
+
+
+class ActivationSums(Sums):
+    """Histograms of token norms by position group and, by dimension, squares and largest magnitudes."""
+
+    def __init__(self, d_model: int, positions: int, device: torch.device) -> None:
+        super().__init__()
+        self.added = {
+            "norm_bins_GB": torch.zeros(positions + 1, NUM_BINS, dtype=torch.int64, device=device),
+            "square_D": torch.zeros(d_model, dtype=torch.float64, device=device),
+        }
+        self.maxed = {
+            "norm_G": torch.zeros(positions + 1, dtype=torch.float64, device=device),
+            "magnitude_D": torch.zeros(d_model, dtype=torch.float64, device=device),
+            "bos_magnitude_D": torch.zeros(d_model, dtype=torch.float64, device=device),
+        }
+
+    def add(self, x_ND: Tensor, position_N: Tensor) -> None:
+        """Add N evaluated tokens of the given position groups."""
+        x_ND = x_ND.double()
+        self._add_norms(x_ND.norm(dim=1), position_N)
+        self.added["square_D"] += x_ND.square().sum(0)
+        raise_to(self.maxed["magnitude_D"], x_ND)
+
+    def add_bos(self, x_ND: Tensor) -> None:
+        """Add BOS positions, which no other figure contains."""
+        x_ND = x_ND.double()
+        last = len(self.maxed["norm_G"]) - 1
+        self._add_norms(x_ND.norm(dim=1), torch.full((len(x_ND),), last, device=x_ND.device))
+        raise_to(self.maxed["bos_magnitude_D"], x_ND)
+
+    def _add_norms(self, norm_N: Tensor, group_N: Tensor) -> None:
+        exponent_N = norm_N.clamp_min(2.0**LEAST_EXPONENT).log2()
+        bin_N = ((exponent_N - LEAST_EXPONENT) * BINS_PER_OCTAVE).long().clamp_max(NUM_BINS - 1)
+        bins = self.added["norm_bins_GB"]
+        bins.view(-1).index_add_(0, group_N * NUM_BINS + bin_N, torch.ones_like(bin_N))
+        self.maxed["norm_G"].scatter_reduce_(0, group_N, norm_N, "amax")
+
+
+def raise_to(greatest_D: Tensor, x_ND: Tensor) -> None:
+    """Take the largest magnitudes into `greatest_D`."""
+    if len(x_ND):
+        torch.maximum(greatest_D, x_ND.abs().amax(0), out=greatest_D)
+
+
+def activation_metrics(sums: ActivationSums, edges: Sequence[float]) -> dict[str, Any]:
+    """Norm percentiles by position group and for BOS, and the largest dimensions, JSON-ready."""
+    bins_GB = sums.added["norm_bins_GB"].numpy()
+    greatest_G = sums.maxed["norm_G"].numpy()
+    tokens_G = bins_GB.sum(1)
+    groups: dict[str, Any] = {"edges": list(edges), "tokens": tokens_G[:-1].tolist()}
+    for percentile in PERCENTILES:
+        column = [norm_quantile(bins_B, percentile / 100) for bins_B in bins_GB[:-1]]
+        groups[f"p{percentile}"] = [min(value, most) for value, most in zip(column, greatest_G[:-1], strict=True)]
+    groups["max"] = greatest_G[:-1].tolist()
+    bos = None
+    if tokens_G[-1]:
+        bos = {"tokens": int(tokens_G[-1]), "p50": norm_quantile(bins_GB[-1], 0.5), "max": float(greatest_G[-1])}
+    return {"norm_by_position": groups, "bos_norm": bos, "largest": largest_dimensions(sums, int(tokens_G[:-1].sum()))}
+
+
+def norm_quantile(bins_B: npt.NDArray[np.int64], q: float) -> float:
+    """Norm below which a share `q` lies, to within half a bin (2.2 %); NaN without tokens."""
+    total = int(bins_B.sum())
+    if total == 0:
+        return math.nan
+    before = np.concatenate([[0], np.cumsum(bins_B)])
+    place = int(np.searchsorted(before, q * total, side="left"))
+    place = min(max(place, 1), NUM_BINS)
+    inside = (q * total - before[place - 1]) / max(int(bins_B[place - 1]), 1)
+    return float(2.0 ** (LEAST_EXPONENT + (place - 1 + min(max(inside, 0.0), 1.0)) / BINS_PER_OCTAVE))
+
+
+def largest_dimensions(sums: ActivationSums, num_tokens: int) -> dict[str, Any]:
+    """The dimensions of the largest magnitude, against the RMS of the median dimension."""
+    square_D = sums.added["square_D"]
+    rms_D = (square_D / max(num_tokens, 1)).sqrt()
+    typical = float(rms_D.median())
+    magnitude_D = torch.maximum(sums.maxed["magnitude_D"], sums.maxed["bos_magnitude_D"])
+    energy = float(square_D.sum())
+    top = magnitude_D.topk(min(LARGEST_DIMENSIONS, len(magnitude_D))).indices.tolist()
+    return {
+        "median_rms": typical,
+        "massive": int((magnitude_D > MASSIVE_RATIO * typical).sum()) if typical > 0 else None,
+        "massive_ratio": MASSIVE_RATIO,
+        "dimensions": [
+            {
+                "dimension": dimension,
+                "max": float(sums.maxed["magnitude_D"][dimension]),
+                "max_bos": float(sums.maxed["bos_magnitude_D"][dimension]),
+                "rms": float(rms_D[dimension]),
+                "energy_share": float(square_D[dimension]) / energy if energy else 0.0,
+            }
+            for dimension in top
+        ],
+    }

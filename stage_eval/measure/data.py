@@ -1,0 +1,161 @@
+"""The contexts to evaluate on: tokens and masks of the split, and the groups that its tokens belong to.
+
+Legend: C evaluated contexts, B contexts of a unit, T positions.
+"""
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from shared.basics.errors import GranaryError
+from shared.lm import segment_positions
+from shared.parallel import World
+from shared.store import Store
+from stage_eval.config import Split
+from stage_eval.measure.breakdown import Grouping, frequency_groups, position_groups, token_frequencies
+from stage_eval.measure.downstream import Batch, scored_positions
+from stage_eval.measure.sums import Rows
+
+UNIT_TOKENS = 4096
+READ_THREADS = 4
+
+
+@dataclass(frozen=True)
+class EvaluationData:
+    """Token-level material of the evaluated contexts, the same on every rank."""
+
+    contexts: npt.NDArray[np.int64]
+    """Indices into the store, [C]."""
+    tokens_CT: Tensor
+    """int64"""
+    mask_CT: Tensor
+    """bool: trainable positions."""
+    bos_CT: Tensor
+    """bool: BOS, padding excepted."""
+    segments_CT: Tensor
+    positions_CT: Tensor
+    """Position as the model numbers it."""
+    isolated: bool
+    position_groups: Grouping
+    frequency_groups: Grouping
+    frequency_V: npt.NDArray[np.float64]
+    """Share of each token id among the trainable positions."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Trainable positions."""
+        return int(self.mask_CT.sum())
+
+    def rows(self, start: int, chosen_BT: Tensor, label_offset: int = 0) -> Rows:
+        """Groups of the chosen positions of the contexts from `start` on, in row order.
+
+        `label_offset` 1 groups by the frequency of the next token instead of the position's own.
+        """
+        stop = start + len(chosen_BT)
+        row_N, column_N = chosen_BT.nonzero(as_tuple=True)
+        tokens_N = self.tokens_CT[start:stop][row_N, column_N + label_offset]
+        return Rows(
+            row_N + start,
+            torch.from_numpy(self.position_groups(self.positions_CT[start:stop][chosen_BT].numpy())),
+            torch.from_numpy(self.frequency_groups(self.frequency_V[tokens_N.numpy()])),
+        )
+
+    def batch(self, start: int, stop: int, splice_bos: bool) -> Batch:
+        """Contexts [start, stop) as the model is to run them."""
+        mask_BT, bos_BT = self.mask_CT[start:stop], self.bos_CT[start:stop]
+        return Batch(
+            tokens_BT=self.tokens_CT[start:stop],
+            segments_BT=self.segments_CT[start:stop],
+            isolated=self.isolated,
+            replaced_BT=mask_BT | bos_BT if splice_bos else mask_BT & ~bos_BT,
+            scored_BT=scored_positions(mask_BT & ~bos_BT, self.segments_CT[start:stop]),
+        )
+
+
+def load_data(store: Store, split: Split, limit: int | None) -> EvaluationData:
+    """Tokens of the split, at most `limit` contexts of it.
+
+    Raises GranaryError where the split has no committed context or no trainable position.
+    """
+    contexts = choose_contexts(store, split, limit)
+    tokens_CT, mask_CT, segments_CT = store.tokens(contexts), store.mask(contexts), store.segments(contexts)
+    if not mask_CT.any():
+        raise GranaryError(f"no trainable position in the {split.value} contexts of {store.url}: nothing to evaluate")
+    provenance = store.plan.provenance
+    isolated = provenance.get("packing", {}).get("mode", "isolated") == "isolated"
+    bos = provenance.get("tokenizer", {}).get("special_ids", {}).get("bos")
+    bos_CT = (tokens_CT == bos) & (segments_CT >= 0) if bos is not None else np.zeros_like(mask_CT)
+    segments = torch.from_numpy(segments_CT.astype(np.int64))
+    positions_CT = segment_positions(segments) if isolated else torch.arange(store.seq_len).expand(segments.shape)
+    return EvaluationData(
+        contexts=contexts,
+        tokens_CT=torch.from_numpy(tokens_CT.astype(np.int64)),
+        mask_CT=torch.from_numpy(mask_CT),
+        bos_CT=torch.from_numpy(bos_CT),
+        segments_CT=segments,
+        positions_CT=positions_CT,
+        isolated=isolated,
+        position_groups=position_groups(store.seq_len),
+        frequency_groups=frequency_groups(),
+        frequency_V=token_frequencies(tokens_CT, mask_CT),
+    )
+
+
+def choose_contexts(store: Store, split: Split, limit: int | None) -> npt.NDArray[np.int64]:
+    """Committed contexts of the split, or `limit` of them at even distances."""
+    contexts = store.contexts(split.value)
+    if not len(contexts):
+        if split is Split.heldout and not store.heldout_shards:
+            raise GranaryError(
+                f"the store at {store.url} holds nothing out: harvest with store.heldout_fraction above 0,"
+                " or evaluate on training data with split=train"
+            )
+        raise GranaryError(f"no {split.value} shard of {store.url} is written yet: finish the harvest first")
+    if limit is not None and limit < 1:
+        raise GranaryError(f"contexts={limit}: at least one, or null for all")
+    if limit is None or limit >= len(contexts):
+        return contexts
+    return contexts.take(np.arange(limit) * len(contexts) // limit)
+
+
+def units(num_contexts: int, unit_contexts: int, world: World) -> list[tuple[int, int]]:
+    """This rank's [start, stop) ranges of evaluated contexts.
+
+    The units are the same for every world size, so that each context meets the same neighbours in its batch and float
+    sums come out the same; only who does which unit changes.
+    """
+    ranges = [(start, min(start + unit_contexts, num_contexts)) for start in range(0, num_contexts, unit_contexts)]
+    return ranges[world.rank :: world.size]
+
+
+def default_unit(seq_len: int) -> int:
+    """Contexts that make `UNIT_TOKENS` tokens."""
+    return max(1, UNIT_TOKENS // seq_len)
+
+
+def read_ahead(
+    store: Store, hooks: Sequence[str], data: EvaluationData, ranges: Sequence[tuple[int, int]]
+) -> Iterator[tuple[int, str, Tensor]]:
+    """(evaluated context, hook, activations [T, D]) of the ranges in order, a few reads in flight."""
+    wanted = iter([(context, hook) for start, stop in ranges for context in range(start, stop) for hook in hooks])
+    pending: deque[tuple[int, str, Future[Tensor]]] = deque()
+    with ThreadPoolExecutor(READ_THREADS, thread_name_prefix="granary-eval-read") as pool:
+
+        def submit() -> None:
+            item = next(wanted, None)
+            if item is not None:
+                context, hook = item
+                pending.append((context, hook, pool.submit(store.read_context, hook, int(data.contexts[context]))))
+
+        for _ in range(READ_THREADS):
+            submit()
+        while pending:
+            context, hook, future = pending.popleft()
+            yield context, hook, future.result()
+            submit()

@@ -1,0 +1,244 @@
+"""What a harvest will write: resolved from the configuration, checked, and shown before anything long begins."""
+
+import logging
+import os
+import platform
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.metadata import version
+
+import torch
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from shared.basics.errors import GranaryError
+from shared.lm import (
+    ModelIdentity,
+    SpecialIds,
+    check_hooks,
+    check_tensor_parallel,
+    load_config,
+    load_tokenizer,
+    model_identity,
+    needed_depth,
+    quantisation_config,
+    resolve_model,
+    special_ids,
+    tokenizer_hash,
+)
+from shared.lm.hookpoint import HookPoint, describe_hooks, hook_points
+from shared.store import StorePlan, WindowPlan, bytes_planned, parse_bytes
+from shared.store.capacity import shard_bytes
+from shared.store.format.dtypes import storage_type
+from stage_harvest.config import BosPlacement, HarvestSchema, PackingMode
+from stage_harvest.corpus import Corpus, open_corpus
+from stage_harvest.shards.forward import default_batch_contexts
+from stage_harvest.shards.writer import STAGING_SETS
+from stage_harvest.tokens.packing import Packer
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class HarvestJob:
+    """Everything about a harvest but the number of contexts, which may have to wait for the tokens."""
+
+    cfg: HarvestSchema
+    config: PretrainedConfig
+    hooks: list[HookPoint]
+    identity: ModelIdentity
+    tokenizer: PreTrainedTokenizerBase
+    corpus: Corpus
+
+    @classmethod
+    def from_config(cls, cfg: HarvestSchema) -> "HarvestJob":
+        """Resolve model, hooks, tokenizer and corpus; raises GranaryError for the first that is wrong.
+
+        Cheap: no weights are read and no document but for the corpus's fingerprint.
+        """
+        config = load_config(cfg.model.path, cfg.model.revision)
+        if not cfg.hooks.sites:
+            raise GranaryError("hooks.sites is empty: name at least one, for example hooks.sites=[resid_post]")
+        wanted = cfg.hooks.layers
+        layers = ",".join(map(str, wanted)) if isinstance(wanted, list) else str(wanted)
+        hooks = hook_points(layers, dict.fromkeys(cfg.hooks.sites), config.num_hidden_layers)
+        check_hooks(config, hooks)
+        check_tensor_parallel(config, cfg.tensor_parallel)
+        if cfg.model.quantisation is not None:
+            quantisation_config(cfg.model.quantisation)
+            if cfg.tensor_parallel > 1:
+                raise GranaryError("model.quantisation does not go with tensor_parallel: use replicas instead")
+        limit = getattr(config, "max_position_embeddings", None)
+        if limit is not None and cfg.packing.seq_len > limit:
+            raise GranaryError(
+                f"packing.seq_len={cfg.packing.seq_len}, but the model has {limit} positions:"
+                f" set packing.seq_len={limit} or less"
+            )
+        if cfg.batch_contexts is not None and cfg.batch_contexts < 1:
+            raise GranaryError(f"batch_contexts={cfg.batch_contexts}: it must be at least 1, or null")
+        if cfg.corpus.contexts is not None and cfg.corpus.contexts < 1:
+            raise GranaryError(f"corpus.contexts={cfg.corpus.contexts}: it must be at least 1, or null for all")
+        if cfg.tokenise_workers is not None and cfg.tokenise_workers < 0:
+            raise GranaryError(f"tokenise_workers={cfg.tokenise_workers}: it must be at least 0, or null")
+        tokenizer = load_tokenizer(cfg.model.path, cfg.model.revision)
+        identity = model_identity(cfg.model.path, cfg.model.revision, cfg.model.dtype.value)
+        return cls(cfg, config, hooks, identity, tokenizer, open_corpus(cfg.corpus))
+
+    @property
+    def isolated(self) -> bool:
+        return self.cfg.packing.mode is PackingMode.isolated
+
+    @property
+    def batch_contexts(self) -> int:
+        chosen = self.cfg.batch_contexts
+        default = default_batch_contexts(self.cfg.packing.seq_len, self.cfg.store.shard_contexts)
+        return default if chosen is None else min(chosen, self.cfg.store.shard_contexts)
+
+    @property
+    def _quantisation(self) -> dict[str, str]:
+        scheme = self.cfg.model.quantisation
+        return {} if scheme is None else {"quantisation": scheme}
+
+    @property
+    def depth(self) -> tuple[int, bool]:
+        """(layers to load, whether the last of them needs its MLP)."""
+        return needed_depth(self.hooks)
+
+    @cached_property
+    def special(self) -> SpecialIds:
+        special = special_ids(self.tokenizer)
+        if special.bos is None and self.cfg.packing.bos is not BosPlacement.none:
+            log.info("the tokenizer has no BOS token: documents start without one")
+        return special
+
+    @cached_property
+    def packer(self) -> Packer:
+        return Packer.from_config(self.cfg.packing, self.special)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        return self.corpus.fingerprint()
+
+    @property
+    def window_bytes(self) -> int | None:
+        """Of store.window; raises GranaryError for what is no size."""
+        window = self.cfg.store.window
+        return None if window is None else parse_bytes(window)
+
+    def store_plan(self, num_contexts: int) -> StorePlan:
+        """The store's plan once the number of contexts is known."""
+        cfg, packing = self.cfg, self.cfg.packing
+        return StorePlan(
+            num_contexts=num_contexts,
+            seq_len=packing.seq_len,
+            hooks={str(hook): self.config.hidden_size for hook in self.hooks},
+            dtype=cfg.store.dtype,
+            shard_contexts=cfg.store.shard_contexts,
+            chunk_tokens=cfg.store.chunk_tokens,
+            codec=cfg.store.codec,
+            heldout_fraction=cfg.store.heldout_fraction,
+            heldout_placement=cfg.store.heldout_placement.value,
+            provenance={
+                "model": {**self.identity, **self._quantisation},
+                "tokenizer": {"hash": tokenizer_hash(self.tokenizer), "special_ids": self.special.to_dict()},
+                "corpus": {
+                    "description": self.corpus.description,
+                    "fingerprint": self.fingerprint,
+                    "contexts": cfg.corpus.contexts,
+                    "shuffle_seed": cfg.seed if cfg.corpus.shuffle else None,
+                    "shuffle_window": cfg.corpus.shuffle_window if cfg.corpus.shuffle else None,
+                },
+                "packing": {
+                    "mode": packing.mode.value,
+                    "bos": packing.bos.value,
+                    "long_documents": packing.long_documents.value,
+                    "drop_last": packing.drop_last,
+                    "mask_special": packing.mask_special,
+                },
+                "batch_contexts": self.batch_contexts,
+            },
+            versions=self._versions(),
+        )
+
+    def _versions(self) -> dict[str, str]:
+        """What was used and does not belong to the identity; the last bits of floats may depend on it."""
+        packages = ("granary", "torch", "transformers", "tokenizers", "numpy")
+        return {
+            **{package: version(package) for package in packages},
+            "python": platform.python_version(),
+            "model_path": str(resolve_model(self.cfg.model.path, self.cfg.model.revision).absolute()),
+        }
+
+
+def check_length(job: HarvestJob, num_contexts: int) -> None:
+    """Raise GranaryError when the corpus gave `num_contexts` contexts and that is none, or fewer than asked."""
+    asked, seq_len = job.cfg.corpus.contexts, job.cfg.packing.seq_len
+    if num_contexts == 0:
+        raise GranaryError(f"the corpus ({job.corpus.description}) fills no context of {seq_len} tokens")
+    if asked is not None and num_contexts < asked:
+        raise GranaryError(
+            f"the corpus ends early: it fills {num_contexts} contexts of {seq_len} tokens, {asked} were asked for:"
+            f" set corpus.contexts={num_contexts}, or null for all there are"
+        )
+
+
+def staging_dtype(plan: StorePlan, model_dtype: torch.dtype) -> torch.dtype:
+    """What the forward leaves for the store: the stored type, or the model's where the store quantises."""
+    return model_dtype if plan.dtype == "int8" else storage_type(plan.dtype).storage
+
+
+def announce(job: HarvestJob, plan: StorePlan, *, committed: int, device: torch.device, free: int | None) -> None:
+    """Log what will be written; raises GranaryError when it does not fit into `free` bytes (None: unknown).
+
+    `committed` is the number of contexts that the store holds already.
+    """
+    layers, total = job.depth[0], job.config.num_hidden_layers
+    size = sum(plan.context_bytes(hook) for hook in plan.hooks)
+    needed = bytes_planned(plan) - committed * (size + 9 * plan.seq_len)
+    window = None if job.window_bytes is None else WindowPlan.of(plan, job.window_bytes)
+    if window is not None:
+        kept = bytes_planned(plan) - (plan.num_shards - len(plan.heldout_shards)) * shard_bytes(plan)
+        needed = min(needed, kept + window.window_bytes)
+    if free is not None and needed > free:
+        raise GranaryError(
+            f"{job.cfg.store.url} needs {human_bytes(needed)}, but only {human_bytes(free)} are free:"
+            " choose another store.url, fewer corpus.contexts or hooks, or store.dtype=int8"
+        )
+    staging = min(STAGING_SETS, plan.num_shards) * plan.shard_contexts * size
+    room = "" if free is None else f" of {human_bytes(free)} free"
+    weights = "" if job.cfg.model.quantisation is None else f" with {job.cfg.model.quantisation} weights"
+    lines = {
+        "model": f"{job.identity['id']}, {job.identity['dtype']}{weights} on {device}, {layers} of {total} layers",
+        "hooks": f"{describe_hooks(job.hooks)}; d_model {job.config.hidden_size}",
+        "corpus": job.corpus.description,
+        "contexts": f"{plan.num_contexts:,} x {plan.seq_len:,} = {plan.num_contexts * plan.seq_len:,} tokens,"
+        f" {job.cfg.packing.mode.value} documents, {job.batch_contexts} per forward",
+        "shards": f"{plan.num_shards:,} of {plan.shard_contexts} contexts, {len(plan.heldout_shards)} held out;"
+        f" {plan.dtype}, codec {plan.codec}",
+        "to write": f"{human_bytes(needed)}{room}, staging memory {human_bytes(staging)} per writer",
+        "store": job.cfg.store.url,
+    }
+    if window is not None:
+        lines["window"] = (
+            f"at most {human_bytes(window.window_bytes)} ahead of training, in {window.num_blocks:,} blocks; start"
+            " training on the store while this runs"
+        )
+    if committed:
+        lines["resuming"] = f"{committed:,} contexts are in the store already"
+    for name, text in lines.items():
+        log.info("%-9s %s", name, text)
+
+
+def human_bytes(count: float) -> str:
+    """``12.3 GB`` in powers of 1000."""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} PB"
+
+
+def next_command(cfg: HarvestSchema) -> str:
+    """The training command for the store that was written."""
+    if os.path.normpath(cfg.store.url) == os.path.normpath(os.path.join(cfg.run_dir, "store")):
+        return f"python -m stage_train run_dir={cfg.run_dir}"
+    return f"python -m stage_train run_dir={cfg.run_dir} store.url={cfg.store.url}"

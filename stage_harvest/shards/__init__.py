@@ -1,0 +1,1 @@
+"""From contexts of token ids to committed shards of activations."""

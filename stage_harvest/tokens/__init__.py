@@ -1,0 +1,1 @@
+"""From documents to packed contexts of token ids."""

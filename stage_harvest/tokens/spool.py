@@ -1,0 +1,83 @@
+"""Tokens on local disk until the store has them: packed contexts, and encoded documents for the run after a kill."""
+
+import errno
+import fcntl
+import hashlib
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from shared.basics.errors import GranaryError
+from stage_harvest.tokens.packing import Context
+
+FIELDS = (("tokens", np.int32), ("mask", np.bool_), ("segments", np.int32))
+
+
+class Spool:
+    """A folder with three growing files, memory-mapped as [S, T] once filled, and one for encoded documents.
+
+    A context manager: leaving it without an error removes the folder; after an error the encoded documents stay for
+    the next run.
+    """
+
+    def __init__(self, seq_len: int, place: str, owner: str) -> None:
+        """The folder is made in `place`, under a name that `owner` (the store's URL) decides.
+
+        Raises GranaryError if it can't be made, or if another process is using it.
+        """
+        self.seq_len = seq_len
+        self.num_contexts = 0
+        self.folder = Path(place) / f"spool-{hashlib.sha256(owner.encode()).hexdigest()[:12]}"
+        self.encoded = self.folder / "encoded"
+        """Where encoded documents are kept (see `stage_harvest.tokens.encoder`)."""
+        self._packed = self.folder / "packed"
+        try:
+            self.encoded.mkdir(parents=True, exist_ok=True)
+            self._lock = (self.folder / "lock").open("w")
+        except OSError as error:
+            raise GranaryError(f"no spool folder under {place}: {error.strerror}; set spool_dir=...") from error
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno == errno.EWOULDBLOCK:  # any other: a file system without locks
+                self._lock.close()
+                raise GranaryError(f"another harvest is tokenising for {owner}: wait for it, or stop it") from error
+        shutil.rmtree(self._packed, ignore_errors=True)
+        self._packed.mkdir()
+
+    def fill(self, contexts: Iterable[Context]) -> None:
+        """Append all of `contexts`; raises GranaryError when the disk is full."""
+        streams = [(self._packed / name).open("ab") for name, _ in FIELDS]
+        try:
+            for context in contexts:
+                for stream, row in zip(streams, context, strict=True):
+                    stream.write(row.tobytes())
+                self.num_contexts += 1
+            for stream in streams:
+                stream.close()
+        except OSError as error:
+            raise GranaryError(f"spooling tokens to {self.folder}: {error.strerror}; set spool_dir=...") from error
+        finally:
+            for stream in streams:
+                stream.close()
+
+    def array(self, name: str) -> npt.NDArray[Any]:
+        """``tokens``, ``mask`` or ``segments`` as a read-only [S, T] memory map."""
+        return np.memmap(
+            self._packed / name, dtype=dict(FIELDS)[name], mode="r", shape=(self.num_contexts, self.seq_len)
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        keep = error is not None and any(self.encoded.glob("*.npy"))
+        shutil.rmtree(self._packed if keep else self.folder, ignore_errors=True)
+        self._lock.close()

@@ -1,0 +1,1 @@
+"""What a run reads: stores, statistics, the stream of batches."""

@@ -1,0 +1,168 @@
+"""What the runs of a job read: the tokens that were chosen before anything is claimed, and the inputs once it is."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from shared.basics.errors import GranaryError
+from shared.parallel import World, barrier
+from shared.sae.sites import Sites
+from shared.store import HookStatistics
+from stage_train.config import BufferPlace, OnDamage, TrainSchema
+from stage_train.data.blocks import WindowReader, windowed
+from stage_train.data.outliers import DroppedRows, drop_outliers, norm_bounds
+from stage_train.data.sites import site_formats
+from stage_train.data.stores import PinnedStore, combined_statistics
+from stage_train.data.stream import StreamOrder, TokenStream, TrainingData
+from stage_train.data.stream.sample import sample_tokens
+from stage_train.data.stream.stream import side_by_side
+
+# Tokens that the initialisation looks at.
+SAMPLE_TOKENS = 8192
+GIB = 1 << 30
+
+
+def order_of(cfg: TrainSchema) -> StreamOrder:
+    """The order that a configuration asks for."""
+    return StreamOrder(
+        batch_size=cfg.stream.batch_size,
+        seed=cfg.seed if cfg.stream.seed is None else cfg.stream.seed,
+        lanes=cfg.stream.lanes,
+        mix_contexts=cfg.stream.mix_contexts,
+        drop_last=cfg.stream.drop_last,
+    )
+
+
+def skips_damaged(cfg: TrainSchema) -> bool:
+    """Whether contexts that cannot be read are left out."""
+    return cfg.stream.on_damage is OnDamage.skip
+
+
+@dataclass(frozen=True)
+class PinnedTokens:
+    """The tokens of the pinned stores that are trained on. Choosing them reads, and changes nothing on disk."""
+
+    stores: tuple[PinnedStore, ...]
+    data: TrainingData
+    blocks: WindowReader | None
+    """Where the store has a window."""
+    dropped: tuple[DroppedRows, ...] | None
+    """Outliers, per store; None where none are looked for."""
+
+    @classmethod
+    def choose(cls, cfg: TrainSchema, stores: Sequence[PinnedStore], sites: Sequence[Sites], world: World) -> Self:
+        """All trainable tokens but the outliers. Raises GranaryError for what can't be read, or not in this way."""
+        multiple = cfg.stream.max_norm_multiple
+        blocks = windowed(stores, multiple)
+        data = TrainingData([part.slice for part in stores], blocks)
+        if multiple is None:
+            return cls(tuple(stores), data, blocks, None)
+        sides = list(dict.fromkeys(one.reads for one in sites))
+        if len(sides) > 1:
+            raise GranaryError(
+                f"stream.max_norm_multiple={multiple} drops other tokens at {' and at '.join(map(', '.join, sides))}: "
+                "train these hooks one after the other, or set it to null"
+            )
+        names = list(dict.fromkeys(name for one in sites for name in one.names))
+        bounds = norm_bounds(stores, sides[0], multiple)
+        dropped = drop_outliers(data, stores, bounds, names, world, skip_damaged=skips_damaged(cfg))
+        return cls(tuple(stores), data, blocks, tuple(dropped))
+
+    def statistics(self, site: str) -> HookStatistics:
+        """Of the tokens that training reads; with a window, of the first block's."""
+        parts = [part.store.statistics(site, part.measured_shards) for part in self.stores]
+        if self.dropped is not None:
+            parts = [rows.taken_from(site, whole) for rows, whole in zip(self.dropped, parts, strict=True)]
+        return combined_statistics(self.stores, parts)
+
+
+class TrainingInputs:
+    """The activations of some sites as the groups ``store`` and ``stream`` of a configuration describe them."""
+
+    def __init__(self, cfg: TrainSchema, world: World, tokens: PinnedTokens, names: Iterable[str]) -> None:
+        """`names` are all sites that any run reads or writes. Raises GranaryError where statistics can't be read."""
+        self.cfg, self.world = cfg, world
+        self.stores, self.data, self.blocks = tokens.stores, tokens.data, tokens.blocks
+        self.formats = site_formats(names, self.stores)
+        """Width and the dtype that is read, of every site."""
+        self.order = order_of(cfg)
+        self._statistics = {site: tokens.statistics(site) for site in self.formats}
+        self._samples: dict[tuple[tuple[str, ...], int], dict[str, Tensor]] = {}
+
+    @classmethod
+    def open(
+        cls,
+        cfg: TrainSchema,
+        world: World,
+        tokens: PinnedTokens,
+        names: Iterable[str],
+        *,
+        claim: tuple[str, str],
+        stream: Mapping[str, Any] | None,
+    ) -> Self:
+        """Claim a windowed store for `claim` (run id, folder), which goes on from the state `stream`, and wait for it.
+
+        Raises GranaryError where another run reads the store, or what this one needs is deleted already.
+        """
+        if tokens.blocks is not None:
+            if world.is_main:
+                tokens.blocks.begin(*claim, stream)
+            barrier()
+            tokens.blocks.wait(0)
+        return cls(cfg, world, tokens, names)
+
+    def statistics(self, site: str) -> HookStatistics:
+        """Of the tokens that training reads."""
+        return self._statistics[site]
+
+    def sample(self, sites: Sites, seed: int) -> tuple[Tensor, Tensor]:
+        """A few thousand tokens: x [M, d_in] and y [M, d_out], float32, row i the same token in both.
+
+        The sites of a side lie side by side; for an autoencoder y is x itself. What is read is kept until
+        `forget_samples`.
+        """
+        key = sites.names, seed
+        if key not in self._samples:
+            formats = {name: self.formats[name] for name in sites.names}
+            self._samples[key] = sample_tokens(
+                self.data, formats, SAMPLE_TOKENS, seed, skip_damaged=skips_damaged(self.cfg)
+            )
+        x = side_by_side(self._samples[key], sites.reads)
+        return x, x if sites.is_autoencoder else side_by_side(self._samples[key], sites.writes)
+
+    def forget_samples(self) -> None:
+        """Free their memory, when all runs have their first weights."""
+        self._samples.clear()
+
+    def open_stream(self, rank: int, world: int, end: tuple[int, int]) -> TokenStream:
+        """The batches of share `rank` of `world` shares of the lanes, up to (epoch, batch) `end`."""
+        stream = TokenStream(
+            self.data,
+            self.formats,
+            self.order,
+            rank=rank,
+            world=world,
+            device=self.world.device,
+            io_threads=self.cfg.stream.io_threads,
+            prefetch_bytes=int(self.cfg.stream.prefetch_gib * GIB),
+            pool_device=self._pool_device(world),
+            skip_damaged=skips_damaged(self.cfg),
+        )
+        stream.stop_at(*end)
+        return stream
+
+    def _pool_device(self, stream_world: int) -> torch.device:
+        """Where contexts are mixed: on the GPU where it is asked for, or where they fit easily."""
+        place, device = self.cfg.stream.buffer, self.world.device
+        if place is BufferPlace.device and device.type != "cuda":
+            raise GranaryError(f"stream.buffer=device needs a GPU, the device is {device.type}: use auto or host")
+        if device.type != "cuda" or place is BufferPlace.host:
+            return torch.device("cpu")
+        context_bytes = self.data.seq_len * sum(width * dtype.itemsize for width, dtype in self.formats.values())
+        most = context_bytes * self.order.lanes * self.order.mix_contexts // stream_world
+        most += int(self.cfg.stream.prefetch_gib * GIB) // stream_world
+        free, _ = torch.cuda.mem_get_info(device)
+        return device if place is BufferPlace.device or most <= free // 4 else torch.device("cpu")

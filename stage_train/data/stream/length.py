@@ -1,0 +1,65 @@
+"""How many batches a number of tokens or epochs is."""
+
+from dataclasses import dataclass
+
+from shared.basics.errors import GranaryError
+from stage_train.data.stream.data import TrainingData
+from stage_train.data.stream.epoch import EpochPlan, StreamOrder
+
+
+@dataclass(frozen=True, slots=True)
+class StreamLength:
+    """The length of a run."""
+
+    steps: int
+    """Batches."""
+    tokens: int
+    """Tokens in them."""
+    end: tuple[int, int]
+    """(epoch, batch) of the first batch that is not read any more."""
+
+
+def stream_length(
+    data: TrainingData, order: StreamOrder, *, tokens: int | None = None, epochs: float | None = None
+) -> StreamLength:
+    """The fewest whole batches that hold `tokens` tokens, or `epochs` passes over the data.
+
+    Raises GranaryError unless exactly one of the two is given and positive, and for more than data in blocks hold.
+    """
+    if (tokens is None) == (epochs is None):
+        raise GranaryError("give one of schedule.tokens and schedule.epochs, and set the other to null")
+    asked = tokens if tokens is not None else epochs
+    if asked is None or asked <= 0:
+        raise GranaryError(f"schedule.{'epochs' if tokens is None else 'tokens'}={asked}: it must be above 0")
+    if data.num_blocks is not None:
+        if epochs is not None:
+            tokens, epochs = round(epochs * data.num_tokens), None
+        assert tokens is not None
+        if tokens > data.num_tokens:
+            raise GranaryError(
+                f"the store has store.window and can be read once: {tokens:,} tokens are asked for, it has "
+                f"{data.num_tokens:,}: lower schedule.tokens, or set schedule.epochs=1 and schedule.tokens=null"
+            )
+    steps = seen = epoch = 0
+    while True:
+        if data.num_blocks == epoch:  # drop_last left out a few
+            return StreamLength(steps, seen, (epoch, 0))
+        plan = EpochPlan(data.counts, data.rows_of_epoch(order.seed, epoch), order, epoch)
+        given = min(plan.num_batches * order.batch_size, plan.num_tokens)
+        if not plan.num_batches:
+            raise GranaryError(
+                f"an epoch has {plan.num_tokens} tokens, fewer than one batch of {order.batch_size}: "
+                "use a smaller stream.batch_size or stream.drop_last=false"
+            )
+        if tokens is not None:
+            wanted = min(tokens - seen, given)
+        else:
+            assert epochs is not None
+            wanted = round(min(epochs - epoch, 1.0) * given)
+        batches = -(-wanted // order.batch_size)
+        steps += batches
+        seen += min(batches * order.batch_size, given)
+        last = batches < plan.num_batches
+        if (tokens is not None and seen >= tokens) or (epochs is not None and epoch + 1 >= epochs):
+            return StreamLength(steps, seen, (epoch, batches) if last else (epoch + 1, 0))
+        epoch += 1

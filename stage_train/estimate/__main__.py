@@ -1,0 +1,110 @@
+"""``python -m stage_train.plan d_model=4096 nproc=8 sae.k=64 ...``: what the run with these overrides will need."""
+
+import importlib
+import json
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_module
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from shared.basics.errors import GranaryError
+from shared.launch.stage import describe_config_error, fail
+from stage_train.config import TrainSchema, register
+from stage_train.estimate.config import PlanSchema, split_overrides
+
+# Tried in this order where a plan does not fit.
+ALTERNATIVES = (
+    ["optim.moments=bfloat16"],
+    ["parallel=latent"],
+    ["parallel=fsdp"],
+    ["parallel=latent", "optim.moments=bfloat16"],
+)
+# What training imports while it runs, beside stage_train.job.
+LATER_IMPORTS = ("stage_train.step.layouts.fsdp", "stage_train.step.layouts.latent")
+
+
+def training_config(overrides: Sequence[str]) -> TrainSchema:
+    """As ``python -m stage_train`` composes it."""
+    # Hydra's own node, which names the output folder, is not there: nothing is written.
+    cfg = compose("train", overrides=["out_dir=${run_dir}/sae", *overrides])
+    filled: Any = OmegaConf.to_object(cfg)
+    assert isinstance(filled, TrainSchema)
+    return filled
+
+
+def resident_bytes() -> int:
+    """Memory of this process, which has imported what training imports."""
+    status = Path("/proc/self/status")
+    found = re.search(r"VmRSS:\s+(\d+) kB", status.read_text()) if status.is_file() else None
+    return int(found[1]) * 1024 if found else 0
+
+
+def smaller_batches(rows: int) -> list[list[str]]:
+    """Micro-batches of a half, a quarter, ... of the rows."""
+    sizes = [rows >> halvings for halvings in range(1, 8)]
+    return [[f"optim.micro_batch={size}"] for size in sizes if size >= 128]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Print the plan; status 2 and one line on stderr when a rank's memory is not enough or the run makes no sense."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    register()
+    try:
+        with initialize_config_module("conf", version_base="1.3"):
+            options, overrides = split_overrides(given)
+            run(options, overrides)
+    except GranaryError as error:
+        fail(str(error))
+    except (HydraException, OmegaConfBaseException) as error:
+        fail(describe_config_error(error))
+
+
+def run(options: PlanSchema, overrides: Sequence[str]) -> None:
+    """`overrides` are training's."""
+    cfg = training_config(overrides)
+    from stage_train.data.inputs import GIB
+    from stage_train.estimate.job import find_data, make_job  # torch, and all that training imports
+    from stage_train.estimate.pace import find_pace
+    from stage_train.estimate.report import Plan, as_json, make_plan, table
+
+    for name in LATER_IMPORTS:
+        importlib.import_module(name)
+    fixed = resident_bytes()
+    data = find_data(cfg, options)
+    job = make_job(cfg, options, data)
+    plan = make_plan(job, find_pace(cfg, options, job), fixed)
+    if options.json:
+        print(json.dumps(as_json(plan)))  # noqa: T201
+    else:
+        print(table(plan, options.memory_gib, options.disk_mb_s))  # noqa: T201
+    if options.memory_gib is None or plan.total <= options.memory_gib * GIB:
+        return
+
+    def bytes_with(changes: Sequence[str]) -> int | None:
+        """Of the same plan with other overrides; None where they make no sense."""
+        try:
+            other = make_job(training_config([*overrides, *changes]), options, data)
+        except GranaryError:
+            return None
+        changed: Plan = make_plan(other, plan.pace, fixed)
+        return changed.total
+
+    advice = "take more ranks, fewer latents, or a larger memory"
+    for changes in [*smaller_batches(job.rows), *ALTERNATIVES]:
+        needed = bytes_with(changes)
+        if needed is not None and needed <= options.memory_gib * GIB:
+            advice = f"{' '.join(changes)} takes {needed / GIB:.2f} GiB"
+            break
+    raise GranaryError(
+        f"a rank needs {plan.total / GIB:.2f} GiB, memory_gib={options.memory_gib:g} (peak: {plan.phase}): {advice}"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,119 @@
+"""How fast a run goes, how long it takes, and what it reads meanwhile."""
+
+import time
+from dataclasses import dataclass
+
+import torch
+
+from shared.basics.errors import GranaryError
+from shared.sae.learn.objective import Objective
+from shared.sae.optim import make_optimiser
+from shared.sae.variants import VARIANTS
+from shared.sae.variants.one_group import OneGroup
+from stage_train.config import TrainSchema
+from stage_train.estimate.config import PlanSchema
+from stage_train.estimate.job import PlannedRun
+from stage_train.step.optimiser import optimiser_config
+
+# Time of a sparse step over that of the encoder's product alone: the worse of README.md's two, on a CPU.
+# The dense losses are products nearly throughout.
+SPARSE_STEP, DENSE_STEP = 1.75, 1.2
+MEASURED_STEPS = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pace:
+    """Speed and time of a run."""
+
+    flop_per_token: float
+    """Of the matrix products that nothing can avoid."""
+    tokens_per_s: float | None
+    """All ranks together; None where nothing says it."""
+    basis: str
+    """Where it comes from."""
+    read_bytes_per_token: float
+    """Once."""
+    reads: float
+    """Times that a token is read, all machines together: by each rank of a latent group; once per machine where the
+    page cache of a local store gives it to the others."""
+    nodes: int
+
+    def seconds(self, tokens: int) -> float | None:
+        """Of a run of `tokens`."""
+        return None if self.tokens_per_s is None else tokens / self.tokens_per_s
+
+    @property
+    def read_mb_s(self) -> float | None:
+        """That each machine must read, MB (10^6) per second."""
+        return (
+            None
+            if self.tokens_per_s is None
+            else self.tokens_per_s * self.read_bytes_per_token * self.reads / self.nodes / 1e6
+        )
+
+    def tokens_per_s_of_disk(self, mb_s: float) -> float:
+        """At which a disk or network of `mb_s` per machine feeds the run."""
+        return mb_s * 1e6 * self.nodes / (self.read_bytes_per_token * self.reads)
+
+
+def flop_per_token(job: PlannedRun) -> float:
+    """The encoder's product, ``2 F D``; the dense losses have five more of that size: decoding and four gradients."""
+    return (2 if job.sparse else 12) * job.all_latents * job.d_model
+
+
+def find_pace(cfg: TrainSchema, options: PlanSchema, job: PlannedRun) -> Pace:
+    """From what the options say or measure. Raises GranaryError for a speed that is not positive."""
+    for name in ("tokens_per_s", "tflops", "disk_mb_s", "memory_gib"):
+        value = getattr(options, name)
+        if value is not None and not value > 0:
+            raise GranaryError(f"{name}={value}: must be above 0, or null")
+    flop = flop_per_token(job)
+    speed, basis = options.tokens_per_s, "as given"
+    if speed is None and options.measure:
+        speed = job.batch_tokens / measured_seconds(cfg, job)
+        basis = f"{MEASURED_STEPS} steps of one rank's part on this machine, no messages between ranks"
+    elif speed is None and options.tflops is not None:
+        factor = SPARSE_STEP if job.sparse else DENSE_STEP
+        speed = options.tflops * 1e12 * job.ranks / (flop * factor)
+        basis = f"assumed: {options.tflops:g} TFLOP/s per rank, a step {factor:g} x its products, no messages"
+    if speed is None:
+        basis = "give tokens_per_s=..., tflops=... of a rank, or measure=true"
+    remote = options.d_model is None and "://" in cfg.store.url
+    return Pace(
+        flop_per_token=flop,
+        tokens_per_s=speed,
+        basis=basis,
+        read_bytes_per_token=job.data.bytes_per_token,
+        reads=job.parts if remote else max(1.0, job.parts / cfg.nproc),
+        nodes=options.nodes,
+    )
+
+
+def measured_seconds(cfg: TrainSchema, job: PlannedRun) -> float:
+    """Median time of an optimiser step of one rank's rows and latents, random ones, on this machine."""
+    if job.cuda and not torch.cuda.is_available():
+        raise GranaryError("measure=true with device.name=cuda, but torch sees no CUDA device: give tflops=... instead")
+    device = torch.device("cuda" if job.cuda else "cpu")
+    generator = torch.Generator().manual_seed(cfg.seed)
+    made = VARIANTS[job.config.kind]
+    assert issubclass(made, OneGroup)
+    dictionary = made(
+        job.config,
+        num_latents=job.computed_latents,
+        generator=generator,
+        kernels=cfg.compute.kernels,
+        compute_dtype=cfg.compute.dtype,
+    ).to(device)
+    objective = Objective(dictionary, job.learning)
+    optimiser = make_optimiser(dictionary, optimiser_config(cfg.optim, job.config), pair_gradients=job.pairs_kept)
+    objective.pair_gradients = optimiser.pairs if job.pairs_kept else None
+    rows_N_D = torch.randn(job.rows, job.d_model, generator=generator).to(device)
+    seconds = []
+    for _ in range(MEASURED_STEPS + 1):
+        begin = time.perf_counter()
+        optimiser.zero_grad()
+        for part in rows_N_D.tensor_split(job.micro_batches):
+            torch.autograd.backward(objective.losses(part).total * (len(part) / job.rows))
+        float(optimiser.step())  # waits for the device
+        seconds.append(time.perf_counter() - begin)
+    return sorted(seconds[1:])[MEASURED_STEPS // 2]

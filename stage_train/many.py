@@ -1,0 +1,107 @@
+"""Many SAEs from one pass over a store: gather the runs of a sweep, then train them in one process group.
+
+    python -m stage_train -m packed=true sae.k=32,64 sae.expansion=8,32
+
+writes the resolved configurations of its runs to ``packed.yaml`` in the sweep's folder, and starts
+
+    python -m stage_train.packed runs/demo/sweep/packed.yaml
+
+on nproc processes. A list that is no grid, or several machines, take the second form by hand, under torchrun. Imports
+nothing heavy until then.
+"""
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from shared.basics.errors import GranaryError
+from shared.launch.orphans import end_with_starter
+from shared.launch.stage import describe_config_error, fail, python_module, run_child
+from stage_train.config import TrainSchema, as_dict
+
+LIST = "packed.yaml"
+
+_gathered: dict[Path, list[TrainSchema]] = {}
+"""Runs noted so far, by the folder of their sweep."""
+
+
+def gather(cfg: TrainSchema) -> None:
+    """Take note of one run of a sweep. Raises GranaryError where there is no sweep to wait for."""
+    job = HydraConfig.get()
+    if job.mode is not RunMode.MULTIRUN or "RANK" in os.environ:
+        raise GranaryError(
+            "packed=true trains the runs of a sweep together, in processes that it starts: add -m, give nproc=N, and "
+            "leave out torchrun and hydra/launcher=slurm"
+        )
+    _gathered.setdefault(Path(job.sweep.dir), []).append(cfg)
+
+
+def train_gathered() -> None:
+    """Train what was noted, if anything was, in a child process or several."""
+    for folder, cfgs in _gathered.items():
+        path = folder / LIST
+        OmegaConf.save(OmegaConf.create([as_dict(cfg) for cfg in cfgs]), path)
+        run_child([*python_module(cfgs[0].nproc), "stage_train.packed", str(path)])
+
+
+def read_list(path: Path) -> list[TrainSchema]:
+    """The configurations in a file: a YAML list whose entries are as ``train.yaml`` in a run's folder.
+
+    Raises GranaryError for a file that is missing or not such a list, and Hydra's errors for a wrong key or value.
+    """
+    if not path.is_file():
+        raise GranaryError(f"{path} is not there: give the {LIST} of a sweep, or a list of train.yaml contents")
+    entries = OmegaConf.load(path)
+    if not OmegaConf.is_list(entries) or not len(entries):
+        raise GranaryError(f"{path} is not a list of configurations: begin each with '- ' and the keys of a train.yaml")
+    cfgs: list[Any] = [OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(TrainSchema), e)) for e in entries]
+    return cfgs
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """``python -m stage_train.packed FILE``."""
+    parser = argparse.ArgumentParser(
+        prog="python -m stage_train.packed", description="Train the SAEs that a file lists from one pass over a store."
+    )
+    parser.add_argument("file", type=Path, help=f"{LIST} of a sweep with packed=true")
+    path: Path = parser.parse_args(arguments).file
+    end_with_starter()
+    try:
+        cfgs = read_list(path)
+        _log_to(path.with_suffix(".log"))
+        from stage_train.job import train
+
+        train(cfgs)
+    except GranaryError as error:
+        fail(str(error))
+    except OmegaConfBaseException as error:
+        fail(f"{path}: {describe_config_error(error)}")
+    except KeyboardInterrupt:
+        sys.exit(130)  # the command that the user gave says what to do
+
+
+def _log_to(file: Path) -> None:
+    """One line per event on stderr, the same with times in `file`; warnings alone on secondary ranks."""
+    rank = os.environ.get("RANK", "0")
+    console = logging.StreamHandler()
+    if rank != "0":
+        console.setFormatter(logging.Formatter(f"rank {rank}: %(message)s"))
+        logging.basicConfig(level=logging.WARNING, handlers=[console])
+        return
+    console.setFormatter(logging.Formatter("%(message)s"))
+    timed = logging.FileHandler(file)
+    timed.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[console, timed])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,60 @@
+"""``curves.png``: how a training run went, from its metrics.jsonl."""
+
+from pathlib import Path
+from typing import Any
+
+from stage_train.show.loggers import read_metrics
+
+PANELS = {
+    "loss": "loss",
+    "fvu": "FVU (training batches)",
+    "l0": "L0",
+    "dead_fraction": "dead share",
+    "lr": "learning rate",
+    "grad_norm": "gradient norm",
+    "tokens_per_s": "tokens/s",
+    "wait_share": "share of time waiting for data",
+}
+LOGARITHMIC = {"loss", "fvu", "grad_norm"}
+SHARES = {"dead_fraction", "wait_share"}
+
+
+def draw_curves(folder: Path) -> Path | None:
+    """Draw the curves of a run folder and return the picture; None with fewer than two logging steps."""
+    lines = read_metrics(folder)
+    if len(lines) < 2:
+        return None
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(15, 6), layout="constrained")
+    FigureCanvasAgg(figure)
+    tokens = [line["tokens"] for line in lines]
+    for axes, (name, title) in zip(figure.subplots(2, 4).flat, PANELS.items(), strict=True):
+        axes.plot(tokens, [line[name] for line in lines], linewidth=1.2)
+        axes.set_title(title)
+        axes.set_xlabel("tokens")
+        axes.grid(alpha=0.3)
+        _scale(axes, name, [line[name] for line in lines])
+    path = folder / "curves.png"
+    figure.savefig(path, dpi=110)
+    return path
+
+
+def _scale(axes: Any, name: str, values: list[float]) -> None:
+    """Axes that a reader takes in at a glance: 200k tokens, 0.02, 5 %."""
+    from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter, PercentFormatter, StrMethodFormatter
+
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    if name in LOGARITHMIC and min(values) > 0:
+        axes.set_yscale("log")
+        axes.set_ylim(min(values) / 1.1, max(values) * 1.1)
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:.3g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+        return
+    axes.set_ylim(0, 1.1 * max(values) or 0.01)
+    if name in SHARES:
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+    elif name == "tokens_per_s":
+        axes.yaxis.set_major_formatter(EngFormatter(sep=""))

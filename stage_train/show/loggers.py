@@ -1,0 +1,129 @@
+"""Where metrics go: always ``metrics.jsonl``, by choice TensorBoard and Weights & Biases."""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Protocol
+
+from shared.basics.errors import GranaryError
+from stage_train.config import LoggerKind, LoggerSchema
+
+METRICS = "metrics.jsonl"
+Metrics = Mapping[str, float | int]
+
+
+class Logger(Protocol):
+    """Takes one set of metrics per logging step."""
+
+    def write(self, metrics: Metrics) -> None:
+        """Record metrics; "step" is among them."""
+
+    def close(self) -> None:
+        """Flush and release."""
+
+
+class JsonlLogger:
+    """One JSON object per line and logging step."""
+
+    def __init__(self, folder: Path, first_step: int) -> None:
+        """Lines of steps after `first_step`, left by a run that went on after its last checkpoint, are removed."""
+        path = folder / METRICS
+        kept = [line for line in read_metrics(folder) if line["step"] <= first_step] if first_step else []
+        aside = path.with_suffix(".partial")
+        aside.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        aside.replace(path)
+        self._file = path.open("a")
+
+    def write(self, metrics: Metrics) -> None:
+        """Append one line, visible to readers at once."""
+        self._file.write(json.dumps(metrics) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """To the disk."""
+        os.fsync(self._file.fileno())
+        self._file.close()
+
+
+class TensorBoardLogger:
+    """Scalars under ``tensorboard/``."""
+
+    def __init__(self, folder: Path, first_step: int) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise GranaryError(
+                "logger.kinds=[tensorboard] needs tensorboard: pip install 'granary[tensorboard]'"
+            ) from error
+        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step or None)
+
+    def write(self, metrics: Metrics) -> None:
+        """One scalar per metric."""
+        for name, value in metrics.items():
+            if name != "step":
+                self._writer.add_scalar(name, value, int(metrics["step"]))
+
+    def close(self) -> None:
+        """Flush the event file."""
+        self._writer.close()
+
+
+class WandbLogger:
+    """A Weights & Biases run, continued under the same id when training resumes."""
+
+    def __init__(self, cfg: LoggerSchema, folder: Path, run_id: str, name: str, config: Mapping[str, Any]) -> None:
+        try:
+            import wandb
+        except ImportError as error:
+            raise GranaryError("logger.kinds=[wandb] needs wandb: pip install 'granary[wandb]'") from error
+        self._run = wandb.init(
+            project=cfg.project,
+            name=name,
+            id=run_id,
+            resume="allow",
+            reinit="create_new",  # beside those of other runs in this process
+            mode=cfg.mode.value,
+            dir=folder,
+            config=dict(config),
+        )
+
+    def write(self, metrics: Metrics) -> None:
+        """One history row."""
+        self._run.log({name: value for name, value in metrics.items() if name != "step"}, step=int(metrics["step"]))
+
+    def close(self) -> None:
+        """Finish the upload, or the offline folder."""
+        self._run.finish()
+
+
+def check_loggers(cfg: LoggerSchema) -> None:
+    """Raise GranaryError naming the extra to install for a logger whose package is missing."""
+    for kind in cfg.kinds:
+        if find_spec(kind.value) is None:
+            raise GranaryError(f"logger.kinds=[{kind.value}] needs {kind.value}: pip install 'granary[{kind.value}]'")
+
+
+def make_loggers(
+    cfg: LoggerSchema, folder: Path, *, first_step: int, run_id: str, name: str, config: Mapping[str, Any]
+) -> list[Logger]:
+    """All loggers of a run. Raises GranaryError naming the extra to install when a package is missing."""
+    loggers: list[Logger] = []
+    if LoggerKind.tensorboard in cfg.kinds:
+        loggers.append(TensorBoardLogger(folder, first_step))
+    if LoggerKind.wandb in cfg.kinds:
+        loggers.append(WandbLogger(cfg, folder, run_id, name, config))
+    return [JsonlLogger(folder, first_step), *loggers]
+
+
+def read_metrics(folder: Path) -> Sequence[dict[str, Any]]:
+    """The lines of ``metrics.jsonl``, without a last one that a kill cut short; empty without the file."""
+    path = folder / METRICS
+    lines = []
+    for line in path.read_text().splitlines() if path.is_file() else []:
+        try:
+            lines.append(json.loads(line))
+        except ValueError:
+            break
+    return lines

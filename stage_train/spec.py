@@ -1,0 +1,151 @@
+"""What a run is, computed once from its configuration, the stores and the tokens that are trained on."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+
+from shared.basics.errors import GranaryError
+from shared.sae.config import DictionaryConfig
+from shared.sae.learn.config import LearningConfig
+from shared.sae.optim import OptimiserConfig
+from shared.sae.sites import Sites, SiteWidths
+from shared.sae.variants import VARIANTS
+from stage_train.config import OptimSchema, ScheduleSchema, TrainSchema, as_dict
+from stage_train.data.inputs import order_of
+from stage_train.data.sites import resolve_sites, site_formats
+from stage_train.data.stores import PinnedStore
+from stage_train.data.stream import TrainingData
+from stage_train.data.stream.length import StreamLength, stream_length
+from stage_train.show.loggers import check_loggers
+from stage_train.state.export import run_id
+from stage_train.state.identity import identity
+from stage_train.step.optimiser import optimiser_config
+from stage_train.step.schedule import (
+    LatentsPerToken,
+    LearningRate,
+    PenaltyScale,
+    length_in_steps,
+    peak_rate,
+)
+from stage_train.step.spike_guard import SpikeGuard
+from stage_train.step.trainer import Schedules
+from stage_train.step.weight_average import WeightAverage
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSpec:
+    """One run, complete: nothing of it is found out later."""
+
+    cfg: TrainSchema
+    config: Mapping[str, Any]
+    """`cfg` in plain types, as ``train.yaml`` holds it."""
+    identity: Mapping[str, Any]
+    """The keys that fix the result, under dotted names."""
+    folder: Path
+    sites: Sites
+    widths: SiteWidths
+    dictionary: DictionaryConfig
+    learning: LearningConfig
+    num_parameters: int
+    """Of encoder, decoder, biases and what the activation learns."""
+    optimiser: OptimiserConfig
+    length: StreamLength
+    schedules: Schedules
+    save_every: int
+    """Steps between checkpoints; 0 saves at the end alone."""
+
+    @classmethod
+    def resolve(cls, cfg: TrainSchema, stores: Sequence[PinnedStore], data: TrainingData) -> Self:
+        """Find out and check everything. Raises GranaryError naming the key that makes no sense; touches no disk."""
+        config = as_dict(cfg)
+        sites = resolve_sites(cfg, stores)
+        widths = sites.widths({name: width for name, (width, _) in site_formats(sites.names, stores).items()})
+        # What is wrong with the dictionary is told before what is wrong with the length.
+        cfg.sae.to_configs(cfg.variant, sites, widths)
+        length = stream_length(data, order_of(cfg), tokens=cfg.schedule.tokens, epochs=cfg.schedule.epochs)
+        dictionary, learning = cfg.sae.to_configs(cfg.variant, sites, widths, length.tokens)
+        with torch.device("meta"):
+            made = VARIANTS[dictionary.kind](dictionary, kernels=cfg.compute.kernels, compute_dtype=cfg.compute.dtype)
+        check_loggers(cfg.logger)
+        check_guards(cfg.optim)
+        return cls(
+            cfg=cfg,
+            config=config,
+            identity=identity(config),
+            folder=Path(cfg.out_dir),
+            sites=sites,
+            widths=widths,
+            dictionary=dictionary,
+            learning=learning,
+            num_parameters=sum(parameter.numel() for parameter in made.parameters()),
+            optimiser=optimiser_config(cfg.optim, dictionary),
+            length=length,
+            schedules=make_schedules(cfg.schedule, cfg.optim.lr, dictionary, length.steps),
+            save_every=length_in_steps(cfg.checkpoint.every, length.steps, "checkpoint.every"),
+        )
+
+    @property
+    def id(self) -> str:
+        """The same whenever the run is continued."""
+        return run_id(self.folder, self.identity)
+
+    @property
+    def most_on_disk(self) -> int:
+        """Bytes that checkpoints and the exported dictionary take at most."""
+        return (3 * (self.cfg.checkpoint.keep + 1) + 1) * 4 * self.num_parameters
+
+    def describe(self) -> str:
+        """The dictionary in one line."""
+        sae, learning = self.dictionary, self.learning
+        sparsity = f"k {sae.k}" if sae.k else f"penalty {learning.penalty} {learning.penalty_weight:g}"
+        return f"{sae.activation}, {sparsity}, {sae.d_latent:,} latents, {self.num_parameters:,} parameters"
+
+
+def check_guards(cfg: OptimSchema) -> None:
+    """Raise GranaryError for a weight average or a spike guard that makes no sense."""
+    if cfg.ema_decay is not None:
+        WeightAverage({}, cfg.ema_decay)
+    elif cfg.ema_export:
+        raise GranaryError("optim.ema_export=true needs optim.ema_decay, such as 0.999")
+    if cfg.spike_factor is not None:
+        SpikeGuard(cfg.spike_factor)
+
+
+def make_schedules(cfg: ScheduleSchema, lr: float | str, dictionary: DictionaryConfig, total_steps: int) -> Schedules:
+    """The schedules of a run of `total_steps`. Raises GranaryError naming the key of one that makes no sense."""
+
+    def steps(name: str) -> int:
+        return length_in_steps(getattr(cfg, name), total_steps, f"schedule.{name}")
+
+    rate = LearningRate(
+        peak=peak_rate(lr, dictionary.d_latent),
+        total_steps=total_steps,
+        warmup_steps=steps("warmup"),
+        decay_steps=steps("decay"),
+        shape=cfg.shape.value,
+        final=cfg.final,
+    )
+    k = None
+    if cfg.k_start is not None:
+        k = LatentsPerToken(
+            start=cfg.k_start,
+            end=final_k(cfg.k_start, dictionary),
+            cold_steps=steps("k_cold"),
+            warmup_steps=steps("k_warmup"),
+            shape=cfg.k_shape.value,
+        )
+    return Schedules(rate, k, PenaltyScale(warmup_steps=steps("penalty_warmup")))
+
+
+def final_k(k_start: int, dictionary: DictionaryConfig) -> int:
+    """Where k ends that begins with `k_start`. Raises GranaryError where there is no k, or not so many latents."""
+    if dictionary.k is None:
+        raise GranaryError(
+            f"schedule.k_start={k_start} with sae.activation={dictionary.activation}: it has no k; set it to null"
+        )
+    if k_start > dictionary.d_latent:
+        raise GranaryError(f"schedule.k_start={k_start} is more than the {dictionary.d_latent} latents: lower it")
+    return dictionary.k

@@ -1,0 +1,1 @@
+"""What outlives a process: checkpoints, the identity of a run, its lock, the exported dictionary."""

@@ -1,0 +1,204 @@
+"""Training state on disk: tensors by torch.distributed.checkpoint, the rest as JSON; atomic, in the background.
+
+    checkpoints/step-00001000/      one folder per kept step
+        .metadata, *.distcp         tensors, readable under any layout and number of processes
+        training.json               all that is not a tensor
+    checkpoints/latest              the name of the newest complete folder
+
+A folder is written under another name, flushed to disk, renamed, and only then pointed to: whatever is killed when,
+``latest`` names a folder that loads. A run that is to be discarded (``checkpoint.resume=never``) is moved to
+``discarded/`` beside the folder, and removed when the first checkpoint of its successor is on disk.
+"""
+
+import json
+import logging
+import os
+import shutil
+import warnings
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import AsyncSaveResponse, async_save
+from torch.distributed.tensor import DTensor
+
+from shared.basics.errors import GranaryError
+from shared.parallel import World, barrier, broadcast_object
+
+log = logging.getLogger(__name__)
+
+POINTER = "latest"
+STATE = "training.json"
+PARTIAL = ".partial"
+DISCARDED = "discarded"
+
+
+class StagingWriter(FileSystemWriter):
+    """A writer that copies the state to host memory once, and holds nothing but that copy.
+
+    torch's own staging copies every DTensor twice, and the second copies live until the garbage collector runs.
+    """
+
+    def stage(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """Called by async_save: tensors on the host, which share no memory with `state_dict`."""
+        return {name: _host_copy(tensor) for name, tensor in state_dict.items()}
+
+
+class Checkpoints:
+    """The checkpoint folder of one run."""
+
+    def __init__(self, folder: Path, *, keep: int, world: World) -> None:
+        """Raises GranaryError when `keep` is below 1."""
+        if keep < 1:
+            raise GranaryError(f"checkpoint.keep={keep}: at least one checkpoint must be kept")
+        self.folder, self.keep, self.world = folder, keep, world
+        # A group of its own: the writing thread's collectives must not mix with the training thread's.
+        self._group = dist.new_group(backend="gloo") if dist.is_initialized() else None
+        self._publisher = ThreadPoolExecutor(1, thread_name_prefix="granary-checkpoint")
+        self._pending: Future[None] | None = None
+
+    def latest(self) -> Path | None:
+        """The newest complete checkpoint, the same on every rank; None without one."""
+        return broadcast_object(newest_checkpoint(self.folder) if self.world.is_main else None)
+
+    def load(self, path: Path, tensors: dict[str, Tensor]) -> None:
+        """Fill `tensors` in place, on all ranks together. Raises GranaryError when the checkpoint lacks them."""
+        load_tensors(path, tensors, self._group)
+
+    def save(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+        """Copy the state now and write it in the background; waits first for the save before this one."""
+        self.wait()
+        final = self.folder / f"step-{step:08d}"
+        partial = final.with_name(final.name + PARTIAL)
+        if self.world.is_main:
+            for leftover in (final, *self.folder.glob(f"*{PARTIAL}")):
+                shutil.rmtree(leftover, ignore_errors=True)
+            partial.mkdir(parents=True)
+            _write_text(partial / STATE, json.dumps(state, indent=1))
+        barrier()
+        writer = StagingWriter(partial, single_file_per_rank=True, sync_files=True)
+        alone = self._group is None
+        if alone:
+            _expect_one_process()
+        future = async_save(tensors, storage_writer=writer, process_group=self._group, no_dist=alone)
+        if isinstance(future, AsyncSaveResponse):
+            future = future.upload_completion
+        self._pending = self._publisher.submit(self._publish, future, partial, final)
+
+    def wait(self) -> None:
+        """Until the last save is complete on disk and pointed to. Raises GranaryError when the disk is full."""
+        if self._pending is None:
+            return
+        pending, self._pending = self._pending, None
+        try:
+            pending.result()
+        except (CheckpointException, OSError, RuntimeError) as error:
+            why = _reason(error)
+            raise GranaryError(f"a checkpoint in {self.folder} could not be written ({why}): is there room?") from error
+        barrier()
+
+    def set_aside(self, *beside: str) -> None:
+        """Move the checkpoints, and the files named `beside` the folder, into ``discarded``.
+
+        They are removed when the first checkpoint of the run that replaces theirs is on disk.
+        """
+        if self.world.is_main and newest_checkpoint(self.folder) is not None:
+            shutil.rmtree(self.discarded, ignore_errors=True)
+            self.discarded.mkdir()
+            for name in (*beside, self.folder.name):  # the checkpoints last: until then they are the run's
+                if (self.folder.parent / name).exists():
+                    (self.folder.parent / name).rename(self.discarded / name)
+            sync_folder(self.folder.parent)
+        barrier()
+
+    @property
+    def discarded(self) -> Path:
+        """Where an earlier run lies until this one has a checkpoint."""
+        return self.folder.parent / DISCARDED
+
+    def _publish(self, written: "Future[Any]", partial: Path, final: Path) -> None:
+        written.result()
+        if not self.world.is_main:
+            return
+        sync_folder(partial)
+        partial.rename(final)
+        sync_folder(self.folder)
+        _write_text(self.folder / POINTER, final.name)
+        for old in sorted(self.folder.glob("step-*"))[: -self.keep]:
+            if old != final:
+                shutil.rmtree(old, ignore_errors=True)
+        shutil.rmtree(self.discarded, ignore_errors=True)
+
+
+def _host_copy(tensor: Tensor) -> Tensor:
+    if not isinstance(tensor, DTensor):
+        return tensor.detach().to("cpu", copy=True)
+    placed: Any = tensor.detach()  # shares memory, and has the placement that the planner of a save reads
+    placed._local_tensor = tensor.to_local().detach().to("cpu", copy=True)
+    staged: Tensor = placed
+    return staged
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The newest complete checkpoint in a folder, or None."""
+    pointer = folder / POINTER
+    return folder / pointer.read_text().strip() if pointer.is_file() else None
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """What a checkpoint holds beside tensors. Raises GranaryError when it cannot be read."""
+    try:
+        return dict(json.loads((path / STATE).read_text()))
+    except (OSError, ValueError) as error:
+        raise GranaryError(f"checkpoint {path} cannot be read ({error}): remove it, or use resume=never") from error
+
+
+def load_tensors(path: Path, tensors: dict[str, Tensor], group: dist.ProcessGroup | None = None) -> None:
+    """Fill `tensors` in place: on the ranks of `group` together, or without one on this process alone.
+
+    Raises GranaryError when the checkpoint does not hold them.
+    """
+    if group is None:
+        _expect_one_process()
+    try:
+        load(tensors, checkpoint_id=path, process_group=group, no_dist=group is None)
+    except (CheckpointException, OSError, RuntimeError, ValueError) as error:
+        why = _reason(error)
+        raise GranaryError(f"checkpoint {path} cannot be loaded ({why}): use resume=never to begin anew") from error
+
+
+def _expect_one_process() -> None:
+    """DCP warns at every call that it runs in one process: true, and meant."""
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+
+
+def _reason(error: BaseException) -> str:
+    """The first failing rank's own error, without the traceback that DCP puts around it."""
+    if isinstance(error, CheckpointException) and error.failures:
+        return str(next(iter(error.failures.values()))[0])
+    return str(error)
+
+
+def _write_text(path: Path, text: str) -> None:
+    """Atomic and durable."""
+    aside = path.with_name(path.name + PARTIAL)
+    with aside.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    aside.replace(path)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames in a folder durable."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,110 @@
+"""From a training checkpoint to an SAE that anyone can load, with a record of where it comes from."""
+
+import argparse
+import hashlib
+import json
+import logging
+import platform
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from shared.basics.errors import GranaryError
+from shared.launch.stage import fail
+from shared.sae import folder as on_disk
+from shared.sae.load import KINDS
+from shared.sae.sites import Sites
+from shared.sae.variants import VARIANTS
+from stage_train.data.stores import PinnedStore
+from stage_train.state.checkpoint import load_tensors, newest_checkpoint, read_state
+
+log = logging.getLogger(__name__)
+
+
+def provenance(
+    stores: Sequence[PinnedStore], sites: Sites, identity: Mapping[str, Any], steps: int, tokens: int
+) -> dict[str, Any]:
+    """What made the weights: model, activations, sites, configuration, length, software."""
+    first = stores[0].store.plan.provenance
+    one_hook = sites.is_autoencoder and len(sites.reads) == 1
+    where = {"hook": sites.reads[0]} if one_hook else {"reads": list(sites.reads), "writes": list(sites.writes)}
+    return {
+        **where,
+        "model": first.get("model"),
+        "seq_len": stores[0].store.seq_len,
+        "stores": [part.record() | {"shards": len(part.shards)} for part in stores],
+        "seed": identity["seed"],
+        "config": dict(identity),
+        "config_hash": digest(identity),
+        "steps": steps,
+        "tokens": tokens,
+        "versions": versions(),
+    }
+
+
+def export(checkpoint: Path, folder: Path) -> None:
+    """Write ``config.json`` and ``sae.safetensors`` from a training checkpoint, whatever layout wrote it.
+
+    One process does it, one tensor at a time. Raises GranaryError when the checkpoint does not load.
+    """
+    state = read_state(checkpoint)
+    saved = on_disk.from_document(state["sae"], state["provenance"])
+    config = saved.config(KINDS)
+    with torch.device("meta"):
+        dictionary = VARIANTS[config.kind](config)
+    roles, shapes = dictionary.roles(), dictionary.state_dict()
+    averaged = {name for name, role in roles.items() if role.learnt} if state.get("export_average") else set()
+
+    def fetch(name: str) -> torch.Tensor:
+        tensor = torch.empty_like(shapes[name], device="cpu")
+        load_tensors(checkpoint, {f"{'ema' if name in averaged else 'sae'}.{name}": tensor})
+        if name in averaged and roles[name].unit_rows:  # an average of unit vectors is shorter
+            tensor.div_(tensor.norm(dim=1, keepdim=True))
+        return tensor
+
+    on_disk.save(folder, config, shapes, saved.training, saved.provenance, fetch=fetch)
+
+
+def is_exported(folder: Path) -> bool:
+    """Whether the folder holds an exported SAE."""
+    return (folder / "config.json").is_file() and (folder / "sae.safetensors").is_file()
+
+
+def run_id(folder: Path, identity: Mapping[str, Any]) -> str:
+    """A name for the run that is the same whenever it is continued."""
+    return digest({"folder": str(folder.resolve()), **identity})[:16]
+
+
+def versions() -> dict[str, str]:
+    """The software that made the weights."""
+    return {"granary": version("granary"), "torch": torch.__version__, "python": platform.python_version()}
+
+
+def digest(value: Mapping[str, Any]) -> str:
+    """SHA-256 of a mapping, in hexadecimal."""
+    return hashlib.sha256(json.dumps(dict(value), sort_keys=True).encode()).hexdigest()
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """``python -m stage_train.export RUN_FOLDER [TARGET]``: export the newest checkpoint of a run."""
+    parser = argparse.ArgumentParser(prog="python -m stage_train.export", description="Export the newest checkpoint.")
+    parser.add_argument("run", type=Path, help="out_dir of a training run")
+    parser.add_argument("target", type=Path, nargs="?", help="where to write; default: the run's folder")
+    options = parser.parse_args(arguments)
+    try:
+        newest = newest_checkpoint(options.run / "checkpoints")
+        if newest is None:
+            raise GranaryError(f"there is no checkpoint in {options.run / 'checkpoints'}: give the out_dir of a run")
+        target = options.target or options.run
+        export(newest, target)
+    except GranaryError as error:
+        fail(str(error))
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    log.info("exported %s to %s", newest, target)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,104 @@
+"""Fully sharded data parallel (FSDP2): weights, gradients and moments cut by rows over the ranks.
+
+Each rank reads its share of a batch; the weights are gathered for a forward and backward, and the gradients are
+summed and scattered. The update runs on the rank's own rows, which the unit-norm decoder allows: its rows are whole.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, Shard
+
+from shared.parallel import World, all_reduce_sum
+from shared.sae.learn.inputs import Losses, StepInputs
+from shared.sae.learn.objective import Objective
+from shared.sae.optim import Optimiser, OptimiserConfig, RowShare, make_optimiser
+from shared.sae.roles import Role
+from stage_train.step.layouts.data_parallel import Replicated, joint_norm
+from stage_train.step.layouts.split import latents_of_shard
+
+
+class LocalRows:
+    """The rank's own rows of a sharded dictionary, as plain tensors for the optimiser."""
+
+    def __init__(self, objective: Objective) -> None:
+        self.kernels, self._roles = objective.dictionary.kernels, objective.dictionary.roles()
+        parameters = objective.dictionary.named_parameters()
+        self.sharded = {name: parameter for name, parameter in parameters if isinstance(parameter, DTensor)}
+        self.rows = {name: parameter.to_local().detach() for name, parameter in self.sharded.items()}
+
+    def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
+        """As an optimiser asks for them."""
+        yield from self.rows.items()
+
+    def roles(self) -> Mapping[str, Role]:
+        """Those of the whole SAE."""
+        return self._roles
+
+
+class FullySharded(Replicated):
+    """FSDP2 over all ranks."""
+
+    def __init__(self, world: World) -> None:
+        super().__init__(world)
+        self.mesh = init_device_mesh(world.device.type, (world.size,), mesh_dim_names=("dp",))
+        self._local: LocalRows | None = None
+
+    def distribute(self, objective: Objective) -> Objective:
+        """Shard every parameter by rows. Raises GranaryError when the latents do not divide among the ranks."""
+        latents_of_shard(objective.dictionary.config.d_latent, self.world.size)
+        objective = super().distribute(objective)
+        fully_shard(objective, mesh=self.mesh)
+        register_fsdp_forward_method(objective, "facts")
+        assert isinstance(objective, FSDPModule)
+        # Losses are weighted by their share of the batch, so gradients add up; as a plain sum, which gloo knows too.
+        objective.set_gradient_divide_factor(1.0)
+        objective.set_force_sum_reduction_for_comms(True)
+        self._local = LocalRows(objective)
+        return objective
+
+    def optimiser(self, objective: Objective, config: OptimiserConfig) -> Optimiser:
+        """Of the rank's own rows."""
+        assert self._local is not None
+        return make_optimiser(self._local, config, rows=RowShare(self.world.size, all_reduce_sum))
+
+    def zero_gradients(self, optimiser: Optimiser) -> None:
+        """Of the sharded parameters and of their local views."""
+        assert self._local is not None
+        optimiser.zero_grad()
+        for parameter in self._local.sharded.values():
+            parameter.grad = None
+
+    def losses(self, objective: Objective, x_ND: Tensor, y_ND: Tensor, inputs: StepInputs) -> Losses:
+        """Gradients leave the rank once per step, with the last micro-batch."""
+        assert isinstance(objective, FSDPModule)
+        objective.set_requires_gradient_sync(inputs.last)
+        return super().losses(objective, x_ND, y_ND, inputs)
+
+    def reduce_gradients(self, optimiser: Optimiser) -> Tensor:
+        """They are reduced already: hand the local rows to the optimiser."""
+        assert self._local is not None
+        for name, parameter in self._local.sharded.items():
+            assert isinstance(parameter.grad, DTensor)
+            self._local.rows[name].grad = parameter.grad.to_local()
+        found = [rows.grad for rows in self._local.rows.values() if rows.grad is not None]
+        return joint_norm(found, [])
+
+    def as_global(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Moments and averages get the sharding of their parameters."""
+        assert self._local is not None
+        seen = {}
+        for name, tensor in tensors.items():
+            # optim.first.activation.r_mag, ema.activation.r_mag
+            prefix = {"optim": 2, "ema": 1}.get(name.partition(".")[0])
+            parameter = self._local.sharded.get(".".join(name.split(".")[prefix:])) if prefix else None
+            if parameter is not None:
+                whole: dict[str, Any] = {"shape": parameter.shape, "stride": parameter.stride()}
+                if tensor.shape != parameter.to_local().shape:  # scales of blocks, equally many on every rank
+                    whole = {}
+                tensor = DTensor.from_local(tensor, self.mesh, [Shard(0)], run_check=False, **whole)
+            seen[name] = tensor
+        return seen

@@ -1,0 +1,42 @@
+"""Which share of the latents a rank has under each layout, before any process group is there."""
+
+from shared.basics.errors import GranaryError
+from stage_train.config import LayoutKind, ParallelSchema
+
+
+def latent_parts(cfg: ParallelSchema, world: int) -> int:
+    """Parts into which the latents are split for computing; 1 but for ``latent``.
+
+    Raises GranaryError when the processes do not divide among them.
+    """
+    if cfg.latent is not None and cfg.layout is not LayoutKind.latent:
+        raise GranaryError(f"parallel.latent={cfg.latent} belongs to parallel=latent, the layout is {cfg.layout.value}")
+    if world == 1 or cfg.layout is not LayoutKind.latent:
+        return 1
+    parts = world if cfg.latent is None else cfg.latent
+    if parts < 1 or world % parts:
+        raise GranaryError(f"parallel.latent={parts} does not divide the {world} processes")
+    return parts
+
+
+def latents_of_part(d_latent: int, parts: int) -> int:
+    """Latents of each part under ``latent``. Raises GranaryError when they do not divide."""
+    if d_latent % parts:
+        raise GranaryError(f"{d_latent} latents do not divide among parallel.latent={parts}: change sae.expansion")
+    return d_latent // parts
+
+
+def latents_of_shard(d_latent: int, world: int) -> int:
+    """Latents whose rows each rank keeps under ``fsdp``. Raises GranaryError when they do not divide."""
+    if d_latent % world:
+        raise GranaryError(
+            f"{d_latent} latents do not divide among {world} processes: change sae.expansion, or use parallel=ddp"
+        )
+    return d_latent // world
+
+
+def latents_per_rank(d_latent: int, cfg: ParallelSchema, world: int) -> int:
+    """Latents whose weights and moments a rank holds. Raises GranaryError when they do not divide."""
+    if world > 1 and cfg.layout is LayoutKind.fsdp:
+        return latents_of_shard(d_latent, world)
+    return latents_of_part(d_latent, latent_parts(cfg, world))

@@ -1,0 +1,108 @@
+"""Every config of the tree composes, fills its schema, and refuses a key it does not know."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra import compose, initialize_config_module
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+import stage_eval.config
+import stage_harvest.config
+import stage_train.config
+from shared.launch.stage import describe_config_error, expand_shorthands
+
+CONF = Path(__file__).resolve().parents[3] / "conf"
+STAGES = ("harvest", "train", "eval")
+GLOBAL_GROUPS = ("experiment", "debug")
+
+
+def groups_of(stage: str) -> list[str]:
+    """Groups that the stage's defaults list names."""
+    defaults = OmegaConf.load(CONF / f"{stage}.yaml").defaults
+    entries = [next(iter(entry)) for entry in defaults if not isinstance(entry, str)]
+    return [str(entry).split()[-1] for entry in entries if not str(entry).startswith("override")]
+
+
+def options() -> list[tuple[str, str, str]]:
+    found = []
+    for stage in STAGES:
+        for group in groups_of(stage):
+            found += [(stage, group, path.stem) for path in sorted((CONF / group).glob("*.yaml"))]
+    return found
+
+
+def belongs(stage: str, group: str, name: str) -> bool:
+    """An overlay names the stage it is for in its header: ``# @package _global_`` then ``# stages: train``."""
+    if group not in GLOBAL_GROUPS:
+        return True
+    header = (CONF / group / f"{name}.yaml").read_text().split("\n", 3)[:3]
+    stages = [line.removeprefix("# stages:").split() for line in header if line.startswith("# stages:")]
+    assert stages, f"conf/{group}/{name}.yaml lacks its '# stages:' line"
+    return stage in stages[0]
+
+
+@pytest.fixture(autouse=True)
+def _hydra() -> Iterator[None]:
+    stage_harvest.config.register()
+    stage_train.config.register()
+    stage_eval.config.register()
+    with initialize_config_module("conf", version_base="1.3"):
+        yield
+
+
+def fill(stage: str, *overrides: str) -> Any:
+    cfg = compose(stage, overrides=["hydra.runtime.output_dir=out", *overrides], return_hydra_config=True)
+    OmegaConf.set_struct(cfg, False)
+    hydra_node = cfg.pop("hydra")
+    OmegaConf.register_new_resolver("hydra", lambda key: OmegaConf.select(hydra_node, key), replace=True)
+    try:
+        return OmegaConf.to_object(cfg)
+    finally:
+        OmegaConf.clear_resolver("hydra")
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_defaults_fill_the_schema(stage: str) -> None:
+    assert fill(stage).name == "demo"
+
+
+@pytest.mark.parametrize(("stage", "group", "name"), [option for option in options() if belongs(*option)])
+def test_every_option_composes(stage: str, group: str, name: str) -> None:
+    compose(stage, overrides=[f"{group}={name}"])
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_an_unknown_key_is_named(stage: str) -> None:
+    with pytest.raises((HydraException, OmegaConfBaseException)) as caught:
+        compose(stage, overrides=["sed=3"])
+    line = describe_config_error(caught.value)
+    assert line == "unknown configuration key 'sed' (did you mean 'seed'?)"
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_wrong_type_is_named(stage: str) -> None:
+    with pytest.raises((HydraException, OmegaConfBaseException)) as caught:
+        compose(stage, overrides=["seed=early"])
+    line = describe_config_error(caught.value)
+    assert "seed" in line
+    assert "early" in line
+    assert "\n" not in line
+
+
+def test_an_unknown_option_lists_the_known() -> None:
+    with pytest.raises((HydraException, OmegaConfBaseException)) as caught:
+        compose("train", overrides=["sae=topp"])
+    assert "no option 'topp' in group 'sae': choose from" in describe_config_error(caught.value)
+
+
+def test_a_model_may_be_a_path_or_a_group_option() -> None:
+    assert expand_shorthands(["model=bundled", "seed=1"]) == ["model=bundled", "seed=1"]
+    assert expand_shorthands(["model=meta-llama/Llama-3.2-1B"]) == ["model.path=meta-llama/Llama-3.2-1B"]
+    assert expand_shorthands(["model=/data/llama", "model.dtype=float16"]) == [
+        "model.path=/data/llama",
+        "model.dtype=float16",
+    ]

@@ -1,0 +1,82 @@
+"""Tokenising in worker processes: the ids of one process, kept batches, and workers that die."""
+
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+
+from shared.basics.errors import GranaryError
+from shared.lm import load_tokenizer
+from stage_harvest.corpus import Chat
+from stage_harvest.tokens.encoder import TextEncoder, Texts, encode_packed, split_packed
+from stage_harvest.tokens.tokenise import tokenise
+
+TEXTS = ["def f(x):\n    return x\n", "", "a <s> spelt out", "ünïcode ☃", "x " * 3000]
+
+
+@pytest.fixture
+def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("stage_harvest.tokens.tokenise.BATCH_DOCUMENTS", 3)
+    monkeypatch.setattr("stage_harvest.tokens.encoder.OWN_CHARACTERS", 5000)
+
+
+@pytest.mark.usefixtures("small_batches")
+def test_workers_give_the_ids_of_one_process(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer("bundled")
+    tokenizer.chat_template = "{% for m in messages %}<s>{{ m['content'] }}</s>{% endfor %}"
+    serialised = tokenizer.backend_tokenizer.to_str()
+    documents = [*TEXTS, Chat([{"role": "user", "content": "hello"}]), np.array([7, 8])]
+    documents += [f"{i} {text}" for i in range(6) for text in TEXTS]
+    wanted = [ids.tolist() for ids in tokenise(documents, tokenizer, len(tokenizer))]
+    for reused in (0, 14):  # 13 batches of texts, one of chats
+        with TextEncoder(serialised, workers=2, folder=tmp_path) as encoder:
+            assert [ids.tolist() for ids in tokenise(documents, tokenizer, len(tokenizer), encoder)] == wanted
+        assert encoder.reused == reused
+
+
+def test_kept_batches_are_told_apart_and_torn_ones_made_again(tmp_path: Path) -> None:
+    serialised = load_tokenizer("bundled").backend_tokenizer.to_str()
+    batches = [Texts(TEXTS, True), Texts(TEXTS, False), Texts(TEXTS[:-1], True), Texts(["a", "b"], True)]
+    batches.append(Texts(["ab", ""], True))  # the same characters
+    encoder = TextEncoder(serialised, folder=tmp_path)
+    wanted = [[ids.tolist() for ids in batch] for batch in encoder.encode(batches)]
+    assert len(list(tmp_path.iterdir())) == len(batches)
+    for torn in tmp_path.iterdir():
+        torn.write_bytes(torn.read_bytes()[:-1] if torn.stat().st_size % 3 else b"")
+    again = TextEncoder(serialised, folder=tmp_path)
+    assert [[ids.tolist() for ids in batch] for batch in again.encode(batches)] == wanted
+    assert again.reused == 0
+
+
+def test_packed_ids_split_again() -> None:
+    tokenizer = load_tokenizer("bundled").backend_tokenizer
+    for strings in ([], [""], ["", "one", ""], TEXTS):
+        texts = Texts(strings, True)
+        wanted = [tokenizer.encode(string, add_special_tokens=False).ids for string in strings]
+        assert [ids.tolist() for ids in split_packed(encode_packed(tokenizer, texts))] == wanted
+
+
+def test_a_worker_that_is_killed_is_one_line() -> None:
+    serialised = load_tokenizer("bundled").backend_tokenizer.to_str()
+
+    def batches() -> Iterator[Texts]:
+        for number in range(100):
+            if number == 10:
+                for child in psutil.Process().children():
+                    if "spawn_main" in " ".join(child.cmdline()):
+                        os.kill(child.pid, signal.SIGKILL)
+            yield Texts(["x " * 10_000] * 10, True)
+
+    with TextEncoder(serialised, workers=1) as encoder, pytest.raises(GranaryError, match="process was killed"):
+        list(encoder.encode(batches()))
+
+
+def test_a_disk_that_refuses_is_one_line(tmp_path: Path) -> None:
+    serialised = load_tokenizer("bundled").backend_tokenizer.to_str()
+    encoder = TextEncoder(serialised, folder=tmp_path / "gone")
+    with pytest.raises(GranaryError, match=r"keeping token ids in .*gone: No such file.*set spool_dir"):
+        list(encoder.encode([Texts(["x"], True)]))

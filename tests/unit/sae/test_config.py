@@ -1,0 +1,156 @@
+"""SAEConfig and the Hydra group that fills it."""
+
+import dataclasses
+from importlib import resources
+
+import pytest
+from hydra import compose, initialize_config_module
+from omegaconf import OmegaConf
+
+import stage_train.config
+from shared.basics.errors import GranaryError
+from shared.sae import SAEConfig
+from stage_train.sae_schema import SAESchema
+
+
+def yaml_options():
+    return sorted(path.name[:-5] for path in (resources.files("conf") / "sae").iterdir() if path.name.endswith(".yaml"))
+
+
+def test_json_round_trip():
+    config = SAEConfig(d_model=8, d_latent=64, k=4, auxk_k=3, loss="fvu_per_dim", multi_topk_weight=0.125)
+    assert SAEConfig.from_json(config.to_json()) == config
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"k": 65}, "sae.k=65 is more than the 64 latents"),
+        ({"k": 0}, "sae.k=0"),
+        ({"activation": "softmax"}, "sae.activation='softmax'"),
+        ({"normalisation": "batch"}, "sae.normalisation='batch'"),
+        ({"loss": "mse"}, "sae.loss='mse'"),
+        ({"bias_init": "median"}, "sae.bias_init='median'"),
+        ({"auxk_alpha": -1.0}, "sae.auxk_alpha=-1.0"),
+        ({"multi_topk_weight": float("nan")}, "sae.multi_topk_weight=nan"),
+        ({"auxk_k": 0}, "sae.auxk_k=0"),
+        ({"dead_after_tokens": 0}, "sae.dead_after_tokens=0"),
+    ],
+)
+def test_nonsense_is_one_clear_line(fields, message):
+    with pytest.raises(GranaryError, match=message):
+        SAEConfig(**{"d_model": 8, "d_latent": 64, "k": 4, **fields})
+
+
+def test_unknown_and_missing_keys_are_named():
+    fields = SAEConfig(d_model=8, d_latent=64, k=4).to_dict()
+    with pytest.raises(GranaryError, match="unknown keys topk_value"):
+        SAEConfig.from_dict({**fields, "topk_value": 1})
+    del fields["d_latent"]
+    with pytest.raises(GranaryError, match=r"incomplete.*'d_latent'"):
+        SAEConfig.from_dict(fields)
+
+
+def test_schema_has_the_fields_of_the_config():
+    schema = {field.name: field.type for field in dataclasses.fields(SAESchema)}
+    config = {field.name: field.type for field in dataclasses.fields(SAEConfig)}
+    del schema["expansion"], schema["d_latent"], config["d_model"], config["d_latent"]
+    assert schema.pop("prefixes") == list[float] | None  # shares of the latents
+    assert config.pop("prefixes") == tuple[int, ...] | None
+    assert schema.pop("dead_after_tokens") == int | str  # auto
+    assert config.pop("dead_after_tokens") is int
+    assert schema == config
+
+
+@pytest.mark.parametrize("option", yaml_options())
+def test_every_option_is_a_config(option):
+    stage_train.config.register()
+    with initialize_config_module("conf", version_base="1.3"):
+        values = compose("train", overrides=[f"sae={option}", "hydra.runtime.output_dir=out"]).sae
+    config = OmegaConf.to_object(values).to_config(64)
+    assert config.d_latent == round(values.expansion * 64)
+    assert config.k == values.k
+    assert SAEConfig.from_json(config.to_json()) == config
+
+
+def schema(**overrides):
+    fields = dataclasses.asdict(SAEConfig(d_model=1, d_latent=1, k=1))
+    del fields["d_model"]
+    return SAESchema(**{"expansion": 2.5, **fields, "d_latent": None, **overrides})
+
+
+def test_width_by_expansion_or_by_d_latent():
+    assert schema().to_config(4).d_latent == 10
+    assert schema(d_latent=7).to_config(4).d_latent == 7
+    with pytest.raises(GranaryError, match="expansion=0"):
+        schema(expansion=0).to_config(4)
+
+
+@pytest.mark.parametrize(
+    ("run_tokens", "tokens"), [(2_000_000, 100_000), (200_000_000, 10_000_000), (400_000_000, 10_000_000), (5, 1)]
+)
+def test_dead_after_tokens_is_a_twentieth_of_a_short_run(run_tokens, tokens):
+    assert schema(dead_after_tokens="auto").to_config(4, run_tokens).dead_after_tokens == tokens
+    assert schema(dead_after_tokens=70).to_config(4, run_tokens).dead_after_tokens == 70
+
+
+def test_dead_after_tokens_is_a_number_or_auto():
+    assert schema(dead_after_tokens="auto").to_config(4).dead_after_tokens == 10_000_000
+    with pytest.raises(GranaryError, match="dead_after_tokens=soon: give a number of tokens, or auto"):
+        schema(dead_after_tokens="soon").to_config(4)
+    with pytest.raises(GranaryError, match="dead_after_tokens=0: must be at least 1"):
+        schema(dead_after_tokens=0).to_config(4)
+
+
+def test_prefixes_are_shares_of_the_latents():
+    assert schema(prefixes=[0.25, 0.5, 1.0], d_latent=40).to_config(4).prefixes == (10, 20, 40)
+    with pytest.raises(GranaryError, match=r"sae.prefixes=\[10.0\]: shares"):
+        schema(prefixes=[10.0]).to_config(4)
+
+
+@pytest.mark.parametrize("activation", ["relu", "jumprelu", "gated"])
+def test_training_without_sparsity_is_refused_and_loading_is_not(activation):
+    with pytest.raises(GranaryError, match="is not sparse without a penalty"):
+        schema(activation=activation, k=None).to_config(4)
+    assert SAEConfig(d_model=4, d_latent=8, activation=activation).penalty == "none"
+
+
+RELU, JUMP = {"activation": "relu", "k": None}, {"activation": "jumprelu", "k": None}
+GATED = {"activation": "gated", "k": None}
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"k": None}, "sae.activation=topk needs sae.k"),
+        ({"activation": "batchtopk", "k": None}, "sae.activation=batchtopk needs sae.k"),
+        ({"activation": "relu"}, "sae.k=4 with sae.activation=relu: its sparsity comes from sae.penalty_weight"),
+        ({"penalty": "l1", "penalty_weight": 1.0}, "k fixes how many latents fire"),
+        ({"penalty_weight": 1.0}, "sae.penalty_weight=1.0 with sae.penalty=none"),
+        ({**RELU, "penalty": "l0"}, "choose from l1, tanh, tanh_quad; l0 needs jumprelu"),
+        ({**JUMP, "penalty": "l1"}, "choose from l0, tanh, tanh_quad; jumprelu exists to avoid the shrinkage"),
+        ({**GATED, "penalty": "tanh"}, "sae.penalty=tanh with sae.activation=gated: choose from l1"),
+        ({**GATED, "multi_topk_weight": 0.1}, "there is no k to take a multiple of"),
+        ({"preact_weight": 1.0}, "only jumprelu has thresholds"),
+        ({**RELU, "prefixes": (8, 64)}, "Matryoshka groups are for topk and batchtopk"),
+        ({"prefixes": (8, 32)}, "the last of them d_latent=64"),
+        ({"prefixes": (32, 8, 64)}, "ascending"),
+        ({"prefixes": (0, 64)}, "ascending"),
+        ({"prefixes": ()}, "ascending"),
+        ({"prefixes": (8, 64), "multi_topk_weight": 0.1}, "use one of them"),
+        ({"shift_back": False}, "shift_back=false is for normalisation=layer_norm alone"),
+        ({"encoder_init": "norm_search"}, "unit_norm_decoder=true fixes at 1"),
+        ({"init_subspace": 9}, "more than the 8 dimensions"),
+        ({"init_subspace": 0}, "sae.init_subspace=0"),
+        ({"threshold_decay": 1.0}, "sae.threshold_decay=1.0"),
+        ({**JUMP, "bandwidth": 0.0}, "sae.bandwidth=0.0: must be a positive number"),
+        ({**JUMP, "threshold_init": 0.0}, "sae.threshold_init=0.0: must be a positive number"),
+        ({"penalty": "l2"}, "choose from none, l0, l1, tanh, tanh_quad"),
+        ({"encoder_init": "random"}, "choose from scaled, transpose, norm_search"),
+    ],
+)
+def test_bad_combinations_are_refused_with_the_reason(fields, reason):
+    with pytest.raises(GranaryError) as caught:
+        SAEConfig(**{"d_model": 8, "d_latent": 64, "k": 4, **fields})
+    assert reason in str(caught.value)
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,124 @@
+"""Training on a store with a window, in one process: what is deleted when, stops while it waits, what is refused."""
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+import stage_train.data.blocks
+from shared.basics.errors import GranaryError
+from shared.store import Store
+from shared.store.capacity import shard_bytes
+from stage_train.show.loggers import read_metrics
+from tests.synthetic import synthetic_plan, synthetic_shard, synthetic_tokens
+from tests.training import Runs, assert_same_weights
+
+pytestmark = pytest.mark.usefixtures("train_configs")
+
+SETTINGS = ("schedule.tokens=null", "schedule.epochs=1", "logger.every=1", "stream.mix_contexts=2")
+BLOCKS = 4
+
+
+def windowed_store(folder: Path, shards: int | None = None) -> Store:
+    """Blocks of 2 training shards; the first `shards` shards are there (all)."""
+    plan = synthetic_plan(num_contexts=40, seq_len=8, d_model=12, dtype="float32")
+    store = Store.create(folder, plan, *synthetic_tokens(plan), 4 * shard_bytes(plan))
+    fill(store, range(store.num_shards if shards is None else shards))
+    return store
+
+
+def fill(store: Store, shards: range) -> None:
+    for shard in shards:
+        store.write_shard(shard, synthetic_shard(store, shard))
+
+
+@pytest.fixture
+def url(tmp_path: Path, train: Runs) -> str:
+    return f"store.url={tmp_path / 'windowed'}"
+
+
+def test_everything_is_read_once_and_deleted(train: Runs, url: str, tmp_path: Path) -> None:
+    store = windowed_store(tmp_path / "windowed")
+    wanted = int(store.mask(store.contexts("train")).sum())
+    out = train("a", url, *SETTINGS)
+    lines = read_metrics(out)
+    assert lines[-1]["tokens"] == wanted
+    assert sorted({line["epoch"] for line in lines}) == list(range(BLOCKS))
+    assert store.window is not None
+    assert store.window.passed() == BLOCKS
+    assert store.window.finished
+    assert len(store.contexts("train")) == 0
+    assert len(store.contexts("heldout")) == 8
+    train("a", url, *SETTINGS)  # a finished run is left alone
+    with pytest.raises(GranaryError, match="is being read by the run in"):
+        train("b", url, *SETTINGS)
+    with pytest.raises(GranaryError, match=r"has passed \(and deleted\) its first 4 blocks"):
+        train("a", url, *SETTINGS, "checkpoint.resume=never")
+
+
+@pytest.mark.parametrize("block", [0, 3])
+def test_killed_between_the_checkpoint_and_the_deletion(
+    train: Runs,
+    url: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    block: int,
+) -> None:
+    release = Store.release
+
+    def dying(self: Store, number: int) -> None:
+        if number == block:
+            raise KeyboardInterrupt
+        release(self, number)
+
+    store = windowed_store(tmp_path / "windowed")
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "release", dying)
+        with pytest.raises(KeyboardInterrupt):
+            train("a", url, *SETTINGS)
+    assert store.window is not None
+    assert store.window.passed() == block
+    out = train("a", url, *SETTINGS)
+    assert store.window.passed() == BLOCKS
+    windowed_store(tmp_path / "other")
+    assert_same_weights(out, train("b", f"store.url={tmp_path / 'other'}", *SETTINGS))
+
+
+def test_a_signal_while_it_waits_for_the_harvest(
+    train: Runs,
+    url: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    store = windowed_store(tmp_path / "windowed", shards=4)
+    wait_until = stage_train.data.blocks.wait_until
+    sent = []
+
+    def signalled(ready: Callable[[], bool], waiting: Callable[[float], None]) -> float:
+        if not ready() and not sent:
+            sent.append(os.kill(os.getpid(), signal.SIGTERM))
+        return wait_until(ready, waiting)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("stage_train.data.blocks.wait_until", signalled)
+        with pytest.raises(SystemExit) as stopped:
+            train("a", url, *SETTINGS)
+    assert stopped.value.code == 0
+    assert store.window is not None
+    assert store.window.passed() == 2
+    fill(store, range(4, store.num_shards))
+    out = train("a", url, *SETTINGS)
+    windowed_store(tmp_path / "other")
+    assert_same_weights(out, train("b", f"store.url={tmp_path / 'other'}", *SETTINGS))
+    assert all(torch.isfinite(torch.tensor(line["loss"])) for line in read_metrics(out))
+
+
+def test_more_than_one_pass_is_refused(train: Runs, url: str, tmp_path: Path) -> None:
+    windowed_store(tmp_path / "windowed")
+    with pytest.raises(GranaryError, match="can be read once"):
+        train("a", url, "schedule.tokens=100000")
+    with pytest.raises(GranaryError, match="max_norm_multiple needs the whole store"):
+        train("a", url, *SETTINGS, "stream.max_norm_multiple=10")

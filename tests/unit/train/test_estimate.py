@@ -1,0 +1,205 @@
+"""The plan of a training run: each formula against the real tensors, the peak they add up to, and the command line."""
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from shared.kernels import sort_pairs
+from shared.kernels.encode_topk import bounds
+from shared.parallel import World
+from shared.sae import SAE, SAEConfig
+from shared.sae.optim import OPTIMISERS, make_optimiser
+from shared.store import Store
+from stage_train.data.stores import pin
+from stage_train.data.stream import StreamOrder, TokenStream, TrainingData
+from stage_train.data.stream.permutation import lanes_per_rank
+from stage_train.data.stream.pool import slots_for
+from stage_train.estimate import memory
+from stage_train.estimate.phases import MMAP_THRESHOLD, Block, Phase, peak
+from stage_train.state.checkpoint import StagingWriter
+from tests.cli import ForkServer
+
+# Per rank of 8: a dictionary of 2 GiB in weights, planned without a store.
+LARGE = ["d_model=1024", "seq_len=1024", "nproc=8", "sae.d_latent=262144", "sae.k=64", "stream.batch_size=8192"]
+
+
+def test_blocks_have_the_sizes_of_the_real_tensors() -> None:
+    n, d, f, k = 300, 24, 96, 5
+    x, indices = torch.randn(n, d), torch.randint(0, f, (n, k))
+    assert memory.rows(n, d) == x.nbytes
+    assert memory.picks(n, k) == indices.nbytes + torch.empty(n, k).nbytes
+    order = sort_pairs(indices, f).order_P
+    gathered = torch.empty(n * k)[order]
+    assert memory.pair_sort(n, k) == order.nbytes + (order // k).nbytes + gathered.nbytes
+    W = torch.randn(f, d)
+    for elements in (40 * f, 1, 1 << 30):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(bounds, "TILE_ELEMENTS", elements)
+            tile = torch.empty(max(len(rows) for rows in bounds.row_tiles(x, W)), f)
+        assert memory.encode_tile(n, f, elements, 4) == tile.nbytes
+        assert memory.encode_tile(n, f, elements, 2) == tile.bfloat16().nbytes
+    assert memory.rounded_operands(n, f, d) == x.bfloat16().nbytes + W.bfloat16().nbytes
+
+
+@pytest.mark.parametrize("kind", ["adam", "muon", "signum"])
+def test_state_is_counted_on_the_meta_device_as_it_is_made(kind: str) -> None:
+    def state(device: str) -> int:
+        with torch.device(device):
+            sae = SAE(SAEConfig(d_model=8, d_latent=32, k=3))
+        optimiser = make_optimiser(sae, OPTIMISERS[kind].config_type(lr=1e-3))
+        return memory.total_bytes([*sae.state_dict().values(), *optimiser.state_dict().values()])
+
+    assert state("meta") == state("cpu") > 2 * memory.matrix(32, 8)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("prefetch", [0, 5 * 16 * 12 * 4, 1 << 30])
+def test_the_pool_is_as_large_as_the_stream_makes_it(
+    planted_store: Callable[..., Store], tmp_path: Path, world: int, prefetch: int
+) -> None:
+    store = planted_store(tmp_path / "store")
+    data = TrainingData([pin([(store.url, 1.0)], World(0, 1, 0, torch.device("cpu")))[0].slice])
+    order = StreamOrder(batch_size=8, seed=0, lanes=4, mix_contexts=2)
+    width, dtype = 12, torch.float32
+    lanes, share = lanes_per_rank(4, data.num_contexts, world)
+    slots = slots_for(
+        share, lanes, 2, data.num_contexts, prefetch_bytes=prefetch, context_bytes=16 * width * 4, world=world
+    )
+    hooks = {"layers.1.resid_post": (width, dtype)}
+    with TokenStream(data, hooks, order, world=world, prefetch_bytes=prefetch) as stream:
+        assert memory.context_pool(slots, 16, width, 4) == stream.buffer_bytes
+    assert memory.masks(data.num_contexts, 16) == data.packed_mask.nbytes + data.counts.nbytes
+
+
+def test_small_blocks_of_a_process_stay_and_large_ones_go() -> None:
+    large, small = MMAP_THRESHOLD, MMAP_THRESHOLD - 1
+    phases = [Phase("one", [Block("a", large, 2)]), Phase("two", [Block("b", small, 1), Block("c", large, 1)])]
+    assert peak(phases, heap=False) == (2 * large, phases[0])
+    assert peak(phases, heap=True)[0] == 2 * large + small
+
+
+def test_a_staged_state_is_a_copy_on_the_host(tmp_path: Path) -> None:
+    state = {"a": torch.arange(4.0), "b": torch.zeros((), dtype=torch.int64)}
+    staged = StagingWriter(tmp_path).stage(state)
+    state["a"].zero_()
+    assert staged["a"].tolist() == [0, 1, 2, 3]
+    assert staged["b"].dtype == torch.int64
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForkServer]:
+    with ForkServer(
+        tmp_path_factory.mktemp("plan"), ["stage_train.estimate.job", "stage_train.estimate.report"]
+    ) as server:
+        yield server
+
+
+@pytest.fixture
+def plan(server: ForkServer) -> Callable[..., dict[str, object]]:
+    """The JSON that the command prints."""
+
+    def run(*overrides: str) -> dict[str, object]:
+        result = server.run("stage_train.plan", "json=true", *overrides)
+        assert result.code == 0, result.stderr
+        document: dict[str, object] = json.loads(result.stdout)
+        return document
+
+    return run
+
+
+def memory_of(document: dict[str, object]) -> dict[str, int]:
+    found = document["memory"]
+    assert isinstance(found, dict)
+    return {**found, **found["blocks"]}
+
+
+def test_a_layout_divides_what_it_says(plan: Callable[..., dict[str, object]]) -> None:
+    whole, fsdp, latent = (
+        memory_of(plan(*LARGE, "device.name=cuda", f"parallel={layout}")) for layout in ("ddp", "fsdp", "latent")
+    )
+    for part in (fsdp, latent):
+        assert part["weights"] == pytest.approx(whole["weights"] / 8, rel=1e-3)
+        assert part["optimiser moments"] == pytest.approx(whole["optimiser moments"] / 8, rel=1e-3)
+    assert fsdp["gathered weights"] == 2 * memory.matrix(262144, 1024)
+    assert latent["gradients"] == whole["gradients"] / 8
+    assert latent["batch"] == 8 * whole["batch"]
+    assert whole["fixed"] == 0
+    assert memory_of(plan(*LARGE, "device.name=cpu"))["fixed"] > 100e6
+
+
+def test_less_is_planned_where_less_is_asked_for(plan: Callable[..., dict[str, object]]) -> None:
+    base = ["d_model=512", "sae.d_latent=65536", "device.name=cpu", "stream.batch_size=8192"]
+    total = memory_of(plan(*base))["total"]
+    assert memory_of(plan(*base, "optim.moments=bfloat16"))["total"] < total
+    assert memory_of(plan(*base, "checkpoint.every=0"))["total"] < total
+    assert memory_of(plan(*base, "optim.ema_decay=0.9"))["total"] > total
+    dense = [*base, "sae=relu"]
+    assert memory_of(plan(*dense, "optim.micro_batch=512"))["total"] < memory_of(plan(*dense))["total"]
+
+
+def test_time_and_reading_follow_from_the_speed(plan: Callable[..., dict[str, object]]) -> None:
+    document = plan(*LARGE, "tokens_per_s=1000", "schedule.tokens=8192000", "parallel=latent", "nodes=2")
+    assert document["steps"] == 1000
+    pace = document["pace"]
+    assert isinstance(pace, dict)
+    assert pace["seconds"] == 8192
+    assert pace["read_mb_s"] == pytest.approx(2 * 1024 * 1000 / 1e6)  # both machines read all rows
+    estimated = plan(*LARGE, "tflops=100")["pace"]
+    assert isinstance(estimated, dict)
+    assert estimated["tokens_per_s"] == pytest.approx(8 * 100e12 / (2 * 262144 * 1024 * 1.75))
+
+
+def test_steps_are_timed_on_request(plan: Callable[..., dict[str, object]]) -> None:
+    document = plan("d_model=32", "sae.d_latent=256", "sae.k=4", "device.name=cpu", "measure=true")
+    pace = document["pace"]
+    assert isinstance(pace, dict)
+    assert pace["tokens_per_s"] > 0
+
+
+def test_a_store_gives_width_length_and_tokens(
+    server: ForkServer, plan: Callable[..., dict[str, object]], planted_store: Callable[..., Store], tmp_path: Path
+) -> None:
+    url = planted_store(tmp_path / "store").url
+    document = plan(f"store.url={url}", "sae.k=3", "stream.batch_size=16", "stream.lanes=4", "schedule.tokens=64")
+    assert document["steps"] == 4
+    sae = document["sae"]
+    assert isinstance(sae, dict)
+    assert sae["d_model"] == 12
+    assert not list(server.folder.glob("runs*"))  # a plan writes nothing
+    assert not list(server.folder.glob("outputs*"))
+
+
+def test_the_table_names_peak_total_and_what_is_assumed(server: ForkServer) -> None:
+    long = ["schedule.tokens=1_000_000_000", "disk_mb_s=1", "tflops=100", "device.name=cuda"]
+    result = server.run("stage_train.plan", *LARGE, *long)
+    assert result.code == 0, result.stderr
+    for piece in ("weights", "total", "26,214 dead latents", "training would wait", "host memory", "CUDA context"):
+        assert piece in result.stdout, piece
+
+
+@pytest.mark.parametrize(
+    ("overrides", "line"),
+    [
+        ([*LARGE, "memory_gib=5", "device.name=cuda"], "a rank needs 8.* memory_gib=5 .*: parallel=latent takes"),
+        ([*LARGE, "memory_gib=0.1", "device.name=cuda"], "take more ranks, fewer latents, or a larger memory"),
+        ([*LARGE, "sae.k=300000"], "sae.k=300000 is more than the 262144 latents"),
+        ([*LARGE, "parallel=latent", "sae.d_latent=262142"], "262142 latents do not divide among parallel.latent=8"),
+        ([*LARGE, "parallel=fsdp", "sae.d_latent=262142"], "262142 latents do not divide among 8 processes"),
+        ([*LARGE, "parallel=latent", "parallel.latent=3"], "parallel.latent=3 does not divide the 8 processes"),
+        ([*LARGE, "parallel=other"], "no option 'other' in group 'parallel'"),
+        ([*LARGE, "stream.lanes=12"], "stream.lanes: 12 lanes do not divide among 8 processes"),
+        ([*LARGE, "optim.moments=null"], "optim.kind=adam needs a value for optim.moments"),
+        ([*LARGE, "compute.kernels=fast"], "kernels='fast': choose from auto"),
+        ([*LARGE, "schedule.tokens=null", "schedule.epochs=1"], "nobody knows how long an epoch is"),
+        ([*LARGE, "tflops=-1"], "tflops=-1.0: must be above 0"),
+        ([*LARGE, "sae.expantion=4"], "did you mean 'expansion'"),
+        (["store.url=nowhere"], "or plan without a store: give d_model"),
+    ],
+)
+def test_what_cannot_be_is_one_line(server: ForkServer, overrides: list[str], line: str) -> None:
+    error = server.run("stage_train.plan", *overrides).error
+    assert re.search(line, error), error
