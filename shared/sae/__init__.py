@@ -6,7 +6,6 @@ from shared.sae.latents import SAELosses, SAEOutput, SparseLatents
 from shared.sae.learn.dead import DeadLatents
 from shared.sae.optim.base import SAEAdam
 from shared.sae.variants.sae import SAE
-from stage_train.sae_schema import SAESchema
 
 __all__ = [
     "SAE",
@@ -15,7 +14,6 @@ __all__ = [
     "SAEConfig",
     "SAELosses",
     "SAEOutput",
-    "SAESchema",
     "SparseLatents",
     "load_config",
     "load_provenance",
