@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from shared.basics.errors import GranaryError
+from shared.basics.units import GIB
 from shared.parallel import World, init_world, shutdown, telling_lost_contact
 from shared.parallel.stop import StopRequest
 from stage_train.config import TrainSchema, as_dict
 from stage_train.data.blocks import StoppedWaiting
-from stage_train.data.inputs import GIB, Feed, order_of
+from stage_train.data.inputs import Feed, order_of
 from stage_train.data.stores import FrozenStore, freeze, refreeze
 from stage_train.data.stream import TokenStream
 from stage_train.run import Run

@@ -14,6 +14,7 @@ import torch
 from omegaconf import OmegaConf
 
 from shared.basics.errors import GranaryError
+from shared.basics.run_folder import RunFolder
 from shared.kernels import resolve
 from shared.parallel import World, barrier
 from shared.sae import SAE, SAEConfig
@@ -26,7 +27,7 @@ from stage_train.data.stream.length import stream_length
 from stage_train.show.curves import draw_curves
 from stage_train.show.loggers import Logger, make_loggers
 from stage_train.state.checkpoint import Checkpoints, read_state
-from stage_train.state.export import export, is_exported, provenance, run_id
+from stage_train.state.export import export, provenance, run_id
 from stage_train.state.identity import check_same_run, identity
 from stage_train.step.layouts import make_layout
 from stage_train.step.schedule import (
@@ -54,7 +55,7 @@ class Run:
         self.folder = Path(cfg.out_dir)
         self.config = as_dict(cfg)
         self.identity = identity(self.config)
-        self.checkpoints = Checkpoints(self.folder / "checkpoints", keep=cfg.checkpoint.keep, world=world)
+        self.checkpoints = Checkpoints(RunFolder(self.folder).checkpoints, keep=cfg.checkpoint.keep, world=world)
         if cfg.checkpoint.resume is Resume.never:
             self.checkpoints.clear()
         self.checkpoint = self.checkpoints.latest()
@@ -83,7 +84,7 @@ class Run:
     @property
     def is_complete(self) -> bool:
         """Whether nothing is left to do."""
-        return self.is_trained and is_exported(self.folder)
+        return self.is_trained and RunFolder(self.folder).has_dictionary
 
     def choose(self, stores: Sequence[FrozenStore]) -> None:
         """Fix hook, SAE and layout. Raises GranaryError for a hook, a shape or a number of processes that can't be."""
@@ -154,7 +155,7 @@ class Run:
 
     def write_config(self) -> None:
         """Leave the resolved configuration in the folder."""
-        OmegaConf.save(OmegaConf.create(self.config), self.folder / "train.yaml")
+        OmegaConf.save(OmegaConf.create(self.config), RunFolder(self.folder).train_config)
 
     # ---- training --------------------------------------------------------------------------------------------------
 
@@ -265,7 +266,7 @@ class Run:
         """Of the command that scores `saes`, a folder or a pattern."""
         cfg = self.cfg
         arguments = f"name={cfg.name}" if cfg.run_dir == f"runs/{cfg.name}" else f"run_dir={cfg.run_dir}"
-        if saes.resolve() != Path(cfg.run_dir, "sae").resolve():
+        if saes.resolve() != RunFolder(Path(cfg.run_dir)).sae.resolve():
             arguments += f" sae.path={quoted(str(saes))}"
         if cfg.store.url != f"{cfg.run_dir}/store":
             arguments += f" store.url={cfg.store.url}"

@@ -5,8 +5,6 @@ file carries the same JSON in its metadata, so that a save which died between th
 """
 
 import json
-import os
-import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,13 +13,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from shared.basics.errors import GranaryError
+from shared.basics.files import replacing
+from shared.basics.run_folder import CONFIG_FILE, WEIGHTS_FILE, RunFolder
 from shared.sae.config import SAEConfig
 from shared.sae.weights_file import write_weights
 
 FORMAT = "granary-sae"
 VERSION = 1
-CONFIG_FILE = "config.json"
-WEIGHTS_FILE = "sae.safetensors"
 # What an SAE at the top of a hub repository may consist of, in this format or another that shared.sae.formats reads.
 HUB_FILES = (
     CONFIG_FILE,
@@ -51,22 +49,12 @@ def save(
 
     With `fetch` the tensors give names, shapes and types alone, and it gives each one's values when it is its turn.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     document = {"format": FORMAT, "version": VERSION, "config": config.to_dict(), "provenance": provenance}
     text = json.dumps(document, indent=2, sort_keys=True)
-    suffix = f".{uuid.uuid4().hex[:8]}.tmp"
-    weights_tmp, config_tmp = folder / (WEIGHTS_FILE + suffix), folder / (CONFIG_FILE + suffix)
-    try:
-        write_weights(weights_tmp, tensors, fetch or tensors.__getitem__, {"granary": text})
-        config_tmp.write_text(text + "\n", encoding="utf-8")
-        for path in (weights_tmp, config_tmp):
-            _sync(path)
-        weights_tmp.replace(folder / WEIGHTS_FILE)
-        config_tmp.replace(folder / CONFIG_FILE)
-        _sync(folder)
-    finally:
-        weights_tmp.unlink(missing_ok=True)
-        config_tmp.unlink(missing_ok=True)
+    files = RunFolder(folder)
+    with replacing(files.config) as config_file, replacing(files.weights) as weights_file:  # the weights go first
+        config_file.write(f"{text}\n".encode())
+        write_weights(weights_file, tensors, fetch or tensors.__getitem__, {"granary": text})
 
 
 def load(folder: Path, device: str | torch.device = "cpu") -> tuple[SAEConfig, dict[str, torch.Tensor], dict[str, Any]]:
@@ -97,7 +85,7 @@ def load_provenance(folder: str | Path) -> dict[str, Any]:
 
 def is_own(folder: Path) -> bool:
     """Whether the folder has the files of this project's format."""
-    return (folder / CONFIG_FILE).is_file() and (folder / WEIGHTS_FILE).is_file()
+    return RunFolder(folder).has_dictionary
 
 
 def locate(path_or_hub_id: str | Path) -> Path:
@@ -139,11 +127,3 @@ def _read_config(folder: Path) -> tuple[SAEConfig, dict[str, Any], str]:
     if document["version"] > VERSION:
         raise GranaryError(f"{path} has format version {document['version']}, this program reads up to {VERSION}")
     return SAEConfig.from_dict(document["config"]), document.get("provenance", {}), text
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from shared.basics.errors import GranaryError
+from shared.basics.units import GIB
 from shared.parallel import World, barrier
 from shared.store import HookStatistics
 from stage_train.config import BufferPlace, OnDamage, TrainSchema
@@ -19,7 +20,6 @@ from stage_train.step.layouts import Replicated
 
 # Tokens that the initialisation looks at.
 SAMPLE_TOKENS = 8192
-GIB = 1 << 30
 
 
 def order_of(cfg: TrainSchema) -> StreamOrder:

@@ -68,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def run(options: PlanSchema, overrides: Sequence[str]) -> None:
     """`overrides` are training's."""
     cfg = training_config(overrides)
-    from stage_train.data.inputs import GIB
+    from shared.basics.units import GIB
     from stage_train.estimate.job import find_data, make_job  # torch, and all that training imports
     from stage_train.estimate.pace import find_pace
     from stage_train.estimate.report import Plan, as_json, make_plan, table

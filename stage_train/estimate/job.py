@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from shared.basics.errors import GranaryError
+from shared.basics.units import GIB
 from shared.kernels import resolve
 from shared.parallel import World
 from shared.sae import SAE, SAEConfig
@@ -19,7 +20,7 @@ from shared.sae.activations import ACTIVATIONS
 from shared.sae.optim.adam8bit import OPTIMISERS
 from shared.store.format.dtypes import scales_per_row, storage_type
 from stage_train.config import BufferPlace, LayoutKind, TrainSchema
-from stage_train.data.inputs import GIB, SAMPLE_TOKENS, order_of
+from stage_train.data.inputs import SAMPLE_TOKENS, order_of
 from stage_train.data.stores import choose_hook, freeze
 from stage_train.data.stream import StreamOrder, TrainingData
 from stage_train.data.stream.length import stream_length

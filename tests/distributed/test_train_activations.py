@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
+from shared.basics.metrics_file import read_metrics
 from shared.sae import SAE
 from shared.store import Store
-from stage_train.show.loggers import read_metrics
 from tests.distributed.test_train_ranks import Runs
 
 TEN_STEPS = ["schedule.tokens=210", "logger.every=3", "optim.lr=3e-3"]

@@ -12,11 +12,11 @@ from hydra import compose
 from omegaconf import OmegaConf
 
 from shared.basics.errors import GranaryError
+from shared.basics.metrics_file import read_metrics
 from shared.parallel import World
 from shared.sae import SAE
 from shared.store import Store
 from stage_train.job import Job
-from stage_train.show.loggers import read_metrics
 from stage_train.step.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("train_configs")
