@@ -25,8 +25,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from shared.basics.errors import GranaryError
 from shared.basics.run_folder import RunFolder
+from shared.launch.config_errors import describe_config_error
 from shared.launch.orphans import end_with_starter
-from shared.launch.stage import describe_config_error, fail, python_module, run_child
+from shared.launch.stage import fail, python_module, run_child
 from stage_train.config import TrainSchema, as_dict
 
 _gathered: dict[Path, list[TrainSchema]] = {}

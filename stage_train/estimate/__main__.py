@@ -14,7 +14,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from shared.basics.errors import GranaryError
-from shared.launch.stage import describe_config_error, fail
+from shared.launch.config_errors import describe_config_error
+from shared.launch.stage import fail
 from stage_train.config import TrainSchema, register
 from stage_train.estimate.config import PlanSchema, split_overrides
 
