@@ -15,17 +15,19 @@ from typing import Any
 import torch
 
 from shared.basics.errors import GranaryError
+from shared.basics.run_folder import RunFolder
+from shared.basics.units import GIB
 from shared.kernels import resolve
 from shared.parallel import World, init_world, shutdown, telling_lost_contact
 from shared.parallel.stop import StopRequest
 from stage_train.config import TrainSchema, as_dict
-from stage_train.data.inputs import GIB, PinnedTokens, TrainingInputs, order_of
+from stage_train.data.inputs import PinnedTokens, TrainingInputs, order_of
 from stage_train.data.sites import resolve_sites
 from stage_train.data.stores import PinnedStore, pin, repin
 from stage_train.run import Run, eval_arguments, finish, write_config
 from stage_train.show.progress import ProgressBar
 from stage_train.spec import RunSpec
-from stage_train.state.export import digest, is_exported
+from stage_train.state.export import digest
 from stage_train.state.identity import shared_keys
 from stage_train.state.lock import only_run_in
 from stage_train.state.resume import Start
@@ -82,7 +84,7 @@ class Job:
         pairs = list(zip(self.specs, self.starts, strict=True))
         learning = [(spec, start) for spec, start in pairs if start.step < spec.length.steps]
         # As of now: a folder may hold an older export.
-        unfinished = [pair for pair in pairs if pair in learning or not is_exported(pair[0].folder)]
+        unfinished = [pair for pair in pairs if pair in learning or not RunFolder(pair[0].folder).has_dictionary]
         inputs = self.open_inputs()
         failed = self._train(inputs, learning) if learning else set()
         for spec, start in unfinished:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from omegaconf import OmegaConf
 
+from shared.basics.run_folder import RunFolder
 from shared.parallel import World, barrier
 from shared.sae.folder import to_document
 from shared.sae.learn.init import initialise
@@ -22,7 +23,7 @@ from stage_train.config import TrainSchema
 from stage_train.data.inputs import TrainingInputs
 from stage_train.data.stream import Batch, TokenStream
 from stage_train.show.curves import draw_curves
-from stage_train.show.loggers import METRICS, Logger, make_loggers
+from stage_train.show.loggers import Logger, make_loggers
 from stage_train.spec import RunSpec
 from stage_train.state.checkpoint import Checkpoints
 from stage_train.state.export import export, provenance
@@ -81,7 +82,7 @@ class Run:
         """Before the first step, when nothing is left to check: an earlier run gives way, and recording begins."""
         self._begun = True
         if self.start.discards:
-            self.start.checkpoints.set_aside(METRICS)
+            self.start.checkpoints.set_aside(RunFolder(self.spec.folder).metrics.name)
         if self.world.is_main:
             self._loggers = make_loggers(
                 self.spec.cfg.logger,
@@ -166,7 +167,7 @@ def make_trainer(
 def write_config(spec: RunSpec) -> None:
     """Leave the resolved configuration in the run's folder."""
     spec.folder.mkdir(parents=True, exist_ok=True)
-    OmegaConf.save(OmegaConf.create(dict(spec.config)), spec.folder / "train.yaml")
+    OmegaConf.save(OmegaConf.create(dict(spec.config)), RunFolder(spec.folder).train_config)
 
 
 def finish(spec: RunSpec, checkpoints: Checkpoints, world: World) -> None:

@@ -3,7 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from stage_train.show.loggers import read_metrics
+from shared.basics.metrics_file import read_metrics
+from shared.basics.run_folder import RunFolder
 
 PANELS = {
     "loss": "loss",
@@ -36,7 +37,7 @@ def draw_curves(folder: Path) -> Path | None:
         axes.set_xlabel("tokens")
         axes.grid(alpha=0.3)
         _scale(axes, name, [line[name] for line in lines])
-    path = folder / "curves.png"
+    path = RunFolder(folder).curves
     figure.savefig(path, dpi=110)
     return path
 

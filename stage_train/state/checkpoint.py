@@ -12,7 +12,6 @@ A folder is written under another name, flushed to disk, renamed, and only then 
 
 import json
 import logging
-import os
 import shutil
 import warnings
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -28,6 +27,7 @@ from torch.distributed.checkpoint.state_dict_saver import AsyncSaveResponse, asy
 from torch.distributed.tensor import DTensor
 
 from shared.basics.errors import GranaryError
+from shared.basics.files import sync_folder, write_text
 from shared.parallel import World, barrier, broadcast_object
 
 log = logging.getLogger(__name__)
@@ -79,7 +79,7 @@ class Checkpoints:
             for leftover in (final, *self.folder.glob(f"*{PARTIAL}")):
                 shutil.rmtree(leftover, ignore_errors=True)
             partial.mkdir(parents=True)
-            _write_text(partial / STATE, json.dumps(state, indent=1))
+            write_text(partial / STATE, json.dumps(state, indent=1))
         barrier()
         writer = StagingWriter(partial, single_file_per_rank=True, sync_files=True)
         alone = self._group is None
@@ -128,7 +128,7 @@ class Checkpoints:
         sync_folder(partial)
         partial.rename(final)
         sync_folder(self.folder)
-        _write_text(self.folder / POINTER, final.name)
+        write_text(self.folder / POINTER, final.name)
         for old in sorted(self.folder.glob("step-*"))[: -self.keep]:
             if old != final:
                 shutil.rmtree(old, ignore_errors=True)
@@ -182,23 +182,3 @@ def _reason(error: BaseException) -> str:
     if isinstance(error, CheckpointException) and error.failures:
         return str(next(iter(error.failures.values()))[0])
     return str(error)
-
-
-def _write_text(path: Path, text: str) -> None:
-    """Atomic and durable."""
-    aside = path.with_name(path.name + PARTIAL)
-    with aside.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames in a folder durable."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
