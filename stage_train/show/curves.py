@@ -37,7 +37,12 @@ def draw_curves(folder: Path) -> Path | None:
         axes.grid(alpha=0.3)
         _scale(axes, name, [line[name] for line in lines])
     path = folder / "curves.png"
-    figure.savefig(path, dpi=110)
+    aside = path.with_name(path.name + ".partial")
+    try:
+        figure.savefig(aside, dpi=110, format="png")
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
     return path
 
 

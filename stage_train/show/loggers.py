@@ -28,12 +28,17 @@ class JsonlLogger:
     """One JSON object per line and logging step."""
 
     def __init__(self, folder: Path, first_step: int) -> None:
-        """Lines of steps after `first_step`, left by a run that went on after its last checkpoint, are removed."""
+        """Lines of steps after `first_step`, left by a run that went on after its last checkpoint, are removed.
+
+        A damaged line among those that stay is left as it is.
+        """
         path = folder / METRICS
-        kept = [line for line in read_metrics(folder) if line["step"] <= first_step] if first_step else []
         aside = path.with_suffix(".partial")
-        aside.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        aside.replace(path)
+        try:
+            aside.write_bytes(b"".join(line + b"\n" for line in _lines_up_to(path, first_step)) if first_step else b"")
+            aside.replace(path)
+        finally:
+            aside.unlink(missing_ok=True)
         self._file = path.open("a")
 
     def write(self, metrics: Metrics) -> None:
@@ -118,12 +123,30 @@ def make_loggers(
 
 
 def read_metrics(folder: Path) -> Sequence[dict[str, Any]]:
-    """The lines of ``metrics.jsonl``, without a last one that a kill cut short; empty without the file."""
+    """The lines of ``metrics.jsonl`` but damaged ones, such as a last one that a kill cut short; empty without it."""
     path = folder / METRICS
-    lines = []
-    for line in path.read_text().splitlines() if path.is_file() else []:
-        try:
-            lines.append(json.loads(line))
-        except ValueError:
-            break
-    return lines
+    parsed = (_parse(line) for line in (path.read_bytes().splitlines() if path.is_file() else []))
+    return [line for line in parsed if line is not None]
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    """The metrics of a line; None for a damaged one."""
+    try:
+        metrics = json.loads(line)
+    except ValueError:
+        return None
+    return metrics if isinstance(metrics, dict) and isinstance(metrics.get("step"), int) else None
+
+
+def _lines_up_to(path: Path, step: int) -> list[bytes]:
+    """The lines of a file up to a step; damaged ones between them as they are."""
+    kept: list[bytes] = []
+    damaged: list[bytes] = []
+    for line in path.read_bytes().splitlines() if path.is_file() else []:
+        metrics = _parse(line)
+        if metrics is None:
+            damaged.append(line)
+        elif metrics["step"] <= step:
+            kept += [*damaged, line]
+            damaged = []
+    return kept

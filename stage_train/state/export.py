@@ -18,7 +18,7 @@ from shared.sae import SAE, SAEConfig
 from shared.sae.folder import save
 from shared.sae.sites import Sites
 from stage_train.data.stores import PinnedStore
-from stage_train.state.checkpoint import load_tensors, newest_checkpoint, read_state
+from stage_train.state.checkpoint import intact_checkpoint, load_tensors, read_state
 
 log = logging.getLogger(__name__)
 
@@ -94,7 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("target", type=Path, nargs="?", help="where to write; default: the run's folder")
     options = parser.parse_args(arguments)
     try:
-        newest = newest_checkpoint(options.run / "checkpoints")
+        newest = intact_checkpoint(options.run / "checkpoints")
         if newest is None:
             raise GranaryError(f"there is no checkpoint in {options.run / 'checkpoints'}: give the out_dir of a run")
         target = options.target or options.run

@@ -28,13 +28,14 @@ class Start:
     def find(cls, cfg: TrainSchema, world: World) -> Self:
         """Look for an earlier part of the same run; changes nothing on disk.
 
-        Raises GranaryError when the folder holds another run, and for ``checkpoint.resume=must`` without one.
+        A damaged checkpoint is passed over for the one before it, and both are named. Raises GranaryError when the
+        folder holds another run, and for ``checkpoint.resume=must`` without one.
         """
         folder = Path(cfg.out_dir)
         checkpoints = Checkpoints(folder / "checkpoints", keep=cfg.checkpoint.keep, world=world)
         if cfg.checkpoint.resume is Resume.never:
             return cls(checkpoints, discards=True)
-        newest = checkpoints.latest()
+        newest = checkpoints.latest_intact()
         if newest is None:
             if cfg.checkpoint.resume is Resume.must:
                 raise GranaryError(f"checkpoint.resume=must, but there is no checkpoint in {checkpoints.folder}")
