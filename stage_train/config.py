@@ -258,8 +258,11 @@ class TrainSchema:
     name: str = MISSING
     """Name of the run; its folder is ``run_dir``."""
     run_dir: str = MISSING
+    sae_name: str = MISSING
+    """Name of this SAE's folder in ``run_dir``; several SAEs of one store lie side by side."""
     out_dir: str = MISSING
-    """Where this SAE goes: checkpoints, metrics, and config.json + sae.safetensors at the end."""
+    """Where this SAE goes: checkpoints, metrics, and config.json + sae.safetensors at the end. Where it holds another
+    SAE, a folder beside it, named by what differs."""
     seed: int = MISSING
     """Order of the tokens and the initial weights."""
     nproc: int = MISSING
@@ -273,6 +276,8 @@ class TrainSchema:
     ``layers.*.mlp_in``; several lie side by side. Null: hook."""
     writes: Any = MISSING
     """What it produces, likewise; null: what it reads."""
+    init_from: str | None = MISSING
+    """Folder or hub id of an SAE whose weights and normalisation are the first ones; null: from data."""
     store: StoreInput = field(default_factory=StoreInput)
     sae: SAESchema = field(default_factory=SAESchema)
     optim: OptimSchema = field(default_factory=OptimSchema)

@@ -30,6 +30,7 @@ from stage_train.state.export import digest, is_exported
 from stage_train.state.identity import flatten
 from stage_train.state.lock import only_run_in
 from stage_train.state.resume import Start
+from stage_train.state.settle import settled
 from stage_train.step.layouts import make_layout
 from stage_train.step.loop import Loop
 
@@ -44,6 +45,7 @@ SHARED = ("nproc", "store.", "stream.", "parallel.", "device.")
 def train(cfgs: Sequence[TrainSchema]) -> None:
     """Train one SAE for each configuration, or continue where an earlier call with the same ones stopped."""
     world = init_world(cfgs[0].device.name, cfgs[0].device.threads)
+    cfgs = [settled(cfg, world) for cfg in cfgs]
     with telling_lost_contact(), telling_disk_errors(), ExitStack() as stack:
         for folder in sorted({cfg.out_dir for cfg in cfgs}):
             stack.enter_context(only_run_in(Path(folder), world))

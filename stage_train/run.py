@@ -20,9 +20,10 @@ from stage_train.data.stream import Batch, TokenStream
 from stage_train.show.curves import draw_curves
 from stage_train.show.loggers import METRICS, Logger, make_loggers
 from stage_train.spec import RunSpec
-from stage_train.state.checkpoint import Checkpoints
+from stage_train.state.checkpoint import Checkpoints, write_text
 from stage_train.state.export import export, provenance
 from stage_train.state.resume import Start
+from stage_train.state.warm_start import copy_weights
 from stage_train.step.layouts import Replicated
 from stage_train.step.spike_guard import SpikeGuard
 from stage_train.step.trainer import Trainer
@@ -38,7 +39,7 @@ class Run:
         """Makes the trainer, from data or from the checkpoint of `start`; deletes nothing."""
         self.spec, self.start, self.inputs = spec, start, inputs
         self.world: World = layout.world
-        self.trainer = make_trainer(spec, inputs, stream, layout, from_data=start.checkpoint is None)
+        self.trainer = make_trainer(spec, inputs, stream, layout, begins=start.checkpoint is None)
         if start.checkpoint is not None:
             start.checkpoints.load(start.checkpoint, self.trainer.tensors())
             self.trainer.restore(start.state)
@@ -114,6 +115,7 @@ class Run:
             "stores": [part.record() for part in stores],
             "world": self.world.size,
             "sae": spec.dictionary.to_dict(),
+            "decays_from": spec.schedules.rate.decays_from,
             "export_average": spec.cfg.optim.ema_export,
             "provenance": provenance(stores, spec.sites, spec.identity, progress.step, progress.tokens),
         }
@@ -124,13 +126,15 @@ class Run:
 
 
 def make_trainer(
-    spec: RunSpec, inputs: TrainingInputs, stream: TokenStream, layout: Replicated, *, from_data: bool
+    spec: RunSpec, inputs: TrainingInputs, stream: TokenStream, layout: Replicated, *, begins: bool
 ) -> Trainer:
-    """The trainer of a run, its weights set from data, or left as they come where a checkpoint will fill them."""
+    """The trainer of a run, its weights set from data or an SAE, or left as they come where a checkpoint fills them."""
     cfg, device = spec.cfg, layout.world.device
     generator = torch.Generator().manual_seed(cfg.seed)
     sae = SAE(spec.dictionary, kernels=cfg.compute.kernels, compute_dtype=cfg.compute.dtype, generator=generator)
-    if from_data:
+    if begins and cfg.init_from is not None:
+        copy_weights(sae, cfg.init_from)
+    elif begins:
         x_MD, _ = inputs.sample(spec.sites, cfg.seed)
         sae.initialise(inputs.statistics(spec.sites.reads[0]), x_MD)
     sae = layout.distribute(sae.to(device))
@@ -155,7 +159,7 @@ def make_trainer(
 def write_config(spec: RunSpec) -> None:
     """Leave the resolved configuration in the run's folder."""
     spec.folder.mkdir(parents=True, exist_ok=True)
-    OmegaConf.save(OmegaConf.create(dict(spec.config)), spec.folder / "train.yaml")
+    write_text(spec.folder / "train.yaml", OmegaConf.to_yaml(OmegaConf.create(dict(spec.config))))
 
 
 def finish(spec: RunSpec, checkpoints: Checkpoints, world: World) -> None:
@@ -171,10 +175,12 @@ def finish(spec: RunSpec, checkpoints: Checkpoints, world: World) -> None:
 
 
 def eval_arguments(cfg: TrainSchema, saes: Path) -> str:
-    """Of the command that scores `saes`, a folder or a pattern."""
+    """Of the command that scores `saes`, a folder or a pattern; the scores of an SAE of its own name go beside it."""
     arguments = f"name={cfg.name}" if cfg.run_dir == f"runs/{cfg.name}" else f"run_dir={cfg.run_dir}"
     if saes.resolve() != Path(cfg.run_dir, "sae").resolve():
         arguments += f" sae.path={quoted(str(saes))}"
+        if saes.parent.resolve() == Path(cfg.run_dir).resolve():
+            arguments += f" out_dir={quoted(str(saes))}"
     if cfg.store.url != f"{cfg.run_dir}/store":
         arguments += f" store.url={cfg.store.url}"
     return arguments

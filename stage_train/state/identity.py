@@ -9,6 +9,7 @@ from shared.basics.errors import GranaryError
 FREE = (
     "name",
     "run_dir",
+    "sae_name",
     "out_dir",
     "nproc",
     "packed",
@@ -28,7 +29,9 @@ FREE = (
 
 
 # Keys that are younger than the first runs: null is as if they were not there, so that a run keeps its id.
-YOUNGER = ("reads", "writes")
+YOUNGER = ("reads", "writes", "init_from")
+# Either may be raised: the run goes on.
+LENGTHS = ("schedule.tokens", "schedule.epochs")
 
 
 def identity(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -40,17 +43,31 @@ def identity(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def check_same_run(saved: Mapping[str, Any], wanted: Mapping[str, Any], folder: object) -> None:
-    """Raise GranaryError naming what differs between two identities."""
-    changed = [
+def changes(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    """What differs between two identities, one text per key."""
+    return [
         f"{key} was {saved.get(key)}, is {wanted.get(key)}"
         for key in sorted(saved.keys() | wanted.keys())
         if saved.get(key) != wanted.get(key)
     ]
-    if changed:
+
+
+def is_extension(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
+    """Whether `wanted` is the same run, only longer."""
+    changed = [key for key in saved.keys() | wanted.keys() if saved.get(key) != wanted.get(key)]
+    if len(changed) != 1 or changed[0] not in LENGTHS:
+        return False
+    before, after = saved.get(changed[0]), wanted.get(changed[0])
+    return before is not None and after is not None and after > before
+
+
+def check_same_run(saved: Mapping[str, Any], wanted: Mapping[str, Any], folder: object) -> None:
+    """Raise GranaryError naming what differs between two identities, unless it is a greater length."""
+    changed = changes(saved, wanted)
+    if changed and not is_extension(saved, wanted):
         raise GranaryError(
-            f"{folder} holds a run with another configuration: {'; '.join(changed)}. Use the same, another name=..., "
-            "or checkpoint.resume=never to discard it"
+            f"{folder} holds a run with another configuration: {'; '.join(changed)}. Use the same, give this one "
+            "a folder of its own by sae_name=..., or checkpoint.resume=never to discard the other"
         )
 
 

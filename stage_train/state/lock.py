@@ -29,7 +29,9 @@ def only_run_in(folder: Path, world: World) -> Iterator[None]:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(handle)
-        raise GranaryError(f"another run is training into {folder}: wait for it, end it, or set out_dir") from None
+        raise GranaryError(
+            f"another run is training into {folder}: wait for it, end it, or give sae_name=..."
+        ) from None
     except OSError:
         pass
     try:
