@@ -30,7 +30,7 @@ endif
 LOCKED := $(if $(shell command -v flock),flock pyproject.toml)
 
 .PHONY: help setup setup-peers demo harvest plan train eval sweep check compile-kernels bench bench-gpu clean
-.PHONY: test test-all test-s3 test-peers test-quantised test-cluster
+.PHONY: bit-identical test test-all test-processors test-s3 test-peers test-quantised test-cluster
 
 help: ## this list
 	@echo 'usage: make TARGET [ARGS="key=value ..."] [NPROC=processes] [NNODES=machines RDZV=host:port]'
@@ -89,6 +89,17 @@ test: setup ## the default tests
 test-all: setup ## the default and the slow tests
 	@$(PYTEST) -m "not s3 and not cluster and not peers and not quantised"
 
+# As on other processors: the instructions that PyTorch and oneDNN may use, and the bfloat16 product we find then.
+PROCESSORS := \
+  "ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 GRANARY_BFLOAT16=none" \
+  "ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 GRANARY_BFLOAT16=none" \
+  "ONEDNN_MAX_CPU_ISA=AVX512_CORE GRANARY_BFLOAT16=slow"
+
+test-processors: setup ## the default tests as on processors with fewer instructions than this one
+	@status=0; for processor in $(PROCESSORS); do \
+	  echo "== $$processor"; env $$processor $(MAKE) --no-print-directory test || status=$$?; \
+	done; exit $$status
+
 test-peers: setup-peers ## the formats against the real SAELens, sparsify and dictionary_learning
 	@OMP_NUM_THREADS=1 $(VENV_PEERS)/bin/python -m pytest -q -m peers tests/peers
 
@@ -108,6 +119,9 @@ test-s3: setup ## the tests on a real S3 server (Ceph from Debian's packages), w
 	@tests/servers/s3_install.sh
 	@tests/servers/s3_up.sh
 	@trap tests/servers/s3_down.sh EXIT; $(PYTEST_ALONE) -m s3 tests/s3
+
+bit-identical: setup ## whether stores, weights and evaluations are those of the commit BASE=..., bit for bit (4 minutes)
+	@$(BIN)/python -m tests.bit_identical $(BASE) $(ARGS)
 
 check: setup ## lint, types, and composing every config
 	@$(BIN)/ruff check .

@@ -28,9 +28,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from records import Record, append, quantiles
 from step_providers import Shape, make_batch
 
-from shared.kernels import PairOrder, decode, dot_picks, encode_topk, sort_pairs
+from shared.kernels import AdamStep, Compute, PairOrder, decode, dot_picks, encode_topk, sort_pairs
 from shared.kernels.pair_update import PairGradient
-from shared.sae import SAE, DeadLatents, SAEAdam, SAEConfig
+from shared.sae import SAE, AdamConfig, DeadLatents, SAEConfig, make_optimiser
 
 TABLE = Path(__file__).resolve().parent / "gpu.md"
 D_MODEL = 4096
@@ -92,7 +92,7 @@ def make_sae(shape: Shape, device: str, kernels: str) -> tuple[SAE, torch.Tensor
 def our_step(shape: Shape, device: str, kernels: str, compiled: bool = False) -> Callable[[], None]:
     """The whole recipe; `compiled` puts losses and backward under torch.compile."""
     sae, dead_R = make_sae(shape, device, kernels)
-    optimiser = SAEAdam(sae, 1e-4, pair_gradients=not compiled)
+    optimiser = make_optimiser(sae, AdamConfig(lr=1e-4), pair_gradients=not compiled)
     tracker = DeadLatents(shape.d_latent, sae.config.dead_after_tokens, device=device)
     x = make_batch(shape, device)
     torch.compiler.reset()  # else earlier shapes use up the recompilations, and this one runs eagerly
@@ -142,8 +142,11 @@ def parts(shape: Shape, device: str, kernels: str, clock: Clock) -> Iterator[tup
     W_enc, W_dec, b_enc = sae.W_enc.detach(), sae.W_dec.detach(), sae.b_enc.detach()
     x = make_batch(shape, device)
     options = {"kernels": kernels}
-    yield "encode_topk", clock.times(lambda: encode_topk(x, W_enc, b_enc, shape.k, compute_dtype="bfloat16", **options))
-    values, indices = encode_topk(x, W_enc, b_enc, shape.k, compute_dtype="bfloat16", **options)
+    yield (
+        "encode_topk",
+        clock.times(lambda: encode_topk(x, W_enc, b_enc, shape.k, compute=Compute(kernels, "bfloat16"))),
+    )
+    values, indices = encode_topk(x, W_enc, b_enc, shape.k, compute=Compute(kernels, "bfloat16"))
     yield "sort_pairs", clock.times(lambda: sort_pairs(indices, shape.d_latent))
     rows, rounded = x.bfloat16(), [W_dec.bfloat16()]
     yield "decode", clock.times(lambda: decode(values, indices, rounded[0], **options))
@@ -163,18 +166,8 @@ def parts(shape: Shape, device: str, kernels: str, clock: Clock) -> Iterator[tup
         def update(weight: torch.Tensor = weight, gradient: PairGradient = gradient, unit: bool = unit_rows) -> None:
             gradient.clear()
             gradient.add(values, indices, order, rows)
-            gradient.update(
-                weight,
-                first,
-                second,
-                clip=one,
-                lr=1e-4,
-                betas=(0.9, 0.999),
-                eps=1e-8,
-                step=1,
-                unit_rows=unit,
-                **options,
-            )
+            adam = AdamStep(1e-4, (0.9, 0.999), 1e-8, step=1, clip=one, unit_rows=unit)
+            gradient.update(weight, first, second, adam, **options)
 
         yield f"pair_norm {name}", clock.times(norm)
         yield f"pair_update {name}", clock.times(update)

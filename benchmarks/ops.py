@@ -21,6 +21,9 @@ from records import RESULTS, Record, append, processor, quantiles
 from step_providers import SHAPES, Shape, make_batch
 
 from shared.kernels import (
+    AdamStep,
+    Compute,
+    DeadRows,
     PairOrder,
     auxk_error,
     decode,
@@ -41,25 +44,26 @@ def operations(shape: Shape) -> dict[str, Operation]:
     x = make_batch(shape)
     W = torch.nn.functional.normalize(torch.randn(shape.d_latent, shape.d_model, generator=rng), dim=1)
     b = torch.zeros(shape.d_latent)
-    values, indices = encode_topk(x, W, b, shape.k, kernels="torch")
+    values, indices = encode_topk(x, W, b, shape.k, compute=Compute("torch"))
     threshold = float(values[:, -1].mean())
     order = PairOrder(indices, shape.d_latent)
     residual = torch.randn(x.shape, generator=rng)
     dead = [tensor[::64].clone().requires_grad_() for tensor in (W, b, W)]
+    rows = DeadRows.alone(*dead)
     state = [W.clone(), torch.zeros_like(W), torch.zeros_like(W)]
 
     def update(kernels: str) -> torch.Tensor:
-        adam = {"lr": 0.0, "betas": (0.9, 0.999), "eps": 1e-8, "step": 1, "unit_rows": True}
-        row_update(state[0], W.clone(), *state[1:], clip=torch.ones(()), kernels=kernels, **adam)  # type: ignore[arg-type]
+        adam = AdamStep(0.0, (0.9, 0.999), 1e-8, step=1, clip=torch.ones(()), unit_rows=True)
+        row_update(state[0], W.clone(), state[1], state[2], adam, kernels=kernels)
         return state[0]
 
     def auxk(kernels: str) -> torch.Tensor:
-        return torch.autograd.grad(auxk_error(residual, x, *dead, shape.d_model // 2, kernels=kernels), dead)[0]
+        return torch.autograd.grad(auxk_error(residual, x, rows, shape.d_model // 2, compute=Compute(kernels)), dead)[0]
 
     return {
-        "encode_topk": lambda kernels: encode_topk(x, W, b, shape.k, kernels=kernels)[0],
-        "encode_threshold": lambda kernels: encode_threshold(x, W, b, threshold, kernels=kernels)[0],
-        "encode_batchtopk": lambda kernels: encode_batchtopk(x, W, b, shape.k, kernels=kernels)[0],
+        "encode_topk": lambda kernels: encode_topk(x, W, b, shape.k, compute=Compute(kernels))[0],
+        "encode_threshold": lambda kernels: encode_threshold(x, W, b, threshold, compute=Compute(kernels))[0],
+        "encode_batchtopk": lambda kernels: encode_batchtopk(x, W, b, shape.k, compute=Compute(kernels))[0],
         "decode": lambda kernels: decode(values, indices, W, kernels=kernels),
         "dot_picks": lambda kernels: dot_picks(residual, indices, W, kernels=kernels),
         "row_grad": lambda kernels: row_grad(values, indices, x, shape.d_latent, order, kernels=kernels),

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from step_providers import Shape, make_batch
 
-from shared.kernels import PairOrder, decode, dot_picks, encode_topk, row_grad, tuning
+from shared.kernels import AdamStep, Compute, PairOrder, decode, dot_picks, encode_topk, row_grad, tuning
 from shared.kernels.pair_update import PairGradient
 
 Median = Callable[[Callable[[], Any]], float]
@@ -31,8 +31,8 @@ def work(shape: Shape, device: str, kernels: str) -> Iterator[tuple[str, list[di
     b = torch.zeros(shape.d_latent, device=device)
     rounded, rows, options = [W.bfloat16()], x.bfloat16(), {"kernels": kernels}
     tiles = grid(WORKSPACE_MB=(32, 64, 128, 256), BLOCK=(512, 1024, 2048))
-    yield "encode_topk", tiles, lambda: encode_topk(x, W, b, shape.k, compute_dtype="bfloat16", **options)
-    values, indices = encode_topk(x, W, b, shape.k, compute_dtype="bfloat16", **options)
+    yield "encode_topk", tiles, lambda: encode_topk(x, W, b, shape.k, compute=Compute(kernels, "bfloat16"))
+    values, indices = encode_topk(x, W, b, shape.k, compute=Compute(kernels, "bfloat16"))
     order = PairOrder(indices, shape.d_latent)
     widths = tuple(width for width in (256, 512, 1024, 2048) if width <= max(256, shape.d_model))
     # Narrow columns too: those of all of W_dec may then stay in L2 from one token to the next.
@@ -58,8 +58,8 @@ def work(shape: Shape, device: str, kernels: str) -> Iterator[tuple[str, list[di
         def update(unit: bool = unit) -> None:
             gradient.clear()
             gradient.add(values, indices, order, rows)
-            adam = {"lr": 1e-4, "betas": (0.9, 0.999), "eps": 1e-8, "step": 1, "unit_rows": unit}
-            gradient.update(W, first, second, clip=one, **adam, **options)
+            adam = AdamStep(1e-4, (0.9, 0.999), 1e-8, step=1, clip=one, unit_rows=unit)
+            gradient.update(W, first, second, adam, **options)
 
         blocks = {} if unit else {"BLOCK_D": widths[:3]}
         yield f"pair_update unit_rows={unit}", grid(BLOCK_P=(1, 2, 4, 8), num_warps=(4, 8, 16), **blocks), update

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from shared.sae.folder import describe
 from shared.store import HookStatistics, Store
 from stage_eval.config import EvalSchema
 from stage_eval.measure.activations import ActivationSums, activation_metrics
@@ -68,7 +69,7 @@ def assemble(
             "name": source.name,
             "path": source.path,
             "hook": str(source.hook),
-            "config": source.config.to_dict(),
+            "config": describe(source.folder).flat(),
         },
         "reconstruction": reconstruction,
         "latents": latents,

@@ -10,7 +10,7 @@ from typing import Any
 from shared.basics.errors import GranaryError
 from shared.lm import model_identity
 from shared.lm.hookpoint import HookPoint
-from shared.sae import SAE, SAEConfig, load_config, load_provenance
+from shared.sae import SAE, DictionaryConfig, load_config, load_provenance
 from shared.sae.folder import CONFIG_FILE, WEIGHTS_FILE, locate
 from shared.sae.formats import foreign
 from shared.store import Store
@@ -29,7 +29,7 @@ class Source:
     """As it was found: a folder, or a hub id."""
     folder: Path
     """Where its files are."""
-    config: SAEConfig
+    config: DictionaryConfig
     provenance: dict[str, Any]
     hook: HookPoint
 
@@ -96,9 +96,9 @@ def make_source(name: str, path: str, store: Store, hook: str | None) -> Source:
         why = "" if hook else f", which {path} was trained on"
         raise GranaryError(f"the store at {store.url} has no hook {chosen}{why}: it has {', '.join(store.hooks)}")
     width = store.plan.hooks[chosen]
-    if config.d_model != width:
+    if config.widths.d_in != width:
         raise GranaryError(
-            f"{path} reads activations of width {config.d_model}, but {chosen} has {width} in {store.url}"
+            f"{path} reads activations of width {config.widths.d_in}, but {chosen} has {width} in {store.url}"
         )
     trained, harvested = provenance.get("model") or {}, store.plan.provenance.get("model") or {}
     check_same_model(path, trained, f"the store at {store.url}", harvested)

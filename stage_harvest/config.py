@@ -64,7 +64,7 @@ class HooksSchema:
     layers: Any = MISSING
     """``all``, ``16``, ``0-7`` or a list ``[0,8,16-20]``; layers are counted from 0."""
     sites: list[str] = MISSING
-    """Of resid_pre, resid_post, attn_out, mlp_in, mlp_out."""
+    """Of resid_pre, attn_in, attn_out, resid_mid, mlp_in, mlp_out, resid_post (docs/harvest.md)."""
 
 
 @dataclass(kw_only=True)

@@ -17,7 +17,7 @@ from shared.parallel import World, init_world
 from shared.parallel.heartbeat import Heartbeat
 from shared.store import Store, free_bytes
 from shared.store.format import layout
-from shared.store.io.local import open_io
+from shared.store.io.open import open_io
 from stage_harvest.config import HarvestSchema
 from stage_harvest.job import HarvestJob, announce, check_length, human_bytes, next_command, staging_dtype
 from stage_harvest.progress import Board, HarvestProgress, human_time, tokenise_bar

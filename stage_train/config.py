@@ -270,7 +270,7 @@ class TrainSchema:
     packed: bool = MISSING
     """In a sweep (-m): train all its SAEs together, from one pass over the store."""
     hook: str | None = MISSING
-    """Which of the store's hooks to read and write; null takes the only one."""
+    """Which of the store's sites to read and give back; null takes the only one. Short for reads and writes alike."""
     reads: Any = MISSING
     """What the dictionary reads where that is not what it writes: a site of the store, a list, or a pattern such as
     ``layers.*.mlp_in``; several lie side by side. Null: hook."""
@@ -278,6 +278,8 @@ class TrainSchema:
     """What it produces, likewise; null: what it reads."""
     init_from: str | None = MISSING
     """Folder or hub id of an SAE whose weights and normalisation are the first ones; null: from data."""
+    variant: dict[str, Any] = field(default_factory=dict)
+    """Group ``variant``: the kind of dictionary, and what only that kind has."""
     store: StoreInput = field(default_factory=StoreInput)
     sae: SAESchema = field(default_factory=SAESchema)
     optim: OptimSchema = field(default_factory=OptimSchema)

@@ -13,7 +13,11 @@ import torch
 from omegaconf import OmegaConf
 
 from shared.parallel import World, barrier
-from shared.sae import SAE
+from shared.sae.folder import to_document
+from shared.sae.learn.init import initialise
+from shared.sae.learn.objective import Objective
+from shared.sae.variants import VARIANTS
+from shared.sae.variants.one_group import OneGroup
 from stage_train.config import TrainSchema
 from stage_train.data.inputs import TrainingInputs
 from stage_train.data.stream import Batch, TokenStream
@@ -114,7 +118,7 @@ class Run:
             "config": spec.config,
             "stores": [part.record() for part in stores],
             "world": self.world.size,
-            "sae": spec.dictionary.to_dict(),
+            "sae": to_document(spec.dictionary, spec.learning.to_dict(), {}),
             "decays_from": spec.schedules.rate.decays_from,
             "export_average": spec.cfg.optim.ema_export,
             "provenance": provenance(stores, spec.sites, spec.identity, progress.step, progress.tokens),
@@ -131,24 +135,31 @@ def make_trainer(
     """The trainer of a run, its weights set from data or an SAE, or left as they come where a checkpoint fills them."""
     cfg, device = spec.cfg, layout.world.device
     generator = torch.Generator().manual_seed(cfg.seed)
-    sae = SAE(spec.dictionary, kernels=cfg.compute.kernels, compute_dtype=cfg.compute.dtype, generator=generator)
+    made = VARIANTS[spec.dictionary.kind]
+    assert issubclass(made, OneGroup)
+    dictionary = made(
+        spec.dictionary, kernels=cfg.compute.kernels, compute_dtype=cfg.compute.dtype, generator=generator
+    )
+    objective = Objective(dictionary, spec.learning)
     if begins and cfg.init_from is not None:
-        copy_weights(sae, cfg.init_from)
+        copy_weights(dictionary, cfg.init_from)
     elif begins:
-        x_MD, _ = inputs.sample(spec.sites, cfg.seed)
-        sae.initialise(inputs.statistics(spec.sites.reads[0]), x_MD)
-    sae = layout.distribute(sae.to(device))
-    optimiser = layout.optimiser(sae, cfg.optim.kind.value, spec.schedules.rate.peak, **spec.optimiser)
+        x_MD, y_MD = inputs.sample(spec.sites, cfg.seed)
+        reads, writes = ([inputs.statistics(site) for site in side] for side in (spec.sites.reads, spec.sites.writes))
+        initialise(objective, reads, x_MD, writes, y_MD)
+    objective = layout.distribute(objective.to(device))
+    optimiser = layout.optimiser(objective, spec.optimiser)
     average = None
     if cfg.optim.ema_decay is not None:
-        learnt = {name: buffer for name, buffer in sae.named_buffers() if name.startswith("activation.")}
+        roles, buffers = objective.dictionary.roles(), dict(objective.dictionary.named_buffers())
+        learnt = {name: buffer for name, buffer in buffers.items() if roles[name].learnt}
         average = WeightAverage({**optimiser.parameters, **learnt}, cfg.optim.ema_decay)
     return Trainer(
-        sae,
+        objective,
         optimiser,
         spec.schedules,
         stream,
-        spec.sites.reads[0],
+        spec.sites,
         layout,
         micro_batch=cfg.optim.micro_batch,
         average=average,

@@ -1,12 +1,15 @@
 """Schema of the config group ``sae``; the values are in ``conf/sae``."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from typing import Any
 
 from omegaconf import MISSING
 
 from shared.basics.errors import GranaryError
-from shared.sae.config import SAEConfig
-from shared.sae.rules import check_trainable
+from shared.sae.config import DictionaryConfig
+from shared.sae.learn.config import LearningConfig, check_trainable
+from shared.sae.sites import Sites, SiteWidths
 
 # Gao et al. 2024: ten million tokens, in runs of billions. A run of a few million would end before AuxK began.
 MOST_DEAD_AFTER = 10_000_000
@@ -14,7 +17,7 @@ MOST_DEAD_AFTER = 10_000_000
 
 @dataclass(kw_only=True)
 class SAESchema:
-    """Group ``sae``: the fields of ``SAEConfig``, with the width given by ``expansion`` or ``d_latent``."""
+    """Group ``sae``: activation and learning of a dictionary, with the width given by ``expansion`` or ``d_latent``."""
 
     k: int | None = MISSING
     """Active latents per token, for topk and batchtopk; null for the others."""
@@ -69,21 +72,28 @@ class SAESchema:
     init_subspace: int | None = None
     """Principal directions of the sample that decoder rows start in; null: all of space."""
 
-    def to_config(self, d_model: int, run_tokens: int | None = None) -> SAEConfig:
-        """The config for activations of width `d_model`; raises GranaryError when it makes no sense.
+    def to_configs(
+        self, variant: Mapping[str, Any], sites: Sites, widths: SiteWidths, run_tokens: int | None = None
+    ) -> tuple[DictionaryConfig, LearningConfig]:
+        """The dictionary and how it is learnt; raises GranaryError when they make no sense, or not together.
 
-        `run_tokens` is the length of the run that ``dead_after_tokens=auto`` is a share of; None: a long one.
+        `variant` is the config group of that name: the kind, and what only that kind has. `run_tokens` is the length
+        of the run that ``dead_after_tokens=auto`` is a share of; None: a long one.
         """
         if self.d_latent is None and not self.expansion > 0:
             raise GranaryError(f"sae.expansion={self.expansion}: must be positive")
-        d_latent = self.d_latent if self.d_latent is not None else round(self.expansion * d_model)
-        same = {field.name: getattr(self, field.name) for field in fields(self)}
-        del same["expansion"], same["d_latent"]
-        same["prefixes"] = self._latents_of_prefixes(d_latent)
-        same["dead_after_tokens"] = self._dead_after_tokens(run_tokens)
-        config = SAEConfig(d_model=d_model, d_latent=d_latent, **same)
-        check_trainable(config)
-        return config
+        d_latent = self.d_latent if self.d_latent is not None else round(self.expansion * widths.d_in)
+        given = {field.name: getattr(self, field.name) for field in fields(self)}
+        given["d_latent"] = d_latent
+        given["prefixes"] = self._latents_of_prefixes(d_latent)
+        given["dead_after_tokens"] = self._dead_after_tokens(run_tokens)
+        artefact = {field.name for field in fields(DictionaryConfig)}
+        options = {name: value for name, value in variant.items() if name != "kind"}
+        own = {name: value for name, value in given.items() if name in artefact}
+        config = kind_of(str(variant["kind"])).of(widths, {**own, **options}, sites)
+        learning = LearningConfig(**{field.name: given[field.name] for field in fields(LearningConfig)})
+        check_trainable(config, learning)
+        return config, learning
 
     def _dead_after_tokens(self, run_tokens: int | None) -> int:
         """The number, or what ``auto`` stands for."""
@@ -103,3 +113,12 @@ class SAESchema:
             if not 0 < share <= 1:
                 raise GranaryError(f"sae.prefixes={self.prefixes}: shares of the latents, above 0 and up to 1.0")
         return tuple(max(1, round(share * d_latent)) for share in self.prefixes)
+
+
+def kind_of(name: str) -> type[DictionaryConfig]:
+    """The config class of a variant; raises GranaryError, naming those there are, for another name."""
+    from shared.sae.variants import VARIANTS  # torch: too heavy for a module that checks keys
+
+    if name not in VARIANTS:
+        raise GranaryError(f"variant.kind={name}: choose from {', '.join(VARIANTS)}")
+    return VARIANTS[name].config_class

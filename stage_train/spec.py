@@ -2,16 +2,17 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from inspect import signature
 from pathlib import Path
 from typing import Any, Self
 
 import torch
 
 from shared.basics.errors import GranaryError
-from shared.sae import SAE, SAEConfig
-from shared.sae.optim.adam8bit import OPTIMISERS
+from shared.sae.config import DictionaryConfig
+from shared.sae.learn.config import LearningConfig
+from shared.sae.optim import OptimiserConfig
 from shared.sae.sites import Sites, SiteWidths
+from shared.sae.variants import VARIANTS
 from stage_train.config import OptimSchema, ScheduleSchema, TrainSchema, as_dict
 from stage_train.data.inputs import order_of
 from stage_train.data.sites import resolve_sites, site_formats
@@ -21,13 +22,13 @@ from stage_train.data.stream.length import StreamLength, stream_length
 from stage_train.show.loggers import check_loggers
 from stage_train.state.export import run_id
 from stage_train.state.identity import identity
+from stage_train.step.optimiser import optimiser_config
 from stage_train.step.schedule import (
     LatentsPerToken,
     LearningRate,
     PenaltyScale,
     length_in_steps,
     peak_rate,
-    rate_factors,
 )
 from stage_train.step.spike_guard import SpikeGuard
 from stage_train.step.trainer import Schedules
@@ -46,11 +47,11 @@ class RunSpec:
     folder: Path
     sites: Sites
     widths: SiteWidths
-    dictionary: SAEConfig
+    dictionary: DictionaryConfig
+    learning: LearningConfig
     num_parameters: int
     """Of encoder, decoder, biases and what the activation learns."""
-    optimiser: Mapping[str, Any]
-    """Arguments of the optimiser's class, but the rate."""
+    optimiser: OptimiserConfig
     length: StreamLength
     schedules: Schedules
     save_every: int
@@ -62,12 +63,12 @@ class RunSpec:
         config = as_dict(cfg)
         sites = resolve_sites(cfg, stores)
         widths = sites.widths({name: width for name, (width, _) in site_formats(sites.names, stores).items()})
-        check_one_site(sites)
-        cfg.sae.to_config(widths.d_in)  # what is wrong with it is told before what is wrong with the length
+        # What is wrong with the dictionary is told before what is wrong with the length.
+        cfg.sae.to_configs(cfg.variant, sites, widths)
         length = stream_length(data, order_of(cfg), tokens=cfg.schedule.tokens, epochs=cfg.schedule.epochs)
-        dictionary = cfg.sae.to_config(widths.d_in, length.tokens)
+        dictionary, learning = cfg.sae.to_configs(cfg.variant, sites, widths, length.tokens)
         with torch.device("meta"):
-            made = SAE(dictionary, kernels=cfg.compute.kernels, compute_dtype=cfg.compute.dtype)
+            made = VARIANTS[dictionary.kind](dictionary, kernels=cfg.compute.kernels, compute_dtype=cfg.compute.dtype)
         check_loggers(cfg.logger)
         check_guards(cfg.optim)
         return cls(
@@ -78,8 +79,9 @@ class RunSpec:
             sites=sites,
             widths=widths,
             dictionary=dictionary,
+            learning=learning,
             num_parameters=sum(parameter.numel() for parameter in made.parameters()),
-            optimiser=optimiser_options(cfg.optim, dictionary),
+            optimiser=optimiser_config(cfg.optim, dictionary),
             length=length,
             schedules=make_schedules(cfg.schedule, cfg.optim.lr, dictionary, length.steps),
             save_every=length_in_steps(cfg.checkpoint.every, length.steps, "checkpoint.every"),
@@ -97,15 +99,9 @@ class RunSpec:
 
     def describe(self) -> str:
         """The dictionary in one line."""
-        sae = self.dictionary
-        sparsity = f"k {sae.k}" if sae.k else f"penalty {sae.penalty} {sae.penalty_weight:g}"
+        sae, learning = self.dictionary, self.learning
+        sparsity = f"k {sae.k}" if sae.k else f"penalty {learning.penalty} {learning.penalty_weight:g}"
         return f"{sae.activation}, {sparsity}, {sae.d_latent:,} latents, {self.num_parameters:,} parameters"
-
-
-def check_one_site(sites: Sites) -> None:
-    """Raise GranaryError for sites that an SAE can't have: it writes the one site that it reads."""
-    if not (sites.is_autoencoder and len(sites.reads) == 1):
-        raise GranaryError(f"an SAE reads and writes one site, not {sites}: give hook=...")
 
 
 def check_guards(cfg: OptimSchema) -> None:
@@ -118,7 +114,7 @@ def check_guards(cfg: OptimSchema) -> None:
         SpikeGuard(cfg.spike_factor)
 
 
-def make_schedules(cfg: ScheduleSchema, lr: float | str, dictionary: SAEConfig, total_steps: int) -> Schedules:
+def make_schedules(cfg: ScheduleSchema, lr: float | str, dictionary: DictionaryConfig, total_steps: int) -> Schedules:
     """The schedules of a run of `total_steps`. Raises GranaryError naming the key of one that makes no sense."""
 
     def steps(name: str) -> int:
@@ -144,7 +140,7 @@ def make_schedules(cfg: ScheduleSchema, lr: float | str, dictionary: SAEConfig, 
     return Schedules(rate, k, PenaltyScale(warmup_steps=steps("penalty_warmup")))
 
 
-def final_k(k_start: int, dictionary: SAEConfig) -> int:
+def final_k(k_start: int, dictionary: DictionaryConfig) -> int:
     """Where k ends that begins with `k_start`. Raises GranaryError where there is no k, or not so many latents."""
     if dictionary.k is None:
         raise GranaryError(
@@ -153,22 +149,3 @@ def final_k(k_start: int, dictionary: SAEConfig) -> int:
     if k_start > dictionary.d_latent:
         raise GranaryError(f"schedule.k_start={k_start} is more than the {dictionary.d_latent} latents: lower it")
     return dictionary.k
-
-
-def optimiser_options(cfg: OptimSchema, sae: SAEConfig) -> dict[str, Any]:
-    """Arguments of the class; raises GranaryError for a value that it does not take, or lacks."""
-    given = {
-        "betas": None if cfg.beta1 is None or cfg.beta2 is None else (cfg.beta1, cfg.beta2),
-        "eps": cfg.eps,
-        "momentum": cfg.momentum,
-        "moments": None if cfg.moments is None else cfg.moments.value,
-    }
-    taken = signature(OPTIMISERS[cfg.kind.value]).parameters
-    for name, value in given.items():
-        key = "beta1 and optim.beta2" if name == "betas" else name
-        if (value is not None) != (name in taken):
-            need = "needs a value for" if name in taken else "has no"
-            raise GranaryError(f"optim.kind={cfg.kind.value} {need} optim.{key}: begin from optim={cfg.kind.value}")
-    factors = rate_factors(cfg.decoder_factor, cfg.bias_factor, sae)
-    options = {"factors": factors, "clip_norm": cfg.clip_norm}
-    return {name: value for name, value in given.items() if value is not None} | options

@@ -3,17 +3,60 @@
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import numpy as np
-import pytest
-import torch
+from tests import isolation
 
-from shared.store import Store, StorePlan
+isolation.begin()  # before the imports below read the environment
+
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+if TYPE_CHECKING:
+    from shared.store import Store
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported, which some test's imports may do at any time
 
-REPOSITORY = Path(__file__).resolve().parent.parent
+REPOSITORY = isolation.REPOSITORY
+BEFORE, LEFT = pytest.StashKey[set[str]](), pytest.StashKey[list[str]]()
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    session.stash[BEFORE] = isolation.listing()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """A session whose tests wrote into the checkout fails."""
+    is_worker = hasattr(session.config, "workerinput")
+    left = sorted(isolation.listing() - session.stash[BEFORE]) if not is_worker else []
+    if left and session.exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+    if left:
+        session.config.stash[LEFT] = left
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    if left := config.stash.get(LEFT, []):
+        terminalreporter.write_line(f"error: these appeared in the checkout meanwhile: {', '.join(left)}", red=True)
+
+
+def pytest_unconfigure() -> None:
+    isolation.end()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _between_tests() -> Iterator[None]:
+    with isolation.between_tests():
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _alone(_between_tests: None) -> Iterator[None]:
+    with isolation.alone():
+        yield
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -46,7 +89,7 @@ def realdata() -> Path:
 
 
 @pytest.fixture(scope="session")
-def planted_store() -> Callable[..., Store]:
+def planted_store() -> Callable[..., "Store"]:
     """``make(folder, ...)``: a small store of sparse combinations of 24 directions.
 
     Shards have 4 contexts of 16 positions of width 12; the last fifth of them is held out. `outliers` tokens, chosen
@@ -59,7 +102,10 @@ def planted_store() -> Callable[..., Store]:
         hooks: tuple[str, ...] = ("layers.1.resid_post",),
         seed: int = 0,
         outliers: int = 0,
-    ) -> Store:
+    ) -> "Store":
+        # Imported here: the kernels are tested on machines without zarr too.
+        from shared.store import Store, StorePlan
+
         rng = np.random.default_rng(seed)
         shape = (4 * shards, 16)
         plan = StorePlan(

@@ -5,13 +5,20 @@ from collections.abc import Callable
 from transformers import (
     Gemma2Config,
     Gemma3TextConfig,
+    GemmaConfig,
+    GPT2Config,
     GPTNeoXConfig,
     LlamaConfig,
     MistralConfig,
+    Phi3Config,
+    PhiConfig,
     PretrainedConfig,
     Qwen2Config,
     Qwen3Config,
+    Starcoder2Config,
 )
+
+from shared.lm.hookpoint import SITES
 
 SHAPE = {
     "vocab_size": 50,
@@ -37,3 +44,17 @@ FAMILIES: dict[str, Callable[[], PretrainedConfig]] = {
     "pythia": lambda: GPTNeoXConfig(**SHAPE, use_parallel_residual=True),
     "neox_serial": lambda: GPTNeoXConfig(**SHAPE, use_parallel_residual=False),
 }
+# Families that have every hook too, without a tensor-parallel plan or without a difference in structure to the above.
+MORE_FAMILIES: dict[str, Callable[[], PretrainedConfig]] = {
+    "gemma": lambda: GemmaConfig(**HEADS),
+    "gpt2": lambda: GPT2Config(**{**SHAPE, "n_inner": 24}),
+    "phi": lambda: PhiConfig(**SHAPE, partial_rotary_factor=0.5),
+    "phi3": lambda: Phi3Config(**GQA),
+    "starcoder2": lambda: Starcoder2Config(**GQA),
+}
+PARALLEL = ("pythia", "phi")
+
+
+def sites_of(family: str) -> list[str]:
+    """The hook sites that the family has."""
+    return [site for site in SITES if site != "resid_mid" or family not in PARALLEL]

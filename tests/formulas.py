@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from shared.sae import SAE, SAEConfig
+from shared.sae import SAE
+from tests.learning import LearningSAE
 
 D, F, K, N = 12, 40, 5, 64
 PROVENANCE = {"hook": "layers.3.resid_post", "model": {"id": "tiny"}, "seq_len": 128}
@@ -32,7 +33,7 @@ def activations() -> Tensor:
 
 def make_sae(activation: str, normalisation: str, pre_bias: bool) -> SAE:
     """An SAE of this project whose parameters are all of consequence."""
-    config = SAEConfig(
+    sae = LearningSAE(
         d_model=D,
         d_latent=F,
         k=K if activation in ("topk", "batchtopk", "matryoshka") else None,
@@ -40,8 +41,8 @@ def make_sae(activation: str, normalisation: str, pre_bias: bool) -> SAE:
         prefixes=(10, F) if activation == "matryoshka" else None,
         normalisation=normalisation,
         pre_bias=pre_bias,
-    )
-    sae = SAE(config, generator=torch.Generator().manual_seed(1)).requires_grad_(False)
+        generator=torch.Generator().manual_seed(1),
+    ).requires_grad_(False)
     sae.initialise(None, activations())
     generator = torch.Generator().manual_seed(2)
     sae.b_enc.copy_(torch.randn(F, generator=generator) * 0.3)

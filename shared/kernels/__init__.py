@@ -1,12 +1,14 @@
 """The sparse step's operations. Imports torch and triton only, so that it can be tested alone on a GPU machine."""
 
+from shared.kernels.adam_step import AdamStep
 from shared.kernels.autograd import attach_encoder, sparse_decode, take_rows
-from shared.kernels.auxk import Holders, auxk_error
+from shared.kernels.auxk import DeadRows, Holders, auxk_error
+from shared.kernels.compute import COMPUTE_DTYPES, Compute
 from shared.kernels.decode import decode, dot_picks
 from shared.kernels.dispatch import KERNELS, resolve
 from shared.kernels.encode_batchtopk import encode_batchtopk, smallest_kept
 from shared.kernels.encode_threshold import encode_threshold
-from shared.kernels.encode_topk import COMPUTE_DTYPES, encode_topk
+from shared.kernels.encode_topk import encode_topk
 from shared.kernels.pair_update import PairGradient, PairGradients
 from shared.kernels.pairs import PairOrder, SortedPairs, sort_pairs
 from shared.kernels.product import product
@@ -16,6 +18,9 @@ from shared.kernels.row_update import row_update
 __all__ = [
     "COMPUTE_DTYPES",
     "KERNELS",
+    "AdamStep",
+    "Compute",
+    "DeadRows",
     "Holders",
     "PairGradient",
     "PairGradients",

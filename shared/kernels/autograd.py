@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
+from shared.kernels.compute import AUTO, Compute
 from shared.kernels.decode import decode as decode_forward
 from shared.kernels.decode import dot_picks
 from shared.kernels.dispatch import resolve
@@ -29,12 +30,11 @@ class _PickedPreactivations(torch.autograd.Function):
         values_NK: torch.Tensor,
         indices_NK: torch.Tensor,
         order: PairOrder,
-        kernels: str,
-        compute_dtype: str,
+        compute: Compute,
         sink: PairGradient | None,
     ) -> torch.Tensor:
-        ctx.save_for_backward(_rounded(centred_ND, kernels, compute_dtype), W_enc_FD, indices_NK)
-        ctx.order, ctx.kernels, ctx.sink = order, kernels, sink
+        ctx.save_for_backward(_rounded(centred_ND, compute), W_enc_FD, indices_NK)
+        ctx.order, ctx.kernels, ctx.sink = order, compute.kernels, sink
         return values_NK.view_as(values_NK)
 
     @staticmethod
@@ -55,7 +55,7 @@ class _PickedPreactivations(torch.autograd.Function):
         if need_pre:
             # -sum_n dx[n] without the [N, D] gradient: sum the picks per latent first.
             db_pre_D = -(db_F @ W_enc_FD)
-        return dx_ND, db_pre_D, dW_FD, db_F if need_b else None, None, None, None, None, None, None
+        return dx_ND, db_pre_D, dW_FD, db_F if need_b else None, None, None, None, None, None
 
 
 class _SparseDecode(torch.autograd.Function):
@@ -68,29 +68,29 @@ class _SparseDecode(torch.autograd.Function):
         indices_NK: torch.Tensor,
         W_dec_FD: torch.Tensor,
         order: PairOrder,
-        kernels: str,
-        compute_dtype: str,
+        compute: Compute,
         sink: PairGradient | None,
     ) -> torch.Tensor:
         if values_NK.numel() > 2 * W_dec_FD.shape[0]:  # fewer bytes even with the copy made
-            W_dec_FD = _rounded(W_dec_FD, kernels, compute_dtype)
+            W_dec_FD = _rounded(W_dec_FD, compute)
         ctx.save_for_backward(values_NK, indices_NK, W_dec_FD)
-        ctx.order, ctx.kernels, ctx.compute_dtype, ctx.sink = order, kernels, compute_dtype, sink
-        return decode_forward(values_NK, indices_NK, W_dec_FD, kernels=kernels)
+        ctx.order, ctx.compute, ctx.sink = order, compute, sink
+        return decode_forward(values_NK, indices_NK, W_dec_FD, kernels=compute.kernels)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_ND: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         values_NK, indices_NK, W_dec_FD = ctx.saved_tensors
         need_values, _, need_W = ctx.needs_input_grad[:3]
-        grad_ND = _rounded(grad_ND.contiguous(), ctx.kernels, ctx.compute_dtype)
-        dv_NK = dot_picks(grad_ND, indices_NK, W_dec_FD, kernels=ctx.kernels) if need_values else None
+        options = {"kernels": ctx.compute.kernels}
+        grad_ND = _rounded(grad_ND.contiguous(), ctx.compute)
+        dv_NK = dot_picks(grad_ND, indices_NK, W_dec_FD, **options) if need_values else None
         dW_FD = None
         if need_W and ctx.sink is not None:
             ctx.sink.add(values_NK, indices_NK, ctx.order, grad_ND)
         elif need_W:
-            dW_FD = row_grad(values_NK, indices_NK, grad_ND, W_dec_FD.shape[0], ctx.order, kernels=ctx.kernels)
-        return dv_NK, None, dW_FD, None, None, None, None
+            dW_FD = row_grad(values_NK, indices_NK, grad_ND, W_dec_FD.shape[0], ctx.order, **options)
+        return dv_NK, None, dW_FD, None, None, None
 
 
 class _TakeRows(torch.autograd.Function):
@@ -109,9 +109,9 @@ class _TakeRows(torch.autograd.Function):
         return None, None, None
 
 
-def _rounded(rows: torch.Tensor, kernels: str, compute_dtype: str) -> torch.Tensor:
+def _rounded(rows: torch.Tensor, compute: Compute) -> torch.Tensor:
     """Rows that kernels gather, in half the bytes where that was asked for: a GPU's sums over them stay in float32."""
-    return rows.bfloat16() if compute_dtype == "bfloat16" and resolve(kernels, rows) == "triton" else rows
+    return rows.bfloat16() if compute.dtype == "bfloat16" and resolve(compute.kernels, rows) == "triton" else rows
 
 
 def attach_encoder(
@@ -123,8 +123,7 @@ def attach_encoder(
     indices_NK: torch.Tensor,
     order: PairOrder,
     *,
-    kernels: str = "auto",
-    compute_dtype: str = "float32",
+    compute: Compute = AUTO,
     sink: PairGradient | None = None,
 ) -> torch.Tensor:
     """Selected values as a differentiable function of the encoder: ``z = centred W_enc^T + b_enc`` at the picks.
@@ -133,10 +132,10 @@ def attach_encoder(
     what ReLU's zeroed picks need. Gradients flow to centred, W_enc and b_enc, each only if it is asked for. Where
     ``centred = x - b_pre``, pass centred without b_pre's history and b_pre beside it: its gradient then costs one
     matrix-vector product instead of an [N, D] gradient. With a `sink` the gradient of W_enc goes there and not to
-    ``W_enc.grad``. compute_dtype bfloat16 (triton only) rounds centred for that gradient.
+    ``W_enc.grad``. compute.dtype bfloat16 (triton only) rounds centred for that gradient.
     """
     result: torch.Tensor = _PickedPreactivations.apply(
-        centred_ND, b_pre_D, W_enc_FD, b_enc_F, values_NK, indices_NK, order, kernels, compute_dtype, sink
+        centred_ND, b_pre_D, W_enc_FD, b_enc_F, values_NK, indices_NK, order, compute, sink
     )
     return result
 
@@ -147,16 +146,15 @@ def sparse_decode(
     W_dec_FD: torch.Tensor,
     order: PairOrder,
     *,
-    kernels: str = "auto",
-    compute_dtype: str = "float32",
+    compute: Compute = AUTO,
     sink: PairGradient | None = None,
 ) -> torch.Tensor:
     """``decode`` with gradients for the values and for W_dec; [N, D].
 
-    With a `sink` the gradient of W_dec goes there and not to ``W_dec.grad``. compute_dtype bfloat16 (triton only)
+    With a `sink` the gradient of W_dec goes there and not to ``W_dec.grad``. compute.dtype bfloat16 (triton only)
     rounds the output's gradient and, where rows are read often enough, W_dec.
     """
-    result: torch.Tensor = _SparseDecode.apply(values_NK, indices_NK, W_dec_FD, order, kernels, compute_dtype, sink)
+    result: torch.Tensor = _SparseDecode.apply(values_NK, indices_NK, W_dec_FD, order, compute, sink)
     return result
 
 

@@ -8,7 +8,7 @@ from types import ModuleType
 import torch
 
 KERNELS = ("auto", "triton", "torch", "reference")
-_FILES = {"triton": "triton", "torch": "cpu", "reference": "reference"}
+_FILES = {"triton": "triton", "torch": "torch_", "reference": "reference"}
 
 
 def resolve(kernels: str, tensor: torch.Tensor) -> str:

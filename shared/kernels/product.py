@@ -5,16 +5,18 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
+from shared.kernels.compute import AUTO, Compute
+
 
 def product(
-    a_NM: torch.Tensor, b_MK: torch.Tensor, bias_K: torch.Tensor | None = None, *, compute_dtype: str = "float32"
+    a_NM: torch.Tensor, b_MK: torch.Tensor, bias_K: torch.Tensor | None = None, *, compute: Compute = AUTO
 ) -> torch.Tensor:
     """``a b + bias`` [N, K], in the type of the inputs, with every gradient.
 
-    compute_dtype bfloat16 rounds the operands of this product and of its gradients' to bfloat16. On a GPU sums and
+    compute.dtype bfloat16 rounds the operands of this product and of its gradients' to bfloat16. On a GPU sums and
     results are float32; a CPU rounds results to bfloat16 too. The bias is added, and its gradient summed, in float32.
     """
-    if compute_dtype == "bfloat16":
+    if compute.dtype == "bfloat16":
         result: torch.Tensor = _Bfloat16Product.apply(a_NM, b_MK)
         return result if bias_K is None else result + bias_K
     return a_NM @ b_MK if bias_K is None else torch.addmm(bias_K, a_NM, b_MK)

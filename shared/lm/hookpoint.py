@@ -7,7 +7,7 @@ from typing import Self
 
 from shared.basics.errors import GranaryError
 
-SITES = ("resid_pre", "resid_post", "mlp_in", "mlp_out", "attn_out")
+SITES = ("resid_pre", "attn_in", "attn_out", "resid_mid", "mlp_in", "mlp_out", "resid_post")
 _PATTERN = re.compile(r"layers\.(\d+)\.(\w+)")
 
 
@@ -38,11 +38,6 @@ class HookPoint:
 
     def __str__(self) -> str:
         return f"layers.{self.layer}.{self.site}"
-
-    @property
-    def key(self) -> str:
-        """The Zarr path of the hook's array: ``layers/16/resid_post``."""
-        return f"layers/{self.layer}/{self.site}"
 
 
 def parse_layers(layers: str, num_layers: int) -> list[int]:

@@ -1,58 +1,29 @@
-"""Reading and replacing activations of a decoder.
+"""Reading and replacing activations of a decoder; `shared.lm.places` says where each one is.
 
-A hook point is found by module, never by editing the model's code. Where each one is:
-
-    resid_pre   input of decoder layer L                (of the final norm, when L layers were loaded)
-    resid_post  output of decoder layer L
+    resid_pre   input of decoder layer L
+    attn_in     input of attention, that is after the norm before it
     attn_out    what attention adds to the residual     (Gemma: after its post-attention norm)
+    resid_mid   the stream between attention and MLP    (not where the two are parallel: Pythia, Phi)
     mlp_in      input of the MLP, that is after the norm before it
     mlp_out     what the MLP adds to the residual       (Gemma: after its post-feedforward norm)
+    resid_post  output of decoder layer L
 
 Hence ``resid_post = resid_pre + attn_out + mlp_out`` in every supported family.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel, PretrainedConfig, PreTrainedModel
+from transformers import AutoModel, PretrainedConfig
 
-from shared.basics.errors import GranaryError
 from shared.lm.hookpoint import HookPoint
+from shared.lm.places import Location, decoder_blocks, locate
 
-# Families whose layers were read and are tested here. Others may scale what a branch adds (Granite) or fuse branches.
-BRANCH_FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "gpt_neox")
-
-Side = Literal["input", "output"]
-
-
-class Location(NamedTuple):
-    """Where an activation passes: into or out of a module."""
-
-    module: nn.Module
-    side: Side
-
-
-def decoder_blocks(model: nn.Module) -> nn.ModuleList:
-    """The list of decoder layers of a transformers model, with or without its LM head.
-
-    Raises GranaryError when there is none to be found.
-    """
-    blocks = getattr(_trunk(model), "layers", None)
-    if not isinstance(blocks, nn.ModuleList):
-        raise GranaryError(f"{type(model).__name__} has no list of decoder layers that hooks could be placed on")
-    return blocks
-
-
-def final_norm(model: nn.Module) -> tuple[nn.Module, str]:
-    """The module that holds the norm after the last layer, and the norm's attribute name there."""
-    trunk = _trunk(model)
-    for name in ("norm", "final_layer_norm"):
-        if isinstance(getattr(trunk, name, None), nn.Module):
-            return trunk, name
-    raise GranaryError(f"{type(model).__name__} has no final norm that hooks know of")
+# Sites that are computed before the MLP of their layer runs.
+BEFORE_MLP = {"resid_pre", "attn_in", "attn_out", "resid_mid"}
 
 
 def needed_depth(hooks: Sequence[HookPoint]) -> tuple[int, bool]:
@@ -64,7 +35,7 @@ def needed_depth(hooks: Sequence[HookPoint]) -> tuple[int, bool]:
     depth = max(depth, 1)
     in_last = {hook.site for hook in hooks if hook.layer == depth - 1}
     beyond_last = any(hook.layer == depth for hook in hooks)
-    return depth, beyond_last or bool(in_last & {"resid_post", "mlp_in", "mlp_out"})
+    return depth, beyond_last or bool(in_last - BEFORE_MLP)
 
 
 def check_hooks(config: PretrainedConfig, hooks: Sequence[HookPoint]) -> None:
@@ -72,7 +43,7 @@ def check_hooks(config: PretrainedConfig, hooks: Sequence[HookPoint]) -> None:
     with torch.device("meta"):
         model = AutoModel.from_config(config)
     for hook in hooks:
-        _locate(model, hook)
+        locate(model, hook)
 
 
 @contextmanager
@@ -88,7 +59,7 @@ def capture(model: nn.Module, hooks: Sequence[HookPoint]) -> Iterator[dict[HookP
             def keep(activation: Tensor, hook: HookPoint = hook) -> None:
                 captured[hook] = activation
 
-            stack.callback(_attach(_locate(model, hook), keep).remove)
+            stack.callback(_attach(locate(model, hook), keep).remove)
         yield captured
 
 
@@ -105,11 +76,38 @@ def splice(model: nn.Module, hook: HookPoint, fn: Callable[[Tensor], Tensor]) ->
             raise ValueError(f"splice at {hook}: {tuple(replacement.shape)} in place of {tuple(activation.shape)}")
         return replacement.to(activation.dtype)
 
-    handle = _attach(_locate(model, hook), replace)
-    try:
+    with ExitStack() as stack:
+        acting = _carried(model, hook, replace, stack) if hook.site == "resid_mid" else replace
+        stack.callback(_attach(locate(model, hook), acting).remove)
         yield
-    finally:
-        handle.remove()
+
+
+def _carried(
+    model: nn.Module, hook: HookPoint, replace: Callable[[Tensor], Tensor], stack: ExitStack
+) -> Callable[[Tensor], Tensor]:
+    """`replace` for ``resid_mid``, whose module reads the stream and does not pass it on.
+
+    What replaces the stream is kept, and the layer's output becomes its sum with what the MLP adds, as the layer itself
+    computes it. The hooks that see to that end with `stack`.
+    """
+    kept: dict[str, Tensor] = {}
+
+    def keep_middle(activation: Tensor) -> Tensor:
+        kept["middle"] = replace(activation)
+        return kept["middle"]
+
+    def keep_branch(branch: Tensor) -> None:
+        kept["branch"] = branch
+
+    def add(_module: nn.Module, _args: Any, output: Any) -> Any:
+        total = kept.pop("middle") + kept.pop("branch")
+        return (total, *output[1:]) if isinstance(output, tuple) else total
+
+    stack.callback(_attach(locate(model, HookPoint(hook.layer, "mlp_out")), keep_branch).remove)
+    # Before all other hooks on the layer's output: they are to see what goes on to the next layer.
+    block = decoder_blocks(model)[hook.layer]
+    stack.callback(block.register_forward_hook(add, prepend=True).remove)
+    return keep_middle
 
 
 def _attach(location: Location, fn: Callable[[Tensor], Tensor | None]) -> torch.utils.hooks.RemovableHandle:
@@ -133,40 +131,3 @@ def _attach(location: Location, fn: Callable[[Tensor], Tensor | None]) -> torch.
     if location.side == "output":
         return location.module.register_forward_hook(on_output)
     return location.module.register_forward_pre_hook(on_input, with_kwargs=True)
-
-
-def _locate(model: nn.Module, hook: HookPoint) -> Location:
-    blocks = decoder_blocks(model)
-    if hook.layer == len(blocks) and hook.site == "resid_pre":
-        holder, name = final_norm(model)
-        return Location(getattr(holder, name), "input")
-    if hook.layer >= len(blocks):
-        raise GranaryError(f"{hook} is not in the model: it has {len(blocks)} layers, 0 to {len(blocks) - 1}")
-    block = blocks[hook.layer]
-    if hook.site == "resid_pre":
-        return Location(block, "input")
-    if hook.site == "resid_post":
-        return Location(block, "output")
-    family = getattr(_trunk(model).config, "model_type", type(model).__name__)
-    if family not in BRANCH_FAMILIES:
-        raise GranaryError(
-            f"{hook}: attention and MLP hooks are known for {', '.join(BRANCH_FAMILIES)}, not for {family};"
-            " resid_pre and resid_post work there"
-        )
-    is_sandwich = hasattr(block, "post_feedforward_layernorm")  # Gemma norms each branch's output before adding it
-    match hook.site:
-        case "attn_out" if is_sandwich:
-            return Location(block.get_submodule("post_attention_layernorm"), "output")
-        case "attn_out":
-            return Location(block.get_submodule("attention" if family == "gpt_neox" else "self_attn"), "output")
-        case "mlp_out" if is_sandwich:
-            return Location(block.get_submodule("post_feedforward_layernorm"), "output")
-        case "mlp_out":
-            return Location(block.get_submodule("mlp"), "output")
-        case _:
-            return Location(block.get_submodule("mlp"), "input")
-
-
-def _trunk(model: nn.Module) -> nn.Module:
-    """The model without its head."""
-    return model.base_model if isinstance(model, PreTrainedModel) else model

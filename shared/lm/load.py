@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -10,9 +11,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from transformers import AutoModel, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from shared.basics.errors import GranaryError
-from shared.lm.hooks import decoder_blocks, final_norm
+from shared.lm.families import family_of
 from shared.lm.identity import load_config, quiet_transformers, resolve_model
 from shared.lm.packed import DOCUMENT_SDPA
+from shared.lm.places import decoder_blocks, final_norm
 from shared.lm.quantised import quantisation_config
 from shared.lm.tensor_parallel import check_tensor_parallel, sharded_class, tensor_parallel_config
 
@@ -55,10 +57,17 @@ def load_trunk(
         if torch.device(device).type != "cpu":
             extra["device_map"] = {"": device}  # quantised weights are made where they stay; needs accelerate
     model = _load(AutoModel, path, config, dtype, revision, attn_implementation, tp_mesh, extra)
-    holder, name = final_norm(model)
-    setattr(holder, name, nn.Identity())
-    if not last_mlp:
-        decoder_blocks(model)[-1].mlp = nn.Identity()
+    if len(decoder_blocks(model)) != config.num_hidden_layers:
+        raise GranaryError(
+            f"model {path} ({config.model_type}) cannot be cut off behind layer {config.num_hidden_layers - 1}: its"
+            " configuration does not say how many layers to make"
+        )
+    norm = final_norm(model)
+    if norm is not None:
+        setattr(*norm, nn.Identity())
+    family = family_of(config)
+    if not last_mlp and family is not None:
+        decoder_blocks(model)[-1].set_submodule(family.mlp, nn.Identity())
     return model if quantisation is not None else _move(model, device)
 
 
@@ -76,10 +85,16 @@ def load_causal_lm(
 
 
 def truncate_config(config: PretrainedConfig, num_layers: int) -> None:
-    """Make `config` describe the first `num_layers` layers, its per-layer lists included."""
-    layer_types = getattr(config, "layer_types", None)
-    if layer_types is not None:
-        config.layer_types = list(layer_types)[:num_layers]
+    """Make `config` describe the first `num_layers` layers, its per-layer lists included.
+
+    A list that the configuration computes from what else it says (hybrids such as Jamba) follows by itself.
+    """
+    total = config.num_hidden_layers
+    for name in ("layer_types", "mlp_layer_types", "layers_block_type"):
+        listed = getattr(config, name, None)
+        if isinstance(listed, list) and len(listed) == total:
+            with suppress(AttributeError):  # a property
+                setattr(config, name, listed[:num_layers])
     config.num_hidden_layers = num_layers
 
 

@@ -1,22 +1,45 @@
-"""The sparse autoencoder: config, model, losses, optimiser, checkpoint."""
+"""Dictionaries: what they are, how they are learnt, saved and loaded. Names are imported when they are first used."""
 
-from shared.sae.config import SAEConfig
-from shared.sae.folder import load_config, load_provenance
-from shared.sae.latents import SAELosses, SAEOutput, SparseLatents
-from shared.sae.learn.dead import DeadLatents
-from shared.sae.optim.base import SAEAdam
-from shared.sae.variants.sae import SAE
-from stage_train.sae_schema import SAESchema
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from shared.sae.config import DictionaryConfig, SAEConfig
+    from shared.sae.folder import load_provenance
+    from shared.sae.latents import SAEOutput, SparseLatents
+    from shared.sae.load import load, load_config
+    from shared.sae.variants import SAE, Dictionary, Transcoder
+
+_HOMES = {
+    "SAE": "variants",
+    "Dictionary": "variants",
+    "DictionaryConfig": "config",
+    "SAEConfig": "config",
+    "SAEOutput": "latents",
+    "SparseLatents": "latents",
+    "Transcoder": "variants",
+    "load": "load",
+    "load_config": "load",
+    "load_provenance": "folder",
+}
 
 __all__ = [
     "SAE",
-    "DeadLatents",
-    "SAEAdam",
+    "Dictionary",
+    "DictionaryConfig",
     "SAEConfig",
-    "SAELosses",
     "SAEOutput",
-    "SAESchema",
     "SparseLatents",
+    "Transcoder",
+    "load",
     "load_config",
     "load_provenance",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if _HOMES[name] != "config":
+        importlib.import_module("shared.sae.load")  # so that from_pretrained reads every format
+    return getattr(importlib.import_module(f"shared.sae.{_HOMES[name]}"), name)

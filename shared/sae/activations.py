@@ -1,7 +1,7 @@
-"""Which latents fire: the registry of activation functions.
+"""Which latents fire: the registry of activation functions, as far as encoding needs them.
 
 An activation is a module, so that it may own parameters (per-latent thresholds) and buffers; they are saved with the
-SAE under ``activation.*``. All of them map the encoder's pre-activations z = W_enc (x~ - b_dec) + b_enc to latents:
+dictionary under ``activation.*``. All of them map the encoder's pre-activations z = W_enc x~ + b_enc to latents:
 
     topk        the k largest positive z of each token                             Gao et al. 2024, 2406.04093
     batchtopk   in training the N k largest positive z, later z > threshold        Bussmann et al. 2024, 2412.06410
@@ -9,88 +9,77 @@ SAE under ``activation.*``. All of them map the encoder's pre-activations z = W_
     jumprelu    z where z > theta, theta = exp(log_threshold) per latent           Rajamanoharan et al. 2024, 2407.14435
     gated       max(exp(r_mag) (z - b_enc) + b_mag, 0) where z > 0                 Rajamanoharan et al. 2024, 2404.16014
 
-Shapes: N rows, D d_model, F latents held, K picks per row.
+How each is learnt is in ``shared.sae.learn``. Shapes: N rows, D width of what is read, F latents held, K picks per row.
 """
 
-import math
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from shared.kernels import encode_threshold, encode_topk
-from shared.sae.straight_through import jump_relu
-
-if TYPE_CHECKING:
-    from shared.sae.config import SAEConfig
+from shared.kernels import Compute, encode_threshold, encode_topk
+from shared.sae.config import DictionaryConfig
+from shared.sae.roles import Role
 
 
 class Encoder(Protocol):
-    """What an activation sees of the SAE."""
+    """What an activation sees of a group of latents."""
 
     W_enc: nn.Parameter
     b_enc: nn.Parameter
-    kernels: str
-    compute_dtype: str
+
+    @property
+    def compute(self) -> Compute:
+        """How the encoder's product is computed."""
 
 
 class Activation(nn.Module):
     """What all of them have."""
 
-    fixes_l0 = False
-    """k latents fire, per token or on average: the config needs k, and there is no sparsity penalty."""
-    penalties: tuple[str, ...] = ()
-    """Sparsity penalties that it can be trained with."""
-
-    def __init__(self, config: "SAEConfig", num_latents: int) -> None:
+    def __init__(self, config: DictionaryConfig, num_latents: int) -> None:
         """`num_latents` are those held here, fewer than the config's in a shard."""
         super().__init__()
 
-    def encode(self, encoder: Encoder, centred_ND: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def encode(self, encoder: Encoder, x_ND: Tensor) -> tuple[Tensor, Tensor]:
         """Inference: values [N, K] and int64 indices [N, K], -1 for padding; a row does not depend on the others."""
         raise NotImplementedError
 
-    def dense(self, z_NF: torch.Tensor, b_enc_F: torch.Tensor) -> torch.Tensor:
-        """All latents [N, F], differentiable, for the activations that train densely."""
-        raise NotImplementedError
+    def roles(self) -> dict[str, Role]:
+        """Of its parameters and buffers, by name: one entry per latent each, unless a class says otherwise."""
+        return {name: Role(latent_axis=0) for name in self.state_dict()}
 
 
-def encode_above(
-    encoder: Encoder, centred_ND: torch.Tensor, threshold: torch.Tensor | float
-) -> tuple[torch.Tensor, torch.Tensor]:
+def encode_above(encoder: Encoder, x_ND: Tensor, threshold: Tensor | float) -> tuple[Tensor, Tensor]:
     """All z above a threshold, a scalar or [F]: values [N, M] in descending order and indices, -1 for padding."""
     return encode_threshold(
-        centred_ND,
+        x_ND,
         encoder.W_enc,
         encoder.b_enc,
         threshold,
-        kernels=encoder.kernels,
-        compute_dtype=encoder.compute_dtype,
+        compute=encoder.compute,
     )
 
 
 class TopK(Activation):
     """The k largest positive pre-activations of each token (Makhzani and Frey 2013; Gao et al. 2024)."""
 
-    fixes_l0 = True
-
-    def __init__(self, config: "SAEConfig", num_latents: int) -> None:
+    def __init__(self, config: DictionaryConfig, num_latents: int) -> None:
         super().__init__(config, num_latents)
-        self.k = config.k or 1
+        assert config.k is not None
+        self.k = config.k
 
-    def encode(self, encoder: Encoder, centred_ND: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def encode(self, encoder: Encoder, x_ND: Tensor) -> tuple[Tensor, Tensor]:
         """Values in descending order, exactly k slots."""
-        return self.select(encoder, centred_ND, self.k)
+        return self.select(encoder, x_ND, self.k)
 
-    def select(self, encoder: Encoder, centred_ND: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def select(self, encoder: Encoder, x_ND: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """Values [N, K] in descending order and int64 indices [N, K], -1 where nothing fires. No gradient."""
         return encode_topk(
-            centred_ND,
+            x_ND,
             encoder.W_enc,
             encoder.b_enc,
             k,
-            kernels=encoder.kernels,
-            compute_dtype=encoder.compute_dtype,
+            compute=encoder.compute,
         )
 
 
@@ -100,55 +89,39 @@ class BatchTopK(Activation):
     ``threshold`` is the moving average, over steps, of the least value that the batch kept.
     """
 
-    fixes_l0 = True
-    threshold: torch.Tensor
+    threshold: Tensor
 
-    def __init__(self, config: "SAEConfig", num_latents: int) -> None:
+    def __init__(self, config: DictionaryConfig, num_latents: int) -> None:
         super().__init__(config, num_latents)
-        self.decay = config.threshold_decay
         self.register_buffer("threshold", torch.zeros(()))
-        self.lower_bound: float | None = None
-        """Where the next search for the batch's threshold may begin: saves time, does not change the result."""
 
-    def encode(self, encoder: Encoder, centred_ND: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def encode(self, encoder: Encoder, x_ND: Tensor) -> tuple[Tensor, Tensor]:
         """Every z above the learnt threshold, in descending order."""
-        return encode_above(encoder, centred_ND, self.threshold)
+        return encode_above(encoder, x_ND, self.threshold)
 
-    @torch.no_grad()
-    def learn(self, least: torch.Tensor) -> None:
-        """Move the threshold towards the least value that a step's batch kept, a scalar tensor."""
-        self.threshold.lerp_(least.to(self.threshold), 1 - self.decay)
+    def roles(self) -> dict[str, Role]:
+        """One threshold for all latents."""
+        return {"threshold": Role(latent_axis=None)}
 
 
 class ReLU(Activation):
     """Every positive pre-activation."""
 
-    penalties = ("l1", "tanh", "tanh_quad")
-
-    def encode(self, encoder: Encoder, centred_ND: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def encode(self, encoder: Encoder, x_ND: Tensor) -> tuple[Tensor, Tensor]:
         """In descending order."""
-        return encode_above(encoder, centred_ND, 0.0)
-
-    def dense(self, z_NF: torch.Tensor, b_enc_F: torch.Tensor) -> torch.Tensor:
-        return torch.relu(z_NF)
+        return encode_above(encoder, x_ND, 0.0)
 
 
 class JumpReLU(Activation):
-    """Pre-activations above a threshold of each latent's own, which straight-through gradients teach."""
+    """Pre-activations above a threshold of each latent's own."""
 
-    penalties = ("l0", "tanh", "tanh_quad")
-
-    def __init__(self, config: "SAEConfig", num_latents: int) -> None:
+    def __init__(self, config: DictionaryConfig, num_latents: int) -> None:
         super().__init__(config, num_latents)
-        self.bandwidth = config.bandwidth
-        self.log_threshold = nn.Parameter(torch.full((num_latents,), math.log(config.threshold_init)))
+        self.log_threshold = nn.Parameter(torch.zeros(num_latents))
 
-    def encode(self, encoder: Encoder, centred_ND: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def encode(self, encoder: Encoder, x_ND: Tensor) -> tuple[Tensor, Tensor]:
         """In descending order."""
-        return encode_above(encoder, centred_ND, self.log_threshold.exp())
-
-    def dense(self, z_NF: torch.Tensor, b_enc_F: torch.Tensor) -> torch.Tensor:
-        return jump_relu(z_NF, self.log_threshold, self.bandwidth)
+        return encode_above(encoder, x_ND, self.log_threshold.exp())
 
 
 class Gated(Activation):
@@ -157,26 +130,19 @@ class Gated(Activation):
     The gate's pre-activation is z itself, so b_enc is the paper's b_gate and W_enc its W_gate.
     """
 
-    penalties = ("l1",)
-
-    def __init__(self, config: "SAEConfig", num_latents: int) -> None:
+    def __init__(self, config: DictionaryConfig, num_latents: int) -> None:
         super().__init__(config, num_latents)
         self.r_mag = nn.Parameter(torch.zeros(num_latents))
         self.b_mag = nn.Parameter(torch.zeros(num_latents))
 
-    def encode(self, encoder: Encoder, centred_ND: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def encode(self, encoder: Encoder, x_ND: Tensor) -> tuple[Tensor, Tensor]:
         """In descending order of z; a latent whose gate is open and whose magnitude is not positive is padding."""
-        z_NK, indices_NK = encode_above(encoder, centred_ND, 0.0)
+        z_NK, indices_NK = encode_above(encoder, x_ND, 0.0)
         latents_NK = indices_NK.clamp_min(0)
         pull_NK = z_NK - encoder.b_enc[latents_NK]
         values_NK = torch.relu(torch.exp(self.r_mag)[latents_NK] * pull_NK + self.b_mag[latents_NK])
         values_NK = values_NK.masked_fill(indices_NK < 0, 0.0)
         return values_NK, indices_NK.masked_fill(values_NK == 0, -1)
-
-    def dense(self, z_NF: torch.Tensor, b_enc_F: torch.Tensor) -> torch.Tensor:
-        """The gate passes no gradient: it learns through the penalty and the auxiliary reconstruction."""
-        magnitude_NF = torch.exp(self.r_mag) * (z_NF - b_enc_F) + self.b_mag
-        return torch.relu(magnitude_NF) * (z_NF.detach() > 0)
 
 
 ACTIVATIONS: dict[str, type[Activation]] = {

@@ -1,32 +1,35 @@
-"""What an SAE is: every choice that its weights, its outputs or its losses depend on."""
+"""What a dictionary is: every choice that its outputs depend on. How it was learnt is ``shared.sae.learn.config``'s."""
 
 import dataclasses
-import json
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from shared.basics.errors import GranaryError
-from shared.sae.rules import check
+from shared.sae.activation_kinds import ACTIVATION_KINDS
+from shared.sae.sites import Sites, SiteWidths
+
+NORMALISATIONS = ("none", "scale", "centre_scale", "layer_norm")
 
 
 @dataclass(frozen=True, kw_only=True)
-class SAEConfig:
-    """Shape, activation, normalisation and losses of one SAE. Stored in the checkpoint; values come from ``conf/sae``.
+class DictionaryConfig:
+    """What all kinds of dictionary have; each kind adds its widths.
 
     Raises GranaryError when a field is out of its range or two fields contradict each other.
     """
 
-    d_model: int
-    """Width of the activations."""
+    kind: ClassVar[str]
+    """Name of the variant, as ``conf/variant`` and ``config.json`` give it."""
+    width_fields: ClassVar[tuple[str, ...]]
+    """Fields that follow from the widths of the sites."""
+
     d_latent: int
     """Number of latents, F."""
     k: int | None = None
     """Active latents per token, for topk and batchtopk; null for the others."""
     activation: str = "topk"
-    """One of ``shared.sae.activations.ACTIVATIONS``: topk, batchtopk, relu, jumprelu, gated."""
-    prefixes: tuple[int, ...] | None = None
-    """Matryoshka (Bussmann et al. 2025), for topk and batchtopk: the reconstruction loss is the sum of those with the
-    first prefixes[i] latents alone; ascending, the last is d_latent. null: the whole dictionary alone."""
+    """One of ``shared.sae.activation_kinds``: topk, batchtopk, relu, jumprelu, gated."""
     normalisation: str = "centre_scale"
     """none; scale: times sqrt(d) / mean norm; centre_scale: minus the mean, then to RMS norm sqrt(d); layer_norm: per
     token to mean 0, standard deviation 1."""
@@ -38,79 +41,112 @@ class SAEConfig:
     unit_norm_decoder: bool = True
     """Decoder rows have unit norm after every step. False: their norm is free, and weighs the sparsity penalty, which
     could be escaped by growing it otherwise."""
-    loss: str = "fvu"
-    """Reconstruction loss. fvu: squared error over total variance; fvu_per_dim: mean over dimensions of each one's
-    squared error over its variance, as OpenSAE."""
-    auxk_alpha: float = 1 / 32
-    """Weight of the AuxK loss on dead latents (Gao et al. 2024); 0 turns it off."""
-    auxk_k: int | None = None
-    """Dead latents that regress the residual, per token; null: d_model / 2."""
-    multi_topk_weight: float = 0.0
-    """Weight of the reconstruction loss with multi_topk_factor * k latents (Gao et al. 2024: 1/8); 0 turns it off."""
-    multi_topk_factor: int = 4
-    """How many times k the Multi-TopK loss uses."""
-    penalty: str = "none"
-    """Sparsity penalty of relu (l1, tanh, tanh_quad), jumprelu (l0, tanh, tanh_quad) and gated (l1); none for the
-    others."""
-    penalty_weight: float = 0.0
-    """Its weight; the reconstruction loss counts 1."""
-    tanh_scale: float = 4.0
-    """c in tanh(c f) (Anthropic, January 2025)."""
-    frequency_scale: float = 0.01
-    """s in tanh_quad: p (1 + p / s), with p the batch's mean of tanh(c f) (Language-Model-SAEs)."""
-    bandwidth: float = 2.0
-    """Width of jumprelu's straight-through window around its thresholds (Anthropic, January 2025)."""
-    threshold_init: float = 0.1
-    """jumprelu's thresholds at the start."""
-    preact_weight: float = 0.0
-    """Weight of jumprelu's penalty on how far dead latents are below their thresholds; 0 turns it off."""
-    threshold_decay: float = 0.99
-    """How much of batchtopk's inference threshold is kept per step."""
-    dead_after_tokens: int = 10_000_000
-    """A latent that has not been nonzero on this many tokens is dead."""
-    bias_init: str = "mean"
-    """What b_dec starts at: zero, mean or geometric_median of a sample."""
-    encoder_init: str = "scaled"
-    """transpose: the decoder's transpose as it is; scaled: times the factor that minimises the loss on a sample
-    (topk and batchtopk: 1.25 times that); norm_search: rows of decoder and encoder alike get the norm that does
-    (Language-Model-SAEs)."""
-    init_subspace: int | None = None
-    """Decoder rows start within the span of this many principal directions of the sample; null: anywhere."""
+    sites: Sites | None = None
+    """Where it reads and writes, where that is known."""
 
     def __post_init__(self) -> None:
-        if isinstance(self.prefixes, list):  # as JSON and YAML give it
-            object.__setattr__(self, "prefixes", tuple(self.prefixes))
-        check(self)
+        for name in ("d_latent", "k"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise GranaryError(f"sae.{name}={value}: must be at least 1")
+        for side in (self.widths.reads, self.widths.writes):
+            if not side or min(side) < 1:
+                raise GranaryError(f"sae.d_model={min(side, default=0)}: must be at least 1")
+        for name, choices in (("activation", tuple(ACTIVATION_KINDS)), ("normalisation", NORMALISATIONS)):
+            if getattr(self, name) not in choices:
+                raise GranaryError(f"sae.{name}={getattr(self, name)!r}: choose from {', '.join(choices)}")
+        self._check_k()
+        if not self.shift_back and self.normalisation != "layer_norm":
+            raise GranaryError("sae.shift_back=false is for normalisation=layer_norm alone")
+        if not self.is_autoencoder:
+            self._check_two_places()
+
+    def _check_k(self) -> None:
+        """Whether k is given where the activation needs it, and only there."""
+        if not ACTIVATION_KINDS[self.activation].fixes_l0:
+            if self.k is not None:
+                raise GranaryError(
+                    f"sae.k={self.k} with sae.activation={self.activation}: its sparsity comes from "
+                    "sae.penalty_weight; set sae.k=null"
+                )
+            return
+        if self.k is None:
+            raise GranaryError(f"sae.activation={self.activation} needs sae.k, the active latents per token")
+        if self.k > self.d_latent:
+            raise GranaryError(
+                f"sae.k={self.k} is more than the {self.d_latent} latents: lower sae.k or raise sae.expansion"
+            )
+
+    def _check_two_places(self) -> None:
+        """What makes sense only where the dictionary gives back what it reads."""
+        if self.pre_bias:
+            raise GranaryError(
+                "sae.pre_bias=true subtracts b_dec, which lies in the space that is written, from what is read: set "
+                "sae.pre_bias=false where reads and writes differ"
+            )
+        if self.normalisation == "layer_norm":
+            raise GranaryError(
+                "sae.normalisation=layer_norm scales back by what was read, which says nothing of another place: use "
+                "centre_scale, scale or none where reads and writes differ"
+            )
 
     @property
-    def num_aux(self) -> int:
-        """Dead latents per token in the AuxK loss, before the dead count limits it."""
-        return self.auxk_k if self.auxk_k is not None else max(1, self.d_model // 2)
+    def widths(self) -> SiteWidths:
+        """Features of each site that is read and written."""
+        raise NotImplementedError
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types, keyed by field name."""
+    @property
+    def is_autoencoder(self) -> bool:
+        """Whether it must give back what it reads."""
+        return True
+
+    def own_fields(self) -> dict[str, Any]:
+        """What it was made from beside widths and sites, in plain JSON types, keyed by field name."""
         fields = dataclasses.asdict(self)
-        if self.prefixes is not None:
-            fields["prefixes"] = list(self.prefixes)
-        return fields
+        return {name: value for name, value in fields.items() if name in self.field_names()}
 
     @classmethod
-    def from_dict(cls, fields: dict[str, Any]) -> Self:
-        """The inverse of ``to_dict``; raises GranaryError for a key this version does not know or a missing one."""
-        known = {field.name for field in dataclasses.fields(cls)}
-        unknown = sorted(set(fields) - known)
+    def field_names(cls) -> tuple[str, ...]:
+        """Names of the fields beside widths and sites, of the kind's own among them."""
+        return tuple(field.name for field in dataclasses.fields(cls) if field.name not in ("sites", *cls.width_fields))
+
+    @classmethod
+    def of(cls, widths: SiteWidths, fields: Mapping[str, Any], sites: Sites | None = None) -> Self:
+        """The config of this kind for sites of these widths; raises GranaryError for a key that it does not have."""
+        unknown = sorted(set(fields) - set(cls.field_names()))
         if unknown:
-            raise GranaryError(f"the SAE config has unknown keys {', '.join(unknown)}: is it from a newer version?")
+            raise GranaryError(
+                f"the {cls.kind} config has unknown keys {', '.join(unknown)}: is it from a newer version?"
+            )
         try:
-            return cls(**fields)
+            return cls(**cls.from_widths(widths), **fields, sites=sites)
         except TypeError as error:
-            raise GranaryError(f"the SAE config is incomplete: {error}") from None
-
-    def to_json(self) -> str:
-        """One JSON object."""
-        return json.dumps(self.to_dict(), indent=2)
+            raise GranaryError(f"the {cls.kind} config is incomplete or of a wrong type: {error}") from None
 
     @classmethod
-    def from_json(cls, text: str) -> Self:
-        """The inverse of ``to_json``."""
-        return cls.from_dict(json.loads(text))
+    def from_widths(cls, widths: SiteWidths) -> dict[str, Any]:
+        """The kind's `width_fields` for sites of these widths; raises GranaryError for what it can't be made for."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class SAEConfig(DictionaryConfig):
+    """A sparse autoencoder: it reads one site and must give it back."""
+
+    kind: ClassVar[str] = "sae"
+    width_fields: ClassVar[tuple[str, ...]] = ("d_model",)
+
+    d_model: int
+    """Width of the activations."""
+
+    @property
+    def widths(self) -> SiteWidths:
+        """One site, read and written."""
+        return SiteWidths((self.d_model,), (self.d_model,))
+
+    @classmethod
+    def from_widths(cls, widths: SiteWidths) -> dict[str, Any]:
+        """One width, read and written."""
+        if widths.reads != widths.writes or len(widths.reads) != 1:
+            raise GranaryError("an SAE reads one site and gives it back: use variant=transcoder for two")
+        return {"d_model": widths.reads[0]}

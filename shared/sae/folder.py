@@ -1,13 +1,21 @@
-"""The SAE checkpoint on disk: a folder with ``config.json`` and ``sae.safetensors``.
+"""A dictionary on disk: a folder with ``config.json`` and ``sae.safetensors``.
 
-``config.json`` is ``{"format": "granary-sae", "version": 1, "config": {...}, "provenance": {...}}``. The safetensors
-file carries the same JSON in its metadata, so that a save which died between the two files is noticed when loading.
+    {"format": "granary-sae", "version": 2, "kind": "sae",
+     "sites": {"reads": [...], "writes": [...], "unit": "token"} or null, "widths": {"reads": [...], "writes": [...]},
+     "d_latent": ..., "activation": {"name": ..., "k": ...}, "normalisation": {"name": ..., "shift_back": ...},
+     "pre_bias": ..., "unit_norm_decoder": ..., "options": {what only this kind has},
+     "training": {a record of how it was learnt}, "provenance": {where it comes from}}
+
+All before ``training`` is what encoding and decoding need. Version 1, of SAEs alone, held one flat ``config`` for both.
+The safetensors file carries the same JSON in its metadata, so that a save which died between the two files is noticed
+when loading.
 """
 
 import json
 import os
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +23,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from shared.basics.errors import GranaryError
-from shared.sae.config import SAEConfig
+from shared.sae.config import DictionaryConfig
+from shared.sae.sites import Sites, SiteWidths
 from shared.sae.weights_file import write_weights
 
 FORMAT = "granary-sae"
-VERSION = 1
+VERSION = 2
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "sae.safetensors"
 # What an SAE at the top of a hub repository may consist of, in this format or another that shared.sae.formats reads.
@@ -37,13 +46,58 @@ HUB_FILES = (
     "params.npz",
     "params.safetensors",
 )
+# The keys of version 1's flat config, in its order.
+FLAT_KEYS = (
+    "d_model", "d_latent", "k", "activation", "prefixes", "normalisation", "shift_back", "pre_bias",
+    "unit_norm_decoder", "loss", "auxk_alpha", "auxk_k", "multi_topk_weight", "multi_topk_factor", "penalty",
+    "penalty_weight", "tanh_scale", "frequency_scale", "bandwidth", "threshold_init", "preact_weight",
+    "threshold_decay", "dead_after_tokens", "bias_init", "encoder_init", "init_subspace",
+)  # fmt: skip
+
+Weights = tuple[DictionaryConfig, dict[str, torch.Tensor]]
+FOREIGN_READERS: list[Callable[[Path], Weights | None]] = []
+"""Readers of other projects' folders, which give None for a folder that is not theirs; ``shared.sae.load`` adds its."""
+
+
+@dataclass(frozen=True)
+class Description:
+    """What ``config.json`` says of a dictionary."""
+
+    kind: str
+    widths: SiteWidths
+    sites: Sites | None
+    own_fields: dict[str, Any]
+    """Fields of its config beside widths and sites."""
+    training: dict[str, Any]
+    """How it was learnt, as ``shared.sae.learn.config.LearningConfig`` records it; empty where that is not known."""
+    provenance: dict[str, Any]
+    text: str
+    """The JSON itself."""
+
+    def config(self, kinds: Sequence[type[DictionaryConfig]]) -> DictionaryConfig:
+        """The config, of one of `kinds`; raises GranaryError for another kind, and for fields that make no sense."""
+        for kind in kinds:
+            if kind.kind == self.kind:
+                return kind.of(self.widths, self.own_fields, self.sites)
+        raise GranaryError(f"it is a {self.kind}, not a {' or '.join(kind.kind for kind in kinds)}: use granary.load")
+
+    def flat(self) -> dict[str, Any]:
+        """Config and training record in one dictionary, in version 1's order where version 1 knew the key."""
+        width = {"d_model": self.widths.reads[0]} if self.kind == "sae" else asdict(self.widths)
+        found = {**width, **self.own_fields, **self.training}
+        return {name: found[name] for name in sorted(found, key=_flat_place)}
+
+
+def _flat_place(name: str) -> tuple[int, str]:
+    return (FLAT_KEYS.index(name), "") if name in FLAT_KEYS else (len(FLAT_KEYS), name)
 
 
 def save(
     folder: Path,
-    config: SAEConfig,
+    config: DictionaryConfig,
     tensors: Mapping[str, torch.Tensor],
-    provenance: dict[str, Any],
+    training: Mapping[str, Any],
+    provenance: Mapping[str, Any],
     *,
     fetch: Callable[[str], torch.Tensor] | None = None,
 ) -> None:
@@ -52,8 +106,7 @@ def save(
     With `fetch` the tensors give names, shapes and types alone, and it gives each one's values when it is its turn.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    document = {"format": FORMAT, "version": VERSION, "config": config.to_dict(), "provenance": provenance}
-    text = json.dumps(document, indent=2, sort_keys=True)
+    text = json.dumps(to_document(config, training, provenance), indent=2, sort_keys=True)
     suffix = f".{uuid.uuid4().hex[:8]}.tmp"
     weights_tmp, config_tmp = folder / (WEIGHTS_FILE + suffix), folder / (CONFIG_FILE + suffix)
     try:
@@ -69,30 +122,137 @@ def save(
         config_tmp.unlink(missing_ok=True)
 
 
-def load(folder: Path, device: str | torch.device = "cpu") -> tuple[SAEConfig, dict[str, torch.Tensor], dict[str, Any]]:
-    """Config, tensors and provenance of a folder; raises GranaryError when a file is missing, torn or foreign."""
-    config, provenance, text = _read_config(folder)
+def to_document(config: DictionaryConfig, training: Mapping[str, Any], provenance: Mapping[str, Any]) -> dict[str, Any]:
+    """What ``config.json`` holds."""
+    common = {field.name for field in fields(DictionaryConfig)}
+    own = config.own_fields()
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "kind": config.kind,
+        "sites": None if config.sites is None else asdict(config.sites),
+        "widths": asdict(config.widths),
+        "d_latent": own["d_latent"],
+        "activation": {"name": own["activation"], "k": own["k"]},
+        "normalisation": {"name": own["normalisation"], "shift_back": own["shift_back"]},
+        "pre_bias": own["pre_bias"],
+        "unit_norm_decoder": own["unit_norm_decoder"],
+        "options": {name: value for name, value in own.items() if name not in common},
+        "training": dict(training),
+        "provenance": dict(provenance),
+    }
+
+
+def describe(folder: Path) -> Description:
+    """What the folder holds, from its ``config.json``; raises GranaryError when that is missing, torn or foreign."""
+    path = folder / CONFIG_FILE
+    try:
+        text = path.read_text(encoding="utf-8").removesuffix("\n")
+        document = json.loads(text)
+    except FileNotFoundError:
+        raise GranaryError(f"{folder} has no {CONFIG_FILE}: point at a folder that a training run exported") from None
+    except ValueError as error:
+        raise GranaryError(f"{path} is not JSON: {error}") from None
+    if not isinstance(document, dict) or document.get("format") != FORMAT:
+        raise GranaryError(f"{path} does not describe an SAE of this project (format {FORMAT!r})")
+    version = document.get("version")
+    if not isinstance(version, int) or version > VERSION:
+        raise GranaryError(f"{path} has format version {version}, this program reads up to {VERSION}")
+    try:
+        return _from_version_1(document, text) if version == 1 else _from_version_2(document, text)
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        raise GranaryError(f"{path} is incomplete or of a wrong type: {error!r}") from None
+
+
+def from_document(document: Mapping[str, Any], provenance: Mapping[str, Any]) -> Description:
+    """From what ``to_document`` gave, or version 1's flat config, and another provenance."""
+    if "format" in document:
+        return _from_version_2({**document, "provenance": provenance}, "")
+    return _from_version_1({"config": document, "provenance": provenance}, "")
+
+
+def _from_version_2(document: dict[str, Any], text: str) -> Description:
+    sites = document["sites"]
+    return Description(
+        kind=str(document["kind"]),
+        widths=SiteWidths(_numbers(document["widths"]["reads"]), _numbers(document["widths"]["writes"])),
+        sites=None if sites is None else _sites(sites["reads"], sites["writes"], sites["unit"]),
+        own_fields={
+            "d_latent": document["d_latent"],
+            "k": document["activation"]["k"],
+            "activation": document["activation"]["name"],
+            "normalisation": document["normalisation"]["name"],
+            "shift_back": document["normalisation"]["shift_back"],
+            "pre_bias": document["pre_bias"],
+            "unit_norm_decoder": document["unit_norm_decoder"],
+            **document["options"],
+        },
+        training=dict(document["training"]),
+        provenance=dict(document["provenance"]),
+        text=text,
+    )
+
+
+def _from_version_1(document: dict[str, Any], text: str) -> Description:
+    flat, provenance = dict(document["config"]), dict(document.get("provenance", {}))
+    unknown = sorted(set(flat) - set(FLAT_KEYS))
+    if unknown:
+        raise GranaryError(f"the SAE config has unknown keys {', '.join(unknown)}: is it from a newer version?")
+    width = flat.pop("d_model")
+    artefact = {field.name for field in fields(DictionaryConfig)}
+    hook = provenance.get("hook")
+    return Description(
+        kind="sae",
+        widths=SiteWidths((width,), (width,)),
+        sites=Sites.of(hook) if isinstance(hook, str) else None,
+        own_fields={name: value for name, value in flat.items() if name in artefact},
+        training={name: value for name, value in flat.items() if name not in artefact},
+        provenance=provenance,
+        text=text,
+    )
+
+
+def _numbers(values: Any) -> tuple[int, ...]:
+    if not isinstance(values, list) or not all(isinstance(value, int) for value in values):
+        raise TypeError(f"{values!r} is no list of whole numbers")
+    return tuple(values)
+
+
+def _sites(reads: Any, writes: Any, unit: Any) -> Sites:
+    for names in (reads, writes):
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise TypeError(f"{names!r} is no list of names")
+    return Sites(tuple(reads), tuple(writes), unit)
+
+
+def read_weights(folder: Path, kinds: Sequence[type[DictionaryConfig]], device: str | torch.device = "cpu") -> Weights:
+    """Config, of one of `kinds`, and tensors of a folder of this project's format or a foreign one.
+
+    Raises GranaryError when a file is missing, torn or foreign, or the dictionary is of another kind.
+    """
+    if not is_own(folder):
+        for read in FOREIGN_READERS:
+            foreign = read(folder)
+            if foreign is not None:
+                config, tensors = foreign
+                return config, {name: tensor.to(device) for name, tensor in tensors.items()}
+    found = describe(folder)
     weights = folder / WEIGHTS_FILE
     if not weights.is_file():
         raise GranaryError(f"{folder} has no {WEIGHTS_FILE}: point at a folder that a training run exported")
     try:
+        config = found.config(kinds)
         with safe_open(weights, framework="pt", device=str(device)) as file:
-            if (file.metadata() or {}).get("granary") != text:
+            if (file.metadata() or {}).get("granary") != found.text:
                 raise GranaryError(f"{folder}: {CONFIG_FILE} and {WEIGHTS_FILE} are of different saves; export again")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            return config, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     except SafetensorError as error:
         raise GranaryError(f"{weights} is damaged ({error}); export the SAE again") from None
-    return config, tensors, provenance
-
-
-def load_config(folder: str | Path) -> SAEConfig:
-    """The config of a saved SAE, without reading its weights."""
-    return _read_config(Path(folder))[0]
 
 
 def load_provenance(folder: str | Path) -> dict[str, Any]:
-    """What ``save`` was told about where the SAE comes from."""
-    return _read_config(Path(folder))[1]
+    """What ``save`` was told about where the dictionary comes from."""
+    return describe(Path(folder)).provenance
 
 
 def is_own(folder: Path) -> bool:
@@ -123,22 +283,6 @@ def locate(path_or_hub_id: str | Path) -> Path:
     if not folder.is_dir():
         raise GranaryError(f"the hub repository {owner}/{repository} has no folder {inside}")
     return folder
-
-
-def _read_config(folder: Path) -> tuple[SAEConfig, dict[str, Any], str]:
-    path = folder / CONFIG_FILE
-    try:
-        text = path.read_text(encoding="utf-8").removesuffix("\n")
-        document = json.loads(text)
-    except FileNotFoundError:
-        raise GranaryError(f"{folder} has no {CONFIG_FILE}: point at a folder that a training run exported") from None
-    except ValueError as error:
-        raise GranaryError(f"{path} is not JSON: {error}") from None
-    if not isinstance(document, dict) or document.get("format") != FORMAT:
-        raise GranaryError(f"{path} does not describe an SAE of this project (format {FORMAT!r})")
-    if document["version"] > VERSION:
-        raise GranaryError(f"{path} has format version {document['version']}, this program reads up to {VERSION}")
-    return SAEConfig.from_dict(document["config"]), document.get("provenance", {}), text
 
 
 def _sync(path: Path) -> None:

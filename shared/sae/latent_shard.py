@@ -1,7 +1,7 @@
-"""Which latents an SAE object holds, and how it meets those that others hold.
+"""Which latents a process holds, and how it meets those that others hold.
 
-``Part`` is all of them, and does nothing; a latent-parallel layout gives each rank another. The steps in this package
-are written once, against this interface.
+``LatentShard`` is all of them, and does nothing; a latent-parallel layout gives each rank another. The losses are
+written once, against this interface.
 """
 
 from torch import Tensor
@@ -9,7 +9,7 @@ from torch import Tensor
 from shared.kernels import Holders
 
 
-class Part(Holders):
+class LatentShard(Holders):
     """The whole dictionary in one process."""
 
     first = 0
@@ -24,4 +24,4 @@ class Part(Holders):
         return held
 
 
-WHOLE = Part()
+WHOLE = LatentShard()

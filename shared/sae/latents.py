@@ -1,7 +1,6 @@
 """The one interchange form of sparse activations, and what a forward pass returns."""
 
-from dataclasses import dataclass, field, replace
-from typing import Self
+from dataclasses import dataclass
 
 import torch
 
@@ -55,53 +54,14 @@ class SparseLatents:
 
 
 @dataclass(frozen=True, slots=True)
-class Survey:
-    """What the losses of some rows need to know of the whole batch that they are part of."""
-
-    values: torch.Tensor | None = None
-    """batchtopk: candidates [N, M] of these rows, among which are all that the batch keeps."""
-    indices: torch.Tensor | None = None
-    """Their latents; -1 for padding."""
-    least: torch.Tensor | None = None
-    """The least value that the batch keeps, a scalar."""
-    least_multi: torch.Tensor | None = None
-    """The same with multi_topk_factor times as many."""
-    frequency: torch.Tensor | None = None
-    """tanh_quad: the batch's mean of tanh(c f) per latent, [F]."""
-
-    def for_one_row(self) -> Self:
-        """For a row that stands in where a rank has none: it picks nothing."""
-        if self.values is None or self.indices is None:
-            return self
-        return replace(self, values=self.values.new_zeros(1, 1), indices=self.indices.new_full((1, 1), -1))
-
-
-@dataclass(frozen=True, slots=True)
-class SAELosses:
-    """Loss of one batch: call ``total.backward()``. The parts are detached scalars on the same device."""
-
-    total: torch.Tensor
-    reconstruction: torch.Tensor
-    fired: torch.Tensor
-    """bool [F]: which latents were nonzero on any row."""
-    latents: SparseLatents | None = None
-    """Detached; None for the activations that train densely."""
-    auxk: torch.Tensor | None = None
-    multi_topk: torch.Tensor | None = None
-    metrics: dict[str, torch.Tensor] = field(default_factory=dict)
-    """fvu (ratio of sums), l0; the parts by name. Each is a mean over the batch's tokens."""
-
-
-@dataclass(frozen=True, slots=True)
 class SAEOutput:
-    """Reconstruction in the scale of the input, the latents it was made of, and the losses where asked for.
+    """Reconstruction in the scale of what is written, and the latents it was made of.
 
     The properties are OpenSAE's names for the same (its ``SaeForwardOutput``).
     """
 
     x_hat: torch.Tensor
     latents: SparseLatents
-    losses: SAELosses | None = None
 
     @property
     def sae_output(self) -> torch.Tensor:
@@ -132,28 +92,3 @@ class SAEOutput:
     def input_std(self) -> torch.Tensor | None:
         """``latents.token_scale``."""
         return self.latents.token_scale
-
-    @property
-    def loss(self) -> torch.Tensor | None:
-        """``losses.total``: call its ``backward``."""
-        return None if self.losses is None else self.losses.total
-
-    @property
-    def reconstruction_loss(self) -> torch.Tensor | None:
-        """``losses.reconstruction``."""
-        return None if self.losses is None else self.losses.reconstruction
-
-    @property
-    def auxk_loss(self) -> torch.Tensor | None:
-        """``losses.auxk``; None where it is off or nothing is dead."""
-        return None if self.losses is None else self.losses.auxk
-
-    @property
-    def multi_topk_loss(self) -> torch.Tensor | None:
-        """``losses.multi_topk``; None where it is off."""
-        return None if self.losses is None else self.losses.multi_topk
-
-    @property
-    def l1_loss(self) -> torch.Tensor | None:
-        """The sparsity penalty, before its weight; None where there is none."""
-        return None if self.losses is None else self.losses.metrics.get("penalty")

@@ -3,7 +3,7 @@
 from shared.store.capacity import bytes_planned, free_bytes
 from shared.store.format.layout import FORMAT_VERSION, StorePlan
 from shared.store.format.manifest import DamagedObjectError, ShardRecord
-from shared.store.io.local import ObjectMissingError
+from shared.store.io.base import ObjectMissingError
 from shared.store.statistics import HookStatistics
 from shared.store.store import Store
 from shared.store.window import Window, WindowPlan, parse_bytes, wait_until

@@ -5,7 +5,7 @@ import os
 from shared.store.format.dtypes import scales_per_row, storage_type
 from shared.store.format.layout import StorePlan
 from shared.store.format.shard import index_bytes
-from shared.store.io.local import open_io
+from shared.store.io.open import open_io
 
 RECORD_BYTES_PER_CHUNK = 11  # a decimal crc32c and its comma in a commit record
 RECORD_BYTES = 4096  # the rest of a commit record and its hooks' histograms

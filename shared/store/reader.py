@@ -20,7 +20,8 @@ from shared.store.format.layout import StorePlan
 from shared.store.format.manifest import DamagedObjectError, ShardRecord
 from shared.store.format.quantise import dequantise
 from shared.store.format.shard import ArrayRecord, decode_chunk
-from shared.store.io.local import ObjectIO, ObjectMissingError, ObjectShortError
+from shared.store.format.site_path import scale_path, site_path
+from shared.store.io.base import ObjectIO, ObjectMissingError, ObjectShortError
 
 TOKEN_TYPES = {layout.TOKENS: np.dtype("<i4"), layout.MASK: np.dtype("?"), layout.SEGMENTS: np.dtype("<i4")}
 
@@ -38,7 +39,7 @@ class ContextReader:
     def read(self, hook: str, record: ShardRecord, context: int, out: torch.Tensor, verify: bool) -> None:
         """Context `context` of `record`'s shard into contiguous `out` [T, D] of the read dtype."""
         T, D = self.plan.seq_len, self.plan.hooks[hook]
-        main = record.arrays[layout.array_path(hook)]
+        main = record.arrays[site_path(hook)]
         slot = context - record.first_context
         if self.plan.dtype != "int8":
             self._read_rows(main, record.shard, slot, bits_of(out), verify)
@@ -46,7 +47,7 @@ class ContextReader:
         q_TD = self._buffer("int8", (T, D), torch.int8)
         scale_TG = self._buffer("scale", (T, scales_per_row(D)), torch.float16)
         self._read_rows(main, record.shard, slot, bits_of(q_TD), verify)
-        self._read_rows(record.arrays[layout.scale_path(hook)], record.shard, slot, bits_of(scale_TG), verify)
+        self._read_rows(record.arrays[scale_path(hook)], record.shard, slot, bits_of(scale_TG), verify)
         dequantise(q_TD, scale_TG, out)
 
     def _read_rows(self, record: ArrayRecord, shard: int, slot: int, out: npt.NDArray[Any], verify: bool) -> None:

@@ -21,7 +21,8 @@ from shared.store.format.dtypes import storage_type
 from shared.store.format.extent import Extent, put_same, read_extents, write_extent
 from shared.store.format.layout import StorePlan
 from shared.store.format.manifest import DamagedObjectError, ShardRecord, seal, unseal
-from shared.store.io.local import ObjectIO, open_io
+from shared.store.io.base import ObjectIO
+from shared.store.io.open import open_io
 from shared.store.reader import TOKEN_TYPES, ContextReader, read_dtype_error, read_moments, read_token_rows
 from shared.store.statistics import HookStatistics, Moments, RowStatistics, merge_rows
 from shared.store.window import Window
@@ -301,18 +302,6 @@ class Store:
     def segments(self, contexts: Iterable[int]) -> npt.NDArray[np.int32]:
         """Document index within the context, [n, T]."""
         return self._token_rows(layout.SEGMENTS, contexts)
-
-    def trainable_counts(self, contexts: Iterable[int]) -> npt.NDArray[np.int64]:
-        """Masked-in positions of committed contexts, [n]."""
-        wanted = np.fromiter((int(context) for context in contexts), np.int64)
-        counts = np.empty(len(wanted), np.int64)
-        order = np.argsort(wanted, kind="stable")
-        shards, starts = np.unique(wanted[order] // self.plan.shard_contexts, return_index=True)
-        for shard, mine in zip(shards.tolist(), np.split(order, starts[1:]), strict=True):
-            self.shard_of(int(wanted[mine].max()))  # raises where the shard is shorter than that
-            record = self._record(shard)
-            counts[mine] = np.array(record.trainable)[wanted[mine] - record.first_context]
-        return counts
 
     def read_context(
         self, hook: str, context: int, out: torch.Tensor | None = None, *, verify: bool = True

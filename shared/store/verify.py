@@ -4,8 +4,7 @@ A store is right when: its plan, its zarr.json files and its token objects are a
 record that passes its own checksum; every chunk and index of every object a record names matches it.
 """
 
-import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from hashlib import sha256
@@ -16,13 +15,13 @@ from shared.store.format.extent import Extent, TokenRecord, put_same, read_exten
 from shared.store.format.integrity import check_array_object, object_sha256
 from shared.store.format.manifest import DamagedObjectError, ShardRecord, unseal
 from shared.store.format.shard import ArrayRecord
-from shared.store.io.local import ObjectIO, open_io
+from shared.store.io.base import ObjectIO
+from shared.store.io.open import open_io
 from shared.store.reader import TOKEN_TYPES
 from shared.store.store import Store
 from shared.store.window import Window, data_keys, is_window_key, object_check
 
 VERIFY_THREADS = 4
-_SHARD_OBJECT = re.compile(r"(?P<array>(?:statistics/)?layers/\d+/\w+)/c/(?P<shard>\d+)/0/0")
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -58,10 +57,6 @@ class VerifyReport:
         """True where nothing is damaged and nothing missing."""
         return not self.problems and not self.missing
 
-    @property
-    def damaged_shards(self) -> list[int]:
-        return sorted({problem.shard for problem in self.problems if problem.shard >= 0})
-
 
 Check = tuple[int, str, int, Callable[[], str | None]]  # shard or -1, key, bytes, what is wrong or None
 
@@ -77,7 +72,9 @@ def verify(url: str, progress: Callable[[int, int], None] | None = None) -> Veri
     if layout.extent_key(0) not in sizes and not any(key.startswith("manifest/") for key in sizes):
         Store.open(url)  # raises with the reason
         raise GranaryError(f"no activation store at {url}")
-    checks, known = _plan_checks(io, sizes, report)
+    extents, problems = _readable_extents(io, sizes)
+    report.problems += problems
+    checks, known = _plan_checks(io, sizes, extents, report)
     total, done = sum(size for _, _, size, _ in checks), 0
     with ThreadPoolExecutor(VERIFY_THREADS, thread_name_prefix="granary-verify") as pool:
         for (shard, key, size, _), wrong in zip(checks, pool.map(lambda check: check[3](), checks), strict=True):
@@ -88,26 +85,41 @@ def verify(url: str, progress: Callable[[int, int], None] | None = None) -> Veri
                 progress(done, total)
     report.problems.sort()
     report.num_objects, report.num_bytes = len(checks), total
-    for key in sizes.keys() - known:
-        (report.uncommitted if _SHARD_OBJECT.fullmatch(key) else report.foreign).append(key)
-    report.uncommitted.sort()
-    report.foreign.sort()
+    arrays = _arrays(extents)
+    for key in sorted(sizes.keys() - known):
+        (report.foreign if layout.shard_of_key(key, arrays) is None else report.uncommitted).append(key)
     return report
 
 
-def _plan_checks(io: ObjectIO, sizes: dict[str, int], report: VerifyReport) -> tuple[list[Check], set[str]]:
-    """All checks of large objects; reads the small ones (plans, commit records) on the way."""
-    checks: list[Check] = []
-    known: set[str] = set()
+def _readable_extents(io: ObjectIO, sizes: Iterable[str]) -> tuple[list[Extent], list[Problem]]:
+    """The extents whose records are intact, in shard order, and what is wrong with the others."""
     extents: list[Extent] = []
-    for key in [key for key in sorted(sizes) if key.startswith("extents/") and not key.endswith(".tokens.json")]:
-        known.add(key)
+    problems: list[Problem] = []
+    for key in sorted(filter(_is_extent_key, sizes)):
         try:
             extents.append(Extent.from_bytes(io.get(key), key))
         except DamagedObjectError as error:
-            report.problems.append(Problem(-1, key, str(error)))
+            problems.append(Problem(-1, key, str(error)))
     if layout.extent_key(0) not in sizes:
-        report.problems.append(Problem(-1, layout.extent_key(0), "is missing"))
+        problems.append(Problem(-1, layout.extent_key(0), "is missing"))
+    return extents, problems
+
+
+def _is_extent_key(key: str) -> bool:
+    return key.startswith("extents/") and not key.endswith(".tokens.json")
+
+
+def _arrays(extents: Iterable[Extent]) -> set[str]:
+    """Zarr paths of the arrays whose objects belong to shards."""
+    return {path for extent in extents for path in layout.shard_arrays(extent.plan)}
+
+
+def _plan_checks(
+    io: ObjectIO, sizes: dict[str, int], extents: list[Extent], report: VerifyReport
+) -> tuple[list[Check], set[str]]:
+    """All checks of large objects; reads the small ones (commit records) on the way."""
+    checks: list[Check] = []
+    known = set(filter(_is_extent_key, sizes))
     for extent in extents:
         checks += _token_checks(io, extent, report, known)
     documents = {key: text for extent in extents for key, text in extent.documents.items()}
@@ -240,6 +252,7 @@ def drop_incomplete(url: str, report: VerifyReport | None = None) -> list[str]:
         Store.open(url)  # raises with the reason
     if not io.claim(exclusive=True):
         raise GranaryError(f"a harvest is writing to {url}: stop it first")
+    arrays = _arrays(_readable_extents(io, sizes)[0])
     doomed: list[str] = []
     if report is not None and report.problems:
         doomed.append(layout.COMPLETE)
@@ -257,7 +270,7 @@ def drop_incomplete(url: str, report: VerifyReport | None = None) -> list[str]:
     orphans = [
         key
         for key in sizes
-        if (match := _SHARD_OBJECT.fullmatch(key)) and layout.manifest_key(int(match["shard"])) not in committed
+        if (shard := layout.shard_of_key(key, arrays)) is not None and layout.manifest_key(shard) not in committed
     ]
     if any(is_window_key(key) for key in sizes):
         store = Store.open(url)

@@ -17,7 +17,6 @@ account. Its objects, under ``window/``:
 Every object is put before what depends on it, and each step may be repeated: a process killed anywhere goes on.
 """
 
-import bisect
 import re
 import time
 from collections.abc import Callable, Iterable, Set
@@ -28,7 +27,7 @@ from shared.basics.errors import GranaryError
 from shared.store.capacity import shard_bytes
 from shared.store.format.layout import StorePlan
 from shared.store.format.manifest import DamagedObjectError, ShardRecord, seal, unseal
-from shared.store.io.local import ObjectIO
+from shared.store.io.base import ObjectIO
 
 FOLDER = "window"
 PLAN, READER, FINISHED = f"{FOLDER}/plan.json", f"{FOLDER}/reader.json", f"{FOLDER}/finished.json"
@@ -79,9 +78,6 @@ class WindowPlan:
     def shards(self, block: int) -> range:
         """All shards of a block, those held out included."""
         return range(self.ends[block - 1] if block else 0, self.ends[block])
-
-    def block_of(self, shard: int) -> int:
-        return bisect.bisect_right(self.ends, shard)
 
     def to_bytes(self) -> bytes:
         return seal({"window_bytes": self.window_bytes, "ends": list(self.ends)})

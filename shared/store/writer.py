@@ -27,7 +27,8 @@ from shared.store.format.layout import StorePlan
 from shared.store.format.manifest import ShardRecord, seal
 from shared.store.format.quantise import dequantise, quantise
 from shared.store.format.shard import ArrayRecord, EncodedChunk, encode_chunks, encode_index
-from shared.store.io.local import ObjectIO
+from shared.store.format.site_path import scale_path, site_path
+from shared.store.io.base import ObjectIO
 from shared.store.statistics import BLOCK_ROWS, NormFigures, RowStatistics
 
 LOOKAHEAD = 3  # contexts being prepared ahead of the write
@@ -135,7 +136,7 @@ class ShardWriter:
         arrays: dict[str, ArrayRecord],
     ) -> NormFigures:
         statistics = RowStatistics.empty(self.plan.hooks[hook])
-        main = ObjectDraft(layout.object_key(layout.array_path(hook), shard, 3), self.slots)
+        main = ObjectDraft(layout.object_key(site_path(hook), shard, 3), self.slots)
         scales: list[EncodedChunk] = []
 
         def prepared_parts() -> Iterator[Buffer]:
@@ -158,11 +159,11 @@ class ShardWriter:
             yield main.index()
 
         as_it_is = tensor.dtype == self.kind.storage and self.plan.codec == "none" and tensor.is_contiguous()
-        arrays[layout.array_path(hook)] = self._put(main, parts_as_they_are() if as_it_is else prepared_parts())
+        arrays[site_path(hook)] = self._put(main, parts_as_they_are() if as_it_is else prepared_parts())
         if self.plan.dtype == "int8":
-            draft = ObjectDraft(layout.object_key(layout.scale_path(hook), shard, 3), self.slots)
+            draft = ObjectDraft(layout.object_key(scale_path(hook), shard, 3), self.slots)
             scale_parts = [part for chunk in scales for part in draft.add(chunk)]
-            arrays[layout.scale_path(hook)] = self._put(draft, iter([*scale_parts, draft.index()]))
+            arrays[scale_path(hook)] = self._put(draft, iter([*scale_parts, draft.index()]))
         moments = np.stack([statistics.moments.mean, statistics.moments.m2])
         draft = ObjectDraft(layout.object_key(layout.statistics_path(hook), shard, 3), None)
         moment_parts = [part for chunk in encode_chunks(moments, 2, "none") for part in draft.add(chunk)]

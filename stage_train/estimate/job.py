@@ -7,6 +7,7 @@ and not computed from a formula.
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,9 +15,12 @@ import torch
 from shared.basics.errors import GranaryError
 from shared.kernels import resolve
 from shared.parallel import World
-from shared.sae import SAE, SAEConfig
-from shared.sae.activations import ACTIVATIONS
-from shared.sae.optim.adam8bit import OPTIMISERS
+from shared.sae.activation_kinds import ACTIVATION_KINDS
+from shared.sae.config import DictionaryConfig
+from shared.sae.learn.config import LearningConfig
+from shared.sae.optim import make_optimiser
+from shared.sae.sites import Sites, SiteWidths
+from shared.sae.variants import VARIANTS
 from shared.store.format.dtypes import scales_per_row, storage_type
 from stage_train.config import BufferPlace, LayoutKind, TrainSchema
 from stage_train.data.inputs import GIB, SAMPLE_TOKENS, order_of
@@ -29,9 +33,9 @@ from stage_train.data.stream.pool import slots_for
 from stage_train.data.stream.sample import SAMPLE_CONTEXTS
 from stage_train.estimate.config import PlanSchema
 from stage_train.estimate.memory import total_bytes
-from stage_train.spec import optimiser_options
 from stage_train.step.layouts.split import latent_parts, latents_per_rank
-from stage_train.step.schedule import length_in_steps, peak_rate
+from stage_train.step.optimiser import optimiser_config
+from stage_train.step.schedule import length_in_steps
 from stage_train.step.weight_average import WeightAverage
 
 
@@ -61,7 +65,8 @@ class Data:
 class PlannedRun:
     """One run as a rank sees it. Letters as in stage_train.estimate.memory."""
 
-    config: SAEConfig
+    config: DictionaryConfig
+    learning: LearningConfig
     layout: str
     ranks: int
     parts: int
@@ -99,7 +104,7 @@ class PlannedRun:
 
     @property
     def d_model(self) -> int:
-        return self.config.d_model
+        return self.config.widths.d_in
 
     @property
     def all_latents(self) -> int:
@@ -121,7 +126,7 @@ class PlannedRun:
     @property
     def sparse(self) -> bool:
         """The backward pass costs rows times picks."""
-        return ACTIVATIONS[self.activation].fixes_l0
+        return ACTIVATION_KINDS[self.activation].fixes_l0
 
     @property
     def pairs_kept(self) -> bool:
@@ -135,17 +140,17 @@ class PlannedRun:
 
     @property
     def extra_picks(self) -> bool:
-        return self.config.multi_topk_weight > 0
+        return self.learning.multi_topk_weight > 0
 
     @property
     def prefixes(self) -> int:
         """Matryoshka groups; 0 without."""
-        return len(self.config.prefixes or ())
+        return len(self.learning.prefixes or ())
 
     @property
     def tanh(self) -> float:
         """Tensors [n, F] that a tanh penalty keeps."""
-        return 0.75 if self.config.penalty.startswith("tanh") else 0.0
+        return 0.75 if self.learning.penalty.startswith("tanh") else 0.0
 
     @property
     def seq_len(self) -> int:
@@ -171,7 +176,8 @@ def make_job(cfg: TrainSchema, options: PlanSchema, data: Data) -> PlannedRun:
     if cfg.nproc < 1 or options.nodes < 1:
         raise GranaryError(f"nproc={cfg.nproc}, nodes={options.nodes}: at least one process")
     ranks = cfg.nproc * options.nodes
-    config = cfg.sae.to_config(data.d_model)
+    sites, width = Sites.of("planned"), (data.d_model,)
+    config, learning = cfg.sae.to_configs(cfg.variant, sites, SiteWidths(width, width))
     layout = cfg.parallel.layout if ranks > 1 else LayoutKind.ddp
     parts = latent_parts(cfg.parallel, ranks)
     held = latents_per_rank(config.d_latent, cfg.parallel, ranks)
@@ -199,6 +205,7 @@ def make_job(cfg: TrainSchema, options: PlanSchema, data: Data) -> PlannedRun:
     every = length_in_steps(cfg.checkpoint.every, steps, "checkpoint.every")
     return PlannedRun(
         config=config,
+        learning=learning,
         layout=layout.value if ranks > 1 else "single",
         ranks=ranks,
         parts=parts,
@@ -211,8 +218,8 @@ def make_job(cfg: TrainSchema, options: PlanSchema, data: Data) -> PlannedRun:
         tokens=tokens,
         saves_on_the_way=0 < every < steps,
         keep=cfg.checkpoint.keep,
-        width=_width(cfg, config, options),
-        dead=_dead(config, options, tokens, config.d_latent if layout is LayoutKind.fsdp else held),
+        width=_width(cfg, config, learning, options),
+        dead=_dead(learning, options, tokens, config.d_latent if layout is LayoutKind.fsdp else held),
         weight_bytes=weights,
         moment_bytes=moments,
         average_bytes=average,
@@ -279,12 +286,11 @@ def _length(cfg: TrainSchema, data: Data, order: StreamOrder) -> tuple[int, int]
     return steps, steps * order.batch_size
 
 
-def _state_bytes(cfg: TrainSchema, config: SAEConfig, held: int) -> tuple[int, int, int]:
+def _state_bytes(cfg: TrainSchema, config: DictionaryConfig, held: int) -> tuple[int, int, int]:
     """Weights with buffers, moments, and averages of a rank."""
     with torch.device("meta"):
-        sae = SAE(config, kernels=cfg.compute.kernels, compute_dtype=cfg.compute.dtype, num_latents=held)
-    lr = peak_rate(cfg.optim.lr, config.d_latent)
-    optimiser = OPTIMISERS[cfg.optim.kind.value](sae, lr, **optimiser_options(cfg.optim, config))
+        sae: Any = VARIANTS[config.kind](config, num_latents=held)  # type: ignore[call-arg]
+    optimiser = make_optimiser(sae, optimiser_config(cfg.optim, config))
     average = {}
     if cfg.optim.ema_decay is not None:
         average = WeightAverage(optimiser.parameters, cfg.optim.ema_decay).tensors
@@ -303,22 +309,22 @@ def _uses_triton(kernels: str, cuda: bool) -> bool:
         raise GranaryError(f"compute.{error}") from None
 
 
-def _width(cfg: TrainSchema, config: SAEConfig, options: PlanSchema) -> int:
+def _width(cfg: TrainSchema, config: DictionaryConfig, learning: LearningConfig, options: PlanSchema) -> int:
     if config.k is None:
         return 0
     most = max(config.k, cfg.schedule.k_start or 0)
-    if config.multi_topk_weight > 0:
-        most *= config.multi_topk_factor
+    if learning.multi_topk_weight > 0:
+        most *= learning.multi_topk_factor
     if config.activation == "batchtopk":
         most = round(most * options.fullest_row)
     return min(most, config.d_latent)
 
 
-def _dead(config: SAEConfig, options: PlanSchema, tokens: int, held: int) -> int:
+def _dead(learning: LearningConfig, options: PlanSchema, tokens: int, held: int) -> int:
     """Dead latents that AuxK works on; none can be dead before dead_after_tokens have been seen."""
     if not 0 <= options.dead_fraction <= 1:
         raise GranaryError(f"dead_fraction={options.dead_fraction}: a share of the latents, between 0 and 1")
-    if config.auxk_alpha == 0 or tokens <= config.dead_after_tokens:
+    if learning.auxk_alpha == 0 or tokens <= learning.dead_after_tokens:
         return 0
     return round(options.dead_fraction * held)
 

@@ -6,12 +6,14 @@ from dataclasses import dataclass
 import torch
 
 from shared.basics.errors import GranaryError
-from shared.sae import SAE
-from shared.sae.optim.adam8bit import OPTIMISERS
+from shared.sae.learn.objective import Objective
+from shared.sae.optim import make_optimiser
+from shared.sae.variants import VARIANTS
+from shared.sae.variants.one_group import OneGroup
 from stage_train.config import TrainSchema
 from stage_train.estimate.config import PlanSchema
 from stage_train.estimate.job import PlannedRun
-from stage_train.spec import optimiser_options
+from stage_train.step.optimiser import optimiser_config
 
 # Time of a sparse step over that of the encoder's product alone: the worse of README.md's two, on a CPU.
 # The dense losses are products nearly throughout.
@@ -93,17 +95,25 @@ def measured_seconds(cfg: TrainSchema, job: PlannedRun) -> float:
         raise GranaryError("measure=true with device.name=cuda, but torch sees no CUDA device: give tflops=... instead")
     device = torch.device("cuda" if job.cuda else "cpu")
     generator = torch.Generator().manual_seed(cfg.seed)
-    options = {"kernels": cfg.compute.kernels, "compute_dtype": cfg.compute.dtype}
-    sae = SAE(job.config, num_latents=job.computed_latents, generator=generator, **options).to(device)
-    learning = optimiser_options(cfg.optim, job.config)
-    optimiser = OPTIMISERS[job.optimiser](sae, 1e-4, pair_gradients=job.pairs_kept, **learning)
+    made = VARIANTS[job.config.kind]
+    assert issubclass(made, OneGroup)
+    dictionary = made(
+        job.config,
+        num_latents=job.computed_latents,
+        generator=generator,
+        kernels=cfg.compute.kernels,
+        compute_dtype=cfg.compute.dtype,
+    ).to(device)
+    objective = Objective(dictionary, job.learning)
+    optimiser = make_optimiser(dictionary, optimiser_config(cfg.optim, job.config), pair_gradients=job.pairs_kept)
+    objective.pair_gradients = optimiser.pairs if job.pairs_kept else None
     rows_N_D = torch.randn(job.rows, job.d_model, generator=generator).to(device)
     seconds = []
     for _ in range(MEASURED_STEPS + 1):
         begin = time.perf_counter()
         optimiser.zero_grad()
         for part in rows_N_D.tensor_split(job.micro_batches):
-            torch.autograd.backward(sae.losses(part).total * (len(part) / job.rows))
+            torch.autograd.backward(objective.losses(part).total * (len(part) / job.rows))
         float(optimiser.step())  # waits for the device
         seconds.append(time.perf_counter() - begin)
     return sorted(seconds[1:])[MEASURED_STEPS // 2]

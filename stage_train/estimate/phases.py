@@ -13,7 +13,7 @@ from shared.kernels.auxk.blocks import BLOCK_ELEMENTS
 from shared.kernels.encode_topk.bounds import SMALLEST_WEIGHT, TILE_ELEMENTS
 from shared.kernels.linear import FAST_BFLOAT16
 from shared.sae.learn.init import SEARCH_TOKENS
-from shared.sae.optim.base import TILE_ELEMENTS as MOMENT_TILE
+from shared.sae.optim.adam import TILE_ELEMENTS as MOMENT_TILE
 from stage_train.estimate import memory
 from stage_train.estimate.job import PlannedRun
 
@@ -198,7 +198,7 @@ def rounded(job: PlannedRun) -> list[Block]:
     """What triton gathers in bfloat16: the input, and W_dec for each decoding that reads its rows often enough."""
     if not (job.triton and job.half_compute):
         return []
-    main = job.width // job.config.multi_topk_factor if job.extra_picks else job.width
+    main = job.width // job.learning.multi_topk_factor if job.extra_picks else job.width
     decodings = [main, job.width - main]
     copies = sum(job.micro_rows * width > 2 * job.computed_latents for width in decodings)
     half = memory.matrix(job.computed_latents, job.d_model) // 2
@@ -251,7 +251,7 @@ def start(job: PlannedRun) -> list[Block]:
         Block("matrices", whole, 4),
         Block("sample of tokens", memory.rows(job.sample_rows, job.d_model), 4),
     ]
-    if job.config.encoder_init == "transpose" and job.activation != "batchtopk":
+    if job.learning.encoder_init == "transpose" and job.activation != "batchtopk":
         return blocks  # nothing is encoded
     blocks += [
         Block("its reconstruction", memory.rows(sample, job.d_model), 3),

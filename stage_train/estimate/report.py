@@ -58,10 +58,10 @@ def make_plan(job: PlannedRun, pace: Pace, fixed: int) -> Plan:
 
 def table(plan: Plan, memory_gib: float | None, disk_mb_s: float | None) -> str:
     """Lines of text."""
-    job, config = plan.job, plan.job.config
-    what = f"k {config.k}" if config.k else f"penalty {config.penalty} {config.penalty_weight:g}"
+    job, config, learning = plan.job, plan.job.config, plan.job.learning
+    what = f"k {config.k}" if config.k else f"penalty {learning.penalty} {learning.penalty_weight:g}"
     lines = [
-        f"SAE: {config.activation}, {what}, {config.d_latent:,} latents of width {config.d_model:,}",
+        f"SAE: {config.activation}, {what}, {config.d_latent:,} latents of width {job.d_model:,}",
         f"run: {job.steps:,} steps of {job.batch_tokens:,} tokens, {job.tokens:,} in all",
         f"layout: {job.layout}, {job.ranks} rank{'s' * (job.ranks > 1)} on {'GPU' if job.cuda else 'CPU'}; each holds "
         f"{job.latents:,} latents and reads {job.rows:,} rows of a batch, {job.micro_rows:,} at a time",
@@ -123,7 +123,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
     """Bytes, tokens and seconds."""
     job, pace = plan.job, plan.pace
     return {
-        "sae": job.config.to_dict(),
+        "sae": {"d_model": job.d_model, **job.config.own_fields(), **job.learning.to_dict()},
         "layout": job.layout,
         "ranks": job.ranks,
         "steps": job.steps,

@@ -14,9 +14,10 @@ import torch
 
 from shared.basics.errors import GranaryError
 from shared.launch.stage import fail
-from shared.sae import SAE, SAEConfig
-from shared.sae.folder import save
+from shared.sae import folder as on_disk
+from shared.sae.load import KINDS
 from shared.sae.sites import Sites
+from shared.sae.variants import VARIANTS
 from stage_train.data.stores import PinnedStore
 from stage_train.state.checkpoint import intact_checkpoint, load_tensors, read_state
 
@@ -50,21 +51,21 @@ def export(checkpoint: Path, folder: Path) -> None:
     One process does it, one tensor at a time. Raises GranaryError when the checkpoint does not load.
     """
     state = read_state(checkpoint)
-    config = SAEConfig.from_dict(state["sae"])
+    saved = on_disk.from_document(state["sae"], state["provenance"])
+    config = saved.config(KINDS)
     with torch.device("meta"):
-        sae = SAE(config)
-    learnt = {name for name, _ in sae.named_parameters()} | {"activation.threshold"}
-    averaged = learnt if state.get("export_average") else set()
-    shapes = sae.state_dict()
+        dictionary = VARIANTS[config.kind](config)
+    roles, shapes = dictionary.roles(), dictionary.state_dict()
+    averaged = {name for name, role in roles.items() if role.learnt} if state.get("export_average") else set()
 
     def fetch(name: str) -> torch.Tensor:
         tensor = torch.empty_like(shapes[name], device="cpu")
         load_tensors(checkpoint, {f"{'ema' if name in averaged else 'sae'}.{name}": tensor})
-        if name == "W_dec" and averaged and config.unit_norm_decoder:  # an average of unit vectors is shorter
+        if name in averaged and roles[name].unit_rows:  # an average of unit vectors is shorter
             tensor.div_(tensor.norm(dim=1, keepdim=True))
         return tensor
 
-    save(folder, config, shapes, state["provenance"], fetch=fetch)
+    on_disk.save(folder, config, shapes, saved.training, saved.provenance, fetch=fetch)
 
 
 def is_exported(folder: Path) -> bool:

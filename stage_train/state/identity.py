@@ -27,6 +27,9 @@ FREE = (
     "stream.on_damage",  # so that a run which stopped at a damaged shard can go on without it
 )
 
+# Keys that older runs did not record, and what they did in their place.
+ADDED_SINCE = {"variant.kind": "sae"}
+
 
 # Keys that are younger than the first runs: null is as if they were not there, so that a run keeps its id.
 YOUNGER = ("reads", "writes", "init_from")
@@ -45,6 +48,7 @@ def identity(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def changes(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
     """What differs between two identities, one text per key."""
+    saved = {**ADDED_SINCE, **saved}
     return [
         f"{key} was {saved.get(key)}, is {wanted.get(key)}"
         for key in sorted(saved.keys() | wanted.keys())
@@ -54,6 +58,7 @@ def changes(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
 
 def is_extension(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
     """Whether `wanted` is the same run, only longer."""
+    saved = {**ADDED_SINCE, **saved}
     changed = [key for key in saved.keys() | wanted.keys() if saved.get(key) != wanted.get(key)]
     if len(changed) != 1 or changed[0] not in LENGTHS:
         return False

@@ -15,7 +15,7 @@ from shared.parallel import World, broadcast_object
 from stage_train.config import Resume, TrainSchema, as_dict
 from stage_train.state.checkpoint import STATE
 from stage_train.state.export import digest, is_exported
-from stage_train.state.identity import changes, identity, is_extension
+from stage_train.state.identity import ADDED_SINCE, changes, identity, is_extension
 
 log = logging.getLogger(__name__)
 
@@ -73,6 +73,7 @@ def difference(held: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
 
     A digest takes the place of what is too long, or can't be written in a name.
     """
+    held = {**ADDED_SINCE, **held}
     keys = [key for key in sorted(held.keys() | wanted.keys()) if held.get(key) != wanted.get(key)]
     name = ",".join(f"{key.rpartition('.')[2]}={_text(wanted.get(key))}" for key in keys)
     return name if re.fullmatch(r"[\w.=,+-]+", name) and len(name) <= LONGEST_NAME else digest(wanted)[:8]

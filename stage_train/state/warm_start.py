@@ -1,23 +1,28 @@
-"""The first weights of a run from an SAE on disk: ``init_from``."""
+"""The first weights of a run from a dictionary on disk: ``init_from``."""
 
 from shared.basics.errors import GranaryError
-from shared.sae import SAE
+from shared.sae.load import load
+from shared.sae.variants import Dictionary
 
-# What must be alike, or the weights would mean something else.
-ALIKE = ("d_model", "d_latent", "activation", "normalisation", "pre_bias", "shift_back", "unit_norm_decoder")
+# What may differ without a weight meaning something else.
+FREE = ("k",)
 
 
-def copy_weights(sae: SAE, folder: str) -> None:
-    """Fill weights, thresholds and normalisation of `sae` with those of a folder or hub id, of any format that loads.
+def copy_weights(dictionary: Dictionary, folder: str) -> None:
+    """Fill weights, thresholds and normalisation with those of a folder or hub id, of any format that loads.
 
     Raises GranaryError naming what is not alike.
     """
-    source = SAE.from_pretrained(folder)
+    source = load(folder)
+    there, here = (
+        {"kind": made.config.kind, "widths": made.config.widths, **made.config.own_fields()}
+        for made in (source, dictionary)
+    )
     unlike = [
-        f"{name} is {getattr(source.config, name)} there, {getattr(sae.config, name)} here"
-        for name in ALIKE
-        if getattr(source.config, name) != getattr(sae.config, name)
+        f"{name} is {there.get(name)} there, {value} here"
+        for name, value in here.items()
+        if name not in FREE and there.get(name) != value
     ]
     if unlike:
-        raise GranaryError(f"init_from={folder} is another SAE: {'; '.join(unlike)}; give sae.* as they are there")
-    sae.load_state_dict(source.state_dict())
+        raise GranaryError(f"init_from={folder} is another dictionary: {'; '.join(unlike)}; give what it has")
+    dictionary.load_state_dict(source.state_dict())

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 
 from shared.basics.errors import GranaryError
-from shared.sae import SAEConfig
+from shared.sae.config import DictionaryConfig
 
 SHAPES = ("linear", "cosine", "sqrt")
 K_SHAPES = ("linear", "exponential")
@@ -125,17 +125,14 @@ def bias_factor_by_width(num_latents: int) -> float:
     return 6 * math.sqrt(num_latents / 2048)
 
 
-def rate_factors(decoder: float, bias: float | str, sae: SAEConfig) -> dict[str, float]:
-    """What multiplies the rate of W_dec and b_enc. Raises GranaryError unless they are positive numbers or by_width."""
-    if isinstance(bias, str):
-        if bias != "by_width":
-            raise GranaryError(f"optim.bias_factor={bias}: give a number, or by_width for 6 sqrt(F / 2048)")
+def bias_factor(value: float | str, sae: DictionaryConfig) -> float:
+    """The number, or what ``by_width`` stands for. Raises GranaryError for another name."""
+    if isinstance(value, str):
+        if value != "by_width":
+            raise GranaryError(f"optim.bias_factor={value}: give a number, or by_width for 6 sqrt(F / 2048)")
         # A gate's bias has no gradient from the reconstruction, and was better slow (docs/log.md, 2026-11-25).
-        bias = 1.0 if sae.activation == "gated" else bias_factor_by_width(sae.d_latent)
-    for key, value in (("decoder_factor", decoder), ("bias_factor", bias)):
-        if not (value > 0 and math.isfinite(value)):
-            raise GranaryError(f"optim.{key}={value}: it multiplies optim.lr and must be positive")
-    return {"W_dec": decoder, "b_enc": bias}
+        return 1.0 if sae.activation == "gated" else bias_factor_by_width(sae.d_latent)
+    return value
 
 
 def peak_rate(lr: float | str, num_latents: int) -> float:

@@ -1,12 +1,12 @@
-"""The training loop: batch, losses, one reduction of the gradients, one optimiser step.
+"""One training step: batch, losses, one reduction of the gradients, one optimiser step.
 
-Shape letters: N rows of this rank's batch, D d_model, F latents held here, R dead latents.
+Shape letters: N rows of this rank's batch, D a width of what is read or written, F latents held here, R dead latents.
 """
 
 import logging
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,10 +15,11 @@ from torch import Tensor
 
 from shared.basics.errors import GranaryError
 from shared.parallel import World, all_reduce_sum
-from shared.sae import SAE, DeadLatents
-from shared.sae.activations import BatchTopK
-from shared.sae.latents import Survey
-from shared.sae.optim.base import SAEOptimiser
+from shared.sae.learn.dead import DeadLatents
+from shared.sae.learn.inputs import StepInputs
+from shared.sae.learn.objective import Objective
+from shared.sae.optim import Optimiser
+from shared.sae.sites import Sites
 from stage_train.data.stream import Batch, TokenStream
 from stage_train.step.layouts import Replicated
 from stage_train.step.metrics import MetricWindow
@@ -71,15 +72,15 @@ class Schedules:
 
 
 class Trainer:
-    """One SAE in training: everything that changes from step to step."""
+    """One dictionary in training: everything that changes from step to step."""
 
     def __init__(
         self,
-        sae: SAE,
-        optimiser: SAEOptimiser,
+        objective: Objective,
+        optimiser: Optimiser,
         schedules: Schedules,
         stream: TokenStream,
-        hook: str,
+        sites: Sites,
         layout: Replicated,
         *,
         micro_batch: int | None,
@@ -88,12 +89,12 @@ class Trainer:
     ) -> None:
         """`micro_batch` is the largest number of rows in one forward; the result does not depend on it."""
         self.average, self.guard = average, guard
-        self.sae, self.optimiser, self.schedules, self.stream = sae, optimiser, schedules, stream
-        self.hook, self.layout, self.micro_batch = hook, layout, micro_batch
+        self.objective, self.optimiser, self.schedules, self.stream = objective, optimiser, schedules, stream
+        self.sites, self.layout, self.micro_batch = sites, layout, micro_batch
         self.progress = Progress()
         device = self.world.device
-        held = layout.num_latents(sae.config)
-        self.dead = DeadLatents(held, sae.config.dead_after_tokens, device=device)
+        held = layout.num_latents(objective.dictionary.config.d_latent)
+        self.dead = DeadLatents(held, objective.learning.dead_after_tokens, device=device)
         self.dead_now_F = torch.zeros(held, dtype=torch.bool, device=device)
         """The latents that AuxK takes for dead, as of the last look."""
         self._dead_R = torch.empty(0, dtype=torch.int64, device=device)
@@ -111,25 +112,29 @@ class Trainer:
         if self.progress.step % DEAD_EVERY == 0:
             self.layout.merge_dead(self.dead.tokens_since_fired)
             self.dead_now_F.copy_(self.dead.mask())
-            self._dead_R = self.layout.look_at_dead(self.sae, self.dead_now_F)
+            self._dead_R = self.layout.look_at_dead(self.objective, self.dead_now_F)
         self.layout.zero_gradients(self.optimiser)
         if self.guard is not None:
             self.window.mark()
         parts = self._micro_batches(batch)
         k = None if self.schedules.k is None else self.schedules.k.at(self.progress.step)
         scale = 1.0 if self.schedules.penalty is None else self.schedules.penalty.at(self.progress.step)
-        options: dict[str, Any] = {"k": k, "penalty_scale": scale}
-        surveys = self.layout.survey(self.sae, parts, batch.num_tokens, k)
+        facts = self.layout.facts(self.objective, [x_ND for x_ND, _ in parts], batch.num_tokens, k)
         fired_F = torch.zeros_like(self.dead_now_F)
-        for number, rows in enumerate(parts):
-            options["survey"] = None if surveys is None else surveys[number]
-            fired_F |= self._backward(rows, batch.num_tokens, last=number == len(parts) - 1, **options)
+        for number, (x_ND, y_ND) in enumerate(parts):
+            inputs = StepInputs(
+                dead=self._dead_R,
+                k=k,
+                penalty_scale=scale,
+                facts=None if facts is None else facts[number],
+                last=number == len(parts) - 1,
+            )
+            fired_F |= self._backward(x_ND, y_ND, inputs, batch.num_tokens)
         grad_norm = self.layout.reduce_gradients(self.optimiser)
         if self.guard is None or self.guard.admits(self._global_loss(batch.num_tokens), grad_norm):
             self.grad_norm = grad_norm
             self.optimiser.step(self.schedules.rate.at(self.progress.step), grad_norm)
-            if isinstance(self.sae.activation, BatchTopK) and surveys is not None and surveys[0].least is not None:
-                self.sae.activation.learn(surveys[0].least)
+            self.objective.rule.after_step(None if facts is None else facts[0])
             if self.average is not None:
                 self.average.update(self.progress.step)
             self.dead.update(fired_F, batch.num_tokens)
@@ -203,7 +208,7 @@ class Trainer:
         """Every tensor of the training state, by name; loading fills them in place. Call on all ranks at once."""
         self.layout.merge_dead(self.dead.tokens_since_fired)
         tensors = {
-            **{f"sae.{name}": tensor for name, tensor in self.sae.state_dict().items()},
+            **{f"sae.{name}": tensor for name, tensor in self.objective.dictionary.state_dict().items()},
             **{f"optim.{name}": tensor for name, tensor in self.optimiser.state_dict().items()},
             **{f"ema.{name}": tensor for name, tensor in (self.average.tensors if self.average else {}).items()},
             "dead.tokens_since_fired": self.dead.tokens_since_fired,
@@ -223,23 +228,36 @@ class Trainer:
         self.window.restore(first=self.layout.stream_rank == 0)
         if self.guard is not None:
             self.guard.restore(state["guard"])
-        self._dead_R = self.layout.look_at_dead(self.sae, self.dead_now_F)
+        self._dead_R = self.layout.look_at_dead(self.objective, self.dead_now_F)
         self.reset_clock()
 
-    def _micro_batches(self, batch: Batch) -> tuple[Tensor, ...]:
-        """Equally many on every rank, if empty ones: all of them take part in what the ranks do together."""
-        number = -(-batch.most_rows // (self.micro_batch or batch.most_rows))
-        return torch.tensor_split(batch.activations[self.hook], number)
+    def _micro_batches(self, batch: Batch) -> list[tuple[Tensor, Tensor]]:
+        """What is read and what must be written, by rows; one tensor where that is the same.
 
-    def _backward(
-        self, rows_N_D: Tensor, batch_tokens: int, *, last: bool, survey: Survey | None, **options: Any
-    ) -> Tensor:
+        Equally many on every rank, if empty ones: all of them take part in what the ranks do together.
+        """
+        number = -(-batch.most_rows // (self.micro_batch or batch.most_rows))
+        reads = torch.tensor_split(side_by_side(batch.activations, self.sites.reads), number)
+        if self.sites.is_autoencoder:
+            return [(x_ND, x_ND) for x_ND in reads]
+        writes = torch.tensor_split(side_by_side(batch.activations, self.sites.writes), number)
+        return list(zip(reads, writes, strict=True))
+
+    def _backward(self, x_ND: Tensor, y_ND: Tensor, inputs: StepInputs, batch_tokens: int) -> Tensor:
         """Add the gradient of some rows, as their share of the global batch; returns which latents fired, [F]."""
-        count = len(rows_N_D)
+        count = len(x_ND)
         if not count:  # a row that counts for nothing below
-            rows_N_D = rows_N_D.new_zeros(1, rows_N_D.shape[1])
-            survey = None if survey is None else survey.for_one_row()
-        losses = self.layout.losses(self.sae, rows_N_D, self._dead_R, last=last, survey=survey, **options)
+            same, x_ND = y_ND is x_ND, x_ND.new_zeros(1, x_ND.shape[1])
+            y_ND = x_ND if same else y_ND.new_zeros(1, y_ND.shape[1])
+            inputs = inputs.with_facts(None if inputs.facts is None else inputs.facts.for_one_row())
+        losses = self.layout.losses(self.objective, x_ND, y_ND, inputs)
         torch.autograd.backward(losses.total * (count / batch_tokens))
         self.window.add({**losses.metrics, "loss": losses.total.detach()}, count)
         return losses.fired & (count > 0)
+
+
+def side_by_side(activations: Mapping[str, Tensor], sites: Sequence[str]) -> Tensor:
+    """The activations of several sites [N, sum of widths]; those of one as they are."""
+    if len(sites) == 1:
+        return activations[sites[0]]
+    return torch.cat([activations[site] for site in sites], dim=1)

@@ -21,6 +21,7 @@ from shared.store import Store
 from stage_train import config
 from stage_train.show.loggers import read_metrics
 from stage_train.state.checkpoint import newest_checkpoint
+from tests.closeness import REORDERED, SAME_RUN, assert_close_in_norm
 
 WORKER = Path(__file__).with_name("train_worker.py")
 ROOT = WORKER.parents[2]
@@ -71,9 +72,7 @@ class Runs:
     def assert_close(self, one: str, two: str) -> None:
         first, second = (SAE.from_pretrained(self.folder / name).state_dict() for name in (one, two))
         for name, tensor in first.items():
-            torch.testing.assert_close(
-                second[name], tensor, rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
-            )
+            assert_close_in_norm(second[name], tensor, SAME_RUN, f"{name} after the same batches, {REORDERED}")
 
 
 @pytest.fixture(scope="module")
@@ -181,7 +180,6 @@ def test_a_signal_to_the_command_reaches_the_ranks(runs: Runs, number: signal.Si
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
         [sys.executable, "-m", "stage_train", *job["overrides"]],
-        cwd=ROOT,
         env=environment,
         text=True,
         stderr=subprocess.PIPE,

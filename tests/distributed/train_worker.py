@@ -24,13 +24,15 @@ from torch.distributed.tensor import DTensor
 
 from shared.basics.errors import GranaryError
 from shared.parallel import World, all_reduce_sum, init_world, shutdown
-from shared.sae import SAE, SAEConfig
+from shared.sae.config import SAEConfig
+from shared.sae.learn.objective import Objective
+from shared.sae.variants import SAE
 from stage_train import config
 from stage_train.config import TrainSchema
 from stage_train.data.stream import Batch
 from stage_train.job import Job
 from stage_train.step import loop
-from stage_train.step.layouts.latent import LatentParallel, is_whole, shard
+from stage_train.step.layouts.latent import LatentParallel, shard
 from stage_train.step.trainer import Trainer
 
 # What FSDP calls; newer versions of torch have another name for it.
@@ -139,8 +141,8 @@ def digest(trainer: Trainer) -> str:
     cut = isinstance(trainer.layout, LatentParallel)
     whole = {
         name: tensor.numpy().tobytes()
-        for name, tensor in trainer.sae.state_dict().items()
-        if not isinstance(tensor, DTensor) and not (cut and not is_whole(name))
+        for name, tensor in trainer.objective.dictionary.state_dict().items()
+        if not isinstance(tensor, DTensor) and not (cut and not trainer.layout.is_whole(name))
     }
     return hashlib.sha256(b"".join(whole.values())).hexdigest()[:8] + f" of {', '.join(whole)}"
 
@@ -151,10 +153,10 @@ def tied_picks(world: World, k: int) -> str:
     with torch.no_grad():
         whole.W_enc.copy_(whole.W_enc[0].expand(8, 4))
     x = torch.randn(16, 4, generator=torch.Generator().manual_seed(1))
-    part = shard(whole, world.rank, dist.group.WORLD)
+    part = shard(Objective(whole), world.rank, dist.group.WORLD)
     found, wanted = torch.zeros(2, 16, 9).unbind()  # the last column is for padding
-    _, indices = part.activation.select(part, x, k)
-    found.scatter_(1, torch.where(indices < 0, 8, indices + part.part.first), 1.0)
+    _, indices = part.dictionary.activation.select(part.dictionary, x, k)
+    found.scatter_(1, torch.where(indices < 0, 8, indices + part.shard.first), 1.0)
     all_reduce_sum(found)
     wanted.scatter_(1, whole.activation.select(whole, x, k)[1] % 9, 1.0)  # -1 is 8
     return f"{int(found[:, :8].sum(1).max())} picks, as one process: {torch.equal(found[:, :8], wanted[:, :8])}"

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from shared.kernels import PairOrder, attach_encoder, encode_topk, sparse_decode
+from shared.kernels import Compute, PairOrder, attach_encoder, encode_topk, sparse_decode
 
 NAMES = ("x", "b_pre", "W_enc", "b_enc", "W_dec")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -40,10 +40,12 @@ def dense_step(p, k):
 def sparse_step(p, k, kernels):
     centred = p["x"] - p["b_pre"].detach()
     with torch.no_grad():
-        values, indices = encode_topk(centred, p["W_enc"], p["b_enc"], k, kernels=kernels)
+        values, indices = encode_topk(centred, p["W_enc"], p["b_enc"], k, compute=Compute(kernels))
     order = PairOrder(indices, p["W_enc"].shape[0])
-    values = attach_encoder(centred, p["b_pre"], p["W_enc"], p["b_enc"], values, indices, order, kernels=kernels)
-    return sparse_decode(values, indices, p["W_dec"], order, kernels=kernels)
+    values = attach_encoder(
+        centred, p["b_pre"], p["W_enc"], p["b_enc"], values, indices, order, compute=Compute(kernels)
+    )
+    return sparse_decode(values, indices, p["W_dec"], order, compute=Compute(kernels))
 
 
 SHAPES = [(37, 13, 101, 7), (3, 100, 33, 33), (65, 64, 500, 1)]
@@ -81,10 +83,10 @@ def test_no_gradient_through_relu_zeroed_picks():
     b_enc = torch.zeros(4, requires_grad=True)
     W_dec = torch.ones(4, 1, requires_grad=True)
     x = torch.ones(5, 1)
-    values, indices = encode_topk(x, W_enc.detach(), b_enc.detach(), 3, kernels="torch")
+    values, indices = encode_topk(x, W_enc.detach(), b_enc.detach(), 3, compute=Compute("torch"))
     order = PairOrder(indices, 4)
-    values = attach_encoder(x, None, W_enc, b_enc, values, indices, order, kernels="torch")
-    sparse_decode(values, indices, W_dec, order, kernels="torch").sum().backward()
+    values = attach_encoder(x, None, W_enc, b_enc, values, indices, order, compute=Compute("torch"))
+    sparse_decode(values, indices, W_dec, order, compute=Compute("torch")).sum().backward()
     assert b_enc.grad.tolist() == [0.0, 5.0, 0.0, 0.0]
     assert W_enc.grad.tolist() == [[0.0], [5.0], [0.0], [0.0]]
     assert W_dec.grad.tolist() == [[0.0], [10.0], [0.0], [0.0]]

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from shared.kernels import encode_batchtopk, encode_threshold, encode_topk, linear
-from shared.kernels.encode_topk import bounds, cpu
+from shared.kernels import Compute, encode_batchtopk, encode_threshold, encode_topk, linear
+from shared.kernels.encode_topk import bounds, torch_
 
 pytestmark = pytest.mark.skipif(not linear.HAS_BFLOAT16, reason="oneDNN has no bfloat16 product on this processor")
 
@@ -77,7 +77,7 @@ def test_bounds_hold(name):
 def test_picks_are_those_of_float32_bit_for_bit(fast, name, k):
     x, W, b, num_undecided = PROBLEMS[name]
     expected, order = float32_dots(x, W, b).sort(dim=1, descending=True, stable=True)
-    values, indices, undecided = cpu._pick_by_bounds(x, W, b, k)
+    values, indices, undecided = torch_._pick_by_bounds(x, W, b, k)
     assert len(undecided) <= num_undecided
     decided = torch.ones(N, dtype=torch.bool).index_fill(0, undecided, False)
     positive = (expected[:, :k] > 0) & decided[:, None]
@@ -89,7 +89,7 @@ def test_picks_are_those_of_float32_bit_for_bit(fast, name, k):
 def test_every_row_equals_the_reference(fast, name):
     x, W, b, _ = PROBLEMS[name]
     values, indices = encode_topk(x, W, b, 7)
-    truth, _ = encode_topk(x.double(), W.double(), b.double(), 7, kernels="reference")
+    truth, _ = encode_topk(x.double(), W.double(), b.double(), 7, compute=Compute("reference"))
     size = x.norm(dim=1, keepdim=True).double() * W.norm(dim=1).max() + b.abs().max()
     assert bool(((values - truth).abs() <= 1e-5 * size).all())
     assert torch.equal(indices >= 0, values > 0)
@@ -100,8 +100,8 @@ def test_every_row_equals_the_reference(fast, name):
 def test_rows_that_bounds_cannot_decide_are_done_in_float32(fast, monkeypatch):
     x, W, b, _ = PROBLEMS["rows of zeros"]
     redone = []
-    by_product = cpu._pick_by_product
-    monkeypatch.setattr(cpu, "_pick_by_product", lambda x, *rest: redone.append(len(x)) or by_product(x, *rest))
+    by_product = torch_._pick_by_product
+    monkeypatch.setattr(torch_, "_pick_by_product", lambda x, *rest: redone.append(len(x)) or by_product(x, *rest))
     assert bool((encode_topk(x, W, b, 3)[1][::7] == -1).all())
     assert redone == [6]
 
@@ -121,7 +121,7 @@ def test_what_is_not_finite_is_not_hidden(fast, poison, where):
     tensors = {"x": random(N, D), "W": random(LATENTS, D), "b": random(LATENTS)}
     tensors[where].view(-1)[7] = poison
     plain = encode_topk(**{n + ("_ND" if n == "x" else "_FD" if n == "W" else "_F"): t for n, t in tensors.items()},
-                        k=5, kernels="reference")  # fmt: skip
+                        k=5, compute=Compute("reference"))  # fmt: skip
     values, _ = encode_topk(*tensors.values(), 5)
     assert torch.equal(values.isnan(), plain[0].isnan())
     assert torch.equal(values.isinf(), plain[0].isinf())
@@ -145,7 +145,7 @@ def test_threshold_form_keeps_what_float32_keeps(fast, name, threshold):
 def test_batch_form_keeps_the_largest(fast, name):
     x, W, b, _ = PROBLEMS[name]
     values, indices = encode_batchtopk(x, W, b, 4)
-    truth, _ = encode_batchtopk(x.double(), W.double(), b.double(), 4, kernels="reference")
+    truth, _ = encode_batchtopk(x.double(), W.double(), b.double(), 4, compute=Compute("reference"))
     size = float(x.norm(dim=1).max() * W.norm(dim=1).max() + b.abs().max())
     ours, theirs = (v.double().flatten().sort(descending=True).values[: 4 * N] for v in (values, truth))
     length = min(len(ours), len(theirs))
@@ -158,7 +158,7 @@ def test_the_float32_product_is_used_where_nothing_is_gained(monkeypatch):
         raise AssertionError("bounds were made")
 
     monkeypatch.setattr(bounds, "Bounds", refuse)
-    monkeypatch.setattr(cpu, "Bounds", refuse)
+    monkeypatch.setattr(torch_, "Bounds", refuse)
     x, W, b, _ = PROBLEMS["random"]
     monkeypatch.setattr(linear, "FAST_BFLOAT16", True)
     encode_topk(x, W, b, 3)  # small weights
@@ -167,4 +167,4 @@ def test_the_float32_product_is_used_where_nothing_is_gained(monkeypatch):
     encode_topk(x, W, b, LATENTS // 4)
     monkeypatch.setattr(linear, "FAST_BFLOAT16", False)
     encode_topk(x, W, b, 3)
-    encode_topk(x, W, b, 3, compute_dtype="bfloat16")
+    encode_topk(x, W, b, 3, compute=Compute(dtype="bfloat16"))

@@ -7,7 +7,9 @@ differ by what rounding in another order does to S steps of Adam. Measured here 
 import pytest
 import torch
 
-from shared.sae import SAE, DeadLatents, SAEAdam, SAEConfig
+from shared.sae.learn.dead import DeadLatents
+from shared.sae.optim import AdamConfig, make_optimiser
+from tests.learning import LearningSAE
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 STEPS, BATCH, TOLERANCE = 12, 8, 1e-3
@@ -21,13 +23,14 @@ def loss_curve(kernels, compute_dtype="float32", steps=STEPS, batch=BATCH, d=6, 
     codes = torch.rand(steps * batch, 3 * d, generator=rng)
     x = (codes * (codes > 0.95)) @ atoms + 0.01 * torch.randn(steps * batch, d, generator=rng)
     x = x.to(DEVICE)
-    config = SAEConfig(
-        d_model=d, d_latent=num_latents, k=4, auxk_alpha=1 / 32, multi_topk_weight=1 / 8, dead_after_tokens=2 * batch
-    )
-    sae = SAE(config, kernels=kernels, compute_dtype=compute_dtype, generator=rng).to(DEVICE)
+    fields = {"auxk_alpha": 1 / 32, "multi_topk_weight": 1 / 8, "dead_after_tokens": 2 * batch}
+    sae = LearningSAE(
+        d_model=d, d_latent=num_latents, k=4, kernels=kernels, compute_dtype=compute_dtype, generator=rng, **fields
+    ).to(DEVICE)
     sae.initialise(None, x)
-    optimiser = SAEAdam(sae, LR, pair_gradients=True)
-    dead = DeadLatents(num_latents, config.dead_after_tokens, device=DEVICE)
+    optimiser = make_optimiser(sae, AdamConfig(lr=LR), pair_gradients=True)
+    sae.objective.pair_gradients = optimiser.pairs
+    dead = DeadLatents(num_latents, sae.learning.dead_after_tokens, device=DEVICE)
     losses, most_dead = [], 0
     for rows in x.split(batch):
         step = sae.losses(rows, dead.mask())

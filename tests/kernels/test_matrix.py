@@ -10,6 +10,9 @@ import pytest
 import torch
 
 from shared.kernels import (
+    AdamStep,
+    Compute,
+    DeadRows,
     PairGradient,
     PairOrder,
     auxk_error,
@@ -53,7 +56,8 @@ def weights(p, d):
 def run_update(p, k, kernels, unit_rows):
     weight, first, second = weights(p, p["W"].shape[1])
     grad, clip = p["W"].to(weight.dtype), torch.tensor(0.5, dtype=weight.dtype, device=DEVICE)
-    row_update(weight, grad, first, second, clip=clip, unit_rows=unit_rows, kernels=kernels, **UPDATE)
+    adam = AdamStep(clip=clip, unit_rows=unit_rows, **UPDATE)
+    row_update(weight, grad, first, second, adam, kernels=kernels)
     return weight, first, second
 
 
@@ -64,7 +68,8 @@ def run_pairs(p, k, kernels, unit_rows):
     gradient.add_rows(torch.tensor([2, 0], device=DEVICE), p["W"][:2].to(weight.dtype))
     square = gradient.squared_norm(weight, kernels=kernels)
     clip = 10 / square.to(weight.dtype).sqrt()
-    gradient.update(weight, first, second, clip=clip, unit_rows=unit_rows, kernels=kernels, **UPDATE)
+    adam = AdamStep(clip=clip, unit_rows=unit_rows, **UPDATE)
+    gradient.update(weight, first, second, adam, kernels=kernels)
     assert not gradient
     return square, weight, first, second
 
@@ -72,14 +77,14 @@ def run_pairs(p, k, kernels, unit_rows):
 def run_auxk(p, k, kernels):
     dead = [p["W"][:9].clone().requires_grad_(), p["b"][:9].clone().requires_grad_(), p["W"][3:12].clone()]
     dead[2].requires_grad_()
-    error = auxk_error(p["g"], p["x"], *dead, 4, kernels=kernels)
+    error = auxk_error(p["g"], p["x"], DeadRows.alone(*dead), 4, compute=Compute(kernels))
     return error.detach(), *torch.autograd.grad(error, dead)
 
 
 OPS = {
-    "encode_topk": lambda p, k, kernels: encode_topk(p["x"], p["W"], p["b"], k, kernels=kernels),
-    "encode_threshold": lambda p, k, kernels: encode_threshold(p["x"], p["W"], p["b"], 2.0, kernels=kernels),
-    "encode_batchtopk": lambda p, k, kernels: encode_batchtopk(p["x"], p["W"], p["b"], k, kernels=kernels),
+    "encode_topk": lambda p, k, kernels: encode_topk(p["x"], p["W"], p["b"], k, compute=Compute(kernels)),
+    "encode_threshold": lambda p, k, kernels: encode_threshold(p["x"], p["W"], p["b"], 2.0, compute=Compute(kernels)),
+    "encode_batchtopk": lambda p, k, kernels: encode_batchtopk(p["x"], p["W"], p["b"], k, compute=Compute(kernels)),
     "decode": lambda p, k, kernels: [decode(p["values"], p["indices"], p["W"], kernels=kernels)],
     "dot_picks": lambda p, k, kernels: [dot_picks(p["g"], p["indices"], p["W"], kernels=kernels)],
     "row_grad": lambda p, k, kernels: [
@@ -145,8 +150,9 @@ def test_bfloat16_moments(kernels):
     weight, first, second = weights(problem(3, 100, 33, 5, torch.float32), 100)
     exact = [weight.clone(), first.clone(), second.clone()]
     grad, clip = weight.flip(0).contiguous(), torch.ones((), device=DEVICE)
-    row_update(exact[0], grad.clone(), *exact[1:], clip=clip, unit_rows=True, kernels="reference", **UPDATE)
+    adam = AdamStep(clip=clip, unit_rows=True, **UPDATE)
+    row_update(exact[0], grad.clone(), *exact[1:], adam, kernels="reference")
     first, second = first.bfloat16(), second.bfloat16()
-    row_update(weight, grad, first, second, clip=clip, unit_rows=True, kernels=kernels, **UPDATE)
+    row_update(weight, grad, first, second, adam, kernels=kernels)
     assert first.dtype == torch.bfloat16
     assert float((weight - exact[0]).norm() / exact[0].norm()) < 1e-2

@@ -9,9 +9,19 @@ import importlib.util
 import pytest
 import torch
 
-from shared.kernels import PairOrder, decode, dot_picks, encode_topk, latent_sum, row_grad, row_update
+from shared.kernels import (
+    AdamStep,
+    Compute,
+    PairOrder,
+    decode,
+    dot_picks,
+    encode_topk,
+    latent_sum,
+    row_grad,
+    row_update,
+)
 from shared.kernels.encode_topk import bounds
-from shared.kernels.row_update import cpu as update_cpu
+from shared.kernels.row_update import torch_ as update_torch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -54,8 +64,8 @@ def test_encode_topk(rng, kernels, shape, dtype, bias):
     n, d, num_latents, k = shape
     x, W = integers(rng, n, d), integers(rng, num_latents, d)
     b = torch.full((num_latents,), bias, dtype=torch.float64, device=DEVICE)
-    expected_values, expected_indices = encode_topk(x, W, b, k, kernels="reference")
-    values, indices = encode_topk(x.to(dtype), W.to(dtype), b.to(dtype), k, kernels=kernels)
+    expected_values, expected_indices = encode_topk(x, W, b, k, compute=Compute("reference"))
+    values, indices = encode_topk(x.to(dtype), W.to(dtype), b.to(dtype), k, compute=Compute(kernels))
     assert_same(values, expected_values)
     assert torch.equal(indices, expected_indices)
     assert torch.equal(indices >= 0, values > 0)
@@ -63,9 +73,9 @@ def test_encode_topk(rng, kernels, shape, dtype, bias):
 
 def test_encode_topk_in_row_tiles_equals_one_tile(rng, monkeypatch):
     x, W, b = integers(rng, 23, 8), integers(rng, 50, 8), torch.zeros(50, dtype=torch.float64, device=DEVICE)
-    whole = encode_topk(x, W, b, 6, kernels="torch")
+    whole = encode_topk(x, W, b, 6, compute=Compute("torch"))
     monkeypatch.setattr(bounds, "TILE_ELEMENTS", 4 * 50 + 7)  # 4 rows at a time, 3 in the last
-    tiled = encode_topk(x, W, b, 6, kernels="torch")
+    tiled = encode_topk(x, W, b, 6, compute=Compute("torch"))
     assert torch.equal(tiled[0], whole[0])
     assert torch.equal(tiled[1], whole[1])
 
@@ -74,8 +84,8 @@ def test_encode_topk_in_row_tiles_equals_one_tile(rng, monkeypatch):
 def test_encode_topk_by_groups_with_many_ties(rng, num_latents):
     x, W = integers(rng, 9, 3), integers(rng, num_latents, 3)
     b = torch.zeros(num_latents, dtype=torch.float64, device=DEVICE)
-    expected_values, expected_indices = encode_topk(x, W, b, 11, kernels="reference")
-    values, indices = encode_topk(x, W, b, 11, kernels="torch")
+    expected_values, expected_indices = encode_topk(x, W, b, 11, compute=Compute("reference"))
+    values, indices = encode_topk(x, W, b, 11, compute=Compute("torch"))
     assert torch.equal(values, expected_values)
     assert torch.equal(indices, expected_indices)
 
@@ -83,8 +93,8 @@ def test_encode_topk_by_groups_with_many_ties(rng, num_latents):
 def test_encode_topk_in_bfloat16_keeps_exact_values(rng, kernels):
     x, W = torch.randn(4, 48, generator=rng).to(DEVICE), torch.randn(90, 48, generator=rng).to(DEVICE)
     b = torch.randn(90, generator=rng).to(DEVICE)
-    expected_values, expected_indices = encode_topk(x, W, b, 8, kernels="reference")
-    values, indices = encode_topk(x, W, b, 8, kernels=kernels, compute_dtype="bfloat16")
+    expected_values, expected_indices = encode_topk(x, W, b, 8, compute=Compute("reference"))
+    values, indices = encode_topk(x, W, b, 8, compute=Compute(kernels, "bfloat16"))
     if kernels == "torch":  # nominates in bfloat16, decides in float32
         torch.testing.assert_close(values, expected_values)
         assert torch.equal(indices, expected_indices)
@@ -94,14 +104,14 @@ def test_encode_topk_in_bfloat16_keeps_exact_values(rng, kernels):
 
 def test_encode_topk_refuses_an_unknown_compute_dtype():
     with pytest.raises(ValueError, match="compute_dtype='float8'"):
-        encode_topk(torch.ones(2, 3), torch.ones(8, 3), torch.zeros(8), 2, compute_dtype="float8")
+        encode_topk(torch.ones(2, 3), torch.ones(8, 3), torch.zeros(8), 2, compute=Compute(dtype="float8"))
 
 
 def one_row(column, k, kernels):
     """encode_topk where the pre-activations are exactly `column`, for two equal rows."""
     W = torch.tensor(column, device=DEVICE)[:, None]
     b = torch.zeros(len(column), device=DEVICE)
-    values, indices = encode_topk(torch.ones(2, 1, device=DEVICE), W, b, k, kernels=kernels)
+    values, indices = encode_topk(torch.ones(2, 1, device=DEVICE), W, b, k, compute=Compute(kernels))
     assert torch.equal(values, values[:1].expand(2, k))
     assert torch.equal(indices, indices[:1].expand(2, k))
     return values[0].tolist(), indices[0].tolist()
@@ -131,12 +141,12 @@ def test_encode_topk_does_not_hide_nan(kernels):
     x = torch.full((1, 4), float("nan"), device=DEVICE)
     for implementation in ("reference", kernels):
         W, b = torch.ones(80, 4, device=DEVICE), torch.zeros(80, device=DEVICE)
-        assert bool(encode_topk(x, W, b, 2, kernels=implementation)[0].isnan().any())
+        assert bool(encode_topk(x, W, b, 2, compute=Compute(implementation))[0].isnan().any())
 
 
 def test_encode_topk_of_no_rows(kernels):
     W = torch.ones(8, 3, device=DEVICE)
-    values, indices = encode_topk(W[:0], W, torch.zeros(8, device=DEVICE), 2, kernels=kernels)
+    values, indices = encode_topk(W[:0], W, torch.zeros(8, device=DEVICE), 2, compute=Compute(kernels))
     assert values.shape == indices.shape == (0, 2)
 
 
@@ -183,7 +193,7 @@ def test_row_grad_and_latent_sum(rng, kernels, shape, dtype):
 @pytest.mark.parametrize(("num_rows", "d"), [(31, 7), (1, 1500), (3, 64)])
 @pytest.mark.parametrize("tile_elements", [1 << 20, 40])
 def test_row_update(rng, monkeypatch, kernels, unit_rows, num_rows, d, tile_elements):
-    monkeypatch.setattr(update_cpu, "TILE_ELEMENTS", tile_elements)  # 40: several tiles, the last one ragged
+    monkeypatch.setattr(update_torch, "TILE_ELEMENTS", tile_elements)  # 40: several tiles, the last one ragged
     start = torch.randn(5, num_rows, d, generator=rng, dtype=torch.float64).to(DEVICE)
     if unit_rows:
         start[0] /= start[0].norm(dim=1, keepdim=True)
@@ -193,10 +203,8 @@ def test_row_update(rng, monkeypatch, kernels, unit_rows, num_rows, d, tile_elem
         weight, first, second = (tensor.to(dtype, copy=True) for tensor in (start[0], start[1], start[2].square()))
         for step in (3, 4):
             clip = torch.tensor(0.25, dtype=dtype, device=DEVICE)
-            options = {"lr": 0.1, "betas": (0.8, 0.95), "eps": 1e-3, "step": step, "unit_rows": unit_rows}
-            row_update(
-                weight, start[step].to(dtype, copy=True), first, second, clip=clip, **options, kernels=implementation
-            )
+            adam = AdamStep(0.1, (0.8, 0.95), 1e-3, step, clip, unit_rows)
+            row_update(weight, start[step].to(dtype, copy=True), first, second, adam, kernels=implementation)
         results[implementation] = [tensor.double() for tensor in (weight, first, second)]
         if unit_rows:
             assert float((weight.norm(dim=1) - 1).abs().max()) < 1e-6
@@ -221,7 +229,7 @@ def test_same_bits_on_a_second_run(rng, kernels):
     b = torch.zeros(60, device=DEVICE)
     runs = []
     for _ in range(2):
-        values, indices = encode_topk(x, W, b, 5, kernels=kernels)
+        values, indices = encode_topk(x, W, b, 5, compute=Compute(kernels))
         order = PairOrder(indices, 60)
         runs.append(
             (

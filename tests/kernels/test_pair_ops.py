@@ -6,7 +6,7 @@ Inputs are small integers, so that products are exact in every type and ties abo
 import pytest
 import torch
 
-from shared.kernels import PairOrder, attach_encoder, decode, encode_batchtopk, encode_threshold, smallest_kept
+from shared.kernels import Compute, PairOrder, attach_encoder, decode, encode_batchtopk, encode_threshold, smallest_kept
 from shared.kernels.encode_topk import bounds
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -66,7 +66,7 @@ def test_encode_threshold(rng, kernels, shape, dtype, threshold):
     bar = torch.as_tensor(threshold, dtype=torch.float64, device=DEVICE).expand(num_latents)
     expected = by_loop_above(x @ W.T + b, bar)
     for implementation, to in (("reference", torch.float64), (kernels, dtype)):
-        values, indices = encode_threshold(x.to(to), W.to(to), b.to(to), threshold, kernels=implementation)
+        values, indices = encode_threshold(x.to(to), W.to(to), b.to(to), threshold, compute=Compute(implementation))
         assert as_set(values, indices) == expected
         assert values.shape[1] == max(1, int((indices >= 0).sum(1).max()))
 
@@ -79,7 +79,7 @@ def test_encode_batchtopk(rng, kernels, shape, dtype, bias):
     b = torch.full((num_latents,), bias, dtype=torch.float64, device=DEVICE)
     expected = by_loop_batch(x @ W.T + b, n * k)
     for implementation, to in (("reference", torch.float64), (kernels, dtype)):
-        values, indices = encode_batchtopk(x.to(to), W.to(to), b.to(to), k, kernels=implementation)
+        values, indices = encode_batchtopk(x.to(to), W.to(to), b.to(to), k, compute=Compute(implementation))
         assert as_set(values, indices) == expected
         smallest = min((value for _, _, value in expected), default=float("inf"))
         assert float(smallest_kept(values, indices)) == smallest
@@ -88,9 +88,9 @@ def test_encode_batchtopk(rng, kernels, shape, dtype, bias):
 def test_row_tiles_do_not_change_the_result(rng, monkeypatch, kernels):
     x, W, b = integers(rng, 23, 8), integers(rng, 50, 8), integers(rng, 50)
     for op, argument in ((encode_threshold, 3.0), (encode_batchtopk, 4)):
-        expected = op(x, W, b, argument, kernels="reference")
+        expected = op(x, W, b, argument, compute=Compute("reference"))
         monkeypatch.setattr(bounds, "TILE_ELEMENTS", 4 * 50 + 7)  # 4 rows at a time, 3 in the last
-        values, indices = op(x.float(), W.float(), b.float(), argument, kernels=kernels)
+        values, indices = op(x.float(), W.float(), b.float(), argument, compute=Compute(kernels))
         assert torch.equal(values.double(), expected[0])
         assert torch.equal(indices, expected[1])
 
@@ -103,7 +103,7 @@ def test_encode_batchtopk_ties_go_to_the_lower_row_then_the_lower_latent(kernels
     W[3, 1] = W[3, 2] = 2.0
     W[7, 1] = 5.0
     for implementation in ("reference", kernels):
-        values, indices = encode_batchtopk(x, W, torch.zeros(100, device=DEVICE), 1, kernels=implementation)
+        values, indices = encode_batchtopk(x, W, torch.zeros(100, device=DEVICE), 1, compute=Compute(implementation))
         assert as_set(values, indices) == {(1, 7, 5.0), (0, 40, 2.0), (0, 90, 2.0)}
 
 
@@ -111,7 +111,7 @@ def test_a_batch_where_nothing_fires(kernels):
     x, W, b = torch.ones(4, 3, device=DEVICE), -torch.ones(40, 3, device=DEVICE), torch.zeros(40, device=DEVICE)
     for implementation in ("reference", kernels):
         for op, argument in ((encode_threshold, 0.0), (encode_batchtopk, 2)):
-            values, indices = op(x, W, b, argument, kernels=implementation)
+            values, indices = op(x, W, b, argument, compute=Compute(implementation))
             assert values.tolist() == [[0.0]] * 4
             assert indices.tolist() == [[-1]] * 4
             assert not decode(values, indices, W, kernels=implementation).any()
@@ -121,7 +121,7 @@ def test_no_rows(kernels):
     W, b = torch.ones(40, 3, device=DEVICE), torch.zeros(40, device=DEVICE)
     for implementation in ("reference", kernels):
         for op, argument in ((encode_threshold, 0.0), (encode_batchtopk, 2)):
-            values, indices = op(W[:0], W, b, argument, kernels=implementation)
+            values, indices = op(W[:0], W, b, argument, compute=Compute(implementation))
             assert values.shape == indices.shape == (0, 1)
 
 
@@ -130,7 +130,7 @@ def test_nan_is_not_hidden(kernels):
     W, b = torch.ones(40, 4, device=DEVICE), torch.zeros(40, device=DEVICE)
     for implementation in ("reference", kernels):
         for op, argument in ((encode_threshold, 0.0), (encode_batchtopk, 2)):
-            assert bool(op(x, W, b, argument, kernels=implementation)[0].isnan().any())
+            assert bool(op(x, W, b, argument, compute=Compute(implementation))[0].isnan().any())
 
 
 @pytest.mark.parametrize(("op", "argument"), [(encode_threshold, 9.0), (encode_batchtopk, 6)])
@@ -138,8 +138,8 @@ def test_bfloat16_nominates_and_float32_decides(rng, op, argument, monkeypatch):
     x, W = torch.randn(50, 48, generator=rng), torch.randn(400, 48, generator=rng)
     b = torch.randn(400, generator=rng)
     monkeypatch.setattr(bounds, "TILE_ELEMENTS", 7 * 400)
-    expected_values, expected_indices = op(x, W, b, argument, kernels="reference")
-    values, indices = op(x, W, b, argument, kernels="torch", compute_dtype="bfloat16")
+    expected_values, expected_indices = op(x, W, b, argument, compute=Compute("reference"))
+    values, indices = op(x, W, b, argument, compute=Compute("torch", "bfloat16"))
     assert torch.equal(indices, expected_indices)
     torch.testing.assert_close(values, expected_values)
     assert not torch.equal(x.bfloat16().float(), x)
@@ -150,9 +150,9 @@ def test_bfloat16_on_a_gpu_rounds_the_operands(rng, op, argument, kernels):
     x, W = torch.randn(3, 48, generator=rng), torch.randn(90, 48, generator=rng)
     b = torch.randn(90, generator=rng)
     if kernels == "triton":
-        rounded = op(x.bfloat16().float(), W.bfloat16().float(), b, argument, kernels="reference")
+        rounded = op(x.bfloat16().float(), W.bfloat16().float(), b, argument, compute=Compute("reference"))
         x, W, b = (tensor.to(DEVICE) for tensor in (x, W, b))
-        values, indices = op(x, W, b, argument, kernels=kernels, compute_dtype="bfloat16")
+        values, indices = op(x, W, b, argument, compute=Compute(kernels, "bfloat16"))
         assert torch.equal(indices.cpu(), rounded[1])
         torch.testing.assert_close(values.cpu(), rounded[0])
 
@@ -161,12 +161,12 @@ def test_bfloat16_on_a_gpu_rounds_the_operands(rng, op, argument, kernels):
 def test_gradients_from_the_pairs(rng, op, argument):
     x, W, b = (tensor.requires_grad_() for tensor in (integers(rng, 9, 5), integers(rng, 30, 5), integers(rng, 30)))
     with torch.no_grad():
-        values, indices = op(x, W, b, argument, kernels="torch")
+        values, indices = op(x, W, b, argument, compute=Compute("torch"))
     z = x @ W.T + b
     kept = torch.zeros_like(z).scatter_add(1, indices.clamp_min(0), (indices >= 0).double())
     weights = torch.randn(z.shape, generator=rng, dtype=torch.float64).to(DEVICE)
     expected = torch.autograd.grad((z * kept * weights).sum(), (x, W, b))
-    z_NM = attach_encoder(x, None, W, b, values, indices, PairOrder(indices, 30), kernels="torch")
+    z_NM = attach_encoder(x, None, W, b, values, indices, PairOrder(indices, 30), compute=Compute("torch"))
     picked_weights = weights.gather(1, indices.clamp_min(0)) * (indices >= 0)
     for grad, truth in zip(torch.autograd.grad((z_NM * picked_weights).sum(), (x, W, b)), expected, strict=True):
         torch.testing.assert_close(grad, truth)
@@ -175,7 +175,7 @@ def test_gradients_from_the_pairs(rng, op, argument):
 def test_same_bits_on_a_second_run(rng, kernels):
     x, W, b = (torch.randn(*shape, generator=rng).to(DEVICE) for shape in ((3, 48), (60, 48), (60,)))
     for op, argument in ((encode_threshold, 3.0), (encode_batchtopk, 4)):
-        first, second = (op(x, W, b, argument, kernels=kernels) for _ in range(2))
+        first, second = (op(x, W, b, argument, compute=Compute(kernels)) for _ in range(2))
         assert all(torch.equal(*pair) for pair in zip(first, second, strict=True))
 
 
@@ -187,4 +187,4 @@ def test_wrong_arguments_are_refused():
         encode_batchtopk(x, W, b, 9)
     for op, argument in ((encode_threshold, 0.0), (encode_batchtopk, 2)):
         with pytest.raises(ValueError, match="compute_dtype='fp8'"):
-            op(x, W, b, argument, compute_dtype="fp8")
+            op(x, W, b, argument, compute=Compute(dtype="fp8"))

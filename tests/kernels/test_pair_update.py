@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from shared.kernels import PairGradient, PairOrder, auxk_error, row_grad, take_rows
+from shared.kernels import AdamStep, Compute, DeadRows, PairGradient, PairOrder, auxk_error, row_grad, take_rows
 from shared.kernels.auxk import blocks
-from shared.sae import SAE, SAEAdam, SAEConfig
+from shared.sae.optim import AdamConfig, make_optimiser
+from tests.learning import LearningSAE
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -15,9 +16,10 @@ def trained(kernels, pair_gradients, steps=2, parts=1, own_loss=False, **overrid
     rng = torch.Generator().manual_seed(0)
     x = torch.randn(8, 12, generator=rng).to(DEVICE)
     fields = {"d_model": 12, "d_latent": 40, "k": 4, "auxk_alpha": 0.5, **overrides}
-    sae = SAE(SAEConfig(**fields), kernels=kernels, generator=rng).to(DEVICE)
+    sae = LearningSAE(kernels=kernels, generator=rng, **fields).to(DEVICE)
     sae.initialise(None, x)
-    optimiser = SAEAdam(sae, 1e-2, clip_norm=0.01, pair_gradients=pair_gradients)
+    optimiser = make_optimiser(sae, AdamConfig(lr=1e-2, clip_norm=0.01), pair_gradients=pair_gradients)
+    sae.objective.pair_gradients = optimiser.pairs if pair_gradients else None
     norms = []
     for _ in range(steps):
         optimiser.zero_grad()
@@ -63,8 +65,8 @@ def test_no_pair_at_all_is_a_gradient_of_zero(kernels):
     gradient.add(torch.ones(2, 3, device=DEVICE), indices, PairOrder(indices, 6), torch.ones(2, 5, device=DEVICE))
     assert float(gradient.squared_norm(weight, kernels=kernels)) == 0
     state = [weight.clone(), torch.ones_like(weight), torch.ones_like(weight)]
-    options = {"lr": 0.1, "betas": (0.5, 0.5), "eps": 1e-8, "step": 1, "unit_rows": False, "kernels": kernels}
-    gradient.update(*state, clip=torch.ones((), device=DEVICE), **options)
+    adam = AdamStep(0.1, (0.5, 0.5), 1e-8, step=1, clip=torch.ones((), device=DEVICE), unit_rows=False)
+    gradient.update(*state, adam, kernels=kernels)
     # Adam of a row that nobody touched: the moments decay, and the row still moves by them.
     assert torch.equal(state[1], torch.full_like(weight, 0.5))
     assert torch.equal(state[2], torch.full_like(weight, 0.5))
@@ -103,7 +105,7 @@ def test_auxk_blocks_equal_the_dense_form(num_dead, monkeypatch):
     monkeypatch.setattr(blocks, "BLOCK_ELEMENTS", 3 * max(1, num_dead))  # blocks of 3 rows, 2 in the last
     results = []
     for kernels in ("reference", "torch"):
-        error = auxk_error(residual, centred, *rows, 5, kernels=kernels)
+        error = auxk_error(residual, centred, DeadRows.alone(*rows), 5, compute=Compute(kernels))
         results.append([error, *torch.autograd.grad(3 * error, rows)])
     for actual, truth in zip(*results, strict=True):
         torch.testing.assert_close(actual, truth)
@@ -114,7 +116,9 @@ def test_auxk_in_bfloat16_is_close():
     residual, centred = (torch.randn(11, 64, generator=rng) for _ in range(2))
     rows = [torch.randn(20, *shape, generator=rng).requires_grad_() for shape in ((64,), (), (64,))]
     exact, rounded = (
-        torch.autograd.grad(auxk_error(residual, centred, *rows, 20, compute_dtype=dtype), rows)
+        torch.autograd.grad(
+            auxk_error(residual, centred, DeadRows.alone(*rows), 20, compute=Compute(dtype=dtype)), rows
+        )
         for dtype in ("float32", "bfloat16")
     )
     for actual, truth in zip(rounded, exact, strict=True):

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from shared.kernels import product
+from shared.kernels import Compute, product
+from shared.kernels.linear import bfloat16_products
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -29,7 +30,7 @@ def test_value_and_every_gradient(shape):
     upstream = torch.randn(num_rows, columns, generator=generator).to(DEVICE)
     exact = run(lambda a_NM, b_MK, bias_K: a_NM @ b_MK + bias_K, tensors, upstream)
     plain = run(product, tensors, upstream)
-    rounded = run(lambda **given: product(**given, compute_dtype="bfloat16"), tensors, upstream)
+    rounded = run(lambda **given: product(**given, compute=Compute(dtype="bfloat16")), tensors, upstream)
     operands = {name: tensor.bfloat16().float() for name, tensor in tensors.items() if name != "bias_K"}
     wanted = run(lambda a_NM, b_MK: a_NM @ b_MK, operands, upstream.bfloat16().float())
     wanted["result"] = wanted["result"] + tensors["bias_K"]
@@ -48,6 +49,19 @@ def test_value_and_every_gradient(shape):
 
 def test_gradients_that_nobody_asked_for_are_not_computed():
     a, b = torch.randn(3, 4, requires_grad=True), torch.randn(4, 5)
-    product(a, b, compute_dtype="bfloat16").sum().backward()
+    product(a, b, compute=Compute(dtype="bfloat16")).sum().backward()
     assert a.grad is not None
     assert b.grad is None
+
+
+def test_the_kind_of_processor_is_detected_or_chosen():
+    """(is there a bfloat16 product, is it fast) for each choice on each of the three kinds."""
+    kinds = {"old": (False, False), "middle": (True, False), "new": (True, True)}
+    assert {name: bfloat16_products("auto", *kind) for name, kind in kinds.items()} == kinds
+    chosen = {choice: bfloat16_products(choice, True, True) for choice in ("none", "slow", "fast")}
+    assert chosen == {"none": (False, False), "slow": (True, False), "fast": (True, True)}
+    assert bfloat16_products("fast", True, False) == (True, True)
+    with pytest.raises(ValueError, match=r"^GRANARY_BFLOAT16=1: choose from auto, none, slow, fast$"):
+        bfloat16_products("1", True, True)
+    with pytest.raises(ValueError, match="this processor has no bfloat16 product; choose auto or none"):
+        bfloat16_products("slow", False, False)

@@ -18,9 +18,10 @@ from torch.distributed.tensor import DTensor
 
 from shared.launch.stage import expand_shorthands
 from shared.lm import capture, load_trunk, packed_inputs
-from shared.lm.hookpoint import SITES, hook_points
+from shared.lm.hookpoint import hook_points
 from stage_harvest.config import register
 from stage_harvest.harvest import harvest
+from tests.families import sites_of
 
 LAYERS = 2
 
@@ -33,12 +34,12 @@ def share_of_weights(trunk: nn.Module, whole: nn.Module) -> float:
 
 def compare(folder: Path, tp: int) -> None:
     """Every hook of every family in `folder`, in replicas of `tp` ranks that work on different tokens."""
-    hooks = hook_points("all", SITES, LAYERS)
     mesh = init_device_mesh("cpu", (dist.get_world_size() // tp, tp), mesh_dim_names=("dp", "tp"))
     generator = torch.Generator().manual_seed(dist.get_rank() // tp)
     tokens_BT = torch.randint(3, 50, (2, 12), generator=generator)
     segments_BT = torch.tensor([[0] * 5 + [1] * 7, [0] * 12])
     for path in sorted(folder.iterdir()):
+        hooks = hook_points("all", sites_of(path.name), LAYERS)
         for dtype in ("float32", "bfloat16"):
             whole = load_trunk(str(path), dtype, num_layers=LAYERS)
             trunk = load_trunk(str(path), dtype, num_layers=LAYERS, tp_mesh=mesh["tp"])

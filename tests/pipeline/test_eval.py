@@ -172,7 +172,7 @@ def run_processes(*arguments: str, ranks: int = 1) -> subprocess.CompletedProces
     """The command line as a user types it, in processes of its own."""
     command = [sys.executable, "-m", "stage_eval", "device.name=cpu", "device.threads=1", f"nproc={ranks}", *arguments]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "HF_HUB_OFFLINE": "1", "COLUMNS": "160"}
-    return subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment, cwd=REPOSITORY)
+    return subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
 
 
 def evaluate(out: Path, sae: Path, store: Path, *more: str) -> dict[str, Any]:

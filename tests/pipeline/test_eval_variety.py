@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 import torch
 
-from shared.sae import SAE, SAEConfig
+from shared.sae import SAE
 from shared.store import Store
+from tests.learning import LearningSAE
 from tests.pipeline.test_eval import (
     CONTEXTS,
     HOOK,
@@ -44,15 +45,15 @@ def heldout_tokens(folder: Path, hook: str) -> torch.Tensor:
 
 
 def make(activation: str, x: torch.Tensor) -> SAE:
-    config = SAEConfig(
+    sae = LearningSAE(
         d_model=D,
         d_latent=4 * D,
         k=6 if activation in ("topk", "batchtopk", "matryoshka") else None,
         activation="batchtopk" if activation == "matryoshka" else activation,
         prefixes=(16, 4 * D) if activation == "matryoshka" else None,
         normalisation="centre_scale",
-    )
-    sae = SAE(config, generator=torch.Generator().manual_seed(0)).requires_grad_(False)
+        generator=torch.Generator().manual_seed(0),
+    ).requires_grad_(False)
     sae.initialise(None, x)
     for name, tensor in sae.activation.state_dict().items():
         tensor.fill_({"threshold": 0.5, "log_threshold": -1.0, "r_mag": 0.1, "b_mag": 0.05}[name])

@@ -9,15 +9,15 @@ import matplotlib.image
 from shared.lm import load_config
 from shared.sae import SAE, SAEConfig
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+STEER = str(Path(__file__).resolve().parents[2] / "examples/steer.py")
 
 
 def test_steer(tmp_path: Path) -> None:
     width = load_config("bundled").hidden_size
     sae = SAE(SAEConfig(d_model=width, d_latent=4 * width, k=8, normalisation="layer_norm"))
     sae.save_pretrained(tmp_path / "sae", {"hook": "layers.1.resid_post", "model": {"id": "bundled"}})
-    command = [sys.executable, "examples/steer.py", str(tmp_path / "sae"), "--tokens=6", f"--out={tmp_path / 'a.png'}"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=REPOSITORY)
+    command = [sys.executable, STEER, str(tmp_path / "sae"), "--tokens=6", f"--out={tmp_path / 'a.png'}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     assert "unchanged" in done.stdout
     assert "set to" in done.stdout
@@ -28,8 +28,8 @@ def test_steer(tmp_path: Path) -> None:
 
 
 def test_steer_says_what_is_wrong(tmp_path: Path) -> None:
-    command = [sys.executable, "examples/steer.py", str(tmp_path / "nothing")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=REPOSITORY)
+    command = [sys.executable, STEER, str(tmp_path / "nothing")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert done.returncode == 2
     wrong = f"error: there is no SAE folder {tmp_path / 'nothing'}: train one, or give a hub id owner/name"
     assert done.stderr.splitlines()[-1] == wrong

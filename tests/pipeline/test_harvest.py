@@ -281,7 +281,7 @@ def test_a_model_without_that_hook(harvester: Harvester) -> None:
         ({"model": "someone/unknown"}, "model 'someone/unknown' is neither a folder here nor in the hub's local cache"),
         ({"hooks__layers": "2,3"}, "hooks.layers=2,3 is a sweep: add -m, or write hooks.layers=[2,3] for a list"),
         ({"hooks__layers": "[0,2-3]"}, "layer 3 is not in the model: it has 3 layers, 0 to 2"),
-        ({"hooks__sites": "[resid_mid]"}, "unknown hook site 'resid_mid': choose from resid_pre"),
+        ({"hooks__sites": "[resid]"}, "unknown hook site 'resid': choose from resid_pre"),
         ({"hooks__sites": "[]"}, "hooks.sites is empty"),
         ({"packing__seq_len": 128}, "packing.seq_len=128, but the model has 64 positions: set packing.seq_len=64"),
         ({"packing__seq_len": 1}, "packing.seq_len=1: a context needs at least 2 tokens"),

@@ -16,16 +16,13 @@ from shared.sae import SAE
 from shared.store import Store
 from stage_train.show.loggers import read_metrics
 
-ROOT = Path(__file__).resolve().parents[2]
 TIMES = {"tokens_per_s", "wait_share"}
 
 
 def start(*overrides: str) -> "subprocess.Popen[str]":
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "default"}
     command = [sys.executable, "-m", "stage_train", "logger.progress=false", "logger.curves=false", *overrides]
-    return subprocess.Popen(
-        command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
+    return subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
 def finish(process: "subprocess.Popen[str]") -> tuple[int, str]:

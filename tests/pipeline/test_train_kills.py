@@ -23,7 +23,6 @@ from stage_train.state.checkpoint import newest_checkpoint
 from stage_train.state.lock import only_run_in
 from tests.cli import ForkServer
 
-ROOT = Path(__file__).resolve().parents[2]
 TIMES = {"tokens_per_s", "wait_share"}
 KILLS = 6
 RECORD_BYTES = 32 + 16 * 12 * 4
@@ -142,7 +141,7 @@ def test_many_kills_of_the_command_line(store: Store, tmp_path: Path, nproc: int
     def start(folder: Path) -> "subprocess.Popen[bytes]":
         line = [*command(store, folder, tokens), f"nproc={nproc}", "stream.lanes=4"]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        return subprocess.Popen([sys.executable, "-m", "stage_train", *line], cwd=ROOT, env=environment)
+        return subprocess.Popen([sys.executable, "-m", "stage_train", *line], env=environment)
 
     assert start(straight).wait(timeout=200) == 0
     for _ in range(kills):
@@ -169,7 +168,7 @@ def test_killing_the_command_alone_ends_its_ranks_too(store: Store, tmp_path: Pa
     """SIGKILL cannot be passed on, but the ranks are told by the kernel, and save; meanwhile the folder is theirs."""
     line = [*command(store, tmp_path, 10_000_000), "checkpoint.every=0", "nproc=2", "stream.lanes=4"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen([sys.executable, "-m", "stage_train", *line], cwd=ROOT, env=environment)
+    process = subprocess.Popen([sys.executable, "-m", "stage_train", *line], env=environment)
     deadline = time.monotonic() + 120
     while not read_metrics(tmp_path):
         assert process.poll() is None

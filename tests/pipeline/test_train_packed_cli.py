@@ -15,6 +15,7 @@ from shared.sae import SAE
 from shared.store import Store
 from stage_train.show.loggers import read_metrics
 from tests.cli import REPOSITORY
+from tests.closeness import REORDERED, SAME_RUN, assert_close_in_norm
 
 SWEEP = [
     "-m", "sae.k=2,3", "sae.expansion=4,8", "stream.batch_size=16", "schedule.tokens=3_200", "checkpoint.every=40",
@@ -74,13 +75,13 @@ def saes(run: Path) -> dict[tuple[int | None, int], dict[str, torch.Tensor]]:
     return {(sae.config.k, sae.config.d_latent): sae.state_dict() for sae in found}
 
 
-def assert_same_sweep(one: Path, two: Path, **tolerance: float) -> None:
+def assert_same_sweep(one: Path, two: Path, bound: float = 0.0) -> None:
     first, second = saes(one), saes(two)
     assert len(first) == 4
     assert first.keys() == second.keys()
     for sae, tensors in first.items():
         for name, tensor in tensors.items():
-            torch.testing.assert_close(second[sae][name], tensor, **(tolerance or {"rtol": 0, "atol": 0}), msg=name)
+            assert_close_in_norm(second[sae][name], tensor, bound, f"{name} after the same batches, {REORDERED}")
 
 
 def test_killed_and_continued_it_equals_the_sweep_in_turn(folder: Path) -> None:
@@ -103,7 +104,7 @@ def test_killed_and_continued_it_equals_the_sweep_in_turn(folder: Path) -> None:
 def test_two_processes_share_every_sae(folder: Path, layout: str) -> None:
     status, errors = finish(start(folder, layout, *SWEEP, "packed=true", "nproc=2", f"parallel={layout}"))
     assert status == 0, errors
-    assert_same_sweep(folder / "turn", folder / layout, rtol=1e-4, atol=1e-5)
+    assert_same_sweep(folder / "turn", folder / layout, bound=SAME_RUN)
 
 
 def test_a_signal_saves_all_of_them(folder: Path) -> None:

@@ -18,7 +18,7 @@ from shared.store import Store, WindowPlan
 from shared.store.capacity import shard_bytes
 from shared.store.verify import verify
 from stage_train.show.loggers import read_metrics
-from tests.cli import REPOSITORY, ForkServer
+from tests.cli import ForkServer
 from tests.harvesting import PRELOAD, Harvester
 
 CONTEXTS, SHARD = 24, 2
@@ -76,7 +76,7 @@ def stage(module: str, arguments: list[str], log: Path) -> None:
     for stream in (1, 2):
         os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
     os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1")
-    os.chdir(REPOSITORY)
+    os.chdir(log.parent)
     sys.argv = ["", *arguments]
     runpy.run_module(module, run_name="__main__", alter_sys=True)
 

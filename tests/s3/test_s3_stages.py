@@ -14,10 +14,11 @@ import torch
 
 from shared.sae import SAE
 from shared.store import Store
-from shared.store.io.local import LocalIO, open_io
+from shared.store.io.local import LocalIO
+from shared.store.io.open import open_io
 from shared.store.verify import verify
 from stage_train.data.stream import StoreSlice, StreamOrder, TokenStream, TrainingData
-from tests.cli import REPOSITORY, ForkServer
+from tests.cli import ForkServer
 from tests.harvesting import PRELOAD, Harvester
 from tests.synthetic import synthetic_plan, synthetic_store
 
@@ -48,7 +49,7 @@ def everything(io):
 def stage(module: str, *arguments: str, status: int = 0) -> str:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
-        [sys.executable, "-m", module, *arguments], cwd=REPOSITORY, env=environment, capture_output=True, text=True,
+        [sys.executable, "-m", module, *arguments], env=environment, capture_output=True, text=True,
         timeout=300, check=False,
     )  # fmt: skip
     assert done.returncode == status, done.stderr
@@ -93,7 +94,7 @@ def test_the_server_dies_in_mid_harvest(harvester: Harvester, local: Store, buck
     with (tmp_path / "log").open("wb") as log:
         process = subprocess.Popen(
             [sys.executable, "-m", "stage_harvest", *on_s3(harvester, url)],
-            cwd=REPOSITORY, env=environment, stdout=log, stderr=log,
+            env=environment, stdout=log, stderr=log,
         )  # fmt: skip
     io, deadline = open_io(url), time.monotonic() + 90
     while len(io.listing("manifest")) < 2:

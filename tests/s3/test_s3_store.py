@@ -9,7 +9,9 @@ import torch
 
 from shared.basics.errors import GranaryError
 from shared.store import DamagedObjectError, Store
-from shared.store.io.local import LocalIO, ObjectMissingError, open_io
+from shared.store.io.base import ObjectMissingError
+from shared.store.io.local import LocalIO
+from shared.store.io.open import open_io
 from shared.store.io.remote import RANGE_BYTES
 from shared.store.verify import drop_incomplete, verify
 from tests.synthetic import synthetic_plan, synthetic_shard, synthetic_store, synthetic_tokens
@@ -95,7 +97,7 @@ def test_damage_is_found_and_mended(url):
     with pytest.raises(DamagedObjectError, match="shard 1"):
         store.read_context(HOOK, 4)
     report = verify(url)
-    assert report.damaged_shards == [1]
+    assert {problem.shard for problem in report.problems} == {1}
     drop_incomplete(url, report)
     assert verify(url).missing == [1]
     synthetic_store(url, plan)

@@ -1,8 +1,31 @@
-"""AuxK: dead latents reconstruct what the living ones leave over (Gao et al. 2024, A.2), on their rows alone."""
+"""AuxK: dead latents reconstruct what the living ones leave over (Gao et al. 2024, A.2), on their rows alone.
+
+There is no kernel of its own for a GPU: ``blocks`` is matrix products alone, the same on every device.
+"""
+
+from dataclasses import dataclass
+from typing import Self
 
 import torch
 
+from shared.kernels.compute import AUTO, Compute
 from shared.kernels.dispatch import resolve
+
+
+@dataclass(frozen=True, slots=True)
+class DeadRows:
+    """The dead latents that are held here, R of them, and how many there are in all."""
+
+    W_enc_RD: torch.Tensor
+    b_enc_R: torch.Tensor
+    W_dec_RD: torch.Tensor
+    count: int
+    """Those of all holders together."""
+
+    @classmethod
+    def alone(cls, W_enc_RD: torch.Tensor, b_enc_R: torch.Tensor, W_dec_RD: torch.Tensor) -> Self:
+        """All of them are here."""
+        return cls(W_enc_RD, b_enc_R, W_dec_RD, W_enc_RD.shape[0])
 
 
 class Holders:
@@ -23,31 +46,26 @@ ALONE = Holders()
 def auxk_error(
     residual_ND: torch.Tensor,
     centred_ND: torch.Tensor,
-    W_enc_RD: torch.Tensor,
-    b_enc_R: torch.Tensor,
-    W_dec_RD: torch.Tensor,
+    dead: DeadRows,
     num_aux: int,
     *,
-    kernels: str = "auto",
-    compute_dtype: str = "float32",
+    compute: Compute = AUTO,
     holders: Holders = ALONE,
-    num_dead: int | None = None,
 ) -> torch.Tensor:
     """``mean_n |e_n - e_hat_n|^2 / |e_n|^2``, a scalar, with gradients for the dead latents' rows and biases only.
 
     e = `residual_ND` and `centred_ND` are taken as constants. e_hat decodes, without b_dec, the num_aux largest
     ReLU pre-activations of the dead latents (all of them where they are no more; at a tie, all that tie). R of them are
-    here, maybe 0, and `num_dead` in all `holders` together; None: R.
+    here, maybe 0, and ``dead.count`` in all `holders` together.
 
     reference: autograd through the dense [N, R] activations. Else the gradient is computed with the value, in blocks of
-    rows, so that memory does not grow with N x R; compute_dtype bfloat16 runs its matrix products in bfloat16.
+    rows, so that memory does not grow with N x R; compute.dtype bfloat16 runs its matrix products in bfloat16.
     """
-    num_dead = W_enc_RD.shape[0] if num_dead is None else num_dead
-    arguments = (residual_ND.detach(), centred_ND.detach(), W_enc_RD, b_enc_R, W_dec_RD, num_aux, holders, num_dead)
-    if resolve(kernels, residual_ND) == "reference":
+    arguments = (residual_ND.detach(), centred_ND.detach(), dead, num_aux, holders)
+    if resolve(compute.kernels, residual_ND) == "reference":
         from shared.kernels.auxk import reference
 
         return reference.auxk_error(*arguments)
     from shared.kernels.auxk import blocks
 
-    return blocks.auxk_error(*arguments, compute_dtype)
+    return blocks.auxk_error(*arguments, compute.dtype)

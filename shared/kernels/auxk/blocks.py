@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 from shared.kernels.linear import linear
 
 if TYPE_CHECKING:
-    from shared.kernels.auxk import Holders
+    from shared.kernels.auxk import DeadRows, Holders
 
 # Elements of one [rows, R] block; a few such blocks are alive at once.
 BLOCK_ELEMENTS = 1 << 24
@@ -63,16 +63,13 @@ class _AuxKError(torch.autograd.Function):
 def auxk_error(
     residual_ND: torch.Tensor,
     centred_ND: torch.Tensor,
-    W_enc_RD: torch.Tensor,
-    b_enc_R: torch.Tensor,
-    W_dec_RD: torch.Tensor,
+    dead: "DeadRows",
     num_aux: int,
     holders: "Holders",
-    num_dead: int,
     compute_dtype: str,
 ) -> torch.Tensor:
     """See ``shared.kernels.auxk.auxk_error``."""
     result: torch.Tensor = _AuxKError.apply(
-        residual_ND, centred_ND, W_enc_RD, b_enc_R, W_dec_RD, num_aux, holders, num_dead, compute_dtype
+        residual_ND, centred_ND, dead.W_enc_RD, dead.b_enc_R, dead.W_dec_RD, num_aux, holders, dead.count, compute_dtype
     )
     return result

@@ -5,23 +5,20 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
-    from shared.kernels.auxk import Holders
+    from shared.kernels.auxk import DeadRows, Holders
 
 
 def auxk_error(
     residual_ND: torch.Tensor,
     centred_ND: torch.Tensor,
-    W_enc_RD: torch.Tensor,
-    b_enc_R: torch.Tensor,
-    W_dec_RD: torch.Tensor,
+    dead: "DeadRows",
     num_aux: int,
     holders: "Holders",
-    num_dead: int,
 ) -> torch.Tensor:
     """See ``shared.kernels.auxk.auxk_error``."""
-    z_NR = torch.relu(torch.addmm(b_enc_R, centred_ND, W_enc_RD.T))
-    if num_dead > num_aux:
+    z_NR = torch.relu(torch.addmm(dead.b_enc_R, centred_ND, dead.W_enc_RD.T))
+    if dead.count > num_aux:
         z_NR = z_NR * (z_NR.detach() >= holders.kth_largest(z_NR.detach(), num_aux))
-    error_N = (residual_ND - holders.sum_forward(z_NR @ W_dec_RD)).square().sum(1)
+    error_N = (residual_ND - holders.sum_forward(z_NR @ dead.W_dec_RD)).square().sum(1)
     energy_N = residual_ND.square().sum(1).clamp_min(torch.finfo(residual_ND.dtype).tiny)
     return (error_N / energy_N).mean()

@@ -2,8 +2,8 @@
 
 import torch
 
+from shared.kernels.compute import AUTO, Compute
 from shared.kernels.dispatch import implementation
-from shared.kernels.encode_topk import check_compute_dtype
 
 
 def encode_batchtopk(
@@ -12,8 +12,7 @@ def encode_batchtopk(
     b_F: torch.Tensor,
     k: int,
     *,
-    kernels: str = "auto",
-    compute_dtype: str = "float32",
+    compute: Compute = AUTO,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The N * k largest positive entries of ``z = x W^T + b``, k per row on average (Bussmann et al. 2024).
 
@@ -24,12 +23,13 @@ def encode_batchtopk(
     ``smallest_kept`` gives the batch's threshold. The torch and triton forms hold one tile of z at a time, and a pool
     of at most a few N * k pairs; both wait for the device.
 
-    compute_dtype: as for ``encode_threshold``. Raises ValueError for a k out of range or an unknown compute_dtype.
+    compute.dtype: as for ``encode_threshold``. Raises ValueError for a k out of range.
     """
-    check_compute_dtype(compute_dtype)
     if not 1 <= k <= W_FD.shape[0]:
         raise ValueError(f"k={k} is not between 1 and the number of latents, {W_FD.shape[0]}")
-    return implementation("encode_batchtopk", kernels, x_ND).encode_batchtopk(x_ND, W_FD, b_F, k, compute_dtype)
+    module = implementation("encode_batchtopk", compute.kernels, x_ND)
+    pairs: tuple[torch.Tensor, torch.Tensor] = module.encode_batchtopk(x_ND, W_FD, b_F, k, compute.dtype)
+    return pairs
 
 
 def smallest_kept(values_NM: torch.Tensor, indices_NM: torch.Tensor) -> torch.Tensor:

@@ -2,8 +2,8 @@
 
 import torch
 
+from shared.kernels.compute import AUTO, Compute
 from shared.kernels.dispatch import implementation
-from shared.kernels.encode_topk import check_compute_dtype
 
 
 def encode_threshold(
@@ -12,8 +12,7 @@ def encode_threshold(
     b_F: torch.Tensor,
     threshold: float | torch.Tensor,
     *,
-    kernels: str = "auto",
-    compute_dtype: str = "float32",
+    compute: Compute = AUTO,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """All pairs with ``z = x W^T + b > threshold``. No gradient: see ``shared.kernels.autograd``.
 
@@ -22,17 +21,16 @@ def encode_threshold(
     them value 0 and index -1. M is the batch's largest count, at least 1; it is read on the host. Equal values are in
     index order. The torch and triton forms hold one tile of z at a time, and the pairs that passed.
 
-    compute_dtype bfloat16 runs the matrix product in bfloat16. triton: operands are rounded, sums and comparison stay
+    compute.dtype bfloat16 runs the matrix product in bfloat16. triton: operands are rounded, sums and comparison stay
     in float32. torch: that product only leaves out what provably does not pass, as for ``encode_topk``. reference:
     ignored.
-    Raises ValueError for a threshold of another shape or an unknown compute_dtype.
+    Raises ValueError for a threshold of another shape.
     """
-    check_compute_dtype(compute_dtype)
     if isinstance(threshold, torch.Tensor) and threshold.shape not in (b_F.shape, ()):
         raise ValueError(
             f"threshold has shape {tuple(threshold.shape)}: a number or one per latent, {tuple(b_F.shape)}"
         )
     threshold_F = torch.as_tensor(threshold, dtype=b_F.dtype, device=b_F.device).detach().expand_as(b_F)
-    return implementation("encode_threshold", kernels, x_ND).encode_threshold(
-        x_ND, W_FD, b_F, threshold_F, compute_dtype
+    return implementation("encode_threshold", compute.kernels, x_ND).encode_threshold(
+        x_ND, W_FD, b_F, threshold_F, compute.dtype
     )

@@ -2,9 +2,8 @@
 
 import torch
 
+from shared.kernels.compute import AUTO, Compute
 from shared.kernels.dispatch import implementation
-
-COMPUTE_DTYPES = ("float32", "bfloat16")
 
 
 def encode_topk(
@@ -13,8 +12,7 @@ def encode_topk(
     b_F: torch.Tensor,
     k: int,
     *,
-    kernels: str = "auto",
-    compute_dtype: str = "float32",
+    compute: Compute = AUTO,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The k largest of ``relu(x W^T + b)`` per row, and where they are. No gradient: see ``shared.kernels.autograd``.
 
@@ -23,7 +21,7 @@ def encode_topk(
     that ReLU zeroed has value 0 and index -1: an index >= 0 means the latent fired.
     The torch and triton forms never hold an [N, F] tensor.
 
-    compute_dtype bfloat16 runs the matrix product in bfloat16. triton: operands are rounded, sums and selection stay in
+    compute.dtype bfloat16 runs the matrix product in bfloat16. triton: operands are rounded, sums and selection stay in
     float32. torch: the product only nominates k + k / 4 candidates, whose values are then computed in float32 before
     the k largest are taken. reference: ignored.
     float32 too uses such a product on a processor where it is fast, but only to leave out what provably is not among
@@ -31,11 +29,4 @@ def encode_topk(
     """
     if not 1 <= k <= W_FD.shape[0]:
         raise ValueError(f"k={k} is not between 1 and the number of latents, {W_FD.shape[0]}")
-    check_compute_dtype(compute_dtype)
-    return implementation("encode_topk", kernels, x_ND).encode_topk(x_ND, W_FD, b_F, k, compute_dtype)
-
-
-def check_compute_dtype(compute_dtype: str) -> None:
-    """Raises ValueError for a type that the encoder's product can't run in."""
-    if compute_dtype not in COMPUTE_DTYPES:
-        raise ValueError(f"compute_dtype={compute_dtype!r}: choose from {', '.join(COMPUTE_DTYPES)}")
+    return implementation("encode_topk", compute.kernels, x_ND).encode_topk(x_ND, W_FD, b_F, k, compute.dtype)

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 from shared.kernels import linear as product
-from shared.kernels.decode.cpu import pair_dots
+from shared.kernels.decode.torch_ import pair_dots
 
 # Elements of one tile of pre-activations. Large enough for the matrix product to run at full speed, small enough that
 # the tile is still in the last-level cache when the selection reads it.

@@ -1,15 +1,15 @@
 """A weight's gradient kept as the pairs it is a sum over, and the optimiser's pass that consumes it.
 
 The gradient of [F, D] weights from N * K pairs is as large as the weights. On a GPU it need not exist: the norm for
-clipping and the update each sum a row's pairs in registers, once per step each.
+clipping and the update each sum a row's pairs in registers, once per step each. There is only the kernel: elsewhere the
+gradient is made by ``row_grad`` and consumed by ``row_update``, which are the kernel's truth too.
 
 Shapes: N rows, D d_model, F latents, K picks per row, R rows with a further, dense gradient.
 """
 
-from typing import Any
-
 import torch
 
+from shared.kernels.adam_step import AdamStep
 from shared.kernels.dispatch import implementation, resolve
 from shared.kernels.pairs import PairOrder
 from shared.kernels.row_grad import row_grad
@@ -72,29 +72,16 @@ class PairGradient:
         weight: torch.Tensor,
         first: torch.Tensor,
         second: torch.Tensor,
+        adam: AdamStep,
         *,
-        clip: torch.Tensor,
-        lr: float,
-        betas: tuple[float, float],
-        eps: float,
-        step: int,
-        unit_rows: bool,
         kernels: str = "auto",
     ) -> None:
         """``row_update`` with this gradient, which is used up: the object is cleared."""
-        options: dict[str, Any] = {
-            "clip": clip,
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "step": step,
-            "unit_rows": unit_rows,
-        }
         if self._fuses(weight, kernels):
             module = implementation("pair_update", kernels, weight)
-            module.pair_update(weight, first, second, *self.terms[0], *self._rows(), **options)
+            module.pair_update(weight, first, second, adam, *self.terms[0], *self._rows())
         else:
-            row_update(weight, self.dense(weight, kernels), first, second, **options, kernels=kernels)
+            row_update(weight, self.dense(weight, kernels), first, second, adam, kernels=kernels)
         self.clear()
 
     def _fuses(self, weight: torch.Tensor, kernels: str) -> bool:

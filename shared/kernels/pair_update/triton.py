@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
+from shared.kernels.adam_step import AdamStep
 from shared.kernels.pairs import PairOrder
 from shared.kernels.row_grad.triton import sum_pairs
 from shared.kernels.row_update.triton import adam_row
@@ -144,28 +145,22 @@ def pair_update(
     weight: torch.Tensor,
     first: torch.Tensor,
     second: torch.Tensor,
+    adam: AdamStep,
     coefficients_NK: torch.Tensor,
     indices_NK: torch.Tensor,
     order: PairOrder,
     rows_ND: torch.Tensor,
     latents_R: torch.Tensor | None,
     extra_RD: torch.Tensor | None,
-    *,
-    clip: torch.Tensor,
-    lr: float,
-    betas: tuple[float, float],
-    eps: float,
-    step: int,
-    unit_rows: bool,
 ) -> None:
     """See ``PairGradient.update``. Weights are float32; moments may be bfloat16."""
     num_latents, d_model = weight.shape
-    config = update_config(d_model, unit_rows)
+    config = update_config(d_model, adam.unit_rows)
     arguments = _arguments(num_latents, coefficients_NK, order, rows_ND, latents_R, extra_RD)
     _pair_update[(num_latents, triton.cdiv(d_model, config["BLOCK_D"]))](
-        *arguments, weight, first, second, clip, lr, betas[0], betas[1], eps,
-        1 - betas[0] ** step, 1 - betas[1] ** step, coefficients_NK.shape[1], d_model,
-        UNIT_ROWS=unit_rows, HAS_EXTRA=latents_R is not None, **config,
+        *arguments, weight, first, second, adam.clip, adam.lr, *adam.betas, adam.eps, *adam.corrections,
+        coefficients_NK.shape[1], d_model,
+        UNIT_ROWS=adam.unit_rows, HAS_EXTRA=latents_R is not None, **config,
     )  # fmt: skip
 
 

@@ -2,27 +2,24 @@
 
 import torch
 
+from shared.kernels.adam_step import AdamStep
+
 
 def row_update(
     weight: torch.Tensor,
     grad: torch.Tensor,
     first: torch.Tensor,
     second: torch.Tensor,
-    *,
-    clip: torch.Tensor,
-    lr: float,
-    betas: tuple[float, float],
-    eps: float,
-    step: int,
-    unit_rows: bool,
+    adam: AdamStep,
 ) -> None:
     """See ``shared.kernels.row_update.row_update``."""
-    grad = grad * clip
-    if unit_rows:
+    beta1, beta2 = adam.betas
+    grad = grad * adam.clip
+    if adam.unit_rows:
         grad = grad - (grad * weight).sum(1, keepdim=True) * weight
-    first.copy_(betas[0] * first + (1 - betas[0]) * grad)
-    second.copy_(betas[1] * second + (1 - betas[1]) * grad.square())
-    mean, square = first / (1 - betas[0] ** step), second / (1 - betas[1] ** step)
-    weight.sub_(lr * mean / (square.sqrt() + eps))
-    if unit_rows:
+    first.copy_(beta1 * first + (1 - beta1) * grad)
+    second.copy_(beta2 * second + (1 - beta2) * grad.square())
+    mean, square = first / adam.corrections[0], second / adam.corrections[1]
+    weight.sub_(adam.lr * mean / (square.sqrt() + adam.eps))
+    if adam.unit_rows:
         weight.div_(weight.norm(dim=1, keepdim=True))

@@ -4,6 +4,8 @@ import torch
 import triton
 import triton.language as tl
 
+from shared.kernels.adam_step import AdamStep
+
 # Columns of a program where rows are independent of their length (no projection): a bias, or a plain matrix.
 FLAT_BLOCK = 1024
 
@@ -80,19 +82,12 @@ def row_update(
     grad: torch.Tensor,
     first: torch.Tensor,
     second: torch.Tensor,
-    *,
-    clip: torch.Tensor,
-    lr: float,
-    betas: tuple[float, float],
-    eps: float,
-    step: int,
-    unit_rows: bool,
+    adam: AdamStep,
 ) -> None:
     """See ``shared.kernels.row_update.row_update``. Weights are float32; moments may be bfloat16."""
     num_rows, d_model = weight.shape
-    block = block_d(d_model, unit_rows)
+    block = block_d(d_model, adam.unit_rows)
     _row_update[(num_rows, triton.cdiv(d_model, block))](
-        weight, grad, first, second, clip, lr, betas[0], betas[1], eps,
-        1 - betas[0] ** step, 1 - betas[1] ** step, d_model,
-        UNIT_ROWS=unit_rows, BLOCK_D=block, num_warps=num_warps_for(block),
+        weight, grad, first, second, adam.clip, adam.lr, *adam.betas, adam.eps, *adam.corrections, d_model,
+        UNIT_ROWS=adam.unit_rows, BLOCK_D=block, num_warps=num_warps_for(block),
     )  # fmt: skip

@@ -15,6 +15,7 @@ Legend: F d_latent, D d_model.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
@@ -23,7 +24,7 @@ from torch import Tensor
 
 from shared.basics.errors import GranaryError
 from shared.sae.config import SAEConfig
-from shared.sae.variants.sae import SAE
+from shared.sae.sites import Sites
 
 
 @dataclass(frozen=True)
@@ -49,15 +50,14 @@ class RawSAE:
     """``hook`` where it is known, and whatever the source records."""
 
     @classmethod
-    def from_sae(cls, sae: SAE, provenance: dict[str, Any]) -> Self:
-        """Fold the normalisation."""
-        config = sae.config
-        own = {name: tensor.detach().double() for name, tensor in sae.activation.state_dict().items()}
-        W_enc, b_enc = sae.W_enc.detach().double(), sae.b_enc.detach().double()
-        W_dec, b_dec = sae.W_dec.detach().double(), sae.b_dec.detach().double()
+    def from_checkpoint(cls, config: SAEConfig, tensors: Mapping[str, Tensor], provenance: dict[str, Any]) -> Self:
+        """Fold the normalisation of an SAE of this project, given as its config and its ``state_dict``."""
+        of = {name: tensor.detach().double() for name, tensor in tensors.items()}
+        own = {name.removeprefix("activation."): of[name] for name in of if name.startswith("activation.")}
+        W_enc, b_enc, W_dec, b_dec = of["W_enc"], of["b_enc"], of["W_dec"], of["b_dec"]
         b_mag = own.get("b_mag")
         if config.normalisation in ("scale", "centre_scale"):
-            scale, mean = float(sae.input_scale), sae.input_mean.double()
+            scale, mean = float(tensors["input_scale"]), of["input_mean"]
             W_enc, W_dec, b_dec = W_enc * scale, W_dec / scale, b_dec / scale + mean
             if not config.pre_bias:  # with it, the new b_dec takes the mean off
                 shift = W_enc @ mean
@@ -82,9 +82,10 @@ class RawSAE:
             provenance=dict(provenance),
         )
 
-    def to_sae(self) -> SAE:
-        """An SAE of this project with these weights."""
+    def to_checkpoint(self) -> tuple[SAEConfig, dict[str, Tensor]]:
+        """Config and tensors of an SAE of this project with these weights."""
         d_latent, d_model = self.W_enc_FD.shape
+        hook = self.provenance.get("hook")
         config = SAEConfig(
             d_model=d_model,
             d_latent=d_latent,
@@ -94,10 +95,8 @@ class RawSAE:
             shift_back=self.shift_back,
             pre_bias=self.pre_bias,
             unit_norm_decoder=False,
-            auxk_alpha=1 / 32 if self.activation in ("topk", "batchtopk") else 0.0,
+            sites=Sites.of(hook) if isinstance(hook, str) else None,
         )
-        with torch.device("meta"):
-            sae = SAE(config)
         tensors = {
             "W_enc": self.W_enc_FD,
             "b_enc": self.b_enc_F,
@@ -108,8 +107,7 @@ class RawSAE:
             "input_variance": torch.ones(d_model),
             **self._activation_tensors(),
         }
-        sae.load_state_dict({name: tensor.contiguous() for name, tensor in tensors.items()}, assign=True)
-        return sae
+        return config, {name: tensor.contiguous() for name, tensor in tensors.items()}
 
     def _activation_tensors(self) -> dict[str, Tensor]:
         match self.activation:

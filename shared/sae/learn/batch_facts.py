@@ -1,22 +1,19 @@
 """What the losses must know of the whole batch before the first backward: BatchTopK's picks, tanh_quad's frequencies.
 
 A batch may lie in several micro-batches and on several ranks; the answer does not depend on how it is cut.
-Shapes: N rows of a micro-batch, D d_model, F latents held here, M candidates per row, P values.
+Shapes: N rows of a micro-batch, D_in width of what is read, F latents held here, M candidates per row, P values.
 """
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from shared.kernels import product
-from shared.sae.activations import BatchTopK, encode_above
-from shared.sae.latents import Survey
-from shared.sae.learn.losses import saturated
-
-if TYPE_CHECKING:
-    from shared.sae.variants.sae import SAE
+from shared.sae.activations import encode_above
+from shared.sae.groups import LatentGroup
+from shared.sae.learn.inputs import BatchFacts
 
 Reduce = Callable[[Tensor], object]
 """Sums a tensor over all ranks, in place."""
@@ -26,52 +23,50 @@ MARGIN = 0.8
 BITS_PER_ROUND = 8
 
 
+@dataclass(slots=True)
+class SelectionMemory:
+    """Where the next search for the batch's threshold may begin: saves time, does not change the result."""
+
+    lower_bound: float | None = None
+
+
 def alone(tensor: Tensor) -> None:
     """The reduction of a single process."""
 
 
-def needs_survey(sae: "SAE", *, cut: bool) -> bool:
-    """Whether losses need it: always for BatchTopK, for tanh_quad when the batch is `cut` into parts."""
-    return sae.config.activation == "batchtopk" or (sae.config.penalty == "tanh_quad" and cut)
-
-
-@torch.no_grad()
-def survey(
-    sae: "SAE",
-    parts: Sequence[Tensor],
+def frequencies(
+    group: LatentGroup,
+    centred: Sequence[Tensor],
     num_tokens: int,
-    *,
-    k: int | None = None,
-    reduce_all: Reduce = alone,
-    reduce_rows: Reduce = alone,
-) -> list[Survey]:
-    """One entry per micro-batch of this rank, `parts` of raw activations [N, D]; `num_tokens` is the whole batch's.
-
-    `reduce_all` sums over all ranks, `reduce_rows` over those that hold the same latents; all call it together. `k`
-    overrides the config's.
-    """
-    inputs = [sae.encoder_input(part)[0] for part in parts]
-    if sae.config.activation == "batchtopk":
-        return _survey_batchtopk(sae, inputs, num_tokens, sae.config.k if k is None else k, reduce_all)
-    sums_F = torch.zeros_like(sae.b_enc)
-    for centred_ND in inputs:
-        z_NF = product(centred_ND, sae.W_enc.T, sae.b_enc, compute_dtype=sae.compute_dtype)
-        sums_F += saturated(sae.activation.dense(z_NF, sae.b_enc), sae.config, sae.decoder_norm()).sum(0)
+    strength: Callable[[Tensor], Tensor],
+    reduce_rows: Reduce,
+) -> list[BatchFacts]:
+    """The batch's mean of ``strength(z)`` [N, F] per latent, the same for every micro-batch."""
+    sums_F = torch.zeros_like(group.b_enc)
+    for centred_ND in centred:
+        z_NF = product(centred_ND, group.W_enc.T, group.b_enc, compute=group.compute)
+        sums_F += strength(z_NF).sum(0)
     reduce_rows(sums_F)
-    return [Survey(frequency=sums_F / num_tokens) for _ in inputs]
+    return [BatchFacts(frequency=sums_F / num_tokens) for _ in centred]
 
 
-def _survey_batchtopk(
-    sae: "SAE", inputs: Sequence[Tensor], num_tokens: int, k: int | None, reduce: Reduce
-) -> list[Survey]:
-    config, activation = sae.config, sae.activation
-    assert isinstance(activation, BatchTopK)
-    assert k is not None
-    wanted = num_tokens * min(k, config.d_latent)
-    most = num_tokens * min(k * config.multi_topk_factor, config.d_latent) if config.multi_topk_weight > 0 else wanted
-    lower = MARGIN * float(activation.threshold) if activation.lower_bound is None else activation.lower_bound
+def select_over_batch(
+    group: LatentGroup,
+    centred: Sequence[Tensor],
+    *,
+    wanted: int,
+    most: int,
+    memory: SelectionMemory,
+    first_guess: Tensor,
+    reduce: Reduce,
+) -> list[BatchFacts]:
+    """The pairs with the `wanted` largest values of the batch, and with the `most` largest, for Multi-TopK.
+
+    `first_guess` is a threshold to begin the search from where `memory` has none yet.
+    """
+    lower = MARGIN * float(first_guess) if memory.lower_bound is None else memory.lower_bound
     while True:
-        found = [encode_above(sae, centred_ND, lower) for centred_ND in inputs]
+        found = [encode_above(group, centred_ND, lower) for centred_ND in centred]
         values_P = torch.cat([values[indices >= 0] for values, indices in found])
         total = torch.tensor(len(values_P), device=values_P.device)
         reduce(total)
@@ -80,12 +75,12 @@ def _survey_batchtopk(
         lower = lower / 2 if lower > 1e-6 else 0.0
     least = kth_largest(values_P, wanted, reduce)
     least_multi = least if most == wanted else kth_largest(values_P, most, reduce)
-    activation.lower_bound = MARGIN * float(least_multi)
-    surveys = []
+    memory.lower_bound = MARGIN * float(least_multi)
+    facts = []
     for values, indices in found:  # in descending order: what is kept comes first
         width = int(((indices >= 0) & (values >= least_multi)).sum(1).max()) if len(values) else 0
-        surveys.append(Survey(values[:, : max(1, width)], indices[:, : max(1, width)], least, least_multi))
-    return surveys
+        facts.append(BatchFacts(values[:, : max(1, width)], indices[:, : max(1, width)], least, least_multi))
+    return facts
 
 
 def kth_largest(values_P: Tensor, k: int, reduce: Reduce = alone) -> Tensor:

@@ -1,25 +1,27 @@
-"""Starting values: normalisation, directions, bias and scale."""
+"""Starting values: normalisation, directions, bias and scale.
+
+Shape letters: M tokens of a sample, D a width (D_in of what is read, D_out of what is written), F latents, K picks.
+"""
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from dataclasses import dataclass
+from typing import Any, Protocol, Self
 
 import torch
+from torch import Tensor
 
 from shared.basics.errors import GranaryError
-from shared.kernels import decode, encode_batchtopk, smallest_kept
-from shared.sae.activations import BatchTopK
+from shared.kernels import PairOrder, decode, row_grad
 from shared.sae.learn.losses import weighted_square_error
-
-if TYPE_CHECKING:
-    from shared.sae.variants.sae import SAE
+from shared.sae.learn.objective import Objective
+from shared.sae.variants.base import per_column
+from shared.sae.variants.one_group import OneGroup
 
 # Tokens of the sample that activations without a fixed L0 look at for their scale.
 SEARCH_TOKENS = 1024
 # Norms of decoder and encoder rows that norm_search tries first (Language-Model-SAEs).
 NORMS = [round(0.1 * step, 1) for step in range(1, 51)]
-# TopK and BatchTopK begin longer than fits best: fewer latents die, at the same FVU (docs/log.md, 2026-11-24).
-OVERSHOOT = 1.25
 # Scales of JumpReLU's encoder, from where nothing reaches the thresholds to where all does.
 SCALES = [0.01 * 1.25**step for step in range(28)]
 
@@ -40,14 +42,7 @@ class ActivationStatistics(Protocol):
         """Mean Euclidean norm of a token."""
 
 
-@torch.no_grad()
-def random_unit_rows(W_FD: torch.Tensor, generator: torch.Generator | None = None) -> None:
-    """Fill `W_FD` in place with rows uniform on the unit sphere."""
-    W_FD.normal_(generator=generator)
-    W_FD.div_(W_FD.norm(dim=1, keepdim=True))
-
-
-def geometric_median(points_MD: torch.Tensor, *, max_steps: int = 100, tolerance: float = 1e-6) -> torch.Tensor:
+def geometric_median(points_MD: Tensor, *, max_steps: int = 100, tolerance: float = 1e-6) -> Tensor:
     """The point [D] with the least summed distance to `points_MD` (Weiszfeld 1937), in float32 or better.
 
     Stops when a step moves it by less than `tolerance` times the mean distance.
@@ -66,7 +61,7 @@ def geometric_median(points_MD: torch.Tensor, *, max_steps: int = 100, tolerance
     return median_D
 
 
-def encoder_scale(target_MD: torch.Tensor, decoded_MD: torch.Tensor, weight_D: torch.Tensor) -> float:
+def encoder_scale(target_MD: Tensor, decoded_MD: Tensor, weight_D: Tensor) -> float:
     """argmin_s of ``sum w (target - s * decoded)^2``.
 
     With b_enc = 0 the choice of latents does not depend on the encoder's scale and the reconstruction is linear in it,
@@ -86,7 +81,7 @@ def grid_search(loss: Callable[[float], float], coarse: Sequence[float], steps: 
     return min(candidates, key=lambda point: candidates[point])
 
 
-def into_subspace(W_FD: torch.Tensor, points_MD: torch.Tensor, rank: int) -> torch.Tensor:
+def into_subspace(W_FD: Tensor, points_MD: Tensor, rank: int) -> Tensor:
     """Unit rows in the span of the `rank` principal directions of `points_MD`, with as many of W's coordinates."""
     centred_MD = (points_MD - points_MD.mean(0)).double()
     _, vectors_DD = torch.linalg.eigh(centred_MD.T @ centred_MD)  # ascending
@@ -95,89 +90,139 @@ def into_subspace(W_FD: torch.Tensor, points_MD: torch.Tensor, rank: int) -> tor
 
 
 @torch.no_grad()
-def initialise(sae: "SAE", statistics: ActivationStatistics | None, sample: torch.Tensor) -> None:
-    """See ``SAE.initialise``. Raises GranaryError when there is nothing to learn from."""
-    config = sae.config
-    sample_MD = sample.reshape(-1, config.d_model).to(sae.W_enc)
-    if sample_MD.shape[0] < 2:
+def initialise(
+    objective: Objective,
+    statistics: Sequence[ActivationStatistics] | None,
+    sample: Tensor,
+    target_statistics: Sequence[ActivationStatistics] | None = None,
+    target_sample: Tensor | None = None,
+) -> None:
+    """Set normalisation, b_dec, directions and scale from data.
+
+    `statistics` are the whole data set's (None: the sample's own) of every site that is read; `sample` [M, D_in] are
+    raw activations, a few thousand tokens. The last two are those of what is written, at the same tokens; not looked
+    at for an autoencoder. Raises GranaryError when there is nothing to learn from.
+    """
+    dictionary, learning, rule = objective.dictionary, objective.learning, objective.rule
+    widths = dictionary.widths
+    x_MD = sample.reshape(-1, widths.d_in).to(dictionary.W_enc)
+    if x_MD.shape[0] < 2:
         raise GranaryError("initialising an SAE needs at least 2 tokens")
-    if statistics is None:
-        mean_D, variance_D = sample_MD.mean(0), sample_MD.var(0, correction=0)
-        mean_norm = float(sample_MD.norm(dim=1).mean())
+    moments = Moments.of(statistics, x_MD, widths.reads)
+    centre(moments, dictionary, dictionary.input_mean, dictionary.input_scale, dictionary.input_variance)
+    y_MD = x_MD
+    if not dictionary.config.is_autoencoder:
+        if target_sample is None:
+            raise GranaryError("a dictionary that writes elsewhere than it reads needs a sample of what it writes")
+        y_MD = target_sample.reshape(-1, widths.d_out).to(dictionary.W_enc)
+        moments = Moments.of(target_statistics, y_MD, widths.writes)
+        centre(moments, dictionary, dictionary.output_mean, dictionary.output_scale, dictionary.output_variance)
+    rule.start()
+
+    _, target_MD, _, _ = objective.terms.prepare(x_MD, y_MD)
+    if dictionary.config.normalisation == "layer_norm" and dictionary.config.shift_back:
+        dictionary.input_variance.copy_(target_MD.var(0, correction=0))
+    dictionary.b_enc.zero_()
+    if learning.bias_init == "zero":
+        dictionary.b_dec.zero_()
+    elif learning.bias_init == "mean":
+        dictionary.b_dec.copy_(target_MD.mean(0))
     else:
-        mean_D = torch.as_tensor(statistics.mean).to(sae.input_mean)
-        variance_D = torch.as_tensor(statistics.var).to(sae.input_mean)
-        mean_norm = float(statistics.mean_norm)
-    if float(variance_D.sum()) == 0:
-        raise GranaryError("all activations are equal: there is nothing to reconstruct")
-    set_normalisation(sae, mean_D, variance_D, mean_norm)
-
-    _, target_MD, _, _ = sae.encoder_input(sample_MD)
-    if config.normalisation == "layer_norm" and config.shift_back:
-        sae.input_variance.copy_(target_MD.var(0, correction=0))
-    sae.b_enc.zero_()
-    if config.bias_init == "zero":
-        sae.b_dec.zero_()
-    elif config.bias_init == "mean":
-        sae.b_dec.copy_(target_MD.mean(0))
+        dictionary.b_dec.copy_(geometric_median(target_MD))
+    if dictionary.config.is_autoencoder:
+        if learning.init_subspace is not None:
+            points_MD = dictionary.normalise(x_MD)[0]
+            dictionary.W_dec.copy_(into_subspace(dictionary.W_dec, points_MD, learning.init_subspace))
+        dictionary.W_enc.copy_(dictionary.W_dec)
     else:
-        sae.b_dec.copy_(geometric_median(target_MD))
-    if config.init_subspace is not None:
-        sae.W_dec.copy_(into_subspace(sae.W_dec, sae.normalise(sample_MD)[0], config.init_subspace))
-    set_scale(sae, sample_MD)
+        start_decoder_from_data(objective, x_MD, y_MD)
+    set_scale(objective, x_MD, y_MD)
 
 
-def set_normalisation(sae: "SAE", mean_D: torch.Tensor, variance_D: torch.Tensor, mean_norm: float) -> None:
-    """The buffers that ``normalise`` reads, and the variance of what the decoder must reconstruct."""
-    config, root_d = sae.config, math.sqrt(sae.config.d_model)
-    sae.input_mean.zero_()
-    sae.input_scale.fill_(1.0)
-    if config.normalisation == "scale":
-        sae.input_scale.fill_(root_d / mean_norm)
-    elif config.normalisation == "centre_scale":
-        sae.input_mean.copy_(mean_D)
-        sae.input_scale.fill_(root_d / float(variance_D.sum().sqrt()))
-    sae.input_variance.copy_(variance_D * sae.input_scale.square())
+@dataclass(frozen=True)
+class Moments:
+    """Of activations of several sites side by side: mean and variance, and the mean norm of a token of each site."""
+
+    mean_D: Tensor
+    variance_D: Tensor
+    mean_norms: tuple[float, ...]
+    widths: tuple[int, ...]
+
+    @classmethod
+    def of(cls, statistics: Sequence[ActivationStatistics] | None, sample_MD: Tensor, widths: tuple[int, ...]) -> Self:
+        """From the data set's statistics, or the sample's own; raises GranaryError where a site does not vary."""
+        if statistics is None:
+            mean_D, variance_D = sample_MD.mean(0), sample_MD.var(0, correction=0)
+            norms = tuple(float(site_MD.norm(dim=1).mean()) for site_MD in sample_MD.split(widths, dim=1))
+        else:
+            mean_D = torch.cat([torch.as_tensor(site.mean).to(sample_MD) for site in statistics])
+            variance_D = torch.cat([torch.as_tensor(site.var).to(sample_MD) for site in statistics])
+            norms = tuple(float(site.mean_norm) for site in statistics)
+        if any(float(site_D.sum()) == 0 for site_D in variance_D.split(widths)):
+            raise GranaryError("all activations are equal: there is nothing to reconstruct")
+        return cls(mean_D, variance_D, norms, widths)
 
 
-def set_scale(sae: "SAE", sample_MD: torch.Tensor) -> None:
-    """The encoder as the decoder's transpose, times what the config's ``encoder_init`` says; BatchTopK's threshold."""
-    config = sae.config
-    if config.activation != "topk":
-        sample_MD = sample_MD[:SEARCH_TOKENS]  # half of all latents may fire
-    directions_FD = sae.W_dec.clone()
-    sae.W_enc.copy_(directions_FD)
-    centred_MD, target_MD, _, _ = sae.encoder_input(sample_MD)
-    wanted_MD, weight_D = target_MD - sae.b_dec, sae.loss_weight()
+def centre(moments: Moments, dictionary: OneGroup, mean_D: Tensor, scale: Tensor, variance_D: Tensor) -> None:
+    """Fill the buffers of one side as the config's normalisation says: what is taken off, the factor of each site, and
+    the variance of what comes out."""
+    kind = dictionary.config.normalisation
+    mean_D.copy_(moments.mean_D if kind == "centre_scale" else torch.zeros_like(mean_D))
+    factors = [1.0] * len(moments.widths)
+    if kind == "scale":
+        factors = [math.sqrt(width) / norm for width, norm in zip(moments.widths, moments.mean_norms, strict=True)]
+    elif kind == "centre_scale":
+        spreads = [float(site_D.sum().sqrt()) for site_D in moments.variance_D.split(moments.widths)]
+        factors = [math.sqrt(width) / spread for width, spread in zip(moments.widths, spreads, strict=True)]
+    scale.copy_(torch.tensor(factors).view_as(scale))
+    variance_D.copy_(moments.variance_D * per_column(scale, moments.widths).square())
 
-    def decoded_with(encoder: float, decoder: float) -> torch.Tensor:
-        sae.W_enc.copy_(directions_FD * encoder)
-        sae.W_dec.copy_(directions_FD * decoder)
-        _set_threshold(sae, sample_MD)
-        values, indices = sae.activation.encode(sae, centred_MD)
-        return decode(values, indices, sae.W_dec, kernels=sae.kernels)
+
+def start_decoder_from_data(objective: Objective, x_MD: Tensor, y_MD: Tensor) -> None:
+    """Each decoder row as the mean of what is wanted where its latent fires, with its strength for a weight, made unit.
+
+    The encoder's transpose lies in another space. Latents that no token of the sample fires keep their random rows.
+    """
+    dictionary = objective.dictionary
+    if not objective.rule.looks_at_all:
+        x_MD, y_MD = x_MD[:SEARCH_TOKENS], y_MD[:SEARCH_TOKENS]
+    centred_MD, target_MD, _, _ = objective.terms.prepare(x_MD, y_MD)
+    objective.rule.fit_to_sample(centred_MD)
+    values_MK, indices_MK = dictionary.activation.encode(dictionary, centred_MD)
+    order = PairOrder(indices_MK, dictionary.num_latents)
+    wanted_MD = (target_MD - dictionary.b_dec).contiguous()
+    rows_FD = row_grad(values_MK, indices_MK, wanted_MD, dictionary.num_latents, order, kernels=dictionary.kernels)
+    norm_F1 = rows_FD.norm(dim=1, keepdim=True)
+    dictionary.W_dec.copy_(torch.where(norm_F1 > 0, rows_FD / norm_F1.clamp_min(1e-30), dictionary.W_dec))
+
+
+def set_scale(objective: Objective, x_MD: Tensor, y_MD: Tensor) -> None:
+    """The encoder's and decoder's rows times what ``encoder_init`` says, and thresholds that follow from them."""
+    dictionary, learning, rule = objective.dictionary, objective.learning, objective.rule
+    if not rule.looks_at_all:
+        x_MD, y_MD = x_MD[:SEARCH_TOKENS], y_MD[:SEARCH_TOKENS]  # half of all latents may fire
+    encoder_FD, decoder_FD = dictionary.W_enc.clone(), dictionary.W_dec.clone()
+    centred_MD, target_MD, _, _ = objective.terms.prepare(x_MD, y_MD)
+    wanted_MD, weight_D = target_MD - dictionary.b_dec, objective.terms.loss_weight()
+
+    def decoded_with(encoder: float, decoder: float) -> Tensor:
+        dictionary.W_enc.copy_(encoder_FD * encoder)
+        dictionary.W_dec.copy_(decoder_FD * decoder)
+        rule.fit_to_sample(centred_MD)
+        values, indices = dictionary.activation.encode(dictionary, centred_MD)
+        return decode(values, indices, dictionary.W_dec, kernels=dictionary.kernels)
 
     def loss_with(encoder: float, decoder: float) -> float:
         return float(weighted_square_error(decoded_with(encoder, decoder) - wanted_MD, weight_D))
 
-    if config.encoder_init == "transpose":
-        _set_threshold(sae, sample_MD)
-    elif config.encoder_init == "norm_search":
+    if learning.encoder_init == "transpose":
+        rule.fit_to_sample(centred_MD)
+    elif learning.encoder_init == "norm_search":
         norm = grid_search(lambda norm: loss_with(norm, norm), NORMS, steps=20)
         decoded_with(norm, norm)
-    elif config.activation == "jumprelu":
+    elif rule.scale_search == "grid":
         scale = grid_search(lambda scale: loss_with(scale, 1.0), SCALES, steps=10)
         decoded_with(scale, 1.0)
     else:
         scale = encoder_scale(wanted_MD, decoded_with(1.0, 1.0), weight_D)
-        decoded_with(scale * OVERSHOOT if sae.activation.fixes_l0 else scale, 1.0)
-
-
-def _set_threshold(sae: "SAE", sample_MD: torch.Tensor) -> None:
-    """BatchTopK's is what keeps k latents per token of the sample."""
-    if isinstance(sae.activation, BatchTopK):
-        assert sae.config.k is not None
-        centred_MD = sae.encoder_input(sample_MD)[0]
-        options = {"kernels": sae.kernels, "compute_dtype": sae.compute_dtype}
-        kept = encode_batchtopk(centred_MD, sae.W_enc, sae.b_enc, sae.config.k, **options)
-        sae.activation.threshold.copy_(smallest_kept(*kept))
+        decoded_with(scale * rule.overshoot, 1.0)

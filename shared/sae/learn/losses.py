@@ -5,19 +5,26 @@ when a batch is cut into micro-batches or spread over ranks. tanh_quad is not by
 Shapes: N tokens, D d_model, F latents, R dead latents.
 """
 
+from collections.abc import Sequence
+
 import torch
 
-from shared.kernels import auxk_error
-from shared.sae.config import SAEConfig
-from shared.sae.latent_shard import WHOLE, Part
+from shared.kernels import Compute, DeadRows, auxk_error
+from shared.kernels.compute import AUTO
+from shared.sae.latent_shard import WHOLE, LatentShard
+from shared.sae.learn.config import LearningConfig
 
 
-def reconstruction_weight(variance_D: torch.Tensor, loss: str) -> torch.Tensor:
+def reconstruction_weight(variance_D: torch.Tensor, loss: str, widths: Sequence[int] = ()) -> torch.Tensor:
     """w_D such that ``mean_n sum_d w_d (x_hat - x)_nd^2`` is the loss `loss`.
 
     fvu: ratio of summed squared error to summed variance, 1 / sum_d var_d for each dimension. fvu_per_dim: mean over
-    dimensions of the per-dimension ratio, 1 / (D var_d) (OpenSAE). The variance is that of the data set.
+    dimensions of the per-dimension ratio, 1 / (D var_d) (OpenSAE). The variance is that of the data set. Of several
+    sites, with these `widths` side by side, it is the mean over sites: each counts alike.
     """
+    if len(widths) > 1:
+        sites = [reconstruction_weight(part, loss) for part in torch.split(variance_D, list(widths))]
+        return torch.cat(sites) / len(sites)
     if loss == "fvu":
         return (1 / variance_D.sum()).expand_as(variance_D)
     # A dimension that hardly varies must not own the loss.
@@ -33,38 +40,30 @@ def weighted_square_error(error_ND: torch.Tensor, weight_D: torch.Tensor) -> tor
 def auxk_loss(
     residual_ND: torch.Tensor,
     centred_ND: torch.Tensor,
-    W_enc_RD: torch.Tensor,
-    b_enc_R: torch.Tensor,
-    W_dec_RD: torch.Tensor,
+    dead: DeadRows,
     num_aux: int,
     *,
-    num_dead: int | None = None,
-    part: Part = WHOLE,
-    kernels: str = "auto",
-    compute_dtype: str = "float32",
+    shard: LatentShard = WHOLE,
+    compute: Compute = AUTO,
 ) -> torch.Tensor:
     """Dead latents reconstruct what the living ones leave over (Gao et al. 2024, section A.2); a scalar.
 
     ``scale * mean_n |e_n - e_hat_n|^2 / |e_n|^2`` with e = x - x_hat (pass it detached) and e_hat the decoding, without
-    b_dec, of the num_aux largest of the dead latents; scale = min(num_dead / num_aux, 1). Gradients reach the dead
-    latents' rows and encoder biases alone: pass `centred_ND`, the encoder's input, detached. `num_dead` counts those of
-    all parts, R those given here; None: R. See ``shared.kernels.auxk_error`` for `kernels` and `compute_dtype`.
+    b_dec, of the num_aux largest of the dead latents; scale = min(dead.count / num_aux, 1). Gradients reach the dead
+    latents' rows and encoder biases alone: pass `centred_ND`, the encoder's input, detached. ``dead.count`` is
+    of all parts, R those given here. See ``shared.kernels.auxk_error`` for `compute`.
     """
-    num_dead = W_enc_RD.shape[0] if num_dead is None else num_dead
-    error = auxk_error(
-        residual_ND, centred_ND, W_enc_RD, b_enc_R, W_dec_RD, num_aux,
-        kernels=kernels, compute_dtype=compute_dtype, holders=part, num_dead=num_dead,
-    )  # fmt: skip
-    return min(num_dead / num_aux, 1.0) * error
+    error = auxk_error(residual_ND, centred_ND, dead, num_aux, compute=compute, holders=shard)
+    return min(dead.count / num_aux, 1.0) * error
 
 
-def saturated(f_NF: torch.Tensor, config: SAEConfig, norm_F: torch.Tensor | None) -> torch.Tensor:
+def saturated(f_NF: torch.Tensor, config: LearningConfig, norm_F: torch.Tensor | None) -> torch.Tensor:
     """``tanh(c f n)`` [N, F] (Anthropic, January 2025); n are the decoder's norms, None where they are 1."""
     return torch.tanh(config.tanh_scale * (f_NF if norm_F is None else f_NF * norm_F))
 
 
 def penalty_per_latent(
-    f_NF: torch.Tensor, config: SAEConfig, norm_F: torch.Tensor | None, frequency_F: torch.Tensor | None
+    f_NF: torch.Tensor, config: LearningConfig, norm_F: torch.Tensor | None, frequency_F: torch.Tensor | None
 ) -> torch.Tensor:
     """The penalty l1, tanh or tanh_quad of each latent, mean over tokens: [F].
 

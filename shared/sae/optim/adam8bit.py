@@ -1,46 +1,40 @@
-"""The registry of optimisers, and the one that needs another package."""
+"""Adam with moments in 8 bits, by another package's kernels."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from shared.basics.errors import GranaryError
-from shared.kernels import row_update
-from shared.sae.optim.base import (
-    MATRICES,
-    SAEAdam,
-    SAEMuon,
-    SAEOptimiser,
-    SAESignum,
-    Trained,
-    check_betas,
-    project,
-    renormalise,
-)
+from shared.sae.optim.adam import MomentsConfig, WithMoments
+from shared.sae.optim.base import OptimiserConfig, project, renormalise
+from shared.sae.roles import Role
 
 # Entries that share one scale, in bitsandbytes' kernels.
 BLOCK = 256
 
 
-class SAEAdam8bit(SAEOptimiser):
-    """Adam with the moments of both matrices in 8 bits and a scale per 256 entries (Dettmers et al. 2022).
+@dataclass(frozen=True, kw_only=True)
+class Adam8bitConfig(MomentsConfig):
+    """Options of ``Adam8bit``."""
+
+    kind: ClassVar[str] = "adam8bit"
+
+
+class Adam8bit(WithMoments):
+    """Adam with the moments of the matrices in 8 bits and a scale per 256 entries (Dettmers et al. 2022).
 
     By bitsandbytes' kernels. Moments of vectors stay in float32, as they do there.
     """
 
+    config_type = Adam8bitConfig
     kinds = ("first", "second", "first_scale", "second_scale")
+    config: Adam8bitConfig
 
     def __init__(
-        self,
-        sae: Trained,
-        lr: float,
-        *,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        factors: Mapping[str, float] | None = None,
-        clip_norm: float | None = 1.0,
-        pair_gradients: bool = False,
+        self, parameters: Mapping[str, Tensor], roles: Mapping[str, Role], config: OptimiserConfig, **options: Any
     ) -> None:
         """Raises GranaryError without bitsandbytes, and for matrices that are no whole number of blocks."""
         try:
@@ -49,15 +43,13 @@ class SAEAdam8bit(SAEOptimiser):
             raise GranaryError(
                 "optim=adam8bit needs bitsandbytes: pip install bitsandbytes, or use optim.moments=bfloat16"
             ) from error
-        check_betas(betas)
-        super().__init__(sae, lr, factors=factors, clip_norm=clip_norm, pair_gradients=pair_gradients)
-        self.betas, self.eps = betas, eps
-        device = self.parameters["W_enc"].device
+        super().__init__(parameters, roles, config, **options)
+        device = next(iter(self.parameters.values())).device
         self.maps = tuple(create_dynamic_map(signed=signed).to(device) for signed in (True, False))
         """Values of the 256 codes: signed for the first moment."""
 
     def new_moment(self, kind: str, name: str, parameter: Tensor) -> Tensor | None:
-        if name not in MATRICES:
+        if not self.roles[name].is_matrix:
             return None if kind.endswith("scale") else torch.zeros_like(parameter)
         if parameter.numel() % BLOCK:
             raise GranaryError(
@@ -70,9 +62,8 @@ class SAEAdam8bit(SAEOptimiser):
 
     def update(self, name: str, weight: Tensor, grad: Tensor, *, clip: Tensor, lr: float, unit_rows: bool) -> None:
         first, second = self.moment("first", name), self.moment("second", name)
-        if name not in MATRICES:
-            options = {"betas": self.betas, "eps": self.eps, "step": self.step_number, "kernels": self.kernels}
-            row_update(weight, grad, first, second, clip=clip, lr=lr, unit_rows=False, **options)  # type: ignore[arg-type]
+        if not self.roles[name].is_matrix:
+            self.adam(weight, grad, first, second, clip=clip, lr=lr, unit_rows=unit_rows)
             return
         torch.ops.bitsandbytes.optimizer_update_8bit_blockwise(
             "adam",
@@ -80,10 +71,11 @@ class SAEAdam8bit(SAEOptimiser):
             weight,
             first,
             second,
-            *self.betas,
+            self.config.beta1,
+            self.config.beta2,
             0.0,  # of another optimiser
             0.0,
-            self.eps,
+            self.config.eps,
             self.step_number,
             lr,
             *self.maps,
@@ -94,11 +86,3 @@ class SAEAdam8bit(SAEOptimiser):
             False,
         )
         renormalise(weight, unit_rows)
-
-
-OPTIMISERS: dict[str, type[SAEOptimiser]] = {
-    "adam": SAEAdam,
-    "adam8bit": SAEAdam8bit,
-    "muon": SAEMuon,
-    "signum": SAESignum,
-}

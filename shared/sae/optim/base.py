@@ -1,68 +1,117 @@
-"""Optimisers for an SAE: clip, project, update and renormalise, each matrix in one pass over its rows.
+"""What the optimisers of a dictionary share: clip, project, update, renormalise, each matrix in one pass over its rows.
 
-Shapes: F rows (latents) held here, D d_model.
+Shapes: F rows (latents) held here, D columns.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from typing import ClassVar, Protocol
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from shared.basics.errors import GranaryError
-from shared.kernels import PairGradient, PairGradients, row_update
-from shared.sae.config import SAEConfig
+from shared.kernels import PairGradient, PairGradients
+from shared.sae.roles import Rate, Role
 
 
-class Trained(Protocol):
-    """What an optimiser sees of an SAE."""
+@dataclass(frozen=True, kw_only=True)
+class OptimiserConfig:
+    """What every optimiser is told. Fields are keys of the config group ``optim``, whose values are in ``conf/optim``.
 
-    config: SAEConfig
-    kernels: str
-    pair_gradients: PairGradients | None
-
-    def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
-        """Tensors with a ``grad``."""
-        ...
-
-
-class SAEOptimiser:
-    """What the optimisers share. ``step`` does, in this order: scale all gradients so that their joint norm is at most
-    `clip_norm`; remove from each decoder row's gradient its component along the row; the update; divide each decoder
-    row by its norm. The two about rows are left out where the config frees the decoder's norms.
-
-    A parameter named in `factors` learns at lr times its factor.
-
-    With `pair_gradients` the gradients of W_enc and W_dec are taken from the pairs they are sums over, and not from
-    ``.grad``, which saves memory and time where nobody else has to see them: in a single process.
+    Raises GranaryError for a value out of its range.
     """
 
+    kind: ClassVar[str]
+    """Value of ``optim.kind`` that stands for it."""
+
+    lr: float
+    """Peak learning rate."""
+    clip_norm: float | None = 1.0
+    """Largest global gradient norm; None does not clip."""
+    decoder_factor: float = 1.0
+    """Parameters of rate ``decoder`` learn at lr times this."""
+    bias_factor: float = 1.0
+    """Parameters of rate ``bias`` learn at lr times this."""
+
+    def __post_init__(self) -> None:
+        if not self.lr > 0:
+            raise GranaryError(f"optim.lr={self.lr}: must be positive")
+        if self.clip_norm is not None and not self.clip_norm > 0:
+            raise GranaryError(f"optim.clip_norm={self.clip_norm}: must be positive, or null for no clipping")
+        for key in ("decoder_factor", "bias_factor"):
+            value = getattr(self, key)
+            if not (value > 0 and math.isfinite(value)):
+                raise GranaryError(f"optim.{key}={value}: it multiplies optim.lr and must be positive")
+
+    def factor(self, rate: Rate) -> float:
+        """What multiplies lr for parameters of this rate."""
+        return {"encoder": 1.0, "decoder": self.decoder_factor, "bias": self.bias_factor}[rate]
+
+    def check_decay(self, *keys: str) -> None:
+        """Raise GranaryError unless these fields are decay rates."""
+        for key in keys:
+            if not 0 <= getattr(self, key) < 1:
+                raise GranaryError(f"optim.{key}={getattr(self, key)}: must lie in [0, 1)")
+
+
+def _keep(tensor: Tensor) -> None:
+    """The sum over one process."""
+
+
+@dataclass(frozen=True)
+class RowShare:
+    """Which share of each matrix's rows is held here, for an update that depends on all of them."""
+
+    parts: int = 1
+    """How many processes hold equally many rows of the same matrix, this one included."""
+    sum_up: Callable[[Tensor], object] = _keep
+    """Adds up, in place, what these processes found on their own rows."""
+
+
+class Optimiser:
+    """What the optimisers share. ``step`` does, in this order: scale all gradients so that their joint norm is at most
+    `clip_norm`; remove from the gradient of each row that has unit norm its component along the row; the update; divide
+    each such row by its norm.
+
+    What is done to a parameter is decided by its role alone, never by its name: ``rate`` picks the factor of its
+    learning rate, ``unit_rows`` the projection, ``is_matrix`` the update of Muon and Adam8bit, and ``from_pairs``
+    whether its gradient may be kept as the pairs it is a sum over (``pairs``) instead of in ``.grad``. That saves
+    memory and time where nobody else has to see the gradient: in a single process.
+    """
+
+    config_type: ClassVar[type[OptimiserConfig]]
     kinds: ClassVar[tuple[str, ...]] = ("first", "second")
     """Names of the moments."""
 
+    config: OptimiserConfig
+
     def __init__(
         self,
-        sae: Trained,
-        lr: float,
+        parameters: Mapping[str, Tensor],
+        roles: Mapping[str, Role],
+        config: OptimiserConfig,
         *,
-        factors: Mapping[str, float] | None = None,
-        clip_norm: float | None = 1.0,
+        rows: RowShare | None = None,
+        kernels: str = "auto",
         pair_gradients: bool = False,
     ) -> None:
-        if not lr > 0:
-            raise GranaryError(f"optim.lr={lr}: must be positive")
-        if clip_norm is not None and not clip_norm > 0:
-            raise GranaryError(f"optim.clip_norm={clip_norm}: must be positive, or null for no clipping")
-        self.lr, self.factors, self.clip_norm = lr, dict(factors or {}), clip_norm
-        self.parameters = dict(sae.named_parameters())
-        for name, factor in self.factors.items():
-            if name not in self.parameters or not factor > 0:
-                raise GranaryError(f"factors[{name!r}]={factor}: a positive number for {', '.join(self.parameters)}")
-        self.kernels = sae.kernels
-        self.unit_norm_decoder = sae.config.unit_norm_decoder
+        """`parameters` are tensors with a ``grad``, updated in their order; `roles` may name more than them.
+
+        `rows` says which share of the rows they are (None: all). With `pair_gradients` the caller hands ``pairs`` to
+        the losses, which fill it. Raises GranaryError for a parameter without a role.
+        """
+        self.parameters = dict(parameters)
+        nameless = sorted(self.parameters.keys() - roles.keys())
+        if nameless:
+            raise GranaryError(f"no role is declared for {', '.join(nameless)}: a dictionary names all its parameters")
+        self.roles = {name: roles[name] for name in self.parameters}
+        self.config, self.rows, self.kernels = config, rows or RowShare(), kernels
         self.pairs = PairGradients()
+        """The gradients that are kept as pairs, by the parameter's name."""
         if pair_gradients:
-            self.pairs = sae.pair_gradients = PairGradients(W_enc=PairGradient(), W_dec=PairGradient())
+            self.pairs.update({name: PairGradient() for name, role in self.roles.items() if role.from_pairs})
         self.num_steps = torch.zeros((), dtype=torch.int64)
         self.step_number = 0
         """The same in host memory, within ``step``."""
@@ -105,37 +154,38 @@ class SAEOptimiser:
             if gradient
         ]
         if not norms:
-            raise GranaryError("SAEAdam.step before backward: there is no gradient")
+            raise GranaryError("an optimiser's step before backward: there is no gradient")
         return torch.stack(norms).norm()
 
     @torch.no_grad()
     def step(self, lr: float | None = None, grad_norm: Tensor | None = None) -> Tensor:
         """Update every parameter from its ``.grad``; returns the gradient norm before clipping, a scalar tensor.
 
-        `lr` overrides the constructor's, for schedules. `grad_norm` is the norm over all ranks where the gradients are
+        `lr` overrides the config's, for schedules. `grad_norm` is the norm over all ranks where the gradients are
         sharded; None computes it here. A parameter without a gradient counts as one with gradient 0. The gradients
         are used up: every ``.grad`` is None afterwards.
         """
-        lr = self.lr if lr is None else lr
+        lr = self.config.lr if lr is None else lr
         if grad_norm is None:
             grad_norm = self.grad_norm()
         self._merge_pairs()
         self.num_steps += 1
         self.step_number = int(self.num_steps)
         clip = torch.ones_like(grad_norm)
-        if self.clip_norm is not None:
-            clip = (self.clip_norm / grad_norm.clamp_min(torch.finfo(grad_norm.dtype).tiny)).clamp_max(1.0)
+        if self.config.clip_norm is not None:
+            tiny = torch.finfo(grad_norm.dtype).tiny
+            clip = (self.config.clip_norm / grad_norm.clamp_min(tiny)).clamp_max(1.0)
         for name, parameter in self.parameters.items():
-            rate = lr * self.factors.get(name, 1.0)
-            unit_rows = name == "W_dec" and self.unit_norm_decoder
+            role = self.roles[name]
+            rate = lr * self.config.factor(role.rate)
             pairs = self.pairs.get(name)
             if pairs:
-                self.update_from_pairs(name, parameter, pairs, clip=clip, lr=rate, unit_rows=unit_rows)
+                self.update_from_pairs(name, parameter, pairs, clip=clip, lr=rate, unit_rows=role.unit_rows)
                 continue
             shape = (-1, parameter.shape[-1])
             grad = parameter.grad if parameter.grad is not None else torch.zeros_like(parameter)
             weight, grad = parameter.view(shape), grad.contiguous().view(shape)
-            self.update(name, weight, grad, clip=clip, lr=rate, unit_rows=unit_rows)
+            self.update(name, weight, grad, clip=clip, lr=rate, unit_rows=role.unit_rows)
             parameter.grad = None
         return grad_norm
 
@@ -168,192 +218,6 @@ class SAEOptimiser:
         return moment.view(-1, moment.shape[-1])
 
 
-def check_betas(betas: tuple[float, float]) -> None:
-    """Raise GranaryError unless both are decay rates."""
-    if not all(0 <= beta < 1 for beta in betas):
-        raise GranaryError(f"optim.betas={betas}: each must lie in [0, 1)")
-
-
-class SAEAdam(SAEOptimiser):
-    """Adam (Kingma and Ba 2015) on all parameters of an SAE.
-
-    Moments may be kept in bfloat16, which halves their memory: they are rounded to it stochastically, since a second
-    moment that changes by a thousandth per step would never leave its nearest bfloat16.
-    """
-
-    def __init__(
-        self,
-        sae: Trained,
-        lr: float,
-        *,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        factors: Mapping[str, float] | None = None,
-        clip_norm: float | None = 1.0,
-        pair_gradients: bool = False,
-        moments: str = "float32",
-    ) -> None:
-        """`moments` is float32 (the parameters' own type) or bfloat16."""
-        check_betas(betas)
-        if moments not in ("float32", "bfloat16"):
-            raise GranaryError(f"optim.moments={moments!r}: choose from float32, bfloat16")
-        self.half = moments == "bfloat16"
-        super().__init__(sae, lr, factors=factors, clip_norm=clip_norm, pair_gradients=pair_gradients)
-        self.betas, self.eps = betas, eps
-
-    def new_moment(self, kind: str, name: str, parameter: Tensor) -> Tensor | None:
-        return torch.zeros_like(parameter, dtype=torch.bfloat16 if self.half else parameter.dtype)
-
-    def update_from_pairs(
-        self, name: str, weight: Tensor, pairs: PairGradient, *, clip: Tensor, lr: float, unit_rows: bool
-    ) -> None:
-        if self.half:
-            super().update_from_pairs(name, weight, pairs, clip=clip, lr=lr, unit_rows=unit_rows)
-            return
-        pairs.update(
-            weight,
-            self.moments["first"][name],
-            self.moments["second"][name],
-            clip=clip,
-            lr=lr,
-            betas=self.betas,
-            eps=self.eps,
-            step=self.step_number,
-            unit_rows=unit_rows,
-            kernels=self.kernels,
-        )
-
-    def update(self, name: str, weight: Tensor, grad: Tensor, *, clip: Tensor, lr: float, unit_rows: bool) -> None:
-        first, second = self.moment("first", name), self.moment("second", name)
-        # In tiles, so that no float32 copy of the moments exists.
-        rows = max(1, TILE_ELEMENTS // weight.shape[1]) if self.half else max(1, len(weight))
-        generator = None
-        if self.half:
-            generator = torch.Generator(weight.device).manual_seed(self.step_number)
-        for start in range(0, len(weight), rows):
-            tile = slice(start, start + rows)
-            moments = [moment[tile].to(weight.dtype) if self.half else moment[tile] for moment in (first, second)]
-            row_update(
-                weight[tile],
-                grad[tile],
-                *moments,
-                clip=clip,
-                lr=lr,
-                betas=self.betas,
-                eps=self.eps,
-                step=self.step_number,
-                unit_rows=unit_rows,
-                kernels=self.kernels,
-            )
-            if self.half:
-                for kept, moment in zip((first, second), moments, strict=True):
-                    kept[tile] = round_stochastically(moment, generator)
-
-
-class SAESignum(SAEOptimiser):
-    """The sign of the momentum (Bernstein et al. 2018): every entry moves by lr."""
-
-    kinds = ("first",)
-
-    def __init__(
-        self,
-        sae: Trained,
-        lr: float,
-        *,
-        momentum: float = 0.9,
-        factors: Mapping[str, float] | None = None,
-        clip_norm: float | None = 1.0,
-        pair_gradients: bool = False,
-    ) -> None:
-        check_betas((momentum, 0.0))
-        super().__init__(sae, lr, factors=factors, clip_norm=clip_norm, pair_gradients=pair_gradients)
-        self.momentum = momentum
-
-    def update(self, name: str, weight: Tensor, grad: Tensor, *, clip: Tensor, lr: float, unit_rows: bool) -> None:
-        first = self.moment("first", name)
-        first.lerp_(project(grad * clip, weight, unit_rows), 1 - self.momentum)
-        weight.sub_(first.sign(), alpha=lr)
-        renormalise(weight, unit_rows)
-
-
-class SAEMuon(SAEOptimiser):
-    """Muon (Jordan et al. 2024) on the two matrices, Adam on the vectors.
-
-    The momentum's singular values are brought near 1 by Newton-Schulz steps on its D x D Gram matrix, a sum over rows:
-    shards of rows add theirs up. lr is scaled by ``0.2 sqrt(max(F, D))``, which gives the updates Adam's size (Liu et
-    al. 2025), so that Adam's rates fit.
-    """
-
-    # Quintic coefficients that rise fast and end near 1.
-    coefficients = (3.4445, -4.7750, 2.0315)
-
-    def __init__(
-        self,
-        sae: Trained,
-        lr: float,
-        *,
-        momentum: float = 0.95,
-        nesterov: bool = True,
-        ns_steps: int = 5,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        factors: Mapping[str, float] | None = None,
-        clip_norm: float | None = 1.0,
-        pair_gradients: bool = False,
-    ) -> None:
-        check_betas(betas)
-        check_betas((momentum, 0.0))
-        super().__init__(sae, lr, factors=factors, clip_norm=clip_norm, pair_gradients=pair_gradients)
-        self.momentum, self.nesterov, self.ns_steps = momentum, nesterov, ns_steps
-        self.betas, self.eps = betas, eps
-        self.num_latents = sae.config.d_latent
-        self.sum_rows: Callable[[Tensor], object] = lambda tensor: None
-        """Sums in place over the ranks that hold other rows; a layout that cuts rows sets it."""
-
-    def new_moment(self, kind: str, name: str, parameter: Tensor) -> Tensor | None:
-        return torch.zeros_like(parameter) if kind == "first" or name not in MATRICES else None
-
-    def update(self, name: str, weight: Tensor, grad: Tensor, *, clip: Tensor, lr: float, unit_rows: bool) -> None:
-        first = self.moment("first", name)
-        if name not in MATRICES:
-            row_update(
-                weight,
-                grad,
-                first,
-                self.moment("second", name),
-                clip=clip,
-                lr=lr,
-                betas=self.betas,
-                eps=self.eps,
-                step=self.step_number,
-                unit_rows=False,
-                kernels=self.kernels,
-            )
-            return
-        grad = project(grad * clip, weight, unit_rows)
-        first.lerp_(grad, 1 - self.momentum)
-        direction = self.orthogonalise(grad.lerp(first, self.momentum) if self.nesterov else first)
-        weight.sub_(direction, alpha=lr * 0.2 * max(self.num_latents, weight.shape[1]) ** 0.5)
-        renormalise(weight, unit_rows)
-
-    def orthogonalise(self, matrix_FD: Tensor) -> Tensor:
-        """The matrix with its singular values near 1; F counts the rows of all ranks."""
-        a, b, c = self.coefficients
-        square = matrix_FD.square().sum()
-        self.sum_rows(square)
-        matrix_FD = matrix_FD / (square.sqrt() + 1e-7)
-        for _ in range(self.ns_steps):
-            gram_DD = matrix_FD.T @ matrix_FD
-            self.sum_rows(gram_DD)
-            matrix_FD = a * matrix_FD + matrix_FD @ (b * gram_DD + c * gram_DD @ gram_DD)
-        return matrix_FD
-
-
-MATRICES = frozenset({"W_enc", "W_dec"})
-# Elements of a tile whose bfloat16 moments are in float32 at a time.
-TILE_ELEMENTS = 1 << 20
-
-
 def project(grad: Tensor, weight: Tensor, unit_rows: bool) -> Tensor:
     """Without each row's component along the weight's row, which has unit norm."""
     return grad - (grad * weight).sum(1, keepdim=True) * weight if unit_rows else grad
@@ -363,10 +227,3 @@ def renormalise(weight: Tensor, unit_rows: bool) -> None:
     """Divide each row by its norm, in place."""
     if unit_rows:
         weight.div_(weight.norm(dim=1, keepdim=True))
-
-
-def round_stochastically(values: Tensor, generator: torch.Generator | None) -> Tensor:
-    """float32 to one of the two nearest bfloat16, which is right on average."""
-    bits = values.float().view(torch.int32)
-    noise = torch.randint(0, 1 << 16, bits.shape, dtype=torch.int32, device=bits.device, generator=generator)
-    return ((bits + noise) & -(1 << 16)).view(torch.float32).bfloat16()

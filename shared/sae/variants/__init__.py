@@ -1,1 +1,10 @@
-"""Kinds of dictionary: one file for each."""
+"""Kinds of dictionary: one file for each, with its config and its module."""
+
+from shared.sae.variants.base import Dictionary
+from shared.sae.variants.sae import SAE
+from shared.sae.variants.transcoder import Transcoder
+
+VARIANTS: dict[str, type[Dictionary]] = {made.config_class.kind: made for made in (SAE, Transcoder)}
+"""By the name that ``variant=...`` and ``config.json`` give."""
+
+__all__ = ["SAE", "VARIANTS", "Dictionary", "Transcoder"]

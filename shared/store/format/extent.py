@@ -22,7 +22,7 @@ from shared.store.format.layout import StorePlan
 from shared.store.format.manifest import seal, unseal
 from shared.store.format.metadata import metadata_documents
 from shared.store.format.shard import encode_chunks, encode_index
-from shared.store.io.local import BusyObjectError, ObjectIO
+from shared.store.io.base import BusyObjectError, ObjectIO
 from shared.store.reader import TOKEN_TYPES
 
 TOKEN_THREADS = 4

@@ -5,7 +5,7 @@ import hashlib
 from shared.basics.errors import GranaryError
 from shared.store.format.checksum import CRC_BYTES, crc32c, crc_from_bytes
 from shared.store.format.shard import ArrayRecord, encode_index
-from shared.store.io.local import ObjectIO, ObjectMissingError
+from shared.store.io.base import ObjectIO, ObjectMissingError
 
 READ_BYTES = 8 << 20
 

@@ -7,13 +7,14 @@ array covers the same contexts. A chunk, the unit of checksum and codec, is `chu
 import hashlib
 import json
 import math
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, fields
 from functools import cache
 from typing import Any, Self
 
 from shared.basics.errors import GranaryError
-from shared.lm.hookpoint import HookPoint
 from shared.store.format.dtypes import scales_per_row, storage_type
+from shared.store.format.site_path import CHUNKS, check_sites, scale_path, site_path
 
 FORMAT_VERSION = 1
 
@@ -31,7 +32,7 @@ class StorePlan:
     seq_len: int
     """Tokens in a context, T."""
     hooks: dict[str, int]
-    """Hook name (``layers.2.resid_post``) to d_model."""
+    """Name of a site (``layers.2.resid_post``; see `site_path`) to d_model."""
     dtype: str
     """Storage type: bfloat16, float16, float32 or int8."""
     shard_contexts: int
@@ -55,11 +56,11 @@ class StorePlan:
                 raise GranaryError(f"a store needs {name} >= 1, not {getattr(self, name)}")
         if not self.hooks:
             raise GranaryError("a store needs at least one hook")
+        storage_type(self.dtype)
+        check_sites(self.hooks, scaled=self.dtype == "int8")
         for hook, d_model in self.hooks.items():
-            HookPoint.parse(hook)
             if d_model < 1:
                 raise GranaryError(f"hook {hook} has d_model {d_model}: it must be at least 1")
-        storage_type(self.dtype)
         if self.codec not in CODECS:
             raise GranaryError(f"store codec {self.codec!r} is not known: choose from {', '.join(CODECS)}")
         if self.heldout_placement not in PLACEMENTS:
@@ -179,24 +180,27 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def array_path(hook: str) -> str:
-    """Zarr path of a hook's array: ``layers/2/resid_post``."""
-    return HookPoint.parse(hook).key
+def statistics_path(site: str) -> str:
+    """Zarr path of a site's [shards, (mean, M2), D] moments."""
+    return f"statistics/{site_path(site)}"
 
 
-def scale_path(hook: str) -> str:
-    """Zarr path of the float16 scales of an int8 hook, beside its array."""
-    return f"{array_path(hook)}_scale"
-
-
-def statistics_path(hook: str) -> str:
-    """Zarr path of a hook's [shards, (mean, M2), D] moments."""
-    return f"statistics/{array_path(hook)}"
+def shard_arrays(plan: StorePlan) -> set[str]:
+    """Zarr paths of all arrays that grow shard by shard as the harvest goes: [S, T, D], and [shards, 2, D]."""
+    paths = {path(site) for site in plan.hooks for path in (site_path, statistics_path)}
+    return paths | ({scale_path(site) for site in plan.hooks} if plan.dtype == "int8" else set())
 
 
 def object_key(path: str, shard: int, ndim: int) -> str:
     """Key of shard (or chunk) `shard` along the first axis of an array that has one shard along all others."""
-    return "/".join([path, "c", str(shard), *["0"] * (ndim - 1)])
+    return "/".join([path, CHUNKS, str(shard), *["0"] * (ndim - 1)])
+
+
+def shard_of_key(key: str, arrays: Collection[str]) -> int | None:
+    """Inverse of `object_key` for three-dimensional `arrays`; None for a key that is no object of theirs."""
+    path, _, numbers = key.rpartition(f"/{CHUNKS}/")
+    shard = numbers.removesuffix("/0/0")
+    return int(shard) if path in arrays and shard.isdecimal() and object_key(path, int(shard), 3) == key else None
 
 
 def manifest_key(shard: int) -> str:

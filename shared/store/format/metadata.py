@@ -14,6 +14,7 @@ from shared.store.format import layout
 from shared.store.format.dtypes import INT8_BLOCK, BFloat16Bits, scales_per_row, storage_type
 from shared.store.format.layout import StorePlan
 from shared.store.format.shard import BLOSC
+from shared.store.format.site_path import scale_path, site_path
 
 ZARR_TYPES: dict[str, ZDType[Any, Any]] = {
     "bfloat16": BFloat16Bits(),
@@ -52,14 +53,14 @@ def metadata_documents(plans: Sequence[StorePlan], num_contexts: int, num_shards
         attributes: dict[str, Any] = {"hook": hook}
         if plan.dtype == "int8":
             G = scales_per_row(D)
-            attributes |= {"scale": layout.scale_path(hook), "block": INT8_BLOCK}
+            attributes |= {"scale": scale_path(hook), "block": INT8_BLOCK}
             add_array(
-                layout.scale_path(hook), dtype="float16", fill="NaN", shape=(S, T, G), shard=(B, T, G),
-                chunk=(1, plan.chunk_rows, G), attributes={"scale_of": layout.array_path(hook)},
+                scale_path(hook), dtype="float16", fill="NaN", shape=(S, T, G), shard=(B, T, G),
+                chunk=(1, plan.chunk_rows, G), attributes={"scale_of": site_path(hook)},
                 **{**common, "names": ("sequence", "position", "block")},
             )  # fmt: skip
         add_array(
-            layout.array_path(hook), dtype=kind.zarr_name, fill=kind.fill_value, shape=(S, T, D), shard=(B, T, D),
+            site_path(hook), dtype=kind.zarr_name, fill=kind.fill_value, shape=(S, T, D), shard=(B, T, D),
             chunk=(1, plan.chunk_rows, D), attributes=attributes, **common,
         )  # fmt: skip
         add_array(

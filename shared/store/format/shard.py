@@ -111,11 +111,3 @@ def encode_index(chunk_bytes: Sequence[int] | npt.NDArray[np.int64], num_slots: 
 def index_bytes(num_slots: int) -> int:
     """Length of `encode_index`'s result."""
     return 16 * num_slots + CRC_BYTES
-
-
-def decode_index(data: bytes) -> npt.NDArray[np.uint64]:
-    """[num_slots, (offset, bytes)]; raises ValueError where the index fails its own checksum."""
-    body, crc = data[:-CRC_BYTES], data[-CRC_BYTES:]
-    if crc_bytes(crc32c(body)) != crc:
-        raise ValueError("the index of the shard fails its checksum")
-    return np.frombuffer(body, "<u8").reshape(-1, 2)

@@ -1,24 +1,22 @@
-"""The only place that touches storage: whole objects in, whole objects or ranges out, at any URL.
+"""Objects in a local folder.
 
-An object appears under its key at once and whole, or not at all, and is not replaced by a second `put`. That is what
-the commit protocol rests on. Local files have their own path here (same-directory temporary file, fsync, link,
-directory fsync; preadv into the caller's memory); everything else is in `remote`.
+Written to a temporary file beside its place, fsync, link, fsync of the folder; read by preadv into the caller's memory.
 """
 
 import ctypes
 import errno
 import fcntl
-import importlib.util
 import os
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from shared.basics.errors import GranaryError
 from shared.store.buffers import Buffer, byte_view
 from shared.store.format.checksum import crc32c
+from shared.store.io.base import BusyObjectError, ObjectMissingError, ObjectShortError
 
 MAX_BUFFERS = 512  # per preadv; the kernel's limit is 1024
 # Read, then checksummed. Smaller pieces are still in the core's cache then, but make threads take the interpreter from
@@ -28,80 +26,8 @@ WRITEBACK_BYTES = 32 << 20  # written between two hints to the disk
 SYNC_FILE_RANGE_WRITE = 2
 
 
-class ObjectMissingError(GranaryError):
-    """No object under that key."""
-
-
-class ObjectShortError(GranaryError):
-    """An object ends before the bytes that were asked for."""
-
-
-class ObjectIO(Protocol):
-    """Storage under one URL; keys are relative paths with forward slashes. Safe to use from several threads."""
-
-    url: str
-    parallel_puts: int
-    """Objects worth writing at once."""
-
-    def put(self, key: str, parts: Iterable[Buffer], *, replace: bool = False) -> bool:
-        """Store the concatenated `parts` atomically; False, and nothing changed, where the key exists already.
-
-        A part is looked at only until the next one is asked for, so the producer may use its memory again then.
-        """
-
-    def get(self, key: str) -> bytes:
-        """A whole (small) object; raises ObjectMissingError."""
-
-    def read_into(self, key: str, offset: int, buffers: Sequence[memoryview]) -> None:
-        """Fill `buffers` from consecutive bytes at `offset`; raises ObjectMissingError or ObjectShortError."""
-
-    def read_checked(self, key: str, offset: int, buffers: Sequence[memoryview]) -> list[int]:
-        """`read_into`, and the crc32c of each buffer."""
-
-    def size(self, key: str) -> int | None:
-        """Bytes of an object, None where there is none."""
-
-    def listing(self, prefix: str = "") -> dict[str, int]:
-        """Every key below the folder `prefix`, with its size in bytes; unfinished objects left out."""
-
-    def delete(self, key: str) -> None:
-        """Remove an object; nothing happens where there is none."""
-
-    def leftovers(self) -> list[str]:
-        """Unfinished objects of writers that no longer live."""
-
-    def free_bytes(self) -> int | None:
-        """Room left, None where that has no meaning."""
-
-    def claim(self, *, exclusive: bool) -> bool:
-        """Hold the URL for the life of this object: many writers, or one that removes things; False where refused."""
-
-
-def open_io(url: str | os.PathLike[str]) -> ObjectIO:
-    """Storage at `url`: a local path, ``file://``, or any other URL that fsspec knows."""
-    text = os.fspath(url)
-    protocol, separator, rest = text.partition("://")
-    if not separator:
-        return LocalIO(text)
-    if protocol in ("file", "local"):
-        return LocalIO(rest)
-    from shared.store.io.remote import RemoteIO
-
-    if protocol in ("s3", "s3a") and importlib.util.find_spec("obstore") is not None:
-        from shared.store.io.obstore import ObstoreClient
-
-        return RemoteIO(ObstoreClient(text))
-    from shared.store.io.fsspec import FsspecClient
-
-    return RemoteIO(FsspecClient(text))
-
-
-class BusyObjectError(GranaryError):
-    """Another live process is writing the object."""
-
-
 class LocalIO:
-    """A folder."""
+    """`ObjectIO` over a folder."""
 
     parallel_puts = 1
 

@@ -19,7 +19,7 @@ from typing import Protocol, TypeVar
 from shared.basics.errors import GranaryError
 from shared.store.buffers import Buffer, byte_view
 from shared.store.format.checksum import crc32c
-from shared.store.io.local import ObjectMissingError, ObjectShortError
+from shared.store.io.base import ObjectMissingError, ObjectShortError
 
 logger = logging.getLogger(__name__)
 

@@ -4,18 +4,16 @@ Shape letters: N rows of this rank's batch, D d_model, F latents (those held her
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from shared.parallel import World, all_reduce_sum
-from shared.sae import SAE, SAEConfig, SAELosses
-from shared.sae.latents import Survey
-from shared.sae.learn.batch_facts import Reduce, alone, needs_survey
-from shared.sae.optim.adam8bit import OPTIMISERS
-from shared.sae.optim.base import SAEOptimiser
+from shared.sae.learn.batch_facts import Reduce, alone
+from shared.sae.learn.inputs import BatchFacts, Losses, StepInputs
+from shared.sae.learn.objective import Objective
+from shared.sae.optim import Optimiser, OptimiserConfig, make_optimiser
 
 # Tensors up to this size share one message.
 SMALL_ELEMENTS = 1 << 18
@@ -39,41 +37,46 @@ class Replicated:
         """Into how many shares the lanes are cut."""
         return self.world.size
 
-    def num_latents(self, config: SAEConfig) -> int:
-        """Latents held here."""
-        return config.d_latent
+    def num_latents(self, d_latent: int) -> int:
+        """How many of so many latents are held here."""
+        return d_latent
 
-    def distribute(self, sae: SAE) -> SAE:
-        """The rank's part of an initialised SAE. Rank 0's weights hold: other machines may round differently."""
+    def distribute(self, objective: Objective) -> Objective:
+        """The rank's part of an initialised dictionary. Rank 0's weights hold: other machines may round differently."""
         if self.world.size > 1:
-            for tensor in sae.state_dict().values():
+            for tensor in objective.dictionary.state_dict().values():
                 dist.broadcast(tensor, src=0)
-        return sae
+        return objective
 
-    def optimiser(self, sae: SAE, kind: str, lr: float, **options: Any) -> SAEOptimiser:
-        """The optimiser of what is held here; `options` are those of its class in OPTIMISERS."""
+    def optimiser(self, objective: Objective, config: OptimiserConfig) -> Optimiser:
+        """The optimiser of what is held here."""
         single = self.world.size == 1  # then nobody else has to see the gradients
-        return OPTIMISERS[kind](sae, lr, pair_gradients=single, **options)
+        optimiser = make_optimiser(objective.dictionary, config, pair_gradients=single)
+        objective.pair_gradients = optimiser.pairs if single else None
+        return optimiser
 
     # One step
 
-    def zero_gradients(self, optimiser: SAEOptimiser) -> None:
+    def zero_gradients(self, optimiser: Optimiser) -> None:
         """Before the first backward of a step."""
         optimiser.zero_grad()
 
-    def survey(self, sae: SAE, parts: Sequence[Tensor], num_tokens: int, k: int | None) -> list[Survey] | None:
+    def facts(
+        self, objective: Objective, parts: Sequence[Tensor], num_tokens: int, k: int | None
+    ) -> list[BatchFacts] | None:
         """What the losses of this rank's micro-batches must know of the global batch; None when it is nothing."""
-        if not needs_survey(sae, cut=len(parts) > 1 or self.stream_world > 1):
+        if not objective.needs_facts(cut=len(parts) > 1 or self.stream_world > 1):
             return None
         reduce: Reduce = all_reduce_sum if self.world.size > 1 else alone
-        return sae.survey(parts, num_tokens, k=k, reduce_all=reduce, reduce_rows=reduce)
+        return objective.facts(parts, num_tokens, k=k, reduce_all=reduce, reduce_rows=reduce)
 
-    def losses(self, sae: SAE, rows_N_D: Tensor, dead_R: Tensor, *, last: bool, **options: Any) -> SAELosses:
-        """Of some of this rank's rows, the step's last micro-batch or not; `options` are those of ``SAE.losses``."""
-        return sae.losses(rows_N_D, dead_R, **options)
+    def losses(self, objective: Objective, x_ND: Tensor, y_ND: Tensor, inputs: StepInputs) -> Losses:
+        """Of some of this rank's rows."""
+        losses: Losses = objective(x_ND, y_ND, inputs)
+        return losses
 
-    def reduce_gradients(self, optimiser: SAEOptimiser) -> Tensor:
-        """Sum every gradient over the ranks that share it, once; returns the norm of the whole SAE's gradient."""
+    def reduce_gradients(self, optimiser: Optimiser) -> Tensor:
+        """Sum every gradient over the ranks that share it, once; returns the norm of the whole gradient."""
         if self.world.size > 1:
             sum_over(gradients(optimiser))
         return optimiser.grad_norm()
@@ -85,7 +88,7 @@ class Replicated:
         if self.world.size > 1:
             dist.all_reduce(tokens_since_fired_F, dist.ReduceOp.MIN)
 
-    def look_at_dead(self, sae: SAE, dead_now_F: Tensor) -> Tensor:
+    def look_at_dead(self, objective: Objective, dead_now_F: Tensor) -> Tensor:
         """Indices of the dead latents held here. Waits for the device."""
         return dead_now_F.nonzero().squeeze(1)
 
@@ -100,7 +103,7 @@ class Replicated:
         return dict(tensors)
 
 
-def gradients(optimiser: SAEOptimiser) -> list[Tensor]:
+def gradients(optimiser: Optimiser) -> list[Tensor]:
     """All gradients, zeros where there is none."""
     found = []
     for parameter in optimiser.parameters.values():

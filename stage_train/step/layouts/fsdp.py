@@ -12,27 +12,31 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, Shard
 
-from shared.kernels import PairGradients
 from shared.parallel import World, all_reduce_sum
-from shared.sae import SAE, SAELosses
-from shared.sae.optim.adam8bit import OPTIMISERS
-from shared.sae.optim.base import SAEMuon, SAEOptimiser
+from shared.sae.learn.inputs import Losses, StepInputs
+from shared.sae.learn.objective import Objective
+from shared.sae.optim import Optimiser, OptimiserConfig, RowShare, make_optimiser
+from shared.sae.roles import Role
 from stage_train.step.layouts.data_parallel import Replicated, joint_norm
 from stage_train.step.layouts.split import latents_of_shard
 
 
 class LocalRows:
-    """The rank's own rows of a sharded SAE, as plain tensors for the optimiser."""
+    """The rank's own rows of a sharded dictionary, as plain tensors for the optimiser."""
 
-    def __init__(self, sae: SAE) -> None:
-        self.kernels, self.config = sae.kernels, sae.config
-        self.pair_gradients: PairGradients | None = None
-        self.sharded = {name: parameter for name, parameter in sae.named_parameters() if isinstance(parameter, DTensor)}
+    def __init__(self, objective: Objective) -> None:
+        self.kernels, self._roles = objective.dictionary.kernels, objective.dictionary.roles()
+        parameters = objective.dictionary.named_parameters()
+        self.sharded = {name: parameter for name, parameter in parameters if isinstance(parameter, DTensor)}
         self.rows = {name: parameter.to_local().detach() for name, parameter in self.sharded.items()}
 
     def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
         """As an optimiser asks for them."""
         yield from self.rows.items()
+
+    def roles(self) -> Mapping[str, Role]:
+        """Those of the whole SAE."""
+        return self._roles
 
 
 class FullySharded(Replicated):
@@ -43,42 +47,38 @@ class FullySharded(Replicated):
         self.mesh = init_device_mesh(world.device.type, (world.size,), mesh_dim_names=("dp",))
         self._local: LocalRows | None = None
 
-    def distribute(self, sae: SAE) -> SAE:
+    def distribute(self, objective: Objective) -> Objective:
         """Shard every parameter by rows. Raises GranaryError when the latents do not divide among the ranks."""
-        latents_of_shard(sae.config.d_latent, self.world.size)
-        sae = super().distribute(sae)
-        fully_shard(sae, mesh=self.mesh)
-        register_fsdp_forward_method(sae, "losses")
-        register_fsdp_forward_method(sae, "survey")
-        assert isinstance(sae, FSDPModule)
+        latents_of_shard(objective.dictionary.config.d_latent, self.world.size)
+        objective = super().distribute(objective)
+        fully_shard(objective, mesh=self.mesh)
+        register_fsdp_forward_method(objective, "facts")
+        assert isinstance(objective, FSDPModule)
         # Losses are weighted by their share of the batch, so gradients add up; as a plain sum, which gloo knows too.
-        sae.set_gradient_divide_factor(1.0)
-        sae.set_force_sum_reduction_for_comms(True)
-        self._local = LocalRows(sae)
-        return sae
+        objective.set_gradient_divide_factor(1.0)
+        objective.set_force_sum_reduction_for_comms(True)
+        self._local = LocalRows(objective)
+        return objective
 
-    def optimiser(self, sae: SAE, kind: str, lr: float, **options: Any) -> SAEOptimiser:
+    def optimiser(self, objective: Objective, config: OptimiserConfig) -> Optimiser:
         """Of the rank's own rows."""
         assert self._local is not None
-        optimiser = OPTIMISERS[kind](self._local, lr, **options)
-        if isinstance(optimiser, SAEMuon):
-            optimiser.sum_rows = all_reduce_sum
-        return optimiser
+        return make_optimiser(self._local, config, rows=RowShare(self.world.size, all_reduce_sum))
 
-    def zero_gradients(self, optimiser: SAEOptimiser) -> None:
+    def zero_gradients(self, optimiser: Optimiser) -> None:
         """Of the sharded parameters and of their local views."""
         assert self._local is not None
         optimiser.zero_grad()
         for parameter in self._local.sharded.values():
             parameter.grad = None
 
-    def losses(self, sae: SAE, rows_N_D: Tensor, dead_R: Tensor, *, last: bool, **options: Any) -> SAELosses:
+    def losses(self, objective: Objective, x_ND: Tensor, y_ND: Tensor, inputs: StepInputs) -> Losses:
         """Gradients leave the rank once per step, with the last micro-batch."""
-        assert isinstance(sae, FSDPModule)
-        sae.set_requires_gradient_sync(last)
-        return super().losses(sae, rows_N_D, dead_R, last=last, **options)
+        assert isinstance(objective, FSDPModule)
+        objective.set_requires_gradient_sync(inputs.last)
+        return super().losses(objective, x_ND, y_ND, inputs)
 
-    def reduce_gradients(self, optimiser: SAEOptimiser) -> Tensor:
+    def reduce_gradients(self, optimiser: Optimiser) -> Tensor:
         """They are reduced already: hand the local rows to the optimiser."""
         assert self._local is not None
         for name, parameter in self._local.sharded.items():

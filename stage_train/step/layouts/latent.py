@@ -18,17 +18,14 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from shared.parallel import World, all_reduce_sum
-from shared.sae import SAE, SAEConfig, SAELosses
 from shared.sae.activations import Encoder, TopK
-from shared.sae.latent_shard import Part
-from shared.sae.latents import Survey
-from shared.sae.learn.batch_facts import needs_survey
-from shared.sae.optim.base import SAEMuon, SAEOptimiser
+from shared.sae.config import DictionaryConfig
+from shared.sae.latent_shard import LatentShard
+from shared.sae.learn.inputs import BatchFacts, Losses, StepInputs
+from shared.sae.learn.objective import Objective
+from shared.sae.optim import Optimiser, OptimiserConfig, RowShare, make_optimiser
 from stage_train.step.layouts.data_parallel import Replicated, gradients, joint_norm, sum_over
 from stage_train.step.layouts.split import latents_of_part
-
-# Last parts of the names of tensors that every rank holds whole.
-WHOLE = frozenset({"b_dec", "input_mean", "input_scale", "input_variance", "threshold"})
 
 
 class _SumForward(torch.autograd.Function):
@@ -75,7 +72,7 @@ def sum_backward(shared: Tensor, group: dist.ProcessGroup) -> Tensor:
 class GroupTopK(TopK):
     """TopK over all latents of the group, of which this rank keeps its own."""
 
-    def __init__(self, config: SAEConfig, num_latents: int, group: dist.ProcessGroup) -> None:
+    def __init__(self, config: DictionaryConfig, num_latents: int, group: dist.ProcessGroup) -> None:
         super().__init__(config, num_latents)
         self.group = group
 
@@ -94,7 +91,7 @@ class GroupTopK(TopK):
         return torch.where(mine, best_NK, 0.0), torch.where(mine, picked_NK, -1)
 
 
-class LatentPart(Part):
+class GroupShard(LatentShard):
     """An equal share of the latents, and the group of ranks that hold the others."""
 
     def __init__(self, first: int, group: dist.ProcessGroup) -> None:
@@ -121,23 +118,22 @@ class LatentPart(Part):
         return torch.cat(gathered, dim=1).topk(k, dim=1).values[:, -1:]
 
 
-def shard(whole: SAE, rank: int, group: dist.ProcessGroup) -> SAE:
-    """The latents that rank `rank` of the group holds, copied out of `whole`."""
+def shard(objective: Objective, rank: int, group: dist.ProcessGroup) -> Objective:
+    """The latents that rank `rank` of the group holds, copied out of a whole dictionary, with its way of learning."""
+    whole, roles = objective.dictionary, objective.dictionary.roles()
     rows = whole.config.d_latent // dist.get_world_size(group)
     with torch.device("meta"):
-        held = SAE(whole.config, kernels=whole.kernels, compute_dtype=whole.compute_dtype, num_latents=rows)
-    held.part = LatentPart(rank * rows, group)
-    if whole.config.activation == "topk":
+        held = type(whole)(whole.config, kernels=whole.kernels, compute_dtype=whole.compute_dtype, num_latents=rows)
+    if isinstance(whole.activation, TopK):
         held.activation = GroupTopK(whole.config, rows, group)
     own = slice(rank * rows, (rank + 1) * rows)
-    tensors = {name: tensor if is_whole(name) else tensor[own] for name, tensor in whole.state_dict().items()}
+    tensors = {
+        name: tensor if roles[name].latent_axis is None else tensor[own] for name, tensor in whole.state_dict().items()
+    }
     held.load_state_dict({name: tensor.clone() for name, tensor in tensors.items()}, assign=True)
-    return held
-
-
-def is_whole(name: str) -> bool:
-    """Whether every rank holds all of a tensor of the SAE or of its moments; all others have one row per latent."""
-    return name.rpartition(".")[2] in WHOLE
+    learning = Objective(held, objective.learning)
+    learning.shard = GroupShard(rank * rows, group)
+    return learning
 
 
 class LatentParallel(Replicated):
@@ -161,58 +157,71 @@ class LatentParallel(Replicated):
         """Latent groups."""
         return self.world.size // self.latent
 
-    def num_latents(self, config: SAEConfig) -> int:
+    def num_latents(self, d_latent: int) -> int:
         """An equal share of them. Raises GranaryError when there is none."""
-        return latents_of_part(config.d_latent, self.latent)
+        return latents_of_part(d_latent, self.latent)
 
-    def distribute(self, sae: SAE) -> SAE:
+    def distribute(self, objective: Objective) -> Objective:
         """Keep the rank's own latents."""
-        return shard(super().distribute(sae), self.latent_rank, self.latent_group)
+        self._roles = objective.dictionary.roles()
+        return shard(super().distribute(objective), self.latent_rank, self.latent_group)
 
-    def optimiser(self, sae: SAE, kind: str, lr: float, **options: Any) -> SAEOptimiser:
+    def is_whole(self, name: str) -> bool:
+        """Whether every rank holds all of a tensor: of the dictionary by its name, else by what it belongs to.
+
+        Names of the training state, such as ``optim.first.W_enc``, end in that of the parameter.
+        """
+        parts = name.split(".")
+        owners = (".".join(parts[start:]) for start in range(len(parts)))
+        role = next((self._roles[owner] for owner in owners if owner in self._roles), None)
+        return role is not None and role.latent_axis is None
+
+    def optimiser(self, objective: Objective, config: OptimiserConfig) -> Optimiser:
         """Of the latents held here."""
-        optimiser = super().optimiser(sae, kind, lr, **options)
-        if isinstance(optimiser, SAEMuon):
-            optimiser.sum_rows = lambda tensor: dist.all_reduce(tensor, group=self.latent_group)
-        return optimiser
+        return make_optimiser(objective.dictionary, config, rows=RowShare(self.latent, self._sum_over_latents))
 
-    def survey(self, sae: SAE, parts: Sequence[Tensor], num_tokens: int, k: int | None) -> list[Survey] | None:
+    def _sum_over_latents(self, tensor: Tensor) -> None:
+        dist.all_reduce(tensor, group=self.latent_group)
+
+    def facts(
+        self, objective: Objective, parts: Sequence[Tensor], num_tokens: int, k: int | None
+    ) -> list[BatchFacts] | None:
         """Every pair of row and latent is on one rank, so counts of pairs add up over all of them."""
-        if not needs_survey(sae, cut=len(parts) > 1 or self.stream_world > 1):
+        if not objective.needs_facts(cut=len(parts) > 1 or self.stream_world > 1):
             return None
-        return sae.survey(parts, num_tokens, k=k, reduce_all=all_reduce_sum, reduce_rows=self._sum_over_dp)
+        return objective.facts(parts, num_tokens, k=k, reduce_all=all_reduce_sum, reduce_rows=self._sum_over_dp)
 
     def _sum_over_dp(self, tensor: Tensor) -> None:
         if self.stream_world > 1:
             dist.all_reduce(tensor, group=self.dp_group)
 
-    def losses(self, sae: SAE, rows_N_D: Tensor, dead_R: Tensor, *, last: bool, **options: Any) -> SAELosses:
+    def losses(self, objective: Objective, x_ND: Tensor, y_ND: Tensor, inputs: StepInputs) -> Losses:
         """The l0 of a shard counts its own picks: scale it so that the mean over ranks is the whole."""
-        losses = super().losses(sae, rows_N_D, dead_R, last=last, **options)
+        losses = super().losses(objective, x_ND, y_ND, inputs)
         losses.metrics["l0"] = losses.metrics["l0"] * self.latent
         return losses
 
-    def reduce_gradients(self, optimiser: SAEOptimiser) -> Tensor:
+    def reduce_gradients(self, optimiser: Optimiser) -> Tensor:
         """Over the data-parallel ranks that hold the same latents."""
         found = gradients(optimiser)
         if self.stream_world > 1:
             sum_over(found, self.dp_group)
         named = dict(zip(optimiser.parameters, found, strict=True))
-        parts = [grad for name, grad in named.items() if not is_whole(name)]
-        return joint_norm(parts, [grad for name, grad in named.items() if is_whole(name)], self.latent_group)
+        parts = [grad for name, grad in named.items() if not self.is_whole(name)]
+        return joint_norm(parts, [grad for name, grad in named.items() if self.is_whole(name)], self.latent_group)
 
     def merge_dead(self, tokens_since_fired_F: Tensor) -> None:
         """Over the ranks that hold the same latents."""
         if self.stream_world > 1:
             dist.all_reduce(tokens_since_fired_F, dist.ReduceOp.MIN, group=self.dp_group)
 
-    def look_at_dead(self, sae: SAE, dead_now_F: Tensor) -> Tensor:
+    def look_at_dead(self, objective: Objective, dead_now_F: Tensor) -> Tensor:
         """Also counts the whole group's, so that all its ranks agree whether AuxK is on."""
         count = dead_now_F.sum()
         dist.all_reduce(count, group=self.latent_group)
-        assert isinstance(sae.part, LatentPart)
-        sae.part.num_dead = int(count)
-        return super().look_at_dead(sae, dead_now_F)
+        assert isinstance(objective.shard, GroupShard)
+        objective.shard.num_dead = int(count)
+        return super().look_at_dead(objective, dead_now_F)
 
     def mean_over_latents(self, mean: Tensor) -> float:
         """All ranks hold equally many."""
@@ -224,7 +233,7 @@ class LatentParallel(Replicated):
         """Everything with one row per latent is a shard of the whole."""
         seen = {}
         for name, tensor in tensors.items():
-            if name not in ("optim.num_steps", "metrics.sums") and not is_whole(name):
+            if name not in ("optim.num_steps", "metrics.sums") and not self.is_whole(name):
                 tensor = DTensor.from_local(tensor, self.mesh, [Replicate(), Shard(0)], run_check=False)
             seen[name] = tensor
         return seen

@@ -27,11 +27,11 @@ import os, signal, sys, time
 assert "SUBMITIT_EXECUTOR" not in os.environ
 def save(number, frame):
     time.sleep(0.5)
-    print(f"saved after {signal.Signals(number).name}", file=sys.stderr, flush=True)
+    os.write(2, f"saved after {signal.Signals(number).name}\\n".encode())
     sys.exit(0)
 signal.signal(signal.SIGUSR1, save)
 signal.signal(signal.SIGTERM, save)
-print("ready", file=sys.stderr, flush=True)
+os.write(2, b"ready\\n")  # unlike print, it may be interrupted by a handler that writes too
 time.sleep(60)
 """
 

@@ -32,7 +32,7 @@ def launch(script: str, folder: Path) -> subprocess.CompletedProcess[str]:
     path.write_text(script)
     command = [sys.executable, "-m", "shared.launch.torchrun", "--standalone", "--nproc-per-node=2", str(path)]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment, cwd=REPOSITORY)
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
 
 
 def test_ranks_find_one_another(tmp_path: Path) -> None:

@@ -11,7 +11,6 @@ def test_name_and_back(site: str) -> None:
     hook = HookPoint(16, site)
     assert HookPoint.parse(str(hook)) == hook
     assert str(hook) == f"layers.16.{site}"
-    assert hook.key == f"layers/16/{site}"
 
 
 @pytest.mark.parametrize("name", ["layers.2", "layers.2.resid", "2.resid_post", "layers.-1.resid_post", ""])

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from shared.sae import SAE, SAEConfig
+from shared.sae import SAE
 from shared.sae.learn.batch_facts import kth_largest
+from tests.learning import LearningSAE
 
 D, F, N = 10, 48, 37
 VARIANTS = {
@@ -35,7 +36,7 @@ def make_sae(variant, seed=0, **overrides):
     fields = {"activation": variant, "d_model": D, "d_latent": F, "normalisation": "none", "bandwidth": 0.8}
     fields |= {"auxk_alpha": 0.5, "threshold_init": 0.3, **VARIANTS[variant], **overrides}
     generator = torch.Generator().manual_seed(seed)
-    sae = SAE(SAEConfig(**fields), generator=generator).double()
+    sae = LearningSAE(**fields, generator=generator).double()
     with torch.no_grad():
         for name, parameter in sae.named_parameters():
             parameter.normal_(generator=generator)
@@ -53,7 +54,7 @@ def make_sae(variant, seed=0, **overrides):
 
 def plain(sae, x, dead, penalty_scale=1.0):
     """The loss and the dense latents, by plain autograd over [N, F]; straight-through parts by the detach trick."""
-    c, W, t = sae.config, sae.W_dec, getattr(sae.activation, "log_threshold", None)
+    c, W, t = sae.choices, sae.W_dec, getattr(sae.activation, "log_threshold", None)
     target = x
     if c.normalisation == "layer_norm":
         x = (x - x.mean(1, keepdim=True)) / (x.var(1, correction=0, keepdim=True).sqrt() + 1e-5)
@@ -142,12 +143,12 @@ def test_value_and_every_gradient(variant, pre_bias, more):
     for name, grad in gradients(losses.total, sae).items():
         torch.testing.assert_close(grad, wanted[name], msg=lambda text, name=name: f"{name}: {text}")
     penalty = losses.metrics.get("penalty")
-    assert (penalty is None) == (sae.config.penalty == "none")
+    assert (penalty is None) == (sae.learning.penalty == "none")
 
 
 def plain_without_pre_bias(sae, x, dead, scale):
     """`plain` for an encoder that reads the input itself: with a b_dec of zero before it, and the real one behind."""
-    shadow = SAE(sae.config).double()
+    shadow = LearningSAE(**vars(sae.choices)).double()
     shadow.load_state_dict(sae.state_dict())
     bias = sae.b_dec
 
@@ -184,10 +185,10 @@ def test_a_loss_does_not_depend_on_how_the_batch_is_cut(variant):
     dead, cuts = some_dead(), (5, 1, 11, 20)
     whole = sae.losses(x, dead)
     parts = x.split(cuts)
-    cut = sae.config.activation == "batchtopk" or sae.config.penalty == "tanh_quad"
-    surveys = sae.survey(parts, N) if cut else [None] * len(parts)
+    cut = sae.config.activation == "batchtopk" or sae.learning.penalty == "tanh_quad"
+    facts = sae.facts(parts, N) if cut else [None] * len(parts)
     total = sum(
-        sae.losses(part, dead, survey=survey).total * len(part) / N for part, survey in zip(parts, surveys, strict=True)
+        sae.losses(part, dead, facts=fact).total * len(part) / N for part, fact in zip(parts, facts, strict=True)
     )
     torch.testing.assert_close(total, whole.total, rtol=1e-10, atol=0)
     wanted = gradients(whole.total, sae)
@@ -267,22 +268,22 @@ def test_a_bandwidth_far_from_any_threshold_leaves_thresholds_alone():
 
 def test_batchtopk_keeps_n_k_and_learns_its_threshold():
     sae, x = make_sae("batchtopk", threshold_decay=0.5)
-    (survey,) = sae.survey([x], N)
-    losses = sae.losses(x, survey=survey)
+    (fact,) = sae.facts([x], N)
+    losses = sae.losses(x, facts=fact)
     assert int((losses.latents.indices >= 0).sum()) == 4 * N
-    assert float(losses.latents.values[losses.latents.indices >= 0].min()) == float(survey.least)
+    assert float(losses.latents.values[losses.latents.indices >= 0].min()) == float(fact.least)
     before = float(sae.activation.threshold)
-    sae.activation.learn(survey.least)
-    assert float(sae.activation.threshold) == pytest.approx(0.5 * before + 0.5 * float(survey.least))
+    sae.objective.rule.after_step(fact)
+    assert float(sae.activation.threshold) == pytest.approx(0.5 * before + 0.5 * float(fact.least))
 
 
 def test_batchtopk_finds_the_same_threshold_wherever_it_begins_to_look():
     sae, x = make_sae("batchtopk")
     found = []
     for start in (None, 0.0, 0.5, 3.0, 1e3):
-        sae.activation.lower_bound = start
-        (survey,) = sae.survey([x], N)
-        found.append((float(survey.least), int((survey.values >= survey.least).sum())))
+        sae.objective.rule.memory.lower_bound = start
+        (fact,) = sae.facts([x], N)
+        found.append((float(fact.least), int((fact.values >= fact.least).sum())))
     assert len(set(found)) == 1
 
 

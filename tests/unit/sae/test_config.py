@@ -9,7 +9,8 @@ from omegaconf import OmegaConf
 
 import stage_train.config
 from shared.basics.errors import GranaryError
-from shared.sae import SAEConfig, SAESchema
+from shared.sae import SAEConfig
+from stage_train.sae_schema import SAESchema
 
 
 def yaml_options():

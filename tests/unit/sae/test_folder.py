@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from shared.basics.errors import GranaryError
 from shared.sae import SAE, SAEConfig, load_provenance
 from shared.sae import folder as sae_folder
+from shared.sae.learn.objective import Objective
 
 
 @pytest.fixture
@@ -37,7 +38,7 @@ def test_round_trip(sae, tmp_path):
 def test_a_loaded_sae_trains(sae, tmp_path):
     sae.save_pretrained(tmp_path)
     loaded = SAE.from_pretrained(tmp_path)
-    loaded.losses(torch.randn(9, 6)).total.backward()
+    Objective(loaded).losses(torch.randn(9, 6)).total.backward()
     assert loaded.W_enc.grad is not None
 
 
@@ -114,7 +115,7 @@ def test_damage_is_one_clear_line(sae, tmp_path, what, message):
 
 def test_wrong_shapes_are_named(sae, tmp_path):
     tensors = {**sae.state_dict(), "b_enc": torch.zeros(19), "extra": torch.zeros(1)}
-    sae_folder.save(tmp_path, sae.config, tensors, {})
+    sae_folder.save(tmp_path, sae.config, tensors, {}, {})
     with pytest.raises(GranaryError, match="b_enc, extra"):
         SAE.from_pretrained(tmp_path)
 
@@ -138,12 +139,12 @@ def test_tensors_are_fetched_one_at_a_time(sae, tmp_path):
         return tensor
 
     shapes = {name: tensor.to("meta") for name, tensor in sae.state_dict().items()}
-    sae_folder.save(tmp_path, sae.config, shapes, {}, fetch=fetch)
+    sae_folder.save(tmp_path, sae.config, shapes, {}, {}, fetch=fetch)
     assert most == 1
     loaded = SAE.from_pretrained(tmp_path).state_dict()
     assert all(torch.equal(tensor, loaded[name]) for name, tensor in sae.state_dict().items())
     with pytest.raises(GranaryError, match=r"is torch\.float32 \[1\], not as announced"):
-        sae_folder.save(tmp_path, sae.config, shapes, {}, fetch=lambda name: torch.zeros(1))
+        sae_folder.save(tmp_path, sae.config, shapes, {}, {}, fetch=lambda name: torch.zeros(1))
 
 
 def test_loads_without_triton_or_transformers(sae, tmp_path):

@@ -9,11 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from shared.sae import SAE, SAEConfig
+from shared.sae import SAE
+from shared.sae.learn.objective import Objective
+from shared.sae.learn.opensae import OpenSAEForward
 from tests.foreign import write_opensae
 from tests.formulas import ACTIVATIONS, NORMALISATIONS, PROVENANCE, D, F, activations, make_sae
-
-REPOSITORY = Path(__file__).resolve().parents[3]
+from tests.learning import LearningSAE
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -43,7 +44,7 @@ def test_encode_has_opensae_fields(activation: str, normalisation: str) -> None:
 
 def test_forward_has_opensae_fields() -> None:
     sae, x = make_sae("topk", "layer_norm", True), activations()
-    output = sae(x, return_all_features=True)
+    output = OpenSAEForward(Objective(sae))(x, return_all_features=True)
     encoded = sae.encode(x)
     assert torch.equal(output.sae_output, sae.decode(encoded))
     assert torch.equal(output.sparse_feature_activations, encoded.values)
@@ -62,18 +63,18 @@ def fvu(sae: SAE, x: Tensor, x_hat: Tensor) -> Tensor:
 
 
 def test_forward_has_opensae_losses() -> None:
-    config = SAEConfig(d_model=D, d_latent=F, k=3, normalisation="scale", multi_topk_weight=1 / 8)
-    sae = SAE(config, generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    sae = LearningSAE(d_model=D, d_latent=F, k=3, normalisation="scale", multi_topk_weight=1 / 8, generator=generator)
     x = activations()
     sae.initialise(None, x)
     dead = torch.zeros(F, dtype=torch.bool)
     dead[::3] = True
-    output = sae(x, dead, return_losses=True)
+    output = OpenSAEForward(sae.objective)(x, dead, return_losses=True)
     torch.testing.assert_close(output.reconstruction_loss, fvu(sae, x, output.sae_output))
-    wider = SAE(replace(config, k=4 * 3, multi_topk_weight=0.0))
+    wider = SAE(replace(sae.config, k=4 * 3))
     wider.load_state_dict(sae.state_dict())
     torch.testing.assert_close(output.multi_topk_loss, fvu(sae, x, wider(x).sae_output))
-    total = output.reconstruction_loss + output.multi_topk_loss / 8 + config.auxk_alpha * output.auxk_loss
+    total = output.reconstruction_loss + output.multi_topk_loss / 8 + sae.learning.auxk_alpha * output.auxk_loss
     torch.testing.assert_close(output.loss.detach(), total)
     assert output.l1_loss is None
     output.loss.backward()
@@ -81,13 +82,11 @@ def test_forward_has_opensae_losses() -> None:
 
 
 def test_forward_has_the_l1_loss() -> None:
-    config = SAEConfig(
-        d_model=D, d_latent=F, activation="relu", penalty="l1", penalty_weight=0.1, normalisation="scale"
-    )
-    sae = SAE(config, generator=torch.Generator().manual_seed(0))
+    fields = {"activation": "relu", "penalty": "l1", "penalty_weight": 0.1, "normalisation": "scale"}
+    sae = LearningSAE(d_model=D, d_latent=F, generator=torch.Generator().manual_seed(0), **fields)
     x = activations()
     sae.initialise(None, x)
-    output = sae(x, return_losses=True)
+    output = OpenSAEForward(sae.objective)(x, return_losses=True)
     torch.testing.assert_close(output.loss.detach(), output.reconstruction_loss + 0.1 * output.l1_loss)
     torch.testing.assert_close(output.l1_loss, output.sparse_feature_activations.sum(-1).mean())
 
@@ -104,10 +103,13 @@ import sys
 sys.modules["triton"] = None
 import torch
 from shared.sae import SAE
+from shared.sae.learn.objective import Objective
+from shared.sae.learn.opensae import OpenSAEForward
 for folder in sys.argv[1:]:
     sae = SAE.from_pretrained(folder)
     x = torch.randn(5, sae.config.d_model)
-    output = sae(x, return_losses=sae.config.activation == "topk", return_all_features=True)
+    forward = OpenSAEForward(Objective(sae))
+    output = forward(x, return_losses=sae.config.activation == "topk", return_all_features=True)
     assert torch.equal(output.sae_output, sae.decode(sae.encode(x)))
     print(folder.rsplit("/", 1)[1], tuple(output.sparse_feature_indices.shape[:1]), output.loss is not None)
 """
@@ -119,6 +121,6 @@ def test_one_line_loads_any_format_without_triton(tmp_path: Path) -> None:
     write_opensae(tmp_path / "opensae", normalise=True, shift_back=True, shards=True)
     names = [*ACTIVATIONS, "opensae"]
     command = [sys.executable, "-c", WITHOUT_TRITON, *(str(tmp_path / name) for name in names)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=REPOSITORY)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == [f"{name} (5,) {name in ('topk', 'opensae')}" for name in names]

@@ -11,8 +11,6 @@ from shared.store import Store
 from shared.store.__main__ import human_bytes, main, spans
 from tests.synthetic import synthetic_plan, synthetic_store
 
-REPOSITORY = Path(__file__).resolve().parents[3]
-
 
 @pytest.fixture
 def url(tmp_path):
@@ -97,7 +95,7 @@ def test_no_store_is_one_line_and_status_2(tmp_path, capsys, command):
 
 def test_it_runs_as_a_module(url):
     command = [sys.executable, "-m", "shared.store", "verify", url]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0
     assert done.stderr == ""
     assert "0 damaged" in done.stdout

@@ -12,7 +12,7 @@ from shared.kernels import sort_pairs
 from shared.kernels.encode_topk import bounds
 from shared.parallel import World
 from shared.sae import SAE, SAEConfig
-from shared.sae.optim.adam8bit import OPTIMISERS
+from shared.sae.optim import OPTIMISERS, make_optimiser
 from shared.store import Store
 from stage_train.data.stores import pin
 from stage_train.data.stream import StreamOrder, TokenStream, TrainingData
@@ -50,7 +50,8 @@ def test_state_is_counted_on_the_meta_device_as_it_is_made(kind: str) -> None:
     def state(device: str) -> int:
         with torch.device(device):
             sae = SAE(SAEConfig(d_model=8, d_latent=32, k=3))
-        return memory.total_bytes([*sae.state_dict().values(), *OPTIMISERS[kind](sae, 1e-3).state_dict().values()])
+        optimiser = make_optimiser(sae, OPTIMISERS[kind].config_type(lr=1e-3))
+        return memory.total_bytes([*sae.state_dict().values(), *optimiser.state_dict().values()])
 
     assert state("meta") == state("cpu") > 2 * memory.matrix(32, 8)
 

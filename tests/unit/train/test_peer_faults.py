@@ -20,11 +20,13 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
 from shared.parallel import World
-from shared.sae import SAE, SAEAdam, SAEConfig
+from shared.sae import SAE
+from shared.sae.optim import AdamConfig, make_optimiser
 from shared.store import Store
 from stage_train import config
 from stage_train.job import Job
 from stage_train.state.identity import identity
+from tests.learning import LearningSAE
 
 pytestmark = pytest.mark.usefixtures("train_configs")
 
@@ -188,11 +190,9 @@ def test_saved_rows_one_update_away_from_unit_norm(train: Callable[..., Path]) -
     assert float((norms - 1).abs().max()) < 1e-6
 
 
-def make_sae(activation: str, **fields: Any) -> SAE:
-    sae = SAE(
-        SAEConfig(**{"d_model": 6, "d_latent": 64, "activation": activation, "normalisation": "none", **fields}),
-        generator=torch.Generator().manual_seed(0),
-    )
+def make_sae(activation: str, **fields: Any) -> LearningSAE:
+    fields = {"d_model": 6, "d_latent": 64, "activation": activation, "normalisation": "none", **fields}
+    sae = LearningSAE(generator=torch.Generator().manual_seed(0), **fields)
     if activation == "batchtopk":
         assert isinstance(sae.activation.threshold, torch.Tensor)
         sae.activation.threshold.fill_(0.1)
@@ -232,7 +232,7 @@ def test_thresholds_that_stop_learning_in_bfloat16() -> None:
     for dtype in ("float32", "bfloat16"):
         sae = make_sae("jumprelu", penalty="l0", penalty_weight=0.05, threshold_init=0.5)
         sae.compute_dtype = dtype
-        optimiser = SAEAdam(sae, 1e-4)
+        optimiser = make_optimiser(sae, AdamConfig(lr=1e-4))
         for step in range(40):
             sae.losses(torch.randn(64, 6, generator=torch.Generator().manual_seed(step))).total.backward()
             optimiser.step()

@@ -18,6 +18,7 @@ from shared.store import Store
 from stage_train.show.loggers import read_metrics
 from stage_train.state.checkpoint import newest_checkpoint
 from stage_train.state.export import export
+from tests.closeness import REORDERED, SAME_RUN, assert_close_in_norm
 from tests.training import Runs, assert_same_run, assert_same_weights, timeless, watching, weights
 
 pytestmark = pytest.mark.usefixtures("train_configs")
@@ -196,7 +197,7 @@ def test_held_out_shards_are_never_read(train: Runs, monkeypatch: pytest.MonkeyP
 def test_the_result_does_not_depend_on_micro_batches(train: Runs) -> None:
     whole, parts = weights(train("whole")), weights(train("parts", "optim.micro_batch=5"))
     for name, tensor in whole.items():
-        torch.testing.assert_close(parts[name], tensor, rtol=1e-4, atol=1e-5)
+        assert_close_in_norm(parts[name], tensor, SAME_RUN, f"{name} after the same batches, {REORDERED}")
 
 
 def test_several_stores_are_read_as_one(train: Runs, tmp_path: Path, planted_store: Callable[..., Store]) -> None:

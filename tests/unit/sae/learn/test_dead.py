@@ -2,7 +2,8 @@
 
 import torch
 
-from shared.sae import SAE, DeadLatents, SAEConfig
+from shared.sae.learn.dead import DeadLatents
+from tests.learning import LearningSAE
 
 
 def fired(*latents, num_latents=4):
@@ -23,7 +24,7 @@ def test_a_latent_dies_after_so_many_tokens_without_firing():
 
 
 def test_slot_with_activation_zero_does_not_count_as_fired():
-    sae = SAE(SAEConfig(d_model=1, d_latent=4, k=3, normalisation="none"))
+    sae = LearningSAE(d_model=1, d_latent=4, k=3, normalisation="none")
     with torch.no_grad():
         sae.W_enc.copy_(torch.tensor([[-1.0], [2.0], [-3.0], [-4.0]]))
     dead = DeadLatents(4, 1)

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from shared.sae import SAE, SAEConfig
-from shared.sae.learn.init import OVERSHOOT, grid_search, into_subspace
+from shared.sae.learn.activations import TopKRule
+from shared.sae.learn.init import grid_search, into_subspace
+from tests.learning import LearningSAE
 
 D, F = 12, 60
 
@@ -18,7 +19,7 @@ def data(n=1500, rank=D, seed=0):
 
 def initialised(activation, x, **fields):
     fields = {"d_model": D, "d_latent": F, "activation": activation, **fields}
-    sae = SAE(SAEConfig(**fields), generator=torch.Generator().manual_seed(0))
+    sae = LearningSAE(**fields, generator=torch.Generator().manual_seed(0))
     sae.initialise(None, x)
     return sae
 
@@ -37,9 +38,9 @@ def test_the_scale_minimises_the_loss_on_the_sample(activation, fields):
     sae = initialised(activation, x, **fields)
     with torch.no_grad():
         if "k" in fields:
-            sae.W_enc.div_(OVERSHOOT)
+            sae.W_enc.div_(TopKRule.overshoot)
         if activation == "batchtopk":
-            sae.activation.threshold.div_(OVERSHOOT)
+            sae.activation.threshold.div_(TopKRule.overshoot)
     best = fvu(sae, x)
     assert best < 1
     for factor in (0.8, 1.25):

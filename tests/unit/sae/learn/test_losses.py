@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from shared.sae import SAE, SAEConfig
+from shared.kernels import DeadRows
 from shared.sae.learn.losses import auxk_loss, reconstruction_weight, weighted_square_error
+from tests.learning import LearningSAE
 
 D, F, K, N = 12, 60, 5, 41
 
@@ -12,7 +13,7 @@ D, F, K, N = 12, 60, 5, 41
 def make_sae(seed=0, **overrides):
     fields = {"d_model": D, "d_latent": F, "k": K, "normalisation": "none", **overrides}
     generator = torch.Generator().manual_seed(seed)
-    sae = SAE(SAEConfig(**fields), generator=generator).double()
+    sae = LearningSAE(**fields, generator=generator).double()
     with torch.no_grad():
         sae.W_enc.normal_(generator=generator)
         sae.b_enc.normal_(generator=generator)
@@ -24,7 +25,7 @@ def make_sae(seed=0, **overrides):
 
 def dense_losses(sae, x, dead=None):
     """The same losses with plain autograd over the dense [N, F] activations."""
-    config = sae.config
+    config = sae.choices
     z = torch.relu((x - sae.b_dec) @ sae.W_enc.T + sae.b_enc)
 
     def keep(matrix, k):
@@ -135,7 +136,7 @@ def test_auxk_regresses_onto_x_minus_xhat():
 
     def aux():
         rows = [parameter.index_select(0, dead) for parameter in parameters]
-        return auxk_loss(residual, centred, *rows, D // 2)
+        return auxk_loss(residual, centred, DeadRows.alone(*rows), D // 2)
 
     before = float((residual - e_hat()).norm())
     for _ in range(300):
@@ -152,13 +153,13 @@ def test_auxk_scales_with_the_dead_count():
     generator = torch.Generator().manual_seed(0)
     residual, centred = torch.randn(2, N, D, generator=generator).unbind(0)
     silent = (torch.zeros(3, D), torch.full((3,), -1.0), torch.ones(3, D))  # e_hat = 0: the ratio is exactly 1
-    assert float(auxk_loss(residual, centred, *silent, 6)) == pytest.approx(0.5)
-    assert float(auxk_loss(residual, centred, *silent, 2)) == pytest.approx(1.0)
+    assert float(auxk_loss(residual, centred, DeadRows.alone(*silent), 6)) == pytest.approx(0.5)
+    assert float(auxk_loss(residual, centred, DeadRows.alone(*silent), 2)) == pytest.approx(1.0)
 
 
 def test_auxk_of_a_perfect_reconstruction_is_finite():
     rows = (torch.ones(2, D, requires_grad=True), torch.zeros(2), torch.ones(2, D))
-    loss = auxk_loss(torch.zeros(N, D), torch.zeros(N, D), *rows, 2)
+    loss = auxk_loss(torch.zeros(N, D), torch.zeros(N, D), DeadRows.alone(*rows), 2)
     (grad,) = torch.autograd.grad(loss, rows[0])
     assert float(loss.detach()) == 0
     assert grad.isfinite().all()

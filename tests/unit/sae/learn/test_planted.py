@@ -3,7 +3,9 @@
 import pytest
 import torch
 
-from shared.sae import SAE, DeadLatents, SAEAdam, SAEConfig
+from shared.sae.learn.dead import DeadLatents
+from shared.sae.optim import AdamConfig, make_optimiser
+from tests.learning import LearningSAE
 
 
 def planted(num_atoms=96, d=48, active=3, seed=0):
@@ -32,17 +34,18 @@ RECIPES = {
 
 
 def train(sae, draw, steps, batch=512, lr=1e-2):
-    optimiser, dead = SAEAdam(sae, lr), DeadLatents(sae.config.d_latent, sae.config.dead_after_tokens)
+    optimiser = make_optimiser(sae, AdamConfig(lr=lr))
+    dead = DeadLatents(sae.config.d_latent, sae.learning.dead_after_tokens)
     for step in range(steps):
-        x, surveys = draw(batch), [None]
+        x, facts = draw(batch), [None]
         if sae.config.activation == "batchtopk":
-            surveys = sae.survey([x], batch)
-        losses = sae.losses(x, dead.mask(), survey=surveys[0], penalty_scale=min(1.0, (step + 1) / 100))
+            facts = sae.facts([x], batch)
+        losses = sae.losses(x, dead.mask(), facts=facts[0], penalty_scale=min(1.0, (step + 1) / 100))
         optimiser.zero_grad()
         losses.total.backward()
         optimiser.step(lr * min(1.0, (step + 1) / 50, (steps - step) / 100))
-        if surveys[0] is not None:
-            sae.activation.learn(surveys[0].least)
+        if facts[0] is not None:
+            sae.objective.rule.after_step(facts[0])
         dead.update(losses.fired, batch)
 
 
@@ -51,10 +54,8 @@ def train(sae, draw, steps, batch=512, lr=1e-2):
 )
 def test_recovers_the_atoms(name):
     atoms, draw = planted(num_atoms=72, d=32)
-    config = SAEConfig(
-        **{"activation": name, "d_model": 32, "d_latent": 96, "dead_after_tokens": 50_000, **RECIPES[name]}
-    )
-    sae = SAE(config, generator=torch.Generator().manual_seed(0))
+    fields = {"activation": name, "d_model": 32, "d_latent": 96, "dead_after_tokens": 50_000, **RECIPES[name]}
+    sae = LearningSAE(generator=torch.Generator().manual_seed(0), **fields)
     sae.initialise(None, draw(2048))
     train(sae, draw, steps=350)
 

@@ -1,5 +1,6 @@
 """The optimisers against torch's and plain formulas: projections, clip, state; weight average and spike guard."""
 
+import dataclasses
 import json
 import sys
 
@@ -7,17 +8,18 @@ import pytest
 import torch
 
 from shared.basics.errors import GranaryError
-from shared.kernels.row_update import cpu as row_update_cpu
-from shared.sae import SAE, SAEAdam, SAEConfig
-from shared.sae.optim.adam8bit import SAEAdam8bit
-from shared.sae.optim.base import SAEMuon, SAESignum, round_stochastically
+from shared.kernels.row_update import torch_ as row_update_cpu
+from shared.sae import SAE, SAEConfig
+from shared.sae.optim import Adam, Adam8bitConfig, AdamConfig, MuonConfig, RowShare, SignumConfig, make_optimiser
+from shared.sae.optim.adam import round_stochastically
 from stage_train.step.spike_guard import PATIENCE, WINDOW, SpikeGuard
 from stage_train.step.weight_average import WeightAverage
+from tests.learning import LearningSAE
 
 
 def make_sae(seed=0, d=7, num_latents=30):
-    config = SAEConfig(d_model=d, d_latent=num_latents, k=3, normalisation="none")
-    return SAE(config, generator=torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(seed)
+    return LearningSAE(d_model=d, d_latent=num_latents, k=3, normalisation="none", generator=generator)
 
 
 def batch(step, d=7):
@@ -35,7 +37,7 @@ def train(sae, optimiser, steps, start=0):
 def test_equals_torch_adam_with_projection_and_clip(clip_norm, monkeypatch):
     monkeypatch.setattr(row_update_cpu, "TILE_ELEMENTS", 40)  # several tiles, the last one ragged
     ours, theirs = make_sae(), make_sae()
-    optimiser = SAEAdam(ours, 1e-2, betas=(0.8, 0.95), eps=1e-7, clip_norm=clip_norm)
+    optimiser = make_optimiser(ours, AdamConfig(lr=1e-2, beta1=0.8, beta2=0.95, eps=1e-7, clip_norm=clip_norm))
     reference = torch.optim.Adam(theirs.parameters(), lr=1e-2, betas=(0.8, 0.95), eps=1e-7)
     for step in range(5):
         optimiser.zero_grad()
@@ -56,25 +58,64 @@ def test_equals_torch_adam_with_projection_and_clip(clip_norm, monkeypatch):
         torch.testing.assert_close(parameter, expected, rtol=1e-4, atol=1e-6, msg=lambda text, n=name: f"{n}: {text}")
 
 
-@pytest.mark.parametrize("optimiser_class", [SAEAdam, SAESignum, SAEMuon])
+@pytest.mark.parametrize("config_type", [AdamConfig, SignumConfig, MuonConfig])
 @pytest.mark.parametrize("pair_gradients", [False, True])
-def test_a_factor_multiplies_the_rate_of_its_parameter_alone(optimiser_class, pair_gradients):
+def test_a_factor_multiplies_the_rate_of_its_parameter_alone(config_type, pair_gradients):
     factors = {"W_dec": 3.0, "b_enc": 0.5}
+    options = {"decoder_factor": 3.0, "bias_factor": 0.5}
 
     def stepped(lr, **options):
         sae = make_sae()
-        train(sae, optimiser_class(sae, lr, pair_gradients=pair_gradients, **options), 1)
+        train(sae, make_optimiser(sae, config_type(lr=lr, **options), pair_gradients=pair_gradients), 1)
         return dict(sae.named_parameters())
 
-    plain, ours = stepped(1e-2), stepped(1e-2, factors=factors)
+    plain, ours = stepped(1e-2), stepped(1e-2, **options)
     for name, factor in {"W_enc": 1.0, "b_dec": 1.0, **factors}.items():
         assert torch.equal(ours[name], stepped(1e-2 * factor)[name]), name
         assert torch.equal(ours[name], plain[name]) == (factor == 1.0), name
 
 
+@pytest.mark.parametrize("config_type", [AdamConfig, SignumConfig, MuonConfig])
+def test_roles_decide_and_names_do_not(config_type):
+    """The same tensors under names that swap encoder and decoder, with the roles they have: the same bits."""
+    other = {"W_enc": "W_dec", "b_enc": "tall", "W_dec": "groups.0.W_enc", "b_dec": "b_enc"}
+    config = config_type(lr=1e-2, decoder_factor=3.0, bias_factor=0.5)
+    ours, renamed = make_sae(), make_sae()
+    optimiser = make_optimiser(ours, config)
+    blind = type(optimiser)(
+        {other[name]: parameter for name, parameter in renamed.named_parameters()},
+        {other[name]: role for name, role in renamed.roles().items() if name in other},
+        config,
+    )
+    train(ours, optimiser, 3)
+    train(renamed, blind, 3)
+    assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), renamed.parameters(), strict=True))
+    assert not torch.equal(ours.W_dec, make_sae().W_dec)
+
+
+def test_only_what_is_a_sum_over_pairs_is_kept_as_pairs():
+    sae = make_sae()
+    roles = {**sae.roles(), "W_enc": dataclasses.replace(sae.roles()["W_enc"], from_pairs=False)}
+    optimiser = Adam(dict(sae.named_parameters()), roles, AdamConfig(lr=1e-2), pair_gradients=True)
+    assert list(optimiser.pairs) == ["W_dec"]
+
+
+def test_muon_scales_its_rate_by_the_rows_of_all_processes():
+    grad = torch.randn(24, 8, generator=torch.Generator().manual_seed(1))
+    moved = []
+    for parts in (1, 4):
+        sae = make_sae(d=8, num_latents=24)
+        before = sae.W_enc.detach().clone()
+        optimiser = make_optimiser(sae, MuonConfig(lr=1e-2), rows=RowShare(parts))
+        sae.W_enc.grad = grad.clone()
+        optimiser.step()
+        moved.append(sae.W_enc.detach() - before)
+    torch.testing.assert_close(moved[1], 2 * moved[0], rtol=1e-4, atol=1e-6)
+
+
 def test_decoder_rows_have_unit_norm_after_every_step():
     sae = make_sae()
-    optimiser = SAEAdam(sae, 0.3)
+    optimiser = make_optimiser(sae, AdamConfig(lr=0.3))
     for step in range(4):
         train(sae, optimiser, 1, start=step)
         assert float((sae.W_dec.detach().double().norm(dim=1) - 1).abs().max()) < 1e-6
@@ -83,7 +124,7 @@ def test_decoder_rows_have_unit_norm_after_every_step():
 def test_no_gradient_along_the_rows_enters_the_moments():
     sae = make_sae()
     before = sae.W_dec.detach().clone()
-    optimiser = SAEAdam(sae, 1e-3)
+    optimiser = make_optimiser(sae, AdamConfig(lr=1e-3))
     train(sae, optimiser, 1)
     along = (optimiser.moments["first"]["W_dec"] * before).sum(1)
     assert float(along.abs().max()) < 1e-6 * float(optimiser.moments["first"]["W_dec"].norm(dim=1).max())
@@ -92,7 +133,7 @@ def test_no_gradient_along_the_rows_enters_the_moments():
 
 def test_clip_uses_the_joint_norm():
     sae = make_sae()
-    optimiser = SAEAdam(sae, 1e-3, clip_norm=0.01, betas=(0.0, 0.0))
+    optimiser = make_optimiser(sae, AdamConfig(lr=1e-3, clip_norm=0.01, beta1=0.0, beta2=0.0))
     sae.losses(batch(0)).total.backward()
     grads = {name: parameter.grad.clone() for name, parameter in sae.named_parameters()}
     true_norm = float(torch.cat([grad.flatten() for grad in grads.values()]).norm())
@@ -105,7 +146,7 @@ def test_clip_uses_the_joint_norm():
 
 def test_a_given_norm_replaces_the_local_one():
     sae = make_sae()
-    optimiser = SAEAdam(sae, 1e-3, clip_norm=1.0, betas=(0.0, 0.0))
+    optimiser = make_optimiser(sae, AdamConfig(lr=1e-3, clip_norm=1.0, beta1=0.0, beta2=0.0))
     sae.losses(batch(0)).total.backward()
     grad = sae.W_enc.grad.clone()
     returned = optimiser.step(grad_norm=torch.tensor(4.0))
@@ -115,17 +156,17 @@ def test_a_given_norm_replaces_the_local_one():
 
 def test_stopping_and_resuming_gives_the_same_bits():
     straight = make_sae()
-    train(straight, SAEAdam(straight, 1e-2), 6)
+    train(straight, make_optimiser(straight, AdamConfig(lr=1e-2)), 6)
 
     halted = make_sae()
-    optimiser = SAEAdam(halted, 1e-2)
+    optimiser = make_optimiser(halted, AdamConfig(lr=1e-2))
     train(halted, optimiser, 3)
     weights = {name: tensor.clone() for name, tensor in halted.state_dict().items()}
     state = {name: tensor.clone() for name, tensor in optimiser.state_dict().items()}
 
     resumed = make_sae(seed=5)
     resumed.load_state_dict(weights)
-    optimiser = SAEAdam(resumed, 1e-2)
+    optimiser = make_optimiser(resumed, AdamConfig(lr=1e-2))
     optimiser.load_state_dict(state)
     train(resumed, optimiser, 3, start=3)
     assert all(torch.equal(a, b) for a, b in zip(straight.parameters(), resumed.parameters(), strict=True))
@@ -134,28 +175,30 @@ def test_stopping_and_resuming_gives_the_same_bits():
 def test_wrong_uses_are_one_line():
     sae = make_sae()
     with pytest.raises(GranaryError, match="lr=0"):
-        SAEAdam(sae, 0)
-    with pytest.raises(GranaryError, match="betas"):
-        SAEAdam(sae, 1e-3, betas=(0.9, 1.0))
+        AdamConfig(lr=0)
+    with pytest.raises(GranaryError, match=r"beta2=1\.0"):
+        AdamConfig(lr=1e-3, beta2=1.0)
     with pytest.raises(GranaryError, match="clip_norm"):
-        SAEAdam(sae, 1e-3, clip_norm=0.0)
-    with pytest.raises(GranaryError, match="factors"):
-        SAEAdam(sae, 1e-3, factors={"W_enk": 2.0})
-    with pytest.raises(GranaryError, match="factors"):
-        SAEAdam(sae, 1e-3, factors={"W_enc": 0.0})
-    optimiser = SAEAdam(sae, 1e-3)
+        AdamConfig(lr=1e-3, clip_norm=0.0)
+    with pytest.raises(GranaryError, match=r"optim\.bias_factor=0\.0: it multiplies optim\.lr and must be positive"):
+        AdamConfig(lr=1e-3, bias_factor=0.0)
+    with pytest.raises(GranaryError, match=r"optim\.decoder_factor=inf"):
+        AdamConfig(lr=1e-3, decoder_factor=float("inf"))
+    with pytest.raises(GranaryError, match="no role is declared for b_dec, b_enc: a dictionary names all"):
+        Adam(dict(sae.named_parameters()), {name: sae.roles()[name] for name in ("W_enc", "W_dec")}, AdamConfig(lr=1))
+    optimiser = make_optimiser(sae, AdamConfig(lr=1e-3))
     with pytest.raises(GranaryError, match="before backward"):
         optimiser.step()
     with pytest.raises(GranaryError, match="does not match"):
         optimiser.load_state_dict({"num_steps": torch.zeros(())})
 
 
-def matrix_step(optimiser_class, steps=3, num_latents=24, d_model=8, **options):
+def matrix_step(config_type, steps=3, num_latents=24, d_model=8, **options):
     """An SAE with free decoder norms after some steps on fixed gradients, and torch's view of W_enc under them."""
     config = SAEConfig(d_model=d_model, d_latent=num_latents, k=2, unit_norm_decoder=False)
     sae = SAE(config, generator=torch.Generator().manual_seed(0))
     start = sae.W_enc.detach().clone()
-    optimiser = optimiser_class(sae, 1e-2, clip_norm=None, **options)
+    optimiser = make_optimiser(sae, config_type(lr=1e-2, clip_norm=None, **options))
     generator = torch.Generator().manual_seed(1)
     grads = [torch.randn(num_latents, d_model, generator=generator) for _ in range(steps)]
     for grad in grads:
@@ -165,7 +208,7 @@ def matrix_step(optimiser_class, steps=3, num_latents=24, d_model=8, **options):
 
 
 def test_signum_is_the_sign_of_the_momentum():
-    sae, weight, grads = matrix_step(SAESignum, momentum=0.8)
+    sae, weight, grads = matrix_step(SignumConfig, momentum=0.8)
     momentum = torch.zeros_like(weight)
     for grad in grads:
         momentum = 0.8 * momentum + 0.2 * grad
@@ -174,7 +217,7 @@ def test_signum_is_the_sign_of_the_momentum():
 
 
 def test_muon_equals_torch_muon():
-    sae, start, grads = matrix_step(SAEMuon, momentum=0.9)
+    sae, start, grads = matrix_step(MuonConfig, momentum=0.9)
     theirs = torch.nn.Parameter(start.clone())
     optimiser = torch.optim.Muon(
         [theirs], lr=1e-2, weight_decay=0.0, momentum=0.9, nesterov=True, adjust_lr_fn="match_rms_adamw"
@@ -189,7 +232,7 @@ def test_muon_equals_torch_muon():
 def test_muon_brings_singular_values_near_one_whatever_the_cut_of_the_rows():
     sae = SAE(SAEConfig(d_model=8, d_latent=24, k=2))
     matrix = torch.randn(24, 8, generator=torch.Generator().manual_seed(0)) * torch.logspace(-1, 1, 8)
-    optimiser = SAEMuon(sae, 1e-2)
+    optimiser = make_optimiser(sae, MuonConfig(lr=1e-2))
     whole = optimiser.orthogonalise(matrix)
     values = torch.linalg.svdvals(whole)
     assert 0.6 < float(values.min()) < float(values.max()) < 1.25
@@ -197,21 +240,21 @@ def test_muon_brings_singular_values_near_one_whatever_the_cut_of_the_rows():
     for half in (slice(0, 12), slice(12, 24)):
         # The other half's part of every sum, in the order the iteration asks for them.
         sums = []
-        optimiser.sum_rows = lambda tensor, sums=sums: sums.append(tensor.clone())
+        optimiser.rows = RowShare(2, lambda tensor, sums=sums: sums.append(tensor.clone()))
         optimiser.orthogonalise(matrix)
         replay = iter(sums)
-        optimiser.sum_rows = lambda tensor, replay=replay: tensor.copy_(next(replay))
+        optimiser.rows = RowShare(2, lambda tensor, replay=replay: tensor.copy_(next(replay)))
         halves.append(optimiser.orthogonalise(matrix[half]))
     torch.testing.assert_close(torch.cat(halves), whole)
 
 
-@pytest.mark.parametrize("optimiser_class", [SAEAdam, SAESignum, SAEMuon])
-def test_every_optimiser_keeps_unit_rows_and_resumes_to_the_same_bits(optimiser_class):
+@pytest.mark.parametrize("config_type", [AdamConfig, SignumConfig, MuonConfig])
+def test_every_optimiser_keeps_unit_rows_and_resumes_to_the_same_bits(config_type):
     straight, halted = make_sae(), make_sae()
-    train(straight, optimiser_class(straight, 1e-2), 6)
-    optimiser = optimiser_class(halted, 1e-2)
+    train(straight, make_optimiser(straight, config_type(lr=1e-2)), 6)
+    optimiser = make_optimiser(halted, config_type(lr=1e-2))
     train(halted, optimiser, 3)
-    resumed = optimiser_class(halted, 1e-2)
+    resumed = make_optimiser(halted, config_type(lr=1e-2))
     resumed.load_state_dict({name: tensor.clone() for name, tensor in optimiser.state_dict().items()})
     train(halted, resumed, 3, start=3)
     for name, tensor in straight.state_dict().items():
@@ -221,16 +264,16 @@ def test_every_optimiser_keeps_unit_rows_and_resumes_to_the_same_bits(optimiser_
 
 
 def test_a_free_decoder_keeps_its_norms():
-    sae, _, _ = matrix_step(SAEAdam)
+    sae, _, _ = matrix_step(AdamConfig)
     sae.W_dec.grad = torch.randn_like(sae.W_dec)
-    SAEAdam(sae, 0.1).step()
+    make_optimiser(sae, AdamConfig(lr=0.1)).step()
     assert float((sae.W_dec.detach().norm(dim=1) - 1).abs().max()) > 0.01
 
 
 def test_bfloat16_moments_follow_the_float32_ones():
     plain, half = make_sae(), make_sae()
-    train(plain, SAEAdam(plain, 1e-3), 30)
-    optimiser = SAEAdam(half, 1e-3, moments="bfloat16")
+    train(plain, make_optimiser(plain, AdamConfig(lr=1e-3)), 30)
+    optimiser = make_optimiser(half, AdamConfig(lr=1e-3, moments="bfloat16"))
     assert {tensor.dtype for tensor in optimiser.moments["second"].values()} == {torch.bfloat16}
     train(half, optimiser, 30)
     start = make_sae()
@@ -288,7 +331,7 @@ def test_adam8bit_is_bitsandbytes_own():
     sae = SAE(SAEConfig(d_model=64, d_latent=128, k=2, unit_norm_decoder=False))
     theirs = torch.nn.Parameter(sae.W_enc.detach().clone())
     reference = bitsandbytes.optim.Adam8bit([theirs], lr=1e-2, min_8bit_size=0)
-    optimiser = SAEAdam8bit(sae, 1e-2, clip_norm=None)
+    optimiser = make_optimiser(sae, Adam8bitConfig(lr=1e-2, clip_norm=None))
     generator = torch.Generator().manual_seed(0)
     for _ in range(5):
         grad = torch.randn(128, 64, generator=generator)
@@ -308,13 +351,13 @@ def test_adam8bit_follows_adam_and_keeps_unit_rows():
             sae.losses(batch(step, d=8)).total.backward()
             optimiser.step()
 
-    run(plain, SAEAdam(plain, 1e-3))
-    optimiser = SAEAdam8bit(small, 1e-3)
+    run(plain, make_optimiser(plain, AdamConfig(lr=1e-3)))
+    optimiser = make_optimiser(small, Adam8bitConfig(lr=1e-3))
     run(small, optimiser)
     moved = (plain.W_enc - make_sae(d=8, num_latents=64).W_enc).detach()
     assert float((small.W_enc - plain.W_enc).detach().norm()) < 0.15 * float(moved.norm())
     torch.testing.assert_close(small.W_dec.detach().norm(dim=1), torch.ones(64))
-    again = SAEAdam8bit(small, 1e-3)
+    again = make_optimiser(small, Adam8bitConfig(lr=1e-3))
     again.load_state_dict({name: tensor.clone() for name, tensor in optimiser.state_dict().items()})
     assert torch.equal(again.moments["first_scale"]["W_dec"], optimiser.moments["first_scale"]["W_dec"])
 
@@ -322,7 +365,7 @@ def test_adam8bit_follows_adam_and_keeps_unit_rows():
 def test_adam8bit_refuses_what_is_no_whole_number_of_blocks_and_a_missing_package(monkeypatch):
     pytest.importorskip("bitsandbytes")
     with pytest.raises(GranaryError, match="one scale per 256 entries"):
-        SAEAdam8bit(make_sae(), 1e-3)
+        make_optimiser(make_sae(), Adam8bitConfig(lr=1e-3))
     monkeypatch.setitem(sys.modules, "bitsandbytes.functional", None)
     with pytest.raises(GranaryError, match="needs bitsandbytes: pip install bitsandbytes"):
-        SAEAdam8bit(make_sae(), 1e-3)
+        make_optimiser(make_sae(), Adam8bitConfig(lr=1e-3))

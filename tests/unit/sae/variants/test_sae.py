@@ -8,6 +8,7 @@ import torch
 from shared.basics.errors import GranaryError
 from shared.sae import SAE, SAEConfig, SparseLatents
 from shared.sae.learn.init import OVERSHOOT, encoder_scale, geometric_median
+from tests.learning import LearningSAE
 
 
 def data(n=300, d=10, seed=0):
@@ -26,7 +27,7 @@ def statistics(x):
 
 def make_sae(**overrides):
     fields = {"d_model": 10, "d_latent": 40, "k": 4, **overrides}
-    return SAE(SAEConfig(**fields), generator=torch.Generator().manual_seed(0))
+    return LearningSAE(**fields, generator=torch.Generator().manual_seed(0))
 
 
 @pytest.mark.parametrize("normalisation", ["none", "scale", "centre_scale", "layer_norm"])
@@ -78,7 +79,7 @@ def test_leading_dimensions_are_kept(leading):
 
 
 def test_identity_sae_reconstructs_exactly():
-    sae = SAE(SAEConfig(d_model=10, d_latent=20, k=10, normalisation="none"))
+    sae = LearningSAE(d_model=10, d_latent=20, k=10, normalisation="none")
     with torch.no_grad():
         eye = torch.eye(10)
         sae.W_enc.copy_(torch.cat([eye, -eye]))

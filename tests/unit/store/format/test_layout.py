@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from shared.basics.errors import GranaryError
 from shared.store import bytes_planned
-from shared.store.format.layout import describe_difference, extension_identity
+from shared.store.format.layout import describe_difference, extension_identity, object_key, shard_arrays
 from tests.synthetic import synthetic_plan
 
 
@@ -18,7 +18,7 @@ from tests.synthetic import synthetic_plan
         ({"dtype": "bf16"}, "bf16"),
         ({"codec": "gzip"}, "gzip"),
         ({"hooks": {}}, "at least one hook"),
-        ({"hooks": {"layers.2.resid": 8}}, "resid"),
+        ({"hooks": {"layers.2..resid": 8}}, "a part of it is empty"),
         ({"hooks": {"layers.2.resid_post": 0}}, "d_model 0"),
         ({"num_contexts": 0}, "num_contexts"),
         ({"shard_contexts": 0}, "shard_contexts"),
@@ -79,6 +79,14 @@ def test_versions_are_no_part_of_the_identity_and_all_else_is():
     }  # fmt: skip
     hashes = {synthetic_plan(**{name: value}).hash() for name, value in changes.items()} | {plan.hash()}
     assert len(hashes) == len(changes) + 1
+
+
+def test_the_hash_and_the_keys_of_a_plan_are_those_of_every_store_there_is():
+    plan = synthetic_plan()
+    assert plan.hash() == "5ddc58927380579f0fdcf8d547782118bd405f3f08e5000e314e3de6a48bc730"
+    assert shard_arrays(plan) == {"layers/2/resid_post", "statistics/layers/2/resid_post"}
+    assert object_key("layers/2/resid_post", 7, 3) == "layers/2/resid_post/c/7/0/0"
+    assert shard_arrays(synthetic_plan(dtype="int8")) == shard_arrays(plan) | {"layers/2/resid_post_scale"}
 
 
 def test_a_difference_names_each_leaf_with_both_values():

@@ -10,7 +10,9 @@ import time
 import pytest
 
 from shared.basics.errors import GranaryError
-from shared.store.io.local import LocalIO, ObjectMissingError, open_io
+from shared.store.io.base import ObjectMissingError
+from shared.store.io.local import LocalIO
+from shared.store.io.open import open_io
 
 
 @pytest.fixture(params=["local", "memory"])

@@ -13,9 +13,9 @@ from stage_train.step.schedule import (
     LearningRate,
     PenaltyScale,
     automatic_rate,
+    bias_factor,
     length_in_steps,
     peak_rate,
-    rate_factors,
 )
 
 
@@ -110,22 +110,17 @@ def test_rates_by_name() -> None:
         peak_rate("fast", 2048)
 
 
-def test_rate_factors() -> None:
+def test_factor_of_the_biases() -> None:
     def sae(num_latents: int, **options: Any) -> SAEConfig:
         return SAEConfig(d_model=4, d_latent=num_latents, **{"k": 2, **options})
 
-    assert rate_factors(3, 5, sae(77)) == {"W_dec": 3, "b_enc": 5}
+    assert bias_factor(5, sae(77)) == 5
     for latents in (512, 2048, 8192):
-        factor = rate_factors(1.0, "by_width", sae(latents))["b_enc"]
-        assert factor * peak_rate("by_width", latents) == pytest.approx(6e-2)
+        assert bias_factor("by_width", sae(latents)) * peak_rate("by_width", latents) == pytest.approx(6e-2)
     gated = sae(2048, activation="gated", k=None, penalty="l1", penalty_weight=1e-2)
-    assert rate_factors(3.0, "by_width", gated)["b_enc"] == 1
+    assert bias_factor("by_width", gated) == 1
     with pytest.raises(GranaryError, match=r"optim\.bias_factor=fast: give a number, or by_width for"):
-        rate_factors(1.0, "fast", sae(77))
-    with pytest.raises(GranaryError, match=r"optim\.bias_factor=-1"):
-        rate_factors(1.0, -1, sae(77))
-    with pytest.raises(GranaryError, match=r"optim\.decoder_factor=inf"):
-        rate_factors(float("inf"), 1.0, sae(77))
+        bias_factor("fast", sae(77))
 
 
 def test_automatic_rate() -> None:

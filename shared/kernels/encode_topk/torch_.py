@@ -7,7 +7,7 @@ float32's. With compute_dtype bfloat16 such a product chooses the candidates wit
 
 import torch
 
-from shared.kernels.decode.cpu import dot_picks
+from shared.kernels.decode.torch_ import dot_picks
 from shared.kernels.encode_topk.bounds import ROUNDING, Bounds, bounds_apply, bounds_pay, exact_values, row_tiles
 from shared.kernels.linear import linear
 

@@ -2,6 +2,8 @@
 
 import torch
 
+from shared.kernels.adam_step import AdamStep
+
 # Elements of a tile of rows: weight, gradient and both moments of one tile fit in a last-level cache.
 TILE_ELEMENTS = 1 << 19
 
@@ -11,25 +13,19 @@ def row_update(
     grad: torch.Tensor,
     first: torch.Tensor,
     second: torch.Tensor,
-    *,
-    clip: torch.Tensor,
-    lr: float,
-    betas: tuple[float, float],
-    eps: float,
-    step: int,
-    unit_rows: bool,
+    adam: AdamStep,
 ) -> None:
     """See ``shared.kernels.row_update.row_update``."""
-    divisor = clip.reciprocal().float()  # the type the fused kernel reads
-    tile_rows = max(1, TILE_ELEMENTS // weight.shape[1]) if unit_rows else max(1, weight.shape[0])
+    divisor = adam.clip.reciprocal().float()  # the type the fused kernel reads
+    tile_rows = max(1, TILE_ELEMENTS // weight.shape[1]) if adam.unit_rows else max(1, weight.shape[0])
     for start in range(0, weight.shape[0], tile_rows):
         tile = slice(start, start + tile_rows)
         rows = weight[tile]
-        if unit_rows:
+        if adam.unit_rows:
             along = (grad[tile] * rows).sum(1, keepdim=True)
             grad[tile].addcmul_(along, rows, value=-1)
-        _adam(rows, grad[tile], first[tile], second[tile], divisor, lr, betas, eps, step)
-        if unit_rows:
+        _adam(rows, grad[tile], first[tile], second[tile], divisor, adam)
+        if adam.unit_rows:
             rows.div_(torch.linalg.vector_norm(rows, dim=1, keepdim=True))
 
 
@@ -39,10 +35,7 @@ def _adam(
     first: torch.Tensor,
     second: torch.Tensor,
     divisor: torch.Tensor,
-    lr: float,
-    betas: tuple[float, float],
-    eps: float,
-    step: int,
+    adam: AdamStep,
 ) -> None:
     torch._fused_adam_(
         [weight],
@@ -50,12 +43,12 @@ def _adam(
         [first],
         [second],
         [],
-        [torch.tensor(float(step), device=weight.device)],
-        lr=lr,
-        beta1=betas[0],
-        beta2=betas[1],
+        [torch.tensor(float(adam.step), device=weight.device)],
+        lr=adam.lr,
+        beta1=adam.betas[0],
+        beta2=adam.betas[1],
         weight_decay=0.0,
-        eps=eps,
+        eps=adam.eps,
         amsgrad=False,
         maximize=False,
         grad_scale=divisor,

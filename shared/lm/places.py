@@ -1,0 +1,108 @@
+"""From the name of a hook to a module of a loaded model: where decoder layers, final norm and sites are.
+
+A hook point is found by module, never by editing the model's code. The ends of a layer, `resid_pre` and `resid_post`,
+are what goes into it and comes out of it in every family; what lies between is in the table of `shared.lm.families`.
+"""
+
+from typing import NamedTuple
+
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from shared.basics.errors import GranaryError
+from shared.lm.families import FAMILIES, Family, Side, family_of
+from shared.lm.hookpoint import HookPoint
+
+# What the norm after the last layer is called where the layers lie: `norm` of Llama, `ln_f` of GPT-2, `norm_f` of
+# Mamba.
+FINAL_NORMS = ("norm", "final_layer_norm", "final_layernorm", "ln_f", "norm_f")
+
+
+class Location(NamedTuple):
+    """Where an activation passes: into or out of a module."""
+
+    module: nn.Module
+    side: Side
+
+
+def decoder_blocks(model: nn.Module) -> nn.ModuleList:
+    """The list of decoder layers of a transformers model, with or without its LM head.
+
+    Raises GranaryError when there is none to be found.
+    """
+    holder, name = _find_blocks(model)
+    blocks = getattr(holder, name)
+    assert isinstance(blocks, nn.ModuleList)
+    return blocks
+
+
+def final_norm(model: nn.Module) -> tuple[nn.Module, str] | None:
+    """The module that holds the norm after the last layer, and the norm's attribute name there; None without one."""
+    holder, _ = _find_blocks(model)
+    for name in FINAL_NORMS:
+        if isinstance(getattr(holder, name, None), nn.Module):
+            return holder, name
+    return None
+
+
+def locate(model: nn.Module, hook: HookPoint) -> Location:
+    """Where `hook` is in `model`; raises GranaryError where the model has no such place."""
+    blocks = decoder_blocks(model)
+    if hook.layer == len(blocks) and hook.site == "resid_pre":
+        return Location(blocks[-1], "output")
+    if hook.layer >= len(blocks):
+        raise GranaryError(f"{hook} is not in the model: it has {len(blocks)} layers, 0 to {len(blocks) - 1}")
+    block = blocks[hook.layer]
+    if hook.site == "resid_pre":
+        return Location(block, "input")
+    if hook.site == "resid_post":
+        return Location(block, "output")
+    config = trunk(model).config
+    assert isinstance(config, PretrainedConfig)
+    path = known_family(config, hook).site(hook.site)
+    if path is None:
+        raise GranaryError(
+            f"{hook}: attention and MLP of {config.model_type} work side by side on resid_pre, so there is no stream"
+            " between them: choose resid_pre or resid_post"
+        )
+    return Location(block.get_submodule(path.module), path.side)
+
+
+def known_family(config: PretrainedConfig, hook: HookPoint) -> Family:
+    """The table's row for the model; raises GranaryError, naming `hook`, where it has none."""
+    family = family_of(config)
+    if family is None:
+        raise GranaryError(
+            f"{hook}: attention and MLP hooks are known for {', '.join(FAMILIES)}, not for {config.model_type};"
+            " resid_pre and resid_post work there"
+        )
+    return family
+
+
+def trunk(model: nn.Module) -> nn.Module:
+    """The model without its head."""
+    return model.base_model if isinstance(model, PreTrainedModel) else model
+
+
+def _find_blocks(model: nn.Module) -> tuple[nn.Module, str]:
+    """The module that holds the list of decoder layers, and the list's name there.
+
+    It is called `layers` in most models. Elsewhere (`h` of GPT-2, `decoder.layers` of OPT) it is the one list of as
+    many modules as the configuration has layers.
+    """
+    body = trunk(model)
+    if isinstance(getattr(body, "layers", None), nn.ModuleList):
+        return body, "layers"
+    count = getattr(getattr(body, "config", None), "num_hidden_layers", None)
+    found = []
+    for path, module in body.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count and path.count(".") <= 1:
+            found.append(path)
+    if len(found) != 1:
+        seen = ", ".join(found) if found else "no list of as many modules as it has layers"
+        raise GranaryError(
+            f"{type(model).__name__} has no list of decoder layers that hooks could be placed on: expected one called"
+            f" layers, or one list of {count} modules, and found {seen}"
+        )
+    parent, _, name = found[0].rpartition(".")
+    return body.get_submodule(parent), name

@@ -1,0 +1,82 @@
+"""What a dictionary learns from: the losses of a batch, and what they must know of it."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from shared.kernels import PairGradients
+from shared.sae.latent_shard import LatentShard
+from shared.sae.learn.activations import RULES, Rule
+from shared.sae.learn.batch_facts import Reduce, alone
+from shared.sae.learn.config import LearningConfig, check
+from shared.sae.learn.inputs import BatchFacts, Losses, StepInputs
+from shared.sae.learn.terms import LossTerms
+from shared.sae.variants.one_group import OneGroup
+
+
+class Objective(nn.Module):
+    """A dictionary of one group and how it is learnt. Owns the dictionary; nothing of this class is saved with it.
+
+    Raises GranaryError for a way of learning that the dictionary does not allow.
+    """
+
+    def __init__(self, dictionary: OneGroup, learning: LearningConfig | None = None) -> None:
+        super().__init__()
+        self.learning = LearningConfig() if learning is None else learning
+        check(dictionary.config, self.learning)
+        self.dictionary = dictionary
+        self.terms = LossTerms(dictionary, self.learning)
+        self.rule: Rule = RULES[dictionary.config.activation](self.terms)
+        """What the activation makes of learning."""
+
+    @property
+    def shard(self) -> LatentShard:
+        """Which latents are held here: all of them, unless a layout says otherwise."""
+        return self.terms.shard
+
+    @shard.setter
+    def shard(self, shard: LatentShard) -> None:
+        self.terms.shard = shard
+
+    @property
+    def pair_gradients(self) -> PairGradients | None:
+        """Where gradients that are sums over pairs go instead of ``.grad``; set by an optimiser that reads them."""
+        return self.terms.pair_gradients
+
+    @pair_gradients.setter
+    def pair_gradients(self, gradients: PairGradients | None) -> None:
+        self.terms.pair_gradients = gradients
+
+    def forward(self, x: Tensor, y: Tensor, inputs: StepInputs | None = None) -> Losses:
+        """See ``losses``."""
+        return self.losses(x, y, inputs)
+
+    def losses(self, x: Tensor, y: Tensor | None = None, inputs: StepInputs | None = None) -> Losses:
+        """Loss of a batch of raw activations x [N, D_in] that must give y [N, D_out]; None: x itself.
+
+        TopK and BatchTopK have a backward pass that costs N x K instead of N x F.
+        """
+        return self.rule.losses(x, x if y is None else y, StepInputs() if inputs is None else inputs)
+
+    def needs_facts(self, *, cut: bool) -> bool:
+        """Whether ``losses`` needs ``facts`` when the batch is `cut` into parts, or is not."""
+        return self.rule.needs_facts(cut=cut)
+
+    def facts(
+        self,
+        parts: Sequence[Tensor],
+        num_tokens: int,
+        *,
+        k: int | None = None,
+        reduce_all: Reduce = alone,
+        reduce_rows: Reduce = alone,
+    ) -> list[BatchFacts]:
+        """What ``losses`` of each micro-batch must know of the whole batch, of `num_tokens` tokens.
+
+        `parts` are this rank's micro-batches [N, D_in] of raw activations. `reduce_all` sums over all ranks,
+        `reduce_rows` over those that hold the same latents; all call it together. `k` overrides the config's.
+        """
+        with torch.no_grad():
+            centred = [self.dictionary.centred(self.dictionary.normalise(part)[0]) for part in parts]
+            return self.rule.facts(centred, num_tokens, k, reduce_all, reduce_rows)

@@ -1,0 +1,73 @@
+"""Pieces that the losses of all activations are made of.
+
+Shape letters: N rows, D_in and D_out widths of what is read and written, F latents held here, R dead latents.
+"""
+
+from torch import Tensor
+
+from shared.kernels import DeadRows, PairGradient, PairGradients, take_rows
+from shared.sae.latent_shard import WHOLE, LatentShard
+from shared.sae.learn.config import LearningConfig
+from shared.sae.learn.inputs import dead_indices
+from shared.sae.learn.losses import auxk_loss, reconstruction_weight, weighted_square_error
+from shared.sae.variants.one_group import OneGroup
+
+
+class LossTerms:
+    """A dictionary of one group, how it is learnt, and which of its latents are held here."""
+
+    def __init__(self, dictionary: OneGroup, learning: LearningConfig) -> None:
+        self.dictionary, self.learning = dictionary, learning
+        self.shard: LatentShard = WHOLE
+        """Another one where only a part of the latents is here."""
+        self.pair_gradients: PairGradients | None = None
+        """Where gradients that are sums over pairs go instead of ``.grad``."""
+
+    def prepare(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """What the encoder multiplies, what the decoder must give, and layer_norm's mean and scale."""
+        normal, token_mean, token_scale = self.dictionary.normalise(x)
+        return self.dictionary.centred(normal), self.dictionary.target(y, normal), token_mean, token_scale
+
+    def shared_pre_bias(self) -> Tensor | None:
+        """b_dec as the encoder subtracts it, with its gradient; None without a pre-encoder bias."""
+        return self.shard.sum_backward(self.dictionary.b_dec) if self.dictionary.config.pre_bias else None
+
+    def loss_weight(self) -> Tensor:
+        """Weight [D_out] of the squared errors in the reconstruction loss."""
+        return reconstruction_weight(self.dictionary.target_variance, self.learning.loss, self.dictionary.widths.writes)
+
+    def fvu(self, error_ND: Tensor) -> Tensor:
+        """Ratio of summed squared error to the data set's summed variance, whatever the loss is; a mean over sites."""
+        weight_D = reconstruction_weight(self.dictionary.target_variance, "fvu", self.dictionary.widths.writes)
+        return weighted_square_error(error_ND.detach(), weight_D)
+
+    def sink(self, name: str) -> PairGradient | None:
+        """Where the gradient of a matrix goes instead of ``.grad``; None: nowhere else."""
+        return None if self.pair_gradients is None else self.pair_gradients[name]
+
+    def decoder_norm(self) -> Tensor | None:
+        """Norms [F] of the decoder's rows, which weigh the penalties; None where they are 1."""
+        return None if self.dictionary.config.unit_norm_decoder else self.dictionary.W_dec.norm(dim=1)
+
+    def auxk(self, residual_ND: Tensor, centred_ND: Tensor, dead: Tensor | None) -> Tensor | None:
+        """The AuxK loss; None where it is off or nothing is dead."""
+        if dead is None or self.learning.auxk_alpha == 0:
+            return None
+        dead_R = dead_indices(dead)
+        num_dead = self.shard.count_dead(dead_R.numel())
+        if num_dead == 0:
+            return None
+        group = self.dictionary
+        return auxk_loss(
+            residual_ND,
+            centred_ND,
+            DeadRows(
+                take_rows(group.W_enc, dead_R, self.sink("W_enc")),
+                group.b_enc.index_select(0, dead_R),
+                take_rows(group.W_dec, dead_R, self.sink("W_dec")),
+                num_dead,
+            ),
+            self.learning.num_aux(group.widths.d_out),
+            shard=self.shard,
+            compute=group.compute,
+        )

@@ -1,0 +1,81 @@
+"""Loading a dictionary of any kind and of any project's format, and converting between formats."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from shared.basics.errors import GranaryError
+from shared.sae import folder as on_disk
+from shared.sae.config import DictionaryConfig
+from shared.sae.formats import FORMATS, foreign
+from shared.sae.formats.raw import RawSAE
+from shared.sae.variants import SAE, VARIANTS, Dictionary
+
+GRANARY = "granary"
+KINDS = [made.config_class for made in VARIANTS.values()]
+
+
+def load(path_or_hub_id: str | Path, *, device: str | torch.device = "cpu") -> Dictionary:
+    """A dictionary of any kind, from a local folder or a hub repository (owner/name, hf://owner/name/folder).
+
+    Reads every format of ``shared.sae.formats``. Raises GranaryError when the folder is missing, torn, or of a format
+    that is not known.
+    """
+    config, tensors = on_disk.read_weights(on_disk.locate(path_or_hub_id), KINDS, device)
+    return VARIANTS[config.kind].from_tensors(config, tensors, str(path_or_hub_id))
+
+
+def load_config(folder: str | Path) -> DictionaryConfig:
+    """The config of a saved dictionary, without reading its weights."""
+    return on_disk.describe(Path(folder)).config(KINDS)
+
+
+def detect(folder: Path) -> str:
+    """Name of the format of `folder`, from its files alone; raises GranaryError where none fits."""
+    name = GRANARY if on_disk.is_own(folder) else foreign(folder)
+    if name is None:
+        raise GranaryError(f"{folder} is not an SAE folder of a known format: {', '.join([GRANARY, *FORMATS])}")
+    return name
+
+
+def load_any(path_or_hub_id: str | Path) -> tuple[Dictionary, dict[str, Any]]:
+    """(dictionary, provenance) of a folder of any known format, or of a hub repository."""
+    folder = on_disk.locate(path_or_hub_id)
+    name = detect(folder)
+    if name == GRANARY:
+        return load(folder), on_disk.load_provenance(folder)
+    raw: RawSAE = FORMATS[name].load(folder)
+    config, tensors = raw.to_checkpoint()
+    return SAE.from_tensors(config, tensors, str(folder)), raw.provenance
+
+
+def convert(source: str | Path, target: Path, to: str) -> str:
+    """Write the SAE in the folder or hub repository `source` as format `to` into `target`; returns the source's format.
+
+    Raises GranaryError for a target that holds files, and for a dictionary that the format can't express.
+    """
+    writable = [GRANARY, *(name for name, module in FORMATS.items() if hasattr(module, "save"))]
+    if to not in writable:
+        raise GranaryError(f"format {to!r} can't be written: choose from {', '.join(writable)}")
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise GranaryError(f"{target} is not empty: choose another folder")
+    folder = on_disk.locate(source)
+    found = detect(folder)
+    made, provenance = load_any(folder)
+    if to == GRANARY:
+        training = on_disk.describe(folder).training if found == GRANARY else {}
+        made.save_pretrained(target, provenance, training)
+    else:
+        if not isinstance(made, SAE):
+            raise GranaryError(f"{source} is a {made.config.kind}: the {to} format is written for SAEs alone")
+        FORMATS[to].save(RawSAE.from_checkpoint(made.config, made.state_dict(), provenance), target)
+    return found
+
+
+def _read_foreign(folder: Path) -> on_disk.Weights | None:
+    name = foreign(folder)
+    return None if name is None else FORMATS[name].load(folder).to_checkpoint()
+
+
+on_disk.FOREIGN_READERS.append(_read_foreign)

@@ -1,0 +1,190 @@
+"""What every kind of dictionary has: normalisation of both sides, a bias of what is written, saving and loading.
+
+    x~ = normalise(x);   f = activation(encode(x~));   y^ = denormalise(decode(f) + b_dec)
+
+Sites lie side by side along the last axis. Letters: D_in sum of the widths that are read, D_out of those written,
+N tokens, F latents, K picks per token.
+"""
+
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+
+from shared.basics.errors import GranaryError
+from shared.kernels import Compute
+from shared.sae import folder as on_disk
+from shared.sae.config import DictionaryConfig
+from shared.sae.groups import LatentGroup
+from shared.sae.latents import SAEOutput, SparseLatents
+from shared.sae.roles import Role
+from shared.sae.sites import Sites, SiteWidths
+
+LAYER_NORM_EPS = 1e-5
+
+
+class Dictionary(nn.Module):
+    """The common part. Inputs of any float type are upcast to the parameters', float32.
+
+    How it computes is not part of the config: `kernels` is auto, triton, torch or reference, and `compute_dtype`
+    (float32 or bfloat16) is the type of the encoder's matrix product; see ``shared.kernels.encode_topk``. Both may be
+    assigned later. Raises GranaryError for other values.
+    """
+
+    config_class: ClassVar[type[DictionaryConfig]]
+
+    b_dec: nn.Parameter
+    input_mean: Tensor
+    input_scale: Tensor
+    input_variance: Tensor
+    output_mean: Tensor
+    output_scale: Tensor
+    output_variance: Tensor
+
+    def __init__(self, config: DictionaryConfig, *, kernels: str = "auto", compute_dtype: str = "float32") -> None:
+        super().__init__()
+        try:
+            Compute(kernels, compute_dtype)
+        except ValueError as error:
+            raise GranaryError(str(error)) from None
+        self.config = config
+        self.kernels = kernels
+        self.compute_dtype = compute_dtype
+
+    def make_normalisation(self) -> None:
+        """Register the buffers of both sides; an autoencoder's sides are one."""
+        d_in, d_out = self.widths.d_in, self.widths.d_out
+        self.register_buffer("input_mean", torch.zeros(d_in))
+        self.register_buffer("input_scale", _one_per_site(self.widths.reads))
+        self.register_buffer("input_variance", torch.ones(d_in))  # of the normalised input
+        if not self.config.is_autoencoder:
+            self.register_buffer("output_mean", torch.zeros(d_out))
+            self.register_buffer("output_scale", _one_per_site(self.widths.writes))
+            self.register_buffer("output_variance", torch.ones(d_out))  # of the normalised target
+
+    @property
+    def groups(self) -> tuple[LatentGroup, ...]:
+        """The latents, by what they read and write."""
+        raise NotImplementedError
+
+    @property
+    def sites(self) -> Sites | None:
+        """Where it reads and writes, where that is known."""
+        return self.config.sites
+
+    @property
+    def widths(self) -> SiteWidths:
+        """Features of each site."""
+        return self.config.widths
+
+    @property
+    def target_variance(self) -> Tensor:
+        """Variance [D_out], over the data set, of what the decoder must give."""
+        return self.input_variance if self.config.is_autoencoder else self.output_variance
+
+    def roles(self) -> dict[str, Role]:
+        """What each parameter and buffer is, by its name in ``state_dict``."""
+        fixed = dict.fromkeys(
+            (name for name, _ in self.named_buffers(recurse=False)), Role(latent_axis=None, learnt=False)
+        )
+        return {"b_dec": Role(latent_axis=None), **fixed}
+
+    # Between the units of activations and those of encoder and decoder
+
+    def normalise(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Raw activations [..., D_in] to the encoder's units, with the per-token mean and scale under layer_norm."""
+        if x.shape[-1] != self.widths.d_in:
+            raise GranaryError(f"the {self._name} reads activations of width {self.widths.d_in}, got {x.shape[-1]}")
+        x = x.to(self.b_dec.dtype)
+        if self.config.normalisation == "layer_norm":
+            mean = x.mean(-1, keepdim=True)
+            scale = (x - mean).square().mean(-1, keepdim=True).sqrt() + LAYER_NORM_EPS
+            return (x - mean) / scale, mean, scale
+        if self.config.normalisation == "none":
+            return x, None, None
+        return (x - self.input_mean) * per_column(self.input_scale, self.widths.reads), None, None
+
+    def target(self, y: Tensor, normal: Tensor) -> Tensor:
+        """What the decoder must give [..., D_out] for raw activations `y`; `normal` is the normalised input."""
+        if self.config.is_autoencoder:
+            return normal if self.config.shift_back else y.to(normal)
+        if y.shape[-1] != self.widths.d_out:
+            raise GranaryError(f"the {self._name} writes activations of width {self.widths.d_out}, got {y.shape[-1]}")
+        return (y.to(self.b_dec.dtype) - self.output_mean) * per_column(self.output_scale, self.widths.writes)
+
+    def denormalise(self, y_hat: Tensor, token_mean: Tensor | None = None, token_scale: Tensor | None = None) -> Tensor:
+        """Decoded latents to the units of the activations that are written; the inverse of ``target``."""
+        config = self.config
+        if not config.is_autoencoder:
+            return y_hat / per_column(self.output_scale, self.widths.writes) + self.output_mean
+        if not config.shift_back:
+            return y_hat
+        if config.normalisation == "layer_norm":
+            if token_mean is None or token_scale is None:
+                raise GranaryError("under layer_norm these latents need their tokens' mean and scale, as encode gives")
+            return y_hat * token_scale + token_mean
+        if config.normalisation == "none":
+            return y_hat
+        return y_hat / per_column(self.input_scale, self.widths.reads) + self.input_mean
+
+    # Inference
+
+    def encode(self, x: Tensor, *, return_all_features: bool = False) -> SparseLatents:
+        """Active latents of raw activations x [..., D_in]; values and indices are [..., K]. No gradient."""
+        raise NotImplementedError
+
+    def decode(self, latents: SparseLatents) -> Tensor:
+        """Reconstruction [..., D_out] of what is written, in the units of raw activations. No gradient."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, *, return_all_features: bool = False) -> SAEOutput:
+        """Encode and decode x [..., D_in], without gradient."""
+        latents = self.encode(x, return_all_features=return_all_features)
+        return SAEOutput(self.decode(latents), latents)
+
+    # On disk
+
+    def save_pretrained(
+        self, folder: str | Path, provenance: dict[str, Any] | None = None, training: dict[str, Any] | None = None
+    ) -> None:
+        """Write ``config.json`` and ``sae.safetensors``; `training` is a record of how it was learnt."""
+        on_disk.save(Path(folder), self.config, self.state_dict(), training or {}, provenance or {})
+
+    @classmethod
+    def from_pretrained(cls, path_or_hub_id: str | Path, *, device: str | torch.device = "cpu") -> Self:
+        """Load a local folder or a Hugging Face hub repository (owner/name, hf://owner/name/folder).
+
+        It needs no GPU and no triton, and reads every format of ``shared.sae.formats``. Raises GranaryError when the
+        folder is missing, torn, of a format that is not known, or holds a dictionary of another kind.
+        """
+        config, tensors = on_disk.read_weights(on_disk.locate(path_or_hub_id), [cls.config_class], device)
+        return cls.from_tensors(config, tensors, str(path_or_hub_id))
+
+    @classmethod
+    def from_tensors(cls, config: DictionaryConfig, tensors: dict[str, Tensor], where: str) -> Self:
+        """A dictionary that owns `tensors`; raises GranaryError, naming `where`, unless they fit the config."""
+        with torch.device("meta"):
+            made = cls(config)
+        expected = {name: tuple(tensor.shape) for name, tensor in made.state_dict().items()}
+        found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        if expected != found:
+            wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+            raise GranaryError(f"{where}: tensors missing, unknown or of the wrong shape: {', '.join(wrong)}")
+        made.load_state_dict(tensors, assign=True)
+        return made
+
+    @property
+    def _name(self) -> str:
+        return "SAE" if self.config.kind == "sae" else self.config.kind
+
+
+def per_column(scale: Tensor, widths: tuple[int, ...]) -> Tensor:
+    """One scale per site as one per column; a single site's stays a scalar."""
+    if scale.dim() == 0:
+        return scale
+    return scale.repeat_interleave(torch.tensor(widths, device=scale.device), output_size=sum(widths))
+
+
+def _one_per_site(widths: tuple[int, ...]) -> Tensor:
+    return torch.ones(()) if len(widths) == 1 else torch.ones(len(widths))

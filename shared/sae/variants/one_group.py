@@ -1,0 +1,88 @@
+"""Dictionaries of one group of latents: SAE, transcoder, crosscoder.
+
+    z = W_enc (x~ - b_dec) + b_enc;  f = activation(z);  y^ = sum_i f_i W_dec[i] + b_dec
+
+x~ is the input, y^ the output in the decoder's units; b_dec is taken off the input only where the config says so.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from shared.kernels import decode
+from shared.sae.config import DictionaryConfig
+from shared.sae.groups import LatentGroup, random_unit_rows
+from shared.sae.latents import SparseLatents
+from shared.sae.roles import Role
+from shared.sae.variants.base import Dictionary
+
+
+class OneGroup(LatentGroup, Dictionary):
+    """A dictionary that is its own only group; random until it is learnt or loaded."""
+
+    def __init__(
+        self,
+        config: DictionaryConfig,
+        *,
+        kernels: str = "auto",
+        compute_dtype: str = "float32",
+        generator: torch.Generator | None = None,
+        num_latents: int | None = None,
+    ) -> None:
+        """`num_latents`: those held here; None: all of the config's."""
+        Dictionary.__init__(self, config, kernels=kernels, compute_dtype=compute_dtype)
+        num_latents = config.d_latent if num_latents is None else num_latents
+        self.make_matrices(self.widths.d_in, self.widths.d_out, num_latents)
+        self.b_dec = nn.Parameter(torch.zeros(self.widths.d_out))
+        self.make_activation(config, num_latents)
+        self.make_normalisation()
+        if not self.W_dec.is_meta:
+            random_unit_rows(self.W_dec, generator)
+            with torch.no_grad():
+                if config.is_autoencoder:
+                    self.W_enc.copy_(self.W_dec)
+                else:
+                    random_unit_rows(self.W_enc, generator)
+
+    @property
+    def groups(self) -> tuple[LatentGroup, ...]:
+        """Itself."""
+        return (self,)
+
+    def roles(self) -> dict[str, Role]:
+        """Those of the group and of what all dictionaries have."""
+        return {**self.group_roles(unit_norm_decoder=self.config.unit_norm_decoder), **super().roles()}
+
+    def centred(self, normal_ND: Tensor) -> Tensor:
+        """What the encoder multiplies, from the normalised input."""
+        return normal_ND - self.b_dec if self.config.pre_bias else normal_ND
+
+    @torch.no_grad()
+    def encode(self, x: Tensor, *, return_all_features: bool = False) -> SparseLatents:
+        """Active latents of raw activations x [..., D_in]; values and indices are [..., K]. No gradient.
+
+        K is k under topk, else the number of latents of the fullest token. What a token gets does not depend on the
+        others: under batchtopk the learnt threshold decides. `return_all_features`: also all positive pre-activations,
+        [..., F], from which the activation selects (OpenSAE's ``all_features``).
+        """
+        normal, token_mean, token_scale = self.normalise(x)
+        centred_ND = self.centred(normal.reshape(-1, self.widths.d_in))
+        values, indices = self.activation.encode(self, centred_ND)
+        shape = (*x.shape[:-1], values.shape[-1])
+        features = None
+        if return_all_features:
+            features = torch.relu(F.linear(centred_ND, self.W_enc, self.b_enc)).view(*x.shape[:-1], -1)
+        return SparseLatents(values.view(shape), indices.view(shape), token_mean, token_scale, features)
+
+    @torch.no_grad()
+    def decode(self, latents: SparseLatents) -> Tensor:
+        """Reconstruction [..., D_out] of what is written, in the units of raw activations. No gradient."""
+        width = latents.values.shape[-1]
+        y_hat_ND = decode(
+            latents.values.reshape(-1, width).to(self.W_dec.dtype),
+            latents.indices.reshape(-1, width),
+            self.W_dec,
+            kernels=self.kernels,
+        )
+        y_hat = (y_hat_ND + self.b_dec).view(*latents.values.shape[:-1], self.widths.d_out)
+        return self.denormalise(y_hat, latents.token_mean, latents.token_scale)

@@ -1,0 +1,23 @@
+"""From a URL to the storage behind it."""
+
+import importlib.util
+import os
+
+from shared.store.io.base import ObjectIO
+from shared.store.io.fsspec import FsspecClient
+from shared.store.io.local import LocalIO
+from shared.store.io.obstore import ObstoreClient
+from shared.store.io.remote import RemoteIO
+
+
+def open_io(url: str | os.PathLike[str]) -> ObjectIO:
+    """Storage at `url`: a local path, ``file://``, or any other URL that fsspec knows."""
+    text = os.fspath(url)
+    protocol, separator, rest = text.partition("://")
+    if not separator:
+        return LocalIO(text)
+    if protocol in ("file", "local"):
+        return LocalIO(rest)
+    if protocol in ("s3", "s3a") and importlib.util.find_spec("obstore") is not None:
+        return RemoteIO(ObstoreClient(text))
+    return RemoteIO(FsspecClient(text))
