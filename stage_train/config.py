@@ -3,6 +3,8 @@
 Types and meanings here, values in ``conf/``. Imports nothing heavy, so that a wrong key is reported at once.
 """
 
+import hashlib
+import re
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -316,7 +318,13 @@ def register() -> None:
 def sweep_name(override_dirname: str) -> str:
     """Folder of one run of a sweep: ``sae.expansion=8,sae.k=16`` becomes ``expansion=8,k=16``.
 
-    Values with a slash (paths) are left out: they would make subfolders.
+    Items of a list are joined by ``+``. A value that can't be part of a folder's name, such as a path, is a digest.
     """
-    parts = [part for part in override_dirname.split(",") if "/" not in part]
-    return ",".join(part.partition("=")[0].rpartition(".")[2] + "=" + part.partition("=")[2] for part in parts) or "run"
+    parts = []
+    for part in re.findall(r"(?:\[[^]]*\]|\{[^}]*\}|[^,\[{])+", override_dirname):
+        key, _, value = part.partition("=")
+        value = re.sub(r"[\[\]'\" ]", "", value).replace(",", "+")
+        if not re.fullmatch(r"[\w.+-]+", value):
+            value = hashlib.sha256(value.encode()).hexdigest()[:8]
+        parts.append(f"{key.rpartition('.')[2]}={value}")
+    return ",".join(parts) or "run"
