@@ -57,10 +57,11 @@ def signalled_in(step: int, number: signal.Signals = signal.SIGTERM, which: str 
 
 
 def interrupted_after(step: int) -> Watch:
-    """When that many steps are done, the process ends as it stands."""
+    """When that many steps are done and what it had begun to save is on disk, the process ends as it stands."""
 
     def before(run: Any) -> None:
         if run.step == step:
+            run.wait_for_save()
             raise Died
 
     return before
