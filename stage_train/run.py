@@ -187,13 +187,13 @@ def finish(spec: RunSpec, checkpoints: Checkpoints, world: World) -> None:
 
 def eval_arguments(cfg: TrainSchema, saes: Path) -> str:
     """Of the command that scores `saes`, a folder or a pattern; the scores of an SAE of its own name go beside it."""
-    arguments = f"name={cfg.name}" if cfg.run_dir == f"runs/{cfg.name}" else f"run_dir={cfg.run_dir}"
+    arguments = f"name={cfg.name}" if cfg.run_dir == f"runs/{cfg.name}" else f"run_dir={quoted(cfg.run_dir)}"
     if saes.resolve() != Path(cfg.run_dir, "sae").resolve():
         arguments += f" sae.path={quoted(str(saes))}"
         if saes.parent.resolve() == Path(cfg.run_dir).resolve():
             arguments += f" out_dir={quoted(str(saes))}"
     if cfg.store.url != f"{cfg.run_dir}/store":
-        arguments += f" store.url={cfg.store.url}"
+        arguments += f" store.url={quoted(cfg.store.url)}"
     return arguments
 
 

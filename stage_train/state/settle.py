@@ -31,7 +31,19 @@ def settled(cfg: TrainSchema, world: World) -> TrainSchema:
     if cfg.checkpoint.resume is not Resume.auto:
         return cfg
     folder: str = broadcast_object(_find(Path(cfg.out_dir), identity(as_dict(cfg))) if world.is_main else "")
-    return cfg if folder == cfg.out_dir else replace(cfg, out_dir=folder)
+    if folder == cfg.out_dir:
+        return cfg
+    _log_into(Path(folder), Path(cfg.out_dir))
+    return replace(cfg, out_dir=folder)
+
+
+def _log_into(folder: Path, instead_of: Path) -> None:
+    """From here on, log files of one folder go on in another."""
+    for handler in logging.root.handlers:
+        if isinstance(handler, logging.FileHandler) and Path(handler.baseFilename).parent == instead_of.resolve():
+            folder.mkdir(parents=True, exist_ok=True)
+            handler.close()  # it opens again when it is next written to
+            handler.baseFilename = str(folder.resolve() / Path(handler.baseFilename).name)
 
 
 def _find(asked: Path, wanted: Mapping[str, Any]) -> str:
