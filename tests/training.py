@@ -13,7 +13,7 @@ from hydra import compose
 from omegaconf import OmegaConf
 
 from shared.parallel import World
-from shared.sae import load
+from shared.sae.load import load
 from stage_train.job import Job
 from stage_train.show.loggers import read_metrics
 from stage_train.step import loop
