@@ -207,7 +207,10 @@ def read_state(path: Path) -> dict[str, Any]:
     try:
         return dict(json.loads((path / STATE).read_text()))
     except (OSError, ValueError) as error:
-        raise GranaryError(f"checkpoint {path} cannot be read ({error}): remove it, or use resume=never") from error
+        raise GranaryError(
+            f"checkpoint {path} cannot be read ({error}): put it back from a copy, or begin anew with "
+            "checkpoint.resume=never"
+        ) from error
 
 
 def load_tensors(path: Path, tensors: dict[str, Tensor], group: dist.ProcessGroup | None = None) -> None:
@@ -221,7 +224,10 @@ def load_tensors(path: Path, tensors: dict[str, Tensor], group: dist.ProcessGrou
         load(tensors, checkpoint_id=path, process_group=group, no_dist=group is None)
     except (CheckpointException, OSError, RuntimeError, ValueError) as error:
         why = _reason(error)
-        raise GranaryError(f"checkpoint {path} cannot be loaded ({why}): use resume=never to begin anew") from error
+        raise GranaryError(
+            f"checkpoint {path} cannot be loaded ({why}): put it back from a copy, or begin anew with "
+            "checkpoint.resume=never"
+        ) from error
 
 
 def _expect_one_process() -> None:
