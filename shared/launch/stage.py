@@ -99,14 +99,23 @@ def fail(message: str) -> NoReturn:
 def run_child(command: Sequence[str]) -> None:
     """Run the ranks of a job under this process: Hydra outside, torchrun inside, one output folder.
 
-    A multirun cannot itself run under torchrun, where every rank would sweep. Signals are passed on; exits with the
-    child's status unless that is 0.
+    A multirun cannot itself run under torchrun, where every rank would sweep. Signals are passed on, once each: the
+    child is in a process group of its own, so that a terminal's Ctrl-C does not reach it twice. A second Ctrl-C kills
+    the group. Exits with the child's status unless that is 0.
     """
-    process = subprocess.Popen(list(command), env=environment_of_child())
-    previous = {
-        number: signal.signal(number, lambda received, _: process.send_signal(received))
-        for number in (signal.SIGTERM, signal.SIGUSR1)
-    }
+    process = subprocess.Popen(list(command), env=environment_of_child(), process_group=0)
+    interrupted = False
+
+    def pass_on(received: int, _: object) -> None:
+        nonlocal interrupted
+        if received == signal.SIGINT and interrupted:
+            os.killpg(process.pid, signal.SIGKILL)
+            return
+        interrupted = interrupted or received == signal.SIGINT
+        process.send_signal(received)
+
+    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+    previous = {number: signal.signal(number, pass_on) for number in numbers}
     status = process.wait()
     for number, handler in previous.items():
         signal.signal(number, handler)

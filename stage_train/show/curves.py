@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from shared.basics.files import replacing
 from shared.basics.metrics_file import read_metrics
 from shared.basics.run_folder import RunFolder
 
@@ -38,7 +39,8 @@ def draw_curves(folder: Path) -> Path | None:
         axes.grid(alpha=0.3)
         _scale(axes, name, [line[name] for line in lines])
     path = RunFolder(folder).curves
-    figure.savefig(path, dpi=110)
+    with replacing(path) as file:
+        figure.savefig(file, dpi=110, format="png")
     return path
 
 

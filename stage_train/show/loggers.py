@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from shared.basics.errors import GranaryError
-from shared.basics.files import write_text
-from shared.basics.metrics_file import read_metrics
+from shared.basics.files import write_bytes
+from shared.basics.metrics_file import lines_up_to
 from shared.basics.run_folder import RunFolder
 from stage_train.config import LoggerKind, LoggerSchema
 
@@ -30,10 +30,12 @@ class JsonlLogger:
     """One JSON object per line and logging step."""
 
     def __init__(self, folder: Path, first_step: int) -> None:
-        """Lines of steps after `first_step`, left by a run that went on after its last checkpoint, are removed."""
+        """Lines of steps after `first_step`, left by a run that went on after its last checkpoint, are removed.
+
+        A damaged line among those that stay is left as it is.
+        """
         path = RunFolder(folder).metrics
-        kept = [line for line in read_metrics(folder) if line["step"] <= first_step] if first_step else []
-        write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
+        write_bytes(path, b"".join(line + b"\n" for line in lines_up_to(folder, first_step)) if first_step else b"")
         self._file = path.open("a")
 
     def write(self, metrics: Metrics) -> None:

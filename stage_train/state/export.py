@@ -19,7 +19,7 @@ from shared.sae.load import KINDS
 from shared.sae.sites import Sites
 from shared.sae.variants import VARIANTS
 from stage_train.data.stores import PinnedStore
-from stage_train.state.checkpoint import load_tensors, newest_checkpoint, read_state
+from stage_train.state.checkpoint import intact_checkpoint, load_tensors, read_state
 
 log = logging.getLogger(__name__)
 
@@ -85,10 +85,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("target", type=Path, nargs="?", help="where to write; default: the run's folder")
     options = parser.parse_args(arguments)
     try:
-        checkpoints = RunFolder(options.run).checkpoints
-        newest = newest_checkpoint(checkpoints)
+        newest = intact_checkpoint(RunFolder(options.run).checkpoints)
         if newest is None:
-            raise GranaryError(f"there is no checkpoint in {checkpoints}: give the out_dir of a run")
+            raise GranaryError(
+                f"there is no checkpoint in {RunFolder(options.run).checkpoints}: give the out_dir of a run"
+            )
         target = options.target or options.run
         export(newest, target)
     except GranaryError as error:

@@ -26,7 +26,7 @@ def only_run_in(folder: Path, world: World) -> Iterator[None]:
     except OSError as error:
         raise GranaryError(f"no folder {folder}: {error.strerror}; set out_dir") from error
     if held is None:
-        raise GranaryError(f"another run is training into {folder}: wait for it, end it, or set out_dir")
+        raise GranaryError(f"another run is training into {folder}: wait for it, end it, or give sae_name=...")
     try:
         yield
     finally:

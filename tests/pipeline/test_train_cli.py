@@ -134,3 +134,26 @@ def test_a_wrong_input_is_one_line(faults: dict[str, tuple[int, str]], name: str
     assert "Traceback" not in errors
     (error,) = [text for text in errors.splitlines() if text.startswith("error")]
     assert line in error
+
+
+def test_a_second_sae_has_a_folder_of_its_own(store: Path) -> None:
+    """Nothing of the first is touched: not its weights, metrics, log or configuration."""
+    run_dir = store.with_name("several")
+    common = [f"run_dir={run_dir}", f"store.url={store}", "sae.expansion=4", "schedule.tokens=64"]
+    common += ["stream.batch_size=16"]
+    status, errors = finish(start(*common, "sae.k=3"))
+    assert status == 0, errors
+    before = {path: path.read_bytes() for path in (run_dir / "sae").rglob("*") if path.is_file()}
+    status, errors = finish(start(*common, "sae.k=2"))
+    assert status == 0, errors
+    log = run_dir / "sae" / "train.log"
+    after = {path: path.read_bytes() for path in (run_dir / "sae").rglob("*") if path.is_file()}
+    assert after.pop(log).startswith(before.pop(log))  # and one line that says where the other is
+    assert after == before
+    beside = run_dir / "sae,k=2"
+    assert SAE.from_pretrained(beside).config.k == 2
+    assert f"the SAE is in {beside}" in (beside / "train.log").read_text()
+    assert f"""sae.path='"{beside}"' out_dir='"{beside}"'""" in errors
+    status, errors = finish(start(*common, "sae.k=2", "sae_name=sae"))
+    assert status == 0, errors
+    assert f"this one goes to {beside}" in errors

@@ -94,7 +94,9 @@ def test_a_finished_run_without_its_export_gets_it(train: Runs) -> None:
 
 def test_another_configuration_is_refused_by_name(train: Runs) -> None:
     train.stopped("a", step=5)
-    with pytest.raises(GranaryError, match=r"optim\.lr was .*, is 0\.5; sae\.k was 3, is 4\. Use the same"):
+    with pytest.raises(
+        GranaryError, match=r"optim\.lr was .*, is 0\.5; sae\.k was 3, is 4\. Use the same, give this one"
+    ):
         train("a", "optim.lr=0.5", "sae.k=4")
     train("a", "logger.every=10", "checkpoint.every=7", "stream.io_threads=2", "stream.prefetch_gib=0")
 
