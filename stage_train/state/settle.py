@@ -51,6 +51,7 @@ def _find(asked: Path, wanted: Mapping[str, Any]) -> str:
     held = identity_in(asked)
     if held is None or _continues(held, wanted):
         return str(asked)
+    held = {**ADDED_SINCE, **held}
     beside = sorted(asked.parent.glob(f"{glob.escape(asked.name)},*"))
     mine = [folder for folder in beside if (there := identity_in(folder)) is not None and _continues(there, wanted)]
     found = mine[0] if mine else asked.with_name(f"{asked.name},{difference(held, wanted)}")
@@ -85,7 +86,6 @@ def difference(held: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
 
     A digest takes the place of what is too long, or can't be written in a name.
     """
-    held = {**ADDED_SINCE, **held}
     keys = [key for key in sorted(held.keys() | wanted.keys()) if held.get(key) != wanted.get(key)]
     name = ",".join(f"{key.rpartition('.')[2]}={_text(wanted.get(key))}" for key in keys)
     return name if re.fullmatch(r"[\w.=,+-]+", name) and len(name) <= LONGEST_NAME else digest(wanted)[:8]
