@@ -21,7 +21,7 @@ from typing import Self
 REPOSITORY = Path(__file__).resolve().parent.parent
 # What the three stages import before they begin to work.
 STAGES = (
-    "shared.cli",
+    "shared.launch.stage",
     "stage_harvest.harvest",
     "stage_train.job",
     "stage_eval.evaluate",

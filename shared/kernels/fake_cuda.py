@@ -65,8 +65,8 @@ class FakeCuda(TorchDispatchMode):
                 record.syncs.append("a Python value assigned at a tensor's indices")  # makes a tensor on the host
             set_item(tensor, index, value)
 
-        torch.Tensor.__setitem__ = assign
-        torch.Tensor.is_cuda = property(lambda tensor: tensor.device.type == DEVICE)
+        torch.Tensor.__setitem__ = assign  # type: ignore[method-assign, assignment]
+        torch.Tensor.is_cuda = property(lambda tensor: tensor.device.type == DEVICE)  # type: ignore[assignment]
         entered: Self = super().__enter__()
         return entered
 

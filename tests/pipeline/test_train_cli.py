@@ -128,11 +128,11 @@ def test_a_second_sae_has_a_folder_of_its_own(store: Path) -> None:
     run_dir = store.with_name("several")
     common = [f"run_dir={run_dir}", f"store.url={store}", "sae.expansion=4", "schedule.tokens=64"]
     common += ["stream.batch_size=16"]
-    status, errors = finish(start(*common, "sae.k=3"))
-    assert status == 0, errors
+    done = start(*common, "sae.k=3").finish()
+    assert done.code == 0, done.stderr
     before = {path: path.read_bytes() for path in (run_dir / "sae").rglob("*") if path.is_file()}
-    status, errors = finish(start(*common, "sae.k=2"))
-    assert status == 0, errors
+    done = start(*common, "sae.k=2").finish()
+    assert done.code == 0, done.stderr
     log = run_dir / "sae" / "train.log"
     after = {path: path.read_bytes() for path in (run_dir / "sae").rglob("*") if path.is_file()}
     assert after.pop(log).startswith(before.pop(log))  # and one line that says where the other is
@@ -140,7 +140,7 @@ def test_a_second_sae_has_a_folder_of_its_own(store: Path) -> None:
     beside = run_dir / "sae,k=2"
     assert SAE.from_pretrained(beside).config.k == 2
     assert f"the SAE is in {beside}" in (beside / "train.log").read_text()
-    assert f"""sae.path='"{beside}"' out_dir='"{beside}"'""" in errors
-    status, errors = finish(start(*common, "sae.k=2", "sae_name=sae"))
-    assert status == 0, errors
-    assert f"this one goes to {beside}" in errors
+    assert f"""sae.path='"{beside}"' out_dir='"{beside}"'""" in done.stderr
+    done = start(*common, "sae.k=2", "sae_name=sae").finish()
+    assert done.code == 0, done.stderr
+    assert f"this one goes to {beside}" in done.stderr
