@@ -75,6 +75,6 @@ def test_wrong_words_are_one_line(runs: Runs) -> None:
     with pytest.raises(GranaryError, match=r"site layers\.9\.mlp_in is not in the store"):
         runs("bad", "reads=layers.9.mlp_in")
     with pytest.raises(
-        GranaryError, match="an SAE reads one site and gives it back, not .*: use variant=transcoder for two places"
+        GranaryError, match=r"an SAE reads one site and gives it back, not .*: use variant=transcoder for two places"
     ):
         runs("bad", "variant=sae")
