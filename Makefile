@@ -120,7 +120,7 @@ test-s3: setup ## the tests on a real S3 server (Ceph from Debian's packages), w
 	@tests/servers/s3_up.sh
 	@trap tests/servers/s3_down.sh EXIT; $(PYTEST_ALONE) -m s3 tests/s3
 
-bit-identical: setup ## whether stores, weights and evaluations are those of the commit BASE=..., bit for bit (4 minutes)
+bit-identical: setup ## whether stores, weights and evaluations are those of the commit BASE=..., bit for bit
 	@$(BIN)/python -m tests.bit_identical $(BASE) $(ARGS)
 
 check: setup ## lint, types, and composing every config

@@ -13,7 +13,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, OmegaConf
 
 import shared.basics.config
-from shared.basics.config import DeviceSchema
+from shared.basics.config import DeviceSchema, key, marks
 from stage_train.sae_schema import SAESchema
 
 
@@ -114,11 +114,11 @@ class FurtherStore:
 class StoreInput:
     """Which activations to train on."""
 
-    url: str = MISSING
+    url: str = key(identity=False, named=False)  # a checkpoint knows the store by its digest
     """Folder or fsspec URL of an activation store. It need not be complete: what is committed now is used."""
     weight: float = MISSING
     """Times each of its tokens is read per epoch."""
-    others: list[FurtherStore] = MISSING
+    others: list[FurtherStore] = key(identity=False)
     """Further stores, read as one with the first: 'store.others=[{url:s3://bucket/store,weight:0.5}]'."""
 
 
@@ -138,12 +138,12 @@ class StreamSchema:
     """Leave out an epoch's last batch when it is short."""
     max_norm_multiple: float | None = MISSING
     """Drop tokens whose norm is above this multiple of the median; null keeps all."""
-    prefetch_gib: float = MISSING
+    prefetch_gib: float = key(identity=False)
     """Memory for reading ahead, all processes together, beside what is being mixed."""
-    io_threads: int = MISSING
+    io_threads: int = key(identity=False)
     """Reading threads per process."""
-    buffer: BufferPlace = MISSING
-    on_damage: OnDamage = MISSING
+    buffer: BufferPlace = key(identity=False)
+    on_damage: OnDamage = key(identity=False)  # a run that stopped at a damaged shard can go on without it
 
 
 @dataclass(kw_only=True)
@@ -168,7 +168,7 @@ class OptimSchema:
     """In which adam keeps its moments; null for the others."""
     clip_norm: float | None = MISSING
     """Largest global gradient norm; null does not clip."""
-    micro_batch: int | None = MISSING
+    micro_batch: int | None = key(identity=False)
     """Most rows per forward and process, to bound memory; null: the whole batch at once."""
     ema_decay: float | None = MISSING
     """Moving average of the weights, per step; null keeps none."""
@@ -183,7 +183,7 @@ class OptimSchema:
 class ComputeSchema:
     """How a step is computed. See docs/kernels.md."""
 
-    kernels: str = MISSING
+    kernels: str = key(identity=False)
     """auto (triton on a GPU, torch on a CPU), triton, torch, or reference (dense, slow). The results differ by rounding
     alone."""
     dtype: str = MISSING
@@ -244,7 +244,7 @@ class LoggerSchema:
     """Steps between lines; nothing waits for the device in between."""
     kinds: list[LoggerKind] = MISSING
     """Of tensorboard, wandb."""
-    progress: bool = MISSING
+    progress: bool = key(named=False)
     """Show a progress bar."""
     curves: bool = MISSING
     """Draw curves.png at the end."""
@@ -257,19 +257,20 @@ class LoggerSchema:
 class TrainSchema:
     """``conf/train.yaml``."""
 
-    name: str = MISSING
+    name: str = key(identity=False, named=False)
     """Name of the run; its folder is ``run_dir``."""
-    run_dir: str = MISSING
-    sae_name: str = MISSING
+    run_dir: str = key(identity=False, named=False)
+    """Folder of the run: its store, SAEs, sweeps and evaluations."""
+    sae_name: str = key(identity=False, named=False)
     """Name of this SAE's folder in ``run_dir``; several SAEs of one store lie side by side."""
-    out_dir: str = MISSING
+    out_dir: str = key(identity=False)
     """Where this SAE goes: checkpoints, metrics, and config.json + sae.safetensors at the end. Where it holds another
     SAE, a folder beside it, named by what differs."""
     seed: int = MISSING
     """Order of the tokens and the initial weights."""
-    nproc: int = MISSING
+    nproc: int = key(identity=False, shared=True, named=False)
     """Processes on this machine; above 1, the job starts them itself."""
-    packed: bool = MISSING
+    packed: bool = key(identity=False, named=False)
     """In a sweep (-m): train all its SAEs together, from one pass over the store."""
     hook: str | None = MISSING
     """Which of the store's sites to read and give back; null takes the only one. Short for reads and writes alike."""
@@ -282,16 +283,16 @@ class TrainSchema:
     """Folder or hub id of an SAE whose weights and normalisation are the first ones; null: from data."""
     variant: dict[str, Any] = field(default_factory=dict)
     """Group ``variant``: the kind of dictionary, and what only that kind has."""
-    store: StoreInput = field(default_factory=StoreInput)
+    store: StoreInput = key(StoreInput, shared=True)
     sae: SAESchema = field(default_factory=SAESchema)
     optim: OptimSchema = field(default_factory=OptimSchema)
     compute: ComputeSchema = field(default_factory=ComputeSchema)
     schedule: ScheduleSchema = field(default_factory=ScheduleSchema)
-    stream: StreamSchema = field(default_factory=StreamSchema)
-    parallel: ParallelSchema = field(default_factory=ParallelSchema)
-    checkpoint: CheckpointSchema = field(default_factory=CheckpointSchema)
-    logger: LoggerSchema = field(default_factory=LoggerSchema)
-    device: DeviceSchema = field(default_factory=DeviceSchema)
+    stream: StreamSchema = key(StreamSchema, shared=True)
+    parallel: ParallelSchema = key(ParallelSchema, identity=False, shared=True)
+    checkpoint: CheckpointSchema = key(CheckpointSchema, identity=False)
+    logger: LoggerSchema = key(LoggerSchema, identity=False)
+    device: DeviceSchema = key(DeviceSchema, identity=False, shared=True, named=False)
 
 
 def as_dict(cfg: TrainSchema) -> dict[str, Any]:
@@ -305,6 +306,7 @@ def register() -> None:
     """Put the schemas into Hydra's ConfigStore."""
     shared.basics.config.register()
     OmegaConf.register_new_resolver("sweep_name", sweep_name, replace=True)
+    OmegaConf.register_new_resolver("unnamed_keys", unnamed_keys, replace=True)
     store = ConfigStore.instance()
     store.store(name="train_schema", node=TrainSchema)
     store.store(group="sae", name="schema", node=SAESchema)
@@ -313,6 +315,11 @@ def register() -> None:
     store.store(group="stream", name="schema", node=StreamSchema)
     store.store(group="parallel", name="schema", node=ParallelSchema)
     store.store(group="logger", name="schema", node=LoggerSchema)
+
+
+def unnamed_keys() -> list[str]:
+    """Keys whose values are no part of a sweep folder's name."""
+    return [name for name, mark in marks(TrainSchema) if not mark.named]
 
 
 def sweep_name(override_dirname: str) -> str:

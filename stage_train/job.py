@@ -15,19 +15,21 @@ from typing import Any
 import torch
 
 from shared.basics.errors import GranaryError
+from shared.basics.run_folder import RunFolder
+from shared.basics.units import GIB
 from shared.kernels import resolve
 from shared.parallel import World, init_world, shutdown, telling_lost_contact
 from shared.parallel.stop import StopRequest
 from stage_train.config import TrainSchema, as_dict
-from stage_train.data.inputs import GIB, PinnedTokens, TrainingInputs, order_of
+from stage_train.data.inputs import PinnedTokens, TrainingInputs, order_of
 from stage_train.data.sites import resolve_sites
 from stage_train.data.stores import PinnedStore, pin, repin
 from stage_train.run import Run, eval_arguments, finish, write_config
 from stage_train.show.progress import ProgressBar
 from stage_train.spec import RunSpec
 from stage_train.state.disk import telling_disk_errors
-from stage_train.state.export import digest, is_exported
-from stage_train.state.identity import flatten
+from stage_train.state.export import digest
+from stage_train.state.identity import shared_keys
 from stage_train.state.lock import only_run_in
 from stage_train.state.resume import Start
 from stage_train.state.settle import settled
@@ -38,8 +40,6 @@ log = logging.getLogger(__name__)
 
 # Exit status after Ctrl-C: what shells and make take for "stop here", as the sweep that a run may be part of does.
 INTERRUPTED = 130
-# Keys that all runs of a job give alike.
-SHARED = ("nproc", "store.", "stream.", "parallel.", "device.")
 
 
 def train(cfgs: Sequence[TrainSchema]) -> None:
@@ -90,7 +90,7 @@ class Job:
         pairs = list(zip(self.specs, self.starts, strict=True))
         learning = [(spec, start) for spec, start in pairs if start.step < spec.length.steps]
         # As of now: a folder may hold an older export.
-        unfinished = [pair for pair in pairs if pair in learning or not is_exported(pair[0].folder)]
+        unfinished = [pair for pair in pairs if pair in learning or not RunFolder(pair[0].folder).has_dictionary]
         inputs = self.open_inputs()
         # A store with a window may still hold blocks that a run which is trained has passed.
         failed = self._train(inputs, learning) if learning or inputs.blocks is not None else set()
@@ -287,9 +287,9 @@ def check_alike(cfgs: Sequence[TrainSchema]) -> None:
             f"packed runs read one stream in one order, and the seeds {seeds} ask for several: give stream.seed=0, and "
             "they differ in their weights alone"
         )
-    first = shared_keys(cfgs[0])
+    first = shared_keys(as_dict(cfgs[0]))
     for cfg in cfgs[1:]:
-        for key, value in shared_keys(cfg).items():
+        for key, value in shared_keys(as_dict(cfg)).items():
             if value != first.get(key):
                 raise GranaryError(
                     f"packed runs read one stream in one process group, but {key} is {first.get(key)} for one and "
@@ -299,11 +299,6 @@ def check_alike(cfgs: Sequence[TrainSchema]) -> None:
     for folder in folders:
         if folders.count(folder) > 1:
             raise GranaryError(f"two of the packed runs have out_dir={folder}: give each its own")
-
-
-def shared_keys(cfg: TrainSchema) -> dict[str, Any]:
-    """What describes the stream and the processes: ``{"stream.lanes": 64, ...}``."""
-    return {key: value for key, value in flatten(as_dict(cfg)) if key.startswith(SHARED)}
 
 
 def _digests(record: Mapping[str, Any]) -> tuple[Any, ...]:

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from omegaconf import OmegaConf
 
+from shared.basics.files import write_text
+from shared.basics.run_folder import RunFolder
 from shared.parallel import World, barrier
 from shared.sae.folder import to_document
 from shared.sae.learn.init import initialise
@@ -22,9 +24,9 @@ from stage_train.config import TrainSchema
 from stage_train.data.inputs import TrainingInputs
 from stage_train.data.stream import Batch, TokenStream
 from stage_train.show.curves import draw_curves
-from stage_train.show.loggers import METRICS, Logger, make_loggers
+from stage_train.show.loggers import Logger, make_loggers
 from stage_train.spec import RunSpec
-from stage_train.state.checkpoint import Checkpoints, write_text
+from stage_train.state.checkpoint import Checkpoints
 from stage_train.state.export import export, provenance
 from stage_train.state.resume import Start
 from stage_train.state.warm_start import copy_weights
@@ -82,7 +84,7 @@ class Run:
         """Before the first step, when nothing is left to check: an earlier run gives way, and recording begins."""
         self._begun = True
         if self.start.discards:
-            self.start.checkpoints.set_aside(METRICS)
+            self.start.checkpoints.set_aside(RunFolder(self.spec.folder).metrics.name)
         if self.world.is_main:
             self._loggers = make_loggers(
                 self.spec.cfg.logger,
@@ -170,7 +172,7 @@ def make_trainer(
 def write_config(spec: RunSpec) -> None:
     """Leave the resolved configuration in the run's folder."""
     spec.folder.mkdir(parents=True, exist_ok=True)
-    write_text(spec.folder / "train.yaml", OmegaConf.to_yaml(OmegaConf.create(dict(spec.config))))
+    write_text(RunFolder(spec.folder).train_config, OmegaConf.to_yaml(OmegaConf.create(dict(spec.config))))
 
 
 def finish(spec: RunSpec, checkpoints: Checkpoints, world: World) -> None:

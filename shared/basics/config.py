@@ -1,15 +1,55 @@
 """Schemas of the config groups that more than one stage uses.
 
 Fields have types and meanings here and values in ``conf/``: a schema that also held defaults would be a second place
-to look. Stage schemas are in ``stage_*/config.py``; the SAE's own configuration, which lives in checkpoints, is
-``shared.sae.SAEConfig``.
+to look. What else is to be known of a key stands beside its field too, by ``key``. Stage schemas are in
+``stage_*/config.py``; the SAE's own configuration, which lives in checkpoints, is ``shared.sae.SAEConfig``.
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields, is_dataclass
 from enum import Enum
+from typing import Any
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Marks:
+    """What a stage does with a key, beside giving it to the code that reads it."""
+
+    identity: bool = True
+    """The result depends on it: a run that is continued must be given the same value."""
+    shared: bool = False
+    """Runs that read one stream in one process group must be given the same value."""
+    named: bool = True
+    """The folders of a sweep carry its value in their names."""
+
+    def within(self, group: "Marks") -> "Marks":
+        """Those of a key of a group that has marks itself: either may free it."""
+        return Marks(
+            identity=self.identity and group.identity,
+            shared=self.shared or group.shared,
+            named=self.named and group.named,
+        )
+
+
+def key(default: Any = MISSING, *, identity: bool = True, shared: bool = False, named: bool = True) -> Any:
+    """A field of a schema with ``Marks``; of a group, they are those of all its keys. A class is its own factory."""
+    metadata = {"marks": Marks(identity=identity, shared=shared, named=named)}
+    if isinstance(default, type):
+        return field(default_factory=default, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def marks(schema: type, prefix: str = "", group: Marks | None = None) -> Iterator[tuple[str, Marks]]:
+    """Every key of a schema and of the schemas in it, dotted, with its marks: ``("optim.lr", Marks(...))``."""
+    for one in fields(schema):
+        own = one.metadata.get("marks", Marks()).within(group or Marks())
+        if isinstance(one.type, type) and is_dataclass(one.type):
+            yield from marks(one.type, f"{prefix}{one.name}.", own)
+        else:
+            yield f"{prefix}{one.name}", own
 
 
 class ModelDtype(Enum):

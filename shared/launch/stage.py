@@ -1,20 +1,12 @@
-"""What the three entry points share: Hydra outside, one clear line on a wrong input, quiet secondary ranks.
+"""What the entry points share: Hydra outside, one clear line on a wrong input, ranks and jobs as child processes."""
 
-``model=PATH`` is accepted beside Hydra's ``model=<group option>``: a value that names no file of the group is taken as
-``model.path=PATH``.
-"""
-
-import difflib
 import logging
 import os
-import re
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from importlib import resources
-from pathlib import Path
 from typing import Any, NoReturn
 
 import hydra
@@ -25,10 +17,10 @@ from omegaconf.errors import OmegaConfBaseException
 
 from shared.basics.errors import GranaryError
 from shared.launch import slurm
+from shared.launch.config_errors import describe_config_error
 from shared.launch.orphans import environment_of_child
+from shared.launch.overrides import expand_launcher, expand_shorthands, rank_overrides
 
-# Groups whose value may also be a plain path, and the key that path belongs to.
-PATH_SHORTHANDS = {"model": "model.path"}
 # Logger, and a part of the message.
 CHATTER = (
     ("submitit", "sacct error"),  # at each poll, where a cluster has no accounting
@@ -146,81 +138,6 @@ def python_module(nproc: int, rendezvous: Sequence[str] = ("--standalone",)) -> 
     return command
 
 
-def expand_launcher(arguments: Sequence[str]) -> list[str]:
-    """Hydra uses a launcher in multiruns only: naming one asks for a multirun, of one job if need be."""
-    names_one = any(argument.startswith("hydra/launcher=") for argument in arguments)
-    is_multirun = any(argument in ("-m", "--multirun") for argument in arguments)
-    return ["--multirun", *arguments] if names_one and not is_multirun else list(arguments)
-
-
 def is_failed_job(error: Exception) -> bool:
     """Whether `error` is submitit's report of a job that failed."""
     return any(kind.__module__.startswith("submitit.") for kind in type(error).__mro__)
-
-
-def expand_shorthands(overrides: Sequence[str]) -> list[str]:
-    """Rewrite ``model=/path/or/hub-id`` to ``model.path=...`` where no option of the group has that name."""
-    expanded = []
-    for override in overrides:
-        group, equals, value = override.partition("=")
-        is_option = (resources.files("conf") / group / f"{value}.yaml").is_file() if group in PATH_SHORTHANDS else True
-        if equals and not is_option and "," not in value:
-            override = f"{PATH_SHORTHANDS[group]}={value}"
-        expanded.append(override)
-    return expanded
-
-
-def rank_overrides() -> list[str]:
-    """Under torchrun only rank 0 owns the run folder and the log file."""
-    if os.environ.get("RANK", "0") == "0":
-        return []
-    return ["hydra.output_subdir=null", "hydra/job_logging=rank"]
-
-
-def describe_config_error(error: Exception) -> str:
-    """One line that names the key and the nearest valid one."""
-    full_key = getattr(error, "full_key", None)
-    text = str(error).strip().splitlines()[0]
-    cause = error.__cause__
-    if isinstance(cause, OmegaConfBaseException):
-        full_key = cause.full_key or full_key
-        text = str(cause).strip().splitlines()[0]
-    unknown = re.search(r"Key '([^']+)' (?:is not in struct|not in '([^']+)')", text)
-    if unknown:
-        key = full_key or unknown[1]
-        return f"unknown configuration key {key!r}{suggestion(cause or error, unknown[1])}"
-    missing = re.search(r"[Mm]issing mandatory value: (\S+)", text)
-    if missing:
-        key = full_key or missing[1]
-        return f"{key} has no value: give {key}=... on the command line"
-    ambiguous = re.search(r"Ambiguous value for argument '([^=]+)=([^']*)'", text)
-    if ambiguous:
-        key, values = ambiguous.groups()
-        return f"{key}={values} is a sweep: add -m, or write {key}=[{values}] for a list"
-    option = re.search(r"Could not find '([^']+)'", text) or re.search(r"Could not load '([^']+)'", text)
-    if option and option[1].startswith("hydra/launcher/submitit"):
-        return "hydra/launcher=slurm needs submitit: pip install 'granary[slurm]'"
-    if option:
-        group, _, name = option[1].rpartition("/")
-        return f"no option {name!r} in group {group!r}: choose from {', '.join(group_options(group))}"
-    prefix = f"{full_key}: " if full_key and full_key not in text else ""
-    return f"{prefix}{text}"
-
-
-def suggestion(error: BaseException, key: str) -> str:
-    """`` (did you mean ...?)`` from the valid keys of the node that refused `key`."""
-    object_type = getattr(error, "object_type", None)
-    names: list[str] = list(getattr(object_type, "__dataclass_fields__", {}))
-    parent = getattr(error, "parent_node", None)
-    if not names and isinstance(parent, DictConfig):
-        names = [str(name) for name in parent]
-    close = difflib.get_close_matches(key, names, n=1)
-    if close:
-        return f" (did you mean {close[0]!r}?)"
-    return f": choose from {', '.join(sorted(names))}" if names else ""
-
-
-def group_options(group: str) -> list[str]:
-    """Names of the YAML files of a config group."""
-    folder = Path(str(resources.files("conf"))) / group
-    return sorted(path.stem for path in folder.glob("*.yaml"))

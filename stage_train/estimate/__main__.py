@@ -14,7 +14,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from shared.basics.errors import GranaryError
-from shared.launch.stage import describe_config_error, fail
+from shared.launch.config_errors import describe_config_error
+from shared.launch.stage import fail
 from stage_train.config import TrainSchema, register
 from stage_train.estimate.config import PlanSchema, split_overrides
 
@@ -68,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def run(options: PlanSchema, overrides: Sequence[str]) -> None:
     """`overrides` are training's."""
     cfg = training_config(overrides)
-    from stage_train.data.inputs import GIB
+    from shared.basics.units import GIB
     from stage_train.estimate.job import find_data, make_job  # torch, and all that training imports
     from stage_train.estimate.pace import find_pace
     from stage_train.estimate.report import Plan, as_json, make_plan, table

@@ -2,15 +2,17 @@
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
 from shared.basics.errors import GranaryError
+from shared.basics.files import write_bytes
+from shared.basics.metrics_file import lines_up_to
+from shared.basics.run_folder import RunFolder
 from stage_train.config import LoggerKind, LoggerSchema
 
-METRICS = "metrics.jsonl"
 Metrics = Mapping[str, float | int]
 
 
@@ -32,13 +34,8 @@ class JsonlLogger:
 
         A damaged line among those that stay is left as it is.
         """
-        path = folder / METRICS
-        aside = path.with_suffix(".partial")
-        try:
-            aside.write_bytes(b"".join(line + b"\n" for line in _lines_up_to(path, first_step)) if first_step else b"")
-            aside.replace(path)
-        finally:
-            aside.unlink(missing_ok=True)
+        path = RunFolder(folder).metrics
+        write_bytes(path, b"".join(line + b"\n" for line in lines_up_to(folder, first_step)) if first_step else b"")
         self._file = path.open("a")
 
     def write(self, metrics: Metrics) -> None:
@@ -47,7 +44,7 @@ class JsonlLogger:
         self._file.flush()
 
     def close(self) -> None:
-        """To the disk."""
+        """Flush the lines to disk."""
         os.fsync(self._file.fileno())
         self._file.close()
 
@@ -62,7 +59,7 @@ class TensorBoardLogger:
             raise GranaryError(
                 "logger.kinds=[tensorboard] needs tensorboard: pip install 'granary[tensorboard]'"
             ) from error
-        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step or None)
+        self._writer = SummaryWriter(str(RunFolder(folder).tensorboard), purge_step=first_step or None)
 
     def write(self, metrics: Metrics) -> None:
         """One scalar per metric."""
@@ -120,33 +117,3 @@ def make_loggers(
     if LoggerKind.wandb in cfg.kinds:
         loggers.append(WandbLogger(cfg, folder, run_id, name, config))
     return [JsonlLogger(folder, first_step), *loggers]
-
-
-def read_metrics(folder: Path) -> Sequence[dict[str, Any]]:
-    """The lines of ``metrics.jsonl`` but damaged ones, such as a last one that a kill cut short; empty without it."""
-    path = folder / METRICS
-    parsed = (_parse(line) for line in (path.read_bytes().splitlines() if path.is_file() else []))
-    return [line for line in parsed if line is not None]
-
-
-def _parse(line: bytes) -> dict[str, Any] | None:
-    """The metrics of a line; None for a damaged one."""
-    try:
-        metrics = json.loads(line)
-    except ValueError:
-        return None
-    return metrics if isinstance(metrics, dict) and isinstance(metrics.get("step"), int) else None
-
-
-def _lines_up_to(path: Path, step: int) -> list[bytes]:
-    """The lines of a file up to a step; damaged ones between them as they are."""
-    kept: list[bytes] = []
-    damaged: list[bytes] = []
-    for line in path.read_bytes().splitlines() if path.is_file() else []:
-        metrics = _parse(line)
-        if metrics is None:
-            damaged.append(line)
-        elif metrics["step"] <= step:
-            kept += [*damaged, line]
-            damaged = []
-    return kept

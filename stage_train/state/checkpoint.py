@@ -13,7 +13,6 @@ A folder is written under another name, flushed to disk, renamed, and only then 
 
 import json
 import logging
-import os
 import shutil
 import warnings
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -29,6 +28,7 @@ from torch.distributed.checkpoint.state_dict_saver import AsyncSaveResponse, asy
 from torch.distributed.tensor import DTensor
 
 from shared.basics.errors import GranaryError
+from shared.basics.files import sync_folder, write_text
 from shared.parallel import World, barrier, broadcast_object
 from stage_train.state.integrity import fault_of, write_digests
 
@@ -240,26 +240,3 @@ def _reason(error: BaseException) -> str:
     if isinstance(error, CheckpointException) and error.failures:
         return str(next(iter(error.failures.values()))[0])
     return str(error)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Atomic and durable."""
-    aside = path.with_name(path.name + PARTIAL)
-    try:
-        with aside.open("w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames in a folder durable."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

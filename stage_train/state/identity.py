@@ -3,52 +3,32 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from shared.basics.config import marks
 from shared.basics.errors import GranaryError
+from stage_train.config import TrainSchema
 
-# What may change between the parts of one run: nothing here alters its result.
-FREE = (
-    "name",
-    "run_dir",
-    "sae_name",
-    "out_dir",
-    "nproc",
-    "packed",
-    "store.url",  # the checkpoint knows the store by its digest
-    "store.others",
-    "checkpoint.",
-    "logger.",
-    "device.",
-    "compute.kernels",
-    "parallel.",
-    "optim.micro_batch",
-    "stream.prefetch_gib",
-    "stream.io_threads",
-    "stream.buffer",
-    "stream.on_damage",  # so that a run which stopped at a damaged shard can go on without it
-)
+# What may change between the parts of one run, and what all runs of a job give alike; marked beside the fields.
+FREE = frozenset(key for key, mark in marks(TrainSchema) if not mark.identity)
+SHARED = frozenset(key for key, mark in marks(TrainSchema) if mark.shared)
 
-# Keys that older runs did not record, and what they did in their place.
-ADDED_SINCE = {"variant.kind": "sae"}
-
-
-# Keys that are younger than the first runs: null is as if they were not there, so that a run keeps its id.
-YOUNGER = ("reads", "writes", "init_from")
+# Keys that are younger than the first runs, with the value at which all is as before them: such a run keeps its id.
+YOUNGER = {"reads": None, "writes": None, "variant.kind": "sae", "init_from": None}
 # Either may be raised: the run goes on.
 LENGTHS = ("schedule.tokens", "schedule.epochs")
 
 
 def identity(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The keys that fix the result, flattened: ``{"optim.lr": 0.001, ...}``."""
-    return {
-        key: value
-        for key, value in flatten(config)
-        if not key.startswith(FREE) and not (value is None and key in YOUNGER)
-    }
+    """The keys that fix the result, flattened: ``{"optim.lr": 0.001, ...}``; a key that is not known counts."""
+    return {key: value for key, value in flatten(config) if key not in FREE and (key, value) not in YOUNGER.items()}
+
+
+def shared_keys(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What describes the stream and the processes, flattened: ``{"stream.lanes": 64, ...}``."""
+    return {key: value for key, value in flatten(config) if key in SHARED}
 
 
 def changes(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
     """What differs between two identities, one text per key."""
-    saved = {**ADDED_SINCE, **saved}
     return [
         f"{key} was {saved.get(key)}, is {wanted.get(key)}"
         for key in sorted(saved.keys() | wanted.keys())
@@ -58,7 +38,6 @@ def changes(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
 
 def is_extension(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
     """Whether `wanted` is the same run, only longer."""
-    saved = {**ADDED_SINCE, **saved}
     changed = [key for key in saved.keys() | wanted.keys() if saved.get(key) != wanted.get(key)]
     if len(changed) != 1 or changed[0] not in LENGTHS:
         return False
@@ -77,9 +56,9 @@ def check_same_run(saved: Mapping[str, Any], wanted: Mapping[str, Any], folder: 
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """The values of nested mappings under dotted keys; what FREE names whole stays whole."""
+    """The values of nested mappings under dotted keys."""
     for key, value in config.items():
-        if isinstance(value, Mapping) and f"{prefix}{key}" not in FREE:
+        if isinstance(value, Mapping):
             yield from flatten(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value

@@ -11,11 +11,12 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from shared.basics.run_folder import RunFolder
 from shared.parallel import World, broadcast_object
 from stage_train.config import Resume, TrainSchema, as_dict
 from stage_train.state.checkpoint import STATE
-from stage_train.state.export import digest, is_exported
-from stage_train.state.identity import ADDED_SINCE, changes, identity, is_extension
+from stage_train.state.export import digest
+from stage_train.state.identity import changes, identity, is_extension
 
 log = logging.getLogger(__name__)
 
@@ -72,10 +73,10 @@ def identity_in(folder: Path) -> Mapping[str, Any] | None:
             return dict(json.loads(state.read_bytes())["identity"])
         except (OSError, ValueError, TypeError, KeyError):
             continue  # damaged: one before it tells as well
-    if not is_exported(folder):
+    if not RunFolder(folder).has_dictionary:
         return None
     try:
-        config = OmegaConf.to_container(OmegaConf.load(folder / "train.yaml"))
+        config = OmegaConf.to_container(OmegaConf.load(RunFolder(folder).train_config))
     except Exception:  # an SAE from elsewhere, or a file that YAML does not understand
         return {}
     return identity({str(key): value for key, value in config.items()}) if isinstance(config, dict) else {}

@@ -15,11 +15,11 @@ import pytest
 import torch
 from hydra import initialize_config_module
 
+from shared.basics.metrics_file import read_metrics
 from shared.parallel import World
 from shared.sae import SAE, load_provenance
 from shared.store import Store
 from stage_train import config
-from stage_train.show.loggers import read_metrics
 from stage_train.state.checkpoint import newest_checkpoint
 from tests.closeness import REORDERED, SAME_RUN, assert_close_in_norm
 

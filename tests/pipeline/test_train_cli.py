@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from shared.basics.metrics_file import read_metrics
 from shared.sae import SAE
 from shared.store import Store
-from stage_train.show.loggers import read_metrics
 
 TIMES = {"tokens_per_s", "wait_share"}
 

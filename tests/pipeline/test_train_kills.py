@@ -15,10 +15,10 @@ import pytest
 import torch
 
 from shared.basics.errors import GranaryError
+from shared.basics.metrics_file import read_metrics
 from shared.parallel import World
 from shared.sae import SAE
 from shared.store import Store
-from stage_train.show.loggers import read_metrics
 from stage_train.state.checkpoint import newest_checkpoint
 from stage_train.state.lock import only_run_in
 from tests.cli import ForkServer

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from shared.basics.metrics_file import read_metrics
 from shared.sae import SAE
 from shared.store import Store
-from stage_train.show.loggers import read_metrics
 from tests.cli import REPOSITORY
 from tests.closeness import REORDERED, SAME_RUN, assert_close_in_norm
 

@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 import torch
 
+from shared.basics.metrics_file import read_metrics
 from shared.sae import SAE
 from shared.store import Store, WindowPlan
 from shared.store.capacity import shard_bytes
 from shared.store.verify import verify
-from stage_train.show.loggers import read_metrics
 from tests.cli import ForkServer
 from tests.harvesting import PRELOAD, Harvester
 

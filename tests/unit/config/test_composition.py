@@ -13,7 +13,8 @@ from omegaconf.errors import OmegaConfBaseException
 import stage_eval.config
 import stage_harvest.config
 import stage_train.config
-from shared.launch.stage import describe_config_error, expand_shorthands
+from shared.launch.config_errors import describe_config_error
+from shared.launch.overrides import expand_shorthands
 
 CONF = Path(__file__).resolve().parents[3] / "conf"
 STAGES = ("harvest", "train", "eval")

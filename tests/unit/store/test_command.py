@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from shared.store import Store
-from shared.store.__main__ import human_bytes, main, spans
+from shared.store.__main__ import main, spans
 from tests.synthetic import synthetic_plan, synthetic_store
 
 
@@ -103,4 +103,3 @@ def test_it_runs_as_a_module(url):
 
 def test_numbers_are_written_for_people():
     assert spans([0, 1, 2, 5, 7, 8]) == "0-2, 5, 7-8"
-    assert [human_bytes(n) for n in (0, 999, 1500, 2.5e9, 3e18)] == ["0 B", "999 B", "1.5 kB", "2.5 GB", "3000.0 PB"]

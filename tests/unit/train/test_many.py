@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from shared.basics.errors import GranaryError
+from shared.basics.metrics_file import read_metrics
 from shared.sae import SAE, load_provenance
 from shared.store import Store
 from stage_train.job import Job
-from stage_train.show.loggers import read_metrics
 from stage_train.state.checkpoint import newest_checkpoint
 from tests.training import WORLD, Runs, assert_same_run, assert_same_weights, exit_code, signalled_in, watching
 
