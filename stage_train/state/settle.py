@@ -52,7 +52,6 @@ def _find(asked: Path, wanted: Mapping[str, Any]) -> str:
     held = identity_in(asked)
     if held is None or _continues(held, wanted):
         return str(asked)
-    held = {**ADDED_SINCE, **held}
     beside = sorted(asked.parent.glob(f"{glob.escape(asked.name)},*"))
     mine = [folder for folder in beside if (there := identity_in(folder)) is not None and _continues(there, wanted)]
     found = mine[0] if mine else asked.with_name(f"{asked.name},{difference(held, wanted)}")
