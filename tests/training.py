@@ -12,10 +12,10 @@ import torch
 from hydra import compose
 from omegaconf import OmegaConf
 
+from shared.basics.metrics_file import read_metrics
 from shared.parallel import World
 from shared.sae.load import load
 from stage_train.job import Job
-from stage_train.show.loggers import read_metrics
 from stage_train.step import loop
 
 WORLD = World(0, 1, 0, torch.device("cpu"))

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from shared.basics.errors import GranaryError
+from shared.basics.metrics_file import read_metrics
 from shared.sae import SAE
-from stage_train.show.loggers import read_metrics
 from tests.training import Runs, assert_same_weights, weights
 
 pytestmark = pytest.mark.usefixtures("train_configs")

@@ -13,9 +13,9 @@ from omegaconf import OmegaConf
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
 from shared.basics.errors import GranaryError
+from shared.basics.metrics_file import read_metrics
 from shared.sae import SAE, load_provenance
 from shared.store import Store
-from stage_train.show.loggers import read_metrics
 from stage_train.state.checkpoint import newest_checkpoint
 from stage_train.state.export import export
 from tests.closeness import REORDERED, SAME_RUN, assert_close_in_norm
