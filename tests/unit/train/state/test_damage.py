@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from shared.basics.errors import GranaryError
+from shared.basics.metrics_file import read_metrics
 from stage_train.job import train as train_command
-from stage_train.show.loggers import JsonlLogger, read_metrics
+from stage_train.show.loggers import JsonlLogger
 from stage_train.state.export import main
 from tests.training import Runs, assert_same_run
 
