@@ -28,7 +28,7 @@ def start(*overrides: str) -> "subprocess.Popen[str]":
 def finish(process: "subprocess.Popen[str]") -> tuple[int, str]:
     with process:
         try:
-            _, errors = process.communicate(timeout=120)
+            _, errors = process.communicate(timeout=600)
         finally:
             process.kill()
     return process.returncode, errors
@@ -79,7 +79,7 @@ def test_killed_and_signalled_runs_end_with_the_same_weights(store: Path) -> Non
 
 
 def wait_for(folder: Path, process: "subprocess.Popen[str]", step: int) -> None:
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + 600
     while not any(line["step"] >= step for line in read_metrics(folder)):
         assert process.poll() is None, finish(process)
         assert time.monotonic() < deadline
