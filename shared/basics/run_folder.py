@@ -5,6 +5,7 @@ runs/demo/                  run_dir: all of one study
     sae/                    stage_train: the folder of one training run (`sweep/` holds one for each of a sweep)
         train.yaml          the resolved configuration
         checkpoints/        training state
+        discarded/          state of an earlier run, until the one that replaces it has a checkpoint
         metrics.jsonl       one JSON object per logging step
         tensorboard/
         config.json         the dictionary ...
@@ -54,6 +55,11 @@ class RunFolder:
     def checkpoints(self) -> Path:
         """The folder of training state."""
         return self.path / "checkpoints"
+
+    @property
+    def discarded(self) -> Path:
+        """Where an earlier run's state lies until the one that replaces it has a checkpoint."""
+        return self.path / "discarded"
 
     @property
     def metrics(self) -> Path:

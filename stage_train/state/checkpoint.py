@@ -29,6 +29,7 @@ from torch.distributed.tensor import DTensor
 
 from shared.basics.errors import GranaryError
 from shared.basics.files import sync_folder, write_text
+from shared.basics.run_folder import RunFolder
 from shared.parallel import World, barrier, broadcast_object
 from stage_train.state.integrity import fault_of, write_digests
 
@@ -37,7 +38,6 @@ log = logging.getLogger(__name__)
 POINTER = "latest"
 STATE = "training.json"
 PARTIAL = ".partial"
-DISCARDED = "discarded"
 
 
 class StagingWriter(FileSystemWriter):
@@ -140,7 +140,7 @@ class Checkpoints:
     @property
     def discarded(self) -> Path:
         """Where an earlier run lies until this one has a checkpoint."""
-        return self.folder.parent / DISCARDED
+        return RunFolder(self.folder.parent).discarded
 
     def _publish(self, written: "Future[Any]", partial: Path, final: Path) -> None:
         written.result()

@@ -62,7 +62,7 @@ class Runs:
         command = [sys.executable, "-m", "shared.launch.torchrun", "--standalone", f"--nproc-per-node={world}"]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
         done = subprocess.run(
-            [*command, str(WORKER), str(file)], env=environment, capture_output=True, text=True, timeout=280
+            [*command, str(WORKER), str(file)], env=environment, capture_output=True, text=True, timeout=1200
         )
         assert done.returncode == 0, done.stderr
         ranks = [json.loads(file.with_suffix(f".{rank}").read_text()) for rank in range(world)]
@@ -186,13 +186,13 @@ def test_a_signal_to_the_command_reaches_the_ranks(runs: Runs, number: signal.Si
     )
     with process:
         try:
-            deadline = time.monotonic() + 90
+            deadline = time.monotonic() + 600
             while not read_metrics(runs.folder / name):
                 assert process.poll() is None
                 assert time.monotonic() < deadline
                 time.sleep(0.05)
             process.send_signal(number)
-            _, errors = process.communicate(timeout=90)
+            _, errors = process.communicate(timeout=600)
         finally:
             process.kill()
     assert process.returncode == 128 + number
