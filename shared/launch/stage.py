@@ -1,10 +1,9 @@
 """What the three entry points share: Hydra outside, one clear line on a wrong input, quiet secondary ranks.
 
 ``model=PATH`` is accepted beside Hydra's ``model=<group option>``: a value that names no file of the group is taken as
-``model.path=PATH``.
+``model.path=PATH``; ``device=cpu`` likewise. Keys that count something take ``50M`` and ``1e6``.
 """
 
-import difflib
 import logging
 import os
 import re
@@ -13,11 +12,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import is_dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any, NoReturn
 
 import hydra
+from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
@@ -25,10 +26,12 @@ from omegaconf.errors import OmegaConfBaseException
 
 from shared.basics.errors import GranaryError
 from shared.launch import slurm
+from shared.launch.counts import expand_counts
 from shared.launch.orphans import environment_of_child
+from shared.launch.schema import fill, suggestion
 
-# Groups whose value may also be a plain path, and the key that path belongs to.
-PATH_SHORTHANDS = {"model": "model.path"}
+# Groups that also take the value of one of their keys.
+VALUE_SHORTHANDS = {"model": "model.path", "device": "device.name"}
 # Logger, and a part of the message.
 CHATTER = (
     ("submitit", "sacct error"),  # at each poll, where a cluster has no accounting
@@ -51,7 +54,6 @@ def run_stage(task: Callable[[Any], None], config_name: str, afterwards: Callabl
     os.environ["HYDRA_FULL_ERROR"] = "1"  # raise, so that the line below is ours and not Hydra's multi-line one
     os.environ.update(slurm.CHOICE_OF_WARNING)
     drop_chatter()
-    sys.argv[1:] = expand_launcher(expand_shorthands(sys.argv[1:])) + rank_overrides()
 
     def run(cfg: DictConfig) -> None:
         if slurm.in_submitted_job():
@@ -61,11 +63,13 @@ def run_stage(task: Callable[[Any], None], config_name: str, afterwards: Callabl
             run_child(child_command(f"stage_{config_name}", cfg.nproc, ["--standalone"]))
             return
         try:
-            task(OmegaConf.to_object(cfg))
+            task(fill(cfg))
         except GranaryError as error:
             fail(str(error))  # here: on its way out Hydra would add a line of its own
 
     try:
+        arguments = expand_counts(expand_shorthands(sys.argv[1:]), schema_of(config_name))
+        sys.argv[1:] = expand_launcher(arguments) + rank_overrides()
         hydra.main(version_base="1.3", config_path="pkg://conf", config_name=config_name)(run)()
         afterwards()
     except GranaryError as error:
@@ -149,14 +153,21 @@ def is_failed_job(error: Exception) -> bool:
     return any(kind.__module__.startswith("submitit.") for kind in type(error).__mro__)
 
 
+def schema_of(config_name: str) -> type:
+    """The schema that the stage registered for ``conf/<config_name>.yaml``."""
+    schema = OmegaConf.get_type(ConfigStore.instance().load(f"{config_name}_schema.yaml").node)
+    assert schema is not None
+    return schema
+
+
 def expand_shorthands(overrides: Sequence[str]) -> list[str]:
     """Rewrite ``model=/path/or/hub-id`` to ``model.path=...`` where no option of the group has that name."""
     expanded = []
     for override in overrides:
         group, equals, value = override.partition("=")
-        is_option = (resources.files("conf") / group / f"{value}.yaml").is_file() if group in PATH_SHORTHANDS else True
+        is_option = (resources.files("conf") / group / f"{value}.yaml").is_file() if group in VALUE_SHORTHANDS else True
         if equals and not is_option and "," not in value:
-            override = f"{PATH_SHORTHANDS[group]}={value}"
+            override = f"{VALUE_SHORTHANDS[group]}={value}"
         expanded.append(override)
     return expanded
 
@@ -179,7 +190,9 @@ def describe_config_error(error: Exception) -> str:
     unknown = re.search(r"Key '([^']+)' (?:is not in struct|not in '([^']+)')", text)
     if unknown:
         key = full_key or unknown[1]
-        return f"unknown configuration key {key!r}{suggestion(cause or error, unknown[1])}"
+        schema = getattr(cause or error, "object_type", None)
+        known = suggestion(key, schema) if isinstance(schema, type) and is_dataclass(schema) else ""
+        return f"unknown configuration key {key!r}{known}"
     missing = re.search(r"[Mm]issing mandatory value: (\S+)", text)
     if missing:
         key = full_key or missing[1]
@@ -196,19 +209,6 @@ def describe_config_error(error: Exception) -> str:
         return f"no option {name!r} in group {group!r}: choose from {', '.join(group_options(group))}"
     prefix = f"{full_key}: " if full_key and full_key not in text else ""
     return f"{prefix}{text}"
-
-
-def suggestion(error: BaseException, key: str) -> str:
-    """`` (did you mean ...?)`` from the valid keys of the node that refused `key`."""
-    object_type = getattr(error, "object_type", None)
-    names: list[str] = list(getattr(object_type, "__dataclass_fields__", {}))
-    parent = getattr(error, "parent_node", None)
-    if not names and isinstance(parent, DictConfig):
-        names = [str(name) for name in parent]
-    close = difflib.get_close_matches(key, names, n=1)
-    if close:
-        return f" (did you mean {close[0]!r}?)"
-    return f": choose from {', '.join(sorted(names))}" if names else ""
 
 
 def group_options(group: str) -> list[str]:
