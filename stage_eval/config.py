@@ -66,8 +66,9 @@ class EvalSchema:
     """Name of the run; its folder is ``run_dir``."""
     run_dir: str = MISSING
     """Folder of the run that the other keys' defaults lie in."""
-    out_dir: str = MISSING
-    """Where eval.json, report.html and plots/ go for one SAE, and the comparison for several."""
+    out_dir: str | None = MISSING
+    """Where the results of one SAE, or the comparison of several, go. null: into ``run_dir``; but those of one that is
+    not the run's own, ``<run_dir>/sae``, go beside it."""
     seed: int = MISSING
     """Which decoder directions are sampled for their nearest neighbours."""
     nproc: int = MISSING

@@ -6,73 +6,87 @@ Every rank does its share of both passes; rank 0 writes and prints.
 import logging
 import os
 from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 from urllib.parse import quote
 
-from safetensors.torch import save
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from shared.basics.errors import GranaryError
-from shared.basics.files import write_bytes, write_text
-from shared.basics.run_folder import RunFolder
 from shared.lm import load_causal_lm
-from shared.lm.hookpoint import HookPoint
 from shared.parallel import barrier, init_world, shutdown
-from shared.store import HookStatistics, Store
+from shared.store import Store
+from stage_eval.assemble import Measured, RunFacts, assemble
 from stage_eval.config import EvalSchema
-from stage_eval.measure.data import EvaluationData, default_unit, load_data
-from stage_eval.measure.decoder import decoder_structure
-from stage_eval.measure.downstream import DownstreamSums, downstream_metrics
-from stage_eval.measure.passes import Loaded, Plan, conditions_for, downstream_pass, reconstruction_pass
+from stage_eval.language_model import ModelChoice, choose_model
+from stage_eval.measure.data import default_unit, load_data
+from stage_eval.measure.decoder import decoder_figures
+from stage_eval.measure.downstream import check_splices, joint_figures
+from stage_eval.measure.passes import conditions_for, downstream_pass, reconstruction_pass
 from stage_eval.measure.reconstruction import per_latent_figures
-from stage_eval.results import assemble, run_context, write_json
-from stage_eval.show.compare import compare, render_comparison
-from stage_eval.show.plots import evaluation_plots
-from stage_eval.show.report import render
-from stage_eval.show.sweep_plots import latent_plots, sweep_plots
+from stage_eval.measure.session import Loaded, PassSettings, Session, latent_rows
+from stage_eval.measure.vocabulary import VocabularyHead, check_head
+from stage_eval.output import (
+    COMPARISON,
+    EVALUATION,
+    Staged,
+    common_folder,
+    result_folders,
+    stage_comparison,
+    stage_evaluation,
+)
+from stage_eval.results.comparison import Comparison, compare, least_fvu
+from stage_eval.results.evaluation import Evaluation
+from stage_eval.results.figures import DecoderFigures, JointDownstream
+from stage_eval.sae_folders import Found, SAEFolder, find_saes
 from stage_eval.show.table import print_tables
-from stage_eval.show.theme import Plot, to_png
-from stage_eval.sources import Source, find_sources, model_path
 
 log = logging.getLogger(__name__)
+
+
+@dataclass
+class Results:
+    """What the passes have found so far, one entry per SAE; empty but on rank 0."""
+
+    evaluations: list[Evaluation]
+    per_latent: list[dict[str, Tensor]]
+    joint: JointDownstream | None = None
 
 
 def evaluate(cfg: EvalSchema) -> None:
     """Run the stage; raises GranaryError for every wrong input before any long work."""
     world = init_world(cfg.device.name, cfg.device.threads)
     store = Store.open(cfg.store.url)
-    sources = find_sources(cfg.sae.path, store, cfg.hook)
-    check_settings(cfg, sources)
-    where = model_path(cfg.model, store) if cfg.downstream else None
-    data = load_data(store, cfg.split, cfg.contexts)
-    statistics = {hook: store.statistics(str(hook)) for hook in {source.hook for source in sources}}
+    found = find_saes(cfg.sae.path, store, cfg.hook)
+    check_settings(cfg, found.folders)
+    choice = choose_model(cfg.model, store) if cfg.downstream else None
+    session = Session(
+        world=world,
+        store=store,
+        data=load_data(store, cfg.split, cfg.contexts),
+        statistics={site: store.statistics(site) for folder in found.folders for site in folder.sites.names},
+        settings=PassSettings(
+            unit_contexts=cfg.batch_contexts or default_unit(store.seq_len),
+            splice_bos=cfg.splice_bos,
+            joint=cfg.joint,
+        ),
+    )
     if world.is_main:
-        announce(cfg, sources, data, where)
-    model = None
-    if where is not None:
-        path, revision, dtype = where
-        model = load_causal_lm(
-            path, dtype, device=world.device, revision=revision, attn_implementation=cfg.model.attn_implementation
-        )
-    plan = Plan(world, cfg.batch_contexts or default_unit(store.seq_len), cfg.splice_bos)
-    shared = run_context(cfg, store, data, where[0] if where else None, world.size)
-    reports: list[dict[str, Any]] = []
-    per_latent: list[dict[str, Tensor]] = []
-    joint = None
-    for start in range(0, len(sources), cfg.sae.per_pass):
-        group = sources[start : start + cfg.sae.per_pass]
-        found, latents, joint = measure(cfg, group, model, store, data, statistics, plan, shared)
-        reports += found
-        per_latent += latents
+        announce(cfg, found, session, choice)
+    model = None if choice is None else load_model(cfg, choice, session)
+    facts = RunFacts.of(cfg, session, choice.path if choice else None)
+    results = Results([], [])
+    for start in range(0, len(found.folders), cfg.sae.per_pass):
+        measure(found.folders[start : start + cfg.sae.per_pass], session, model, facts, cfg.seed, results)
     if world.is_main:
-        write(cfg, sources, reports, per_latent, joint)
+        write(cfg, found, results)
     barrier()
     shutdown()
 
 
-def check_settings(cfg: EvalSchema, sources: Sequence[Source]) -> None:
+def check_settings(cfg: EvalSchema, folders: Sequence[SAEFolder]) -> None:
     """Raise GranaryError for settings that contradict one another or the SAEs."""
     if cfg.sae.per_pass < 1:
         raise GranaryError(f"sae.per_pass={cfg.sae.per_pass}: it must be at least 1")
@@ -82,112 +96,115 @@ def check_settings(cfg: EvalSchema, sources: Sequence[Source]) -> None:
         return
     if not cfg.downstream:
         raise GranaryError("joint=true splices all SAEs into the model: it needs downstream=true")
-    hooks = [source.hook for source in sources]
-    if len(set(hooks)) < len(hooks) or len(hooks) < 2:
+    written = [site for folder in folders for site in folder.sites.writes]
+    if len(set(written)) < len(written) or len(folders) < 2:
         raise GranaryError("joint=true needs SAEs of two or more hooks, one per hook")
-    if len(sources) > cfg.sae.per_pass:
-        raise GranaryError(f"joint=true needs all {len(sources)} SAEs in one pass: set sae.per_pass={len(sources)}")
+    if len(folders) > cfg.sae.per_pass:
+        raise GranaryError(f"joint=true needs all {len(folders)} SAEs in one pass: set sae.per_pass={len(folders)}")
 
 
-def announce(
-    cfg: EvalSchema, sources: Sequence[Source], data: EvaluationData, where: tuple[str, str | None, str] | None
-) -> None:
-    """Say what will be evaluated, and how much work it is."""
-    hooks = list(dict.fromkeys(source.hook for source in sources))
-    passes = 1 + 2 * len(hooks) + len(sources) + (3 if cfg.joint else 0)
+def announce(cfg: EvalSchema, found: Found, session: Session, choice: ModelChoice | None) -> None:
+    """Say what will be evaluated, how much work it is, and what is left out."""
+    folders, data = found.folders, session.data
+    places = list(dict.fromkeys(str(folder.sites) for folder in folders))
+    written = {folder.sites.writes for folder in folders}
+    passes = 1 + 2 * len(written) + len(folders) + (3 if cfg.joint else 0)
     lines = {
-        "SAEs": f"{len(sources)} on {', '.join(map(str, hooks))}",
+        "SAEs": f"{len(folders)} on {', '.join(places)}",
         "tokens": f"{data.num_tokens:,} trainable in {len(data.contexts):,} {cfg.split.value} contexts",
         "store": cfg.store.url,
-        "model": f"{where[0]} in {where[2]}, {passes} forward passes per context" if where else "not run",
+        "model": f"{choice.path} in {choice.dtype}, {passes} forward passes per context" if choice else "not run",
     }
     for name, text in lines.items():
         log.info("%-9s %s", name, text)
+    for left in found.left_out:
+        log.warning("%-9s %s", "left out", left.reason)
+
+
+def load_model(cfg: EvalSchema, choice: ModelChoice, session: Session) -> PreTrainedModel:
+    """The language model on this rank's device; raises GranaryError for one whose loss can't be computed here."""
+    model = load_causal_lm(
+        choice.path,
+        choice.dtype,
+        device=session.world.device,
+        revision=choice.revision,
+        attn_implementation=cfg.model.attn_implementation,
+    )
+    check_head(model, VocabularyHead(model))
+    return model
 
 
 def measure(
-    cfg: EvalSchema,
-    sources: Sequence[Source],
+    folders: Sequence[SAEFolder],
+    session: Session,
     model: PreTrainedModel | None,
-    store: Store,
-    data: EvaluationData,
-    statistics: dict[HookPoint, HookStatistics],
-    plan: Plan,
-    shared: dict[str, Any],
-) -> tuple[list[dict[str, Any]], list[dict[str, Tensor]], dict[str, Any] | None]:
-    """Evaluations and per-latent figures of SAEs that are in memory together; the joint splice's where asked for."""
-    device = plan.world.device
-    saes = [Loaded(source.name, source.hook, source.load(device)) for source in sources]
-    reconstructions, described = reconstruction_pass(saes, store, data, statistics, plan)
-    losses: DownstreamSums | None = None
-    joint = None
-    if model is not None:
-        conditions = conditions_for(saes, statistics, device, joint=cfg.joint)
-        losses = downstream_pass(model, conditions, data, plan)
-        if cfg.joint:
-            hooks = [str(source.hook) for source in sources]
-            joint = {"hooks": hooks, **downstream_metrics(losses, "sae joint", "zero joint", "mean joint")}
-    reports = []
-    if plan.world.is_main:
-        for source, loaded, sums in zip(sources, saes, reconstructions, strict=True):
-            decoder = decoder_structure(loaded.sae.W_dec, loaded.sae.W_enc, cfg.seed)
-            reports.append(
-                assemble(source, sums, described[source.hook], losses, decoder, statistics[source.hook], data, shared)
-            )
-    return reports, [per_latent_figures(sums) for sums in reconstructions], joint
-
-
-def write(
-    cfg: EvalSchema,
-    sources: Sequence[Source],
-    reports: Sequence[dict[str, Any]],
-    per_latent: Sequence[dict[str, Tensor]],
-    joint: dict[str, Any] | None,
+    facts: RunFacts,
+    seed: int,
+    results: Results,
 ) -> None:
-    """Write what was measured, show it, and say where it is."""
-    out = Path(cfg.out_dir)
-    files = RunFolder(out)
-    several = len(sources) > 1
-    for source, report, latents in zip(sources, reports, per_latent, strict=True):
-        folder = report_folder(source, out) if several else out
-        write_report(folder, report)
-        write_bytes(RunFolder(folder).latent_figures, save(latents))
-    print_tables(reports)
+    """Evaluate SAEs that are in memory together, and add what is found to `results`."""
+    loaded = [folder.load(session.world.device) for folder in folders]
+    conditions = conditions_for(loaded, session) if model is not None else []
+    if model is not None:
+        check_splices(model, conditions)
+    sums, described = reconstruction_pass(loaded, session)
+    losses = downstream_pass(model, conditions, session) if model is not None else None
+    if not session.world.is_main:
+        return
+    for folder, one, summed in zip(folders, loaded, sums, strict=True):
+        measured = Measured(folder, summed, described, losses, decoder_of(one, seed))
+        results.evaluations.append(assemble(measured, session, facts))
+        results.per_latent.append(per_latent_figures(summed))
+    if losses is not None and session.settings.joint:
+        results.joint = joint_figures(losses, [str(folder.sites) for folder in folders])
+
+
+def decoder_of(one: Loaded, seed: int) -> DecoderFigures | None:
+    """Figures of the decoder's rows; None for a dictionary whose decoder is no such matrix."""
+    rows = latent_rows(one.dictionary, "decoder")
+    encoder = latent_rows(one.dictionary, "encoder") if one.sites.is_autoencoder else None
+    return None if rows is None else decoder_figures(rows, encoder, seed)
+
+
+def write(cfg: EvalSchema, found: Found, results: Results) -> None:
+    """Write what was measured, all of it or nothing, show it, and say where it is."""
+    out, places = common_folder(cfg), result_folders(cfg, found.folders)
+    several = len(found.folders) > 1
+    with ExitStack() as stack:
+        all_staged = []
+        for place, evaluation, latents in zip(places, results.evaluations, results.per_latent, strict=True):
+            staged = stack.enter_context(Staged(place, EVALUATION))
+            stage_evaluation(staged, evaluation, latents)
+            all_staged.append(staged)
+        if several:
+            links = [relative_link(place / "report.html", out) for place in places]
+            comparison = compare(results.evaluations, links, results.joint, found.left_out)
+            staged = stack.enter_context(Staged(out, COMPARISON))
+            stage_comparison(staged, comparison)
+            all_staged.append(staged)
+        for staged in all_staged:
+            staged.move_in()
+    print_tables(results.evaluations)
     if several:
-        links = [relative_link(RunFolder(report_folder(source, out)).report, out) for source in sources]
-        comparison = compare(reports, links, joint)
-        write_json(files.comparison, comparison)
-        write_text(files.comparison_page, render_comparison(comparison))
-        write_plots(files.plots, [*sweep_plots(comparison["rows"]), *latent_plots(comparison["rows"])])
-        log.info("figures   %s, and eval.json beside each SAE", files.comparison)
-        log.info("report    %s", files.comparison_page)
-        best = min(comparison["rows"], key=lambda row: row["fvu"])
-        log.info('next      from shared.sae import SAE; sae = SAE.from_pretrained("%s")', best["path"])
+        say_where_comparison(out, comparison)
     else:
-        log.info("figures   %s", files.evaluation)
-        log.info("plots     %s", files.plots)
-        log.info("report    %s", files.report)
-        log.info('next      from shared.sae import SAE; sae = SAE.from_pretrained("%s")', sources[0].path)
+        say_where(places[0], found.folders[0].path)
 
 
-def write_report(folder: Path, report: dict[str, Any]) -> None:
-    """eval.json, plots/ and report.html of one SAE."""
-    files = RunFolder(folder)
-    write_json(files.evaluation, report)
-    write_plots(files.plots, evaluation_plots(report))
-    write_text(files.report, render(report))
+def say_where(place: Path, sae: str) -> None:
+    """Name the files of one evaluation, and what to do with its SAE."""
+    log.info("figures   %s", place / "eval.json")
+    log.info("plots     %s", place / "plots")
+    log.info("report    %s", place / "report.html")
+    log.info("next      from shared.sae import SAE; sae = SAE.from_pretrained(%r)", sae)
 
 
-def write_plots(folder: Path, plots: Sequence[Plot]) -> None:
-    """The plots as PNG."""
-    for plot in plots:
-        write_bytes(folder / f"{plot.name}.png", to_png(plot))
-
-
-def report_folder(source: Source, out: Path) -> Path:
-    """Beside the SAE; under `out` for one that came from a hub."""
-    beside = Path(source.path)
-    return beside if beside.is_dir() else out / source.path.replace("/", "--")
+def say_where_comparison(out: Path, comparison: Comparison) -> None:
+    """Name the files of a comparison, and what to do with the SAE of least FVU at the first of its sites."""
+    log.info("figures   %s, and eval.json beside each SAE", out / "comparison.json")
+    log.info("report    %s", out / "comparison.html")
+    best = least_fvu(next(iter(comparison.by_site.values())))
+    log.info("next      from shared.sae import SAE; sae = SAE.from_pretrained(%r)", best.path)
 
 
 def relative_link(target: Path, base: Path) -> str:

@@ -3,12 +3,13 @@
 This is the only package that knows how Hugging Face models are built inside.
 """
 
-from shared.lm.hooks import capture, check_hooks, needed_depth, splice
+from shared.lm.hooks import capture, check_hooks, needed_depth
 from shared.lm.identity import ModelIdentity, load_config, model_identity, resolve_model
 from shared.lm.load import load_causal_lm, load_trunk
 from shared.lm.packed import packed_inputs, segment_positions
 from shared.lm.places import decoder_blocks
 from shared.lm.quantised import quantisation_config
+from shared.lm.splicing import splice, splice_through
 from shared.lm.tensor_parallel import check_tensor_parallel
 from shared.lm.tokenizer import SpecialIds, load_tokenizer, special_ids, tokenizer_hash
 
@@ -31,5 +32,6 @@ __all__ = [
     "segment_positions",
     "special_ids",
     "splice",
+    "splice_through",
     "tokenizer_hash",
 ]

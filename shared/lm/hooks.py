@@ -1,4 +1,4 @@
-"""Reading and replacing activations of a decoder; `shared.lm.places` says where each one is.
+"""Reading activations of a decoder; `shared.lm.places` says where each is, `shared.lm.splicing` replaces them.
 
     resid_pre   input of decoder layer L
     attn_in     input of attention, that is after the norm before it
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import AutoModel, PretrainedConfig
 
 from shared.lm.hookpoint import HookPoint
-from shared.lm.places import Location, decoder_blocks, locate
+from shared.lm.places import Location, locate
 
 # Sites that are computed before the MLP of their layer runs.
 BEFORE_MLP = {"resid_pre", "attn_in", "attn_out", "resid_mid"}
@@ -59,58 +59,11 @@ def capture(model: nn.Module, hooks: Sequence[HookPoint]) -> Iterator[dict[HookP
             def keep(activation: Tensor, hook: HookPoint = hook) -> None:
                 captured[hook] = activation
 
-            stack.callback(_attach(locate(model, hook), keep).remove)
+            stack.callback(attach(locate(model, hook), keep).remove)
         yield captured
 
 
-@contextmanager
-def splice(model: nn.Module, hook: HookPoint, fn: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Within the context, each forward of `model` continues from ``fn(activation)`` instead of the activation.
-
-    `fn` gets [B, T, d_model] in the model's dtype; its result is cast back to that dtype and must have that shape.
-    """
-
-    def replace(activation: Tensor) -> Tensor:
-        replacement = fn(activation)
-        if replacement.shape != activation.shape:  # a shape that broadcasts would go on unnoticed
-            raise ValueError(f"splice at {hook}: {tuple(replacement.shape)} in place of {tuple(activation.shape)}")
-        return replacement.to(activation.dtype)
-
-    with ExitStack() as stack:
-        acting = _carried(model, hook, replace, stack) if hook.site == "resid_mid" else replace
-        stack.callback(_attach(locate(model, hook), acting).remove)
-        yield
-
-
-def _carried(
-    model: nn.Module, hook: HookPoint, replace: Callable[[Tensor], Tensor], stack: ExitStack
-) -> Callable[[Tensor], Tensor]:
-    """`replace` for ``resid_mid``, whose module reads the stream and does not pass it on.
-
-    What replaces the stream is kept, and the layer's output becomes its sum with what the MLP adds, as the layer itself
-    computes it. The hooks that see to that end with `stack`.
-    """
-    kept: dict[str, Tensor] = {}
-
-    def keep_middle(activation: Tensor) -> Tensor:
-        kept["middle"] = replace(activation)
-        return kept["middle"]
-
-    def keep_branch(branch: Tensor) -> None:
-        kept["branch"] = branch
-
-    def add(_module: nn.Module, _args: Any, output: Any) -> Any:
-        total = kept.pop("middle") + kept.pop("branch")
-        return (total, *output[1:]) if isinstance(output, tuple) else total
-
-    stack.callback(_attach(locate(model, HookPoint(hook.layer, "mlp_out")), keep_branch).remove)
-    # Before all other hooks on the layer's output: they are to see what goes on to the next layer.
-    block = decoder_blocks(model)[hook.layer]
-    stack.callback(block.register_forward_hook(add, prepend=True).remove)
-    return keep_middle
-
-
-def _attach(location: Location, fn: Callable[[Tensor], Tensor | None]) -> torch.utils.hooks.RemovableHandle:
+def attach(location: Location, fn: Callable[[Tensor], Tensor | None]) -> torch.utils.hooks.RemovableHandle:
     """Call `fn` on the activation at `location`; a tensor it returns takes the activation's place."""
 
     def on_output(_module: nn.Module, _args: Any, output: Any) -> Any:

@@ -1,4 +1,4 @@
-"""What the activations of a hook are like: norms along positions, and dimensions far larger than the rest.
+"""What the activations of a site are like: norms along positions, and dimensions far larger than the rest.
 
 Gathered from the evaluated tokens in the same pass as the reconstruction. BOS positions are kept apart: in LLaMA models
 they carry the massive activations (Sun et al. 2024), a few dimensions thousands of times larger than the others.
@@ -7,23 +7,35 @@ Legend: N tokens, D d_model, G position groups (the last row is BOS), B norm bin
 """
 
 import math
-from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from shared.store import HookStatistics
+from stage_eval.measure.breakdown import Grouping
 from stage_eval.measure.sums import Sums
+from stage_eval.results.figures import (
+    ActivationFigures,
+    BosNorm,
+    LargeDimension,
+    LargestDimensions,
+    MassiveDimension,
+    NormGroups,
+    Spectrum,
+    StoreNorms,
+)
 
 BINS_PER_OCTAVE = 16  # a bin is 4.4 % wide
 LEAST_EXPONENT, GREATEST_EXPONENT = -32, 32
 NUM_BINS = (GREATEST_EXPONENT - LEAST_EXPONENT) * BINS_PER_OCTAVE
 PERCENTILES = (5, 50, 95, 99)
 LARGEST_DIMENSIONS = 8
+SPECTRUM_POINTS = 200
+"""Ranks that a spectrum is thinned to: a drawable number."""
 MASSIVE_RATIO = 100.0
-"""A dimension is called massive where its largest magnitude is this many times the median dimension's RMS."""
+"""A dimension reaches massively far where its largest magnitude is this many times the median dimension's RMS."""
 
 
 class ActivationSums(Sums):
@@ -69,20 +81,65 @@ def raise_to(greatest_D: Tensor, x_ND: Tensor) -> None:
         torch.maximum(greatest_D, x_ND.abs().amax(0), out=greatest_D)
 
 
-def activation_metrics(sums: ActivationSums, edges: Sequence[float]) -> dict[str, Any]:
-    """Norm percentiles by position group and for BOS, and the largest dimensions, JSON-ready."""
-    bins_GB = sums.added["norm_bins_GB"].numpy()
-    greatest_G = sums.maxed["norm_G"].numpy()
-    tokens_G = bins_GB.sum(1)
-    groups: dict[str, Any] = {"edges": list(edges), "tokens": tokens_G[:-1].tolist()}
-    for percentile in PERCENTILES:
-        column = [norm_quantile(bins_B, percentile / 100) for bins_B in bins_GB[:-1]]
-        groups[f"p{percentile}"] = [min(value, most) for value, most in zip(column, greatest_G[:-1], strict=True)]
-    groups["max"] = greatest_G[:-1].tolist()
-    bos = None
-    if tokens_G[-1]:
-        bos = {"tokens": int(tokens_G[-1]), "p50": norm_quantile(bins_GB[-1], 0.5), "max": float(greatest_G[-1])}
-    return {"norm_by_position": groups, "bos_norm": bos, "largest": largest_dimensions(sums, int(tokens_G[:-1].sum()))}
+def activation_figures(sums: ActivationSums, statistics: HookStatistics, positions: Grouping) -> ActivationFigures:
+    """What the store knows of a site's training tokens, and what was found on the evaluated ones."""
+    std_D = np.sort(np.sqrt(statistics.var))[::-1]
+    mean_D = np.sort(np.abs(statistics.mean))[::-1]
+    ranks = np.unique(np.geomspace(1, len(std_D), min(SPECTRUM_POINTS, len(std_D))).round().astype(int))
+    variance = float(statistics.var.sum())
+    return ActivationFigures(
+        count=statistics.count,
+        mean_norm=statistics.mean_norm,
+        rms_norm=statistics.rms_norm,
+        median_norm=statistics.median_norm,
+        max_norm=statistics.max_norm,
+        relative_squared_error=statistics.relative_squared_error,
+        norm_of_mean=float(np.linalg.norm(statistics.mean)),
+        total_variance=variance,
+        variance_in_largest=float(statistics.var.max()) / variance if variance else None,
+        massive_dimensions=[
+            MassiveDimension(dimension=dimension, rms_ratio=ratio)
+            for dimension, ratio in statistics.outlier_dimensions()
+        ],
+        store_norm_by_position=[
+            StoreNorms(
+                first=group.first,
+                last=group.last,
+                tokens=group.count,
+                **{f"p{percent}": value for percent, value in group.percentiles.items()},
+            )
+            for group in statistics.norms_by_position
+        ],
+        spectrum=Spectrum(rank=ranks.tolist(), std=std_D[ranks - 1].tolist(), abs_mean=mean_D[ranks - 1].tolist()),
+        norm_by_position=norm_groups(sums, positions),
+        bos_norm=bos_norm(sums),
+        largest=largest_dimensions(sums),
+    )
+
+
+def norm_groups(sums: ActivationSums, positions: Grouping) -> NormGroups:
+    """Norm percentiles by position group."""
+    bins_GB = sums.added["norm_bins_GB"].numpy()[:-1]
+    greatest_G = sums.maxed["norm_G"].numpy()[:-1]
+
+    def percentile(percent: int) -> list[float | None]:
+        column = [norm_quantile(bins_B, percent / 100) for bins_B in bins_GB]
+        return [min(value, most) for value, most in zip(column, greatest_G, strict=True)]
+
+    return NormGroups(
+        edges=positions.edges.tolist(),
+        tokens=bins_GB.sum(1).tolist(),
+        **{f"p{percent}": percentile(percent) for percent in PERCENTILES},
+        max=greatest_G.tolist(),
+    )
+
+
+def bos_norm(sums: ActivationSums) -> BosNorm | None:
+    """Norms at BOS positions; None where there are none."""
+    bins_B = sums.added["norm_bins_GB"].numpy()[-1]
+    if not bins_B.any():
+        return None
+    return BosNorm(tokens=int(bins_B.sum()), p50=norm_quantile(bins_B, 0.5), max=float(sums.maxed["norm_G"][-1]))
 
 
 def norm_quantile(bins_B: npt.NDArray[np.int64], q: float) -> float:
@@ -97,26 +154,27 @@ def norm_quantile(bins_B: npt.NDArray[np.int64], q: float) -> float:
     return float(2.0 ** (LEAST_EXPONENT + (place - 1 + min(max(inside, 0.0), 1.0)) / BINS_PER_OCTAVE))
 
 
-def largest_dimensions(sums: ActivationSums, num_tokens: int) -> dict[str, Any]:
+def largest_dimensions(sums: ActivationSums) -> LargestDimensions:
     """The dimensions of the largest magnitude, against the RMS of the median dimension."""
+    num_tokens = int(sums.added["norm_bins_GB"][:-1].sum())
     square_D = sums.added["square_D"]
     rms_D = (square_D / max(num_tokens, 1)).sqrt()
     typical = float(rms_D.median())
     magnitude_D = torch.maximum(sums.maxed["magnitude_D"], sums.maxed["bos_magnitude_D"])
     energy = float(square_D.sum())
     top = magnitude_D.topk(min(LARGEST_DIMENSIONS, len(magnitude_D))).indices.tolist()
-    return {
-        "median_rms": typical,
-        "massive": int((magnitude_D > MASSIVE_RATIO * typical).sum()) if typical > 0 else None,
-        "massive_ratio": MASSIVE_RATIO,
-        "dimensions": [
-            {
-                "dimension": dimension,
-                "max": float(sums.maxed["magnitude_D"][dimension]),
-                "max_bos": float(sums.maxed["bos_magnitude_D"][dimension]),
-                "rms": float(rms_D[dimension]),
-                "energy_share": float(square_D[dimension]) / energy if energy else 0.0,
-            }
+    return LargestDimensions(
+        median_rms=typical,
+        massive=int((magnitude_D > MASSIVE_RATIO * typical).sum()) if typical > 0 else None,
+        massive_ratio=MASSIVE_RATIO,
+        dimensions=[
+            LargeDimension(
+                dimension=dimension,
+                max=float(sums.maxed["magnitude_D"][dimension]),
+                max_bos=float(sums.maxed["bos_magnitude_D"][dimension]),
+                rms=float(rms_D[dimension]),
+                energy_share=float(square_D[dimension]) / energy if energy else 0.0,
+            )
             for dimension in top
         ],
-    }
+    )

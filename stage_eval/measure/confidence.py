@@ -28,9 +28,9 @@ class Estimate:
     high: float | None
 
     @property
-    def interval(self) -> list[float] | None:
-        """``[low, high]``, the form eval.json holds."""
-        return None if self.low is None or self.high is None else [self.low, self.high]
+    def interval(self) -> tuple[float, float] | None:
+        """Both ends, the form eval.json holds."""
+        return None if self.low is None or self.high is None else (self.low, self.high)
 
     def complement(self) -> "Estimate":
         """The estimate of one minus this ratio."""

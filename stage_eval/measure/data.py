@@ -16,6 +16,7 @@ from torch import Tensor
 from shared.basics.errors import GranaryError
 from shared.lm import segment_positions
 from shared.parallel import World
+from shared.sae.sites import Sites
 from shared.store import Store
 from stage_eval.config import Split
 from stage_eval.measure.breakdown import Grouping, frequency_groups, position_groups, token_frequencies
@@ -140,22 +141,25 @@ def default_unit(seq_len: int) -> int:
 
 
 def read_ahead(
-    store: Store, hooks: Sequence[str], data: EvaluationData, ranges: Sequence[tuple[int, int]]
-) -> Iterator[tuple[int, str, Tensor]]:
-    """(evaluated context, hook, activations [T, D]) of the ranges in order, a few reads in flight."""
-    wanted = iter([(context, hook) for start, stop in ranges for context in range(start, stop) for hook in hooks])
-    pending: deque[tuple[int, str, Future[Tensor]]] = deque()
+    store: Store, wanted: Sequence[Sites], data: EvaluationData, ranges: Sequence[tuple[int, int]]
+) -> Iterator[tuple[int, Sites, dict[str, Tensor]]]:
+    """Read what `wanted` names, for each context of the ranges in order; a few reads are in flight.
+
+    Yields (evaluated context, sites, activations [T, D] of each of their names).
+    """
+    items = iter([(context, sites) for start, stop in ranges for context in range(start, stop) for sites in wanted])
+    pending: deque[tuple[int, Sites, dict[str, Future[Tensor]]]] = deque()
     with ThreadPoolExecutor(READ_THREADS, thread_name_prefix="granary-eval-read") as pool:
 
         def submit() -> None:
-            item = next(wanted, None)
-            if item is not None:
-                context, hook = item
-                pending.append((context, hook, pool.submit(store.read_context, hook, int(data.contexts[context]))))
+            while sum(len(reads) for _, _, reads in pending) < READ_THREADS and (item := next(items, None)) is not None:
+                context, sites = item
+                place = int(data.contexts[context])
+                reads = {name: pool.submit(store.read_context, name, place) for name in sites.names}
+                pending.append((context, sites, reads))
 
-        for _ in range(READ_THREADS):
-            submit()
+        submit()
         while pending:
-            context, hook, future = pending.popleft()
-            yield context, hook, future.result()
+            context, sites, reads = pending.popleft()
+            yield context, sites, {name: read.result() for name, read in reads.items()}
             submit()

@@ -4,12 +4,14 @@ Legend: F d_latent, D d_model, S sampled latents, R rows of a block.
 """
 
 import math
-from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from stage_eval.results.figures import DecoderFigures
 
 SAMPLE = 2048
 BLOCK = 256
@@ -17,9 +19,10 @@ BINS = 40
 DUPLICATE_COSINE = 0.9
 
 
-def decoder_structure(W_dec_FD: Tensor, W_enc_FD: Tensor, seed: int) -> dict[str, Any]:
+def decoder_figures(W_dec_FD: Tensor, W_enc_FD: Tensor | None, seed: int) -> DecoderFigures:
     """Nearest-neighbour cosines of (a sample of) the latents' decoder directions, with a random baseline.
 
+    `W_enc_FD`: the encoder's rows, where they live in the space of the decoder's; None elsewhere.
     The baseline is exact: for F independent uniform directions in D dimensions, the share of latents whose nearest
     neighbour falls into each bin.
     """
@@ -35,20 +38,20 @@ def decoder_structure(W_dec_FD: Tensor, W_enc_FD: Tensor, seed: int) -> dict[str
     nearest_S = torch.cat(nearest).clamp(-1, 1).double().cpu()
     edges = np.linspace(min(0.0, math.floor(20 * float(nearest_S.min())) / 20), 1.0, BINS + 1)
     shares, _ = np.histogram(nearest_S.numpy(), bins=edges)
-    encoder_cosine_F = F.cosine_similarity(directions_FD, W_enc_FD, dim=1)
-    return {
-        "sampled": len(nearest_S),
-        "edges": edges.tolist(),
-        "nearest": (shares / len(nearest_S)).tolist(),
-        "nearest_random": random_nearest(edges, count, width),
-        "nearest_median": float(nearest_S.median()),
-        "duplicates": float((nearest_S > DUPLICATE_COSINE).double().mean()),
-        "duplicate_cosine": DUPLICATE_COSINE,
-        "encoder_cosine_mean": float(encoder_cosine_F.mean()),
-    }
+    cosine = None if W_enc_FD is None else float(F.cosine_similarity(directions_FD, W_enc_FD, dim=1).mean())
+    return DecoderFigures(
+        sampled=len(nearest_S),
+        edges=edges.tolist(),
+        nearest=(shares / len(nearest_S)).tolist(),
+        nearest_random=random_nearest(edges, count, width),
+        nearest_median=float(nearest_S.median()),
+        duplicates=float((nearest_S > DUPLICATE_COSINE).double().mean()),
+        duplicate_cosine=DUPLICATE_COSINE,
+        encoder_cosine_mean=cosine,
+    )
 
 
-def random_nearest(edges: np.ndarray[Any, np.dtype[np.float64]], count: int, width: int) -> list[float]:
+def random_nearest(edges: npt.NDArray[np.float64], count: int, width: int) -> list[float]:
     """Share per bin of the largest of count - 1 cosines between independent directions in `width` dimensions.
 
     A cosine c has density proportional to (1 - c^2)^((width - 3) / 2); the largest of n has distribution P(c)^n.

@@ -1,32 +1,44 @@
 """What the language model loses when an activation is replaced: cross-entropy, loss recovered, KL to the clean model.
 
-A `Condition` replaces the activation of one or several hooks at the same set of positions; clean replaces nothing. The
+A `Condition` replaces the activations of one or several sites at the same set of positions; clean replaces nothing. The
 passes of a batch share their tokens, positions and labels, so all differences come from the replacement alone.
 
 Legend: B contexts in a batch, T positions of a context, N scored (predicting) positions, M replaced positions,
-D d_model, C evaluated contexts, Q conditions, G groups of a breakdown.
+D width of a site, C evaluated contexts, Q conditions, G groups of a breakdown.
 """
 
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, field
-from typing import Any
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from shared.lm import packed_inputs, splice
+from shared.lm import packed_inputs, splice_through
 from shared.lm.hookpoint import HookPoint
+from shared.sae.sites import Sites
 from stage_eval.measure.confidence import Estimate, ratio_of_sums
 from stage_eval.measure.sums import Rows, Sums
 from stage_eval.measure.vocabulary import VocabularyHead, score_next_tokens
+from stage_eval.results.figures import Downstream, JointDownstream
 
 Replacement = Callable[[Tensor], Tensor]
-"""[M, D] float32 activations to what takes their place, [M, D]."""
+"""Float32 activations of the read sites, [M, d_in], to what takes the place of the written ones, [M, d_out]."""
 
 CLEAN = "clean"
+
+
+@dataclass(frozen=True)
+class Splice:
+    """One replacement and its sites."""
+
+    sites: Sites
+    replacement: Replacement
+    widths: tuple[int, ...] | None = None
+    """Of the written sites; None: all are equally wide."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +46,7 @@ class Condition:
     """A named way to run the model."""
 
     name: str
-    replacements: dict[HookPoint, Replacement] = field(default_factory=dict)
+    splices: tuple[Splice, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -134,22 +146,42 @@ def run_conditions(
 def final_hidden(model: PreTrainedModel, batch: Batch, condition: Condition) -> Tensor:
     """Hidden states [N, D] after the final norm at the scored positions, the condition's replacements in place."""
     with ExitStack() as stack:
-        for hook, replacement in condition.replacements.items():
-
-            def replace(x_BTD: Tensor, replacement: Replacement = replacement) -> Tensor:
-                replaced_BTD = x_BTD.clone()
-                replaced_BTD[batch.replaced_BT] = replacement(x_BTD[batch.replaced_BT].float()).to(x_BTD.dtype)
-                return replaced_BTD
-
-            stack.enter_context(splice(model, hook, replace))
+        for splice in condition.splices:
+            stack.enter_context(spliced(model, splice, batch.replaced_BT))
         inputs = packed_inputs(model, batch.tokens_BT, batch.segments_BT, isolated=batch.isolated)
         output = model.base_model(**inputs)
     hidden_ND: Tensor = output.last_hidden_state[batch.scored_BT]
     return hidden_ND
 
 
-def downstream_metrics(sums: DownstreamSums, spliced: str, zero: str, mean: str) -> dict[str, Any]:
-    """CE, KL and loss recovered of the condition `spliced` against its zero- and mean-ablation, JSON-ready.
+def spliced(model: PreTrainedModel, splice: Splice, replaced_BT: Tensor) -> AbstractContextManager[None]:
+    """A context in which the model goes on from the replacement at the positions of `replaced_BT`."""
+
+    def replace(x_BTD: Tensor) -> Tensor:
+        y_MD = splice.replacement(x_BTD[replaced_BT].float())
+        y_BTD = y_MD.new_zeros(*replaced_BT.shape, y_MD.shape[-1])
+        y_BTD[replaced_BT] = y_MD
+        return y_BTD
+
+    reads, writes = (list(map(HookPoint.parse, names)) for names in (splice.sites.reads, splice.sites.writes))
+    return splice_through(model, reads, writes, replace, where=replaced_BT, widths=splice.widths)
+
+
+def check_splices(model: PreTrainedModel, conditions: Sequence[Condition]) -> None:
+    """Run every condition on one token, so that a splice which can't work is told before any long work.
+
+    Raises GranaryError for a site that the model lacks, that is read after it was needed, or that does not run.
+    """
+    here_11 = torch.ones(1, 1, dtype=torch.bool, device=model.device)
+    probe_11 = here_11.long()
+    batch = Batch(probe_11, torch.zeros_like(probe_11), isolated=False, replaced_BT=here_11, scored_BT=here_11)
+    with torch.inference_mode():
+        for condition in conditions:
+            final_hidden(model, batch, condition)
+
+
+def downstream_figures(sums: DownstreamSums, spliced: str, zero: str, mean: str) -> Downstream:
+    """CE, KL and loss recovered of the condition `spliced` against its zero- and mean-ablation.
 
     loss_recovered = (CE_zero - CE_spliced) / (CE_zero - CE_clean), a ratio of sums over the same tokens.
     """
@@ -172,24 +204,36 @@ def downstream_metrics(sums: DownstreamSums, spliced: str, zero: str, mean: str)
         "kl_recovered": ratio_of_sums(kl[zero] - kl[spliced], kl[zero]),
         "top1_agreement": ratio_of_sums(agrees_C, tokens_C),
     }
-    metrics: dict[str, Any] = {name: estimate.value for name, estimate in estimates.items()}
-    metrics["n_predictions"] = int(tokens_C.sum())
-    metrics["confidence95"] = {name: estimate.interval for name, estimate in estimates.items()}
-    return metrics
+    return Downstream(
+        **{name: estimate.value for name, estimate in estimates.items()},
+        n_predictions=int(tokens_C.sum()),
+        confidence95={name: estimate.interval for name, estimate in estimates.items()},
+    )
 
 
-def loss_breakdown(sums: DownstreamSums, by: str, spliced: str) -> dict[str, list[Any]]:
-    """Predictions, clean CE and CE increase in every group of `by` (position or frequency)."""
+def joint_figures(sums: DownstreamSums, hooks: Sequence[str]) -> JointDownstream:
+    """The losses with the dictionaries at `hooks` all spliced in at once, against ablating all they write."""
+    figures = downstream_figures(sums, "sae joint", "zero joint", "mean joint")
+    return JointDownstream(**vars(figures), hooks=list(hooks))
+
+
+@dataclass(frozen=True)
+class LossBreakdown:
+    """Predictions, clean cross-entropy and its increase, for every group; None where a group has no prediction."""
+
+    predictions: list[int]
+    ce_clean: list[float | None]
+    ce_increase: list[float | None]
+
+
+def loss_breakdown(sums: DownstreamSums, by: str, spliced: str) -> LossBreakdown:
+    """The losses of the condition `spliced` in every group of `by` (position or frequency)."""
     column = {name: index for index, name in enumerate(sums.conditions)}
     tokens_G = sums.added[f"{by}_tokens_G"].numpy()
     clean_G = sums.added[f"{by}_GQ"][:, column[CLEAN]].numpy()
     increase_G = sums.added[f"{by}_GQ"][:, column[spliced]].numpy() - clean_G
 
-    def mean(total_G: np.ndarray[Any, Any]) -> list[float | None]:
+    def mean(total_G: npt.NDArray[np.float64]) -> list[float | None]:
         return [float(value / count) if count else None for value, count in zip(total_G, tokens_G, strict=True)]
 
-    return {
-        "predictions": tokens_G.astype(np.int64).tolist(),
-        "ce_clean": mean(clean_G),
-        "ce_increase": mean(increase_G),
-    }
+    return LossBreakdown(tokens_G.astype(np.int64).tolist(), mean(clean_G), mean(increase_G))

@@ -2,101 +2,77 @@
 
 Each rank does its share of fixed units of contexts; the sums of all ranks are added at the end.
 
-Legend: T positions, D d_model, N tokens of a context that are evaluated.
+Legend: T positions, D width of a site or of several side by side, N tokens of a context that are evaluated, M BOS or
+replaced positions.
 """
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from shared.lm.hookpoint import HookPoint
-from shared.parallel import World
-from shared.sae import SAE
-from shared.store import HookStatistics, Store
+from shared.sae.sites import Sites
+from shared.sae.variants import Dictionary
 from stage_eval.measure.activations import ActivationSums
-from stage_eval.measure.data import EvaluationData, read_ahead, units
+from stage_eval.measure.data import read_ahead
 from stage_eval.measure.downstream import (
     CLEAN,
     Condition,
     DownstreamSums,
     Replacement,
+    Splice,
     mean_replacement,
     run_conditions,
     zero_replacement,
 )
+from stage_eval.measure.session import Loaded, Session, side_by_side
 from stage_eval.measure.sums import ReconstructionSums, Rows, Sums
-from stage_eval.measure.vocabulary import VocabularyHead, check_head
+from stage_eval.measure.vocabulary import VocabularyHead
 
 SAE_ROWS = 4096
 """Tokens that go through an SAE at a time."""
 
 
-@dataclass(frozen=True)
-class Loaded:
-    """An SAE in memory and the hook it reads."""
-
-    label: str
-    hook: HookPoint
-    sae: SAE
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How the passes run."""
-
-    world: World
-    unit_contexts: int
-    splice_bos: bool
-
-    def units(self, data: EvaluationData) -> list[tuple[int, int]]:
-        """This rank's ranges of contexts."""
-        return units(len(data.contexts), self.unit_contexts, self.world)
-
-
 @torch.inference_mode()
 def reconstruction_pass(
-    saes: Sequence[Loaded],
-    store: Store,
-    data: EvaluationData,
-    statistics: dict[HookPoint, HookStatistics],
-    plan: Plan,
-) -> tuple[list[ReconstructionSums], dict[HookPoint, ActivationSums]]:
-    """Sums of each SAE and of each hook over the stored activations; a context is read once for all SAEs of a hook."""
-    device = plan.world.device
-    sums = [
-        ReconstructionSums(
-            contexts=len(data.contexts),
-            d_model=loaded.sae.config.d_model,
-            d_latent=loaded.sae.config.d_latent,
-            positions=data.position_groups.num_bins,
-            frequencies=data.frequency_groups.num_bins,
-            shift_D=torch.from_numpy(statistics[loaded.hook].mean).to(device),
-        )
-        for loaded in saes
-    ]
-    positions = data.position_groups.num_bins
-    described = {loaded.hook: ActivationSums(loaded.sae.config.d_model, positions, device) for loaded in saes}
-    hooks = list(map(str, described))
-    ranges = plan.units(data)
-    with progress("reconstruction", ranges, len(hooks), data, plan.world) as bar:
-        for context, hook, x_TD in read_ahead(store, hooks, data, ranges):
+    loaded: Sequence[Loaded], session: Session
+) -> tuple[list[ReconstructionSums], dict[str, ActivationSums]]:
+    """Sums of each dictionary, and of each written site, over the stored activations.
+
+    A context is read once for all dictionaries of the same sites.
+    """
+    data, device = session.data, session.world.device
+    sums = [new_sums(one, session) for one in loaded]
+    wanted = list(dict.fromkeys(one.sites for one in loaded))
+    describes = first_to_write(wanted)
+    described = {
+        site: ActivationSums(len(session.statistics[site].mean), data.position_groups.num_bins, device)
+        for site in describes
+    }
+    ranges = session.units()
+    with progress("reconstruction", ranges, len(wanted), session) as bar:
+        for context, sites, read in read_ahead(session.store, wanted, data, ranges):
             mask_1T = data.mask_CT[context : context + 1]
             bos_T = data.bos_CT[context] & ~mask_1T[0]
             rows = to_device(data.rows(context, mask_1T), device)
-            x_ND, bos_MD = x_TD[mask_1T[0]].to(device), x_TD[bos_T].to(device)
-            described[HookPoint.parse(hook)].add(x_ND, rows.position_N)
-            described[HookPoint.parse(hook)].add_bos(bos_MD)
-            for loaded, total in zip(saes, sums, strict=True):
-                if str(loaded.hook) == hook:
-                    add_tokens(loaded.sae, x_ND, rows, total)
-                    if len(bos_MD):
-                        total.add_bos(bos_MD, loaded.sae(bos_MD).x_hat)
-            bar.update(len(x_TD))
+            at_tokens = {name: x_TD[mask_1T[0]].to(device) for name, x_TD in read.items()}
+            at_bos = {name: x_TD[bos_T].to(device) for name, x_TD in read.items()}
+            for site in sites.writes:
+                if describes[site] == sites:
+                    described[site].add(at_tokens[site], rows.position_N)
+                    described[site].add_bos(at_bos[site])
+            pairs = [(side_by_side(x, sites.reads), side_by_side(x, sites.writes)) for x in (at_tokens, at_bos)]
+            (x_ND, y_ND), (bos_x_MD, bos_y_MD) = pairs
+            for one, total in zip(loaded, sums, strict=True):
+                if one.sites == sites:
+                    add_tokens(one.dictionary, x_ND, y_ND, rows, total)
+                    if len(bos_x_MD):
+                        total.add_bos(bos_y_MD, one.dictionary(bos_x_MD).x_hat)
+            bar.update(len(mask_1T[0]))
     everything: list[Sums] = [*sums, *described.values()]
     for part in everything:
         part.all_reduce()
@@ -104,26 +80,36 @@ def reconstruction_pass(
     return sums, described
 
 
-def add_tokens(sae: SAE, x_ND: Tensor, rows: Rows, total: ReconstructionSums) -> None:
-    """Encode, decode and add the tokens, a bounded number of rows at a time."""
+def new_sums(one: Loaded, session: Session) -> ReconstructionSums:
+    """Empty sums of a dictionary; squares are taken about the training mean of what it writes."""
+    return ReconstructionSums(
+        contexts=len(session.data.contexts),
+        d_latent=one.d_latent,
+        positions=session.data.position_groups.num_bins,
+        frequencies=session.data.frequency_groups.num_bins,
+        shift_D=torch.cat([session.mean(site) for site in one.sites.writes]),
+    )
+
+
+def first_to_write(wanted: Sequence[Sites]) -> dict[str, Sites]:
+    """For each written site the first of `wanted` that reads it from the store for that."""
+    return {site: sites for sites in reversed(wanted) for site in sites.writes}
+
+
+def add_tokens(dictionary: Dictionary, x_ND: Tensor, y_ND: Tensor, rows: Rows, total: ReconstructionSums) -> None:
+    """Add what a dictionary makes of x to produce y, a bounded number of rows at a time; for an SAE y is x."""
     for start in range(0, len(x_ND), SAE_ROWS):
         part = slice(start, start + SAE_ROWS)
-        latents = sae.encode(x_ND[part])
+        latents = dictionary.encode(x_ND[part])
         chunk = Rows(rows.context_N[part], rows.position_N[part], rows.frequency_N[part])
-        total.add(x_ND[part], sae.decode(latents), latents.values, latents.indices, chunk)
+        total.add(y_ND[part], dictionary.decode(latents), latents.values, latents.indices, chunk)
 
 
 @torch.inference_mode()
-def downstream_pass(
-    model: PreTrainedModel,
-    conditions: Sequence[Condition],
-    data: EvaluationData,
-    plan: Plan,
-) -> DownstreamSums:
+def downstream_pass(model: PreTrainedModel, conditions: Sequence[Condition], session: Session) -> DownstreamSums:
     """Sums of the next-token scores under every condition."""
-    device = plan.world.device
+    data, device = session.data, session.world.device
     head = VocabularyHead(model)
-    check_head(model, head)
     sums = DownstreamSums(
         [condition.name for condition in conditions],
         contexts=len(data.contexts),
@@ -131,10 +117,10 @@ def downstream_pass(
         frequencies=data.frequency_groups.num_bins,
         device=device,
     )
-    ranges = plan.units(data)
-    with progress("language model", ranges, 1, data, plan.world) as bar:
+    ranges = session.units()
+    with progress("language model", ranges, 1, session) as bar:
         for start, stop in ranges:
-            batch = data.batch(start, stop, plan.splice_bos)
+            batch = data.batch(start, stop, session.settings.splice_bos)
             rows = to_device(data.rows(start, batch.scored_BT, label_offset=1), device)
             run_conditions(model, head, batch.to(device), conditions, sums, rows)
             bar.update((stop - start) * data.tokens_CT.shape[1])
@@ -143,29 +129,46 @@ def downstream_pass(
     return sums
 
 
-def conditions_for(
-    saes: Sequence[Loaded], statistics: dict[HookPoint, HookStatistics], device: torch.device, *, joint: bool
-) -> list[Condition]:
-    """Clean; zero and mean ablation of each hook; each SAE spliced; with `joint`, all SAEs and ablations at once."""
-    hooks = list(dict.fromkeys(loaded.hook for loaded in saes))
-    means = {hook: mean_replacement(torch.from_numpy(statistics[hook].mean).float().to(device)) for hook in hooks}
+def conditions_for(loaded: Sequence[Loaded], session: Session) -> list[Condition]:
+    """Clean; zero and mean ablation of what each dictionary writes; each spliced; and, where asked for, all at once."""
+    written = list(dict.fromkeys(one.sites.writes for one in loaded))
+    zeros = {names: tuple(zero_ablation(name) for name in names) for names in written}
+    means = {names: tuple(mean_ablation(name, session) for name in names) for names in written}
+    spliced = [Splice(one.sites, reconstruct(one), one.widths.writes) for one in loaded]
     conditions = [Condition(CLEAN)]
-    for hook in hooks:
-        conditions.append(Condition(f"zero {hook}", {hook: zero_replacement}))
-        conditions.append(Condition(f"mean {hook}", {hook: means[hook]}))
-    conditions += [Condition(f"sae {loaded.label}", {loaded.hook: reconstruct(loaded.sae)}) for loaded in saes]
-    if joint:
-        conditions.append(Condition("sae joint", {loaded.hook: reconstruct(loaded.sae) for loaded in saes}))
-        conditions.append(Condition("zero joint", dict.fromkeys(hooks, zero_replacement)))
-        conditions.append(Condition("mean joint", dict(means)))
+    for names in written:
+        conditions.append(Condition(ablated("zero", names), zeros[names]))
+        conditions.append(Condition(ablated("mean", names), means[names]))
+    conditions += [Condition(one.label, (splice,)) for one, splice in zip(loaded, spliced, strict=True)]
+    if session.settings.joint:
+        conditions.append(Condition("sae joint", tuple(spliced)))
+        conditions.append(Condition("zero joint", tuple(chain.from_iterable(zeros.values()))))
+        conditions.append(Condition("mean joint", tuple(chain.from_iterable(means.values()))))
     return conditions
 
 
-def reconstruct(sae: SAE) -> Replacement:
-    """The SAE's reconstruction as a replacement, a bounded number of rows at a time."""
+def ablated(kind: str, written: Sequence[str]) -> str:
+    """Name of the condition in which all of the written sites are ablated; `kind` is zero or mean."""
+    return f"{kind} {', '.join(written)}"
 
-    def replace(x_ND: Tensor) -> Tensor:
-        return torch.cat([sae(part).x_hat for part in torch.split(x_ND, SAE_ROWS)]) if len(x_ND) else x_ND
+
+def zero_ablation(site: str) -> Splice:
+    """Zero in place of a site's activation."""
+    return Splice(Sites.of(site), zero_replacement)
+
+
+def mean_ablation(site: str, session: Session) -> Splice:
+    """The training mean in place of a site's activation."""
+    return Splice(Sites.of(site), mean_replacement(session.mean(site).float()))
+
+
+def reconstruct(one: Loaded) -> Replacement:
+    """The dictionary's reconstruction as a replacement, a bounded number of rows at a time."""
+
+    def replace(x_MD: Tensor) -> Tensor:
+        if not len(x_MD):
+            return x_MD.new_zeros(0, one.widths.d_out)
+        return torch.cat([one.dictionary(part).x_hat for part in torch.split(x_MD, SAE_ROWS)])
 
     return replace
 
@@ -175,17 +178,15 @@ def to_device(rows: Rows, device: torch.device) -> Rows:
     return Rows(rows.context_N.to(device), rows.position_N.to(device), rows.frequency_N.to(device))
 
 
-def progress(
-    name: str, ranges: Sequence[tuple[int, int]], times: int, data: EvaluationData, world: World
-) -> "tqdm[None]":
+def progress(name: str, ranges: Sequence[tuple[int, int]], times: int, session: Session) -> "tqdm[None]":
     """Rank 0's bar over its own tokens; the other ranks run beside it at the same pace."""
     contexts = sum(stop - start for start, stop in ranges)
     return tqdm(
-        total=contexts * times * data.tokens_CT.shape[1],
+        total=contexts * times * session.data.tokens_CT.shape[1],
         desc=name,
         unit="tok",
         unit_scale=True,
-        disable=not world.is_main,
+        disable=not session.world.is_main,
         mininterval=0.5 if sys.stderr.isatty() else 30,
         dynamic_ncols=True,
     )

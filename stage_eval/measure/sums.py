@@ -1,6 +1,7 @@
 """Mergeable float64 sums: what every metric is computed from, after the sums of all ranks have been added.
 
-Legend: N tokens, D d_model, F d_latent, K kept latents of a token, C evaluated contexts, G groups of a breakdown.
+Legend: N tokens, D width of what is written, F d_latent, K kept latents of a token, C evaluated contexts, G groups of a
+breakdown.
 
 Squared deviations are taken from a fixed vector close to the mean (the store's training mean), which makes a single
 pass safe: sum (x - m)^2 - N (mean - m)^2 cancels nothing, whereas sum x^2 - N mean^2 loses digits in LLaMA's few huge
@@ -67,12 +68,14 @@ class Rows:
 
 
 class ReconstructionSums(Sums):
-    """Sums over tokens x [N, D] and their reconstructions."""
+    """Sums over what a dictionary must produce, x [N, D], and what it makes of it.
 
-    def __init__(
-        self, *, contexts: int, d_model: int, d_latent: int, positions: int, frequencies: int, shift_D: Tensor
-    ) -> None:
+    x is what an SAE reads, and what a transcoder is to write.
+    """
+
+    def __init__(self, *, contexts: int, d_latent: int, positions: int, frequencies: int, shift_D: Tensor) -> None:
         super().__init__()
+        width = len(shift_D)
         device = shift_D.device
         self.shift_D = shift_D.double()
 
@@ -81,16 +84,16 @@ class ReconstructionSums(Sums):
 
         self.added = {
             "context": zeros(contexts, len(CONTEXT_FIELDS)),
-            "deviation_D": zeros(d_model),
-            "spread_D": zeros(d_model),
-            "error_D": zeros(d_model),
-            "residual_D": zeros(d_model),
+            "deviation_D": zeros(width),
+            "spread_D": zeros(width),
+            "error_D": zeros(width),
+            "residual_D": zeros(width),
             # [G, 3]: tokens, error, spread
             "position": zeros(positions, 3),
             "frequency": zeros(frequencies, 3),
             # BOS positions, which no other sum contains: tokens, error, energy, spread
             "bos": zeros(4),
-            "bos_deviation_D": zeros(d_model),
+            "bos_deviation_D": zeros(width),
             "firings_F": zeros(d_latent, dtype=torch.int64),
             "activation_F": zeros(d_latent),
             "activation_squared_F": zeros(d_latent),
@@ -98,7 +101,7 @@ class ReconstructionSums(Sums):
         self.maxed = {"activation_max_F": zeros(d_latent)}
 
     def add(self, x_ND: Tensor, x_hat_ND: Tensor, values_NK: Tensor, indices_NK: Tensor, rows: Rows) -> None:
-        """Add N evaluated tokens: activations, reconstructions (any float dtype) and their sparse latents."""
+        """Add N evaluated tokens: targets, reconstructions (any float dtype) and their sparse latents."""
         x_ND, x_hat_ND = x_ND.double(), x_hat_ND.double()
         residual_ND = x_ND - x_hat_ND
         deviation_ND = x_ND - self.shift_D

@@ -27,11 +27,13 @@ p { margin: 0 0 12px; max-width: 72ch; }
 .lead { color: var(--muted); margin: 0; }
 .cards { display: grid; gap: 12px; grid-template-columns: repeat(4, minmax(0, 1fr)); }
 .card, figure, .panel { background: var(--surface); border: 1px solid var(--line); border-radius: 10px; }
-.card { padding: 14px 16px 12px; }
+.card { padding: 14px 16px 12px; min-width: 0; }
 .card dt { color: var(--muted); font-size: 13px; }
 .card dd { margin: 2px 0 0; font-size: 26px; font-weight: 650; font-variant-numeric: tabular-nums; line-height: 1.2; }
-.card dd small { display: block; font-size: 12.5px; font-weight: 400; color: var(--muted); margin-top: 3px; }
+.card dd small { display: block; font-size: 12.5px; font-weight: 400; color: var(--muted); margin-top: 3px;
+  overflow-wrap: anywhere; }
 .card.key { border-color: var(--accent); }
+.remark { border-left: 3px solid var(--accent); padding-left: 10px; margin-top: 14px; }
 .columns { display: grid; gap: 16px; grid-template-columns: repeat(2, minmax(0, 1fr)); align-items: start; }
 figure { margin: 0; padding: 16px 16px 12px; min-width: 0; }
 figure h3 { font-size: 15px; margin: 0 0 8px; }
@@ -105,6 +107,11 @@ def section(heading: str, *parts: str) -> str:
 def paragraph(value: str) -> str:
     """A paragraph of plain text."""
     return f"<p>{text(value)}</p>"
+
+
+def remark(value: str) -> str:
+    """A sentence of plain text that a reader must not miss."""
+    return f'<p class="remark">{text(value)}</p>'
 
 
 def cards(items: Sequence[tuple[str, str, str]], key: int | None = None) -> str:

@@ -2,15 +2,15 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
-from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator, PercentFormatter
 
+from stage_eval.results.evaluation import Evaluation, TrainingCurve
+from stage_eval.results.figures import ActivationFigures, DecoderFigures, Downstream, GroupFigures, LatentFigures
 from stage_eval.show.theme import Palette, Plot
-
-Report = dict[str, Any]
 
 FEWEST = 50
 LEGEND_LETTERS, LEGEND_ROWS = 64, 3
@@ -18,41 +18,47 @@ LEGEND_LETTERS, LEGEND_ROWS = 64, 3
 NOT_DRAWN = f"Groups of fewer than {FEWEST} tokens are not drawn."
 
 
-def evaluation_plots(report: Report) -> list[Plot]:
+def evaluation_plots(report: Evaluation) -> list[Plot]:
     """Every figure that this evaluation has the data for."""
-    groups = report["breakdown"]
-    plots = [firing_histogram(report), decoder_similarity(report)]
-    plots += activation_plots(report["activations"])
-    plots += [fvu_by(groups[by], by) for by in ("position", "frequency")]
-    if report["downstream"] is not None:
-        plots.append(loss_bars(report))
-        plots += [loss_by(groups[by], by) for by in ("position", "frequency")]
-    if report["training"] is not None:
-        plots.append(training_curve(report))
+    plots = [firing_histogram(report.latents)]
+    if report.decoder is not None:
+        plots.append(decoder_similarity(report.decoder))
+    for index, figures in enumerate(report.described.values()):
+        plots += numbered(activation_plots(figures), index)
+    plots += [fvu_by(report.breakdown.position, "position"), fvu_by(report.breakdown.frequency, "frequency")]
+    if report.downstream is not None:
+        plots.append(loss_bars(report.downstream))
+        plots += [loss_by(report.breakdown.position, "position"), loss_by(report.breakdown.frequency, "frequency")]
+    if report.training is not None:
+        plots.append(training_curve(report.training, report.fvu))
     return plots
 
 
-def activation_plots(activations: dict[str, Any]) -> list[Plot]:
+def numbered(plots: Sequence[Plot], index: int) -> list[Plot]:
+    """Plots with the names of the index-th place: those of the first are called as they are."""
+    return [replace(plot, name=f"{plot.name}-{index}") if index else plot for plot in plots]
+
+
+def activation_plots(activations: ActivationFigures) -> list[Plot]:
     """What the activations themselves are like; the same for all SAEs of a hook."""
     plots = [norms_by_position(activations), largest_dimensions(activations), dimension_spectrum(activations)]
-    if activations["store_norm_by_position"]:  # stores of older versions have none
+    if activations.store_norm_by_position:  # stores of older versions have none
         plots.insert(1, store_norms(activations))
     return plots
 
 
-def loss_bars(report: Report) -> Plot:
+def loss_bars(downstream: Downstream) -> Plot:
     """Cross-entropy clean, spliced, mean- and zero-ablated."""
-    downstream = report["downstream"]
     bars = [("clean", "ce_clean"), ("spliced", "ce_spliced"), ("mean-ablated", "ce_mean"), ("zero-ablated", "ce_zero")]
 
     def draw(axes: Axes, palette: Palette) -> None:
         colours = [palette.muted, palette.series1, palette.series2, palette.series5]
-        values = [downstream[key] for _, key in bars]
+        values = [getattr(downstream, key) for _, key in bars]
         labels = [label for label, _ in bars]
         axes.barh(labels, values, color=colours, height=0.62)
         widest = max(values)
         for row, (_, key) in enumerate(bars):
-            interval = downstream["confidence95"][key]
+            interval = downstream.confidence95[key]
             end = values[row]
             if interval:
                 axes.plot(interval, [row, row], color=palette.text, linewidth=1, solid_capstyle="butt")
@@ -76,11 +82,10 @@ def loss_bars(report: Report) -> Plot:
     )
 
 
-def firing_histogram(report: Report) -> Plot:
+def firing_histogram(latents: LatentFigures) -> Plot:
     """How often latents fire, on a log axis, with the dense region marked."""
-    latents = report["latents"]
-    edges, counts = latents["histogram"]["log10_edges"], latents["histogram"]["latents"]
-    bound = math.log10(latents["dense_frequency_bound"])
+    edges, counts = latents.histogram.log10_edges, latents.histogram.latents
+    bound = math.log10(latents.dense_frequency_bound)
 
     def draw(axes: Axes, palette: Palette) -> None:
         colours = [palette.series5 if left >= bound - 1e-9 else palette.series1 for left in edges[:-1]]
@@ -98,15 +103,15 @@ def firing_histogram(report: Report) -> Plot:
     return Plot(
         "firing_frequency",
         "Firing frequency",
-        f"{latents['dead']:,} of {latents['d_latent']:,} latents never fired on the held-out tokens and are not drawn;"
-        f" {latents['dense']:,} fire on more than {latents['dense_frequency_bound']:.0%} of them (right of the line).",
+        f"{latents.dead:,} of {latents.d_latent:,} latents never fired on the held-out tokens and are not drawn;"
+        f" {latents.dense:,} fire on more than {latents.dense_frequency_bound:.0%} of them (right of the line).",
         draw,
     )
 
 
-def fvu_by(groups: dict[str, Any], by: str) -> Plot:
+def fvu_by(groups: GroupFigures, by: str) -> Plot:
     """FVU along positions or token frequencies."""
-    points = well_sampled(groups, "fvu", "tokens", by)
+    points = well_sampled(groups.edges, groups.fvu, groups.tokens, by)
 
     def draw(axes: Axes, palette: Palette) -> None:
         log_line(axes, points, palette.series1, by)
@@ -122,9 +127,9 @@ def fvu_by(groups: dict[str, Any], by: str) -> Plot:
     )
 
 
-def loss_by(groups: dict[str, Any], by: str) -> Plot:
+def loss_by(groups: GroupFigures, by: str) -> Plot:
     """Increase of cross-entropy along positions or label frequencies."""
-    points = well_sampled(groups, "ce_increase", "predictions", by)
+    points = well_sampled(groups.edges, groups.ce_increase or [], groups.predictions or [], by)
 
     def draw(axes: Axes, palette: Palette) -> None:
         log_line(axes, points, palette.series2, by)
@@ -140,13 +145,13 @@ def loss_by(groups: dict[str, Any], by: str) -> Plot:
     )
 
 
-def dimension_spectrum(activations: dict[str, Any]) -> Plot:
+def dimension_spectrum(activations: ActivationFigures) -> Plot:
     """Spread and mean of every activation dimension, largest first."""
-    spectrum = activations["spectrum"]
+    spectrum = activations.spectrum
 
     def draw(axes: Axes, palette: Palette) -> None:
-        axes.plot(spectrum["rank"], spectrum["std"], color=palette.series1, label="standard deviation")
-        axes.plot(spectrum["rank"], spectrum["abs_mean"], color=palette.series2, label="absolute mean")
+        axes.plot(spectrum.rank, spectrum.std, color=palette.series1, label="standard deviation")
+        axes.plot(spectrum.rank, spectrum.abs_mean, color=palette.series2, label="absolute mean")
         axes.set_xscale("log")
         axes.set_yscale("log")
         axes.yaxis.set_minor_locator(NullLocator())
@@ -159,18 +164,21 @@ def dimension_spectrum(activations: dict[str, Any]) -> Plot:
     return Plot(
         "activation_spectrum",
         "Activation dimensions",
-        f"Training tokens: mean norm {activations['mean_norm']:.3g}. A steep left end means that a few"
+        f"Training tokens: mean norm {activations.mean_norm:.3g}. A steep left end means that a few"
         " dimensions carry most of the variance.",
         draw,
     )
 
 
-def norms_by_position(activations: dict[str, Any]) -> Plot:
+def norms_by_position(activations: ActivationFigures) -> Plot:
     """Percentiles of the norm on the evaluated tokens, along positions."""
-    groups = activations["norm_by_position"]
-    bos = activations["bos_norm"]
-    curves = {name: well_sampled(groups, name, "tokens", "position") for name in ("p5", "p50", "p95", "p99", "max")}
-    apart = f" BOS is not in it: its median norm is {bos['p50']:.3g}." if bos is not None else ""
+    groups = activations.norm_by_position
+    bos = activations.bos_norm
+    curves = {
+        name: well_sampled(groups.edges, getattr(groups, name), groups.tokens, "position")
+        for name in ("p5", "p50", "p95", "p99", "max")
+    }
+    apart = f" BOS is not in it: its median norm is {bos.p50:.3g}." if bos is not None else ""
     return Plot(
         "norm_by_position",
         "Activation norm by position",
@@ -179,14 +187,14 @@ def norms_by_position(activations: dict[str, Any]) -> Plot:
     )
 
 
-def store_norms(activations: dict[str, Any]) -> Plot:
+def store_norms(activations: ActivationFigures) -> Plot:
     """Percentiles of the norm on the store's training tokens, along the context."""
-    groups = activations["store_norm_by_position"]
+    groups = activations.store_norm_by_position
     curves = {
         name: [
-            (centre(group["first"], group["last"] + 1, "position"), group[name])
+            (centre(group.first, group.last + 1, "position"), getattr(group, name))
             for group in groups
-            if group["tokens"] >= FEWEST
+            if group.tokens >= FEWEST
         ]
         for name in ("p5", "p50", "p95", "p99")
     }
@@ -217,47 +225,46 @@ def draw_norms(axes: Axes, palette: Palette, curves: dict[str, list[tuple[float,
     legend_above(axes)
 
 
-def largest_dimensions(activations: dict[str, Any]) -> Plot:
+def largest_dimensions(activations: ActivationFigures) -> Plot:
     """The largest magnitude of the dimensions that reach furthest, with and without BOS."""
-    largest = activations["largest"]
-    rows = largest["dimensions"]
+    largest = activations.largest
+    rows = largest.dimensions
 
     def draw(axes: Axes, palette: Palette) -> None:
         places = range(len(rows))
-        reach = [max(row["max"], row["max_bos"]) for row in rows]
-        axes.hlines(places, largest["median_rms"], reach, color=palette.grid, linewidth=1.2, zorder=1)
-        axes.plot([row["max"] for row in rows], places, "o", color=palette.series1, label="evaluated tokens")
-        if any(row["max_bos"] > 0 for row in rows):
-            axes.plot([row["max_bos"] for row in rows], places, "D", color=palette.series2, label="BOS")
-        axes.axvline(largest["median_rms"], color=palette.muted, linewidth=0.8, linestyle=(0, (3, 3)))
+        reach = [max(row.max, row.max_bos) for row in rows]
+        axes.hlines(places, largest.median_rms, reach, color=palette.grid, linewidth=1.2, zorder=1)
+        axes.plot([row.max for row in rows], places, "o", color=palette.series1, label="evaluated tokens")
+        if any(row.max_bos > 0 for row in rows):
+            axes.plot([row.max_bos for row in rows], places, "D", color=palette.series2, label="BOS")
+        axes.axvline(largest.median_rms, color=palette.muted, linewidth=0.8, linestyle=(0, (3, 3)))
         axes.set_xscale("log")
         axes.xaxis.set_minor_locator(NullLocator())
         axes.xaxis.set_major_locator(
-            LogLocator(base=10, subs=(1, 2, 5) if max(reach) < 50 * largest["median_rms"] else (1,))
+            LogLocator(base=10, subs=(1, 2, 5) if max(reach) < 50 * largest.median_rms else (1,))
         )
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axes.set_xlim(left=largest["median_rms"] / 2)
-        axes.set_yticks(places, [str(row["dimension"]) for row in rows])
+        axes.set_xlim(left=largest.median_rms / 2)
+        axes.set_yticks(places, [str(row.dimension) for row in rows])
         axes.invert_yaxis()
         axes.grid(visible=False)
         axes.set_ylabel("dimension")
         axes.set_xlabel("largest magnitude")
         legend_above(axes)
 
-    count = "No dimension exceeds" if not largest["massive"] else f"{largest['massive']} dimensions exceed"
+    count = "No dimension exceeds" if not largest.massive else f"{largest.massive} dimensions exceed"
     return Plot(
         "largest_dimensions",
         "Largest dimensions",
-        f"The line is the RMS of the median dimension. {count} {largest['massive_ratio']:.0f} times it (massive"
+        f"The line is the RMS of the median dimension. {count} {largest.massive_ratio:.0f} times it (massive"
         " activations).",
         draw,
     )
 
 
-def decoder_similarity(report: Report) -> Plot:
+def decoder_similarity(decoder: DecoderFigures) -> Plot:
     """Cosine of each decoder direction with its nearest neighbour, and what random directions would give."""
-    decoder = report["decoder"]
-    edges, counts, random = decoder["edges"], decoder["nearest"], decoder["nearest_random"]
+    edges, counts, random = decoder.edges, decoder.nearest, decoder.nearest_random
 
     def draw(axes: Axes, palette: Palette) -> None:
         axes.stairs(counts, edges, fill=True, color=palette.series1, alpha=0.85, label="this SAE")
@@ -265,7 +272,7 @@ def decoder_similarity(report: Report) -> Plot:
         axes.set_xlabel("cosine with the nearest other latent")
         axes.set_ylabel("share of latents")
         axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-        axes.legend(loc="upper left" if decoder["nearest_median"] > 0.5 else "upper right")
+        axes.legend(loc="upper left" if (decoder.nearest_median or 0) > 0.5 else "upper right")
 
     return Plot(
         "decoder_cosine",
@@ -276,18 +283,20 @@ def decoder_similarity(report: Report) -> Plot:
     )
 
 
-def training_curve(report: Report) -> Plot:
-    """Training FVU, as the run logged it."""
-    training = report["training"]
+def training_curve(training: TrainingCurve, held_out: float | None) -> Plot:
+    """Training FVU, as the run logged it, and the FVU that was found on the evaluated tokens."""
+    points = [(x, y) for x, y in zip(training.tokens, training.fvu, strict=True) if x is not None and y is not None]
+    logged = [fvu for _, fvu in points]
+    found = math.nan if held_out is None else held_out
 
     def draw(axes: Axes, palette: Palette) -> None:
-        axes.plot(training["tokens"], training["fvu"], color=palette.series1, label="training batches")
-        axes.axhline(report["fvu"], color=palette.series2, linewidth=1.2, linestyle=(0, (4, 3)), label="held out, now")
+        axes.plot([x for x, _ in points], logged, color=palette.series1, label="training batches")
+        axes.axhline(found, color=palette.series2, linewidth=1.2, linestyle=(0, (4, 3)), label="held out, now")
         axes.set_xlabel("training tokens")
         axes.set_ylabel("FVU")
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: thousands(value)))
-        top = sorted(training["fvu"])[int(0.97 * (len(training["fvu"]) - 1))]
-        axes.set_ylim(0, max(top, report["fvu"]) * 1.1)
+        top = sorted(logged)[int(0.97 * (len(logged) - 1))]
+        axes.set_ylim(0, max(top, held_out or 0.0) * 1.1)
         axes.legend(loc="upper right")
 
     return Plot("training", "Training", "The fraction of variance unexplained while the SAE was trained.", draw)
@@ -318,11 +327,13 @@ def legend_above(axes: Axes) -> None:
     axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=columns, borderaxespad=0.3, columnspacing=1.2)
 
 
-def well_sampled(groups: dict[str, Any], metric: str, counts: str, by: str) -> list[tuple[float, float]]:
+def well_sampled(
+    edges: Sequence[float], values: Sequence[float | None], counts: Sequence[int], by: str
+) -> list[tuple[float, float]]:
     """(where it is drawn, value) of every group of at least `FEWEST` tokens: smaller ones are noise."""
     return [
         (centre(low, high, by), value)
-        for (low, high), value, count in zip(pairwise(groups["edges"]), groups[metric], groups[counts], strict=True)
+        for (low, high), value, count in zip(pairwise(edges), values, counts, strict=False)
         if value is not None and count >= FEWEST
     ]
 

@@ -1,15 +1,24 @@
 """The report of one evaluation: a self-contained HTML page made from what eval.json holds."""
 
-import math
-from typing import Any
+from collections.abc import Sequence
 
 from shared.store.statistics import OUTLIER_RATIO
+from stage_eval.results.evaluation import Evaluation
+from stage_eval.results.figures import (
+    ActivationFigures,
+    DenseLatent,
+    Downstream,
+    MassiveDimension,
+    Reconstruction,
+)
 from stage_eval.show import page
 from stage_eval.show.page import text
-from stage_eval.show.plots import activation_plots, evaluation_plots
+from stage_eval.show.plots import activation_plots, evaluation_plots, numbered
+from stage_eval.show.text import number, percent, short, signed, small_sample
 from stage_eval.show.theme import Plot
 
-Report = dict[str, Any]
+MetricRows = Sequence[tuple[str, str, str]]
+"""(field, heading, meaning) of each metric of a table."""
 
 RECONSTRUCTION_ROWS = (
     ("fvu", "FVU", "squared error over variance about the evaluated tokens' mean, a ratio of sums"),
@@ -38,9 +47,9 @@ DOWNSTREAM_ROWS = (
 )
 
 
-def render(report: Report) -> str:
-    """The page, from an evaluation as eval.json holds it."""
-    sae, downstream, reconstruction = report["sae"], report["downstream"], report["reconstruction"]
+def render(report: Evaluation) -> str:
+    """The page of an evaluation."""
+    sae, downstream, reconstruction = report.sae, report.downstream, report.reconstruction
     plots = {plot.name: plot for plot in evaluation_plots(report)}
     losses = []
     if downstream is not None:
@@ -58,6 +67,7 @@ def render(report: Report) -> str:
             "Reconstruction",
             metric_rows(reconstruction, RECONSTRUCTION_ROWS),
             bos_sentence(reconstruction),
+            site_rows(reconstruction),
         ),
         page.section(
             "Where it errs",
@@ -69,85 +79,100 @@ def render(report: Report) -> str:
             "Latents and training",
             page.columns(
                 *map(page.figure, pick(plots, "firing_frequency", "decoder_cosine")),
-                densest_rows(report["latents"]),
+                densest_rows(report.latents.densest),
                 *map(page.figure, pick(plots, "training")),
             ),
         ),
-        page.section(
-            "The activations themselves",
-            page.columns(
-                *map(page.figure, activation_plots(report["activations"])),
-                activation_rows(report["activations"]),
-            ),
+        *(
+            page.section(
+                "The activations themselves" if index == 0 else f"The activations of {site}",
+                page.columns(
+                    *map(page.figure, numbered(activation_plots(figures), index)),
+                    activation_rows(figures),
+                ),
+            )
+            for index, (site, figures) in enumerate(report.described.items())
         ),
         page.section("Where it comes from", provenance(report)),
         page.section(
             "Details",
             definitions(),
-            page.folded_json("SAE configuration", sae["config"]),
-            page.folded_json("Evaluation settings", report["settings"]),
-            page.folded_json("Provenance in full", report["provenance"]),
-            page.folded_json("Software and machine", report["environment"]),
+            page.folded_json("SAE configuration", sae.config),
+            page.folded_json("Evaluation settings", report.settings.to_json()),
+            page.folded_json("Provenance in full", report.provenance.to_json()),
+            page.folded_json("Software and machine", report.environment.to_json()),
         ),
     ]
-    return page.page(f"{sae['name']}", "SAE evaluation", subtitle(report), sections, footer(report))
+    return page.page(sae.name, "SAE evaluation", subtitle(report), sections, footer(report))
 
 
-def headline(report: Report) -> str:
-    """The cards at the top."""
-    reconstruction, latents, downstream = report["reconstruction"], report["latents"], report["downstream"]
-    fvu = ("FVU", number(report["fvu"]), spread(reconstruction, "fvu"))
-    sparsity = ("L0", number(report["l0"], 4), f"of {latents['d_latent']:,} latents")
+def headline(report: Evaluation) -> str:
+    """The cards at the top, and a remark where they rest on few tokens."""
+    reconstruction, latents, downstream = report.reconstruction, report.latents, report.downstream
+    fvu = ("FVU", number(report.fvu), spread(reconstruction, "fvu"))
+    sparsity = ("L0", number(report.l0, 4), f"of {latents.d_latent:,} latents")
     if downstream is None:
-        quality = [fvu, ("Cosine", number(reconstruction["cosine"]), spread(reconstruction, "cosine")), sparsity]
+        quality = [fvu, ("Cosine", number(reconstruction.cosine), spread(reconstruction, "cosine")), sparsity]
     else:
         quality = [
-            ("Loss recovered", number(report["loss_recovered"]), spread(downstream, "loss_recovered")),
+            ("Loss recovered", number(report.loss_recovered), spread(downstream, "loss_recovered")),
             fvu,
             sparsity,
-            ("Added loss", f"{downstream['ce_increase']:+.3f}", f"{report['ce_clean']:.3f} clean, nats per token"),
-            ("KL to clean", number(report["kl"]), "nats per token"),
+            ("Added loss", signed(downstream.ce_increase), f"{number(report.ce_clean)} clean, nats per token"),
+            ("KL to clean", number(report.kl), "nats per token"),
         ]
-    return page.cards(
+    cards = page.cards(
         [
             *quality,
-            ("Dead latents", percent(report["dead_fraction"]), f"{latents['dead']:,} never fired"),
-            ("Dense latents", percent(latents["dense_fraction"]), f"fire on > {latents['dense_frequency_bound']:.0%}"),
-            ("Tokens", f"{report['n_tokens']:,}", f"{reconstruction['n_contexts']:,} held-out contexts"),
+            ("Dead latents", percent(report.dead_fraction), f"{latents.dead:,} never fired"),
+            ("Dense latents", percent(latents.dense_fraction), f"fire on > {latents.dense_frequency_bound:.0%}"),
+            ("Tokens", f"{report.n_tokens:,}", f"{reconstruction.n_contexts:,} held-out contexts"),
         ],
         key=0,
     )
+    remark = small_sample(report.n_tokens, reconstruction.n_contexts)
+    return cards + (page.remark(remark) if remark else "")
 
 
-def subtitle(report: Report) -> str:
+def subtitle(report: Evaluation) -> str:
     """One line that says which SAE this is."""
-    config, sae = report["sae"]["config"], report["sae"]
-    k = f", k = {config['k']}" if config.get("k") is not None else ""
-    model = report["provenance"]["model"].get("id", "a model that the store does not record")
+    sae, (d_in, d_out) = report.sae, report.sae.widths
+    k = f", k = {sae.k}" if sae.k is not None else ""
+    model = report.provenance.model.get("id", "a model that the store does not record")
+    to = "" if d_out == d_in else f" to {d_out:,} dimensions"
     return (
-        f"{config.get('activation', 'SAE')}{k}, {config['d_model']:,} dimensions to {config['d_latent']:,} latents"
-        f" on {sae['hook']} of {model}"
+        f"{sae.config.get('activation', 'SAE')}{k}, {d_in:,} dimensions to {report.latents.d_latent:,} latents{to}"
+        f" on {sae.hook} of {model}"
     )
 
 
-def splice_sentence(report: Report) -> str:
+def splice_sentence(report: Evaluation) -> str:
     """Which positions were replaced, and which predictions counted."""
-    kept = "BOS positions were replaced too" if report["settings"]["splice_bos"] else "BOS positions were left alone"
+    predictions = report.downstream.n_predictions if report.downstream is not None else 0
+    kept = "BOS positions were replaced too" if report.settings.splice_bos else "BOS positions were left alone"
     return (
-        f"The activation at {report['sae']['hook']} was replaced at every position that the store marks as trainable;"
-        f" {kept}. {report['downstream']['n_predictions']:,} next-token predictions count: labels that are BOS, padding"
+        f"The activation at {report.sae.site} was replaced at every position that the store marks as trainable;"
+        f" {kept}. {predictions:,} next-token predictions count: labels that are BOS, padding"
         " or in another document do not."
     )
 
 
-def metric_rows(metrics: Report, rows: tuple[tuple[str, str, str], ...]) -> str:
+def metric_rows(metrics: Reconstruction | Downstream, rows: MetricRows) -> str:
     """A table of metrics with their intervals."""
     body = []
     for key, label, _ in rows:
-        interval = metrics["confidence95"].get(key)
+        interval = metrics.confidence95.get(key)
         shown = f'<span class="interval">{interval[0]:.4g} to {interval[1]:.4g}</span>' if interval else ""
-        body.append((text(label), number(metrics[key], 4), shown))
+        body.append((text(label), number(getattr(metrics, key), 4), shown))
     return page.table(("", "value", "95 % interval"), body)
+
+
+def site_rows(reconstruction: Reconstruction) -> str:
+    """FVU and MSE of each written site, where there are several."""
+    if reconstruction.sites is None:
+        return ""
+    rows = [(text(site), number(one.fvu, 4), number(one.mse, 4)) for site, one in reconstruction.sites.items()]
+    return f'<div style="margin-top:12px">{page.table(("written site", "FVU", "MSE"), rows)}</div>'
 
 
 def definitions() -> str:
@@ -156,76 +181,74 @@ def definitions() -> str:
     return page.folded("What the figures mean", page.table(("metric", "meaning"), rows, numeric_from=2))
 
 
-def bos_sentence(reconstruction: Report) -> str:
+def bos_sentence(reconstruction: Reconstruction) -> str:
     """How the BOS positions, which no other figure counts, would change the FVU."""
-    bos = reconstruction["with_bos"]
+    bos = reconstruction.with_bos
     if bos is None:
         return ""
     return (
         '<div style="margin-top:12px">'
         + page.paragraph(
-            f"Counting the {bos['n_bos']:,} BOS positions as well, FVU would be {number(bos['fvu'])}. On BOS alone"
-            f" the reconstruction misses {percent(bos['bos_fvu_uncentred'])} of the squared norm."
+            f"Counting the {bos.n_bos:,} BOS positions as well, FVU would be {number(bos.fvu)}. On BOS alone"
+            f" the reconstruction misses {percent(bos.bos_fvu_uncentred)} of the squared norm."
         )
         + "</div>"
     )
 
 
-def densest_rows(latents: Report) -> str:
+def densest_rows(densest: Sequence[DenseLatent]) -> str:
     """The latents that fire most."""
-    rows = [
-        (text(row["latent"]), percent(row["frequency"]), number(row["mean_activation"])) for row in latents["densest"]
-    ]
+    rows = [(text(row.latent), percent(row.frequency), number(row.mean_activation)) for row in densest]
     head = ("most active latents", "fires on", "mean when it fires")
     return page.table(head, rows)
 
 
-def activation_rows(activations: Report) -> str:
+def activation_rows(activations: ActivationFigures) -> str:
     """What the store says of the activations: mean, spread and norms over the training tokens."""
     rows = [
-        ("Mean norm", number(activations["mean_norm"])),
-        ("Median norm", number(activations["median_norm"])),
-        ("RMS norm", number(activations["rms_norm"])),
-        ("Largest norm", number(activations["max_norm"])),
-        ("Norm of the mean", number(activations["norm_of_mean"])),
-        ("Total variance", number(activations["total_variance"])),
-        ("Variance in the largest dimension", percent(activations["variance_in_largest"])),
-        ("FVU that the storage type cost", number(activations["relative_squared_error"])),
+        ("Mean norm", number(activations.mean_norm)),
+        ("Median norm", number(activations.median_norm)),
+        ("RMS norm", number(activations.rms_norm)),
+        ("Largest norm", number(activations.max_norm)),
+        ("Norm of the mean", number(activations.norm_of_mean)),
+        ("Total variance", number(activations.total_variance)),
+        ("Variance in the largest dimension", percent(activations.variance_in_largest)),
+        ("FVU that the storage type cost", number(activations.relative_squared_error)),
         (
             f"Outlier dimensions (RMS {OUTLIER_RATIO:.0f} times the median's)",
-            outlier_dimensions(activations["massive_dimensions"]),
+            outlier_dimensions(activations.massive_dimensions),
         ),
     ]
     return page.table(("training tokens of the store", "value"), [(text(name), value) for name, value in rows])
 
 
-def outlier_dimensions(dimensions: list[Report], shown: int = 4) -> str:
+def outlier_dimensions(dimensions: Sequence[MassiveDimension], shown: int = 4) -> str:
     """``4 (12 x), 7 (11 x)``."""
-    named = ", ".join(f"{row['dimension']} ({row['rms_ratio']:.0f} x)" for row in dimensions[:shown])
+    named = ", ".join(f"{row.dimension} ({row.rms_ratio:.0f} x)" for row in dimensions[:shown])
     more = f" and {len(dimensions) - shown} more" if len(dimensions) > shown else ""
     return text(f"{named}{more}" or "none")
 
 
-def provenance(report: Report) -> str:
+def provenance(report: Evaluation) -> str:
     """Corpus, store, checkpoint, evaluation, each with its hash."""
-    source = report["provenance"]
+    source = report.provenance
     links = [
-        ("Corpus", source["corpus"].get("description") or "", short(source["corpus"].get("fingerprint"))),
+        ("Corpus", source.corpus.get("description") or "", short(source.corpus.get("fingerprint"))),
         (
             "Activation store",
-            f"{source['model'].get('id', '')} {report['sae']['hook']}",
-            short(source["store"]["digest"]),
+            f"{source.model.get('id', '')} {report.sae.hook}",
+            short(source.store.digest),
         ),
-        ("SAE checkpoint", report["sae"]["name"], short(source["sae"]["sha256"])),
-        ("This evaluation", f"{report['n_tokens']:,} held-out tokens", f"definitions {report['definitions']}"),
+        ("SAE", report.sae.name, short(source.sae.sha256)),
+        ("This evaluation", f"{report.n_tokens:,} held-out tokens", f"definitions {report.definitions}"),
     ]
     return page.chain(links)
 
 
-def footer(report: Report) -> str:
+def footer(report: Evaluation) -> str:
     """When and with what it was made."""
-    versions = report["environment"]["versions"]
-    return f"Made {report['created']} by Granary {versions['granary']}. Formulas: docs/metrics.md."
+    versions = report.environment.versions
+    return f"Made {report.created} by Granary {versions['granary']}. Formulas: docs/metrics.md."
 
 
 def pick(plots: dict[str, Plot], *names: str) -> list[Plot]:
@@ -233,28 +256,7 @@ def pick(plots: dict[str, Plot], *names: str) -> list[Plot]:
     return [plots[name] for name in names if name in plots]
 
 
-def spread(metrics: Report, key: str) -> str:
+def spread(metrics: Reconstruction | Downstream, key: str) -> str:
     """``± 0.004``, half the 95 % interval."""
-    interval = metrics["confidence95"].get(key)
+    interval = metrics.confidence95.get(key)
     return f"± {(interval[1] - interval[0]) / 2:.2g} (95 %)" if interval else ""
-
-
-def number(value: float | None, digits: int = 3) -> str:
-    """Fixed digits for small numbers, significant ones for the rest, a dash where there is none."""
-    if value is None or not math.isfinite(value):
-        return "-"
-    if value != 0 and (abs(value) < 1e-3 or abs(value) >= 1e5):
-        return f"{value:.{digits - 1}e}"
-    return f"{value:.{digits}f}" if abs(value) < 10 else f"{value:,.{max(digits - 2, 1)}f}"
-
-
-def percent(value: float | None) -> str:
-    """``1.2 %``."""
-    if value is None or not math.isfinite(value):
-        return "-"
-    return f"{100 * value:.3g} %"
-
-
-def short(digest: str | None) -> str:
-    """The first 16 characters of a hash."""
-    return (digest or "not recorded").removeprefix("sha256:")[:16]

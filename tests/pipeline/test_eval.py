@@ -183,7 +183,7 @@ def run_processes(*arguments: str, ranks: int = 1) -> subprocess.CompletedProces
 
 
 def evaluate(out: Path, sae: Path, store: Path, *more: str) -> dict[str, Any]:
-    done = run(f"run_dir={out}", f"sae={sae}", f"store.url={store}", *more)
+    done = run(f"run_dir={out / 'run'}", f"out_dir={out}", f"sae={sae}", f"store.url={store}", *more)
     assert done.returncode == 0, done.stderr
     return read_report(out)
 
@@ -319,7 +319,13 @@ def alone(world: World) -> dict[str, Any]:
 @pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_1_2_and_4_ranks_give_the_same_figures(world: World, alone: dict[str, Any], tmp_path: Path, ranks: int) -> None:
     """Real processes on gloo; four of them share four contexts, two of them two each."""
-    settings = (f"run_dir={tmp_path}", f"sae={world.random}", f"store.url={world.store}", "batch_contexts=1")
+    settings = (
+        f"run_dir={tmp_path / 'run'}",
+        f"out_dir={tmp_path}",
+        f"sae={world.random}",
+        f"store.url={world.store}",
+        "batch_contexts=1",
+    )
     done = run_processes(*settings, ranks=ranks)
     assert done.returncode == 0, done.stderr
     report = read_report(tmp_path)

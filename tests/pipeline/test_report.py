@@ -2,197 +2,34 @@
 
 import html
 import json
+import math
 import os
 import re
 import shutil
 import subprocess
+from collections.abc import Sequence
 from html.parser import HTMLParser
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import matplotlib.image
-import numpy as np
 import pytest
 
-from stage_eval.measure.breakdown import frequency_groups, position_groups
-from stage_eval.show.compare import compare, render_comparison
+from stage_eval.results.comparison import LeftOut, compare
+from stage_eval.results.evaluation import Evaluation
+from stage_eval.show.compare import render_comparison
 from stage_eval.show.plots import evaluation_plots
 from stage_eval.show.report import render
-from stage_eval.show.sweep_plots import apart, lines, pareto_front
-from stage_eval.show.theme import to_png, to_svg
+from stage_eval.show.sweep_plots import apart, lines, pareto_front, sweep_plots
+from stage_eval.show.theme import LIGHT, build, style, to_png, to_svg
+from tests.evaluations import at_site, document, example
 
 HOSTILE = '<script>alert("x")</script> & <b>"bold"</b>'
-DOWNSTREAM = {
-    "ce_clean": 1.9,
-    "ce_spliced": 2.02,
-    "ce_zero": 8.9,
-    "ce_mean": 7.4,
-    "ce_increase": 0.12,
-    "loss_recovered": 0.983,
-    "loss_recovered_over_mean": 0.978,
-    "kl": 0.11,
-    "kl_zero": 7.1,
-    "kl_mean": 6.0,
-    "kl_recovered": 0.985,
-    "top1_agreement": 0.87,
-}
-RECONSTRUCTION = {
-    "fvu": 0.11,
-    "fvu_uncentred": 0.08,
-    "mse_per_token": 3.1,
-    "cosine": 0.94,
-    "relative_norm": 0.95,
-    "reconstruction_bias": 0.97,
-    "l0": 15.6,
-    "l1": 40.0,
-}
-NORMS = {"p5": 9.0, "p50": 13.0, "p95": 19.0, "p99": 25.0, "max": 31.0}
-
-
-def example(k: int = 16, expansion: int = 8, name: str = "demo/sae", **changes: Any) -> dict[str, Any]:
-    """An evaluation as eval.json holds it."""
-    rng = np.random.default_rng(k + expansion)
-    positions, frequencies = position_groups(4096), frequency_groups()
-    width, latents = 128, 128 * expansion
-    edges = np.linspace(-5, 0, 21)
-    better = (k * expansion) ** -0.3
-    downstream = {**DOWNSTREAM, "loss_recovered": 1 - 0.07 * better, "kl": 0.4 * better}
-    reconstruction = {**RECONSTRUCTION, "fvu": 0.5 * better, "l0": 0.98 * k}
-
-    def intervals(values: dict[str, float]) -> dict[str, list[float]]:
-        return {key: [0.99 * value, 1.01 * value] for key, value in values.items()}
-
-    def groups(count: int, scale: float) -> list[Any]:
-        return [None, *(scale * (1 + 1 / np.arange(1, count)) * rng.uniform(0.95, 1.05, count - 1)).tolist()]
-
-    report: dict[str, Any] = {
-        "format": "granary-evaluation",
-        "definitions": 1,
-        "created": "2026-01-01 00:00 UTC",
-        **{key: reconstruction[key] for key in ("fvu", "l0")},
-        **{key: downstream[key] for key in ("ce_clean", "ce_spliced", "ce_zero", "ce_mean", "loss_recovered", "kl")},
-        "dead_fraction": 0.011,
-        "n_tokens": 204_321,
-        "sae": {
-            "name": name,
-            "path": f"runs/{name}",
-            "hook": "layers.2.resid_post",
-            "config": {"activation": "topk", "k": k, "d_model": width, "d_latent": latents},
-        },
-        "reconstruction": {
-            **reconstruction,
-            "fvu_per_dimension_mean": 0.13,
-            "explained_variance_per_dimension_mean": 0.87,
-            "constant_dimensions": 0,
-            "mse": 0.024,
-            "explained_variance": 0.89,
-            "explained_variance_uncentred": 0.92,
-            "mean_error_norm": 0.01,
-            "with_bos": {
-                "fvu": 0.06,
-                "fvu_uncentred": 0.03,
-                "bos_fvu_uncentred": 0.3,
-                "n_bos": 420,
-                "n_tokens": 204741,
-            },
-            "n_tokens": 204_321,
-            "n_contexts": 50,
-            "confidence95": intervals(reconstruction),
-        },
-        "latents": {
-            "d_latent": latents,
-            "dead": 11,
-            "dense": 3,
-            "dead_fraction": 0.011,
-            "dense_fraction": 0.003,
-            "dense_frequency_bound": 0.1,
-            "densest": [{"latent": 7 * i, "frequency": 0.3 / (i + 1), "mean_activation": 1.5} for i in range(10)],
-            "histogram": {
-                "log10_edges": edges.tolist(),
-                "latents": np.histogram(rng.normal(-2.6, 0.6, latents), edges)[0].tolist(),
-                "energy_share": [0.05] * 20,
-            },
-        },
-        "decoder": {
-            "edges": np.linspace(0, 1, 41).tolist(),
-            "nearest": (np.histogram(rng.beta(6, 8, latents), 40, (0, 1))[0] / latents).tolist(),
-            "nearest_random": (np.histogram(rng.normal(0.3, 0.02, latents), 40, (0, 1))[0] / latents).tolist(),
-            "nearest_median": 0.42,
-            "duplicates": 0.01,
-        },
-        "downstream": {**downstream, "n_predictions": 203_900, "confidence95": intervals(downstream)},
-        "breakdown": {
-            by: {
-                "edges": grouping.edges.tolist(),
-                "fvu": groups(grouping.num_bins, 0.1),
-                "ce_increase": groups(grouping.num_bins, 0.12),
-                "tokens": [9_000] * grouping.num_bins,
-                "predictions": [9_000] * grouping.num_bins,
-            }
-            for by, grouping in (("position", positions), ("frequency", frequencies))
-        },
-        "activations": {
-            "mean_norm": 14.3,
-            "median_norm": 13.9,
-            "rms_norm": 15.0,
-            "max_norm": 800.0,
-            "norm_of_mean": 6.0,
-            "total_variance": 190.0,
-            "variance_in_largest": 0.31,
-            "relative_squared_error": 0.0,
-            "massive_dimensions": [{"dimension": 31, "rms_ratio": 120.0}, {"dimension": 62, "rms_ratio": 14.2}],
-            "store_norm_by_position": [
-                {
-                    "first": 2 ** (i - 1),
-                    "last": 2**i - 1,
-                    "tokens": 9_000,
-                    "p5": 9.0,
-                    "p50": 13.0,
-                    "p95": 19.0,
-                    "p99": 25.0,
-                }
-                for i in range(1, 13)
-            ],
-            "norm_by_position": {
-                "edges": positions.edges.tolist(),
-                "tokens": [9_000] * positions.num_bins,
-                **{name: [scale] * positions.num_bins for name, scale in NORMS.items()},
-            },
-            "bos_norm": {"tokens": 420, "p50": 710.0, "max": 800.0},
-            "largest": {
-                "median_rms": 0.4,
-                "massive": 2,
-                "massive_ratio": 100.0,
-                "dimensions": [
-                    {"dimension": 31 * i, "max": 60.0 / i, "max_bos": 640.0 / i, "rms": 0.5, "energy_share": 0.1}
-                    for i in range(1, 9)
-                ],
-            },
-            "spectrum": {
-                "rank": list(range(1, width + 1)),
-                "std": np.sort(rng.lognormal(-1, 0.6, width))[::-1].tolist(),
-                "abs_mean": np.sort(np.abs(rng.standard_t(2, width)))[::-1].tolist(),
-            },
-        },
-        "training": {
-            "tokens": [20_000 * i for i in range(1, 101)],
-            "fvu": (0.1 + 0.6 * np.exp(-np.arange(100) / 9)).tolist(),
-        },
-        "provenance": {
-            "model": {"id": "bundled"},
-            "corpus": {"description": "Python standard library", "fingerprint": "d" * 64},
-            "store": {"url": "runs/demo/store", "plan_hash": "e" * 64, "digest": "f" * 64},
-            "sae": {"sha256": "ab" * 32},
-        },
-        "settings": {"splice_bos": False},
-        "environment": {"versions": {"granary": "0.1.0"}},
-    }
-    return {**report, **changes}
 
 
 def sweep_page() -> str:
     reports = [example(k, expansion, f"k={k},expansion={expansion}") for k in (8, 16, 32) for expansion in (8, 16)]
-    return render_comparison(compare(reports, [f"{report['sae']['name']}/report.html" for report in reports]))
+    return render_comparison(compare(reports, [f"{report.sae.name}/report.html" for report in reports]))
 
 
 class References(HTMLParser):
@@ -227,19 +64,20 @@ def test_a_page_loads_nothing(page: str) -> None:
 
 
 def test_everything_from_data_is_escaped() -> None:
-    report = example(name=HOSTILE)
+    report = document(name=HOSTILE)
     report["provenance"]["corpus"]["description"] = HOSTILE
     report["sae"]["config"]["activation"] = HOSTILE
     report["provenance"]["model"]["id"] = HOSTILE
-    for page in (render(report), render_comparison(compare([report], [f"x/{HOSTILE}"]))):
+    hostile = Evaluation.from_json(report)
+    left_out = [LeftOut(path=HOSTILE, reason=HOSTILE)]
+    for page in (render(hostile), render_comparison(compare([hostile], [f"x/{HOSTILE}"], left_out=left_out))):
         assert "<script" not in page
         assert "<b>" not in re.sub(r"<b>[\w ]+</b>", "", page)  # but the headings of the chain
         assert html.escape(HOSTILE) in page
 
 
 def test_identifiers_are_unique_on_a_page() -> None:
-    two_hooks = [example(), example(name="other")]
-    two_hooks[1]["sae"]["hook"] = "layers.1.resid_post"
+    two_hooks = [example(), at_site("layers.1.resid_post")]
     for page in (render(example()), sweep_page(), render_comparison(compare(two_hooks, ["a", "b"]))):
         identifiers = re.findall(r'\bid="([^"]+)"', page)
         assert identifiers
@@ -259,8 +97,8 @@ def test_a_sweep_page_has_what_the_sweep_is_about() -> None:
 
 def test_what_was_not_measured_is_left_out() -> None:
     missing = dict.fromkeys(("ce_clean", "ce_spliced", "ce_zero", "ce_mean", "loss_recovered", "kl"))
-    report = example(downstream=None, training=None, **missing)
-    report["activations"]["store_norm_by_position"] = []
+    activations = {**document()["activations"], "store_norm_by_position": []}
+    report = example(downstream=None, training=None, activations=activations, **missing)
     names = {plot.name for plot in evaluation_plots(report)}
     assert not names & {"cross_entropy", "loss_by_position", "training", "store_norm_by_position"}
     assert "What the model loses" not in render(report)
@@ -281,24 +119,36 @@ def test_pages_are_reproducible() -> None:
 
 def test_a_pareto_front_by_hand() -> None:
     points = [(8, 0.2), (16, 0.1), (16, 0.15), (20, 0.12), (32, 0.1), (64, 0.05)]
-    rows = [{"l0": l0, "fvu": fvu, "recovered": 1 - fvu} for l0, fvu in points]
     expected = [(8, 0.2), (16, 0.1), (64, 0.05)]
-    assert [(row["l0"], row["fvu"]) for row in pareto_front(rows, "fvu", larger_is_better=False)] == expected
-    assert [(row["l0"], row["fvu"]) for row in pareto_front(rows, "recovered", larger_is_better=True)] == expected
+    assert pareto_front([*points, (4, math.nan)], larger_is_better=False) == expected
+    recovered = [(l0, 1 - fvu) for l0, fvu in points]
+    assert pareto_front(recovered, larger_is_better=True) == [(l0, 1 - fvu) for l0, fvu in expected]
 
 
 def test_ticks_do_not_run_into_one_another() -> None:
     assert apart([8, 16, 32]) == [8, 16, 32]
     assert apart([30, 32, 50, 326, 356]) == [30, 50, 326]
-    assert apart([0, 4]) == [0, 4]
+    assert apart([0, 4], logarithmic=False) == [0, 4]
+
+
+@pytest.mark.parametrize("ks", [range(1, 30), [2**i for i in range(16)], [10_000, 20_000, 40_000, 80_000]])
+def test_drawn_tick_labels_do_not_overlap(ks: Sequence[int]) -> None:
+    rows = compare([example(k=k) for k in ks], [None] * len(ks)).rows
+    for plot in sweep_plots(rows):
+        with matplotlib.rc_context(style(LIGHT)):
+            figure = build(plot, LIGHT, titled=True)
+            figure.canvas.draw()
+            boxes = [label.get_window_extent() for label in figure.axes[0].get_xticklabels() if label.get_text()]
+        assert len(boxes) > 2
+        assert all(left.x1 < right.x0 for left, right in pairwise(boxes)), plot.name
 
 
 def test_every_activation_has_its_line() -> None:
-    reports = [example(name=name) for name in ("topk", "batchtopk", "matryoshka")]
+    reports = [document(name=name) for name in ("topk", "batchtopk", "matryoshka")]
     for report, activation in zip(reports, ("topk", "batchtopk", "batchtopk"), strict=True):
         report["sae"]["config"]["activation"] = activation
     reports[2]["sae"]["config"]["prefixes"] = [16, 1024]
-    rows = compare(reports, [None] * 3)["rows"]
+    rows = compare(list(map(Evaluation.from_json, reports)), [None] * 3).rows
     assert sorted(lines(rows)) == ["batchtopk x8", "matryoshka x8", "topk x8"]
 
 

@@ -4,7 +4,14 @@ import numpy as np
 import pytest
 import torch
 
-from stage_eval.measure.activations import ActivationSums, activation_metrics, norm_quantile
+from stage_eval.measure.activations import (
+    ActivationSums,
+    bos_norm,
+    largest_dimensions,
+    norm_groups,
+    norm_quantile,
+)
+from stage_eval.measure.breakdown import Grouping
 
 
 def test_percentiles_are_those_of_the_norms() -> None:
@@ -14,14 +21,14 @@ def test_percentiles_are_those_of_the_norms() -> None:
     sums = ActivationSums(10, 3, torch.device("cpu"))
     for part in range(0, 6000, 1000):  # in parts, and one of them by another rank
         sums.add(x[part : part + 1000], groups[part : part + 1000])
-    found = activation_metrics(sums, [0, 1, 2, 3])["norm_by_position"]
+    found = norm_groups(sums, Grouping(np.arange(4.0)))
     norms = x.double().norm(dim=1).numpy()
     for group in range(3):
         here = norms[groups.numpy() == group]
-        assert found["tokens"][group] == len(here)
+        assert found.tokens[group] == len(here)
         for percentile in (5, 50, 95, 99):
-            assert found[f"p{percentile}"][group] == pytest.approx(np.percentile(here, percentile), rel=0.05)
-        assert found["max"][group] == pytest.approx(here.max(), rel=1e-12)
+            assert getattr(found, f"p{percentile}")[group] == pytest.approx(np.percentile(here, percentile), rel=0.05)
+        assert found.max[group] == pytest.approx(here.max(), rel=1e-12)
 
 
 def test_parts_of_two_ranks_merge_to_the_whole() -> None:
@@ -44,18 +51,19 @@ def test_massive_dimensions_are_found_and_bos_is_apart() -> None:
     sums = ActivationSums(6, 1, torch.device("cpu"))
     sums.add(x, torch.zeros(20, dtype=torch.int64))
     sums.add_bos(bos)
-    metrics = activation_metrics(sums, [0, 1])
-    assert metrics["largest"]["median_rms"] == 1
-    assert metrics["largest"]["massive"] == 2
-    first, second = metrics["largest"]["dimensions"][:2]
-    assert (first["dimension"], first["max"], first["max_bos"]) == (1, 1, 900)
-    assert (second["dimension"], second["max"], second["max_bos"]) == (4, 250, 1)
-    assert metrics["bos_norm"]["tokens"] == 2
-    assert metrics["norm_by_position"]["tokens"] == [20]
+    largest = largest_dimensions(sums)
+    assert largest.median_rms == 1
+    assert largest.massive == 2
+    first, second = largest.dimensions[:2]
+    assert (first.dimension, first.max, first.max_bos) == (1, 1, 900)
+    assert (second.dimension, second.max, second.max_bos) == (4, 250, 1)
+    assert bos_norm(sums).tokens == 2
+    assert norm_groups(sums, Grouping(np.arange(2.0))).tokens == [20]
 
 
 def test_no_tokens_have_no_percentile() -> None:
     assert np.isnan(norm_quantile(np.zeros(1024, np.int64), 0.5))
     sums = ActivationSums(3, 2, torch.device("cpu"))
     sums.add_bos(torch.zeros(0, 3))
-    assert activation_metrics(sums, [0, 1, 2])["bos_norm"] is None
+    assert bos_norm(sums) is None
+    assert norm_groups(sums, Grouping(np.arange(3.0))).p50 == [None, None]

@@ -5,23 +5,23 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from stage_eval.measure.decoder import decoder_structure, random_nearest
+from stage_eval.measure.decoder import decoder_figures, random_nearest
 
 
 def test_repeated_directions_are_found() -> None:
     directions = F.normalize(torch.randn(300, 24, generator=torch.Generator().manual_seed(0)), dim=1)
     directions[100:200] = directions[:100]
-    structure = decoder_structure(directions * 3, directions, seed=0)
-    assert structure["duplicates"] == pytest.approx(200 / 300)
-    assert structure["sampled"] == 300
-    assert structure["encoder_cosine_mean"] == pytest.approx(1)
-    assert sum(structure["nearest"]) == pytest.approx(1)
+    structure = decoder_figures(directions * 3, directions, seed=0)
+    assert structure.duplicates == pytest.approx(200 / 300)
+    assert structure.sampled == 300
+    assert structure.encoder_cosine_mean == pytest.approx(1)
+    assert sum(structure.nearest) == pytest.approx(1)
 
 
 def test_orthogonal_directions_have_no_near_neighbour() -> None:
-    structure = decoder_structure(torch.eye(16), -torch.eye(16), seed=0)
-    assert structure["nearest_median"] == 0
-    assert structure["encoder_cosine_mean"] == -1
+    structure = decoder_figures(torch.eye(16), -torch.eye(16), seed=0)
+    assert structure.nearest_median == 0
+    assert structure.encoder_cosine_mean == -1
 
 
 @pytest.mark.parametrize(("count", "width"), [(400, 8), (2000, 64)])

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from stage_eval.measure.reconstruction import frequency_histogram, latent_metrics, reconstruction_metrics
+from stage_eval.measure.reconstruction import frequency_histogram, latent_figures, reconstruction_figures
 from stage_eval.measure.sums import ReconstructionSums, Rows
 
 D, F, K = 6, 10, 3
@@ -19,7 +19,6 @@ def rows(contexts: list[int]) -> Rows:
 def empty(d_model: int = D, d_latent: int = F, contexts: int = 4, shift: Tensor | None = None) -> ReconstructionSums:
     return ReconstructionSums(
         contexts=contexts,
-        d_model=d_model,
         d_latent=d_latent,
         positions=1,
         frequencies=1,
@@ -34,21 +33,21 @@ def test_a_hand_computed_example() -> None:
     values = torch.tensor([[1.0, 0.0], [2.0, 0.5], [4.0, 0.0]])
     indices = torch.tensor([[0, -1], [0, 1], [0, 1]])  # a kept latent of value 0 has not fired
     sums.add(x, x_hat, values, indices, rows([0, 0, 1]))
-    metrics = reconstruction_metrics(sums)
+    metrics = reconstruction_figures(sums)
     # Mean (2, 1); scatter (1+1) + (0+1) + (0+4) = 8; error 1 + 0 + 4 = 5; energy 1 + 9 + 13 = 23.
-    assert metrics["fvu"] == pytest.approx(5 / 8, rel=1e-12)
-    assert metrics["fvu_uncentred"] == pytest.approx(5 / 23, rel=1e-12)
+    assert metrics.fvu == pytest.approx(5 / 8, rel=1e-12)
+    assert metrics.fvu_uncentred == pytest.approx(5 / 23, rel=1e-12)
     # Dimension 0: scatter 2, error 0; dimension 1: scatter 6, error 5.
-    assert metrics["fvu_per_dimension_mean"] == pytest.approx((0 + 5 / 6) / 2, rel=1e-12)
-    assert metrics["mse"] == pytest.approx(5 / 6, rel=1e-12)
-    assert metrics["cosine"] == pytest.approx((1 / 2**0.5 + 1 + 7 / (13 * 5) ** 0.5) / 3, rel=1e-12)
-    assert metrics["relative_norm"] == pytest.approx((2**0.5 + 1 + (5 / 13) ** 0.5) / 3, rel=1e-12)
-    assert metrics["reconstruction_bias"] == pytest.approx((2 + 9 + 5) / (1 + 9 + 7), rel=1e-12)
-    assert metrics["l0"] == pytest.approx((1 + 2 + 1) / 3, rel=1e-12)
-    assert metrics["l1"] == pytest.approx((1 + 2.5 + 4) / 3, rel=1e-12)
-    latents = latent_metrics(sums, 3)
-    assert (latents["dead"], latents["dense"]) == (1, 2)
-    assert latents["densest"][0] == {"latent": 0, "frequency": 1.0, "mean_activation": pytest.approx(7 / 3)}
+    assert metrics.fvu_per_dimension_mean == pytest.approx((0 + 5 / 6) / 2, rel=1e-12)
+    assert metrics.mse == pytest.approx(5 / 6, rel=1e-12)
+    assert metrics.cosine == pytest.approx((1 / 2**0.5 + 1 + 7 / (13 * 5) ** 0.5) / 3, rel=1e-12)
+    assert metrics.relative_norm == pytest.approx((2**0.5 + 1 + (5 / 13) ** 0.5) / 3, rel=1e-12)
+    assert metrics.reconstruction_bias == pytest.approx((2 + 9 + 5) / (1 + 9 + 7), rel=1e-12)
+    assert metrics.l0 == pytest.approx((1 + 2 + 1) / 3, rel=1e-12)
+    assert metrics.l1 == pytest.approx((1 + 2.5 + 4) / 3, rel=1e-12)
+    latents = latent_figures(sums, 3)
+    assert (latents.dead, latents.dense) == (1, 2)
+    assert latents.densest[0].to_json() == {"latent": 0, "frequency": 1.0, "mean_activation": pytest.approx(7 / 3)}
 
 
 def random_batch(seed: int, count: int = 50) -> tuple[Tensor, Tensor, Tensor, Tensor, Rows]:
@@ -65,9 +64,9 @@ def test_the_reference_vector_does_not_matter() -> None:
     one, other = empty(), empty(shift=torch.full((D,), 2.5))
     one.add(*batch)
     other.add(*batch)
-    first, second = reconstruction_metrics(one), reconstruction_metrics(other)
+    first, second = reconstruction_figures(one), reconstruction_figures(other)
     for name in ("fvu", "fvu_per_dimension_mean", "fvu_uncentred"):
-        assert first[name] == pytest.approx(second[name], rel=1e-12)
+        assert getattr(first, name) == pytest.approx(getattr(second, name), rel=1e-12)
 
 
 def test_intervals_hardly_depend_on_a_reference_near_the_mean() -> None:
@@ -77,7 +76,7 @@ def test_intervals_hardly_depend_on_a_reference_near_the_mean() -> None:
     for shift in (mean, mean + 0.02):
         sums = empty(shift=shift)
         sums.add(*batch)
-        intervals.append(reconstruction_metrics(sums)["confidence95"]["fvu"])
+        intervals.append(reconstruction_figures(sums).confidence95["fvu"])
     assert intervals[0] == pytest.approx(intervals[1], rel=1e-2)
 
 
@@ -105,7 +104,7 @@ def test_a_huge_mean_costs_no_digits() -> None:
     nothing = torch.zeros(1000, 1), torch.full((1000, 1), -1)
     sums.add(x, x - 0.1, *nothing, rows([0] * 1000))
     scatter = float((noise - noise.mean(0)).square().sum())
-    assert reconstruction_metrics(sums)["fvu"] == pytest.approx(0.01 * 1000 * D / scatter, rel=1e-8)
+    assert reconstruction_figures(sums).fvu == pytest.approx(0.01 * 1000 * D / scatter, rel=1e-8)
 
 
 def test_a_constant_dimension_is_left_out_and_counted() -> None:
@@ -113,17 +112,17 @@ def test_a_constant_dimension_is_left_out_and_counted() -> None:
     x[:, 2] = 7.0
     sums = empty(shift=torch.full((D,), 7.0))
     sums.add(x, x - 1, values, indices, where)
-    metrics = reconstruction_metrics(sums)
+    metrics = reconstruction_figures(sums)
     scatter = (x - x.mean(0)).double().square().sum(0)
     kept = [0, 1, 3, 4, 5]
-    assert metrics["constant_dimensions"] == 1
-    assert metrics["fvu_per_dimension_mean"] == pytest.approx(float((50 / scatter[kept]).mean()), rel=1e-6)
+    assert metrics.constant_dimensions == 1
+    assert metrics.fvu_per_dimension_mean == pytest.approx(float((50 / scatter[kept]).mean()), rel=1e-6)
 
 
 def test_zero_vectors_have_no_cosine() -> None:
     sums = empty()
     sums.add(torch.zeros(2, D), torch.zeros(2, D), torch.zeros(2, 1), torch.full((2, 1), -1), rows([0, 1]))
-    assert reconstruction_metrics(sums)["cosine"] == 0
+    assert reconstruction_figures(sums).cosine == 0
 
 
 def test_with_bos_is_the_fvu_of_all_tokens_together() -> None:
@@ -135,16 +134,16 @@ def test_with_bos_is_the_fvu_of_all_tokens_together() -> None:
     everything = torch.cat([x, bos]).double()
     error = (everything - torch.cat([x_hat, bos_hat]).double()).square().sum()
     expected = error / (everything - everything.mean(0)).square().sum()
-    with_bos = reconstruction_metrics(sums)["with_bos"]
-    assert with_bos["fvu"] == pytest.approx(float(expected), rel=1e-9)
-    assert (with_bos["n_bos"], with_bos["n_tokens"]) == (5, 55)
+    with_bos = reconstruction_figures(sums).with_bos
+    assert with_bos.fvu == pytest.approx(float(expected), rel=1e-9)
+    assert (with_bos.n_bos, with_bos.n_tokens) == (5, 55)
 
 
 def test_the_histogram_counts_every_living_latent() -> None:
     frequency = torch.tensor([0.0, 1e-3, 2e-3, 0.5, 1.0], dtype=torch.float64)
     histogram = frequency_histogram(frequency, torch.ones(5, dtype=torch.float64), num_tokens=1000)
-    assert sum(histogram["latents"]) == 4
-    assert sum(histogram["energy_share"]) == pytest.approx(1)
-    assert histogram["log10_edges"][0] == -3
-    assert histogram["log10_edges"][-1] == 0
-    assert np.allclose(np.diff(histogram["log10_edges"]), 0.25)
+    assert sum(histogram.latents) == 4
+    assert sum(histogram.energy_share) == pytest.approx(1)
+    assert histogram.log10_edges[0] == -3
+    assert histogram.log10_edges[-1] == 0
+    assert np.allclose(np.diff(histogram.log10_edges), 0.25)

@@ -1,0 +1,194 @@
+"""Replacing activations of a decoder: at one site, or from what some sites hold to what others are given.
+
+A splice that does not run is worse than an error: the logits are those of the clean model, and whoever steers or
+evaluates takes them for the result. So after each forward of the trunk it is checked that every site ran exactly once,
+and code that was compiled before the hooks were placed, which would pass them by, runs uncompiled within the context.
+
+Shapes: B rows, T positions, d_in and d_out the widths of the read and of the written sites, side by side.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from shared.basics.errors import GranaryError
+from shared.lm.hookpoint import HookPoint
+from shared.lm.hooks import attach
+from shared.lm.places import decoder_blocks, locate, trunk
+
+
+@contextmanager
+def splice(model: nn.Module, hook: HookPoint, fn: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Within the context, each forward of `model` continues from ``fn(activation)`` instead of the activation.
+
+    `fn` gets [B, T, d_model] in the model's dtype; its result is cast back to that dtype and must have that shape.
+    Raises GranaryError after a forward in which the site did not run exactly once.
+    """
+    with splice_through(model, [hook], [hook], fn):
+        yield
+
+
+@contextmanager
+def splice_through(
+    model: nn.Module,
+    reads: Sequence[HookPoint],
+    writes: Sequence[HookPoint],
+    fn: Callable[[Tensor], Tensor],
+    *,
+    where: Tensor | None = None,
+    widths: Sequence[int] | None = None,
+) -> Iterator[None]:
+    """Within the context, each forward of `model` goes on, at the sites `writes`, from what `fn` makes of `reads`.
+
+    `fn` gets the activations of the read sites side by side, [B, T, d_in], in the model's dtype, once per forward; its
+    result [B, T, d_out] is cut among the written sites and cast back. `where`, bool [B, T], says which positions are
+    replaced; None: all. `widths` are those of the written sites; None: all are equally wide.
+
+    A forward raises GranaryError where a site is read that is computed after one that is written, and where a site did
+    not run exactly once; ValueError for a result of another shape.
+    """
+    state = _Splice(reads, writes, fn, where, widths)
+    with ExitStack() as stack:
+        stack.enter_context(_uncompiled(model))
+        for hook in dict.fromkeys((*reads, *writes)):
+            see: Callable[[Tensor], Tensor | None] = partial(state.see, hook)
+            if hook in writes and hook.site == "resid_mid":
+                see = _carried(model, hook, partial(state.replace, hook), stack)
+            stack.callback(attach(locate(model, hook), see).remove)
+        body = trunk(model)
+        stack.callback(body.register_forward_pre_hook(state.begin, prepend=True).remove)
+        stack.callback(body.register_forward_hook(state.end).remove)
+        yield
+
+
+class _Splice:
+    """What one splice has seen of the present forward."""
+
+    def __init__(
+        self,
+        reads: Sequence[HookPoint],
+        writes: Sequence[HookPoint],
+        fn: Callable[[Tensor], Tensor],
+        where: Tensor | None,
+        widths: Sequence[int] | None,
+    ) -> None:
+        self.reads, self.writes = tuple(reads), tuple(writes)
+        self.fn, self.where, self.widths = fn, where, widths
+        self.captured: dict[HookPoint, Tensor] = {}
+        self.result: Tensor | None = None
+        self.computed_at: HookPoint | None = None
+        self.ran: Counter[HookPoint] = Counter()
+        self.is_inside = False
+
+    def begin(self, _module: nn.Module, _args: Any) -> None:
+        """Before a forward of the trunk: nothing has been seen yet."""
+        self.captured.clear()
+        self.result = None
+        self.ran.clear()
+        self.is_inside = True
+
+    def end(self, _module: nn.Module, _args: Any, _output: Any) -> None:
+        """After a forward of the trunk: raise GranaryError unless every site ran exactly once."""
+        self.is_inside = False
+        if not torch.is_grad_enabled():  # else a checkpointed layer may run again, in the backward pass
+            self.captured.clear()
+            self.result = None
+        for hook in dict.fromkeys((*self.reads, *self.writes)):
+            if self.ran[hook] != 1:
+                times = "did not run" if self.ran[hook] == 0 else f"ran {self.ran[hook]} times"
+                raise GranaryError(
+                    f"the splice at {hook} {times} in a forward of the model, so its output means nothing: the model"
+                    " passes the module by (a fused or compiled replacement?); load it without"
+                )
+
+    def see(self, hook: HookPoint, activation: Tensor) -> Tensor | None:
+        """Keep the activation of a read site; return what takes the place of a written one's."""
+        if hook in self.writes:
+            return self.replace(hook, activation)
+        self._keep(hook, activation)
+        return None
+
+    def replace(self, hook: HookPoint, activation: Tensor) -> Tensor:
+        """What the model goes on from at a written site."""
+        self._keep(hook, activation)
+        # A checkpointed layer that runs again, in the backward pass, computes what it computed in the forward.
+        if self.result is None or (not self.is_inside and hook == self.computed_at):
+            self.result, self.computed_at = self.fn(self._side_by_side(hook)), hook
+        part = self.result if len(self.writes) == 1 else self._cut(self.result, hook)
+        if part.shape != activation.shape:  # a shape that broadcasts would go on unnoticed
+            raise ValueError(f"splice at {hook}: {tuple(part.shape)} in place of {tuple(activation.shape)}")
+        part = part.to(activation.dtype)
+        return part if self.where is None else torch.where(self.where[..., None], part, activation)
+
+    def _keep(self, hook: HookPoint, activation: Tensor) -> None:
+        self.ran[hook] += self.is_inside
+        if hook in self.reads:
+            self.captured[hook] = activation
+            self.result = None
+
+    def _side_by_side(self, written: HookPoint) -> Tensor:
+        """The activations of the read sites, [B, T, d_in]; of one site its own tensor."""
+        missing = [hook for hook in self.reads if hook not in self.captured]
+        if missing:
+            raise GranaryError(
+                f"{missing[0]} is computed after {written}: what is written there can't depend on it within one forward"
+            )
+        if len(self.reads) == 1:
+            return self.captured[self.reads[0]]
+        return torch.cat([self.captured[hook] for hook in self.reads], dim=-1)
+
+    def _cut(self, result: Tensor, hook: HookPoint) -> Tensor:
+        """The columns of `result` that are for `hook`."""
+        widths = self.widths or [result.shape[-1] // len(self.writes)] * len(self.writes)
+        if sum(widths) != result.shape[-1]:
+            raise ValueError(f"splice: {result.shape[-1]} columns for written sites of {', '.join(map(str, widths))}")
+        parts = torch.split(result, list(widths), dim=-1)
+        return parts[self.writes.index(hook)]
+
+
+def _carried(
+    model: nn.Module, hook: HookPoint, replace: Callable[[Tensor], Tensor], stack: ExitStack
+) -> Callable[[Tensor], Tensor]:
+    """`replace` for ``resid_mid``, whose module reads the stream and does not pass it on.
+
+    What replaces the stream is kept, and the layer's output becomes its sum with what the MLP adds, as the layer itself
+    computes it. The hooks that see to that end with `stack`.
+    """
+    kept: dict[str, Tensor] = {}
+
+    def keep_middle(activation: Tensor) -> Tensor:
+        kept["middle"] = replace(activation)
+        return kept["middle"]
+
+    def keep_branch(branch: Tensor) -> None:
+        kept["branch"] = branch
+
+    def add(_module: nn.Module, _args: Any, output: Any) -> Any:
+        total = kept.pop("middle") + kept.pop("branch")
+        return (total, *output[1:]) if isinstance(output, tuple) else total
+
+    stack.callback(attach(locate(model, HookPoint(hook.layer, "mlp_out")), keep_branch).remove)
+    # Before all other hooks on the layer's output: they are to see what goes on to the next layer.
+    block = decoder_blocks(model)[hook.layer]
+    stack.callback(block.register_forward_hook(add, prepend=True).remove)
+    return keep_middle
+
+
+def _uncompiled(model: nn.Module) -> AbstractContextManager[Any]:
+    """A context in which code compiled by torch.compile runs as it was written.
+
+    Compiled code does not look for hooks that were added or removed since. flex_attention is compiled by itself, needs
+    that, and holds no hooks; with it, raises GranaryError for a model that was compiled beside.
+    """
+    config = getattr(model, "config", None)
+    if getattr(config, "_attn_implementation", None) != "flex_attention":
+        return torch.compiler.set_stance("force_eager")
+    modules = [model, *model.modules()]
+    if any(module._compiled_call_impl is not None or "forward" in vars(module) for module in modules):
+        raise GranaryError("the model is compiled: splice one that is not, or load it with another attn_implementation")
+    return nullcontext()

@@ -1,0 +1,152 @@
+"""Where results go, and how they get there: an evaluation replaces the former one in its place as a whole.
+
+Everything is made in a hidden folder beside its place, plots included. Only when all of it is complete are the former
+results moved out, eval.json first, and the new ones moved in, eval.json last. So whenever a process dies, an eval.json
+is never beside a report, a plot or latents of another evaluation.
+"""
+
+import json
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from safetensors.torch import save
+from torch import Tensor
+
+from shared.basics.errors import GranaryError
+from stage_eval.config import EvalSchema
+from stage_eval.results.comparison import Comparison
+from stage_eval.results.evaluation import Evaluation
+from stage_eval.results.record import Json
+from stage_eval.sae_folders import SAEFolder
+from stage_eval.show.compare import render_comparison
+from stage_eval.show.plots import evaluation_plots
+from stage_eval.show.report import render
+from stage_eval.show.sweep_plots import comparison_plots
+from stage_eval.show.theme import Plot, to_png
+
+EVALUATION = ("eval.json", "latents.safetensors", "report.html", "plots")
+"""What an evaluation of one SAE writes; what is named first is the first to go and the last to come."""
+COMPARISON = ("comparison.json", "comparison.html", "plots")
+STAGING = ".evaluation-"
+LEFTOVER_SECONDS = 3600
+
+
+class Staged:
+    """Results on their way to the folder `place`; `names` are the files and folders that they consist of.
+
+    A context manager: on an exception what was staged is removed and the place is as it was.
+    """
+
+    def __init__(self, place: Path, names: Sequence[str]) -> None:
+        self.place, self.names = place, names
+        self.staging = place / f"{STAGING}{uuid.uuid4().hex[:8]}"
+
+    def __enter__(self) -> Self:
+        with told(self.place):
+            self.place.mkdir(parents=True, exist_ok=True)
+            remove_leftovers(self.place)
+            self.staging.mkdir()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        shutil.rmtree(self.staging, ignore_errors=True)
+
+    def write(self, name: str, content: bytes) -> None:
+        """Stage a file; `name` may be inside of a folder."""
+        with told(self.place):
+            path = self.staging / "new" / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+
+    def write_json(self, name: str, document: Json) -> None:
+        """Stage indented JSON."""
+        self.write(name, (json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode())
+
+    def write_plots(self, plots: Sequence[Plot]) -> None:
+        """Stage the plots as PNG."""
+        for plot in plots:
+            self.write(f"plots/{plot.name}.png", to_png(plot))
+
+    def move_in(self) -> None:
+        """Replace the former results by the staged ones."""
+        with told(self.place):
+            (self.staging / "old").mkdir()
+            for name in self.names:
+                if (self.place / name).exists():
+                    (self.place / name).rename(self.staging / "old" / name)
+            for name in reversed(self.names):
+                if (self.staging / "new" / name).exists():
+                    (self.staging / "new" / name).rename(self.place / name)
+
+
+def remove_leftovers(place: Path) -> None:
+    """Remove what evaluations that died had staged; another one may be at work, so a young folder stays."""
+    for left in place.glob(f"{STAGING}*"):
+        if time.time() - left.stat().st_mtime > LEFTOVER_SECONDS:
+            shutil.rmtree(left, ignore_errors=True)
+
+
+@contextmanager
+def told(place: Path) -> Iterator[None]:
+    """Say in one line why results can't be written (a full disk, no permission)."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise GranaryError(
+            f"the results can't be written to {place} ({reason}): give out_dir=FOLDER, or make room"
+        ) from None
+
+
+def stage_evaluation(staged: Staged, evaluation: Evaluation, latents: dict[str, Tensor]) -> None:
+    """Make eval.json, latents.safetensors, report.html and plots/ of one SAE."""
+    staged.write_json("eval.json", evaluation.to_json())
+    staged.write("latents.safetensors", save(latents))
+    staged.write("report.html", render(evaluation).encode())
+    staged.write_plots(evaluation_plots(evaluation))
+
+
+def stage_comparison(staged: Staged, comparison: Comparison) -> None:
+    """Make comparison.json, comparison.html and plots/ of several SAEs."""
+    staged.write_json("comparison.json", comparison.to_json())
+    staged.write("comparison.html", render_comparison(comparison).encode())
+    staged.write_plots(comparison_plots(comparison))
+
+
+def result_folders(cfg: EvalSchema, folders: Sequence[SAEFolder]) -> list[Path]:
+    """Where the results of each SAE go: no two share a place, and none takes that of the run's own SAE.
+
+    A lone SAE's go to ``out_dir`` where one is given, and to ``run_dir`` where it is the run's own, ``<run_dir>/sae``.
+    All others' go beside the SAE; into the common folder for one from a hub or in a folder that can't be written to.
+    """
+    out = common_folder(cfg)
+    if len(folders) == 1:
+        is_own = Path(folders[0].path).resolve() == (Path(cfg.run_dir) / "sae").resolve()
+        if cfg.out_dir is not None or is_own:
+            return [out]
+    return [beside(folder, out) for folder in folders]
+
+
+def common_folder(cfg: EvalSchema) -> Path:
+    """Where a comparison goes."""
+    return Path(cfg.run_dir if cfg.out_dir is None else cfg.out_dir)
+
+
+def beside(folder: SAEFolder, out: Path) -> Path:
+    """The SAE's own folder, or one under `out` that is called after it."""
+    here = Path(folder.path)
+    if here.is_dir() and os.access(here, os.W_OK):
+        return here
+    return out / folder.path.strip("/").replace("/", "--")

@@ -1,0 +1,142 @@
+"""Dataclasses that are JSON documents: written, read back with every key and type checked, and described by a schema.
+
+JSON has neither NaN nor infinity, so a figure that is undefined (a share of nothing) is None from the moment its record
+is made; whoever reads a record in memory sees what a reader of the file sees.
+"""
+
+import dataclasses
+import math
+import types
+import typing
+from typing import Any, Self
+
+from shared.basics.errors import GranaryError
+
+Json = dict[str, Any]
+"""An object whose keys belong to somebody else, such as the record that a harvest left in its store."""
+
+OPTIONAL = {"left_out": True}
+"""Metadata of a field that is None by default, and whose key is not written then."""
+JSON_TYPES = {int: "integer", float: "number", str: "string", bool: "boolean", type(None): "null"}
+
+
+class Record:
+    """Base of frozen keyword-only dataclasses whose fields are numbers, strings, lists, dicts and other records."""
+
+    def __post_init__(self) -> None:
+        """Replace what JSON can't hold by None."""
+        for item in dataclasses.fields(self):  # type: ignore[arg-type]
+            object.__setattr__(self, item.name, finite(getattr(self, item.name)))
+
+    def to_json(self) -> Json:
+        """Plain JSON types under the names of the fields, in their order."""
+        document = {}
+        for item in dataclasses.fields(self):  # type: ignore[arg-type]
+            value = getattr(self, item.name)
+            if value is not None or not item.metadata.get("left_out"):
+                document[item.name] = plain(value)
+        return document
+
+    @classmethod
+    def from_json(cls, document: Any, where: str = "") -> Self:
+        """The inverse of `to_json`; `where` names the place of the document in the whole for errors.
+
+        Raises GranaryError for a key that is missing or unknown, and for a value of another type.
+        """
+        if not isinstance(document, dict):
+            raise GranaryError(f"{where or 'the document'} is not a JSON object")
+        hints = typing.get_type_hints(cls)
+        given = {}
+        for item in dataclasses.fields(cls):  # type: ignore[arg-type]
+            if item.name in document:
+                given[item.name] = parse(hints[item.name], document[item.name], f"{where}.{item.name}".lstrip("."))
+            elif not item.metadata.get("left_out"):
+                raise GranaryError(f"{where or 'the document'} lacks the key {item.name}")
+        unknown = sorted(set(document) - set(hints))
+        if unknown:
+            raise GranaryError(f"{where or 'the document'} has unknown keys {', '.join(unknown)}")
+        return cls(**given)
+
+
+def finite(value: Any) -> Any:
+    """The value, with None for every float in it that is not a finite number."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(finite, value))
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def plain(value: Any) -> Any:
+    """The value with records as dicts and tuples as lists."""
+    if isinstance(value, Record):
+        return value.to_json()
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def parse(hint: Any, value: Any, where: str) -> Any:
+    """A JSON value as the type `hint`; raises GranaryError where it is of another one."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return value
+    if origin in (typing.Union, types.UnionType):
+        if value is None:
+            return None
+        return parse(next(kind for kind in arguments if kind is not type(None)), value, where)
+    if origin is list and isinstance(value, list):
+        return [parse(arguments[0], item, f"{where}[{index}]") for index, item in enumerate(value)]
+    if origin is tuple and isinstance(value, list) and len(value) == len(arguments):
+        return tuple(parse(kind, item, where) for kind, item in zip(arguments, value, strict=True))
+    if origin is dict and isinstance(value, dict):
+        return {key: parse(arguments[1], item, f"{where}.{key}") for key, item in value.items()}
+    if isinstance(hint, type) and issubclass(hint, Record):
+        return hint.from_json(value, where)
+    if hint is float and type(value) is int:
+        return value  # written as an integer by another program
+    if hint in JSON_TYPES and type(value) is hint:
+        return value
+    raise GranaryError(f"{where} is {value!r:.60}, which is not of the type {getattr(hint, '__name__', hint)}")
+
+
+def schema(root: type[Record], title: str) -> Json:
+    """The JSON schema (draft 2020-12) of a record; the records it holds are its ``$defs``."""
+    definitions: Json = {}
+    top = describe_record(root, definitions)
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": title, **top, "$defs": definitions}
+
+
+def describe_record(kind: type[Record], definitions: Json) -> Json:
+    """Keys of a record, which of them must be there, and that there are no others."""
+    hints = typing.get_type_hints(kind)
+    fields = dataclasses.fields(kind)  # type: ignore[arg-type]
+    return {
+        "description": " ".join((kind.__doc__ or "").split()),
+        "type": "object",
+        "properties": {item.name: describe(hints[item.name], definitions) for item in fields},
+        "required": [item.name for item in fields if not item.metadata.get("left_out")],
+        "additionalProperties": False,
+    }
+
+
+def describe(hint: Any, definitions: Json) -> Json:
+    """The schema of one type; a record is described once, in `definitions`, and referred to."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return {}
+    if origin in (typing.Union, types.UnionType):
+        return {"anyOf": [describe(kind, definitions) for kind in arguments]}
+    if origin is list:
+        return {"type": "array", "items": describe(arguments[0], definitions)}
+    if origin is tuple:
+        items = [describe(kind, definitions) for kind in arguments]
+        return {"type": "array", "prefixItems": items, "minItems": len(items), "maxItems": len(items)}
+    if origin is dict:
+        return {"type": "object", "additionalProperties": describe(arguments[1], definitions)}
+    if issubclass(hint, Record):
+        if hint.__name__ not in definitions:
+            definitions[hint.__name__] = {}  # takes its place in the order; a record may hold itself
+            definitions[hint.__name__] = describe_record(hint, definitions)
+        return {"$ref": f"#/$defs/{hint.__name__}"}
+    return {"type": JSON_TYPES[hint]}
