@@ -88,8 +88,8 @@ def test_killed_at_random_moments_nothing_is_repeated_or_skipped(
         process = server.start("stage_train", *command(store, broken, 8_000))
         wait_for_growth(broken / FILE, moments.randrange(steps // (2 * KILLS)))
         time.sleep(moments.uniform(0, 0.02))
-        os.kill(process, signal.SIGKILL)
-        assert server.finish().code == -signal.SIGKILL
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
     result = server.run("stage_train", *command(store, broken, 8_000))
     assert result.code == 0, result.stderr
 

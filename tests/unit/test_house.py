@@ -36,26 +36,6 @@ KERNELS_USE = {"torch", "triton", *sys.stdlib_module_names}
 HEAVY = ("torch", "transformers", "zarr")
 LIGHT = ("shared.basics.config", "stage_train.sae_schema", "stage_train.many")  # beside what each __main__ imports
 
-_ROOMS_IN_WORK = "the dictionary is being taken out of its learning"
-PENDING = {
-    "circle: shared.kernels.auxk, shared.kernels.auxk.blocks, shared.kernels.auxk.reference": "AUXK",
-    "circle: shared.sae.activations, shared.sae.config, shared.sae.rules": _ROOMS_IN_WORK,
-    "circle: "
-    "shared.sae.formats, shared.sae.formats.dictionary_learning, shared.sae.formats.gemma_scope, "
-    "shared.sae.formats.llama_scope, shared.sae.formats.opensae, shared.sae.formats.raw, shared.sae.formats.saelens, "
-    "shared.sae.formats.sparsify, shared.sae.learn.batch_facts, shared.sae.learn.dense_step, shared.sae.learn.init, "
-    "shared.sae.learn.sparse_step, shared.sae.variants.sae": _ROOMS_IN_WORK,
-    "shared.sae.formats -> shared.sae.variants.sae: never": _ROOMS_IN_WORK,
-    "shared.sae.formats.raw -> shared.sae.variants.sae: never": _ROOMS_IN_WORK,
-    "shared.sae.variants.sae -> shared.sae.learn.batch_facts: never": _ROOMS_IN_WORK,
-    "shared.sae.variants.sae -> shared.sae.learn.dense_step: never": _ROOMS_IN_WORK,
-    "shared.sae.variants.sae -> shared.sae.learn.init: never": _ROOMS_IN_WORK,
-    "shared.sae.variants.sae -> shared.sae.learn.losses: never": _ROOMS_IN_WORK,
-    "shared.sae.variants.sae -> shared.sae.learn.sparse_step: never": _ROOMS_IN_WORK,
-    "stage_train loads torch before its configuration is checked": _ROOMS_IN_WORK,
-    "stage_train.many loads torch before its configuration is checked": _ROOMS_IN_WORK,
-    "stage_train.sae_schema loads torch before its configuration is checked": _ROOMS_IN_WORK,
-}
 """What breaks a rule, and why that is borne for now. An entry that is no longer needed fails the test."""
 
 
@@ -135,9 +115,7 @@ def test_imports_keep_to_the_rules(graph: dict[str, set[str]]) -> None:
     entries = {stage.name: first_imports(stage) for stage in ROOT.glob("stage_*")} | {name: [name] for name in LIGHT}
     for entry, modules in entries.items():
         found |= {f"{entry} loads {name} before its configuration is checked" for name in heavy_among(modules)}
-    broken, mended = sorted(found - PENDING.keys()), sorted(PENDING.keys() - found)
-    assert not broken, "these imports break a rule:\n" + "\n".join(broken)
-    assert not mended, "these are mended, take them out of PENDING:\n" + "\n".join(mended)
+    assert not found, "these imports break a rule:\n" + "\n".join(sorted(found))
 
 
 @pytest.mark.parametrize(

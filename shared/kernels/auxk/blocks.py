@@ -3,15 +3,13 @@
 R is a small part of F and most dead latents are among the num_aux, so dense products on [rows, R] beat gathering pairs.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
 
+from shared.kernels.auxk.holders import DeadRows, Holders
 from shared.kernels.linear import linear
-
-if TYPE_CHECKING:
-    from shared.kernels.auxk import DeadRows, Holders
 
 # Elements of one [rows, R] block; a few such blocks are alive at once.
 BLOCK_ELEMENTS = 1 << 24
@@ -27,7 +25,7 @@ class _AuxKError(torch.autograd.Function):
         b_enc_R: torch.Tensor,
         W_dec_RD: torch.Tensor,
         num_aux: int,
-        holders: "Holders",
+        holders: Holders,
         num_dead: int,
         compute_dtype: str,
     ) -> torch.Tensor:
@@ -71,9 +69,9 @@ def _product(a_NM: torch.Tensor, W_KM: torch.Tensor, b_K: torch.Tensor | None = 
 def auxk_error(
     residual_ND: torch.Tensor,
     centred_ND: torch.Tensor,
-    dead: "DeadRows",
+    dead: DeadRows,
     num_aux: int,
-    holders: "Holders",
+    holders: Holders,
     compute_dtype: str,
 ) -> torch.Tensor:
     """See ``shared.kernels.auxk.auxk_error``."""

@@ -1,7 +1,5 @@
 """``python -m shared.store``: what it prints and what it returns."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -93,10 +91,9 @@ def test_no_store_is_one_line_and_status_2(tmp_path, capsys, command):
     ]
 
 
-def test_it_runs_as_a_module(url):
-    command = [sys.executable, "-m", "shared.store", "verify", url]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0
+def test_it_runs_as_a_module(stages, url):
+    done = stages.run("shared.store", "verify", url)
+    assert done.code == 0
     assert done.stderr == ""
     assert "0 damaged" in done.stdout
 

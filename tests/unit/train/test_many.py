@@ -10,7 +10,8 @@ import torch
 
 from shared.basics.errors import GranaryError
 from shared.basics.metrics_file import read_metrics
-from shared.sae import SAE, load_provenance
+from shared.sae import load_provenance
+from shared.sae.learn.objective import Objective
 from shared.store import Store
 from stage_train.job import Job
 from stage_train.state.checkpoint import newest_checkpoint
@@ -114,12 +115,12 @@ def test_runs_that_were_saved_at_different_steps_meet_again(runs: Runs) -> None:
 
 
 def test_a_run_that_diverges_does_not_harm_the_others(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
-    losses = SAE.losses
+    losses = Objective.losses
 
-    def poisoned(self: SAE, x: torch.Tensor, *args: Any, **options: Any) -> Any:
-        return losses(self, x * float("nan") if self.config.k == 2 else x, *args, **options)
+    def poisoned(self: Objective, x: torch.Tensor, *args: Any) -> Any:
+        return losses(self, x * float("nan") if self.dictionary.config.k == 2 else x, *args)
 
-    monkeypatch.setattr(SAE, "losses", poisoned)
+    monkeypatch.setattr(Objective, "losses", poisoned)
     with pytest.raises(GranaryError, match=r"1 of 3 SAEs diverged \(bad\), see above: lower optim\.lr"):
         runs.together({"a": [], "bad": ["sae.k=2"], "b": ["seed=1"]})
     runs("alone")

@@ -14,7 +14,9 @@ from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
 from shared.basics.errors import GranaryError
 from shared.basics.metrics_file import read_metrics
-from shared.sae import SAE, load_provenance
+from shared.sae import load_provenance
+from shared.sae.folder import describe
+from shared.sae.learn.objective import Objective
 from shared.store import Store
 from stage_train.state.checkpoint import newest_checkpoint
 from stage_train.state.export import export
@@ -30,7 +32,7 @@ HOOK, T = "layers.1.resid_post", 16
 def test_dead_latents_are_a_share_of_the_run(train: Runs, length: str) -> None:
     tokens = "schedule.tokens=null" if "epochs" in length else length
     out = train("a", "sae.dead_after_tokens=auto", tokens, length)
-    assert SAE.from_pretrained(out).config.dead_after_tokens == read_metrics(out)[-1]["tokens"] // 20
+    assert describe(out).training["dead_after_tokens"] == read_metrics(out)[-1]["tokens"] // 20
 
 
 def test_a_run_learns_and_leaves_what_it_promises(train: Runs) -> None:
@@ -212,12 +214,12 @@ def test_several_stores_are_read_as_one(train: Runs, tmp_path: Path, planted_sto
 
 def test_divergence_is_one_line_and_the_last_checkpoint_stays(train: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
     out = train.stopped("a", step=3)
-    losses = SAE.losses
+    losses = Objective.losses
 
-    def poisoned(self: SAE, x: torch.Tensor, *args: Any, **options: Any) -> Any:
-        return losses(self, x * float("nan"), *args, **options)
+    def poisoned(self: Objective, x: torch.Tensor, *args: Any) -> Any:
+        return losses(self, x * float("nan"), *args)
 
-    monkeypatch.setattr(SAE, "losses", poisoned)
+    monkeypatch.setattr(Objective, "losses", poisoned)
     with pytest.raises(GranaryError, match=r"diverged by step 5 \(loss nan.*lower optim\.lr"):
         train("a")
     with pytest.raises(GranaryError, match=r"diverged by step 4 \(loss"):
