@@ -29,7 +29,7 @@ endif
 
 LOCKED := $(if $(shell command -v flock),flock pyproject.toml)
 
-.PHONY: help setup setup-peers demo harvest plan train eval sweep check compile-kernels bench bench-gpu clean
+.PHONY: help setup setup-peers demo harvest plan train eval sweep check compile-kernels docs-config bench bench-gpu clean
 .PHONY: bit-identical test test-all test-processors test-s3 test-peers test-quantised test-cluster
 
 help: ## this list
@@ -58,7 +58,7 @@ $(VENV_PEERS)/.installed: pyproject.toml constraints-peers.txt
 	@$(VENV_PEERS)/bin/python -m pip uninstall -q -y torchvision
 	@touch $@
 
-demo: setup ## text to a scored SAE: harvest, train, evaluate the bundled LLaMA (5 minutes, 2 cores)
+demo: setup ## text to a scored SAE: harvest, train, evaluate the bundled LLaMA (2 to 6 minutes, 2 cores)
 	@$(BIN)/python -m stage_harvest $(ARGS)
 	@$(BIN)/python -m stage_train
 	@$(BIN)/python -m stage_eval
@@ -128,6 +128,10 @@ check: setup ## lint, types, and composing every config
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 	@$(BIN)/python -m pytest -q tests/unit/config/test_composition.py
+
+docs-config: setup ## docs/config.md: every key, from the schemas and conf/
+	@$(BIN)/python -m shared.basics.config_page stage_harvest stage_train stage_eval > docs/config.md.new
+	@mv docs/config.md.new docs/config.md
 
 compile-kernels: setup ## compile every Triton kernel for sm_80 and sm_90 (no GPU needed)
 	@$(BIN)/python -m shared.kernels.compile_check

@@ -12,7 +12,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 
 import shared.basics.config
-from shared.basics.config import DeviceSchema, ModelDtype
+from shared.basics.config import DeviceSchema, ModelDtype, key
 
 
 class Split(Enum):
@@ -49,6 +49,7 @@ class ModelInput:
     path: str | None = MISSING
     """Local folder in Hugging Face form, a hub id, or ``bundled``."""
     revision: str | None = MISSING
+    """Hub revision (branch, tag or commit)."""
     dtype: ModelDtype | None = MISSING
     """Precision of weights and arithmetic."""
     attn_implementation: str = MISSING
@@ -64,6 +65,7 @@ class EvalSchema:
     name: str = MISSING
     """Name of the run; its folder is ``run_dir``."""
     run_dir: str = MISSING
+    """Folder of the run that the other keys' defaults lie in."""
     out_dir: str = MISSING
     """Where eval.json, report.html and plots/ go for one SAE, and the comparison for several."""
     seed: int = MISSING
@@ -77,7 +79,7 @@ class EvalSchema:
     hook: str | None = MISSING
     """Which of the store's hooks; null takes the one that each SAE was trained on."""
     split: Split = MISSING
-    contexts: int | None = MISSING
+    contexts: int | None = key(count=True)
     """Evaluate this many contexts, evenly spaced over the split; null takes all."""
     batch_contexts: int | None = MISSING
     """Contexts per forward; null: as many as make 4,096 tokens."""

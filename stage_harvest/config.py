@@ -11,7 +11,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 
 import shared.basics.config
-from shared.basics.config import DeviceSchema, ModelSchema
+from shared.basics.config import DeviceSchema, ModelSchema, key
 
 
 class PackingMode(Enum):
@@ -72,7 +72,7 @@ class PackingSchema:
     """Group ``packing``: how documents become contexts."""
 
     mode: PackingMode = MISSING
-    seq_len: int = MISSING
+    seq_len: int = key(count=True)
     """Tokens per context, T."""
     bos: BosPlacement = MISSING
     long_documents: LongDocuments = MISSING
@@ -86,11 +86,11 @@ class PackingSchema:
 class CorpusSchema:
     """What every kind of corpus has; group ``corpus``."""
 
-    contexts: int | None = MISSING
+    contexts: int | None = key(count=True)
     """Stop after so many contexts; null takes the whole corpus."""
     shuffle: bool = MISSING
     """Shuffle files, then documents within a moving window; a function of ``seed`` alone."""
-    shuffle_window: int = MISSING
+    shuffle_window: int = key(count=True)
     """Documents held in memory to shuffle among."""
 
 
@@ -142,6 +142,7 @@ class HubCorpus(CorpusSchema):
     config: str | None = MISSING
     """The dataset's configuration (subset)."""
     split: str = MISSING
+    """Part of the dataset, as it names them."""
     revision: str | None = MISSING
     """Branch, tag or commit; give a commit to be able to make the same store later."""
     column: str = MISSING
@@ -208,6 +209,7 @@ class HarvestSchema:
     name: str = MISSING
     """Name of the run; its folder is ``run_dir``."""
     run_dir: str = MISSING
+    """Folder of the run: its store, logs, and what later stages leave."""
     seed: int = MISSING
     """Decides the order of documents when the corpus is shuffled."""
     nproc: int = MISSING

@@ -33,7 +33,7 @@ class KShape(Enum):
 
 
 class OptimKind(Enum):
-    """See shared.sae.optim.base."""
+    """Rule of the update; see shared.sae.optim."""
 
     adam = "adam"
     adam8bit = "adam8bit"
@@ -78,7 +78,7 @@ class Resume(Enum):
 
 
 class LayoutKind(Enum):
-    """What each process holds; see stage_train.step.layouts."""
+    """What each process holds."""
 
     ddp = "ddp"
     """The whole SAE."""
@@ -107,7 +107,9 @@ class FurtherStore:
     """A store that is read together with the first."""
 
     url: str = MISSING
+    """Folder or fsspec URL of an activation store."""
     weight: float = MISSING
+    """Times each of its tokens is read per epoch."""
 
 
 @dataclass(kw_only=True)
@@ -128,7 +130,7 @@ class StreamSchema:
 
     seed: int | None = MISSING
     """Of the order of tokens; null: the run's seed."""
-    batch_size: int = MISSING
+    batch_size: int = key(count=True)
     """Tokens per step, all processes together."""
     lanes: int = MISSING
     """Virtual readers; a multiple of the number of processes."""
@@ -159,16 +161,18 @@ class OptimSchema:
     bias_factor: int | float | str = MISSING
     """b_enc learns at lr times this; by_width: 6 sqrt(F / 2048), or 1 for gated."""
     beta1: float | None = MISSING
-    """Adam's, and muon's for the vectors; null for signum."""
+    """Decay of Adam's first moment, and of muon's for the vectors; null for signum."""
     beta2: float | None = MISSING
+    """Decay of Adam's second moment, likewise."""
     eps: float | None = MISSING
+    """Added to the root of Adam's second moment, likewise."""
     momentum: float | None = MISSING
-    """muon's and signum's; null for adam."""
+    """Decay of muon's and signum's momentum; null for adam."""
     moments: MomentType | None = MISSING
     """In which adam keeps its moments; null for the others."""
     clip_norm: float | None = MISSING
     """Largest global gradient norm; null does not clip."""
-    micro_batch: int | None = key(identity=False)
+    micro_batch: int | None = key(identity=False, count=True)
     """Most rows per forward and process, to bound memory; null: the whole batch at once."""
     ema_decay: float | None = MISSING
     """Moving average of the weights, per step; null keeps none."""
@@ -194,7 +198,7 @@ class ComputeSchema:
 class ScheduleSchema:
     """Group ``schedule``: how long, and the learning rate along the way."""
 
-    tokens: int | None = MISSING
+    tokens: int | None = key(count=True)
     """Length of the run in tokens; it ends with the first batch that reaches it."""
     epochs: float | None = MISSING
     """Length in passes over the store; give this or tokens."""

@@ -16,7 +16,6 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
@@ -27,6 +26,7 @@ from shared.basics.errors import GranaryError
 from shared.basics.run_folder import RunFolder
 from shared.launch.config_errors import describe_config_error
 from shared.launch.orphans import end_with_starter
+from shared.launch.schema import fill
 from shared.launch.stage import fail, python_module, run_child
 from stage_train.config import TrainSchema, as_dict
 
@@ -63,8 +63,7 @@ def read_list(path: Path) -> list[TrainSchema]:
     entries = OmegaConf.load(path)
     if not OmegaConf.is_list(entries) or not len(entries):
         raise GranaryError(f"{path} is not a list of configurations: begin each with '- ' and the keys of a train.yaml")
-    cfgs: list[Any] = [OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(TrainSchema), e)) for e in entries]
-    return cfgs
+    return [fill(OmegaConf.merge(OmegaConf.structured(TrainSchema), entry)) for entry in entries]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -2,10 +2,11 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, ClassVar
 
 from omegaconf import MISSING
 
+from shared.basics.config import key
 from shared.basics.errors import GranaryError
 from shared.sae.config import DictionaryConfig
 from shared.sae.learn.config import LearningConfig, check_trainable
@@ -19,58 +20,40 @@ MOST_DEAD_AFTER = 10_000_000
 class SAESchema:
     """Group ``sae``: activation and learning of a dictionary, with the width given by ``expansion`` or ``d_latent``."""
 
+    documented_in: ClassVar[tuple[type, ...]] = (DictionaryConfig, LearningConfig)
+    """Where a field that has no docstring here has its one."""
+
     k: int | None = MISSING
-    """Active latents per token, for topk and batchtopk; null for the others."""
     expansion: float = MISSING
-    """Latents per dimension of the activations: F = expansion * d_model."""
-    d_latent: int | None = None
-    """Number of latents; overrides expansion."""
+    """Latents per dimension of the activations that are read: F = expansion * d_model."""
+    d_latent: int | None = key(count=True)
+    """Number of latents, F; overrides expansion."""
     activation: str = MISSING
-    """Which latents fire: topk, batchtopk, relu, jumprelu or gated."""
-    prefixes: list[float] | None = None
-    """Matryoshka groups: shares of the latents up to 1.0, ascending; null for none."""
+    prefixes: list[float] | None = MISSING
+    """Matryoshka (Bussmann et al. 2025), for topk and batchtopk: the reconstruction loss is the sum of those with these
+    shares of the latents alone, ascending up to 1.0; null: the whole dictionary alone."""
     normalisation: str = MISSING
-    """none, scale, centre_scale or layer_norm."""
     shift_back: bool = MISSING
-    """Undo layer_norm on the reconstruction; false reconstructs raw activations from normalised ones."""
     pre_bias: bool = MISSING
-    """Subtract b_dec before the encoder."""
     unit_norm_decoder: bool = MISSING
-    """Keep decoder rows at unit norm; false: their norm is free and weighs the penalty."""
     loss: str = MISSING
-    """fvu or fvu_per_dim."""
     auxk_alpha: float = MISSING
-    """Weight of the AuxK loss on dead latents; 0 turns it off."""
-    auxk_k: int | None = None
-    """Dead latents per token in the AuxK loss; null: d_model / 2."""
+    auxk_k: int | None = MISSING
     multi_topk_weight: float = MISSING
-    """Weight of the loss with multi_topk_factor * k latents; 0 turns it off."""
     multi_topk_factor: int = MISSING
-    """How many times k the Multi-TopK loss uses."""
     penalty: str = MISSING
-    """Sparsity penalty: none, l0, l1, tanh or tanh_quad; which of them depends on the activation."""
     penalty_weight: float = MISSING
-    """Its weight; the reconstruction loss counts 1."""
     tanh_scale: float = MISSING
-    """c in tanh(c f)."""
     frequency_scale: float = MISSING
-    """s in tanh_quad: p (1 + p / s), with p the batch's mean of tanh(c f)."""
     bandwidth: float = MISSING
-    """Width of jumprelu's straight-through window."""
     threshold_init: float = MISSING
-    """jumprelu's thresholds at the start."""
     preact_weight: float = MISSING
-    """Weight of jumprelu's penalty on how far dead latents are below their thresholds; 0 turns it off."""
     threshold_decay: float = MISSING
-    """How much of batchtopk's inference threshold is kept per step."""
-    dead_after_tokens: int | str = MISSING
-    """A latent without a nonzero activation for this many tokens is dead; auto: a twentieth of the run, up to 10 M."""
+    dead_after_tokens: int | str = key(count=True)
+    """A latent that has not been nonzero on this many tokens is dead; auto: a twentieth of the run, up to 10 M."""
     bias_init: str = MISSING
-    """What b_dec starts at: zero, mean or geometric_median."""
     encoder_init: str = MISSING
-    """scaled, transpose or norm_search."""
-    init_subspace: int | None = None
-    """Principal directions of the sample that decoder rows start in; null: all of space."""
+    init_subspace: int | None = MISSING
 
     def to_configs(
         self, variant: Mapping[str, Any], sites: Sites, widths: SiteWidths, run_tokens: int | None = None

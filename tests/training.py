@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 
 from shared.basics.metrics_file import read_metrics
 from shared.parallel import World
-from shared.sae.load import load
+from shared.sae.loading import load
 from stage_train.job import Job
 from stage_train.step import loop
 

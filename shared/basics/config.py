@@ -24,6 +24,8 @@ class Marks:
     """Runs that read one stream in one process group must be given the same value."""
     named: bool = True
     """The folders of a sweep carry its value in their names."""
+    count: bool = False
+    """It counts something, so that the command line may say 50M or 1e6."""
 
     def within(self, group: "Marks") -> "Marks":
         """Those of a key of a group that has marks itself: either may free it."""
@@ -31,12 +33,15 @@ class Marks:
             identity=self.identity and group.identity,
             shared=self.shared or group.shared,
             named=self.named and group.named,
+            count=self.count,
         )
 
 
-def key(default: Any = MISSING, *, identity: bool = True, shared: bool = False, named: bool = True) -> Any:
+def key(
+    default: Any = MISSING, *, identity: bool = True, shared: bool = False, named: bool = True, count: bool = False
+) -> Any:
     """A field of a schema with ``Marks``; of a group, they are those of all its keys. A class is its own factory."""
-    metadata = {"marks": Marks(identity=identity, shared=shared, named=named)}
+    metadata = {"marks": Marks(identity=identity, shared=shared, named=named, count=count)}
     if isinstance(default, type):
         return field(default_factory=default, metadata=metadata)
     return field(default=default, metadata=metadata)

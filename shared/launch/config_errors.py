@@ -1,12 +1,13 @@
 """What is wrong with a configuration, in one line that names the key and the nearest valid one."""
 
-import difflib
 import re
+from dataclasses import is_dataclass
 from importlib import resources
 from pathlib import Path
 
-from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
+
+from shared.launch.schema import suggestion
 
 
 def describe_config_error(error: Exception) -> str:
@@ -20,7 +21,9 @@ def describe_config_error(error: Exception) -> str:
     unknown = re.search(r"Key '([^']+)' (?:is not in struct|not in '([^']+)')", text)
     if unknown:
         key = full_key or unknown[1]
-        return f"unknown configuration key {key!r}{suggestion(cause or error, unknown[1])}"
+        schema = getattr(cause or error, "object_type", None)
+        known = suggestion(key, schema) if isinstance(schema, type) and is_dataclass(schema) else ""
+        return f"unknown configuration key {key!r}{known}"
     missing = re.search(r"[Mm]issing mandatory value: (\S+)", text)
     if missing:
         key = full_key or missing[1]
@@ -37,19 +40,6 @@ def describe_config_error(error: Exception) -> str:
         return f"no option {name!r} in group {group!r}: choose from {', '.join(group_options(group))}"
     prefix = f"{full_key}: " if full_key and full_key not in text else ""
     return f"{prefix}{text}"
-
-
-def suggestion(error: BaseException, key: str) -> str:
-    """`` (did you mean ...?)`` from the valid keys of the node that refused `key`."""
-    object_type = getattr(error, "object_type", None)
-    names: list[str] = list(getattr(object_type, "__dataclass_fields__", {}))
-    parent = getattr(error, "parent_node", None)
-    if not names and isinstance(parent, DictConfig):
-        names = [str(name) for name in parent]
-    close = difflib.get_close_matches(key, names, n=1)
-    if close:
-        return f" (did you mean {close[0]!r}?)"
-    return f": choose from {', '.join(sorted(names))}" if names else ""
 
 
 def group_options(group: str) -> list[str]:

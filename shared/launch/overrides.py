@@ -1,15 +1,15 @@
 """The command line before Hydra sees it: shorthands, what a launcher implies, what secondary ranks must not do.
 
 ``model=PATH`` is accepted beside Hydra's ``model=<group option>``: a value that names no file of the group is taken as
-``model.path=PATH``.
+``model.path=PATH``; ``device=cpu`` likewise.
 """
 
 import os
 from collections.abc import Sequence
 from importlib import resources
 
-# Groups whose value may also be a plain path, and the key that path belongs to.
-PATH_SHORTHANDS = {"model": "model.path"}
+# Groups that also take the value of one of their keys.
+VALUE_SHORTHANDS = {"model": "model.path", "device": "device.name"}
 
 
 def expand_shorthands(overrides: Sequence[str]) -> list[str]:
@@ -17,9 +17,9 @@ def expand_shorthands(overrides: Sequence[str]) -> list[str]:
     expanded = []
     for override in overrides:
         group, equals, value = override.partition("=")
-        is_option = (resources.files("conf") / group / f"{value}.yaml").is_file() if group in PATH_SHORTHANDS else True
+        is_option = (resources.files("conf") / group / f"{value}.yaml").is_file() if group in VALUE_SHORTHANDS else True
         if equals and not is_option and "," not in value:
-            override = f"{PATH_SHORTHANDS[group]}={value}"
+            override = f"{VALUE_SHORTHANDS[group]}={value}"
         expanded.append(override)
     return expanded
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import hydra
+from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
@@ -18,8 +19,10 @@ from omegaconf.errors import OmegaConfBaseException
 from shared.basics.errors import GranaryError
 from shared.launch import slurm
 from shared.launch.config_errors import describe_config_error
+from shared.launch.counts import expand_counts
 from shared.launch.orphans import environment_of_child
 from shared.launch.overrides import expand_launcher, expand_shorthands, rank_overrides
+from shared.launch.schema import fill
 
 # Logger, and a part of the message.
 CHATTER = (
@@ -43,7 +46,6 @@ def run_stage(task: Callable[[Any], None], config_name: str, afterwards: Callabl
     os.environ["HYDRA_FULL_ERROR"] = "1"  # raise, so that the line below is ours and not Hydra's multi-line one
     os.environ.update(slurm.CHOICE_OF_WARNING)
     drop_chatter()
-    sys.argv[1:] = expand_launcher(expand_shorthands(sys.argv[1:])) + rank_overrides()
 
     def run(cfg: DictConfig) -> None:
         if slurm.in_submitted_job():
@@ -53,11 +55,13 @@ def run_stage(task: Callable[[Any], None], config_name: str, afterwards: Callabl
             run_child(child_command(f"stage_{config_name}", cfg.nproc, ["--standalone"]))
             return
         try:
-            task(OmegaConf.to_object(cfg))
+            task(fill(cfg))
         except GranaryError as error:
             fail(str(error))  # here: on its way out Hydra would add a line of its own
 
     try:
+        arguments = expand_counts(expand_shorthands(sys.argv[1:]), schema_of(config_name))
+        sys.argv[1:] = expand_launcher(arguments) + rank_overrides()
         hydra.main(version_base="1.3", config_path="pkg://conf", config_name=config_name)(run)()
         afterwards()
     except GranaryError as error:
@@ -141,3 +145,10 @@ def python_module(nproc: int, rendezvous: Sequence[str] = ("--standalone",)) -> 
 def is_failed_job(error: Exception) -> bool:
     """Whether `error` is submitit's report of a job that failed."""
     return any(kind.__module__.startswith("submitit.") for kind in type(error).__mro__)
+
+
+def schema_of(config_name: str) -> type:
+    """The schema that the stage registered for ``conf/<config_name>.yaml``."""
+    schema = OmegaConf.get_type(ConfigStore.instance().load(f"{config_name}_schema.yaml").node)
+    assert schema is not None
+    return schema

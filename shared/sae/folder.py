@@ -54,7 +54,7 @@ FLAT_KEYS = (
 
 Weights = tuple[DictionaryConfig, dict[str, torch.Tensor]]
 FOREIGN_READERS: list[Callable[[Path], Weights | None]] = []
-"""Readers of other projects' folders, which give None for a folder that is not theirs; ``shared.sae.load`` adds its."""
+"""Readers of other projects' folders; None for a folder that is not theirs. ``shared.sae.loading`` adds its own."""
 
 
 @dataclass(frozen=True)

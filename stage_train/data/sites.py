@@ -6,6 +6,7 @@ from fnmatch import fnmatchcase
 import torch
 
 from shared.basics.errors import GranaryError
+from shared.launch.peer_names import site_of
 from shared.sae.sites import Sites
 from stage_train.config import TrainSchema
 from stage_train.data.stores import PinnedStore
@@ -74,4 +75,8 @@ def _expand(key: str, value: object, part: PinnedStore) -> tuple[str, ...]:
 def _check_is_there(what: str, name: str, part: PinnedStore) -> None:
     available = part.store.hooks
     if name not in available:
-        raise GranaryError(f"{what} {name} is not in the store at {part.store.url}: it has {', '.join(available)}")
+        ours = site_of(name)
+        meant = f" (did you mean {ours}?)" if ours in available else ""
+        raise GranaryError(
+            f"{what} {name} is not in the store at {part.store.url}: it has {', '.join(available)}{meant}"
+        )

@@ -6,15 +6,16 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from hydra import compose, initialize_config_module
 from hydra.errors import HydraException
-from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from shared.basics.errors import GranaryError
 from shared.launch.config_errors import describe_config_error
+from shared.launch.counts import expand_counts
+from shared.launch.overrides import expand_shorthands
+from shared.launch.schema import fill
 from shared.launch.stage import fail
 from stage_train.config import TrainSchema, register
 from stage_train.estimate.config import PlanSchema, split_overrides
@@ -33,8 +34,9 @@ LATER_IMPORTS = ("stage_train.step.layouts.fsdp", "stage_train.step.layouts.late
 def training_config(overrides: Sequence[str]) -> TrainSchema:
     """As ``python -m stage_train`` composes it."""
     # Hydra's own node, which names the output folder, is not there: nothing is written.
-    cfg = compose("train", overrides=["out_dir=${run_dir}/sae", *overrides])
-    filled: Any = OmegaConf.to_object(cfg)
+    given = expand_counts(expand_shorthands(overrides), TrainSchema)
+    cfg = compose("train", overrides=["out_dir=${run_dir}/sae", *given])
+    filled = fill(cfg)
     assert isinstance(filled, TrainSchema)
     return filled
 

@@ -15,7 +15,7 @@ from shared.basics.run_folder import RunFolder
 from shared.basics.versions import software_versions
 from shared.launch.stage import fail
 from shared.sae import folder as on_disk
-from shared.sae.load import KINDS
+from shared.sae.loading import KINDS
 from shared.sae.sites import Sites
 from shared.sae.variants import VARIANTS
 from stage_train.data.stores import PinnedStore

@@ -1,7 +1,7 @@
 """The first weights of a run from a dictionary on disk: ``init_from``."""
 
 from shared.basics.errors import GranaryError
-from shared.sae.load import load
+from shared.sae.loading import load
 from shared.sae.variants import Dictionary
 
 # What may differ without a weight meaning something else.
