@@ -123,7 +123,7 @@ def test_a_wrong_input_is_one_line(faults: dict[str, Result], name: str, line: s
     assert line in error
 
 
-def test_a_second_sae_has_a_folder_of_its_own(store: Path) -> None:
+def test_a_second_sae_has_a_folder_of_its_own(start: Start, store: Path) -> None:
     """Nothing of the first is touched: not its weights, metrics, log or configuration."""
     run_dir = store.with_name("several")
     common = [f"run_dir={run_dir}", f"store.url={store}", "sae.expansion=4", "schedule.tokens=64"]
