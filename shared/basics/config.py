@@ -76,7 +76,7 @@ class ModelSchema:
     dtype: ModelDtype = MISSING
     """Precision of weights and arithmetic; the store's dtype is separate."""
     quantisation: str | None = None
-    """Of the weights, as they are loaded: bnb_int8, bnb_nf4, torchao_int8; null: none."""
+    """How the weights are quantised as they are loaded: bnb_int8, bnb_nf4, torchao_int8; null: none."""
     attn_implementation: str = MISSING
     """Attention kernel as transformers names it: sdpa, eager, flash_attention_2, flex_attention."""
 

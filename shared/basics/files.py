@@ -52,7 +52,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def temporary(path: Path) -> Path:
-    """Where a file lies while it is written."""
+    """Give the place where a file lies while it is written."""
     return path.with_name(f".{path.name}.tmp")
 
 

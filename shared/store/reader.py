@@ -91,7 +91,7 @@ class ContextReader:
         return []
 
     def _buffer(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        """A tensor that this thread uses again and again."""
+        """Lend a tensor, which this thread uses again and again."""
         tensor: torch.Tensor | None = getattr(self._scratch, name, None)
         if tensor is None or tuple(tensor.shape) != shape:
             tensor = torch.empty(shape, dtype=dtype)
@@ -99,7 +99,7 @@ class ContextReader:
         return tensor
 
     def _bytes(self, name: str, size: int) -> bytearray:
-        """At least `size` bytes that this thread uses again and again."""
+        """Lend at least `size` bytes, which this thread uses again and again."""
         buffer: bytearray | None = getattr(self._scratch, name, None)
         if buffer is None or len(buffer) < size:
             buffer = bytearray(size)

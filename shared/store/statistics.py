@@ -178,7 +178,7 @@ class PositionNorms:
     last: int
     count: int
     percentiles: dict[int, float]
-    """Of `PERCENTILES`, to within 2.2 %."""
+    """Percent, one of `PERCENTILES`, to the norm below which so many rows lie, to within 2.2 %."""
 
     @classmethod
     def from_histogram(cls, group: int, histogram: Counter[int]) -> Self:
@@ -201,7 +201,7 @@ class HookStatistics:
     mean_norm: float
     rms_norm: float
     median_norm: float
-    """To within 2.2 %, from a histogram."""
+    """The norm that half of the rows stay below, to within 2.2 %: it comes from a histogram."""
     max_norm: float
     relative_squared_error: float
     """What the storage type cost: squared error over total variance; 0 where values were stored as they came."""

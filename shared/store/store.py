@@ -42,7 +42,7 @@ class Store:
         """Use `create` or `open`."""
         self.io = io
         self.window = window
-        """Where the harvest may run ahead of training by a bounded number of bytes only; else None."""
+        """The window by which the harvest may run ahead of training; None where it may run to its end."""
         self.extents = tuple(extents)
         self._lock = threading.Lock()
         self._records: dict[int, ShardRecord] = {}

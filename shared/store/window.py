@@ -44,7 +44,7 @@ class WindowPlan:
 
     @classmethod
     def of(cls, plan: StorePlan, window_bytes: int) -> Self:
-        """As few blocks as half the window allows, as equal as can be; raises GranaryError for too small a window."""
+        """Cut the store into as few, as equal blocks as let two fit; raises GranaryError for too small a window."""
         size = shard_bytes(plan)
         most = window_bytes // (BLOCKS_IN_WINDOW * size)
         if most < 1:

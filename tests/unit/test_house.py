@@ -36,8 +36,6 @@ KERNELS_USE = {"torch", "triton", *sys.stdlib_module_names}
 HEAVY = ("torch", "transformers", "zarr")
 LIGHT = ("shared.basics.config", "stage_train.sae_schema", "stage_train.many")  # beside what each __main__ imports
 
-"""What breaks a rule, and why that is borne for now. An entry that is no longer needed fails the test."""
-
 
 def imports_in(tree: ast.AST) -> Iterator[str]:
     """Absolute names of the modules that a piece of source imports; of ours the module itself, not a name in it."""

@@ -106,7 +106,7 @@ class TokenRecord:
 
 
 def write_extent(io: ObjectIO, extent: Extent, tokens: Any, mask: Any, segments: Any) -> None:
-    """Everything of an extent but its activations; picks up where a killed writer stopped.
+    """Write everything of an extent but its activations, from where a killed writer stopped.
 
     The arrays are [num_contexts, T] and anything sliceable. Every object is a pure function of the input, so what is
     already there is either equal or an error.

@@ -26,7 +26,7 @@ PLACEMENTS = ("spread", "last")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StorePlan:
-    """Everything that fixes the bytes of a store, or of one extension of it."""
+    """A plan: everything that fixes the bytes of a store, or of one extension of it."""
 
     num_contexts: int
     seq_len: int

@@ -1,4 +1,4 @@
-"""From a URL to the storage behind it."""
+"""Find the storage behind a URL."""
 
 import importlib.util
 import os
@@ -11,7 +11,7 @@ from shared.store.io.remote import RemoteIO
 
 
 def open_io(url: str | os.PathLike[str]) -> ObjectIO:
-    """Storage at `url`: a local path, ``file://``, or any other URL that fsspec knows."""
+    """Give the storage at `url`: a local path, ``file://``, or any other URL that fsspec knows."""
     text = os.fspath(url)
     protocol, separator, rest = text.partition("://")
     if not separator:

@@ -184,7 +184,7 @@ class RemoteIO:
 
 
 def cuts(offset: int, total: int) -> list[int]:
-    """Where to cut `total` bytes from `offset` on into requests, 0 and `total` included.
+    """Choose where to cut `total` bytes from `offset` on into requests; 0 and `total` are included.
 
     At multiples of RANGE_BYTES in the object, which servers keep in stripes of a power of two: a range over one stripe
     more took a sixth longer. No request is for less than an eighth of that, such as a checksum alone.
