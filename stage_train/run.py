@@ -30,7 +30,7 @@ from stage_train.state.checkpoint import Checkpoints
 from stage_train.state.export import export, provenance
 from stage_train.state.resume import Start
 from stage_train.state.warm_start import copy_weights
-from stage_train.step.layouts import Replicated
+from stage_train.step.layouts import Layout
 from stage_train.step.spike_guard import SpikeGuard
 from stage_train.step.trainer import Trainer
 from stage_train.step.weight_average import WeightAverage
@@ -40,7 +40,7 @@ class Run:
     """A run that has steps left to make."""
 
     def __init__(
-        self, spec: RunSpec, start: Start, inputs: TrainingInputs, stream: TokenStream, layout: Replicated
+        self, spec: RunSpec, start: Start, inputs: TrainingInputs, stream: TokenStream, layout: Layout
     ) -> None:
         """Makes the trainer, from data or from the checkpoint of `start`; deletes nothing."""
         self.spec, self.start, self.inputs = spec, start, inputs
@@ -132,7 +132,7 @@ class Run:
 
 
 def make_trainer(
-    spec: RunSpec, inputs: TrainingInputs, stream: TokenStream, layout: Replicated, *, begins: bool
+    spec: RunSpec, inputs: TrainingInputs, stream: TokenStream, layout: Layout, *, begins: bool
 ) -> Trainer:
     """The trainer of a run, its weights set from data or an SAE, or left as they come where a checkpoint fills them."""
     cfg, device = spec.cfg, layout.world.device

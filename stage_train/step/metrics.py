@@ -8,7 +8,7 @@ from torch import Tensor
 from shared.parallel import all_reduce_sum
 
 
-class MetricWindow:
+class MetricSums:
     """Token-weighted means of per-batch metrics over the steps since the last ``read``, over all ranks.
 
     Every step may bring other metrics (a loss that is not always on); those absent count as 0.

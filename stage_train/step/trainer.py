@@ -21,8 +21,8 @@ from shared.sae.learn.objective import Objective
 from shared.sae.optim import Optimiser
 from shared.sae.sites import Sites
 from stage_train.data.stream import Batch, TokenStream
-from stage_train.step.layouts import Replicated
-from stage_train.step.metrics import MetricWindow
+from stage_train.step.layouts import Layout
+from stage_train.step.metrics import MetricSums
 from stage_train.step.schedule import LatentsPerToken, LearningRate, PenaltyScale
 from stage_train.step.spike_guard import SpikeGuard
 from stage_train.step.weight_average import WeightAverage
@@ -81,7 +81,7 @@ class Trainer:
         schedules: Schedules,
         stream: TokenStream,
         sites: Sites,
-        layout: Replicated,
+        layout: Layout,
         *,
         micro_batch: int | None,
         average: WeightAverage | None = None,
@@ -98,7 +98,7 @@ class Trainer:
         self.dead_now_F = torch.zeros(held, dtype=torch.bool, device=device)
         """The latents that AuxK takes for dead, as of the last look."""
         self._dead_R = torch.empty(0, dtype=torch.int64, device=device)
-        self.window = MetricWindow(METRICS, device)
+        self.metrics = MetricSums(METRICS, device)
         self.grad_norm = torch.zeros((), device=device)
         self._stopwatch = Stopwatch()
 
@@ -115,7 +115,7 @@ class Trainer:
             self._dead_R = self.layout.look_at_dead(self.objective, self.dead_now_F)
         self.layout.zero_gradients(self.optimiser)
         if self.guard is not None:
-            self.window.mark()
+            self.metrics.mark()
         parts = self._micro_batches(batch)
         k = None if self.schedules.k is None else self.schedules.k.at(self.progress.step)
         scale = 1.0 if self.schedules.penalty is None else self.schedules.penalty.at(self.progress.step)
@@ -141,7 +141,7 @@ class Trainer:
         else:
             log.warning("left out step %d: its loss or gradient is out of the ordinary", self.progress.step + 1)
             self.layout.zero_gradients(self.optimiser)
-            self.window.back_to_mark()
+            self.metrics.back_to_mark()
         self.progress.step += 1
         self.progress.tokens += batch.num_tokens
 
@@ -150,7 +150,7 @@ class Trainer:
 
         Raises DivergedError when the loss or the gradient is not finite, on all ranks alike.
         """
-        means = self.window.read()
+        means = self.metrics.read()
         self.layout.merge_dead(self.dead.tokens_since_fired)
         now = time.perf_counter()
         elapsed = max(now - self._stopwatch.seconds, 1e-9)
@@ -202,7 +202,7 @@ class Trainer:
 
     def _global_loss(self, num_tokens: int) -> Tensor:
         """The step's loss over all ranks, from what it added to the metrics."""
-        return all_reduce_sum(self.window.since_mark("loss")) / (self._copies * num_tokens)
+        return all_reduce_sum(self.metrics.since_mark("loss")) / (self._copies * num_tokens)
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor of the training state, by name; loading fills them in place. Call on all ranks at once."""
@@ -213,7 +213,7 @@ class Trainer:
             **{f"ema.{name}": tensor for name, tensor in (self.average.tensors if self.average else {}).items()},
             "dead.tokens_since_fired": self.dead.tokens_since_fired,
             "dead.now": self.dead_now_F,
-            "metrics.sums": self.window.collect(self._copies),
+            "metrics.sums": self.metrics.collect(self._copies),
         }
         return self.layout.as_global(tensors)
 
@@ -225,7 +225,7 @@ class Trainer:
     def restore(self, state: Mapping[str, Any]) -> None:
         """Continue from `state`, after the tensors have been filled; the stream is put in its place by its owner."""
         self.progress = Progress(state["step"], state["tokens"])
-        self.window.restore(first=self.layout.stream_rank == 0)
+        self.metrics.restore(first=self.layout.stream_rank == 0)
         if self.guard is not None:
             self.guard.restore(state["guard"])
         self._dead_R = self.layout.look_at_dead(self.objective, self.dead_now_F)
@@ -252,7 +252,7 @@ class Trainer:
             inputs = inputs.with_facts(None if inputs.facts is None else inputs.facts.for_one_row())
         losses = self.layout.losses(self.objective, x_ND, y_ND, inputs)
         torch.autograd.backward(losses.total * (count / batch_tokens))
-        self.window.add({**losses.metrics, "loss": losses.total.detach()}, count)
+        self.metrics.add({**losses.metrics, "loss": losses.total.detach()}, count)
         return losses.fired & (count > 0)
 
 

@@ -17,7 +17,7 @@ from shared.sae.learn.inputs import Losses, StepInputs
 from shared.sae.learn.objective import Objective
 from shared.sae.optim import Optimiser, OptimiserConfig, RowShare, make_optimiser
 from shared.sae.roles import Role
-from stage_train.step.layouts.data_parallel import Replicated, joint_norm
+from stage_train.step.layouts.base import Layout, joint_norm
 from stage_train.step.layouts.split import latents_of_shard
 
 
@@ -39,7 +39,7 @@ class LocalRows:
         return self._roles
 
 
-class FullySharded(Replicated):
+class FullySharded(Layout):
     """FSDP2 over all ranks."""
 
     def __init__(self, world: World) -> None:

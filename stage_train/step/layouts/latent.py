@@ -24,7 +24,7 @@ from shared.sae.latent_shard import LatentShard
 from shared.sae.learn.inputs import BatchFacts, Losses, StepInputs
 from shared.sae.learn.objective import Objective
 from shared.sae.optim import Optimiser, OptimiserConfig, RowShare, make_optimiser
-from stage_train.step.layouts.data_parallel import Replicated, gradients, joint_norm, sum_over
+from stage_train.step.layouts.base import Layout, gradients, joint_norm, sum_over
 from stage_train.step.layouts.split import latents_of_part
 
 
@@ -136,7 +136,7 @@ def shard(objective: Objective, rank: int, group: dist.ProcessGroup) -> Objectiv
     return learning
 
 
-class LatentParallel(Replicated):
+class LatentParallel(Layout):
     """A mesh of dp x latent ranks."""
 
     def __init__(self, world: World, latent: int) -> None:

@@ -2,15 +2,16 @@
 
 from shared.parallel import World
 from stage_train.config import LayoutKind, ParallelSchema
-from stage_train.step.layouts.data_parallel import Replicated
+from stage_train.step.layouts.base import Layout
+from stage_train.step.layouts.data_parallel import DataParallel
 from stage_train.step.layouts.split import latent_parts
 
 
-def make_layout(cfg: ParallelSchema, world: World) -> Replicated:
+def make_layout(cfg: ParallelSchema, world: World) -> Layout:
     """One process is always the plain layout. Raises GranaryError when the ranks do not fit the layout."""
     parts = latent_parts(cfg, world.size)
     if world.size == 1:
-        return Replicated(world)
+        return DataParallel(world)
     # Imported where chosen: FSDP takes a second or two.
     if cfg.layout is LayoutKind.fsdp:
         from stage_train.step.layouts.fsdp import FullySharded
@@ -20,4 +21,4 @@ def make_layout(cfg: ParallelSchema, world: World) -> Replicated:
         from stage_train.step.layouts.latent import LatentParallel
 
         return LatentParallel(world, parts)
-    return Replicated(world)
+    return DataParallel(world)

@@ -1,0 +1,145 @@
+"""What all layouts have, as it is where every rank holds the whole dictionary and reads its share of each batch.
+
+Shape letters: N rows of this rank's batch, D a width, F latents (those held here), R dead latents.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from shared.parallel import World, all_reduce_sum
+from shared.sae.learn.batch_facts import Reduce, alone
+from shared.sae.learn.inputs import BatchFacts, Losses, StepInputs
+from shared.sae.learn.objective import Objective
+from shared.sae.optim import Optimiser, OptimiserConfig, make_optimiser
+
+# Tensors up to this size share one message.
+SMALL_ELEMENTS = 1 << 18
+
+
+class Layout:
+    """How a dictionary in training is spread over processes; a subclass says what is other than in data parallel."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+
+    # Which part of the data and of the weights
+
+    @property
+    def stream_rank(self) -> int:
+        """Which share of the lanes this rank reads."""
+        return self.world.rank
+
+    @property
+    def stream_world(self) -> int:
+        """Into how many shares the lanes are cut."""
+        return self.world.size
+
+    def num_latents(self, d_latent: int) -> int:
+        """How many of so many latents are held here."""
+        return d_latent
+
+    def distribute(self, objective: Objective) -> Objective:
+        """The rank's part of an initialised dictionary. Rank 0's weights hold: other machines may round differently."""
+        if self.world.size > 1:
+            for tensor in objective.dictionary.state_dict().values():
+                dist.broadcast(tensor, src=0)
+        return objective
+
+    def optimiser(self, objective: Objective, config: OptimiserConfig) -> Optimiser:
+        """The optimiser of what is held here."""
+        single = self.world.size == 1  # then nobody else has to see the gradients
+        optimiser = make_optimiser(objective.dictionary, config, pair_gradients=single)
+        objective.pair_gradients = optimiser.pairs if single else None
+        return optimiser
+
+    # One step
+
+    def zero_gradients(self, optimiser: Optimiser) -> None:
+        """Before the first backward of a step."""
+        optimiser.zero_grad()
+
+    def facts(
+        self, objective: Objective, parts: Sequence[Tensor], num_tokens: int, k: int | None
+    ) -> list[BatchFacts] | None:
+        """What the losses of this rank's micro-batches must know of the global batch; None when it is nothing."""
+        if not objective.needs_facts(cut=len(parts) > 1 or self.stream_world > 1):
+            return None
+        reduce: Reduce = all_reduce_sum if self.world.size > 1 else alone
+        return objective.facts(parts, num_tokens, k=k, reduce_all=reduce, reduce_rows=reduce)
+
+    def losses(self, objective: Objective, x_ND: Tensor, y_ND: Tensor, inputs: StepInputs) -> Losses:
+        """Of some of this rank's rows."""
+        losses: Losses = objective(x_ND, y_ND, inputs)
+        return losses
+
+    def reduce_gradients(self, optimiser: Optimiser) -> Tensor:
+        """Sum every gradient over the ranks that share it, once; returns the norm of the whole gradient."""
+        if self.world.size > 1:
+            sum_over(gradients(optimiser))
+        return optimiser.grad_norm()
+
+    # Dead latents
+
+    def merge_dead(self, tokens_since_fired_F: Tensor) -> None:
+        """Each rank counts since it saw a latent fire itself; the least of the counts is the global one."""
+        if self.world.size > 1:
+            dist.all_reduce(tokens_since_fired_F, dist.ReduceOp.MIN)
+
+    def look_at_dead(self, objective: Objective, dead_now_F: Tensor) -> Tensor:
+        """Indices of the dead latents held here. Waits for the device."""
+        return dead_now_F.nonzero().squeeze(1)
+
+    def mean_over_latents(self, mean: Tensor) -> float:
+        """A mean over the latents held here to one over all."""
+        return float(mean)
+
+    # Checkpoints
+
+    def as_global(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors of the training state as torch.distributed.checkpoint must see them, sharing their memory."""
+        return dict(tensors)
+
+
+def gradients(optimiser: Optimiser) -> list[Tensor]:
+    """All gradients, zeros where there is none."""
+    found = []
+    for parameter in optimiser.parameters.values():
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        found.append(parameter.grad)
+    return found
+
+
+def sum_over(tensors: Sequence[Tensor], group: dist.ProcessGroup | None = None) -> None:
+    """All-reduce in place: large tensors each by themselves, small ones as one message."""
+    large = [tensor for tensor in tensors if tensor.numel() > SMALL_ELEMENTS]
+    small = [tensor for tensor in tensors if tensor.numel() <= SMALL_ELEMENTS]
+    pending = [dist.all_reduce(tensor, group=group, async_op=True) for tensor in large]
+    if small:
+        message = torch.cat([tensor.flatten() for tensor in small])
+        dist.all_reduce(message, group=group)
+        for tensor, part in zip(small, torch.split(message, [tensor.numel() for tensor in small]), strict=True):
+            tensor.copy_(part.view_as(tensor))
+    for work in pending:
+        work.wait()
+
+
+def joint_norm(parts: Sequence[Tensor], whole: Sequence[Tensor], group: dist.ProcessGroup | None = None) -> Tensor:
+    """Euclidean norm of `parts`, of which the group's ranks hold different ones, and of `whole`, which all hold."""
+    square = torch.stack([_squared_norm(tensor) for tensor in parts]).sum()
+    if group is None:
+        all_reduce_sum(square)
+    else:
+        dist.all_reduce(square, group=group)
+    for tensor in whole:
+        square = square + _squared_norm(tensor)
+    return square.sqrt()
+
+
+def _squared_norm(tensor: Tensor) -> Tensor:
+    """Without a tensor of the squares, as large as the gradient."""
+    squared: Tensor = torch.linalg.vector_norm(tensor).square()
+    return squared
