@@ -1,4 +1,4 @@
-"""Data parallel (ddp): every rank holds the whole dictionary and reads its share of each batch. Also the world of one."""
+"""Data parallel (ddp): every rank holds the whole dictionary and reads its share of each batch. Also a world of one."""
 
 from stage_train.step.layouts.base import Layout
 
