@@ -70,7 +70,8 @@ def tune(shape: Shape, device: str, kernels: str, median: Median, keep: bool) ->
     gpu = torch.cuda.get_device_name() if device == "cuda" else "none"
     chosen: dict[str, dict[str, int]] = {}
     for kernel, candidates, call in work(shape, device, kernels):
-        name = tuning.key(kernel, shape.d_model)
+        pairs = None if kernel in ("encode_topk", "row_grad") else shape.batch * shape.k
+        name = tuning.key(kernel, shape.d_model, pairs)
         times = []
         for candidate in candidates if keep else candidates[:1]:
             with tuning.trial({name: candidate}):

@@ -191,7 +191,8 @@ class ComputeSchema:
     """auto (triton on a GPU, torch on a CPU), triton, torch, or reference (dense, slow). The results differ by rounding
     alone."""
     dtype: str = MISSING
-    """Type of the matrix products: float32 or bfloat16. Weights, moments and the selection are float32 in either."""
+    """Type of the matrix products: float32, bfloat16, or auto: bfloat16 on a GPU and float32 on a CPU. Weights, moments
+    and the selection are float32 in either."""
 
 
 @dataclass(kw_only=True)

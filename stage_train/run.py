@@ -142,14 +142,15 @@ def make_trainer(
     dictionary = made(
         spec.dictionary, kernels=cfg.compute.kernels, compute_dtype=cfg.compute.dtype, generator=generator
     )
-    objective = Objective(dictionary, spec.learning)
+    # Before it is initialised: kernels that run on a GPU alone may be asked for, and a host takes minutes for it.
+    objective = Objective(dictionary, spec.learning).to(device)
     if begins and cfg.init_from is not None:
         copy_weights(dictionary, cfg.init_from)
     elif begins:
         x_MD, y_MD = inputs.sample(spec.sites, cfg.seed)
         reads, writes = ([inputs.statistics(site) for site in side] for side in (spec.sites.reads, spec.sites.writes))
         initialise(objective, reads, x_MD, writes, y_MD)
-    objective = layout.distribute(objective.to(device))
+    objective = layout.distribute(objective)
     optimiser = layout.optimiser(objective, spec.optimiser)
     average = None
     if cfg.optim.ema_decay is not None:

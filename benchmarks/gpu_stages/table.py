@@ -20,6 +20,7 @@ def table(lines: Sequence[Line]) -> str:
         "# The sparse step on a GPU",
         "",
         ", ".join(f"{name} {version}" for name, version in versions.items()),
+        *(["", "A rehearsal: no figure means anything.", ""] if versions.get("device") == "rehearsal" else []),
         f"bfloat16 product {rate} TFLOP/s, copy {by_name.get('copy', {}).get('tb_per_s')} TB/s",
         "",
         f"{len(checks) - len(wrong)} of {len(checks)} checks passed.",

@@ -1,7 +1,7 @@
 """The sparse step's operations. Imports torch and triton only, so that it can be tested alone on a GPU machine."""
 
 from shared.kernels.adam_step import AdamStep
-from shared.kernels.autograd import attach_encoder, sparse_decode, take_rows
+from shared.kernels.autograd import attach_encoder, sparse_decode, sparse_reconstruction, take_rows
 from shared.kernels.auxk import DeadRows, Holders, auxk_error
 from shared.kernels.compute import COMPUTE_DTYPES, Compute
 from shared.kernels.decode import decode, dot_picks
@@ -41,5 +41,6 @@ __all__ = [
     "smallest_kept",
     "sort_pairs",
     "sparse_decode",
+    "sparse_reconstruction",
     "take_rows",
 ]

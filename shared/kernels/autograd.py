@@ -71,8 +71,7 @@ class _SparseDecode(torch.autograd.Function):
         compute: Compute,
         sink: PairGradient | None,
     ) -> torch.Tensor:
-        if values_NK.numel() > 2 * W_dec_FD.shape[0]:  # fewer bytes even with the copy made
-            W_dec_FD = _rounded(W_dec_FD, compute)
+        W_dec_FD = _rounded_if_read_often(W_dec_FD, values_NK, compute)
         ctx.save_for_backward(values_NK, indices_NK, W_dec_FD)
         ctx.order, ctx.compute, ctx.sink = order, compute, sink
         return decode_forward(values_NK, indices_NK, W_dec_FD, kernels=compute.kernels)
@@ -81,16 +80,62 @@ class _SparseDecode(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_ND: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         values_NK, indices_NK, W_dec_FD = ctx.saved_tensors
-        need_values, _, need_W = ctx.needs_input_grad[:3]
-        options = {"kernels": ctx.compute.kernels}
         grad_ND = _rounded(grad_ND.contiguous(), ctx.compute)
-        dv_NK = dot_picks(grad_ND, indices_NK, W_dec_FD, **options) if need_values else None
-        dW_FD = None
-        if need_W and ctx.sink is not None:
-            ctx.sink.add(values_NK, indices_NK, ctx.order, grad_ND)
-        elif need_W:
-            dW_FD = row_grad(values_NK, indices_NK, grad_ND, W_dec_FD.shape[0], ctx.order, **options)
+        dv_NK, dW_FD = _decoder_gradients(ctx, values_NK, indices_NK, W_dec_FD, grad_ND)
         return dv_NK, None, dW_FD, None, None, None
+
+
+class _SparseReconstruction(torch.autograd.Function):
+    """``sparse_decode`` and the loss of what it leaves over in one: a GPU makes both in registers."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        values_NK: torch.Tensor,
+        indices_NK: torch.Tensor,
+        W_dec_FD: torch.Tensor,
+        b_D: torch.Tensor,
+        target_ND: torch.Tensor,
+        weight_D: torch.Tensor,
+        metric_D: torch.Tensor,
+        order: PairOrder,
+        compute: Compute,
+        sink: PairGradient | None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        from shared.kernels.decode.triton import residual
+
+        W_dec_FD = _rounded_if_read_often(W_dec_FD, values_NK, compute)
+        left_ND, means = residual(values_NK, indices_NK, W_dec_FD, target_ND, b_D, weight_D, metric_D)
+        ctx.save_for_backward(values_NK, indices_NK, W_dec_FD, left_ND, weight_D)
+        ctx.order, ctx.compute, ctx.sink = order, compute, sink
+        loss, metric = means.unbind()
+        ctx.mark_non_differentiable(metric, left_ND)
+        return loss, metric, left_ND
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: torch.Tensor, *_: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        from shared.kernels.decode.triton import residual_grad
+
+        values_NK, indices_NK, W_dec_FD, left_ND, weight_D = ctx.saved_tensors
+        dtype = torch.bfloat16 if ctx.compute.dtype_for(left_ND) == "bfloat16" else torch.float32
+        grad_ND, db_D = residual_grad(left_ND, weight_D, upstream, dtype)
+        dv_NK, dW_FD = _decoder_gradients(ctx, values_NK, indices_NK, W_dec_FD, grad_ND)
+        return dv_NK, None, dW_FD, db_D if ctx.needs_input_grad[3] else None, None, None, None, None, None, None
+
+
+def _decoder_gradients(
+    ctx: Any, values_NK: torch.Tensor, indices_NK: torch.Tensor, W_dec_FD: torch.Tensor, grad_ND: torch.Tensor
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Of the values, and of W_dec where that does not go to the sink."""
+    need_values, _, need_W = ctx.needs_input_grad[:3]
+    options = {"kernels": ctx.compute.kernels}
+    dv_NK = dot_picks(grad_ND, indices_NK, W_dec_FD, **options) if need_values else None
+    if need_W and ctx.sink is not None:
+        ctx.sink.add(values_NK, indices_NK, ctx.order, grad_ND)
+    elif need_W:
+        return dv_NK, row_grad(values_NK, indices_NK, grad_ND, W_dec_FD.shape[0], ctx.order, **options)
+    return dv_NK, None
 
 
 class _TakeRows(torch.autograd.Function):
@@ -111,7 +156,16 @@ class _TakeRows(torch.autograd.Function):
 
 def _rounded(rows: torch.Tensor, compute: Compute) -> torch.Tensor:
     """Rows that kernels gather, in half the bytes where that was asked for: a GPU's sums over them stay in float32."""
-    return rows.bfloat16() if compute.dtype == "bfloat16" and resolve(compute.kernels, rows) == "triton" else rows
+    return (
+        rows.bfloat16()
+        if compute.dtype_for(rows) == "bfloat16" and resolve(compute.kernels, rows) == "triton"
+        else rows
+    )
+
+
+def _rounded_if_read_often(W_dec_FD: torch.Tensor, values_NK: torch.Tensor, compute: Compute) -> torch.Tensor:
+    """Half the bytes, where the gathers save more of them than the copy costs."""
+    return _rounded(W_dec_FD, compute) if values_NK.numel() > 2 * W_dec_FD.shape[0] else W_dec_FD
 
 
 def attach_encoder(
@@ -156,6 +210,35 @@ def sparse_decode(
     """
     result: torch.Tensor = _SparseDecode.apply(values_NK, indices_NK, W_dec_FD, order, compute, sink)
     return result
+
+
+def sparse_reconstruction(
+    values_NK: torch.Tensor,
+    indices_NK: torch.Tensor,
+    W_dec_FD: torch.Tensor,
+    b_D: torch.Tensor,
+    target_ND: torch.Tensor,
+    weight_D: torch.Tensor,
+    metric_D: torch.Tensor,
+    order: PairOrder,
+    *,
+    compute: Compute = AUTO,
+    sink: PairGradient | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The loss ``mean_n sum_d weight_d r_nd^2`` of ``r = target - (decode + b)``, the same with `metric_D`, and r.
+
+    Gradients for the values, W_dec and b, from the loss alone; r and the metric have none. As for ``sparse_decode``,
+    with a `sink` W_dec's goes there. triton makes r and its squares in registers; the other forms are ``sparse_decode``
+    and torch.
+    """
+    if resolve(compute.kernels, values_NK) == "triton" and values_NK.dtype == torch.float32:
+        result: tuple[torch.Tensor, torch.Tensor, torch.Tensor] = _SparseReconstruction.apply(
+            values_NK, indices_NK, W_dec_FD, b_D, target_ND, weight_D, metric_D, order, compute, sink
+        )
+        return result
+    error_ND = sparse_decode(values_NK, indices_NK, W_dec_FD, order, compute=compute, sink=sink) + b_D - target_ND
+    metric = (error_ND.detach().square() @ metric_D).mean()
+    return (error_ND.square() @ weight_D).mean(), metric, -error_ND.detach()
 
 
 def take_rows(weight_FD: torch.Tensor, latents_R: torch.Tensor, sink: PairGradient | None = None) -> torch.Tensor:

@@ -41,6 +41,8 @@ class Case:
 
 def cases(d_models: Sequence[int], ks: Sequence[int], types: Sequence[str]) -> Iterator[Case]:
     """Every kernel of the package with the block sizes its launcher chooses for these widths, ks and matrix types."""
+    from triton import next_power_of_2
+
     from shared.kernels.decode import triton as decode
     from shared.kernels.encode_threshold import triton as threshold
     from shared.kernels.encode_topk import triton as encode
@@ -74,6 +76,13 @@ def cases(d_models: Sequence[int], ks: Sequence[int], types: Sequence[str]) -> I
             picks = {"indices_ptr": "*i64", "W_ptr": weights, "out_ptr": "*fp32", "K": "i32", "D": "i32"}
             decode_types = picks | {"values_ptr": "*fp32"}
             yield _tuned_case(f"decode {label}", decode._decode, decode_types, decode.decode_config(d))
+            residual_types = decode_types | dict.fromkeys(("target_ptr", "b_ptr", "weight_ptr"), "*fp32")
+            residual_types |= dict.fromkeys(("metric_ptr", "sums_ptr"), "*fp32")
+            yield _tuned_case(f"residual {label}", decode._residual, residual_types, decode.decode_config(d))
+            left_types = {"left_ptr": "*fp32", "weight_ptr": "*fp32", "scale_ptr": "*fp32", "out_ptr": weights}
+            left_types |= {"sums_ptr": "*fp32", "N": "i32", "D": "i32"}
+            rows = {"ROWS": decode.GRAD_ROWS, "BLOCK_D": min(512, next_power_of_2(d))}
+            yield Case(f"residual_grad {label}", decode._residual_grad, left_types, rows)
             for grads in {"*fp32", weights}:
                 dot_types = picks | {"grad_ptr": grads}
                 yield _tuned_case(f"dot_picks {label} {grads[1:]}", decode._dot_picks, dot_types, decode.dot_config(d))
@@ -87,7 +96,9 @@ def cases(d_models: Sequence[int], ks: Sequence[int], types: Sequence[str]) -> I
             sum_types = grad_types | {"order_ptr": "*i64", "indices_ptr": "*i64"}
             yield _tuned_case(f"chunk_sums {label}", grad._chunk_sums, sum_types, grad.config_for(d) | chunk)
             pair_types = grad_types | {"slot_ptr": "*i32", "extra_ptr": "*fp32"}
-            yield _tuned_case(f"pair_norm {label}", pair._pair_norm, pair_types, pair.norm_config(d) | chunk)
+            for num_rows in (8192, 32768):
+                config = pair.norm_config(d, num_rows, DTYPES[weights[1:]]) | chunk
+                yield _tuned_case(f"pair_norm {label} N={num_rows}", pair._pair_norm, pair_types, config)
             for unit_rows in (False, True):
                 config = pair.update_config(d, unit_rows, DTYPES[weights[1:]]) | {"UNIT_ROWS": unit_rows} | chunk
                 for moments in ("fp32", "bf16"):

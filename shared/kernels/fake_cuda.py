@@ -58,15 +58,16 @@ class FakeCuda(TorchDispatchMode):
             record.launches.append(Launch(kernel.fn.__name__, tuple(grid), described))
 
         JITFunction.run = run
-        set_item = torch.Tensor.__setitem__
+        tensors: Any = torch.Tensor
+        set_item = tensors.__setitem__
 
         def assign(tensor: torch.Tensor, index: Any, value: Any) -> None:
             if isinstance(index, torch.Tensor) and not isinstance(value, torch.Tensor):
                 record.syncs.append("a Python value assigned at a tensor's indices")  # makes a tensor on the host
             set_item(tensor, index, value)
 
-        torch.Tensor.__setitem__ = assign  # type: ignore[method-assign, assignment]
-        torch.Tensor.is_cuda = property(lambda tensor: tensor.device.type == DEVICE)  # type: ignore[assignment]
+        tensors.__setitem__ = assign
+        tensors.is_cuda = property(lambda tensor: tensor.device.type == DEVICE)
         entered: Self = super().__enter__()
         return entered
 
@@ -74,7 +75,8 @@ class FakeCuda(TorchDispatchMode):
         from triton.runtime.jit import JITFunction
 
         super().__exit__(*error)
-        del torch.Tensor.is_cuda, torch.Tensor.__setitem__  # those of the parent class are there again
+        tensors: Any = torch.Tensor
+        del tensors.is_cuda, tensors.__setitem__  # those of the parent class are there again
         JITFunction.run = self._run
 
     def __torch_dispatch__(

@@ -16,7 +16,7 @@ def product(
     compute.dtype bfloat16 rounds the operands of this product and of its gradients' to bfloat16. On a GPU sums and
     results are float32; a CPU rounds results to bfloat16 too. The bias is added, and its gradient summed, in float32.
     """
-    if compute.dtype == "bfloat16":
+    if compute.dtype_for(a_NM) == "bfloat16":
         result: torch.Tensor = _Bfloat16Product.apply(a_NM, b_MK)
         return result if bias_K is None else result + bias_K
     return a_NM @ b_MK if bias_K is None else torch.addmm(bias_K, a_NM, b_MK)

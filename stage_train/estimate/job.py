@@ -228,7 +228,7 @@ def make_job(cfg: TrainSchema, options: PlanSchema, data: Data) -> PlannedRun:
         pool_on_device=not cuda or _pool_on_device(cfg, options, slots * data.seq_len * data.d_model * itemsize),
         cuda=cuda,
         triton=_uses_triton(cfg.compute.kernels, cuda),
-        half_compute=cfg.compute.dtype == "bfloat16",
+        half_compute=cfg.compute.dtype == "bfloat16" or (cfg.compute.dtype == "auto" and cuda),
         half_moments=cfg.optim.moments is not None and cfg.optim.moments.value == "bfloat16",
         optimiser=cfg.optim.kind.value,
         data=data,

@@ -20,9 +20,9 @@ from stage_train.estimate.job import PlannedRun
 # glibc's DEFAULT_MMAP_THRESHOLD_MAX on 64-bit machines.
 MMAP_THRESHOLD = 1 << 25
 # shared.kernels.encode_topk.triton, which only a machine with triton can import: workspace, and a row's candidates
-# beside k.
-TRITON_WORKSPACE = 64 << 20
-TRITON_BLOCK = 1024
+# beside 2 k.
+TRITON_WORKSPACE = 32 << 20
+TRITON_BLOCK = 256
 # [n, F] tensors at the peak of the dense losses' backward, by activation; tanh and tanh_quad keep one more.
 DENSE_TENSORS = {"relu": 4.0, "jumprelu": 4.25, "gated": 7.25}
 # [F, D] tensors that an update makes beside weight, gradient and moments.
@@ -130,7 +130,7 @@ def encode(job: PlannedRun, num_rows: int) -> list[Block]:
         merged = memory.merged_candidates(num_rows, job.width, job.parts)
         blocks.append(Block("encode: candidates of all ranks", merged))
     if job.triton:
-        capacity = 1 << (job.width + TRITON_BLOCK - 1).bit_length()
+        capacity = 1 << (2 * job.width + TRITON_BLOCK - 1).bit_length()
         keys = memory.candidate_buffer(num_rows, capacity)
         return [*blocks, Block("encode: workspace", TRITON_WORKSPACE), Block("encode: candidates", keys)]
     by_bounds = bounded(job.computed_latents * job.d_model) and not job.half_compute

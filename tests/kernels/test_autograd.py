@@ -3,7 +3,15 @@
 import pytest
 import torch
 
-from shared.kernels import Compute, PairOrder, attach_encoder, encode_topk, sparse_decode
+from shared.kernels import (
+    Compute,
+    PairGradient,
+    PairOrder,
+    attach_encoder,
+    encode_topk,
+    sparse_decode,
+    sparse_reconstruction,
+)
 
 NAMES = ("x", "b_pre", "W_enc", "b_enc", "W_dec")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -65,6 +73,45 @@ def test_every_gradient(kernels, shape, bias):
     assert relative_error(out, expected_out) < (1e-6 if kernels == "triton" else 1e-12)
     for name, grad, truth in zip(NAMES, grads, expected, strict=True):
         assert relative_error(grad, truth) < (1e-6 if kernels == "triton" else 1e-12), f"gradient of {name}"
+
+
+@pytest.mark.parametrize("sink", [False, True])
+@pytest.mark.parametrize(("kernels", "shape"), CASES, indirect=["kernels"])
+def test_the_loss_in_one_with_every_gradient(kernels, shape, sink):
+    n, d, num_latents, k = shape
+    dtype = torch.float32 if kernels == "triton" else torch.float64
+    p, target = make_problem(n, d, num_latents, 0.0, dtype)
+    rng = torch.Generator().manual_seed(2)
+    values, indices = (
+        torch.randn(n, k, generator=rng, dtype=dtype),
+        torch.randint(-1, num_latents, (n, k), generator=rng),
+    )
+    values, indices = values.to(DEVICE).requires_grad_(), indices.to(DEVICE)
+    weight, metric = (torch.rand(d, generator=rng, dtype=dtype).to(DEVICE) for _ in range(2))
+    dense = torch.zeros(n, num_latents, dtype=dtype, device=DEVICE)
+    dense = dense.scatter_add(1, indices.clamp_min(0), values.masked_fill(indices < 0, 0))
+    b = p["x"].detach()[0].clone().requires_grad_()
+    left = target - dense @ p["W_dec"] - b
+    truth = (left.square() @ weight).mean()
+    given = [values, p["W_dec"], b]
+    expected = torch.autograd.grad(3 * truth, given)
+    gradient = PairGradient() if sink else None
+    options = {"compute": Compute(kernels), "sink": gradient}
+    order = PairOrder(indices, num_latents)
+    loss, other, result = sparse_reconstruction(
+        values, indices, p["W_dec"], b, target, weight, metric, order, **options
+    )
+    grads = torch.autograd.grad(3 * loss, given, allow_unused=sink)
+    tolerance = 2e-6 if kernels == "triton" else 1e-12
+    assert [tensor.requires_grad for tensor in (loss, other, result)] == [True, False, False]
+    assert relative_error(loss, truth) < tolerance
+    assert relative_error(other, (left.square() @ metric).mean()) < tolerance
+    assert relative_error(result, left) < tolerance
+    for name, grad, wanted in zip(("values", "W_dec", "b"), grads, expected, strict=True):
+        if sink and name == "W_dec":
+            assert grad is None
+            grad = gradient.dense(p["W_dec"], kernels)
+        assert relative_error(grad, wanted) < tolerance, f"gradient of {name}"
 
 
 @pytest.mark.parametrize("kernels", ["reference", "torch"])

@@ -17,14 +17,37 @@ def compile_check(*arguments, **environment):
 
 @pytest.mark.slow  # `.ci/run` compiles all of them by `make compile-kernels`
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
-def test_kernels_compile_for_sm_80_and_sm_90():
-    result = compile_check("--d-model", "768", "--k", "64", "--types", "bf16")
-    lines = result.stdout.splitlines()
+def test_every_shipped_kernel_compiles_for_sm_80_and_sm_90_without_spilling():
+    result = compile_check("--d-model", "4096", "--k", "64", "--types", "bf16", "--table")
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in result.stdout.splitlines()[2:]]
     assert result.returncode == 0, result.stdout + result.stderr
-    kernels = ("select", "unpack", "count", "emit", "decode", "dot_picks", "row_grad", "latent_sum", "row_update")
-    for kernel in (*kernels, "pair_norm", "pair_update"):
+    kernels = ("select", "unpack", "count", "emit", "decode", "residual", "residual_grad", "dot_picks", "row_grad")
+    for kernel in (*kernels, "chunk_sums", "latent_sum", "row_update", "pair_norm", "pair_update"):
         for architecture in ("sm_80", "sm_90"):
-            assert any(line.startswith(f"{architecture} {kernel}") and "cubin" in line for line in lines), kernel
+            assert any(
+                row[0].startswith(f"{architecture} {kernel} ") or row[0] == f"{architecture} {kernel}" for row in rows
+            )
+    for name, *numbers in rows:
+        registers, _, programs = map(int, numbers[1:4])
+        assert 16 <= registers <= 255, name
+        assert programs >= 1, name
+        if name.startswith("sm_90 pair_norm"):
+            assert programs >= 16, "a walk over pairs hides its latency by the number of programs"
+        if "unit_rows=True" in name and "pair_update" in name:
+            assert programs == 2, "one program loads while the other computes"
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+def test_a_kernel_that_spills_is_refused():
+    tight = (
+        "from shared.kernels.pair_update import triton as pair; from shared.kernels import compile_check, tuning; "
+        "tuning.trial({'pair_norm d=4096': {'BLOCK_D': 4096, 'num_warps': 2, 'maxnreg': 32}}).__enter__(); "
+        "raise SystemExit(compile_check.main('--d-model 4096 --k 64 --types bf16 --only pair_norm'.split()))"
+    )
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    result = subprocess.run([sys.executable, "-c", tight], env=env, capture_output=True, text=True, check=False)
+    assert result.returncode == 1, result.stdout + result.stderr
+    assert "sm_90 pair_norm d=4096 bf16 N=8192: FAILED: spills" in result.stdout
 
 
 def test_the_interpreter_is_refused():

@@ -39,8 +39,8 @@ def test_a_trial_ends_with_its_context(kernels):
     values, indices, W = torch.ones(2, 3), torch.tensor([[0, 1, 2], [3, 4, -1]]), torch.eye(5, 40)
     values, indices, W = values.to(device), indices.to(device), W.to(device)
     expected = decode(values, indices, W, kernels="reference")
-    with tuning.trial({tuning.key("decode", 40): {"BLOCK_D": 16}}):
-        assert decode_triton.decode_config(40)["BLOCK_D"] == 16
+    with tuning.trial({tuning.key("decode", 40, indices.numel()): {"BLOCK_D": 16}}):
+        assert decode_triton.decode_config(40, indices.numel())["BLOCK_D"] == 16
         assert torch.equal(decode(values, indices, W, kernels="triton"), expected)
     assert decode_triton.decode_config(40)["BLOCK_D"] == 64
 
@@ -55,7 +55,7 @@ def test_dot_picks_in_parts_of_the_columns_equals_the_whole(kernels):
     device = "cuda" if torch.cuda.is_available() else "cpu"
     for block, part in ((16, 16), (16, 48), (32, 32)):  # the last part is ragged
         choice = {"BLOCK_D": block, "PART_D": part}
-        with tuning.trial({tuning.key("dot_picks", 70): choice}):
+        with tuning.trial({tuning.key("dot_picks", 70, indices.numel()): choice}):
             result = dot_picks(grad.to(device), indices.to(device), W.to(device), kernels="triton")
         assert torch.equal(result.cpu(), expected)
 

@@ -35,7 +35,7 @@ def auxk_error(
         return reference.auxk_error(*arguments)
     from shared.kernels.auxk import blocks
 
-    return blocks.auxk_error(*arguments, compute.dtype)
+    return blocks.auxk_error(*arguments, compute.dtype_for(residual_ND))
 
 
 __all__ = ["ALONE", "DeadRows", "Holders", "auxk_error"]

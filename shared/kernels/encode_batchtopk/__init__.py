@@ -28,7 +28,7 @@ def encode_batchtopk(
     if not 1 <= k <= W_FD.shape[0]:
         raise ValueError(f"k={k} is not between 1 and the number of latents, {W_FD.shape[0]}")
     module = implementation("encode_batchtopk", compute.kernels, x_ND)
-    pairs: tuple[torch.Tensor, torch.Tensor] = module.encode_batchtopk(x_ND, W_FD, b_F, k, compute.dtype)
+    pairs: tuple[torch.Tensor, torch.Tensor] = module.encode_batchtopk(x_ND, W_FD, b_F, k, compute.dtype_for(x_ND))
     return pairs
 
 

@@ -32,5 +32,5 @@ def encode_threshold(
         )
     threshold_F = torch.as_tensor(threshold, dtype=b_F.dtype, device=b_F.device).detach().expand_as(b_F)
     return implementation("encode_threshold", compute.kernels, x_ND).encode_threshold(
-        x_ND, W_FD, b_F, threshold_F, compute.dtype
+        x_ND, W_FD, b_F, threshold_F, compute.dtype_for(x_ND)
     )

@@ -29,4 +29,4 @@ def encode_topk(
     """
     if not 1 <= k <= W_FD.shape[0]:
         raise ValueError(f"k={k} is not between 1 and the number of latents, {W_FD.shape[0]}")
-    return implementation("encode_topk", compute.kernels, x_ND).encode_topk(x_ND, W_FD, b_F, k, compute.dtype)
+    return implementation("encode_topk", compute.kernels, x_ND).encode_topk(x_ND, W_FD, b_F, k, compute.dtype_for(x_ND))

@@ -19,7 +19,9 @@ from shared.kernels.tuning import tuned
 
 BLOCK_P = 4
 NORM_BLOCK_P = 4
-NORM_BLOCK_D = 512
+NARROW = 512
+# Bytes that a block of columns of all gathered rows may take, to stay in L2 beside what streams through it.
+WIDE_BYTES = 24 << 20
 
 
 @triton.jit
@@ -145,26 +147,35 @@ def make_walk(
     return PairWalk(walk, slot_F.index_copy_(0, latents_R, slots_R), extra_RD.contiguous())
 
 
-def update_config(d_model: int, unit_rows: bool, gathered: torch.dtype) -> dict[str, int]:
-    """Block sizes and warps of ``_pair_update``, which gathers rows of that type: a whole row where it is projected."""
+def update_config(d_model: int, unit_rows: bool, gathered: torch.dtype, num_pairs: int | None = None) -> dict[str, int]:
+    """Block sizes and warps of ``_pair_update``, which gathers rows of that type: a whole row where it is projected.
+
+    Else narrow columns, so that those of all rows stay in L2.
+    """
     block: int = triton.next_power_of_2(d_model)
-    block = block if unit_rows else min(block, 1024)
+    block = block if unit_rows else min(block, NARROW)
     default = {"BLOCK_P": BLOCK_P, "BLOCK_D": block, "num_warps": min(32, max(1, block // 256))}
     if default["num_warps"] >= 16 and gathered.itemsize == 2:
         default["maxnreg"] = 64  # 32 warps fit: with 16, a second program loads while the first one computes
-    return tuned(f"pair_update unit_rows={unit_rows}", d_model, default)
+    return tuned(f"pair_update unit_rows={unit_rows}", d_model, default, num_pairs=num_pairs)
 
 
-def norm_config(d_model: int) -> dict[str, int]:
-    """Block sizes and warps of ``_pair_norm``: narrow columns, so that a column of all rows stays in L2."""
-    block: int = min(NORM_BLOCK_D, triton.next_power_of_2(d_model))
-    return tuned("pair_norm", d_model, {"BLOCK_P": NORM_BLOCK_P, "BLOCK_D": block, "num_warps": max(1, block // 256)})
+def norm_config(d_model: int, num_rows: int, gathered: torch.dtype, num_pairs: int | None = None) -> dict[str, int]:
+    """Block sizes and warps of ``_pair_norm``: narrow columns, so that those of all rows stay in L2.
+
+    Where twice as many do, and two fit into a lane's registers, a program's instructions are shared among more.
+    """
+    wide = gathered.itemsize == 2 and num_rows * 2 * NARROW * gathered.itemsize <= WIDE_BYTES
+    block: int = min(2 * NARROW if wide else NARROW, triton.next_power_of_2(d_model))
+    default = {"BLOCK_P": NORM_BLOCK_P, "BLOCK_D": block, "num_warps": min(2, max(1, block // 256))}
+    return tuned("pair_norm", d_model, default, num_pairs=num_pairs)
 
 
 def squared_norm(weight: torch.Tensor, walk: PairWalk) -> torch.Tensor:
     """See ``PairGradient.squared_norm``. float32."""
     num_latents, d_model = weight.shape
-    config = norm_config(d_model)
+    rows_ND = walk.term.rows_ND
+    config = norm_config(d_model, len(rows_ND), rows_ND.dtype, walk.term.tokens_P.numel())
     num_blocks = triton.cdiv(d_model, config["BLOCK_D"])
     out_BF = torch.empty(num_blocks, num_latents, dtype=torch.float32, device=weight.device)
     _pair_norm[(num_latents, num_blocks)](*walk.arguments, out_BF, d_model, CHUNK=row_grad.CHUNK, **config)
@@ -176,7 +187,8 @@ def pair_update(
 ) -> None:
     """See ``PairGradient.update``. Weights are float32; moments may be bfloat16, stochastically rounded."""
     num_latents, d_model = weight.shape
-    config = update_config(d_model, adam.unit_rows, walk.term.rows_ND.dtype)
+    term = walk.term
+    config = update_config(d_model, adam.unit_rows, term.rows_ND.dtype, term.tokens_P.numel())
     _pair_update[(num_latents, triton.cdiv(d_model, config["BLOCK_D"]))](
         *walk.arguments, weight, first, second, adam.clip, *adam.scalars, d_model,
         UNIT_ROWS=adam.unit_rows, CHUNK=row_grad.CHUNK, **config,

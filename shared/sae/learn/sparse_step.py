@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from shared.kernels import PairOrder, attach_encoder, sparse_decode
+from shared.kernels import PairOrder, attach_encoder, sparse_decode, sparse_reconstruction
+from shared.sae.latent_shard import WHOLE
 from shared.sae.latents import SparseLatents
 from shared.sae.learn.inputs import Losses, StepInputs
 from shared.sae.learn.losses import weighted_square_error
@@ -51,7 +52,13 @@ def sparse_losses(terms: LossTerms, x: Tensor, y: Tensor, inputs: StepInputs, se
     main_values = values_NK[:, :width]
     # Without extra picks the encoder and the decoder share one sort of the pairs.
     main_order = order if picks.main is picks.indices_NK else PairOrder(picks.main, num_latents)
-    if learning.prefixes is None:
+    alone = learning.prefixes is None and picks.extra is None and terms.shard is WHOLE
+    if alone:  # one reconstruction, of latents that are all here
+        reconstruction, fvu, residual_ND = sparse_reconstruction(
+            main_values, picks.main, group.W_dec, group.b_dec, target_ND, terms.loss_weight(), terms.fvu_weight(),
+            main_order, compute=group.compute, sink=terms.sink("W_dec"),
+        )  # fmt: skip
+    elif learning.prefixes is None:
         decoded_ND = _decode(terms, main_values, picks.main, main_order)
         error_ND = decoded_ND + group.b_dec - target_ND
         reconstruction = weighted_square_error(error_ND, terms.loss_weight())
@@ -59,6 +66,8 @@ def sparse_losses(terms: LossTerms, x: Tensor, y: Tensor, inputs: StepInputs, se
         error_GND = _decode_prefixes(terms, main_values, picks.main, learning.prefixes) + group.b_dec - target_ND
         reconstruction = torch.stack([weighted_square_error(error, terms.loss_weight()) for error in error_GND]).sum()
         error_ND = error_GND[-1]
+    if not alone:
+        residual_ND, fvu = -error_ND.detach(), terms.fvu(error_ND)
     total = reconstruction
     if picks.extra is not None:
         extra_values = values_NK[:, -picks.extra.shape[1] :]
@@ -67,16 +76,16 @@ def sparse_losses(terms: LossTerms, x: Tensor, y: Tensor, inputs: StepInputs, se
         total = total + learning.multi_topk_weight * multi
         metrics["multi_topk"] = multi.detach()
 
-    auxk = terms.auxk(-error_ND.detach(), centred_ND, inputs.dead)
+    auxk = terms.auxk(residual_ND, centred_ND, inputs.dead)
     if auxk is not None:
         total = total + learning.auxk_alpha * auxk
         metrics["auxk"] = auxk.detach()
     with torch.no_grad():
         metrics["reconstruction"] = reconstruction.detach()
-        metrics["fvu"] = terms.fvu(error_ND)
+        metrics["fvu"] = fvu
         metrics["l0"] = (picks.main >= 0).sum(dtype=torch.float32) / picks.main.shape[0]
         fired = torch.zeros(num_latents + 1, dtype=torch.bool, device=x.device)
-        fired[picks.main.reshape(-1)] = True  # -1 is the last slot
+        fired.index_fill_(0, picks.main.reshape(-1) % (num_latents + 1), True)  # padding, -1, to the last slot
     return Losses(
         total=total,
         reconstruction=metrics["reconstruction"],
@@ -102,8 +111,8 @@ def _decode_prefixes(terms: LossTerms, values_NK: Tensor, indices_NK: Tensor, pr
     One decode: the picks of each group are rows of their own, and their running sums the prefixes' reconstructions.
     """
     num_groups, (num_rows, _) = len(prefixes), indices_NK.shape
-    bounds = torch.tensor(prefixes, device=indices_NK.device)
-    group_NK = torch.bucketize(indices_NK + terms.shard.first, bounds, right=True)
+    latents_NK = indices_NK + terms.shard.first
+    group_NK = torch.stack([latents_NK >= bound for bound in prefixes]).sum(0)  # no tensor of theirs from the host
     groups = torch.arange(num_groups, device=indices_NK.device)[:, None, None]
     indices_GNK = indices_NK.masked_fill(group_NK != groups, -1).flatten(0, 1)
     values_GNK = values_NK.expand(num_groups, -1, -1).flatten(0, 1)

@@ -38,8 +38,11 @@ class LossTerms:
 
     def fvu(self, error_ND: Tensor) -> Tensor:
         """Ratio of summed squared error to the data set's summed variance, whatever the loss is; a mean over sites."""
-        weight_D = reconstruction_weight(self.dictionary.target_variance, "fvu", self.dictionary.widths.writes)
-        return weighted_square_error(error_ND.detach(), weight_D)
+        return weighted_square_error(error_ND.detach(), self.fvu_weight())
+
+    def fvu_weight(self) -> Tensor:
+        """Weight [D_out] of the squared errors in it."""
+        return reconstruction_weight(self.dictionary.target_variance, "fvu", self.dictionary.widths.writes)
 
     def sink(self, name: str) -> PairGradient | None:
         """Where the gradient of a matrix goes instead of ``.grad``; None: nowhere else."""

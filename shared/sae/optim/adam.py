@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from shared.basics.errors import GranaryError
-from shared.kernels import AdamStep, PairGradient, row_update
+from shared.kernels import AdamStep, PairGradient, resolve, row_update
 from shared.sae.optim.base import Optimiser, OptimiserConfig
 
 # Elements of a tile whose bfloat16 moments are in float32 at a time.
@@ -86,7 +86,7 @@ class Adam(WithMoments):
     def update_from_pairs(
         self, name: str, weight: Tensor, pairs: PairGradient, *, clip: Tensor, lr: float, unit_rows: bool
     ) -> None:
-        if self.half:
+        if self.half and not self._rounds_in_kernel(weight):
             super().update_from_pairs(name, weight, pairs, clip=clip, lr=lr, unit_rows=unit_rows)
             return
         first, second = self.moments["first"][name], self.moments["second"][name]
@@ -94,7 +94,7 @@ class Adam(WithMoments):
 
     def update(self, name: str, weight: Tensor, grad: Tensor, *, clip: Tensor, lr: float, unit_rows: bool) -> None:
         first, second = self.moment("first", name), self.moment("second", name)
-        if not self.half:
+        if not self.half or self._rounds_in_kernel(weight):
             self.adam(weight, grad, first, second, clip=clip, lr=lr, unit_rows=unit_rows)
             return
         # In tiles, so that no float32 copy of the moments exists.
@@ -106,6 +106,10 @@ class Adam(WithMoments):
             self.adam(weight[tile], grad[tile], *moments, clip=clip, lr=lr, unit_rows=unit_rows)
             for kept, moment in zip((first, second), moments, strict=True):
                 kept[tile] = round_stochastically(moment, generator)
+
+    def _rounds_in_kernel(self, weight: Tensor) -> bool:
+        """Whether a kernel takes bfloat16 moments as they are: no float32 tile of them is ever made."""
+        return resolve(self.kernels, weight) == "triton"
 
 
 def round_stochastically(values: Tensor, generator: torch.Generator | None) -> Tensor:

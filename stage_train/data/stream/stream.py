@@ -372,9 +372,16 @@ class TokenStream:
 
     def _gather(self, site: str, index_N: Tensor, out_N_D: Tensor) -> None:
         rows = self._pool.rows_SxT_D[site]
-        index_N = index_N.to(rows.device)
+        if rows.device.type == "cuda":  # by way of pinned memory, which the copy may read later: the host does not wait
+            index_N = index_N.pin_memory().to(rows.device, non_blocking=True)
         if rows.dtype == out_N_D.dtype and rows.device == out_N_D.device:
             self._pool.gather(site, index_N, out_N_D)
+            return
+        if out_N_D.device.type == "cuda" and rows.device.type == "cpu":
+            # Pinned memory comes back to torch's cache when the copy is done; the type is changed on the device.
+            staged_N_D = torch.empty(len(index_N), rows.shape[1], dtype=rows.dtype, pin_memory=True)
+            self._pool.gather(site, index_N, staged_N_D)
+            out_N_D.copy_(staged_N_D.to(out_N_D.device, non_blocking=True))
             return
         staged_N_D = self._buffer("staged", site, len(index_N))
         self._pool.gather(site, index_N, staged_N_D)
