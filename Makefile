@@ -83,11 +83,11 @@ sweep: setup ## train and compare K=8,16 x EXPANSION=4,8 on the store of runs/NA
 PYTEST_ALONE := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
 PYTEST := $(PYTEST_ALONE) -n 2 --dist loadfile
 
-test: setup ## the default tests
-	@$(PYTEST) -m "not slow and not gpu and not s3 and not cluster and not peers and not quantised"
+test: setup ## the default tests, in a random order; ARGS=--randomly-seed=N repeats one
+	@$(PYTEST) -m "not slow and not gpu and not s3 and not cluster and not peers and not quantised" $(ARGS)
 
 test-all: setup ## the default and the slow tests
-	@$(PYTEST) -m "not s3 and not cluster and not peers and not quantised"
+	@$(PYTEST) -m "not s3 and not cluster and not peers and not quantised" $(ARGS)
 
 # As on other processors: the instructions that PyTorch and oneDNN may use, and the bfloat16 product we find then.
 PROCESSORS := \
@@ -120,7 +120,7 @@ test-s3: setup ## the tests on a real S3 server (Ceph from Debian's packages), w
 	@tests/servers/s3_up.sh
 	@trap tests/servers/s3_down.sh EXIT; $(PYTEST_ALONE) -m s3 tests/s3
 
-bit-identical: setup ## whether stores, weights and evaluations are those of the commit BASE=..., bit for bit (4 minutes)
+bit-identical: setup ## whether stores, weights and evaluations are those of the commit BASE=..., bit for bit
 	@$(BIN)/python -m tests.bit_identical $(BASE) $(ARGS)
 
 check: setup ## lint, types, and composing every config

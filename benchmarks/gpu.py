@@ -1,297 +1,162 @@
-"""The sparse step on a GPU: step time, its parts, peak memory and tokens/s against three yardsticks.
+"""The first minutes on a GPU: does every kernel compute what it should, and how near the floor is the step?
 
-    make bench-gpu                                  # tune, test, measure; writes benchmarks/gpu.md and results.csv
-    python benchmarks/gpu.py --shapes 262144,128,8192 --skip-tuning
-    TRITON_INTERPRET=1 python benchmarks/gpu.py --dry-run    # every code path at a tiny size on a CPU
+    python3 benchmarks/gpu.py --out DIR            # at most 8 minutes; needs torch, triton and pytest, nothing else
+    python3 benchmarks/gpu.py --out DIR --only "step a" probes
+    python3 benchmarks/gpu.py --out DIR --rehearse # every line at tiny sizes in triton's interpreter, on a CPU
 
-Yardsticks: the floor, 2 N F d / the bfloat16 rate measured here on a large square product; a dense torch step in bf16
-autocast; this project with kernels=reference under torch.compile. bf16 products, float32 masters and
-moments, AuxK active on F / 64 quiet latents, clipping, projection, exact Adam. A yardstick that does not fit in memory
-is reported so. Medians over steps timed with CUDA events.
+Stages go from cheap to dear. Each runs in a process of its own with a time limit, so that a crash, a hang or an illegal
+access ends one stage alone; every result is a line of DIR/results.jsonl, on disk before the next is begun, and
+DIR/table.md is written anew after each stage. A stage that fails is run once more with CUDA_LAUNCH_BLOCKING=1, which
+names the kernel; a step that fails is then measured in its plain form.
+
+The floor is the encoder's product, 2 N F d over the bfloat16 rate measured in stage ``machine``.
 """
 
 import argparse
-import gc
-import itertools
+import faulthandler
+import importlib
 import json
 import os
+import signal
+import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.nn.functional as F
+from gpu_stages.table import table
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from records import Record, append, quantiles
-from step_providers import Shape, make_batch
-
-from shared.kernels import AdamStep, Compute, PairOrder, decode, dot_picks, encode_topk, sort_pairs
-from shared.kernels.pair_update import PairGradient
-from shared.sae import SAE, AdamConfig, DeadLatents, SAEConfig, make_optimiser
-
-TABLE = Path(__file__).resolve().parent / "gpu.md"
-D_MODEL = 4096
-LATENTS, KS, BATCHES = (131072, 262144), (64, 128), (8192, 16384, 32768)
-DRY_SHAPES = [Shape(32, 128, 4, 8)]
-GOALS = (
-    "step <= 2 x floor at N=8192, <= 1.5 x at N=32768; memory <= weights + moments + 6 GB; "
-    "more than 150,000 tokens/s at F=262144, k=128"
-)
+HERE = Path(__file__).resolve().parent
+BUDGET = 480
+"""Seconds for all stages."""
 
 
-class Clock:
-    """Milliseconds of a call, on the device where there is one."""
+@dataclass(frozen=True)
+class Stage:
+    """A function of a module of ``gpu_stages``, with the seconds it may take."""
 
-    def __init__(self, device: str, repeats: int) -> None:
-        self.cuda, self.repeats = device == "cuda", repeats
-
-    def times(self, call: Callable[[], Any]) -> list[float]:
-        """Each of `repeats` calls after two that are not counted."""
-        for _ in range(2):
-            call()
-        return [self._one(call) for _ in range(self.repeats)]
-
-    def median(self, call: Callable[[], Any]) -> float:
-        return quantiles(self.times(call))[1]
-
-    def _one(self, call: Callable[[], Any]) -> float:
-        if not self.cuda:
-            start = time.perf_counter()
-            call()
-            return (time.perf_counter() - start) * 1e3
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda.synchronize()
-        begin.record()
-        call()
-        end.record()
-        torch.cuda.synchronize()
-        return float(begin.elapsed_time(end))
+    name: str
+    module: str
+    seconds: int
+    argument: str | None = None
+    compiled: bool = False
+    """It compiles kernels itself: a rehearsal must not interpret them there."""
 
 
-def peak_flops(device: str, size: int, clock: Clock) -> float:
-    """bfloat16 multiply-adds x 2 per second of a square product."""
-    a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
-    return 2 * size**3 / (clock.median(lambda: a @ b) * 1e-3)
+STAGES = [
+    Stage("machine", "machine", 45),
+    Stage("compile", "compiling", 60, compiled=True),
+    Stage("checks even", "checks", 75, "even"),
+    Stage("checks ragged", "checks", 75, "ragged"),
+    Stage("train", "training", 75),
+    Stage("step a", "steps", 60, "a"),
+    Stage("step b", "steps", 90, "b"),
+    Stage("step cached", "steps", 40, "cached"),
+    Stage("probes", "probes", 60),
+    Stage("tests", "kernel_tests", 100),
+    Stage("checks large", "checks", 90, "large"),
+]
 
 
-def make_sae(shape: Shape, device: str, kernels: str) -> tuple[SAE, torch.Tensor]:
-    """An initialised SAE and the indices of its quiet latents, which count as dead."""
-    config = SAEConfig(d_model=shape.d_model, d_latent=shape.d_latent, k=shape.k)
-    with torch.device(device):
-        sae = SAE(config, kernels=kernels, compute_dtype="bfloat16")
-    sae.initialise(None, make_batch(Shape(shape.d_model, shape.d_latent, shape.k, min(512, shape.batch)), device))
-    dead_R = torch.arange(0, shape.d_latent, 64, device=device)
-    with torch.no_grad():
-        sae.W_enc[dead_R] *= 0.1
-    return sae, dead_R
+def run_stage(stage: Stage, options: argparse.Namespace) -> None:
+    """In the child: this process runs nothing else."""
+    faulthandler.dump_traceback_later(max(5, stage.seconds - 5), exit=False)
+    sys.path.insert(0, str(HERE.parent))
+    from gpu_stages.context import Context
+
+    context = Context(stage.name, options.out, options.rehearse, options.fallback)
+    module = importlib.import_module(f"gpu_stages.{stage.module}")
+    module.run(*(context, stage.argument) if stage.argument else (context,))
 
 
-def our_step(shape: Shape, device: str, kernels: str, compiled: bool = False) -> Callable[[], None]:
-    """The whole recipe; `compiled` puts losses and backward under torch.compile."""
-    sae, dead_R = make_sae(shape, device, kernels)
-    optimiser = make_optimiser(sae, AdamConfig(lr=1e-4), pair_gradients=not compiled)
-    tracker = DeadLatents(shape.d_latent, sae.config.dead_after_tokens, device=device)
-    x = make_batch(shape, device)
-    torch.compiler.reset()  # else earlier shapes use up the recompilations, and this one runs eagerly
-    losses_of = torch.compile(sae.losses) if compiled else sae.losses
-
-    def step() -> None:
-        torch.set_float32_matmul_precision("high" if compiled else "highest")  # TF32 for the reference's products
-        losses = losses_of(x, dead_R)
-        optimiser.zero_grad()
-        losses.total.backward()
-        optimiser.step()
-        tracker.update(losses.fired, shape.batch)
-
-    return step
-
-
-def dense_step(shape: Shape, device: str) -> Callable[[], None]:
-    """Dense PyTorch in bfloat16 autocast, fused Adam, projection; no AuxK."""
-    W_dec = torch.nn.Parameter(F.normalize(torch.randn(shape.d_latent, shape.d_model, device=device), dim=1))
-    W_enc = torch.nn.Parameter(W_dec.detach().clone())
-    b_enc, b_dec = (torch.nn.Parameter(torch.zeros(n, device=device)) for n in (shape.d_latent, shape.d_model))
-    parameters = [W_enc, W_dec, b_enc, b_dec]
-    optimiser = torch.optim.Adam(parameters, lr=1e-4, fused=True)
-    x = make_batch(shape, device)
-
-    def step() -> None:
-        with torch.autocast(device, torch.bfloat16):
-            z = torch.relu(F.linear(x - b_dec, W_enc, b_enc))
-            values, indices = z.topk(shape.k)
-            x_hat = torch.zeros_like(z).scatter(1, indices, values) @ W_dec + b_dec
-        loss = (x_hat - x).square().sum(1).mean()
-        optimiser.zero_grad()
-        loss.backward()
-        with torch.no_grad():
-            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-            assert W_dec.grad is not None
-            W_dec.grad.sub_((W_dec.grad * W_dec).sum(1, keepdim=True) * W_dec)
-            optimiser.step()
-            W_dec.div_(W_dec.norm(dim=1, keepdim=True))
-
-    return step
+def start_stage(stage: Stage, options: argparse.Namespace, seconds: float, attempt: str) -> bool:
+    """In the parent, which never touches the GPU: a child for the stage; whether it ended well."""
+    command = [sys.executable, str(Path(__file__).resolve()), "--out", str(options.out), "--stage", stage.name]
+    command += ["--rehearse"] * options.rehearse + ["--fallback"] * (attempt == "fallback")
+    environment = dict(os.environ, PYTHONUNBUFFERED="1", TORCH_SHOW_CPP_STACKTRACES="1")
+    environment |= {"TRITON_CACHE_DIR": str(options.out / "cache")}
+    environment |= {"CUDA_LAUNCH_BLOCKING": "1"} if attempt == "blocking" else {}
+    environment |= {"TRITON_INTERPRET": "1"} if options.rehearse and not stage.compiled else {}
+    if stage.compiled:
+        environment.pop("TRITON_INTERPRET", None)
+    begin = time.monotonic()
+    log = options.out / f"{stage.name.replace(' ', '-')}-{attempt}.log"
+    with log.open("w") as file:
+        child = subprocess.Popen(
+            command, env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        try:
+            status = child.wait(seconds)
+        except subprocess.TimeoutExpired:
+            os.killpg(child.pid, signal.SIGKILL)  # with whatever it started
+            child.wait()
+            status = "timeout"  # type: ignore[assignment]
+    end = log.read_text(errors="replace").strip().splitlines()[-1:] if status else []
+    write_line(
+        options.out, stage=stage.name, name="stage", attempt=attempt, ok=status == 0, status=status,
+        seconds=round(time.monotonic() - begin, 1), end=" ".join(end)[:300],
+    )  # fmt: skip
+    return status == 0
 
 
-def parts(shape: Shape, device: str, kernels: str, clock: Clock) -> Iterator[tuple[str, list[float]]]:
-    """(operation, milliseconds) of the step's parts, each alone."""
-    sae, _ = make_sae(shape, device, kernels)
-    W_enc, W_dec, b_enc = sae.W_enc.detach(), sae.W_dec.detach(), sae.b_enc.detach()
-    x = make_batch(shape, device)
-    options = {"kernels": kernels}
-    yield (
-        "encode_topk",
-        clock.times(lambda: encode_topk(x, W_enc, b_enc, shape.k, compute=Compute(kernels, "bfloat16"))),
-    )
-    values, indices = encode_topk(x, W_enc, b_enc, shape.k, compute=Compute(kernels, "bfloat16"))
-    yield "sort_pairs", clock.times(lambda: sort_pairs(indices, shape.d_latent))
-    rows, rounded = x.bfloat16(), [W_dec.bfloat16()]
-    yield "decode", clock.times(lambda: decode(values, indices, rounded[0], **options))
-    yield "dot_picks", clock.times(lambda: dot_picks(rows, indices, rounded[0], **options))
-    rounded.clear()
-    order = PairOrder(indices, shape.d_latent)
-    first, second = torch.zeros_like(W_dec), torch.zeros_like(W_dec)
-    one = torch.ones((), device=device)
-    for name, weight, unit_rows in (("W_enc", W_enc, False), ("W_dec", W_dec, True)):
-        gradient = PairGradient()
-
-        def norm(weight: torch.Tensor = weight, gradient: PairGradient = gradient) -> None:
-            gradient.clear()
-            gradient.add(values, indices, order, rows)
-            gradient.squared_norm(weight, **options)
-
-        def update(weight: torch.Tensor = weight, gradient: PairGradient = gradient, unit: bool = unit_rows) -> None:
-            gradient.clear()
-            gradient.add(values, indices, order, rows)
-            adam = AdamStep(1e-4, (0.9, 0.999), 1e-8, step=1, clip=one, unit_rows=unit)
-            gradient.update(weight, first, second, adam, **options)
-
-        yield f"pair_norm {name}", clock.times(norm)
-        yield f"pair_update {name}", clock.times(update)
+def write_line(out: Path, **line: Any) -> None:
+    """As ``gpu_stages.context`` does; the parent imports nothing that needs torch."""
+    print(json.dumps(line), flush=True)
+    with (out / "results.jsonl").open("a") as file:
+        file.write(json.dumps(line) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
 
 
-def measured(make: Callable[[], Callable[[], None]], clock: Clock) -> tuple[list[float], float] | str:
-    """Milliseconds of the steps and peak GB, or why there are none."""
-    free(clock.cuda)
-    try:
-        times = clock.times(make())
-    except torch.OutOfMemoryError:
-        return "out of memory"
-    except Exception as error:  # a yardstick that this torch can't compile is no reason to lose the table
-        return f"failed: {type(error).__name__}: {' '.join(str(error).split())[:80]}"
-    return times, torch.cuda.max_memory_allocated() / 1e9 if clock.cuda else 0.0
-
-
-def free(cuda: bool) -> None:
-    gc.collect()
-    if cuda:
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-
-
-def bench(shape: Shape, device: str, kernels: str, peak: float, clock: Clock) -> tuple[dict[str, Any], list[Record]]:
-    """One row of the table, and the records for results.csv."""
-    row: dict[str, Any] = {"shape": str(shape)}
-    row["floor_ms"] = 2 * shape.batch * shape.d_latent * shape.d_model / peak * 1e3
-    contenders: dict[str, Callable[[], Callable[[], None]]] = {
-        "granary": lambda: our_step(shape, device, kernels),
-        "dense": lambda: dense_step(shape, device),
-        "compiled": lambda: our_step(shape, device, "reference", compiled=True),
-    }
-    records = []
-    for name, make in contenders.items():
-        outcome = measured(make, clock)
-        if isinstance(outcome, str):
-            row[f"{name}_ms"] = outcome
+def read_lines(out: Path) -> list[dict[str, Any]]:
+    """All results so far; a line that a killed process left half written is left out."""
+    lines = []
+    for text in (out / "results.jsonl").read_text().splitlines():
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
             continue
-        times, peak_gb = outcome
-        row[f"{name}_ms"], row[f"{name}_gb"] = quantiles(times)[1], peak_gb
-        records.append(Record("step", name, str(shape), "bfloat16", [t / 1e3 for t in times], peak_gb * 1e3))
-    free(clock.cuda)
-    row["state_gb"] = 2 * 3 * 4 * shape.d_latent * shape.d_model / 1e9
-    ours = row["granary_ms"]
-    if isinstance(ours, float):
-        row |= {"times_floor": ours / row["floor_ms"], "tokens_per_s": shape.batch / ours * 1e3}
-        row["extra_gb"] = row["granary_gb"] - row["state_gb"]
-    row["parts"] = {}
-    for name, times in parts(shape, device, kernels, clock):
-        row["parts"][name] = quantiles(times)[1]
-        records.append(Record(name, "granary", str(shape), "bfloat16", [t / 1e3 for t in times], None))
-    return row, records
+    return lines
 
 
-def table(rows: list[dict[str, Any]], machine: str, peak: float) -> str:
-    """Markdown."""
-
-    def cell(value: Any) -> str:
-        return value if isinstance(value, str) else f"{value:.2f}" if isinstance(value, float) else "-"
-
-    lines = [
-        "# The sparse step on a GPU",
-        "",
-        f"{machine}, torch {torch.__version__}, bf16 rate measured {peak / 1e12:.0f} TFLOP/s. `make bench-gpu`. "
-        f"Goals: {GOALS}. Milliseconds, medians; extra GB is peak memory above weights and moments.",
-        "",
-        "| shape | floor | granary | x floor | dense | reference under torch.compile | extra GB | tokens/s |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    keys = ("floor_ms", "granary_ms", "times_floor", "dense_ms", "compiled_ms", "extra_gb")
-    for row in rows:
-        speed = f"{row['tokens_per_s']:,.0f}" if "tokens_per_s" in row else "-"
-        lines.append(f"| {row['shape']} | " + " | ".join(cell(row.get(key)) for key in keys) + f" | {speed} |")
-    names = list(rows[0]["parts"])
-    lines += [
-        "",
-        "## Its parts, each alone",
-        "",
-        "| shape | " + " | ".join(names) + " |",
-        "|---" * (len(names) + 1) + "|",
-    ]
-    lines += [f"| {row['shape']} | " + " | ".join(cell(row["parts"][name]) for name in names) + " |" for row in rows]
-    return "\n".join(lines) + "\n"
-
-
-def main() -> None:
+def main() -> int:
+    """Exit status 0 if every stage ended well and every check passed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
-    parser.add_argument("--shapes", nargs="*", help="F,k,N at d_model 4096; default: all combinations of the goals")
-    parser.add_argument("--repeats", type=int, default=10)
-    parser.add_argument("--skip-tuning", action="store_true", help="use block sizes as they are")
-    parser.add_argument("--dry-run", action="store_true", help="a tiny size, on a CPU too; writes to --out only")
-    parser.add_argument("--quick", action="store_true", help="as --dry-run, for make bench")
-    parser.add_argument("--out", type=Path, default=TABLE)
+    parser.add_argument("--out", type=Path, required=True, help="folder for results.jsonl, table.md, logs")
+    parser.add_argument("--only", nargs="*", choices=[stage.name for stage in STAGES], help="these stages")
+    parser.add_argument("--budget", type=int, default=BUDGET, help="seconds for all stages")
+    parser.add_argument("--rehearse", action="store_true", help="tiny sizes in the interpreter, without a GPU")
+    parser.add_argument("--quick", action="store_true", help="as --rehearse, for make bench")
+    parser.add_argument("--stage", help=argparse.SUPPRESS)
+    parser.add_argument("--fallback", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    dry = options.dry_run or options.quick
-    if not dry and not torch.cuda.is_available():
-        raise SystemExit("error: there is no GPU here; --dry-run runs every code path at a tiny size on a CPU")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    kernels = "triton" if device == "cuda" or os.environ.get("TRITON_INTERPRET") == "1" else "torch"
-    clock = Clock(device, 1 if dry else options.repeats)
-    shapes = DRY_SHAPES
-    if not dry:
-        sizes = itertools.product(LATENTS, KS, BATCHES)
-        if options.shapes:
-            sizes = [tuple(map(int, shape.split(","))) for shape in options.shapes]  # type: ignore[assignment]
-        shapes = [Shape(D_MODEL, *size) for size in sizes]
-    if not options.skip_tuning:
-        from tune import tune
-
-        tune(shapes[0], device, kernels, clock.median, keep=not dry)
-    peak = peak_flops(device, 64 if dry else 8192, clock)
-    machine = torch.cuda.get_device_name() if device == "cuda" else "CPU (dry run: no figure means anything)"
-    rows = []
-    for shape in shapes:
-        row, records = bench(shape, device, kernels, peak, clock)
-        rows.append(row)
-        print(json.dumps(row), flush=True)
-        if not dry:  # after each shape: what is measured stays measured
-            append(records, machine, threads=0, versions={})
-            options.out.write_text(table(rows, machine, peak))
-    print(table(rows, machine, peak))
-    print(json.dumps({"machine": machine, "peak_tflops": peak / 1e12, "rows": rows}))
+    options.rehearse |= options.quick
+    options.out = options.out.resolve()
+    options.out.mkdir(parents=True, exist_ok=True)
+    if options.stage:
+        run_stage(next(stage for stage in STAGES if stage.name == options.stage), options)
+        return 0
+    (options.out / "results.jsonl").touch()
+    deadline = time.monotonic() + options.budget
+    for stage in STAGES:
+        if options.only and stage.name not in options.only:
+            continue
+        attempts = ["first", "blocking"] + ["fallback"] * (stage.module == "steps")
+        for attempt in attempts:
+            left = deadline - time.monotonic()
+            if left < 10:
+                line = {"stage": stage.name, "name": "stage", "attempt": attempt, "ok": False, "status": "no time left"}
+                write_line(options.out, **line, seconds=0, end="")
+                break
+            if start_stage(stage, options, left if options.rehearse else min(stage.seconds, left), attempt):
+                break
+        (options.out / "table.md").write_text(table(read_lines(options.out)))
+    lines = read_lines(options.out)
+    print(table(lines))
+    last = {line["stage"]: line["ok"] for line in lines if line["name"] == "stage"}
+    return 0 if all(last.values()) and all(line.get("ok", True) for line in lines if line["name"] != "stage") else 1
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -30,7 +30,7 @@ def work(shape: Shape, device: str, kernels: str) -> Iterator[tuple[str, list[di
     W = torch.randn(shape.d_latent, shape.d_model, device=device, generator=rng)
     b = torch.zeros(shape.d_latent, device=device)
     rounded, rows, options = [W.bfloat16()], x.bfloat16(), {"kernels": kernels}
-    tiles = grid(WORKSPACE_MB=(32, 64, 128, 256), BLOCK=(512, 1024, 2048))
+    tiles = grid(WORKSPACE_MB=(16, 32, 64), BLOCK=(256, 512))
     yield "encode_topk", tiles, lambda: encode_topk(x, W, b, shape.k, compute=Compute(kernels, "bfloat16"))
     values, indices = encode_topk(x, W, b, shape.k, compute=Compute(kernels, "bfloat16"))
     order = PairOrder(indices, shape.d_latent)

@@ -24,7 +24,7 @@ from shared.intervene.splice import SplicedModel
 from shared.launch.stage import fail
 from shared.lm import load_causal_lm, load_tokenizer
 from shared.sae import SAE
-from shared.sae.load import load_any
+from shared.sae.loading import load_any
 
 SHOWN = 8
 

@@ -15,6 +15,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from shared.basics.errors import GranaryError
+from shared.basics.files import write_bytes, write_text
+from shared.basics.run_folder import RunFolder
 from shared.lm import load_causal_lm
 from shared.lm.hookpoint import HookPoint
 from shared.parallel import barrier, init_world, shutdown
@@ -25,7 +27,7 @@ from stage_eval.measure.decoder import decoder_structure
 from stage_eval.measure.downstream import DownstreamSums, downstream_metrics
 from stage_eval.measure.passes import Loaded, Plan, conditions_for, downstream_pass, reconstruction_pass
 from stage_eval.measure.reconstruction import per_latent_figures
-from stage_eval.results import assemble, run_context, write_bytes, write_json
+from stage_eval.results import assemble, run_context, write_json
 from stage_eval.show.compare import compare, render_comparison
 from stage_eval.show.plots import evaluation_plots
 from stage_eval.show.report import render
@@ -144,34 +146,36 @@ def write(
 ) -> None:
     """Write what was measured, show it, and say where it is."""
     out = Path(cfg.out_dir)
+    files = RunFolder(out)
     several = len(sources) > 1
     for source, report, latents in zip(sources, reports, per_latent, strict=True):
         folder = report_folder(source, out) if several else out
         write_report(folder, report)
-        write_bytes(folder / "latents.safetensors", save(latents))
+        write_bytes(RunFolder(folder).latent_figures, save(latents))
     print_tables(reports)
     if several:
-        links = [relative_link(report_folder(source, out) / "report.html", out) for source in sources]
+        links = [relative_link(RunFolder(report_folder(source, out)).report, out) for source in sources]
         comparison = compare(reports, links, joint)
-        write_json(out / "comparison.json", comparison)
-        write_bytes(out / "comparison.html", render_comparison(comparison).encode())
-        write_plots(out / "plots", [*sweep_plots(comparison["rows"]), *latent_plots(comparison["rows"])])
-        log.info("figures   %s, and eval.json beside each SAE", out / "comparison.json")
-        log.info("report    %s", out / "comparison.html")
+        write_json(files.comparison, comparison)
+        write_text(files.comparison_page, render_comparison(comparison))
+        write_plots(files.plots, [*sweep_plots(comparison["rows"]), *latent_plots(comparison["rows"])])
+        log.info("figures   %s, and eval.json beside each SAE", files.comparison)
+        log.info("report    %s", files.comparison_page)
         best = min(comparison["rows"], key=lambda row: row["fvu"])
         log.info('next      from shared.sae import SAE; sae = SAE.from_pretrained("%s")', best["path"])
     else:
-        log.info("figures   %s", out / "eval.json")
-        log.info("plots     %s", out / "plots")
-        log.info("report    %s", out / "report.html")
+        log.info("figures   %s", files.evaluation)
+        log.info("plots     %s", files.plots)
+        log.info("report    %s", files.report)
         log.info('next      from shared.sae import SAE; sae = SAE.from_pretrained("%s")', sources[0].path)
 
 
 def write_report(folder: Path, report: dict[str, Any]) -> None:
     """eval.json, plots/ and report.html of one SAE."""
-    write_json(folder / "eval.json", report)
-    write_plots(folder / "plots", evaluation_plots(report))
-    write_bytes(folder / "report.html", render(report).encode())
+    files = RunFolder(folder)
+    write_json(files.evaluation, report)
+    write_plots(files.plots, evaluation_plots(report))
+    write_text(files.report, render(report))
 
 
 def write_plots(folder: Path, plots: Sequence[Plot]) -> None:

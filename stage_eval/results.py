@@ -4,16 +4,17 @@ import json
 import math
 import os
 import platform
-import tempfile
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from shared.basics.files import write_text
+from shared.basics.metrics_file import read_metrics
+from shared.basics.versions import software_versions
 from shared.sae.folder import describe
 from shared.store import HookStatistics, Store
 from stage_eval.config import EvalSchema
@@ -96,6 +97,8 @@ def run_context(cfg: EvalSchema, store: Store, data: EvaluationData, model: str 
     """What all evaluations of one run share: when, on what, with what."""
     recorded = store.plan.provenance
     split = cfg.split.value
+    versions = software_versions("torch", "transformers", "numpy")
+    python = versions.pop("python")
     return {
         "created": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "provenance": {
@@ -116,8 +119,8 @@ def run_context(cfg: EvalSchema, store: Store, data: EvaluationData, model: str 
             "store_dtype": store.plan.dtype,
         },
         "environment": {
-            "versions": {name: version(name) for name in ("granary", "torch", "transformers", "numpy")},
-            "python": platform.python_version(),
+            "versions": versions,
+            "python": python,
             "machine": hardware(),
             "processes": ranks,
         },
@@ -142,7 +145,7 @@ def activation_summary(statistics: HookStatistics) -> dict[str, Any]:
         "norm_of_mean": float(np.linalg.norm(statistics.mean)),
         "total_variance": variance,
         "variance_in_largest": float(statistics.var.max()) / variance if variance else None,
-        "massive_dimensions": [{"dimension": i, "rms_ratio": ratio} for i, ratio in statistics.massive_dimensions()],
+        "massive_dimensions": [{"dimension": i, "rms_ratio": ratio} for i, ratio in statistics.outlier_dimensions()],
         "store_norm_by_position": [
             {
                 "first": group.first,
@@ -162,15 +165,8 @@ def activation_summary(statistics: HookStatistics) -> dict[str, Any]:
 
 def training_curve(folder: Path) -> dict[str, list[float]] | None:
     """Tokens and FVU along the training run, where its metrics.jsonl lies beside the SAE; else None."""
-    path = folder / "metrics.jsonl"
-    if not path.is_file():
-        return None
     points: dict[float, float] = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            record = json.loads(line)
-        except ValueError:  # the last line of a run that was killed
-            continue
+    for record in read_metrics(folder):
         if "tokens" in record and "fvu" in record:
             points[record["tokens"]] = record["fvu"]  # a resumed run logs some steps twice
     ordered = sorted(points.items())
@@ -192,15 +188,6 @@ def jsonable(value: Any) -> Any:
     return value
 
 
-def write_bytes(path: Path, content: bytes) -> None:
-    """Write the file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-        file.write(content)
-    Path(file.name).chmod(0o644)
-    Path(file.name).replace(path)
-
-
 def write_json(path: Path, content: Any) -> None:
     """Indented JSON."""
-    write_bytes(path, (json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode())
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from shared.basics.errors import GranaryError
+from shared.basics.run_folder import CONFIG_FILE, WEIGHTS_FILE
 from shared.lm import model_identity
 from shared.lm.hookpoint import HookPoint
 from shared.sae import SAE, DictionaryConfig, load_config, load_provenance
-from shared.sae.folder import CONFIG_FILE, WEIGHTS_FILE, locate
+from shared.sae.folder import is_own, locate
 from shared.sae.formats import foreign
 from shared.store import Store
 from stage_eval.config import ModelInput
@@ -60,10 +61,10 @@ def find_sources(spec: Any, store: Store, hook: str | None) -> list[Source]:
 
 def expand(spec: str) -> list[str]:
     """SAE folders of one part of the specification; a hub id stands for itself."""
-    if is_sae(Path(spec)):
+    if is_own(Path(spec)):
         return [spec]
     if Path(spec).is_dir():
-        found = [str(path.parent) for path in Path(spec).rglob(WEIGHTS_FILE) if is_sae(path.parent)]
+        found = [str(path.parent) for path in Path(spec).rglob(WEIGHTS_FILE) if is_own(path.parent)]
         if not found and (name := foreign(Path(spec))) is not None:
             command = f"python -m shared.sae convert {spec} NEW --to granary"
             raise GranaryError(f"{spec} is an SAE in the {name} format: convert it first, {command}")
@@ -77,11 +78,6 @@ def expand(spec: str) -> list[str]:
         return sorted(set(found), key=natural_key)
     locate(spec)
     return [spec]
-
-
-def is_sae(folder: Path) -> bool:
-    """Whether the folder itself holds an SAE."""
-    return (folder / WEIGHTS_FILE).is_file() and (folder / CONFIG_FILE).is_file()
 
 
 def make_source(name: str, path: str, store: Store, hook: str | None) -> Source:

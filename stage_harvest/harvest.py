@@ -11,6 +11,7 @@ import time
 
 import torch
 
+from shared.basics.units import human_bytes, human_time
 from shared.lm import load_trunk
 from shared.lm.load import DTYPES
 from shared.parallel import World, init_world
@@ -19,8 +20,8 @@ from shared.store import Store, free_bytes
 from shared.store.format import layout
 from shared.store.io.open import open_io
 from stage_harvest.config import HarvestSchema
-from stage_harvest.job import HarvestJob, announce, check_length, human_bytes, next_command, staging_dtype
-from stage_harvest.progress import Board, HarvestProgress, human_time, tokenise_bar
+from stage_harvest.job import HarvestJob, announce, check_length, next_command, staging_dtype
+from stage_harvest.progress import Board, HarvestProgress, tokenise_bar
 from stage_harvest.shards.forward import ShardForward
 from stage_harvest.shards.mesh import Place, check_mesh, take_place
 from stage_harvest.shards.window_gate import Room

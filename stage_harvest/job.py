@@ -2,15 +2,17 @@
 
 import logging
 import os
-import platform
 from dataclasses import dataclass
 from functools import cached_property
-from importlib.metadata import version
+from pathlib import Path
 
 import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from shared.basics.errors import GranaryError
+from shared.basics.run_folder import RunFolder
+from shared.basics.units import human_bytes, parse_bytes
+from shared.basics.versions import software_versions
 from shared.lm import (
     ModelIdentity,
     SpecialIds,
@@ -26,7 +28,7 @@ from shared.lm import (
     tokenizer_hash,
 )
 from shared.lm.hookpoint import HookPoint, describe_hooks, hook_points
-from shared.store import StorePlan, WindowPlan, bytes_planned, parse_bytes
+from shared.store import StorePlan, WindowPlan, bytes_planned
 from shared.store.capacity import shard_bytes
 from shared.store.format.dtypes import storage_type
 from stage_harvest.config import BosPlacement, HarvestSchema, PackingMode
@@ -122,7 +124,7 @@ class HarvestJob:
     def window_bytes(self) -> int | None:
         """Of store.window; raises GranaryError for what is no size."""
         window = self.cfg.store.window
-        return None if window is None else parse_bytes(window)
+        return None if window is None else parse_bytes(window, "store.window")
 
     def store_plan(self, num_contexts: int) -> StorePlan:
         """The store's plan once the number of contexts is known."""
@@ -161,10 +163,8 @@ class HarvestJob:
 
     def _versions(self) -> dict[str, str]:
         """What was used and does not belong to the identity; the last bits of floats may depend on it."""
-        packages = ("granary", "torch", "transformers", "tokenizers", "numpy")
         return {
-            **{package: version(package) for package in packages},
-            "python": platform.python_version(),
+            **software_versions("torch", "transformers", "tokenizers", "numpy"),
             "model_path": str(resolve_model(self.cfg.model.path, self.cfg.model.revision).absolute()),
         }
 
@@ -228,17 +228,8 @@ def announce(job: HarvestJob, plan: StorePlan, *, committed: int, device: torch.
         log.info("%-9s %s", name, text)
 
 
-def human_bytes(count: float) -> str:
-    """``12.3 GB`` in powers of 1000."""
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} PB"
-
-
 def next_command(cfg: HarvestSchema) -> str:
     """The training command for the store that was written."""
-    if os.path.normpath(cfg.store.url) == os.path.normpath(os.path.join(cfg.run_dir, "store")):
+    if os.path.normpath(cfg.store.url) == os.path.normpath(RunFolder(Path(cfg.run_dir)).store):
         return f"python -m stage_train run_dir={cfg.run_dir}"
     return f"python -m stage_train run_dir={cfg.run_dir} store.url={cfg.store.url}"

@@ -16,6 +16,7 @@ from torch.distributed import distributed_c10d
 from torch.distributed.distributed_c10d import PrefixStore
 from tqdm import tqdm
 
+from shared.basics.units import human_time
 from shared.parallel import World
 
 log = logging.getLogger(__name__)
@@ -164,17 +165,6 @@ class HarvestProgress:
             self._bar.clear()
             log.info("%-9s %s more at this speed, until about %s", "expected", human_time(left), clock_after(left))
             self._bar.refresh()
-
-
-def human_time(seconds: float) -> str:
-    """``4.2 s``, ``12 min``, ``3 h 20 min``, ``2 d 4 h``."""
-    if seconds < 100:
-        return f"{seconds:.1f} s"
-    minutes = round(seconds / 60)
-    if minutes < 100:
-        return f"{minutes} min"
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours < 48 else f"{hours // 24} d {hours % 24} h"
 
 
 def clock_after(seconds: float) -> str:

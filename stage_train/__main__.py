@@ -1,14 +1,14 @@
 """Entry point of training: ``python -m stage_train store.url=... sae.k=... out_dir=...``."""
 
 from shared.launch.stage import run_stage
-from stage_train import many as packed
+from stage_train import many
 from stage_train.config import TrainSchema, register
 
 
 def main(cfg: TrainSchema) -> None:
     """Train as `cfg` says; the heavy imports wait until the configuration is known to be sound."""
     if cfg.packed:
-        packed.gather(cfg)
+        many.gather(cfg)
         return
     from stage_train.job import train
 
@@ -16,4 +16,4 @@ def main(cfg: TrainSchema) -> None:
 
 
 register()
-run_stage(main, "train", afterwards=packed.train_gathered)
+run_stage(main, "train", afterwards=many.train_gathered)

@@ -3,6 +3,8 @@
 Types and meanings here, values in ``conf/``. Imports nothing heavy, so that a wrong key is reported at once.
 """
 
+import hashlib
+import re
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -263,8 +265,11 @@ class TrainSchema:
     """Name of the run; its folder is ``run_dir``."""
     run_dir: str = key(identity=False, named=False)
     """Folder of the run: its store, SAEs, sweeps and evaluations."""
+    sae_name: str = key(identity=False, named=False)
+    """Name of this SAE's folder in ``run_dir``; several SAEs of one store lie side by side."""
     out_dir: str = key(identity=False)
-    """Where this SAE goes: checkpoints, metrics, and config.json + sae.safetensors at the end."""
+    """Where this SAE goes: checkpoints, metrics, and config.json + sae.safetensors at the end. Where it holds another
+    SAE, a folder beside it, named by what differs."""
     seed: int = MISSING
     """Order of the tokens and the initial weights."""
     nproc: int = key(identity=False, shared=True, named=False)
@@ -278,6 +283,8 @@ class TrainSchema:
     ``layers.*.mlp_in``; several lie side by side. Null: hook."""
     writes: Any = MISSING
     """What it produces, likewise; null: what it reads."""
+    init_from: str | None = MISSING
+    """Folder or hub id of an SAE whose weights and normalisation are the first ones; null: from data."""
     variant: dict[str, Any] = field(default_factory=dict)
     """Group ``variant``: the kind of dictionary, and what only that kind has."""
     store: StoreInput = key(StoreInput, shared=True)
@@ -322,7 +329,13 @@ def unnamed_keys() -> list[str]:
 def sweep_name(override_dirname: str) -> str:
     """Folder of one run of a sweep: ``sae.expansion=8,sae.k=16`` becomes ``expansion=8,k=16``.
 
-    Values with a slash (paths) are left out: they would make subfolders.
+    Items of a list are joined by ``+``. A value that can't be part of a folder's name, such as a path, is a digest.
     """
-    parts = [part for part in override_dirname.split(",") if "/" not in part]
-    return ",".join(part.partition("=")[0].rpartition(".")[2] + "=" + part.partition("=")[2] for part in parts) or "run"
+    parts = []
+    for part in re.findall(r"(?:\[[^]]*\]|\{[^}]*\}|[^,\[{])+", override_dirname):
+        key, _, value = part.partition("=")
+        value = re.sub(r"[\[\]'\" ]", "", value).replace(",", "+")
+        if not re.fullmatch(r"[\w.+-]+", value):
+            value = hashlib.sha256(value.encode()).hexdigest()[:8]
+        parts.append(f"{key.rpartition('.')[2]}={value}")
+    return ",".join(parts) or "run"

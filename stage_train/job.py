@@ -15,30 +15,38 @@ from typing import Any
 import torch
 
 from shared.basics.errors import GranaryError
+from shared.basics.run_folder import RunFolder
+from shared.basics.units import GIB
 from shared.kernels import resolve
 from shared.parallel import World, init_world, shutdown, telling_lost_contact
 from shared.parallel.stop import StopRequest
 from stage_train.config import TrainSchema, as_dict
-from stage_train.data.inputs import GIB, PinnedTokens, TrainingInputs, order_of
+from stage_train.data.inputs import PinnedTokens, TrainingInputs, order_of
 from stage_train.data.sites import resolve_sites
 from stage_train.data.stores import PinnedStore, pin, repin
 from stage_train.run import Run, eval_arguments, finish, write_config
 from stage_train.show.progress import ProgressBar
 from stage_train.spec import RunSpec
-from stage_train.state.export import digest, is_exported
+from stage_train.state.disk import telling_disk_errors
+from stage_train.state.export import digest
 from stage_train.state.identity import shared_keys
 from stage_train.state.lock import only_run_in
 from stage_train.state.resume import Start
+from stage_train.state.settle import settled
 from stage_train.step.layouts import make_layout
 from stage_train.step.loop import Loop
 
 log = logging.getLogger(__name__)
 
+# Exit status after Ctrl-C: what shells and make take for "stop here", as the sweep that a run may be part of does.
+INTERRUPTED = 130
+
 
 def train(cfgs: Sequence[TrainSchema]) -> None:
     """Train one SAE for each configuration, or continue where an earlier call with the same ones stopped."""
     world = init_world(cfgs[0].device.name, cfgs[0].device.threads)
-    with telling_lost_contact(), ExitStack() as stack:
+    cfgs = [settled(cfg, world) for cfg in cfgs]
+    with telling_lost_contact(), telling_disk_errors(), ExitStack() as stack:
         for folder in sorted({cfg.out_dir for cfg in cfgs}):
             stack.enter_context(only_run_in(Path(folder), world))
         Job(cfgs, world).execute()
@@ -74,7 +82,7 @@ class Job:
                 self.specs.append(spec)
 
     def execute(self) -> None:
-        """Train, save, export. Ends the process with status 0 after a stop signal, when all is saved.
+        """Train, save, export. Ends the process with status 0 after a stop signal (130: Ctrl-C), when all is saved.
 
         Raises GranaryError when a run has diverged; if there are others, after they are done.
         """
@@ -82,9 +90,10 @@ class Job:
         pairs = list(zip(self.specs, self.starts, strict=True))
         learning = [(spec, start) for spec, start in pairs if start.step < spec.length.steps]
         # As of now: a folder may hold an older export.
-        unfinished = [pair for pair in pairs if pair in learning or not is_exported(pair[0].folder)]
+        unfinished = [pair for pair in pairs if pair in learning or not RunFolder(pair[0].folder).has_dictionary]
         inputs = self.open_inputs()
-        failed = self._train(inputs, learning) if learning else set()
+        # A store with a window may still hold blocks that a run which is trained has passed.
+        failed = self._train(inputs, learning) if learning or inputs.blocks is not None else set()
         for spec, start in unfinished:
             if spec.folder not in failed:
                 finish(spec, start.checkpoints, self.world)
@@ -210,7 +219,7 @@ class Job:
                         "%scontinuing from step %d of %d", self._prefix(spec.folder), start.step, spec.length.steps
                     )
             inputs.forget_samples()
-            state = furthest_back([start for _, start in learning]).state.get("stream")
+            state = furthest_back([start for _, start in learning] or self.starts).state.get("stream")
             bar = stack.enter_context(closing(self._progress_bar(runs)))
             stop = stack.enter_context(StopRequest())
             loop = Loop(runs, stream, inputs.blocks, stop, bar, self.world, alone=self.alone)
@@ -220,14 +229,15 @@ class Job:
             stopped = loop.run()
         if stopped is not None:
             self._tell_stopped(stopped, runs)
-            sys.exit(0)
+            sys.exit(INTERRUPTED if stopped == "SIGINT" else 0)
         return {run.spec.folder for run in runs if run in loop.failed}
 
     def _progress_bar(self, runs: Sequence[Run]) -> ProgressBar:
         """Over the longest run, from where the first batch is."""
-        longest = max((run.spec for run in runs), key=lambda spec: spec.length.steps)
-        done = min(runs, key=lambda run: run.step).trainer.progress.tokens
-        return ProgressBar(longest.length.tokens, done, enabled=longest.cfg.logger.progress and self.world.is_main)
+        longest = max((run.spec for run in runs), key=lambda spec: spec.length.steps, default=self.specs[0])
+        done = min((run.trainer.progress for run in runs), key=lambda progress: progress.step, default=None)
+        shown = bool(runs) and longest.cfg.logger.progress and self.world.is_main
+        return ProgressBar(longest.length.tokens, 0 if done is None else done.tokens, enabled=shown)
 
     # ---- after the last --------------------------------------------------------------------------------------------
 
@@ -235,7 +245,7 @@ class Job:
         where = self.starts[0].checkpoints.folder if self.alone else f"{self._folder}/*/checkpoints"
         log.info(
             "stopped by %s after step %d of %d; all is saved in %s: the same command continues",
-            signal,
+            "Ctrl-C" if signal == "SIGINT" else signal,
             max(run.step for run in runs),
             max(spec.length.steps for spec in self.specs),
             where,

@@ -23,12 +23,12 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from shared.basics.errors import GranaryError
+from shared.basics.run_folder import RunFolder
+from shared.launch.config_errors import describe_config_error
 from shared.launch.orphans import end_with_starter
 from shared.launch.schema import fill
-from shared.launch.stage import describe_config_error, fail, python_module, run_child
+from shared.launch.stage import fail, python_module, run_child
 from stage_train.config import TrainSchema, as_dict
-
-LIST = "packed.yaml"
 
 _gathered: dict[Path, list[TrainSchema]] = {}
 """Runs noted so far, by the folder of their sweep."""
@@ -48,7 +48,7 @@ def gather(cfg: TrainSchema) -> None:
 def train_gathered() -> None:
     """Train what was noted, if anything was, in a child process or several."""
     for folder, cfgs in _gathered.items():
-        path = folder / LIST
+        path = RunFolder(folder).packed_list
         OmegaConf.save(OmegaConf.create([as_dict(cfg) for cfg in cfgs]), path)
         run_child([*python_module(cfgs[0].nproc), "stage_train.packed", str(path)])
 
@@ -59,7 +59,7 @@ def read_list(path: Path) -> list[TrainSchema]:
     Raises GranaryError for a file that is missing or not such a list, and Hydra's errors for a wrong key or value.
     """
     if not path.is_file():
-        raise GranaryError(f"{path} is not there: give the {LIST} of a sweep, or a list of train.yaml contents")
+        raise GranaryError(f"{path} is not there: give the packed.yaml of a sweep, or a list of train.yaml contents")
     entries = OmegaConf.load(path)
     if not OmegaConf.is_list(entries) or not len(entries):
         raise GranaryError(f"{path} is not a list of configurations: begin each with '- ' and the keys of a train.yaml")
@@ -71,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m stage_train.packed", description="Train the SAEs that a file lists from one pass over a store."
     )
-    parser.add_argument("file", type=Path, help=f"{LIST} of a sweep with packed=true")
+    parser.add_argument("file", type=Path, help="packed.yaml of a sweep with packed=true")
     path: Path = parser.parse_args(arguments).file
     end_with_starter()
     try:

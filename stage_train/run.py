@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from omegaconf import OmegaConf
 
+from shared.basics.files import write_text
+from shared.basics.run_folder import RunFolder
 from shared.parallel import World, barrier
 from shared.sae.folder import to_document
 from shared.sae.learn.init import initialise
@@ -22,11 +24,12 @@ from stage_train.config import TrainSchema
 from stage_train.data.inputs import TrainingInputs
 from stage_train.data.stream import Batch, TokenStream
 from stage_train.show.curves import draw_curves
-from stage_train.show.loggers import METRICS, Logger, make_loggers
+from stage_train.show.loggers import Logger, make_loggers
 from stage_train.spec import RunSpec
 from stage_train.state.checkpoint import Checkpoints
 from stage_train.state.export import export, provenance
 from stage_train.state.resume import Start
+from stage_train.state.warm_start import copy_weights
 from stage_train.step.layouts import Replicated
 from stage_train.step.spike_guard import SpikeGuard
 from stage_train.step.trainer import Trainer
@@ -42,7 +45,7 @@ class Run:
         """Makes the trainer, from data or from the checkpoint of `start`; deletes nothing."""
         self.spec, self.start, self.inputs = spec, start, inputs
         self.world: World = layout.world
-        self.trainer = make_trainer(spec, inputs, stream, layout, from_data=start.checkpoint is None)
+        self.trainer = make_trainer(spec, inputs, stream, layout, begins=start.checkpoint is None)
         if start.checkpoint is not None:
             start.checkpoints.load(start.checkpoint, self.trainer.tensors())
             self.trainer.restore(start.state)
@@ -81,7 +84,7 @@ class Run:
         """Before the first step, when nothing is left to check: an earlier run gives way, and recording begins."""
         self._begun = True
         if self.start.discards:
-            self.start.checkpoints.set_aside(METRICS)
+            self.start.checkpoints.set_aside(RunFolder(self.spec.folder).metrics.name)
         if self.world.is_main:
             self._loggers = make_loggers(
                 self.spec.cfg.logger,
@@ -118,6 +121,7 @@ class Run:
             "stores": [part.record() for part in stores],
             "world": self.world.size,
             "sae": to_document(spec.dictionary, spec.learning.to_dict(), {}),
+            "decays_from": spec.schedules.rate.decays_from,
             "export_average": spec.cfg.optim.ema_export,
             "provenance": provenance(stores, spec.sites, spec.identity, progress.step, progress.tokens),
         }
@@ -128,9 +132,9 @@ class Run:
 
 
 def make_trainer(
-    spec: RunSpec, inputs: TrainingInputs, stream: TokenStream, layout: Replicated, *, from_data: bool
+    spec: RunSpec, inputs: TrainingInputs, stream: TokenStream, layout: Replicated, *, begins: bool
 ) -> Trainer:
-    """The trainer of a run, its weights set from data, or left as they come where a checkpoint will fill them."""
+    """The trainer of a run, its weights set from data or an SAE, or left as they come where a checkpoint fills them."""
     cfg, device = spec.cfg, layout.world.device
     generator = torch.Generator().manual_seed(cfg.seed)
     made = VARIANTS[spec.dictionary.kind]
@@ -139,7 +143,9 @@ def make_trainer(
         spec.dictionary, kernels=cfg.compute.kernels, compute_dtype=cfg.compute.dtype, generator=generator
     )
     objective = Objective(dictionary, spec.learning)
-    if from_data:
+    if begins and cfg.init_from is not None:
+        copy_weights(dictionary, cfg.init_from)
+    elif begins:
         x_MD, y_MD = inputs.sample(spec.sites, cfg.seed)
         reads, writes = ([inputs.statistics(site) for site in side] for side in (spec.sites.reads, spec.sites.writes))
         initialise(objective, reads, x_MD, writes, y_MD)
@@ -166,7 +172,7 @@ def make_trainer(
 def write_config(spec: RunSpec) -> None:
     """Leave the resolved configuration in the run's folder."""
     spec.folder.mkdir(parents=True, exist_ok=True)
-    OmegaConf.save(OmegaConf.create(dict(spec.config)), spec.folder / "train.yaml")
+    write_text(RunFolder(spec.folder).train_config, OmegaConf.to_yaml(OmegaConf.create(dict(spec.config))))
 
 
 def finish(spec: RunSpec, checkpoints: Checkpoints, world: World) -> None:
@@ -182,12 +188,14 @@ def finish(spec: RunSpec, checkpoints: Checkpoints, world: World) -> None:
 
 
 def eval_arguments(cfg: TrainSchema, saes: Path) -> str:
-    """Of the command that scores `saes`, a folder or a pattern."""
-    arguments = f"name={cfg.name}" if cfg.run_dir == f"runs/{cfg.name}" else f"run_dir={cfg.run_dir}"
+    """Of the command that scores `saes`, a folder or a pattern; the scores of an SAE of its own name go beside it."""
+    arguments = f"name={cfg.name}" if cfg.run_dir == f"runs/{cfg.name}" else f"run_dir={quoted(cfg.run_dir)}"
     if saes.resolve() != Path(cfg.run_dir, "sae").resolve():
         arguments += f" sae.path={quoted(str(saes))}"
+        if saes.parent.resolve() == Path(cfg.run_dir).resolve():
+            arguments += f" out_dir={quoted(str(saes))}"
     if cfg.store.url != f"{cfg.run_dir}/store":
-        arguments += f" store.url={cfg.store.url}"
+        arguments += f" store.url={quoted(cfg.store.url)}"
     return arguments
 
 

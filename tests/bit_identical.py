@@ -14,7 +14,7 @@ import argparse
 import hashlib
 import json
 import platform
-import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -44,6 +44,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return refuse(f"{options.base!r} is no commit of this repository")
     if options.keep is not None and options.keep.exists() and any(options.keep.iterdir()):
         return refuse(f"{options.keep} is not empty: give a folder that is empty or not there")
+    if options.jobs < 1 or (options.record is not None and not options.record.resolve().parent.is_dir()):
+        return refuse("--jobs must be at least 1, and the folder of --record must be there")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # leaves no process and no worktree behind, as Ctrl-C
     begun = time.monotonic()
     with temporary_folder() as scratch:
         results = (options.keep or scratch).resolve()
@@ -148,8 +151,7 @@ def worktree(commit: str, folder: Path) -> Iterator[Path]:
     try:
         yield folder
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        git("worktree", "prune")
+        git("worktree", "remove", "--force", str(folder))
 
 
 def git(*arguments: str, check: bool = False) -> str:
@@ -177,4 +179,7 @@ def refuse(message: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)

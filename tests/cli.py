@@ -1,46 +1,86 @@
 """Stages' real command lines in child processes that do not pay for the imports again.
 
 A server process imports everything once and forks for each call: the child sees its own arguments, folder, standard
-streams and exit status, as if started by a shell.
+streams and exit status, as if started by a shell. Several may run at once.
 """
 
+import copy
+import itertools
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+# What the three stages import before they begin to work.
+STAGES = (
+    "shared.launch.stage",
+    "stage_harvest.harvest",
+    "stage_train.job",
+    "stage_eval.evaluate",
+    "transformers.models.llama.modeling_llama",
+)
 
+# A call's child is forked by a process that does nothing but wait for it, and writes down how it ended.
 SERVER = """
 import importlib, json, os, runpy, sys, traceback
 for name in json.loads(sys.argv[1]):
     importlib.import_module(name)
 print("ready", flush=True)
+
+def run(call):
+    if call["session"]:
+        os.setsid()
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    for stream in (1, 2):
+        os.dup2(os.open(f"{call['files']}.{stream}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
+    os.chdir(call["folder"])
+    os.environ.clear()
+    os.environ.update(call["environment"])
+    sys.argv = ["", *call["arguments"]]
+    code = 0
+    try:
+        if call["module"].endswith(".py"):
+            runpy.run_path(call["module"], run_name="__main__")
+        else:
+            runpy.run_module(call["module"], run_name="__main__", alter_sys=True)
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else 0 if end.code is None else 1
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+def reap():
+    try:
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
+    except ChildProcessError:
+        pass
+
 for line in sys.stdin:
+    reap()
+    if os.fork():
+        continue
     call = json.loads(line)
     child = os.fork()
     if child == 0:
-        for stream, path in ((1, call["stdout"]), (2, call["stderr"])):
-            os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
-        os.chdir(call["folder"])
-        sys.argv = ["", *call["arguments"]]
-        code = 0
-        try:
-            runpy.run_module(call["module"], run_name="__main__", alter_sys=True)
-        except SystemExit as end:
-            code = end.code if isinstance(end.code, int) else 0 if end.code is None else 1
-        except BaseException:
-            traceback.print_exc()
-            code = 1
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+        run(call)
     print(child, flush=True)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    with open(f"{call['files']}.tmp", "w") as file:
+        file.write(str(code))
+    os.rename(f"{call['files']}.tmp", f"{call['files']}.code")
+    os._exit(0)
 """
 
 
@@ -62,40 +102,85 @@ class Result:
         return lines[0].removeprefix("error: ")
 
 
-class ForkServer:
-    """A context manager; `run` is ``python -m module arguments...``."""
+@dataclass(frozen=True)
+class Child:
+    """A running command, with the methods of subprocess.Popen that tests use."""
 
-    def __init__(self, folder: Path, preload: list[str]) -> None:
+    pid: int
+    files: Path
+
+    @property
+    def errors(self) -> str:
+        """What it has written to its standard error so far."""
+        return self.files.with_suffix(".2").read_text()
+
+    def poll(self) -> int | None:
+        """The exit status, minus the signal's number after a signal; None while it runs."""
+        code = self.files.with_suffix(".code")
+        return int(code.read_text()) if code.exists() else None
+
+    def wait(self, timeout: float = 280) -> int:
+        deadline = time.monotonic() + timeout
+        while (code := self.poll()) is None:
+            assert time.monotonic() < deadline, f"still running: {self.errors}"
+            time.sleep(0.005)
+        return code
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+    def finish(self, timeout: float = 280) -> Result:
+        """Wait for the end; one that does not come in time fails the test and ends the process."""
+        try:
+            code = self.wait(timeout)
+        finally:
+            self.kill()
+        return Result(code, self.files.with_suffix(".1").read_text(), self.errors)
+
+
+class ForkServer:
+    """A context manager; `run` is ``python -m module arguments...`` in `folder`."""
+
+    def __init__(self, folder: Path, preload: Iterable[str]) -> None:
         self.folder = folder
-        self._out, self._err = folder / "stdout.txt", folder / "stderr.txt"
-        environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        self._calls = folder / "calls"
+        self._calls.mkdir()
+        self._numbers, self._children = itertools.count(), list[Child]()
         self.process = subprocess.Popen(
-            [sys.executable, "-c", SERVER, json.dumps(preload)],
+            [sys.executable, "-c", SERVER, json.dumps(list(preload))],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            env=environment,
+            env=environment(),
             cwd=folder,
             text=True,
         )
         assert self._reply() == "ready"
 
+    def at(self, folder: Path) -> Self:
+        """The same server, whose commands run in another folder."""
+        other = copy.copy(self)
+        other.folder = folder
+        return other
+
     def run(self, module: str, *arguments: str) -> Result:
         """Run a stage to its end."""
-        self.start(module, *arguments)
-        return self.finish()
+        return self.start(module, *arguments).finish()
 
-    def start(self, module: str, *arguments: str) -> int:
-        """Begin to run a stage; returns its process id. `finish` waits for it."""
-        call = {"module": module, "arguments": arguments, "folder": str(self.folder)}
+    def start(self, module: str, *arguments: str, session: bool = False) -> Child:
+        """Begin to run a stage, or a script by its path ending in .py; with `session` in a process group of its own."""
+        call = {"module": module, "arguments": arguments, "folder": str(self.folder), "session": session}
+        files = self._calls / str(next(self._numbers))
+        call |= {"files": str(files), "environment": environment()}
         assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps({**call, "stdout": str(self._out), "stderr": str(self._err)}) + "\n")
+        self.process.stdin.write(json.dumps(call) + "\n")
         self.process.stdin.flush()
-        return int(self._reply())
-
-    def finish(self) -> Result:
-        """Wait for what was started."""
-        code = int(self._reply())
-        return Result(code, self._out.read_text(), self._err.read_text())
+        child = Child(int(self._reply()), files)
+        self._children.append(child)
+        return child
 
     def _reply(self) -> str:
         assert self.process.stdout is not None
@@ -109,7 +194,14 @@ class ForkServer:
     ) -> None:
         assert self.process.stdin is not None
         assert self.process.stdout is not None
+        for child in self._children:
+            child.kill()
         self.process.kill()
         self.process.wait()
         self.process.stdin.close()
         self.process.stdout.close()
+
+
+def environment() -> dict[str, str]:
+    """The test's own, in which stages are found, use one thread and no network."""
+    return {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}

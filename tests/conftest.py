@@ -15,12 +15,17 @@ import torch  # noqa: E402
 
 if TYPE_CHECKING:
     from shared.store import Store
+    from tests.cli import ForkServer
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported, which some test's imports may do at any time
 
 REPOSITORY = isolation.REPOSITORY
 BEFORE, LEFT = pytest.StashKey[set[str]](), pytest.StashKey[list[str]]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.option.randomly_reset_seed = False  # pytest-randomly chooses the order alone; numbers are as seeded below
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
@@ -39,6 +44,8 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    if seed := getattr(config.option, "randomly_seed", None):  # the peers' environment has no pytest-randomly
+        terminalreporter.write_line(f"order of the tests: --randomly-seed={seed}")
     if left := config.stash.get(LEFT, []):
         terminalreporter.write_line(f"error: these appeared in the checkout meanwhile: {', '.join(left)}", red=True)
 
@@ -59,8 +66,9 @@ def _alone(_between_tests: None) -> Iterator[None]:
         yield
 
 
-@pytest.fixture(autouse=True, scope="session")
-def _one_seed() -> None:
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """Every test, and every fixture made for it, draws the same numbers whatever ran before."""
     torch.manual_seed(0)
 
 
@@ -77,6 +85,15 @@ def train_configs() -> Iterator[None]:
     with initialize_config_module("conf", version_base="1.3"):
         yield
     GlobalHydra.instance().clear()
+
+
+@pytest.fixture(scope="session")
+def stages(tmp_path_factory: pytest.TempPathFactory) -> Iterator["ForkServer"]:
+    """``stages.at(folder).run("stage_train", ...)``: the stages' command lines, with the imports done once."""
+    from tests.cli import STAGES, ForkServer
+
+    with ForkServer(tmp_path_factory.mktemp("stages"), STAGES) as server:
+        yield server
 
 
 @pytest.fixture(scope="session")

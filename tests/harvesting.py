@@ -14,7 +14,6 @@ from shared.store import Store
 from tests.cli import REPOSITORY, ForkServer, Result
 
 D, T, LAYERS, VOCAB = 16, 32, 3, 4096
-PRELOAD = ["shared.launch.stage", "stage_harvest.harvest", "transformers.models.llama.modeling_llama"]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(REPOSITORY), "HF_HUB_OFFLINE": "1"}
 
 

@@ -27,8 +27,8 @@ KEPT = (
     "PYTEST_*", "COVERAGE_*", "COV_CORE_*", "PYTHONDONTWRITEBYTECODE", "PYTHONPYCACHEPREFIX",
     "GRANARY_REALDATA", "CHROMIUM", "S3_DIR", "S3_PORT", "SLURM_CONF",
 )  # fmt: skip
-# What pytest and its plugins keep in the checkout, whichever test runs.
-TOOLS_LEAVE = {".pytest_cache", ".hypothesis", ".coverage", "__pycache__"}
+# What pytest and its plugins keep in the checkout, and tools that someone may start meanwhile.
+TOOLS_LEAVE = {".pytest_cache", ".hypothesis", ".coverage", "__pycache__", ".mypy_cache", ".ruff_cache"}
 _FOLDER = Path(tempfile.gettempdir())
 _numbers = itertools.count()
 

@@ -12,10 +12,10 @@ import torch
 from hydra import compose
 from omegaconf import OmegaConf
 
+from shared.basics.metrics_file import read_metrics
 from shared.parallel import World
-from shared.sae import SAE
+from shared.sae.loading import load
 from stage_train.job import Job
-from stage_train.show.loggers import read_metrics
 from stage_train.step import loop
 
 WORLD = World(0, 1, 0, torch.device("cpu"))
@@ -57,10 +57,11 @@ def signalled_in(step: int, number: signal.Signals = signal.SIGTERM, which: str 
 
 
 def interrupted_after(step: int) -> Watch:
-    """When that many steps are done, the process ends as it stands."""
+    """When that many steps are done and what it had begun to save is on disk, the process ends as it stands."""
 
     def before(run: Any) -> None:
         if run.step == step:
+            run.wait_for_save()
             raise Died
 
     return before
@@ -79,7 +80,7 @@ class Runs:
 
     def cfg(self, name: str, *overrides: str) -> Any:
         """The configuration of one run."""
-        paths = [f"out_dir={self.folder / name}", f"store.url={self.folder / 'store'}"]
+        paths = [f"out_dir='{self.folder / name}'", f"store.url={self.folder / 'store'}"]
         return OmegaConf.to_object(compose("train", overrides=[*self.fixed, *paths, *overrides]))
 
     def __call__(self, name: str, *overrides: str) -> Path:
@@ -118,8 +119,8 @@ def exit_code(work: Callable[[], object]) -> int | None:
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
-    """Of an exported SAE."""
-    return SAE.from_pretrained(folder).state_dict()
+    """Of an exported dictionary."""
+    return load(folder).state_dict()
 
 
 def assert_same_weights(one: Path, two: Path) -> None:

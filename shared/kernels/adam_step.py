@@ -25,3 +25,9 @@ class AdamStep:
     def corrections(self) -> tuple[float, float]:
         """What the moments are divided by: ``1 - beta ** step``."""
         return 1 - self.betas[0] ** self.step, 1 - self.betas[1] ** self.step
+
+    @property
+    def scalars(self) -> tuple[float, ...]:
+        """As the kernels take them; 1 - beta is made here, since in float32 1 - 0.999 is off by 1e-5 of itself."""
+        (beta1, beta2), (correction1, correction2) = self.betas, self.corrections
+        return self.lr, beta1, 1 - beta1, beta2, 1 - beta2, self.eps, correction1, correction2, self.step

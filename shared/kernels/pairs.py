@@ -1,6 +1,6 @@
 """The (row, latent) pairs of a batch, sorted by latent: what both weight gradients walk over.
 
-Shapes: N rows, K picks per row, P = number of valid pairs, F latents.
+Shapes: N rows, K picks per row, P = N * K pairs, F latents.
 """
 
 from dataclasses import dataclass
@@ -31,12 +31,26 @@ class PairOrder:
     """The sorted form of one batch's picks, made on first use and shared by every gradient that needs it."""
 
     def __init__(self, indices_NK: torch.Tensor, num_latents: int) -> None:
-        self._indices_NK = indices_NK
-        self._num_latents = num_latents
+        self.indices_NK = indices_NK
+        self.num_latents = num_latents
         self._sorted: SortedPairs | None = None
+        self._rows_P: torch.Tensor | None = None
+        self._last: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def get(self) -> SortedPairs:
         """The sorted pairs; the first call sorts."""
         if self._sorted is None:
-            self._sorted = sort_pairs(self._indices_NK, self._num_latents)
+            self._sorted = sort_pairs(self.indices_NK, self.num_latents)
         return self._sorted
+
+    def rows(self) -> torch.Tensor:
+        """int32 [P]: the row of each sorted pair. Kernels read it in place of a 64-bit division per pair and thread."""
+        if self._rows_P is None:
+            self._rows_P = (self.get().order_P // self.indices_NK.shape[1]).to(torch.int32)
+        return self._rows_P
+
+    def sort(self, coefficients_NK: torch.Tensor) -> torch.Tensor:
+        """[P]: coefficients in the order of the pairs; the result for the last argument is kept."""
+        if self._last is None or self._last[0] is not coefficients_NK:
+            self._last = coefficients_NK, coefficients_NK.reshape(-1)[self.get().order_P]
+        return self._last[1]

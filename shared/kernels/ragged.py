@@ -20,6 +20,14 @@ def pad_rows(
     return pad_ordered(rows_P, latents_P[order_P], values_P[order_P], num_rows)
 
 
+def pad_tiles(
+    rows_P: torch.Tensor, latents_P: torch.Tensor, values_P: torch.Tensor, num_rows: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``pad_rows`` for pairs whose latents ascend within each row: one sort, by row."""
+    rows_P, order_P = torch.sort(rows_P, stable=True)
+    return pad_ordered(rows_P, latents_P[order_P], values_P[order_P], num_rows)
+
+
 def pad_ordered(
     rows_P: torch.Tensor, latents_P: torch.Tensor, values_P: torch.Tensor, num_rows: int
 ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -13,24 +13,33 @@ from pathlib import Path
 
 import torch
 
-FOLDER = Path(os.environ.get("GRANARY_TUNING", Path.home() / ".cache" / "granary"))
-
 _on_trial: dict[str, dict[str, int]] = {}
 
 
 def tuning_file(gpu: str) -> Path:
     """Where the measured choices for a GPU model are kept."""
-    return FOLDER / f"kernels-{gpu.replace(' ', '-').replace('/', '-')}.json"
+    # Asked for late: a user without a home, as in a container, need not have one.
+    folder = os.environ.get("GRANARY_TUNING")
+    return (
+        Path(folder) if folder else Path.home() / ".cache" / "granary"
+    ) / f"kernels-{gpu.replace(' ', '-').replace('/', '-')}.json"
 
 
-def tuned(kernel: str, d_model: int, default: dict[str, int]) -> dict[str, int]:
-    """The measured choice for `kernel` at this width, else `default`; both map constexpr and launch options."""
-    name = key(kernel, d_model)
+def tuned(kernel: str, d_model: int, default: dict[str, int], *, num_pairs: int | None = None) -> dict[str, int]:
+    """The measured choice for `kernel` at this width, else `default`; both map constexpr and launch options.
+
+    `num_pairs`: picks of the whole batch, where the best choice depends on them; it holds for the same power of two.
+    """
+    name = key(kernel, d_model, num_pairs)
     if name in _on_trial:
         return default | _on_trial[name]
     if not torch.cuda.is_available():
         return default
-    return default | _table(torch.cuda.get_device_name()).get(name, {})
+    try:
+        table = _table(torch.cuda.get_device_name())
+    except RuntimeError:  # no home, and no folder named: nothing was ever measured
+        return default
+    return default | table.get(name, {})
 
 
 @contextlib.contextmanager
@@ -44,9 +53,9 @@ def trial(choices: dict[str, dict[str, int]]) -> Iterator[None]:
             del _on_trial[name]
 
 
-def key(kernel: str, d_model: int) -> str:
+def key(kernel: str, d_model: int, num_pairs: int | None = None) -> str:
     """How the file names one choice."""
-    return f"{kernel} d={d_model}"
+    return f"{kernel} d={d_model}" + ("" if num_pairs is None else f" pairs<2^{num_pairs.bit_length()}")
 
 
 def save(gpu: str, choices: dict[str, dict[str, int]]) -> Path:
@@ -54,7 +63,9 @@ def save(gpu: str, choices: dict[str, dict[str, int]]) -> Path:
     path = tuning_file(gpu)
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(_read(path) | choices, indent=1, sort_keys=True) + "\n"
-    path.write_text(text)
+    aside = path.with_suffix(f".{os.getpid()}.tmp")
+    aside.write_text(text)
+    aside.replace(path)  # whole or not at all, for the ranks that read it
     _table.cache_clear()
     return path
 

@@ -1,37 +1,28 @@
-"""What the three entry points share: Hydra outside, one clear line on a wrong input, quiet secondary ranks.
-
-``model=PATH`` is accepted beside Hydra's ``model=<group option>``: a value that names no file of the group is taken as
-``model.path=PATH``; ``device=cpu`` likewise. Keys that count something take ``50M`` and ``1e6``.
-"""
+"""What the entry points share: Hydra outside, one clear line on a wrong input, ranks and jobs as child processes."""
 
 import logging
 import os
-import re
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import is_dataclass
-from importlib import resources
-from pathlib import Path
 from typing import Any, NoReturn
 
 import hydra
-from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from shared.basics.errors import GranaryError
 from shared.launch import slurm
+from shared.launch.config_errors import describe_config_error
 from shared.launch.counts import expand_counts
 from shared.launch.orphans import environment_of_child
-from shared.launch.schema import fill, suggestion
+from shared.launch.overrides import expand_launcher, expand_shorthands, rank_overrides
+from shared.launch.schema import fill, schema_of
 
-# Groups that also take the value of one of their keys.
-VALUE_SHORTHANDS = {"model": "model.path", "device": "device.name"}
 # Logger, and a part of the message.
 CHATTER = (
     ("submitit", "sacct error"),  # at each poll, where a cluster has no accounting
@@ -111,14 +102,23 @@ def fail(message: str) -> NoReturn:
 def run_child(command: Sequence[str]) -> None:
     """Run the ranks of a job under this process: Hydra outside, torchrun inside, one output folder.
 
-    A multirun cannot itself run under torchrun, where every rank would sweep. Signals are passed on; exits with the
-    child's status unless that is 0.
+    A multirun cannot itself run under torchrun, where every rank would sweep. Signals are passed on, once each: the
+    child is in a process group of its own, so that a terminal's Ctrl-C does not reach it twice. A second Ctrl-C kills
+    the group. Exits with the child's status unless that is 0.
     """
-    process = subprocess.Popen(list(command), env=environment_of_child())
-    previous = {
-        number: signal.signal(number, lambda received, _: process.send_signal(received))
-        for number in (signal.SIGTERM, signal.SIGUSR1)
-    }
+    process = subprocess.Popen(list(command), env=environment_of_child(), process_group=0)
+    interrupted = False
+
+    def pass_on(received: int, _: object) -> None:
+        nonlocal interrupted
+        if received == signal.SIGINT and interrupted:
+            os.killpg(process.pid, signal.SIGKILL)
+            return
+        interrupted = interrupted or received == signal.SIGINT
+        process.send_signal(received)
+
+    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+    previous = {number: signal.signal(number, pass_on) for number in numbers}
     status = process.wait()
     for number, handler in previous.items():
         signal.signal(number, handler)
@@ -141,77 +141,6 @@ def python_module(nproc: int, rendezvous: Sequence[str] = ("--standalone",)) -> 
     return command
 
 
-def expand_launcher(arguments: Sequence[str]) -> list[str]:
-    """Hydra uses a launcher in multiruns only: naming one asks for a multirun, of one job if need be."""
-    names_one = any(argument.startswith("hydra/launcher=") for argument in arguments)
-    is_multirun = any(argument in ("-m", "--multirun") for argument in arguments)
-    return ["--multirun", *arguments] if names_one and not is_multirun else list(arguments)
-
-
 def is_failed_job(error: Exception) -> bool:
     """Whether `error` is submitit's report of a job that failed."""
     return any(kind.__module__.startswith("submitit.") for kind in type(error).__mro__)
-
-
-def schema_of(config_name: str) -> type:
-    """The schema that the stage registered for ``conf/<config_name>.yaml``."""
-    schema = OmegaConf.get_type(ConfigStore.instance().load(f"{config_name}_schema.yaml").node)
-    assert schema is not None
-    return schema
-
-
-def expand_shorthands(overrides: Sequence[str]) -> list[str]:
-    """Rewrite ``model=/path/or/hub-id`` to ``model.path=...`` where no option of the group has that name."""
-    expanded = []
-    for override in overrides:
-        group, equals, value = override.partition("=")
-        is_option = (resources.files("conf") / group / f"{value}.yaml").is_file() if group in VALUE_SHORTHANDS else True
-        if equals and not is_option and "," not in value:
-            override = f"{VALUE_SHORTHANDS[group]}={value}"
-        expanded.append(override)
-    return expanded
-
-
-def rank_overrides() -> list[str]:
-    """Under torchrun only rank 0 owns the run folder and the log file."""
-    if os.environ.get("RANK", "0") == "0":
-        return []
-    return ["hydra.output_subdir=null", "hydra/job_logging=rank"]
-
-
-def describe_config_error(error: Exception) -> str:
-    """One line that names the key and the nearest valid one."""
-    full_key = getattr(error, "full_key", None)
-    text = str(error).strip().splitlines()[0]
-    cause = error.__cause__
-    if isinstance(cause, OmegaConfBaseException):
-        full_key = cause.full_key or full_key
-        text = str(cause).strip().splitlines()[0]
-    unknown = re.search(r"Key '([^']+)' (?:is not in struct|not in '([^']+)')", text)
-    if unknown:
-        key = full_key or unknown[1]
-        schema = getattr(cause or error, "object_type", None)
-        known = suggestion(key, schema) if isinstance(schema, type) and is_dataclass(schema) else ""
-        return f"unknown configuration key {key!r}{known}"
-    missing = re.search(r"[Mm]issing mandatory value: (\S+)", text)
-    if missing:
-        key = full_key or missing[1]
-        return f"{key} has no value: give {key}=... on the command line"
-    ambiguous = re.search(r"Ambiguous value for argument '([^=]+)=([^']*)'", text)
-    if ambiguous:
-        key, values = ambiguous.groups()
-        return f"{key}={values} is a sweep: add -m, or write {key}=[{values}] for a list"
-    option = re.search(r"Could not find '([^']+)'", text) or re.search(r"Could not load '([^']+)'", text)
-    if option and option[1].startswith("hydra/launcher/submitit"):
-        return "hydra/launcher=slurm needs submitit: pip install 'granary[slurm]'"
-    if option:
-        group, _, name = option[1].rpartition("/")
-        return f"no option {name!r} in group {group!r}: choose from {', '.join(group_options(group))}"
-    prefix = f"{full_key}: " if full_key and full_key not in text else ""
-    return f"{prefix}{text}"
-
-
-def group_options(group: str) -> list[str]:
-    """Names of the YAML files of a config group."""
-    folder = Path(str(resources.files("conf"))) / group
-    return sorted(path.stem for path in folder.glob("*.yaml"))

@@ -2,6 +2,7 @@
 
 import logging
 import signal
+import time
 from types import FrameType, TracebackType
 from typing import Any, Self
 
@@ -10,8 +11,11 @@ import torch.distributed as dist
 
 log = logging.getLogger(__name__)
 
-# What Slurm (--signal) and torchrun send before they kill.
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+# What Slurm (--signal) and torchrun send before they kill, and Ctrl-C.
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+# Seconds in which a further SIGINT is the same Ctrl-C: a terminal sends it to each process, and starters pass it on.
+ONE_PRESS = 1.0
 
 # Steps between exchanges of the flag.
 EXCHANGE_EVERY = 4
@@ -19,6 +23,8 @@ EXCHANGE_EVERY = 4
 
 class StopRequest:
     """Within its context the signals only set a flag; ``agreed`` tells whether any rank has it set.
+
+    A second Ctrl-C raises KeyboardInterrupt: who asks twice does not want to wait for the save.
 
     Ranks exchange the flag every few steps, through host memory and while the steps run, so that nobody waits.
     """
@@ -29,6 +35,7 @@ class StopRequest:
         self._group = dist.new_group(backend="gloo") if dist.is_initialized() else None
         self._flag = torch.zeros(1, dtype=torch.int32)
         self._exchange: dist.Work | None = None
+        self._interrupted: float | None = None
 
     def __enter__(self) -> Self:
         for number in SIGNALS:
@@ -59,4 +66,9 @@ class StopRequest:
         return False
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT:
+            now = time.monotonic()
+            if self._interrupted is not None and now - self._interrupted > ONE_PRESS:
+                raise KeyboardInterrupt
+            self._interrupted = self._interrupted or now
         self.received = signal.Signals(number).name

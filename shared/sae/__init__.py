@@ -7,7 +7,7 @@ if TYPE_CHECKING:
     from shared.sae.config import DictionaryConfig, SAEConfig
     from shared.sae.folder import load_provenance
     from shared.sae.latents import SAEOutput, SparseLatents
-    from shared.sae.load import load, load_config
+    from shared.sae.loading import load, load_config
     from shared.sae.variants import SAE, Dictionary, Transcoder
 
 _HOMES = {
@@ -18,8 +18,8 @@ _HOMES = {
     "SAEOutput": "latents",
     "SparseLatents": "latents",
     "Transcoder": "variants",
-    "load": "load",
-    "load_config": "load",
+    "load": "loading",
+    "load_config": "loading",
     "load_provenance": "folder",
 }
 
@@ -41,5 +41,5 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     if _HOMES[name] != "config":
-        importlib.import_module("shared.sae.load")  # so that from_pretrained reads every format
+        importlib.import_module("shared.sae.loading")  # so that from_pretrained reads every format
     return getattr(importlib.import_module(f"shared.sae.{_HOMES[name]}"), name)

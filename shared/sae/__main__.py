@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> None:
         "--to", required=True, metavar="FORMAT", help="granary, saelens, sparsify, dictionary_learning or opensae"
     )
     arguments = parser.parse_args(argv)
-    from shared.sae.load import convert
+    from shared.sae.loading import convert
 
     try:
         found = convert(arguments.source, arguments.target, arguments.to)

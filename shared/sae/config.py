@@ -9,6 +9,7 @@ from shared.basics.errors import GranaryError
 from shared.sae.activation_kinds import ACTIVATION_KINDS
 from shared.sae.sites import Sites, SiteWidths
 
+NOT_AN_SAE = "an SAE reads one site and gives it back"
 NORMALISATIONS = ("none", "scale", "centre_scale", "layer_norm")
 
 
@@ -139,6 +140,11 @@ class SAEConfig(DictionaryConfig):
     d_model: int
     """Width of the activations."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.sites is not None and not (self.sites.is_autoencoder and len(self.sites.reads) == 1):
+            raise GranaryError(f"{NOT_AN_SAE}, not {self.sites}: use variant=transcoder for two places")
+
     @property
     def widths(self) -> SiteWidths:
         """One site, read and written."""
@@ -148,5 +154,5 @@ class SAEConfig(DictionaryConfig):
     def from_widths(cls, widths: SiteWidths) -> dict[str, Any]:
         """One width, read and written."""
         if widths.reads != widths.writes or len(widths.reads) != 1:
-            raise GranaryError("an SAE reads one site and gives it back: use variant=transcoder for two")
+            raise GranaryError(f"{NOT_AN_SAE}: use variant=transcoder for two places")
         return {"d_model": widths.reads[0]}

@@ -12,8 +12,6 @@ when loading.
 """
 
 import json
-import os
-import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -23,14 +21,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from shared.basics.errors import GranaryError
+from shared.basics.files import replacing
+from shared.basics.run_folder import CONFIG_FILE, WEIGHTS_FILE, RunFolder
 from shared.sae.config import DictionaryConfig
 from shared.sae.sites import Sites, SiteWidths
 from shared.sae.weights_file import write_weights
 
 FORMAT = "granary-sae"
 VERSION = 2
-CONFIG_FILE = "config.json"
-WEIGHTS_FILE = "sae.safetensors"
 # What an SAE at the top of a hub repository may consist of, in this format or another that shared.sae.formats reads.
 HUB_FILES = (
     CONFIG_FILE,
@@ -56,7 +54,7 @@ FLAT_KEYS = (
 
 Weights = tuple[DictionaryConfig, dict[str, torch.Tensor]]
 FOREIGN_READERS: list[Callable[[Path], Weights | None]] = []
-"""Readers of other projects' folders, which give None for a folder that is not theirs; ``shared.sae.load`` adds its."""
+"""Readers of other projects' folders; None for a folder that is not theirs. ``shared.sae.loading`` adds its own."""
 
 
 @dataclass(frozen=True)
@@ -105,21 +103,11 @@ def save(
 
     With `fetch` the tensors give names, shapes and types alone, and it gives each one's values when it is its turn.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(to_document(config, training, provenance), indent=2, sort_keys=True)
-    suffix = f".{uuid.uuid4().hex[:8]}.tmp"
-    weights_tmp, config_tmp = folder / (WEIGHTS_FILE + suffix), folder / (CONFIG_FILE + suffix)
-    try:
-        write_weights(weights_tmp, tensors, fetch or tensors.__getitem__, {"granary": text})
-        config_tmp.write_text(text + "\n", encoding="utf-8")
-        for path in (weights_tmp, config_tmp):
-            _sync(path)
-        weights_tmp.replace(folder / WEIGHTS_FILE)
-        config_tmp.replace(folder / CONFIG_FILE)
-        _sync(folder)
-    finally:
-        weights_tmp.unlink(missing_ok=True)
-        config_tmp.unlink(missing_ok=True)
+    files = RunFolder(folder)
+    with replacing(files.config) as config_file, replacing(files.weights) as weights_file:  # the weights go first
+        config_file.write(f"{text}\n".encode())
+        write_weights(weights_file, tensors, fetch or tensors.__getitem__, {"granary": text})
 
 
 def to_document(config: DictionaryConfig, training: Mapping[str, Any], provenance: Mapping[str, Any]) -> dict[str, Any]:
@@ -257,7 +245,7 @@ def load_provenance(folder: str | Path) -> dict[str, Any]:
 
 def is_own(folder: Path) -> bool:
     """Whether the folder has the files of this project's format."""
-    return (folder / CONFIG_FILE).is_file() and (folder / WEIGHTS_FILE).is_file()
+    return RunFolder(folder).has_dictionary
 
 
 def locate(path_or_hub_id: str | Path) -> Path:
@@ -283,11 +271,3 @@ def locate(path_or_hub_id: str | Path) -> Path:
     if not folder.is_dir():
         raise GranaryError(f"the hub repository {owner}/{repository} has no folder {inside}")
     return folder
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -5,7 +5,7 @@ The format: 8 bytes with the header's length (little endian), the header as JSON
 
 import json
 from collections.abc import Callable, Mapping
-from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from torch import Tensor
@@ -18,9 +18,9 @@ CHUNK_BYTES = 1 << 26
 
 
 def write_weights(
-    path: Path, shapes: Mapping[str, Tensor], fetch: Callable[[str], Tensor], metadata: Mapping[str, str]
+    file: BinaryIO, shapes: Mapping[str, Tensor], fetch: Callable[[str], Tensor], metadata: Mapping[str, str]
 ) -> None:
-    """Write `path`. `shapes` may lie on the meta device; `fetch` gives a tensor's values when it is its turn.
+    """Fill an empty `file`. `shapes` may lie on the meta device; `fetch` gives a tensor's values when it is its turn.
 
     Raises GranaryError for a tensor of another type or shape than announced.
     """
@@ -37,14 +37,13 @@ def write_weights(
         }
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the tensors begin at a multiple of 8
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little"))
-        file.write(text)
-        for name in names:
-            tensor = fetch(name).detach().cpu().contiguous()
-            if tensor.shape != shapes[name].shape or tensor.dtype != shapes[name].dtype:
-                raise GranaryError(f"{name} is {tensor.dtype} {list(tensor.shape)}, not as announced")
-            flat = tensor.reshape(-1).view(torch.uint8).numpy()
-            for start in range(0, len(flat), CHUNK_BYTES):
-                file.write(flat[start : start + CHUNK_BYTES].data)
-            del tensor, flat
+    file.write(len(text).to_bytes(8, "little"))
+    file.write(text)
+    for name in names:
+        tensor = fetch(name).detach().cpu().contiguous()
+        if tensor.shape != shapes[name].shape or tensor.dtype != shapes[name].dtype:
+            raise GranaryError(f"{name} is {tensor.dtype} {list(tensor.shape)}, not as announced")
+        flat = tensor.reshape(-1).view(torch.uint8).numpy()
+        for start in range(0, len(flat), CHUNK_BYTES):
+            file.write(flat[start : start + CHUNK_BYTES].data)
+        del tensor, flat

@@ -6,7 +6,7 @@ from shared.store.format.manifest import DamagedObjectError, ShardRecord
 from shared.store.io.base import ObjectMissingError
 from shared.store.statistics import HookStatistics
 from shared.store.store import Store
-from shared.store.window import Window, WindowPlan, parse_bytes, wait_until
+from shared.store.window import Window, WindowPlan
 
 __all__ = [
     "FORMAT_VERSION",
@@ -20,6 +20,4 @@ __all__ = [
     "WindowPlan",
     "bytes_planned",
     "free_bytes",
-    "parse_bytes",
-    "wait_until",
 ]

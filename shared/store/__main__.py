@@ -12,14 +12,14 @@ from rich.table import Table
 from tqdm import tqdm
 
 from shared.basics.errors import GranaryError
+from shared.basics.units import human_bytes
 from shared.launch.stage import fail
 from shared.store.format.layout import FORMAT_VERSION
-from shared.store.statistics import MASSIVE_RATIO, PERCENTILES, HookStatistics
+from shared.store.statistics import OUTLIER_RATIO, PERCENTILES, HookStatistics
 from shared.store.store import Store
 from shared.store.verify import VerifyReport, drop_incomplete, verify
 
 SHOWN_DIMENSIONS = 8
-UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -56,14 +56,6 @@ def main(argv: list[str] | None = None) -> int:
     except GranaryError as error:
         fail(str(error))
     return 0
-
-
-def human_bytes(size: float) -> str:
-    """``1.5 GB``; powers of 1000."""
-    unit = 0
-    while size >= 1000 and unit < len(UNITS) - 1:
-        size, unit = size / 1000, unit + 1
-    return f"{size:.0f} {UNITS[unit]}" if unit == 0 else f"{size:.1f} {UNITS[unit]}"
 
 
 def show_info(store: Store, console: Console) -> int:
@@ -128,11 +120,11 @@ def show_norms(hook: str, figures: HookStatistics, seq_len: int, console: Consol
         span = str(last) if group.first == last else f"{group.first}-{last}"
         table.add_row(span, f"{group.count:,}", *(f"{value:.4g}" for value in group.percentiles.values()))
     console.print(table)
-    massive = figures.massive_dimensions()
-    shown = ", ".join(f"{dimension} ({ratio:.0f} x)" for dimension, ratio in massive[:SHOWN_DIMENSIONS])
-    more = f" and {len(massive) - SHOWN_DIMENSIONS} more" if len(massive) > SHOWN_DIMENSIONS else ""
+    outliers = figures.outlier_dimensions()
+    shown = ", ".join(f"{dimension} ({ratio:.0f} x)" for dimension, ratio in outliers[:SHOWN_DIMENSIONS])
+    more = f" and {len(outliers) - SHOWN_DIMENSIONS} more" if len(outliers) > SHOWN_DIMENSIONS else ""
     console.print(
-        f"massive dimensions (RMS at least {MASSIVE_RATIO:.0f} times the median's): {shown or 'none'}{more}\n",
+        f"outlier dimensions (RMS at least {OUTLIER_RATIO:.0f} times the median's): {shown or 'none'}{more}\n",
         highlight=False,
     )
 

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 BLOCK_ROWS = 64  # 1 MiB of float32 at d_model 4096: stays in the core's own cache
 BINS_PER_OCTAVE = 16  # the norm histogram's bins are 4.4 % wide
-MASSIVE_RATIO = 10.0  # a dimension is called massive where its RMS is this many times the median dimension's
+OUTLIER_RATIO = 10.0  # an outlier dimension is one whose RMS is this many times the median dimension's
 PERCENTILES = (5, 50, 95, 99)
 
 
@@ -227,17 +227,18 @@ class HookStatistics:
             ),
         )
 
-    def massive_dimensions(self) -> list[tuple[int, float]]:
-        """Dimensions whose RMS is at least `MASSIVE_RATIO` times the median's, with that ratio, largest first.
+    def outlier_dimensions(self) -> list[tuple[int, float]]:
+        """Dimensions whose RMS is at least `OUTLIER_RATIO` times the median's, with that ratio, largest first.
 
-        LLaMA-like models have a few (Sun et al. 2024, "Massive Activations in Large Language Models").
+        Language models have a few (Kovaleva et al. 2021, "BERT Busters: Outlier Dimensions that Disrupt Transformers").
+        A massive activation is something else: a single value, far above all others (Sun et al. 2024).
         """
         rms_D = np.sqrt(self.mean**2 + self.var)
         median = float(np.median(rms_D))
         if median == 0:
             return []
         ratio_D = rms_D / median
-        largest = np.argsort(-ratio_D, kind="stable")[: int((ratio_D >= MASSIVE_RATIO).sum())]
+        largest = np.argsort(-ratio_D, kind="stable")[: int((ratio_D >= OUTLIER_RATIO).sum())]
         return [(int(dimension), float(ratio_D[dimension])) for dimension in largest]
 
     def summary(self) -> dict[str, float]:

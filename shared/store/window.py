@@ -18,10 +18,9 @@ Every object is put before what depends on it, and each step may be repeated: a 
 """
 
 import re
-import time
-from collections.abc import Callable, Iterable, Set
+from collections.abc import Iterable, Set
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Self
 
 from shared.basics.errors import GranaryError
 from shared.store.capacity import shard_bytes
@@ -33,18 +32,6 @@ FOLDER = "window"
 PLAN, READER, FINISHED = f"{FOLDER}/plan.json", f"{FOLDER}/reader.json", f"{FOLDER}/finished.json"
 PASSED, FREED = f"{FOLDER}/passed", f"{FOLDER}/freed"
 BLOCKS_IN_WINDOW = 2  # one that training reads, one that the harvest fills
-
-FIRST_POLL, LONGEST_POLL = 0.05, 5.0  # seconds between looks at what the other side has done
-_SIZE = re.compile(r"(?P<number>\d+(?:\.\d+)?)\s*(?P<unit>[kMGTP]?)(?P<binary>i?)B?", re.IGNORECASE)
-
-
-def parse_bytes(text: str | int) -> int:
-    """Bytes of ``2TB``, ``500 GB``, ``1.5TiB`` or a plain number; raises GranaryError for anything else."""
-    found = _SIZE.fullmatch(str(text).strip())
-    if found is None or (found["binary"] and not found["unit"]):
-        raise GranaryError(f"store.window={text} is not a size: write for example 2TB, 500GB, 1.5TiB, or null")
-    power = " kmgtp".index(found["unit"].lower() or " ")
-    return int(float(found["number"]) * (1024 if found["binary"] else 1000) ** power)
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,17 +176,6 @@ class Window:
 def data_keys(record: ShardRecord) -> list[str]:
     """The large objects of a shard: activations and scales, not its statistics."""
     return [array.key for path, array in record.arrays.items() if not path.startswith("statistics/")]
-
-
-def wait_until(ready: Callable[[], bool], waiting: Callable[[float], Any]) -> float:
-    """Poll `ready` with growing pauses; `waiting(seconds)` is called before each. Returns the seconds waited."""
-    start = time.monotonic()
-    pause = FIRST_POLL
-    while not ready():
-        waiting(time.monotonic() - start)
-        time.sleep(pause)
-        pause = min(1.5 * pause, LONGEST_POLL)
-    return time.monotonic() - start
 
 
 def object_check(key: str, data: bytes) -> str | None:

@@ -3,7 +3,7 @@
 import math
 from typing import Any
 
-from shared.store.statistics import MASSIVE_RATIO
+from shared.store.statistics import OUTLIER_RATIO
 from stage_eval.show import page
 from stage_eval.show.page import text
 from stage_eval.show.plots import activation_plots, evaluation_plots
@@ -192,14 +192,14 @@ def activation_rows(activations: Report) -> str:
         ("Variance in the largest dimension", percent(activations["variance_in_largest"])),
         ("FVU that the storage type cost", number(activations["relative_squared_error"])),
         (
-            f"Massive dimensions (RMS {MASSIVE_RATIO:.0f} times the median's)",
-            massive(activations["massive_dimensions"]),
+            f"Outlier dimensions (RMS {OUTLIER_RATIO:.0f} times the median's)",
+            outlier_dimensions(activations["massive_dimensions"]),
         ),
     ]
     return page.table(("training tokens of the store", "value"), [(text(name), value) for name, value in rows])
 
 
-def massive(dimensions: list[Report], shown: int = 4) -> str:
+def outlier_dimensions(dimensions: list[Report], shown: int = 4) -> str:
     """``4 (12 x), 7 (11 x)``."""
     named = ", ".join(f"{row['dimension']} ({row['rms_ratio']:.0f} x)" for row in dimensions[:shown])
     more = f" and {len(dimensions) - shown} more" if len(dimensions) > shown else ""

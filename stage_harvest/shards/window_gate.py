@@ -2,11 +2,10 @@
 
 import logging
 
-from shared.store import Store, wait_until
+from shared.basics.waiting import wait_until
+from shared.store import Store
 
 log = logging.getLogger(__name__)
-
-REPORT_EVERY = 60.0  # seconds
 
 
 class Room:
@@ -16,14 +15,15 @@ class Room:
         self.window = store.window
         self._open_end = 0
         self._ended = False
-        self._reported = 0.0
 
     def wait(self, shard: int) -> bool:
         """Wait until `shard` may be written; False where training has ended, so that nothing more is needed."""
         if self.window is None or shard < self._open_end:
             return True
-        self._reported = 0.0
-        wait_until(lambda: self._look(shard), lambda seconds: self._report(shard, seconds))
+        wait_until(
+            lambda: self._look(shard),
+            lambda: log.info("the window is full: waiting for training before shard %d", shard),
+        )
         return not self._ended
 
     def _look(self, shard: int) -> bool:
@@ -31,8 +31,3 @@ class Room:
         self._open_end = self.window.open_end()
         self._ended = shard >= self._open_end and self.window.finished
         return shard < self._open_end or self._ended
-
-    def _report(self, shard: int, seconds: float) -> None:
-        if seconds >= self._reported:
-            self._reported += REPORT_EVERY
-            log.info("the window is full: waiting for training before shard %d", shard)

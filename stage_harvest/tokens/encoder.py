@@ -25,6 +25,7 @@ import numpy.typing as npt
 from tokenizers import Tokenizer
 
 from shared.basics.errors import GranaryError
+from shared.basics.files import replacing
 
 MAX_WORKERS = 32  # more would wait for the one process that reads the documents
 OWN_CHARACTERS = 400_000  # encoded in this process before any worker is started
@@ -153,13 +154,9 @@ def split_packed(packed: TokenIds) -> list[TokenIds]:
 
 def keep(path: Path, packed: TokenIds) -> None:
     """Write atomically: a file under its name is whole, also after a power cut. GranaryError if the disk refuses."""
-    partial = path.with_suffix(f".{os.getpid()}.partial")
     try:
-        with partial.open("wb") as stream:
+        with replacing(path) as stream:
             np.save(stream, packed)
-            stream.flush()
-            os.fsync(stream.fileno())
-        partial.rename(path)
     except OSError as error:
         raise GranaryError(f"keeping token ids in {path.parent}: {error.strerror}; set spool_dir=...") from error
 

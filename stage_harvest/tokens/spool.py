@@ -1,8 +1,7 @@
 """Tokens on local disk until the store has them: packed contexts, and encoded documents for the run after a kill."""
 
-import errno
-import fcntl
 import hashlib
+import os
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -13,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from shared.basics.errors import GranaryError
+from shared.basics.files import lock_folder
 from stage_harvest.tokens.packing import Context
 
 FIELDS = (("tokens", np.int32), ("mask", np.bool_), ("segments", np.int32))
@@ -38,15 +38,12 @@ class Spool:
         self._packed = self.folder / "packed"
         try:
             self.encoded.mkdir(parents=True, exist_ok=True)
-            self._lock = (self.folder / "lock").open("w")
+            held = lock_folder(self.folder)
         except OSError as error:
             raise GranaryError(f"no spool folder under {place}: {error.strerror}; set spool_dir=...") from error
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno == errno.EWOULDBLOCK:  # any other: a file system without locks
-                self._lock.close()
-                raise GranaryError(f"another harvest is tokenising for {owner}: wait for it, or stop it") from error
+        if held is None:
+            raise GranaryError(f"another harvest is tokenising for {owner}: wait for it, or stop it")
+        self._lock = held
         shutil.rmtree(self._packed, ignore_errors=True)
         self._packed.mkdir()
 
@@ -80,4 +77,4 @@ class Spool:
     ) -> None:
         keep = error is not None and any(self.encoded.glob("*.npy"))
         shutil.rmtree(self._packed if keep else self.folder, ignore_errors=True)
-        self._lock.close()
+        os.close(self._lock)

@@ -14,12 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shared.basics.errors import GranaryError
-from shared.store import Store, Window, wait_until
+from shared.basics.waiting import wait_until
+from shared.store import Store, Window
 from stage_train.data.stores import PinnedStore
 
 log = logging.getLogger(__name__)
-
-REPORT_EVERY = 60.0  # seconds
 
 
 class StoppedWaiting(Exception):  # noqa: N818 - no error: the user asked for it
@@ -75,18 +74,16 @@ class WindowReader:
         return True
 
     def wait(self, block: int) -> None:
-        """Until `ready`. Raises StoppedWaiting."""
-        reported = 0.0
+        """Wait until all of `block` is there. Raises StoppedWaiting."""
 
-        def waiting(seconds: float) -> None:
-            nonlocal reported
+        def report() -> None:
+            log.info("waiting for the harvest: block %d of %d is not there yet", block, self.window.plan.num_blocks)
+
+        def give_up() -> None:
             if self.stop_requested():
                 raise StoppedWaiting
-            if seconds >= reported:
-                reported += REPORT_EVERY
-                log.info("waiting for the harvest: block %d of %d is not there yet", block, self.window.plan.num_blocks)
 
-        wait_until(lambda: self.ready(block), waiting)
+        wait_until(lambda: self.ready(block), report, give_up=give_up)
 
 
 def windowed(stores: Sequence[PinnedStore], max_norm_multiple: float | None) -> WindowReader | None:

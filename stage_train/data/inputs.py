@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from shared.basics.errors import GranaryError
+from shared.basics.units import GIB
 from shared.parallel import World, barrier
 from shared.sae.sites import Sites
 from shared.store import HookStatistics
@@ -22,7 +23,6 @@ from stage_train.data.stream.stream import side_by_side
 
 # Tokens that the initialisation looks at.
 SAMPLE_TOKENS = 8192
-GIB = 1 << 30
 
 
 def order_of(cfg: TrainSchema) -> StreamOrder:

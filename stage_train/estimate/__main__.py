@@ -12,9 +12,11 @@ from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
 from shared.basics.errors import GranaryError
+from shared.launch.config_errors import describe_config_error
 from shared.launch.counts import expand_counts
+from shared.launch.overrides import expand_shorthands
 from shared.launch.schema import fill
-from shared.launch.stage import describe_config_error, expand_shorthands, fail
+from shared.launch.stage import fail
 from stage_train.config import TrainSchema, register
 from stage_train.estimate.config import PlanSchema, split_overrides
 
@@ -69,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def run(options: PlanSchema, overrides: Sequence[str]) -> None:
     """`overrides` are training's."""
     cfg = training_config(overrides)
-    from stage_train.data.inputs import GIB
+    from shared.basics.units import GIB
     from stage_train.estimate.job import find_data, make_job  # torch, and all that training imports
     from stage_train.estimate.pace import find_pace
     from stage_train.estimate.report import Plan, as_json, make_plan, table

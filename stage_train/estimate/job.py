@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from shared.basics.errors import GranaryError
+from shared.basics.units import GIB
 from shared.kernels import resolve
 from shared.parallel import World
 from shared.sae.activation_kinds import ACTIVATION_KINDS
@@ -23,7 +24,7 @@ from shared.sae.sites import Sites, SiteWidths
 from shared.sae.variants import VARIANTS
 from shared.store.format.dtypes import scales_per_row, storage_type
 from stage_train.config import BufferPlace, LayoutKind, TrainSchema
-from stage_train.data.inputs import GIB, SAMPLE_TOKENS, order_of
+from stage_train.data.inputs import SAMPLE_TOKENS, order_of
 from stage_train.data.sites import resolve_sites
 from stage_train.data.stores import pin
 from stage_train.data.stream import StreamOrder, TrainingData

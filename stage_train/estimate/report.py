@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from stage_train.data.inputs import GIB
+from shared.basics.units import GIB
 from stage_train.estimate.job import PlannedRun
 from stage_train.estimate.pace import Pace
 from stage_train.estimate.phases import Block, device_phases, host_phases, peak, staged

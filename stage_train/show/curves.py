@@ -3,7 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-from stage_train.show.loggers import read_metrics
+from shared.basics.files import replacing
+from shared.basics.metrics_file import read_metrics
+from shared.basics.run_folder import RunFolder
 
 PANELS = {
     "loss": "loss",
@@ -36,8 +38,9 @@ def draw_curves(folder: Path) -> Path | None:
         axes.set_xlabel("tokens")
         axes.grid(alpha=0.3)
         _scale(axes, name, [line[name] for line in lines])
-    path = folder / "curves.png"
-    figure.savefig(path, dpi=110)
+    path = RunFolder(folder).curves
+    with replacing(path) as file:
+        figure.savefig(file, dpi=110, format="png")
     return path
 
 

@@ -2,15 +2,17 @@
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
 from shared.basics.errors import GranaryError
+from shared.basics.files import write_bytes
+from shared.basics.metrics_file import lines_up_to
+from shared.basics.run_folder import RunFolder
 from stage_train.config import LoggerKind, LoggerSchema
 
-METRICS = "metrics.jsonl"
 Metrics = Mapping[str, float | int]
 
 
@@ -28,12 +30,12 @@ class JsonlLogger:
     """One JSON object per line and logging step."""
 
     def __init__(self, folder: Path, first_step: int) -> None:
-        """Lines of steps after `first_step`, left by a run that went on after its last checkpoint, are removed."""
-        path = folder / METRICS
-        kept = [line for line in read_metrics(folder) if line["step"] <= first_step] if first_step else []
-        aside = path.with_suffix(".partial")
-        aside.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        aside.replace(path)
+        """Lines of steps after `first_step`, left by a run that went on after its last checkpoint, are removed.
+
+        A damaged line among those that stay is left as it is.
+        """
+        path = RunFolder(folder).metrics
+        write_bytes(path, b"".join(line + b"\n" for line in lines_up_to(folder, first_step)) if first_step else b"")
         self._file = path.open("a")
 
     def write(self, metrics: Metrics) -> None:
@@ -42,7 +44,7 @@ class JsonlLogger:
         self._file.flush()
 
     def close(self) -> None:
-        """To the disk."""
+        """Flush the lines to disk."""
         os.fsync(self._file.fileno())
         self._file.close()
 
@@ -57,7 +59,7 @@ class TensorBoardLogger:
             raise GranaryError(
                 "logger.kinds=[tensorboard] needs tensorboard: pip install 'granary[tensorboard]'"
             ) from error
-        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step or None)
+        self._writer = SummaryWriter(str(RunFolder(folder).tensorboard), purge_step=first_step or None)
 
     def write(self, metrics: Metrics) -> None:
         """One scalar per metric."""
@@ -115,15 +117,3 @@ def make_loggers(
     if LoggerKind.wandb in cfg.kinds:
         loggers.append(WandbLogger(cfg, folder, run_id, name, config))
     return [JsonlLogger(folder, first_step), *loggers]
-
-
-def read_metrics(folder: Path) -> Sequence[dict[str, Any]]:
-    """The lines of ``metrics.jsonl``, without a last one that a kill cut short; empty without the file."""
-    path = folder / METRICS
-    lines = []
-    for line in path.read_text().splitlines() if path.is_file() else []:
-        try:
-            lines.append(json.loads(line))
-        except ValueError:
-            break
-    return lines

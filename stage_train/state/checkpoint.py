@@ -3,6 +3,7 @@
     checkpoints/step-00001000/      one folder per kept step
         .metadata, *.distcp         tensors, readable under any layout and number of processes
         training.json               all that is not a tensor
+        digests.json                what the files are, so that damage is found
     checkpoints/latest              the name of the newest complete folder
 
 A folder is written under another name, flushed to disk, renamed, and only then pointed to: whatever is killed when,
@@ -12,7 +13,6 @@ A folder is written under another name, flushed to disk, renamed, and only then 
 
 import json
 import logging
-import os
 import shutil
 import warnings
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -28,7 +28,9 @@ from torch.distributed.checkpoint.state_dict_saver import AsyncSaveResponse, asy
 from torch.distributed.tensor import DTensor
 
 from shared.basics.errors import GranaryError
+from shared.basics.files import sync_folder, write_text
 from shared.parallel import World, barrier, broadcast_object
+from stage_train.state.integrity import fault_of, write_digests
 
 log = logging.getLogger(__name__)
 
@@ -66,6 +68,22 @@ class Checkpoints:
         """The newest complete checkpoint, the same on every rank; None without one."""
         return broadcast_object(newest_checkpoint(self.folder) if self.world.is_main else None)
 
+    def latest_intact(self, up_to: int | None = None) -> Path | None:
+        """The newest checkpoint (of step `up_to` at most) that is as it was written, likewise.
+
+        Raises GranaryError when all are damaged.
+        """
+        found: tuple[Path | None, str | None] = (None, None)
+        if self.world.is_main:
+            try:
+                found = intact_checkpoint(self.folder, up_to), None
+            except GranaryError as error:
+                found = None, str(error)
+        path, error_line = broadcast_object(found)
+        if error_line is not None:
+            raise GranaryError(error_line)
+        return path
+
     def load(self, path: Path, tensors: dict[str, Tensor]) -> None:
         """Fill `tensors` in place, on all ranks together. Raises GranaryError when the checkpoint lacks them."""
         load_tensors(path, tensors, self._group)
@@ -79,7 +97,7 @@ class Checkpoints:
             for leftover in (final, *self.folder.glob(f"*{PARTIAL}")):
                 shutil.rmtree(leftover, ignore_errors=True)
             partial.mkdir(parents=True)
-            _write_text(partial / STATE, json.dumps(state, indent=1))
+            write_text(partial / STATE, json.dumps(state, indent=1))
         barrier()
         writer = StagingWriter(partial, single_file_per_rank=True, sync_files=True)
         alone = self._group is None
@@ -99,6 +117,9 @@ class Checkpoints:
             pending.result()
         except (CheckpointException, OSError, RuntimeError) as error:
             why = _reason(error)
+            if self.world.is_main:  # what is cut off would take the room of the next one
+                for leftover in self.folder.glob(f"*{PARTIAL}"):
+                    shutil.rmtree(leftover, ignore_errors=True)
             raise GranaryError(f"a checkpoint in {self.folder} could not be written ({why}): is there room?") from error
         barrier()
 
@@ -125,13 +146,16 @@ class Checkpoints:
         written.result()
         if not self.world.is_main:
             return
+        write_digests(partial)
         sync_folder(partial)
         partial.rename(final)
         sync_folder(self.folder)
-        _write_text(self.folder / POINTER, final.name)
-        for old in sorted(self.folder.glob("step-*"))[: -self.keep]:
-            if old != final:
-                shutil.rmtree(old, ignore_errors=True)
+        write_text(self.folder / POINTER, final.name)
+        steps = sorted(path for path in self.folder.glob("step-*") if PARTIAL not in path.name)
+        kept = [path for path in steps if path <= final][-self.keep :]
+        for other in steps:  # a later one is damaged, or of a run that went on from before it
+            if other not in kept:
+                shutil.rmtree(other, ignore_errors=True)
         shutil.rmtree(self.discarded, ignore_errors=True)
 
 
@@ -150,12 +174,43 @@ def newest_checkpoint(folder: Path) -> Path | None:
     return folder / pointer.read_text().strip() if pointer.is_file() else None
 
 
+def intact_checkpoint(folder: Path, up_to: int | None = None) -> Path | None:
+    """The newest checkpoint of a folder, of step `up_to` at most, that is as it was written; None where there is none.
+
+    Damaged ones are named and passed over. Raises GranaryError when all there are, are damaged.
+    """
+    newest = newest_checkpoint(folder)
+    if newest is None:
+        return None
+    older = sorted((path for path in folder.glob("step-*") if path.name < newest.name), reverse=True)
+    paths = [newest, *(path for path in older if PARTIAL not in path.name)]
+    if up_to is not None:
+        paths = [path for path in paths if path.name <= f"step-{up_to:08d}"]
+        if not paths:
+            return None
+    faults: list[tuple[Path, str]] = []
+    for path in paths:
+        fault = fault_of(path)
+        if fault is None:
+            for damaged in faults:
+                log.warning("checkpoint %s is damaged (%s): using %s", *damaged, path)
+            return path
+        faults.append((path, fault))
+    raise GranaryError(
+        f"checkpoint {paths[0]} is damaged ({faults[0][1]}), and no older one is intact: put it back from a copy, or "
+        "give checkpoint.resume=never to begin anew (checkpoint.keep=2 keeps an older one)"
+    )
+
+
 def read_state(path: Path) -> dict[str, Any]:
     """What a checkpoint holds beside tensors. Raises GranaryError when it cannot be read."""
     try:
         return dict(json.loads((path / STATE).read_text()))
     except (OSError, ValueError) as error:
-        raise GranaryError(f"checkpoint {path} cannot be read ({error}): remove it, or use resume=never") from error
+        raise GranaryError(
+            f"checkpoint {path} cannot be read ({error}): put it back from a copy, or begin anew with "
+            "checkpoint.resume=never"
+        ) from error
 
 
 def load_tensors(path: Path, tensors: dict[str, Tensor], group: dist.ProcessGroup | None = None) -> None:
@@ -169,7 +224,10 @@ def load_tensors(path: Path, tensors: dict[str, Tensor], group: dist.ProcessGrou
         load(tensors, checkpoint_id=path, process_group=group, no_dist=group is None)
     except (CheckpointException, OSError, RuntimeError, ValueError) as error:
         why = _reason(error)
-        raise GranaryError(f"checkpoint {path} cannot be loaded ({why}): use resume=never to begin anew") from error
+        raise GranaryError(
+            f"checkpoint {path} cannot be loaded ({why}): put it back from a copy, or begin anew with "
+            "checkpoint.resume=never"
+        ) from error
 
 
 def _expect_one_process() -> None:
@@ -182,23 +240,3 @@ def _reason(error: BaseException) -> str:
     if isinstance(error, CheckpointException) and error.failures:
         return str(next(iter(error.failures.values()))[0])
     return str(error)
-
-
-def _write_text(path: Path, text: str) -> None:
-    """Atomic and durable."""
-    aside = path.with_name(path.name + PARTIAL)
-    with aside.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames in a folder durable."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

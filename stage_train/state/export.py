@@ -4,22 +4,22 @@ import argparse
 import hashlib
 import json
 import logging
-import platform
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from shared.basics.errors import GranaryError
+from shared.basics.run_folder import RunFolder
+from shared.basics.versions import software_versions
 from shared.launch.stage import fail
 from shared.sae import folder as on_disk
-from shared.sae.load import KINDS
+from shared.sae.loading import KINDS
 from shared.sae.sites import Sites
 from shared.sae.variants import VARIANTS
 from stage_train.data.stores import PinnedStore
-from stage_train.state.checkpoint import load_tensors, newest_checkpoint, read_state
+from stage_train.state.checkpoint import intact_checkpoint, load_tensors, read_state
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ def provenance(
         "config_hash": digest(identity),
         "steps": steps,
         "tokens": tokens,
-        "versions": versions(),
+        "versions": software_versions("torch"),
     }
 
 
@@ -68,19 +68,9 @@ def export(checkpoint: Path, folder: Path) -> None:
     on_disk.save(folder, config, shapes, saved.training, saved.provenance, fetch=fetch)
 
 
-def is_exported(folder: Path) -> bool:
-    """Whether the folder holds an exported SAE."""
-    return (folder / "config.json").is_file() and (folder / "sae.safetensors").is_file()
-
-
 def run_id(folder: Path, identity: Mapping[str, Any]) -> str:
     """A name for the run that is the same whenever it is continued."""
     return digest({"folder": str(folder.resolve()), **identity})[:16]
-
-
-def versions() -> dict[str, str]:
-    """The software that made the weights."""
-    return {"granary": version("granary"), "torch": torch.__version__, "python": platform.python_version()}
 
 
 def digest(value: Mapping[str, Any]) -> str:
@@ -95,9 +85,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("target", type=Path, nargs="?", help="where to write; default: the run's folder")
     options = parser.parse_args(arguments)
     try:
-        newest = newest_checkpoint(options.run / "checkpoints")
+        newest = intact_checkpoint(RunFolder(options.run).checkpoints)
         if newest is None:
-            raise GranaryError(f"there is no checkpoint in {options.run / 'checkpoints'}: give the out_dir of a run")
+            raise GranaryError(
+                f"there is no checkpoint in {RunFolder(options.run).checkpoints}: give the out_dir of a run"
+            )
         target = options.target or options.run
         export(newest, target)
     except GranaryError as error:

@@ -12,7 +12,9 @@ FREE = frozenset(key for key, mark in marks(TrainSchema) if not mark.identity)
 SHARED = frozenset(key for key, mark in marks(TrainSchema) if mark.shared)
 
 # Keys that are younger than the first runs, with the value at which all is as before them: such a run keeps its id.
-YOUNGER = {"reads": None, "writes": None, "variant.kind": "sae"}
+YOUNGER = {"reads": None, "writes": None, "variant.kind": "sae", "init_from": None}
+# Either may be raised: the run goes on.
+LENGTHS = ("schedule.tokens", "schedule.epochs")
 
 
 def identity(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -25,17 +27,31 @@ def shared_keys(config: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in flatten(config) if key in SHARED}
 
 
-def check_same_run(saved: Mapping[str, Any], wanted: Mapping[str, Any], folder: object) -> None:
-    """Raise GranaryError naming what differs between two identities."""
-    changed = [
+def changes(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    """What differs between two identities, one text per key."""
+    return [
         f"{key} was {saved.get(key)}, is {wanted.get(key)}"
         for key in sorted(saved.keys() | wanted.keys())
         if saved.get(key) != wanted.get(key)
     ]
-    if changed:
+
+
+def is_extension(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
+    """Whether `wanted` is the same run, only longer."""
+    changed = [key for key in saved.keys() | wanted.keys() if saved.get(key) != wanted.get(key)]
+    if len(changed) != 1 or changed[0] not in LENGTHS:
+        return False
+    before, after = saved.get(changed[0]), wanted.get(changed[0])
+    return before is not None and after is not None and after > before
+
+
+def check_same_run(saved: Mapping[str, Any], wanted: Mapping[str, Any], folder: object) -> None:
+    """Raise GranaryError naming what differs between two identities, unless it is a greater length."""
+    changed = changes(saved, wanted)
+    if changed and not is_extension(saved, wanted):
         raise GranaryError(
-            f"{folder} holds a run with another configuration: {'; '.join(changed)}. Use the same, another name=..., "
-            "or checkpoint.resume=never to discard it"
+            f"{folder} holds a run with another configuration: {'; '.join(changed)}. Use the same, give this one "
+            "a folder of its own by sae_name=..., or checkpoint.resume=never to discard the other"
         )
 
 

@@ -1,12 +1,12 @@
 """One run per output folder: two at once would tear each other's checkpoints."""
 
-import fcntl
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from shared.basics.errors import GranaryError
+from shared.basics.files import lock_folder
 from shared.parallel import World
 
 
@@ -22,17 +22,12 @@ def only_run_in(folder: Path, world: World) -> Iterator[None]:
         return
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        handle = os.open(folder, os.O_RDONLY)
+        held = lock_folder(folder)
     except OSError as error:
         raise GranaryError(f"no folder {folder}: {error.strerror}; set out_dir") from error
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(handle)
-        raise GranaryError(f"another run is training into {folder}: wait for it, end it, or set out_dir") from None
-    except OSError:
-        pass
+    if held is None:
+        raise GranaryError(f"another run is training into {folder}: wait for it, end it, or give sae_name=...")
     try:
         yield
     finally:
-        os.close(handle)
+        os.close(held)

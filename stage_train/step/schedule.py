@@ -39,12 +39,17 @@ class LearningRate:
                 f"schedule.warmup is {self.warmup_steps} steps, but the run has {self.total_steps}: shorten it"
             )
 
+    @property
+    def decays_from(self) -> int:
+        """Steps before the decay; all, without one."""
+        return self.total_steps - min(self.decay_steps, self.total_steps - self.warmup_steps)
+
     def at(self, step: int) -> float:
         """The rate of a step, counted from 0. The first step's is above 0 even with a warm-up."""
         if step < self.warmup_steps:
             return self.peak * (step + 1) / self.warmup_steps
-        length = min(self.decay_steps, self.total_steps - self.warmup_steps)
-        into = step + 1 - (self.total_steps - length)
+        length = self.total_steps - self.decays_from
+        into = step + 1 - self.decays_from
         if into <= 0:
             return self.peak
         progress = min(

@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from tests.bits.matrix import STAGES, Case
@@ -38,6 +38,7 @@ class Side:
     label: str
     tree: Path
     folder: Path
+    running: "list[subprocess.Popen[bytes]]" = field(default_factory=list)
 
     def check(self) -> None:
         """Raise RuntimeError unless it is this tree's packages that are imported: the venv knows another tree's."""
@@ -70,7 +71,13 @@ class Side:
 
         for stage in STAGES:
             with ThreadPoolExecutor(jobs) as pool:
-                list(pool.map(one, [case for case in cases if case.stage == stage]))
+                try:
+                    list(pool.map(one, [case for case in cases if case.stage == stage]))
+                except BaseException:  # Ctrl-C: the commands, each a session of its own, are not told by the terminal
+                    pool.shutdown(wait=False, cancel_futures=True)
+                    for process in self.running:
+                        process.kill()
+                    raise
         return failed
 
     def _is_done(self, case: Case) -> bool:
@@ -98,11 +105,15 @@ class Side:
             )
 
     def _finish(self, case: Case, process: "subprocess.Popen[bytes]") -> None:
+        """Wait; raises CaseFailedError for a status other than 0."""
+        self.running.append(process)
         try:
             status = process.wait(SECONDS)
-        except BaseException:
-            os.killpg(process.pid, signal.SIGKILL)
-            raise
+        except subprocess.TimeoutExpired:
+            process.kill()  # its ranks end with it
+            raise CaseFailedError(f"not done after {SECONDS} s") from None
+        finally:
+            self.running.remove(process)
         if status:
             lines = self._log(case).read_text(errors="replace").strip().splitlines() or [f"status {status}"]
             told = [line for line in lines if line.startswith("error")] or lines

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
+from shared.basics.metrics_file import read_metrics
 from shared.sae import SAE
 from shared.store import Store
-from stage_train.show.loggers import read_metrics
 from tests.closeness import REORDERED, SAME_RUN, assert_close_in_norm, difference_in_norm
 from tests.distributed.test_train_ranks import Runs
 

@@ -15,11 +15,11 @@ import pytest
 import torch
 from hydra import initialize_config_module
 
+from shared.basics.metrics_file import read_metrics
 from shared.parallel import World
 from shared.sae import SAE, load_provenance
 from shared.store import Store
 from stage_train import config
-from stage_train.show.loggers import read_metrics
 from stage_train.state.checkpoint import newest_checkpoint
 from tests.closeness import REORDERED, SAME_RUN, assert_close_in_norm
 
@@ -173,9 +173,10 @@ def test_four_processes_and_a_mesh(runs: Runs) -> None:
         assert_same_run(runs, "one", name)
 
 
-def test_a_signal_to_the_command_reaches_the_ranks(runs: Runs) -> None:
-    """SIGUSR1 to ``python -m stage_train nproc=2``, as Slurm sends it: all ranks save, nothing is left running."""
-    job = runs.job("signalled", f"run_dir={runs.folder}", "nproc=2", "schedule.tokens=100_000_000")
+@pytest.mark.parametrize(("number", "name"), [(signal.SIGUSR1, "SIGUSR1"), (signal.SIGINT, "Ctrl-C")])
+def test_a_signal_to_the_command_reaches_the_ranks(runs: Runs, number: signal.Signals, name: str) -> None:
+    """SIGUSR1 to ``python -m stage_train nproc=2``, as Slurm sends it, or Ctrl-C: all ranks save and end."""
+    job = runs.job(name, f"run_dir={runs.folder}", "nproc=2", "schedule.tokens=100_000_000")
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
         [sys.executable, "-m", "stage_train", *job["overrides"]],
@@ -186,15 +187,15 @@ def test_a_signal_to_the_command_reaches_the_ranks(runs: Runs) -> None:
     with process:
         try:
             deadline = time.monotonic() + 90
-            while not read_metrics(runs.folder / "signalled"):
+            while not read_metrics(runs.folder / name):
                 assert process.poll() is None
                 assert time.monotonic() < deadline
                 time.sleep(0.05)
-            process.send_signal(signal.SIGUSR1)
+            process.send_signal(number)
             _, errors = process.communicate(timeout=90)
         finally:
             process.kill()
-    assert process.returncode == 128 + signal.SIGUSR1
-    assert "stopped by SIGUSR1 after step" in errors
+    assert process.returncode == 128 + number
+    assert f"stopped by {name} after step" in errors
     assert "Traceback" not in errors
-    assert newest_checkpoint(runs.folder / "signalled/checkpoints") is not None
+    assert newest_checkpoint(runs.folder / name / "checkpoints") is not None

@@ -51,5 +51,9 @@ def kernels(request, monkeypatch):
             monkeypatch.setattr(threshold, "BLOCK_COLUMNS", 32)
             monkeypatch.setattr(encode, "SMALLEST_TILE", 48)
             monkeypatch.setattr(encode, "WORKSPACE_MB", 0)
+            monkeypatch.setattr(encode, "TILE_ROWS", 2)
+            monkeypatch.setattr(threshold, "PAIRS_PER_ROW", 4)
+            monkeypatch.setattr(threshold, "_pairs_per_row", {})
             monkeypatch.setattr(grad, "SUM_BLOCK_P", 8)
+            monkeypatch.setattr(grad, "CHUNK", 8)
     return request.param

@@ -15,6 +15,7 @@ def compile_check(*arguments, **environment):
     return subprocess.run(command, env=env, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.slow  # `.ci/run` compiles all of them by `make compile-kernels`
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 def test_kernels_compile_for_sm_80_and_sm_90():
     result = compile_check("--d-model", "768", "--k", "64", "--types", "bf16")

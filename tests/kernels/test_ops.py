@@ -211,6 +211,17 @@ def test_row_update(rng, monkeypatch, kernels, unit_rows, num_rows, d, tile_elem
     torch.testing.assert_close(results[kernels], results["reference"], rtol=2e-5, atol=2e-6)
 
 
+@pytest.mark.parametrize("num_rows", [16, 21])  # whole chunks of 8 pairs, and pairs on both sides of them
+def test_latents_that_fire_on_every_row(kernels, rng, num_rows):
+    indices = torch.tensor([[2, 5], [5, 2], [5, 0]], device=DEVICE).repeat(num_rows // 3 + 1, 1)[:num_rows]
+    values, rows = integers(rng, num_rows, 2), integers(rng, num_rows, 9)
+    expected = row_grad(values, indices, rows, 7, PairOrder(indices, 7), kernels="reference")
+    result = row_grad(values.float(), indices, rows.float(), 7, PairOrder(indices, 7), kernels=kernels)
+    assert_same(result, expected)
+    expected = latent_sum(values, indices, 7, PairOrder(indices, 7), kernels="reference")
+    assert_same(latent_sum(values.float(), indices, 7, PairOrder(indices, 7), kernels=kernels), expected)
+
+
 def test_no_picks_at_all(kernels, rng):
     indices = torch.full((4, 3), -1, device=DEVICE)
     values, rows, W = (integers(rng, *shape).float() for shape in ((4, 3), (4, 5), (7, 5)))

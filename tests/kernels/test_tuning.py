@@ -9,7 +9,7 @@ from shared.kernels.decode import triton as decode_triton
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch):
-    monkeypatch.setattr(tuning, "FOLDER", tmp_path / "cache")
+    monkeypatch.setenv("GRANARY_TUNING", str(tmp_path / "cache"))
     tuning._table.cache_clear()
     yield
     tuning._table.cache_clear()
@@ -58,3 +58,39 @@ def test_dot_picks_in_parts_of_the_columns_equals_the_whole(kernels):
         with tuning.trial({tuning.key("dot_picks", 70): choice}):
             result = dot_picks(grad.to(device), indices.to(device), W.to(device), kernels="triton")
         assert torch.equal(result.cpu(), expected)
+
+
+def test_a_choice_holds_for_batches_of_its_size():
+    tuning.save("none", {})
+    small, large = (tuning.key("decode", 64, num_pairs) for num_pairs in (1 << 19, 1 << 22))
+    assert small == tuning.key("decode", 64, (1 << 20) - 1)
+    with tuning.trial({small: {"BLOCK_D": 32}}):
+        assert tuning.tuned("decode", 64, {"BLOCK_D": 64}, num_pairs=1 << 19) == {"BLOCK_D": 32}
+        assert tuning.tuned("decode", 64, {"BLOCK_D": 64}, num_pairs=1 << 22) == {"BLOCK_D": 64}
+    assert small != large
+
+
+def test_a_user_without_a_home_needs_none(monkeypatch):
+    def no_home(*_):
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("GRANARY_TUNING")
+    monkeypatch.setattr(tuning.Path, "home", no_home)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
+    assert tuning.tuned("decode", 64, {"BLOCK_D": 64}) == {"BLOCK_D": 64}
+
+
+def test_a_torn_write_leaves_the_file_as_it_was(monkeypatch):
+    path = tuning.save("NVIDIA H200", {tuning.key("decode", 64): {"BLOCK_D": 32}})
+    before = path.read_text()
+
+    def torn(self, text):
+        with self.open("w") as file:
+            file.write(text[: len(text) // 2])
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(tuning.Path, "write_text", torn)
+    with pytest.raises(OSError, match="no space"):
+        tuning.save("NVIDIA H200", {tuning.key("row_grad", 64): {"BLOCK_P": 4}})
+    assert path.read_text() == before

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from shared.sae import SAE
-from shared.sae.load import convert, load_any
+from shared.sae.loading import convert, load_any
 from tests.foreign import foreign_weights, write_gemma_scope, write_llama_scope, write_saelens
 from tests.formulas import ACTIVATIONS, NORMALISATIONS, PROVENANCE, D, F, K, activations, assert_same, make_sae
 from tests.unit.sae.formats.test_formats import SAELENS_CASES, label

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from shared.sae.load import convert, load_any
+from shared.sae.loading import convert, load_any
 from tests.foreign import foreign_weights
 from tests.formulas import PROVENANCE, D, F, K, activations, assert_same, make_sae
 

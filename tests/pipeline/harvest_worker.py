@@ -16,7 +16,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
-from shared.launch.stage import expand_shorthands
+from shared.launch.overrides import expand_shorthands
 from shared.lm import capture, load_trunk, packed_inputs
 from shared.lm.hookpoint import hook_points
 from stage_harvest.config import register

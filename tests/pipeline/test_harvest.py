@@ -5,10 +5,7 @@ import json
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -24,14 +21,13 @@ from shared.lm import capture, load_causal_lm, load_tokenizer, packed_inputs
 from shared.lm.hookpoint import SITES, hook_points
 from shared.store import Store
 from tests.cli import ForkServer
-from tests.harvesting import ENVIRONMENT, LAYERS, PRELOAD, VOCAB, D, Harvester, make_model, same_files
+from tests.harvesting import LAYERS, VOCAB, D, Harvester, make_model, same_files
 
 
 @pytest.fixture(scope="module")
-def harvester(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Harvester]:
+def harvester(stages: ForkServer, tmp_path_factory: pytest.TempPathFactory) -> Harvester:
     root = tmp_path_factory.mktemp("harvest")
-    with ForkServer(root, PRELOAD) as server:
-        yield Harvester(root, server)
+    return Harvester(root, stages.at(root))
 
 
 @pytest.fixture(scope="module")
@@ -151,8 +147,7 @@ def test_killed_and_run_again_gives_the_same_bytes(harvester: Harvester) -> None
     changes = {"store__shard_contexts": 1, "corpus__shuffle": "true", "corpus__shuffle_window": 5}
     whole = harvester.harvest("whole", **changes)
     assert whole.num_shards > 20
-    command = [sys.executable, "-m", "stage_harvest", *harvester.arguments("killed", **changes)]
-    process = subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.DEVNULL, cwd=harvester.root)
+    process = harvester.server.start("stage_harvest", *harvester.arguments("killed", **changes))
     manifest = harvester.root / "killed" / "manifest"
     deadline = time.monotonic() + 120
     while not (manifest.is_dir() and any(manifest.glob("*.json"))) and time.monotonic() < deadline:
@@ -180,8 +175,7 @@ def test_killed_while_tokenising_goes_on_from_there(harvester: Harvester) -> Non
         "batch_contexts": 40,
         "tokenise_workers": 2,
     }
-    command = [sys.executable, "-m", "stage_harvest", *harvester.arguments("torn", **changes)]
-    process = subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.DEVNULL, cwd=harvester.root)
+    process = harvester.server.start("stage_harvest", *harvester.arguments("torn", **changes))
     deadline = time.monotonic() + 120
     while not (kept := list(harvester.root.glob("run/spool-*/encoded/*.npy"))[4:]) and time.monotonic() < deadline:
         time.sleep(0.001)

@@ -2,14 +2,13 @@
 
 import subprocess
 import sys
-from collections.abc import Iterator
 
 import pytest
 import torch
 
 from shared.store import Store
 from tests.cli import ForkServer
-from tests.harvesting import ENVIRONMENT, PRELOAD, Harvester
+from tests.harvesting import ENVIRONMENT, Harvester
 
 pytest.importorskip("torchao", reason="needs the extra quantised: make test-quantised")
 pytest.importorskip("bitsandbytes", reason="needs the extra quantised: make test-quantised")
@@ -20,12 +19,11 @@ HOOK = "layers.1.resid_post"
 
 
 @pytest.fixture(scope="module")
-def harvester(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Harvester]:
+def harvester(stages: ForkServer, tmp_path_factory: pytest.TempPathFactory) -> Harvester:
     root = tmp_path_factory.mktemp("quantised")
-    with ForkServer(root, PRELOAD) as server:
-        harvester = Harvester(root, server)
-        harvester.harvest("exact", **BUNDLED)
-        yield harvester
+    harvester = Harvester(root, stages.at(root))
+    harvester.harvest("exact", **BUNDLED)
+    return harvester
 
 
 def activations(store: Store) -> torch.Tensor:

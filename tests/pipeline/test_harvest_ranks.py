@@ -7,7 +7,6 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +19,7 @@ from transformers import AutoModelForCausalLM
 from shared.store import Store
 from tests.cli import ForkServer
 from tests.families import FAMILIES
-from tests.harvesting import ENVIRONMENT, PRELOAD, Harvester, same_files
+from tests.harvesting import ENVIRONMENT, Harvester, same_files
 
 WORKER = Path(__file__).with_name("harvest_worker.py")
 # Sums are taken in another order. bfloat16 keeps 8 bits, and each branch of each layer rounds anew.
@@ -28,12 +27,11 @@ TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2}
 
 
 @pytest.fixture(scope="module")
-def harvester(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Harvester]:
+def harvester(stages: ForkServer, tmp_path_factory: pytest.TempPathFactory) -> Harvester:
     root = tmp_path_factory.mktemp("ranks")
-    with ForkServer(root, PRELOAD) as server:
-        harvester = Harvester(root, server)
-        harvester.harvest("one")
-        yield harvester
+    harvester = Harvester(root, stages.at(root))
+    harvester.harvest("one")
+    return harvester
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +73,7 @@ def test_four_replicas_write_the_bytes_of_one(harvester: Harvester) -> None:
     same_files(harvester.root / "one", harvester.root / "dp4")
 
 
+@pytest.mark.slow  # the next one starts them by the same command line, and the ranks' bytes are compared above
 def test_the_command_line_starts_its_ranks(harvester: Harvester) -> None:
     command = [sys.executable, "-m", "stage_harvest", *harvester.arguments("two", nproc=2)]
     run = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, cwd=harvester.root, timeout=300)

@@ -34,10 +34,7 @@ COMMON = [
 # Activation and layout: what a tiny run must share with the measured one, to load the same libraries.
 SHARED = ("sae=", "parallel", "optim.", "nproc=", "compute.")
 
-QUICK = {
-    "topk": ["sae.d_latent=32768"],
-    "fsdp x2": ["nproc=2", "parallel=fsdp", "sae.d_latent=65536", "sae.encoder_init=transpose"],
-}
+QUICK = {"topk": ["sae.d_latent=32768"]}
 FULL = {
     "topk, twice the latents": ["sae.d_latent=65536"],
     "topk, a save at the end alone": ["sae.d_latent=32768", "checkpoint.every=0"],
@@ -58,6 +55,7 @@ FULL = {
     "gated": ["sae=gated", "sae.d_latent=16384", "stream.batch_size=1024"],
     "ddp x2": ["nproc=2", "parallel=ddp", "sae.d_latent=32768"],
     "ddp x2, micro-batches": ["nproc=2", "parallel=ddp", "sae.d_latent=32768", "optim.micro_batch=64"],
+    "fsdp x2": ["nproc=2", "parallel=fsdp", "sae.d_latent=65536", "sae.encoder_init=transpose"],
     "latent x2": ["nproc=2", "parallel=latent", "sae.d_latent=65536"],
     "fsdp x2, a save at the end alone": ["nproc=2", "parallel=fsdp", "sae.d_latent=65536", "checkpoint.every=0"],
 }

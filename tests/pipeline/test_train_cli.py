@@ -1,37 +1,30 @@
 """Training as a user runs it: kills and signals in the middle, and one clear line for each wrong input."""
 
-import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
+from shared.basics.metrics_file import read_metrics
 from shared.sae import SAE
 from shared.store import Store
-from stage_train.show.loggers import read_metrics
+from tests.cli import Child, ForkServer, Result
 
 TIMES = {"tokens_per_s", "wait_share"}
 
 
-def start(*overrides: str) -> "subprocess.Popen[str]":
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "default"}
-    command = [sys.executable, "-m", "stage_train", "logger.progress=false", "logger.curves=false", *overrides]
-    return subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+Start = Callable[..., Child]
 
 
-def finish(process: "subprocess.Popen[str]") -> tuple[int, str]:
-    with process:
-        try:
-            _, errors = process.communicate(timeout=120)
-        finally:
-            process.kill()
-    return process.returncode, errors
+@pytest.fixture(scope="module")
+def start(stages: ForkServer, store: Path) -> Start:
+    """Begin ``python -m stage_train`` with these overrides."""
+    return partial(stages.at(store.parent).start, "stage_train", "logger.progress=false", "logger.curves=false")
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +34,7 @@ def store(tmp_path_factory: pytest.TempPathFactory, planted_store: Callable[...,
     return folder
 
 
-def test_killed_and_signalled_runs_end_with_the_same_weights(store: Path) -> None:
+def test_killed_and_signalled_runs_end_with_the_same_weights(start: Start, store: Path) -> None:
     """SIGKILL once in mid-run, SIGUSR1 once, the same command each time: bit for bit an uninterrupted run."""
     common = [f"store.url={store}", "sae.k=3", "sae.expansion=8", "stream.batch_size=16", "schedule.tokens=24_000"]
     common += ["checkpoint.every=100", "logger.every=50", "sae.dead_after_tokens=500"]
@@ -52,22 +45,20 @@ def test_killed_and_signalled_runs_end_with_the_same_weights(store: Path) -> Non
     process = start(*command)
     wait_for(broken, process, step=150)
     process.send_signal(signal.SIGKILL)
-    assert finish(process)[0] == -signal.SIGKILL
+    assert process.wait() == -signal.SIGKILL
 
     process = start(*command)
     wait_for(broken, process, step=400)
     process.send_signal(signal.SIGUSR1)
-    status, errors = finish(process)
-    assert status == 0, errors
-    assert "continuing from step" in errors
-    assert "stopped by SIGUSR1 after step" in errors
-    assert "the same command continues" in errors
+    stopped = process.finish()
+    assert stopped.code == 0, stopped.stderr
+    assert "continuing from step" in stopped.stderr
+    assert "stopped by SIGUSR1 after step" in stopped.stderr
+    assert "the same command continues" in stopped.stderr
     assert not (broken / "sae.safetensors").exists()
 
-    status, errors = finish(start(*command))
-    assert status == 0, errors
-    status, errors = finish(uninterrupted)
-    assert status == 0, errors
+    for process in (start(*command), uninterrupted):
+        assert process.finish().code == 0, process.errors
     first, second = (SAE.from_pretrained(folder).state_dict() for folder in (straight, broken))
     assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
     lines = [
@@ -78,17 +69,17 @@ def test_killed_and_signalled_runs_end_with_the_same_weights(store: Path) -> Non
     assert len(lines[0]) > 10
 
 
-def wait_for(folder: Path, process: "subprocess.Popen[str]", step: int) -> None:
+def wait_for(folder: Path, process: Child, step: int) -> None:
     deadline = time.monotonic() + 90
     while not any(line["step"] >= step for line in read_metrics(folder)):
-        assert process.poll() is None, finish(process)
+        assert process.poll() is None, process.errors
         assert time.monotonic() < deadline
         time.sleep(0.02)
 
 
 @pytest.fixture(scope="module")
-def faults(store: Path) -> dict[str, tuple[int, str]]:
-    """Exit status and stderr of one wrong command each, run side by side."""
+def faults(start: Start, store: Path) -> dict[str, Result]:
+    """How one wrong command each ends, run side by side."""
     torn = store.with_name("torn")
     shutil.copytree(store, torn)
     victim = max((torn / "layers").rglob("c/2/0/0"), key=lambda path: path.stat().st_size)
@@ -109,11 +100,8 @@ def faults(store: Path) -> dict[str, tuple[int, str]]:
         "type": [good, "stream.batch_size=many"],
         "k": [good, "sae.k=500"],
     }
-    return {name: finish(process) for name, process in launch_all(store, commands).items()}
-
-
-def launch_all(store: Path, commands: dict[str, list[str]]) -> dict[str, "subprocess.Popen[str]"]:
-    return {name: start(f"run_dir={store.with_name(name)}", *command) for name, command in commands.items()}
+    begun = {name: start(f"run_dir={store.with_name(name)}", *command) for name, command in commands.items()}
+    return {name: process.finish() for name, process in begun.items()}
 
 
 @pytest.mark.parametrize(
@@ -128,9 +116,31 @@ def launch_all(store: Path, commands: dict[str, list[str]]) -> dict[str, "subpro
         ("k", "sae.k=500 is more than the 192 latents"),
     ],
 )
-def test_a_wrong_input_is_one_line(faults: dict[str, tuple[int, str]], name: str, line: str) -> None:
-    status, errors = faults[name]
-    assert status == 2
-    assert "Traceback" not in errors
-    (error,) = [text for text in errors.splitlines() if text.startswith("error")]
+def test_a_wrong_input_is_one_line(faults: dict[str, Result], name: str, line: str) -> None:
+    assert faults[name].code == 2
+    assert "Traceback" not in faults[name].stderr
+    (error,) = [text for text in faults[name].stderr.splitlines() if text.startswith("error")]
     assert line in error
+
+
+def test_a_second_sae_has_a_folder_of_its_own(store: Path) -> None:
+    """Nothing of the first is touched: not its weights, metrics, log or configuration."""
+    run_dir = store.with_name("several")
+    common = [f"run_dir={run_dir}", f"store.url={store}", "sae.expansion=4", "schedule.tokens=64"]
+    common += ["stream.batch_size=16"]
+    done = start(*common, "sae.k=3").finish()
+    assert done.code == 0, done.stderr
+    before = {path: path.read_bytes() for path in (run_dir / "sae").rglob("*") if path.is_file()}
+    done = start(*common, "sae.k=2").finish()
+    assert done.code == 0, done.stderr
+    log = run_dir / "sae" / "train.log"
+    after = {path: path.read_bytes() for path in (run_dir / "sae").rglob("*") if path.is_file()}
+    assert after.pop(log).startswith(before.pop(log))  # and one line that says where the other is
+    assert after == before
+    beside = run_dir / "sae,k=2"
+    assert SAE.from_pretrained(beside).config.k == 2
+    assert f"the SAE is in {beside}" in (beside / "train.log").read_text()
+    assert f"""sae.path='"{beside}"' out_dir='"{beside}"'""" in done.stderr
+    done = start(*common, "sae.k=2", "sae_name=sae").finish()
+    assert done.code == 0, done.stderr
+    assert f"this one goes to {beside}" in done.stderr

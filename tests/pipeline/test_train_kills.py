@@ -15,10 +15,10 @@ import pytest
 import torch
 
 from shared.basics.errors import GranaryError
+from shared.basics.metrics_file import read_metrics
 from shared.parallel import World
 from shared.sae import SAE
 from shared.store import Store
-from stage_train.show.loggers import read_metrics
 from stage_train.state.checkpoint import newest_checkpoint
 from stage_train.state.lock import only_run_in
 from tests.cli import ForkServer
@@ -88,8 +88,8 @@ def test_killed_at_random_moments_nothing_is_repeated_or_skipped(
         process = server.start("stage_train", *command(store, broken, 8_000))
         wait_for_growth(broken / FILE, moments.randrange(steps // (2 * KILLS)))
         time.sleep(moments.uniform(0, 0.02))
-        os.kill(process, signal.SIGKILL)
-        assert server.finish().code == -signal.SIGKILL
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
     result = server.run("stage_train", *command(store, broken, 8_000))
     assert result.code == 0, result.stderr
 

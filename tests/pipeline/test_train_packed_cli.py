@@ -2,8 +2,6 @@
 
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from shared.basics.metrics_file import read_metrics
 from shared.sae import SAE
 from shared.store import Store
-from stage_train.show.loggers import read_metrics
-from tests.cli import REPOSITORY
+from tests.cli import Child, ForkServer
 from tests.closeness import REORDERED, SAME_RUN, assert_close_in_norm
 
 SWEEP = [
@@ -24,32 +22,30 @@ SWEEP = [
 ]  # fmt: skip
 
 
-def start(folder: Path, name: str, *overrides: str) -> "subprocess.Popen[str]":
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
-    command = [sys.executable, "-m", "stage_train", *overrides]
-    return subprocess.Popen(
-        [*command, f"run_dir={folder / name}", f"store.url={folder / 'store'}"],
-        cwd=folder, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
-    )  # fmt: skip
+class Sweeps:
+    """Sweeps in a folder with a store."""
 
+    def __init__(self, folder: Path, server: ForkServer) -> None:
+        self.folder, self.server = folder, server.at(folder)
 
-def finish(process: "subprocess.Popen[str]") -> tuple[int, str]:
-    with process:
-        try:
-            _, errors = process.communicate(timeout=150)
-        finally:
-            process.kill()
-    return process.returncode, errors
+    def start(self, name: str, *overrides: str) -> Child:
+        paths = [f"run_dir={self.folder / name}", f"store.url={self.folder / 'store'}"]
+        return self.server.start("stage_train", *overrides, *paths, session=True)
+
+    def done(self, name: str, *overrides: str) -> str:
+        """What it wrote to stderr."""
+        result = self.start(name, *overrides).finish()
+        assert result.code == 0, result.stderr
+        return result.stderr
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory, planted_store: Callable[..., Store]) -> Path:
+def sweeps(stages: ForkServer, tmp_path_factory: pytest.TempPathFactory, planted_store: Callable[..., Store]) -> Sweeps:
     """A store, and the sweep done in turn."""
-    folder = tmp_path_factory.mktemp("packed")
-    planted_store(folder / "store")
-    status, errors = finish(start(folder, "turn", *SWEEP))
-    assert status == 0, errors
-    return folder
+    sweeps = Sweeps(tmp_path_factory.mktemp("packed"), stages)
+    planted_store(sweeps.folder / "store")
+    sweeps.done("turn", *SWEEP)
+    return sweeps
 
 
 def one_of(run: Path, name: str) -> Path:
@@ -58,14 +54,14 @@ def one_of(run: Path, name: str) -> Path:
     return found
 
 
-def wait_for(process: "subprocess.Popen[str]", run: Path, lines: int) -> None:
+def wait_for(process: Child, run: Path, lines: int) -> None:
     """Until one of the sweep's SAEs has logged so often; a sweep that does not get there is ended."""
     deadline = time.monotonic() + 100
     while not any(len(read_metrics(path.parent)) >= lines for path in (run / "sweep").glob("*/metrics.jsonl")):
         if process.poll() is not None or time.monotonic() > deadline:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
-            raise AssertionError(finish(process)[1])
+            raise AssertionError(process.errors)
         time.sleep(0.01)
 
 
@@ -84,15 +80,15 @@ def assert_same_sweep(one: Path, two: Path, bound: float = 0.0) -> None:
             assert_close_in_norm(second[sae][name], tensor, bound, f"{name} after the same batches, {REORDERED}")
 
 
-def test_killed_and_continued_it_equals_the_sweep_in_turn(folder: Path) -> None:
-    process = start(folder, "packed", *SWEEP, "packed=true")
+def test_killed_and_continued_it_equals_the_sweep_in_turn(sweeps: Sweeps) -> None:
+    folder = sweeps.folder
+    process = sweeps.start("packed", *SWEEP, "packed=true")
     wait_for(process, folder / "packed", lines=8)
     os.killpg(process.pid, signal.SIGKILL)
-    finish(process)
+    process.wait()
     assert not saes(folder / "packed")
 
-    status, errors = finish(start(folder, "packed", *SWEEP, "packed=true"))
-    assert status == 0, errors
+    errors = sweeps.done("packed", *SWEEP, "packed=true")
     assert "continuing from step" in errors
     assert "read once for 4 SAEs" in errors
     assert_same_sweep(folder / "turn", folder / "packed")
@@ -100,22 +96,23 @@ def test_killed_and_continued_it_equals_the_sweep_in_turn(folder: Path) -> None:
     assert [line["loss"] for line in curves[0]] == [line["loss"] for line in curves[1]]
 
 
-@pytest.mark.parametrize("layout", ["ddp", "latent"])
-def test_two_processes_share_every_sae(folder: Path, layout: str) -> None:
-    status, errors = finish(start(folder, layout, *SWEEP, "packed=true", "nproc=2", f"parallel={layout}"))
-    assert status == 0, errors
-    assert_same_sweep(folder / "turn", folder / layout, bound=SAME_RUN)
+@pytest.mark.parametrize("layout", [pytest.param("ddp", marks=pytest.mark.slow), "latent"])
+def test_two_processes_share_every_sae(sweeps: Sweeps, layout: str) -> None:
+    sweeps.done(layout, *SWEEP, "packed=true", "nproc=2", f"parallel={layout}")
+    assert_same_sweep(sweeps.folder / "turn", sweeps.folder / layout, bound=SAME_RUN)
 
 
-def test_a_signal_saves_all_of_them(folder: Path) -> None:
-    process = start(folder, "signalled", *SWEEP, "packed=true", "nproc=2", "schedule.tokens=100_000_000")
-    wait_for(process, folder / "signalled", lines=1)
+@pytest.mark.parametrize("nproc", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_signal_saves_all_of_them(sweeps: Sweeps, nproc: int) -> None:
+    name = f"signalled{nproc}"
+    process = sweeps.start(name, *SWEEP, "packed=true", f"nproc={nproc}", "schedule.tokens=100_000_000")
+    wait_for(process, sweeps.folder / name, lines=1)
     process.send_signal(signal.SIGTERM)
-    status, errors = finish(process)
-    assert status == 128 + signal.SIGTERM
-    assert "stopped by SIGTERM after step" in errors
-    assert "Traceback" not in errors
-    assert len(list((folder / "signalled/sweep").glob("*/checkpoints/latest"))) == 4
+    result = process.finish()
+    assert result.code == (0 if nproc == 1 else 128 + signal.SIGTERM)
+    assert "stopped by SIGTERM after step" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert len(list((sweeps.folder / name / "sweep").glob("*/checkpoints/latest"))) == 4
 
 
 @pytest.mark.parametrize(
@@ -126,21 +123,15 @@ def test_a_signal_saves_all_of_them(folder: Path) -> None:
         (["-m", "packed=true", "sae.k=2,900"], "sae.k=900 is more than the 192 latents"),
     ],
 )
-def test_wrong_uses_are_one_line(folder: Path, overrides: list[str], message: str) -> None:
-    status, errors = finish(start(folder, "wrong", *overrides, "schedule.tokens=320", "stream.batch_size=16"))
-    assert status == 2
-    (line,) = [line for line in errors.splitlines() if line.startswith("error")]
+def test_wrong_uses_are_one_line(sweeps: Sweeps, overrides: list[str], message: str) -> None:
+    result = sweeps.start("wrong", *overrides, "schedule.tokens=320", "stream.batch_size=16").finish()
+    assert result.code == 2
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("error")]
     assert message in line
-    assert "Traceback" not in errors
+    assert "Traceback" not in result.stderr
 
 
-def test_a_list_that_is_none_is_one_line(folder: Path) -> None:
-    (folder / "wrong.yaml").write_text("- sae: {k: 3, kk: 4}\n")
+def test_a_list_that_is_none_is_one_line(sweeps: Sweeps) -> None:
+    (sweeps.folder / "wrong.yaml").write_text("- sae: {k: 3, kk: 4}\n")
     for file, message in (("absent.yaml", "absent.yaml is not there"), ("wrong.yaml", "configuration key 'sae.kk'")):
-        done = subprocess.run(
-            [sys.executable, "-m", "stage_train.packed", file],
-            cwd=folder, env={**os.environ, "PYTHONPATH": str(REPOSITORY)}, capture_output=True, text=True, timeout=100,
-        )  # fmt: skip
-        assert done.returncode == 2
-        (line,) = done.stderr.splitlines()
-        assert message in line
+        assert message in sweeps.server.run("stage_train.packed", file).error

@@ -1,37 +1,31 @@
 """A window of a few shards, the harvest and the training as two real processes, killed and started again."""
 
-import multiprocessing
-import os
-import runpy
-import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
+from shared.basics.metrics_file import read_metrics
 from shared.sae import SAE
 from shared.store import Store, WindowPlan
 from shared.store.capacity import shard_bytes
 from shared.store.verify import verify
-from stage_train.show.loggers import read_metrics
-from tests.cli import ForkServer
-from tests.harvesting import PRELOAD, Harvester
+from tests.cli import Child, ForkServer
+from tests.harvesting import Harvester
 
 CONTEXTS, SHARD = 24, 2
 
 
 @pytest.fixture(scope="module")
-def harvester(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Harvester]:
+def harvester(stages: ForkServer, tmp_path_factory: pytest.TempPathFactory) -> Harvester:
     folder = tmp_path_factory.mktemp("window")
-    with ForkServer(folder, PRELOAD) as server:
-        made = Harvester(folder, server)
-        made.documents *= 2
-        made.corpus.write_text("\n---\n".join(made.documents))
-        yield made
+    made = Harvester(folder, stages.at(folder))
+    made.documents *= 2
+    made.corpus.write_text("\n---\n".join(made.documents))
+    return made
 
 
 @pytest.fixture(scope="module")
@@ -67,33 +61,6 @@ class Watcher(threading.Thread):
             time.sleep(0.005)
 
 
-FORK = multiprocessing.get_context("forkserver")
-FORK.set_forkserver_preload([*PRELOAD, "stage_train.run"])
-
-
-def stage(module: str, arguments: list[str], log: Path) -> None:
-    """``python -m module arguments`` in a process that has the imports behind it."""
-    for stream in (1, 2):
-        os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
-    os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1")
-    os.chdir(log.parent)
-    sys.argv = ["", *arguments]
-    runpy.run_module(module, run_name="__main__", alter_sys=True)
-
-
-def launch(module: str, arguments: list[str], log: Path) -> Any:
-    process = FORK.Process(target=stage, args=(module, arguments, log))
-    process.start()
-    return process
-
-
-def status(process: Any, seconds: float = 120) -> int | None:
-    process.join(seconds)
-    if process.exitcode is None:
-        process.kill()
-    return process.exitcode
-
-
 def training(folder: Path, store: Path, *more: str) -> list[str]:
     return [f"run_dir={folder}", f"out_dir={folder}", f"store.url={store}", "sae.k=3", "sae.expansion=4",
             "stream.batch_size=16", "stream.lanes=4", "stream.mix_contexts=2", "schedule.tokens=null",
@@ -101,38 +68,38 @@ def training(folder: Path, store: Path, *more: str) -> list[str]:
             "checkpoint.every=0", "sae.dead_after_tokens=500", *more]  # fmt: skip
 
 
-def wait_for(condition: Callable[[], bool], log: Path, seconds: float = 90) -> None:
+def wait_for(condition: Callable[[], bool], process: Child, seconds: float = 90) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < deadline, log.read_text()
+        assert time.monotonic() < deadline, process.errors
         time.sleep(0.02)
 
 
 def run_both(harvester: Harvester, whole: Store, name: str, kills: int) -> None:
     """Harvest and train at once, kill each of them some times; then everything is as if nothing had happened."""
-    store, out, log = harvester.root / name / "store", harvester.root / name / "sae", harvester.root / f"{name}.log"
+    store, out, launch = harvester.root / name / "store", harvester.root / name / "sae", harvester.server.start
     window = 4 * shard_bytes(whole.plan)
     blocks = WindowPlan.of(whole.plan, window)
     harvest = harvester.arguments(f"{name}/store", **SETTINGS, store__window=window, run_dir=out.parent)
     train = training(out, store)
     watcher = Watcher(store, whole.heldout_shards)
     watcher.start()
-    harvesting = launch("stage_harvest", harvest, log)
-    wait_for(lambda: (store / "extents/00000000.tokens.json").exists(), log)
-    wait_for(lambda: len(list((store / "manifest").glob("*.json"))) == blocks.ends[1], log)
+    harvesting = launch("stage_harvest", *harvest)
+    wait_for(lambda: (store / "extents/00000000.tokens.json").exists(), harvesting)
+    wait_for(lambda: len(list((store / "manifest").glob("*.json"))) == blocks.ends[1], harvesting)
     time.sleep(0.3)
     assert len(list((store / "manifest").glob("*.json"))) == blocks.ends[1], "the harvest did not wait for training"
-    process = launch("stage_train", train, log)
+    process = launch("stage_train", *train)
     for kill in range(kills):
         # by turns, each time two blocks further
-        wait_for(lambda kill=kill: len(list((store / "window/freed").glob("*.json"))) > kill, log)
+        wait_for(lambda kill=kill: len(list((store / "window/freed").glob("*.json"))) > kill, process)
         for victim, module, arguments in ((process, "stage_train", train), (harvesting, "stage_harvest", harvest)):
             victim.kill()
-            victim.join()
-            again = launch(module, arguments, log)
+            victim.wait()
+            again = launch(module, *arguments)
             process, harvesting = (again, harvesting) if module == "stage_train" else (process, again)
-    assert status(process) == 0, log.read_text()
-    assert status(harvesting) == 0, log.read_text()
+    for last in (process, harvesting):
+        assert last.finish().code == 0, last.errors
     watcher.stopped = True
     watcher.join()
     assert 0 < watcher.most <= window
@@ -159,24 +126,22 @@ def test_many_kills_do_not_change_what_is_learnt(harvester: Harvester, whole: St
     run_both(harvester, whole, "calm", kills=0)
     first, second = (SAE.from_pretrained(harvester.root / name / "sae").state_dict() for name in ("many", "calm"))
     assert all(torch.equal(tensor, second[key]) for key, tensor in first.items())
-    late = harvester.root / "late.log"
     arguments = training(harvester.root / "late", harvester.root / "calm/store")
-    assert status(launch("stage_train", arguments, late)) == 2
-    assert "is being read by the run in" in late.read_text()
+    assert "is being read by the run in" in harvester.server.run("stage_train", *arguments).error
 
 
 @pytest.mark.slow
 def test_a_training_that_ends_early_ends_the_harvest(harvester: Harvester, whole: Store) -> None:
-    log = harvester.root / "early.log"
     arguments = harvester.arguments(
         "early/store", **SETTINGS, store__window=4 * shard_bytes(whole.plan), run_dir=harvester.root / "early"
     )
-    harvesting = launch("stage_harvest", arguments, log)
+    harvesting = harvester.server.start("stage_harvest", *arguments)
     store = harvester.root / "early/store"
-    wait_for(lambda: (store / "extents/00000000.tokens.json").exists(), log)
+    wait_for(lambda: (store / "extents/00000000.tokens.json").exists(), harvesting)
     out = harvester.root / "early/sae"
     train = training(out, store, "schedule.epochs=null", "schedule.tokens=200")
-    assert status(launch("stage_train", train, log)) == 0, log.read_text()
-    assert status(harvesting) == 0, log.read_text()
-    assert "training has ended" in log.read_text()
+    trained, harvested = harvester.server.run("stage_train", *train), harvesting.finish()
+    assert trained.code == 0, trained.stderr
+    assert harvested.code == 0, harvested.stderr
+    assert "training has ended" in harvested.stderr
     assert verify(str(store)).problems == []

@@ -5,7 +5,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from shared.store.io.open import open_io
 from shared.store.verify import verify
 from stage_train.data.stream import StoreSlice, StreamOrder, TokenStream, TrainingData
 from tests.cli import ForkServer
-from tests.harvesting import PRELOAD, Harvester
+from tests.harvesting import Harvester
 from tests.synthetic import synthetic_plan, synthetic_store
 
 pytestmark = [
@@ -31,10 +30,9 @@ SETTINGS: dict[str, object] = {"store__shard_contexts": 1, "store__heldout_fract
 
 
 @pytest.fixture(scope="module")
-def harvester(server: object, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Harvester]:
+def harvester(server: object, stages: ForkServer, tmp_path_factory: pytest.TempPathFactory) -> Harvester:
     folder = tmp_path_factory.mktemp("s3")
-    with ForkServer(folder, PRELOAD) as fork:
-        yield Harvester(folder, fork)
+    return Harvester(folder, stages.at(folder))
 
 
 @pytest.fixture(scope="module")

@@ -3,44 +3,11 @@
 There is no kernel of its own for a GPU: ``blocks`` is matrix products alone, the same on every device.
 """
 
-from dataclasses import dataclass
-from typing import Self
-
 import torch
 
+from shared.kernels.auxk.holders import ALONE, DeadRows, Holders
 from shared.kernels.compute import AUTO, Compute
 from shared.kernels.dispatch import resolve
-
-
-@dataclass(frozen=True, slots=True)
-class DeadRows:
-    """The dead latents that are held here, R of them, and how many there are in all."""
-
-    W_enc_RD: torch.Tensor
-    b_enc_R: torch.Tensor
-    W_dec_RD: torch.Tensor
-    count: int
-    """Those of all holders together."""
-
-    @classmethod
-    def alone(cls, W_enc_RD: torch.Tensor, b_enc_R: torch.Tensor, W_dec_RD: torch.Tensor) -> Self:
-        """All of them are here."""
-        return cls(W_enc_RD, b_enc_R, W_dec_RD, W_enc_RD.shape[0])
-
-
-class Holders:
-    """The processes that hold the dead latents among them, all with the same rows: here, one."""
-
-    def sum_forward(self, partial: torch.Tensor) -> torch.Tensor:
-        """The sum of each one's part, for a loss that all then compute alike: gradients pass as they are."""
-        return partial
-
-    def kth_largest(self, values_NR: torch.Tensor, k: int) -> torch.Tensor:
-        """The k-th largest of each row over all of them: [N, 1]. There are at least k, none of them negative."""
-        return values_NR.topk(k, dim=1, sorted=False).values.amin(dim=1, keepdim=True)
-
-
-ALONE = Holders()
 
 
 def auxk_error(
@@ -69,3 +36,6 @@ def auxk_error(
     from shared.kernels.auxk import blocks
 
     return blocks.auxk_error(*arguments, compute.dtype)
+
+
+__all__ = ["ALONE", "DeadRows", "Holders", "auxk_error"]

@@ -3,15 +3,13 @@
 R is a small part of F and most dead latents are among the num_aux, so dense products on [rows, R] beat gathering pairs.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
 
+from shared.kernels.auxk.holders import DeadRows, Holders
 from shared.kernels.linear import linear
-
-if TYPE_CHECKING:
-    from shared.kernels.auxk import DeadRows, Holders
 
 # Elements of one [rows, R] block; a few such blocks are alive at once.
 BLOCK_ELEMENTS = 1 << 24
@@ -27,7 +25,7 @@ class _AuxKError(torch.autograd.Function):
         b_enc_R: torch.Tensor,
         W_dec_RD: torch.Tensor,
         num_aux: int,
-        holders: "Holders",
+        holders: Holders,
         num_dead: int,
         compute_dtype: str,
     ) -> torch.Tensor:
@@ -39,17 +37,17 @@ class _AuxKError(torch.autograd.Function):
         rows = max(1, BLOCK_ELEMENTS // max(1, num_dead))  # equally many for all holders
         for start in range(0, num_rows, rows):
             residual, centred = residual_ND[start : start + rows], centred_ND[start : start + rows].to(dtype)
-            z = linear(centred, W_enc, b_enc_R.to(dtype)).relu_()
+            z = _product(centred, W_enc, b_enc_R).relu_()
             if num_dead > num_aux:
                 z.masked_fill_(z < holders.kth_largest(z, num_aux), 0)
             energy = residual.square().sum(1, keepdim=True).clamp_min_(torch.finfo(residual.dtype).tiny)
-            error = holders.sum_forward(linear(z, W_dec.T).to(residual.dtype)) - residual
+            error = holders.sum_forward(_product(z.to(dtype), W_dec.T).to(residual.dtype)) - residual
             total += (error.square().sum(1, keepdim=True) / energy).sum()
             grad = (error * (2 / num_rows / energy)).to(dtype)
-            dz = linear(grad, W_dec).masked_fill_(z == 0, 0)
-            grads[0] += linear(dz.T, centred.T)
+            dz = _product(grad, W_dec).masked_fill_(z == 0, 0)
+            grads[0] += _product(dz.to(dtype).T, centred.T)
             grads[1] += dz.sum(0, dtype=grads[1].dtype)
-            grads[2] += linear(z.T, grad.T)
+            grads[2] += _product(z.to(dtype).T, grad.T)
         ctx.save_for_backward(*grads)
         return total / num_rows
 
@@ -60,12 +58,20 @@ class _AuxKError(torch.autograd.Function):
         return None, None, dW_enc * grad, db_enc * grad, dW_dec * grad, None, None, None, None
 
 
+def _product(a_NM: torch.Tensor, W_KM: torch.Tensor, b_K: torch.Tensor | None = None) -> torch.Tensor:
+    """``a W^T + b``. A GPU gives the float32 sums of a bfloat16 product; rounded, they would tie at the k-th place."""
+    if a_NM.is_cuda and a_NM.dtype == torch.bfloat16:
+        z_NK = torch.mm(a_NM, W_KM.T, out_dtype=torch.float32)
+        return z_NK if b_K is None else z_NK.add_(b_K)
+    return linear(a_NM, W_KM, None if b_K is None else b_K.to(a_NM.dtype))
+
+
 def auxk_error(
     residual_ND: torch.Tensor,
     centred_ND: torch.Tensor,
-    dead: "DeadRows",
+    dead: DeadRows,
     num_aux: int,
-    holders: "Holders",
+    holders: Holders,
     compute_dtype: str,
 ) -> torch.Tensor:
     """See ``shared.kernels.auxk.auxk_error``."""

@@ -1,19 +1,16 @@
 """The dense truth of ``auxk_error``: plain autograd over [N, R]."""
 
-from typing import TYPE_CHECKING
-
 import torch
 
-if TYPE_CHECKING:
-    from shared.kernels.auxk import DeadRows, Holders
+from shared.kernels.auxk.holders import DeadRows, Holders
 
 
 def auxk_error(
     residual_ND: torch.Tensor,
     centred_ND: torch.Tensor,
-    dead: "DeadRows",
+    dead: DeadRows,
     num_aux: int,
-    holders: "Holders",
+    holders: Holders,
 ) -> torch.Tensor:
     """See ``shared.kernels.auxk.auxk_error``."""
     z_NR = torch.relu(torch.addmm(dead.b_enc_R, centred_ND, dead.W_enc_RD.T))

@@ -2,14 +2,15 @@
 
 Two walks over the tile, which is in cache if it is small: ``_count`` counts per row, a cumulative sum gives each row
 its place, ``_emit`` writes (row, latent, value) there. No atomics: pairs come in row order, the same on every run.
+Where the pairs of the next tile begin is known on the device alone, so that no tile waits for the host.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-from shared.kernels.encode_topk.triton import column_tiles
-from shared.kernels.ragged import pad_rows
+from shared.kernels.encode_topk.triton import tiles
+from shared.kernels.ragged import pad_tiles
 
 BLOCK_COLUMNS = 1024
 
@@ -43,58 +44,91 @@ def _emit(
     z_ptr,
     b_ptr,
     bar_ptr,
+    count_ptr,
     end_ptr,
     rows_ptr,
     latents_ptr,
     values_ptr,
+    capacity,
     num_columns,
+    first_row,
     first_column,
     z_stride,
     BATCH: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    position = tl.load(end_ptr + row - 1, mask=row > 0, other=0)
+    position = tl.load(end_ptr + row) - tl.load(count_ptr + row)
     for start in range(0, num_columns, BLOCK):
         columns = start + tl.arange(0, BLOCK)
         z, passes = _passing(z_ptr, b_ptr, bar_ptr, row, columns, num_columns, z_stride, BATCH)
         slots = position + tl.cumsum(passes.to(tl.int32)) - 1
-        tl.store(rows_ptr + slots, row, mask=passes)
-        tl.store(latents_ptr + slots, (first_column + columns).to(tl.int64), mask=passes)
-        tl.store(values_ptr + slots, z, mask=passes)
+        fits = passes & (slots < capacity)
+        tl.store(rows_ptr + slots, first_row + row, mask=fits)
+        tl.store(latents_ptr + slots, first_column + columns, mask=fits)
+        tl.store(values_ptr + slots, z, mask=fits)
         position += tl.sum(passes.to(tl.int32))
 
 
-def collect_above(
-    z_NC: torch.Tensor, b_C: torch.Tensor, bar_C: torch.Tensor, first_column: int, *, batch: bool
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Rows, latents and values of the entries of ``z_NC + b_C`` that pass, in row order; waits for the device.
+class Tile:
+    """One tile of pre-activations, ``z_TC + b_C``, and how many of each row's pass the bar of their column.
 
-    Above the bar of their column; with `batch` also those at it, if they are positive.
+    Above it; with `batch` also those at it, if they are positive. No host synchronisation.
     """
-    num_rows, num_columns = z_NC.shape
-    count_N = torch.empty(num_rows, dtype=torch.int64, device=z_NC.device)
-    tile = (z_NC, b_C.contiguous(), bar_C.float().contiguous())
-    options = {"BATCH": batch, "BLOCK": BLOCK_COLUMNS}
-    _count[(num_rows,)](*tile, count_N, num_columns, z_NC.stride(0), **options)
-    end_N = count_N.cumsum(0)
-    total = int(end_N[-1])
-    rows_P, latents_P = (torch.empty(total, dtype=torch.int64, device=z_NC.device) for _ in range(2))
-    values_P = torch.empty(total, dtype=torch.float32, device=z_NC.device)
+
+    def __init__(
+        self, rows: slice, columns: slice, z_TC: torch.Tensor, b_F: torch.Tensor, bar_F: torch.Tensor, *, batch: bool
+    ) -> None:
+        self._first, self._size, self._stride = (rows.start, columns.start), z_TC.shape, z_TC.stride(0)
+        self._options = {"BATCH": batch, "BLOCK": BLOCK_COLUMNS}
+        self._read = z_TC, b_F[columns].contiguous(), bar_F[columns].float().contiguous()
+        self.count_T = torch.empty(z_TC.shape[0], dtype=torch.int64, device=z_TC.device)
+        _count[(self._size[0],)](*self._read, self.count_T, self._size[1], self._stride, **self._options)
+
+    def emit(self, end_T: torch.Tensor, rows_P: torch.Tensor, latents_P: torch.Tensor, values_P: torch.Tensor) -> None:
+        """Write the pairs, each row's before its `end_T`; those behind the end of the buffers are left out."""
+        _emit[(self._size[0],)](
+            *self._read, self.count_T, end_T, rows_P, latents_P, values_P, values_P.numel(), self._size[1],
+            *self._first, self._stride, **self._options,
+        )  # fmt: skip
+
+
+def collect_above(tile: Tile) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Rows, latents and values of a tile's entries that pass, in row order; waits for the device."""
+    end_T = tile.count_T.cumsum(0)
+    total = int(end_T[-1])
+    rows_P, latents_P = (torch.empty(total, dtype=torch.int64, device=end_T.device) for _ in range(2))
+    values_P = torch.empty(total, dtype=torch.float32, device=end_T.device)
     if total:
-        _emit[(num_rows,)](
-            *tile, end_N, rows_P, latents_P, values_P, num_columns, first_column, z_NC.stride(0), **options
-        )
+        tile.emit(end_T, rows_P, latents_P, values_P)
     return rows_P, latents_P, values_P
+
+
+# Pairs of a row to make room for. Where there turn out to be more, all is done again, and there is room from then on.
+PAIRS_PER_ROW = 256
+_pairs_per_row: dict[tuple[int, ...], int] = {}
 
 
 def encode_threshold(
     x_ND: torch.Tensor, W_FD: torch.Tensor, b_F: torch.Tensor, threshold_F: torch.Tensor, compute_dtype: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """See ``shared.kernels.encode_threshold.encode_threshold``. Values are float32 whatever the inputs' type."""
-    nothing = torch.zeros(0, dtype=torch.int64, device=x_ND.device)
-    parts = [(nothing, nothing, nothing.float())]
-    for columns, z_NC in column_tiles(x_ND, W_FD, compute_dtype):
-        parts.append(collect_above(z_NC, b_F[columns], threshold_F[columns], columns.start, batch=False))
-    rows_P, latents_P, values_P = (torch.cat(part) for part in zip(*parts, strict=True))
-    return pad_rows(rows_P, latents_P, values_P, x_ND.shape[0])
+    """See ``shared.kernels.encode_threshold.encode_threshold``. Values are float32 whatever the inputs' type.
+
+    Waits for the device twice: for the number of pairs, and for the fullest row.
+    """
+    num_rows, shape = x_ND.shape[0], tuple(W_FD.shape)
+    room = num_rows * _pairs_per_row.get(shape, PAIRS_PER_ROW)
+    while True:
+        rows_P, latents_P = (torch.empty(room, dtype=torch.int32, device=x_ND.device) for _ in range(2))
+        values_P = torch.empty(room, dtype=torch.float32, device=x_ND.device)
+        end = torch.zeros(1, dtype=torch.int64, device=x_ND.device)
+        for rows, columns, z_TC in tiles(x_ND, W_FD, compute_dtype):
+            tile = Tile(rows, columns, z_TC, b_F, threshold_F, batch=False)
+            end_T = tile.count_T.cumsum(0).add_(end)
+            tile.emit(end_T, rows_P, latents_P, values_P)
+            end = end_T[-1:]
+        total = int(end)
+        if total <= room:
+            return pad_tiles(rows_P[:total], latents_P[:total], values_P[:total], num_rows)
+        _pairs_per_row[shape] = triton.next_power_of_2(triton.cdiv(total, num_rows))
+        room = total

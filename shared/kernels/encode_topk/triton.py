@@ -6,8 +6,9 @@ the bar that a new one must pass; only when the buffer is full is it cut to the 
 row of F random values sees about k ln(F / k) candidates: the walk is one read of the tile.
 
 A key holds the float's bits above and the complemented index below. Positive floats order like their bits, so keys
-order by value and, for equal values, lowest index first; no two keys are equal. The k-th largest key is found bit by
-bit, by counting: a loop of 63 reductions in place of a sort, whose unrolled code is a hundred times larger.
+order by value and, for equal values, lowest index first; no two keys are equal. The k-th largest is found bit by bit,
+by counting: a loop of 31 reductions over the values, and as many over the indices only where values tie for the last
+places. A sort's unrolled code would be a hundred times larger.
 """
 
 from collections.abc import Iterator
@@ -18,35 +19,43 @@ import triton.language as tl
 
 from shared.kernels.tuning import tuned
 
-# Size of the workspace for one tile of pre-activations: about a GPU's L2, where the selection then finds it.
-WORKSPACE_MB = 64
-BLOCK_COLUMNS = 1024
+# Size of the workspace for one tile of pre-activations: within an H100's L2 (50 MB), where the selection then finds it.
+WORKSPACE_MB = 32
+# Rows of one tile. More rows would make it narrow, or drop it from L2, and x is read once per tile of columns.
+TILE_ROWS = 8192
 SMALLEST_TILE = 1024
+# Columns that a warp looks at in one turn: 32 lanes with two loads of 16 bytes.
+BLOCK_COLUMNS = 256
 RANK_BLOCK = 16
 
 
 @triton.jit
 def _keep_best(buffer_ptr, count, k, CAPACITY: tl.constexpr):
-    """Cut the buffer to its k largest keys; returns how many are left and the k-th largest, 0 if there are fewer."""
+    """Cut the buffer to its k largest keys; returns how many are left and the k-th value's bits, 0 for fewer than k."""
     slots = tl.arange(0, CAPACITY)
     tl.debug_barrier()  # the buffer is read by other threads than wrote it
     keys = tl.load(buffer_ptr + slots, mask=slots < count, other=0)
     tl.debug_barrier()
-    kth = tl.zeros([1], dtype=tl.int64)
-    bit = tl.full([1], 1 << 62, dtype=tl.int64)
-    for _ in range(63):
-        num_above = tl.sum((keys >= kth + bit).to(tl.int32))
-        kth += tl.where(num_above >= k, bit, 0)
+    high, low = (keys >> 32).to(tl.int32), keys.to(tl.int32)
+    kth = tl.zeros([1], dtype=tl.int32)
+    bit = tl.full([1], 1 << 30, dtype=tl.int32)
+    for _ in range(31):
+        num_reach = tl.sum((high >= kth + bit).to(tl.int32))
+        kth += tl.where(num_reach >= k, bit, 0)
         bit = bit >> 1
-    kept = keys >= tl.maximum(kth, 1)
+    above, tied = high > kth, (high == kth) & (kth > 0)
+    room = k - tl.sum(above.to(tl.int32))
+    least = tl.zeros([1], dtype=tl.int32)
+    if tl.sum(tied.to(tl.int32)) > room:  # ties for the last places: the same search among the indices
+        bit = tl.full([1], 1 << 30, dtype=tl.int32)
+        for _ in range(31):
+            num_reach = tl.sum((tied & (low >= least + bit)).to(tl.int32))
+            least += tl.where(num_reach >= room, bit, 0)
+            bit = bit >> 1
+    kept = above | (tied & (low >= least))
     tl.store(buffer_ptr + tl.cumsum(kept.to(tl.int32)) - 1, keys, mask=kept)
     tl.debug_barrier()
     return tl.minimum(count, k), tl.sum(kth)
-
-
-@triton.jit
-def _value_of(key):
-    return (key >> 32).to(tl.int32).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -67,11 +76,15 @@ def _select(
     buffer_ptr = keys_ptr + row * CAPACITY
     count = tl.load(count_ptr + row)
     bar = tl.load(bar_ptr + row)
+    z_ptr += row * z_stride
+    columns = tl.arange(0, BLOCK)
+    ahead = tl.load(z_ptr + columns, mask=columns < num_columns, other=0.0)
     for start in range(0, num_columns, BLOCK):
         columns = start + tl.arange(0, BLOCK)
         inside = columns < num_columns
-        z = tl.load(z_ptr + row * z_stride + columns, mask=inside, other=0.0).to(tl.float32)
-        z += tl.load(b_ptr + columns, mask=inside, other=0.0).to(tl.float32)
+        z = ahead + tl.load(b_ptr + columns, mask=inside, other=0.0).to(tl.float32)
+        # The next block is on its way while this one is looked at.
+        ahead = tl.load(z_ptr + columns + BLOCK, mask=columns + BLOCK < num_columns, other=0.0)
         # Not "z > bar": a NaN must survive into the output. An equal value at a higher index never wins.
         passes = inside & ((z > bar) | (z != z))
         num_passes = tl.sum(passes.to(tl.int32))
@@ -84,7 +97,7 @@ def _select(
             count += num_passes
             if count > CAPACITY - BLOCK:
                 count, kth = _keep_best(buffer_ptr, count, k, CAPACITY)
-                bar = _value_of(kth)
+                bar = kth.to(tl.float32, bitcast=True)
     tl.store(count_ptr + row, count)
     tl.store(bar_ptr + row, bar)
 
@@ -114,24 +127,32 @@ def _unpack(
     fired = slots < count
     rank = tl.where(fired, rank, slots)
     indices = tl.where(fired, 0x7FFFFFFF - (keys & 0x7FFFFFFF), -1)
-    tl.store(values_ptr + row * k + rank, _value_of(keys), mask=slots < k)
+    tl.store(values_ptr + row * k + rank, (keys >> 32).to(tl.int32).to(tl.float32, bitcast=True), mask=slots < k)
     tl.store(indices_ptr + row * k + rank, indices, mask=slots < k)
 
 
 def config_for(d_model: int) -> dict[str, int]:
-    """Size of the workspace, and columns of one step of ``_select``."""
+    """Size of the workspace, and columns of one turn of a warp of ``_select``."""
     return tuned("encode_topk", d_model, {"WORKSPACE_MB": WORKSPACE_MB, "BLOCK": BLOCK_COLUMNS})
 
 
-def capacity_for(k: int, block: int) -> int:
-    """Slots of a row's candidate buffer: k survivors and one block of newcomers, a power of two."""
-    capacity: int = triton.next_power_of_2(k + block)
-    return capacity
+def select_config(k: int, warp_columns: int) -> dict[str, int]:
+    """Of ``_select``: slots of a row's candidate buffer, warps at 16 keys per thread, and columns of one turn.
+
+    For up to 128 picks a row is one warp's, and a turn has no barrier. A buffer of 2 k + 1 turn is cut when the bar has
+    become stale: small enough that few pass it in vain, large enough that cuts are rare.
+    """
+    capacity: int = triton.next_power_of_2(2 * k + warp_columns)
+    num_warps = min(16, max(1, capacity // 512))
+    config = {"CAPACITY": capacity, "BLOCK": warp_columns * min(4, num_warps), "num_warps": num_warps}
+    return config | {"maxnreg": 80} if num_warps == 1 else config  # 25 rows at once on a multiprocessor, not 18
 
 
-def num_warps_for(capacity: int) -> int:
-    """Warps of one program: about 16 keys per thread."""
-    return min(16, max(4, capacity // 512))
+def unpack_config(k: int, config: dict[str, int]) -> dict[str, int]:
+    """Of ``_unpack``, for the buffers of ``_select``."""
+    slots: int = triton.next_power_of_2(k)
+    warps = max(4, config["num_warps"])
+    return {"CAPACITY": config["CAPACITY"], "SLOTS": slots, "RANK_BLOCK": RANK_BLOCK, "num_warps": warps}
 
 
 def encode_topk(
@@ -139,45 +160,47 @@ def encode_topk(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See ``shared.kernels.encode_topk.encode_topk``. Values are float32 whatever the inputs' type."""
     num_rows, device = x_ND.shape[0], x_ND.device
-    block = config_for(x_ND.shape[1])["BLOCK"]
-    capacity = capacity_for(k, block)
-    options = {"CAPACITY": capacity, "num_warps": num_warps_for(capacity)}
-    keys = torch.empty(num_rows, capacity, dtype=torch.int64, device=device)
+    config = select_config(k, config_for(x_ND.shape[1])["BLOCK"])
+    keys = torch.empty(num_rows, config["CAPACITY"], dtype=torch.int64, device=device)
     count = torch.zeros(num_rows, dtype=torch.int32, device=device)
     bar = torch.zeros(num_rows, dtype=torch.float32, device=device)
     values_NK = torch.empty(num_rows, k, dtype=torch.float32, device=device)
     indices_NK = torch.empty(num_rows, k, dtype=torch.int64, device=device)
-    for columns, z_NC in column_tiles(x_ND, W_FD, compute_dtype):
-        width = z_NC.shape[1]
-        _select[(num_rows,)](
-            z_NC, b_F[columns], keys, count, bar, width, columns.start, width, k, BLOCK=block, **options
-        )
+    for rows, columns, z_TC in tiles(x_ND, W_FD, compute_dtype):
+        state = keys[rows], count[rows], bar[rows]
+        width = z_TC.shape[1]
+        _select[(len(z_TC),)](z_TC, b_F[columns], *state, width, columns.start, width, k, **config)
     if num_rows:
-        _unpack[(num_rows,)](
-            keys, count, values_NK, indices_NK, k, SLOTS=triton.next_power_of_2(k), RANK_BLOCK=RANK_BLOCK, **options
-        )
+        _unpack[(num_rows,)](keys, count, values_NK, indices_NK, k, **unpack_config(k, config))
     return values_NK, indices_NK
 
 
-def column_tiles(x_ND: torch.Tensor, W_FD: torch.Tensor, compute_dtype: str) -> Iterator[tuple[slice, torch.Tensor]]:
-    """Iterates over (columns, z_NC): a slice of latents and ``x W^T`` [N, C] float32, overwritten by the next one.
+def tiles(x_ND: torch.Tensor, W_FD: torch.Tensor, compute_dtype: str) -> Iterator[tuple[slice, slice, torch.Tensor]]:
+    """Iterates over (rows, columns, z_TC): slices, and their part of ``x W^T`` in float32, overwritten by the next one.
 
-    Nothing for no rows. A float32 W is cast to bfloat16 tile by tile, so that no copy of it exists.
+    Tiles of rows within tiles of columns; nothing for no rows. A float32 W is cast to bfloat16 tile by tile, so that no
+    copy of it exists.
     """
-    num_rows, num_latents = x_ND.shape[0], W_FD.shape[0]
+    (num_rows, d_model), num_latents = x_ND.shape, W_FD.shape[0]
     if num_rows == 0:
         return
     dtype = torch.bfloat16 if compute_dtype == "bfloat16" else x_ND.dtype
+    if dtype not in (torch.bfloat16, torch.float16):
+        dtype = torch.float32  # nothing here is more exact
     x_ND = x_ND.to(dtype)
-    workspace_bytes = config_for(x_ND.shape[1])["WORKSPACE_MB"] << 20
-    tile = min(num_latents, max(SMALLEST_TILE, workspace_bytes // (4 * num_rows) // 128 * 128))
-    workspace = torch.empty(num_rows * tile, dtype=torch.float32, device=x_ND.device)
+    tile_rows = triton.cdiv(num_rows, triton.cdiv(num_rows, TILE_ROWS))
+    workspace_bytes = config_for(d_model)["WORKSPACE_MB"] << 20
+    tile = min(num_latents, max(SMALLEST_TILE, workspace_bytes // (4 * tile_rows) // 128 * 128))
+    workspace = torch.empty(tile_rows * tile, dtype=torch.float32, device=x_ND.device)
     for start in range(0, num_latents, tile):
         columns = slice(start, min(start + tile, num_latents))
-        width = columns.stop - start
-        z_NC = workspace[: num_rows * width].view(num_rows, width)
-        _matmul_float32(x_ND, W_FD[columns].to(dtype), z_NC)
-        yield columns, z_NC
+        W_CD = W_FD[columns].to(dtype)
+        for first in range(0, num_rows, tile_rows):
+            rows = slice(first, min(first + tile_rows, num_rows))
+            shape = rows.stop - rows.start, columns.stop - columns.start
+            z_TC = workspace[: shape[0] * shape[1]].view(shape)
+            _matmul_float32(x_ND[rows], W_CD, z_TC)
+            yield rows, columns, z_TC
 
 
 def _matmul_float32(x_ND: torch.Tensor, W_CD: torch.Tensor, out_NC: torch.Tensor) -> None:

@@ -7,6 +7,8 @@ gradient is made by ``row_grad`` and consumed by ``row_update``, which are the k
 Shapes: N rows, D d_model, F latents, K picks per row, R rows with a further, dense gradient.
 """
 
+from typing import Any
+
 import torch
 
 from shared.kernels.adam_step import AdamStep
@@ -29,15 +31,18 @@ class PairGradient:
         self.terms: list[Term] = []
         self.extra: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._dense_FD: torch.Tensor | None = None
+        self._walk: Any = None
 
     def add(
         self, coefficients_NK: torch.Tensor, indices_NK: torch.Tensor, order: PairOrder, rows_ND: torch.Tensor
     ) -> None:
         """Add ``row_grad`` of these."""
+        self._walk = None
         self.terms.append((coefficients_NK, indices_NK, order, rows_ND))
 
     def add_rows(self, latents_R: torch.Tensor, rows_RD: torch.Tensor) -> None:
         """Add `rows_RD` to the gradient's rows `latents_R`, which must be distinct."""
+        self._walk = None
         self.extra.append((latents_R, rows_RD))
 
     def __bool__(self) -> bool:
@@ -45,7 +50,7 @@ class PairGradient:
 
     def clear(self) -> None:
         """Back to a gradient of 0."""
-        self.terms, self.extra, self._dense_FD = [], [], None
+        self.terms, self.extra, self._dense_FD, self._walk = [], [], None, None
 
     def dense(self, weight: torch.Tensor, kernels: str) -> torch.Tensor:
         """The gradient itself, like `weight`; made once. Changing it changes what ``update`` sees."""
@@ -62,8 +67,7 @@ class PairGradient:
     def squared_norm(self, weight: torch.Tensor, *, kernels: str = "auto") -> torch.Tensor:
         """Sum of the squares of the gradient of `weight` [F, D], a float32 or float64 scalar tensor."""
         if self._fuses(weight, kernels):
-            module = implementation("pair_update", kernels, weight)
-            norm: torch.Tensor = module.squared_norm(weight, *self.terms[0], *self._rows())
+            norm: torch.Tensor = implementation("pair_update", kernels, weight).squared_norm(weight, self._get_walk())
             return norm
         return torch.linalg.vector_norm(self.dense(weight, kernels)).square()
 
@@ -79,7 +83,7 @@ class PairGradient:
         """``row_update`` with this gradient, which is used up: the object is cleared."""
         if self._fuses(weight, kernels):
             module = implementation("pair_update", kernels, weight)
-            module.pair_update(weight, first, second, adam, *self.terms[0], *self._rows())
+            module.pair_update(weight, first, second, adam, self._get_walk())
         else:
             row_update(weight, self.dense(weight, kernels), first, second, adam, kernels=kernels)
         self.clear()
@@ -93,8 +97,14 @@ class PairGradient:
             and self._dense_FD is None
         )
 
-    def _rows(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        return self.extra[0] if self.extra else (None, None)
+    def _get_walk(self) -> Any:
+        """What the kernels read, made once for the norm and the update."""
+        if self._walk is None:
+            from shared.kernels.pair_update.triton import make_walk
+
+            (coefficients_NK, _, order, rows_ND), (latents_R, extra_RD) = self.terms[0], (*self.extra, (None, None))[0]
+            self._walk = make_walk(coefficients_NK, order, rows_ND, latents_R, extra_RD)
+        return self._walk
 
 
 class PairGradients(dict[str, PairGradient]):

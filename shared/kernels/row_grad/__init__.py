@@ -24,7 +24,7 @@ def row_grad(
     """
     if resolve(kernels, rows_ND) == "reference":
         return reference.row_grad(coefficients_NK, indices_NK, rows_ND, num_latents)
-    return implementation("row_grad", kernels, rows_ND).row_grad(coefficients_NK, order.get(), rows_ND)
+    return implementation("row_grad", kernels, rows_ND).row_grad(coefficients_NK, order, rows_ND)
 
 
 def latent_sum(
@@ -38,4 +38,4 @@ def latent_sum(
     """``out[f] = sum over picks (n, j) of latent f: coefficients[n, j]``, [F]: the gradient of b_enc."""
     if resolve(kernels, coefficients_NK) == "reference":
         return reference.latent_sum(coefficients_NK, indices_NK, num_latents)
-    return implementation("row_grad", kernels, coefficients_NK).latent_sum(coefficients_NK, order.get())
+    return implementation("row_grad", kernels, coefficients_NK).latent_sum(coefficients_NK, order)

@@ -3,12 +3,12 @@
 import torch
 import torch.nn.functional as F
 
-from shared.kernels.pairs import SortedPairs
+from shared.kernels.pairs import PairOrder, SortedPairs
 
 
-def row_grad(coefficients_NK: torch.Tensor, pairs: SortedPairs, rows_ND: torch.Tensor) -> torch.Tensor:
+def row_grad(coefficients_NK: torch.Tensor, order: PairOrder, rows_ND: torch.Tensor) -> torch.Tensor:
     """See ``shared.kernels.row_grad.row_grad``."""
-    order_P, offsets_F = _without_padding(pairs)
+    order_P, offsets_F = _without_padding(order.get())
     return F.embedding_bag(
         order_P // coefficients_NK.shape[1],
         rows_ND,
@@ -19,9 +19,9 @@ def row_grad(coefficients_NK: torch.Tensor, pairs: SortedPairs, rows_ND: torch.T
     )
 
 
-def latent_sum(coefficients_NK: torch.Tensor, pairs: SortedPairs) -> torch.Tensor:
+def latent_sum(coefficients_NK: torch.Tensor, order: PairOrder) -> torch.Tensor:
     """See ``shared.kernels.row_grad.latent_sum``."""
-    order_P, offsets_F = _without_padding(pairs)
+    order_P, offsets_F = _without_padding(order.get())
     return torch.segment_reduce(coefficients_NK.reshape(-1)[order_P], "sum", offsets=offsets_F, initial=0.0)
 
 

@@ -5,7 +5,6 @@ Written to a temporary file beside its place, fsync, link, fsync of the folder; 
 
 import ctypes
 import errno
-import fcntl
 import os
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from shared.basics.errors import GranaryError
+from shared.basics.files import is_abandoned, is_temporary, lock, make_folders, open_alone, sync_folder, temporary
 from shared.store.buffers import Buffer, byte_view
 from shared.store.format.checksum import crc32c
 from shared.store.io.base import BusyObjectError, ObjectMissingError, ObjectShortError
@@ -38,10 +38,14 @@ class LocalIO:
 
     def put(self, key: str, parts: Iterable[Buffer], *, replace: bool = False) -> bool:
         final = self.root / key
-        temp = final.with_name(f".{final.name}.tmp")
+        temp = temporary(final)
         with explained(self.url, key, "write"):
-            _make_folders(final.parent)
-            fd = _open_exclusively(temp, key)
+            make_folders(final.parent)
+            fd = open_alone(temp)
+            if fd is None:
+                raise BusyObjectError(
+                    f"another process is writing {key} of this store: let it finish or stop it, then run this again"
+                )
             try:
                 unsent = 0
                 for part in parts:
@@ -57,7 +61,7 @@ class LocalIO:
                 with suppress(FileNotFoundError):
                     os.unlink(temp)
                 os.close(fd)  # gives up the lock, so last
-            _sync_folder(final.parent)
+            sync_folder(final.parent)
         return stored
 
     def get(self, key: str) -> bytes:
@@ -93,15 +97,15 @@ class LocalIO:
             return None
 
     def listing(self, prefix: str = "") -> dict[str, int]:
-        return {key: size for key, size in self._walk(prefix) if not _is_temp(key)}
+        return {key: size for key, size in self._walk(prefix) if not _is_temporary(key)}
 
     def delete(self, key: str) -> None:
         with explained(self.url, key, "delete"), suppress(FileNotFoundError):
             os.unlink(self.root / key)
-            _sync_folder((self.root / key).parent)
+            sync_folder((self.root / key).parent)
 
     def leftovers(self) -> list[str]:
-        return [key for key, _ in self._walk("") if _is_temp(key) and _is_abandoned(self.root / key)]
+        return [key for key, _ in self._walk("") if _is_temporary(key) and is_abandoned(self.root / key)]
 
     def free_bytes(self) -> int | None:
         folder = self.root
@@ -115,7 +119,7 @@ class LocalIO:
             with explained(self.url, "", "open"):
                 self._claim = os.open(self.root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             weakref.finalize(self, os.close, self._claim)
-        return _lock(self._claim, fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH)
+        return lock(self._claim, exclusive=exclusive)
 
     def _walk(self, prefix: str) -> Iterator[tuple[str, int]]:
         pending = [self.root / prefix if prefix else self.root]
@@ -225,75 +229,5 @@ def _publish(temp: Path, final: Path, replace: bool) -> bool:
     return True
 
 
-def _open_exclusively(temp: Path, key: str) -> int:
-    """Open the one temporary file of a key, empty; raises BusyObjectError while another live writer has it.
-
-    The name is fixed and the claim is a file lock, which the kernel drops with its process: what a killed writer left
-    is taken over by the next one, and two writers can't mix their bytes.
-    """
-    while True:
-        fd = os.open(temp, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        if not _lock(fd):
-            os.close(fd)
-            raise BusyObjectError(
-                f"another process is writing {key} of this store: let it finish or stop it, then run this again"
-            )
-        status = os.fstat(fd)
-        with suppress(FileNotFoundError):
-            if os.stat(temp).st_ino == status.st_ino and status.st_nlink == 1:
-                os.ftruncate(fd, 0)
-                return fd
-            if status.st_nlink > 1:  # its writer died between link and unlink: that inode is the published object
-                os.unlink(temp)
-        os.close(fd)
-
-
-def _lock(fd: int, kind: int = fcntl.LOCK_EX) -> bool:
-    """False where another open file holds it; True too where the file system has no locks."""
-    try:
-        fcntl.flock(fd, kind | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError as error:
-        if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK, errno.EINVAL):
-            raise
-    return True
-
-
-def _is_temp(key: str) -> bool:
-    name = key.rpartition("/")[2]
-    return name.startswith(".") and name.endswith(".tmp")
-
-
-def _is_abandoned(temp: Path) -> bool:
-    """True where no living process holds the lock; False where the file system has no locks to tell by."""
-    try:
-        fd = os.open(temp, os.O_RDWR)
-    except OSError:
-        return False
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return True
-    except OSError:
-        return False
-    finally:
-        os.close(fd)
-
-
-def _make_folders(folder: Path) -> None:
-    """mkdir -p whose new names survive a power cut."""
-    missing = []
-    while not folder.exists():
-        missing.append(folder)
-        folder = folder.parent
-    for new in reversed(missing):
-        new.mkdir(exist_ok=True)
-        _sync_folder(new.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+def _is_temporary(key: str) -> bool:
+    return is_temporary(key.rpartition("/")[2])

@@ -13,7 +13,8 @@ from omegaconf.errors import OmegaConfBaseException
 import stage_eval.config
 import stage_harvest.config
 import stage_train.config
-from shared.launch.stage import describe_config_error, expand_shorthands
+from shared.launch.config_errors import describe_config_error
+from shared.launch.overrides import expand_shorthands
 
 CONF = Path(__file__).resolve().parents[3] / "conf"
 STAGES = ("harvest", "train", "eval")
@@ -106,3 +107,19 @@ def test_a_model_may_be_a_path_or_a_group_option() -> None:
         "model.path=/data/llama",
         "model.dtype=float16",
     ]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "name"),
+    [
+        ("sae.expansion=8,sae.k=16", "expansion=8,k=16"),
+        ("", "run"),
+        ("sae.prefixes=[0.25,0.5,1.0],sae.k=16", "prefixes=0.25+0.5+1.0,k=16"),
+        ("reads=layers.2.mlp_in,writes=[layers.2.mlp_out,layers.3.mlp_out]",
+         "reads=layers.2.mlp_in,writes=layers.2.mlp_out+layers.3.mlp_out"),
+        ("init_from=/a/b", "init_from=662b7b62"),
+        ("reads=layers.*.mlp_in", "reads=06c92ec0"),
+    ],
+)  # fmt: skip
+def test_the_folder_of_a_run_of_a_sweep(overrides: str, name: str) -> None:
+    assert stage_train.config.sweep_name(overrides) == name

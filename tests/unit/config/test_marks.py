@@ -40,9 +40,9 @@ def of(*starts: str) -> set[str]:
 
 def test_what_may_change_between_the_parts_of_a_run() -> None:
     free = of(
-        "name", "run_dir", "out_dir", "nproc", "packed", "store.url", "store.others", "checkpoint", "logger", "device",
-        "compute.kernels", "parallel", "optim.micro_batch", "stream.prefetch_gib", "stream.io_threads",
-        "stream.buffer", "stream.on_damage",
+        "name", "run_dir", "sae_name", "out_dir", "nproc", "packed", "store.url", "store.others", "checkpoint",
+        "logger", "device", "compute.kernels", "parallel", "optim.micro_batch", "stream.prefetch_gib",
+        "stream.io_threads", "stream.buffer", "stream.on_damage",
     )  # fmt: skip
     assert free == FREE
 
@@ -54,7 +54,17 @@ def test_what_the_runs_of_a_job_share() -> None:
 
 def test_what_the_folders_of_a_sweep_do_not_name() -> None:
     assert sorted(unnamed_keys()) == sorted(
-        ["name", "run_dir", "nproc", "packed", "store.url", "device.threads", "device.name", "logger.progress"]
+        [
+            "name",
+            "run_dir",
+            "sae_name",
+            "nproc",
+            "packed",
+            "store.url",
+            "device.threads",
+            "device.name",
+            "logger.progress",
+        ]
     )
 
 

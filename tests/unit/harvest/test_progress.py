@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from shared.parallel import World
-from stage_harvest.progress import Board, HarvestProgress, clock_after, human_time
+from stage_harvest.progress import Board, HarvestProgress, clock_after
 
 ALONE = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
 
@@ -16,14 +16,6 @@ ALONE = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
 def progress(todo: int = 12, **changes: int) -> HarvestProgress:
     fields = {"contexts": 16, "todo": todo, "shard_contexts": 4, "seq_len": 10, "context_bytes": 1000, "writers": 1}
     return HarvestProgress(ALONE, Board(ALONE), **{**fields, **changes})
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [(4.23, "4.2 s"), (99, "99.0 s"), (720, "12 min"), (12_000, "3 h 20 min"), (187_200, "2 d 4 h")],
-)
-def test_durations_are_written_for_people(seconds: float, text: str) -> None:
-    assert human_time(seconds) == text
 
 
 def test_the_end_is_told_by_the_clock() -> None:

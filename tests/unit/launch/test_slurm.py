@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from shared.launch.stage import expand_launcher
+from shared.launch.overrides import expand_launcher
 from tests.cli import REPOSITORY
 
 SUPERVISOR = """

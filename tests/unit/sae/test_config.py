@@ -1,6 +1,7 @@
-"""SAEConfig and the Hydra group that fills it."""
+"""What a dictionary is, how it is learnt, and the Hydra group that fills both."""
 
 import dataclasses
+import json
 from importlib import resources
 
 import pytest
@@ -10,16 +11,33 @@ from omegaconf import OmegaConf
 import stage_train.config
 from shared.basics.errors import GranaryError
 from shared.sae import SAEConfig
+from shared.sae.folder import from_document, to_document
+from shared.sae.learn.config import LearningConfig, check
+from shared.sae.sites import Sites, SiteWidths
+from shared.sae.variants.transcoder import TranscoderConfig
 from stage_train.sae_schema import SAESchema
+from tests.learning import split_fields
 
 
 def yaml_options():
     return sorted(path.name[:-5] for path in (resources.files("conf") / "sae").iterdir() if path.name.endswith(".yaml"))
 
 
+def round_trip(config, learning):
+    """Through the JSON of a dictionary's folder."""
+    document = json.loads(json.dumps(to_document(config, learning.to_dict(), {"steps": 3})))
+    found = from_document(document, document["provenance"])
+    assert found.provenance == {"steps": 3}
+    return found.config([SAEConfig, TranscoderConfig]), LearningConfig.from_dict(found.training)
+
+
 def test_json_round_trip():
-    config = SAEConfig(d_model=8, d_latent=64, k=4, auxk_k=3, loss="fvu_per_dim", multi_topk_weight=0.125)
-    assert SAEConfig.from_json(config.to_json()) == config
+    learning = LearningConfig(auxk_k=3, loss="fvu_per_dim", multi_topk_weight=0.125, prefixes=(8, 64))
+    sae = SAEConfig(d_model=8, d_latent=64, k=4, sites=Sites.of("layers.2.resid_post"))
+    sites = Sites(("layers.2.mlp_in",), ("layers.2.mlp_out",))
+    transcoder = TranscoderConfig(d_in=8, d_out=6, d_latent=64, k=4, pre_bias=False, sites=sites)
+    for config in (sae, transcoder, dataclasses.replace(sae, sites=None)):
+        assert round_trip(config, learning) == (config, learning)
 
 
 @pytest.mark.parametrize(
@@ -39,22 +57,28 @@ def test_json_round_trip():
 )
 def test_nonsense_is_one_clear_line(fields, message):
     with pytest.raises(GranaryError, match=message):
-        SAEConfig(**{"d_model": 8, "d_latent": 64, "k": 4, **fields})
+        split_fields({"d_model": 8, "d_latent": 64, "k": 4, **fields})
 
 
 def test_unknown_and_missing_keys_are_named():
-    fields = SAEConfig(d_model=8, d_latent=64, k=4).to_dict()
+    config = SAEConfig(d_model=8, d_latent=64, k=4)
+    fields = config.own_fields()
     with pytest.raises(GranaryError, match="unknown keys topk_value"):
-        SAEConfig.from_dict({**fields, "topk_value": 1})
+        SAEConfig.of(config.widths, {**fields, "topk_value": 1})
     del fields["d_latent"]
     with pytest.raises(GranaryError, match=r"incomplete.*'d_latent'"):
-        SAEConfig.from_dict(fields)
+        SAEConfig.of(config.widths, fields)
+
+
+def test_a_training_record_of_a_newer_version_does_not_keep_a_dictionary_from_loading():
+    assert LearningConfig.from_dict({"auxk_k": 3, "something_new": 1}) == LearningConfig(auxk_k=3)
 
 
 def test_schema_has_the_fields_of_the_config():
     schema = {field.name: field.type for field in dataclasses.fields(SAESchema)}
-    config = {field.name: field.type for field in dataclasses.fields(SAEConfig)}
-    del schema["expansion"], schema["d_latent"], config["d_model"], config["d_latent"]
+    both = (*dataclasses.fields(SAEConfig), *dataclasses.fields(LearningConfig))
+    config = {field.name: field.type for field in both}
+    del schema["expansion"], schema["d_latent"], config["d_model"], config["d_latent"], config["sites"]
     assert schema.pop("prefixes") == list[float] | None  # shares of the latents
     assert config.pop("prefixes") == tuple[int, ...] | None
     assert schema.pop("dead_after_tokens") == int | str  # auto
@@ -67,52 +91,58 @@ def test_every_option_is_a_config(option):
     stage_train.config.register()
     with initialize_config_module("conf", version_base="1.3"):
         values = compose("train", overrides=[f"sae={option}", "hydra.runtime.output_dir=out"]).sae
-    config = OmegaConf.to_object(values).to_config(64)
+    config, learning = configs(OmegaConf.to_object(values), 64)
     assert config.d_latent == round(values.expansion * 64)
     assert config.k == values.k
-    assert SAEConfig.from_json(config.to_json()) == config
+    assert round_trip(config, learning) == (config, learning)
+
+
+def configs(schema, width, run_tokens=None):
+    """Of an SAE of one site."""
+    return schema.to_configs(
+        {"kind": "sae"}, Sites.of("layers.0.resid_post"), SiteWidths((width,), (width,)), run_tokens
+    )
 
 
 def schema(**overrides):
-    fields = dataclasses.asdict(SAEConfig(d_model=1, d_latent=1, k=1))
-    del fields["d_model"]
+    fields = {**SAEConfig(d_model=1, d_latent=1, k=1).own_fields(), **LearningConfig().to_dict()}
     return SAESchema(**{"expansion": 2.5, **fields, "d_latent": None, **overrides})
 
 
 def test_width_by_expansion_or_by_d_latent():
-    assert schema().to_config(4).d_latent == 10
-    assert schema(d_latent=7).to_config(4).d_latent == 7
+    assert configs(schema(), 4)[0].d_latent == 10
+    assert configs(schema(d_latent=7), 4)[0].d_latent == 7
     with pytest.raises(GranaryError, match="expansion=0"):
-        schema(expansion=0).to_config(4)
+        configs(schema(expansion=0), 4)
 
 
 @pytest.mark.parametrize(
     ("run_tokens", "tokens"), [(2_000_000, 100_000), (200_000_000, 10_000_000), (400_000_000, 10_000_000), (5, 1)]
 )
 def test_dead_after_tokens_is_a_twentieth_of_a_short_run(run_tokens, tokens):
-    assert schema(dead_after_tokens="auto").to_config(4, run_tokens).dead_after_tokens == tokens
-    assert schema(dead_after_tokens=70).to_config(4, run_tokens).dead_after_tokens == 70
+    assert configs(schema(dead_after_tokens="auto"), 4, run_tokens)[1].dead_after_tokens == tokens
+    assert configs(schema(dead_after_tokens=70), 4, run_tokens)[1].dead_after_tokens == 70
 
 
 def test_dead_after_tokens_is_a_number_or_auto():
-    assert schema(dead_after_tokens="auto").to_config(4).dead_after_tokens == 10_000_000
+    assert configs(schema(dead_after_tokens="auto"), 4)[1].dead_after_tokens == 10_000_000
     with pytest.raises(GranaryError, match="dead_after_tokens=soon: give a number of tokens, or auto"):
-        schema(dead_after_tokens="soon").to_config(4)
+        configs(schema(dead_after_tokens="soon"), 4)
     with pytest.raises(GranaryError, match="dead_after_tokens=0: must be at least 1"):
-        schema(dead_after_tokens=0).to_config(4)
+        configs(schema(dead_after_tokens=0), 4)
 
 
 def test_prefixes_are_shares_of_the_latents():
-    assert schema(prefixes=[0.25, 0.5, 1.0], d_latent=40).to_config(4).prefixes == (10, 20, 40)
+    assert configs(schema(prefixes=[0.25, 0.5, 1.0], d_latent=40), 4)[1].prefixes == (10, 20, 40)
     with pytest.raises(GranaryError, match=r"sae.prefixes=\[10.0\]: shares"):
-        schema(prefixes=[10.0]).to_config(4)
+        configs(schema(prefixes=[10.0]), 4)
 
 
 @pytest.mark.parametrize("activation", ["relu", "jumprelu", "gated"])
 def test_training_without_sparsity_is_refused_and_loading_is_not(activation):
     with pytest.raises(GranaryError, match="is not sparse without a penalty"):
-        schema(activation=activation, k=None).to_config(4)
-    assert SAEConfig(d_model=4, d_latent=8, activation=activation).penalty == "none"
+        configs(schema(activation=activation, k=None), 4)
+    check(SAEConfig(d_model=4, d_latent=8, activation=activation), LearningConfig())
 
 
 RELU, JUMP = {"activation": "relu", "k": None}, {"activation": "jumprelu", "k": None}
@@ -151,6 +181,6 @@ GATED = {"activation": "gated", "k": None}
 )
 def test_bad_combinations_are_refused_with_the_reason(fields, reason):
     with pytest.raises(GranaryError) as caught:
-        SAEConfig(**{"d_model": 8, "d_latent": 64, "k": 4, **fields})
+        check(*split_fields({"d_model": 8, "d_latent": 64, "k": 4, **fields}))
     assert reason in str(caught.value)
     assert "\n" not in str(caught.value)

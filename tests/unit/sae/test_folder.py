@@ -10,14 +10,15 @@ import torch
 from safetensors.torch import load_file
 
 from shared.basics.errors import GranaryError
-from shared.sae import SAE, SAEConfig, load_provenance
+from shared.sae import SAE, load_provenance
 from shared.sae import folder as sae_folder
 from shared.sae.learn.objective import Objective
+from tests.learning import LearningSAE
 
 
 @pytest.fixture
 def sae():
-    sae = SAE(SAEConfig(d_model=6, d_latent=20, k=3), generator=torch.Generator().manual_seed(0))
+    sae = LearningSAE(d_model=6, d_latent=20, k=3, generator=torch.Generator().manual_seed(0))
     sae.initialise(None, torch.randn(50, 6, generator=torch.Generator().manual_seed(1)) + 2)
     return sae
 

@@ -9,9 +9,9 @@ from shared.sae import SAE, SAEConfig
 CASES: dict[str, dict[str, Any]] = {
     "topk": {"k": 3},
     "batchtopk": {"k": 3},
-    "jumprelu": {"penalty": "l0", "penalty_weight": 1e-2},
-    "gated": {"penalty": "l1", "penalty_weight": 1e-2},
-    "relu": {"penalty": "l1", "penalty_weight": 1e-2, "unit_norm_decoder": False},
+    "jumprelu": {},
+    "gated": {},
+    "relu": {"unit_norm_decoder": False},
 }
 
 

@@ -53,14 +53,14 @@ def test_norms_by_position_equal_brute_force(tmp_path):
     assert sum(group.count for group in groups) == store.statistics(HOOK).count
 
 
-def test_massive_dimensions_are_those_planted():
+def test_outlier_dimensions_are_those_planted():
     x_ND = np.random.default_rng(0).standard_normal((64, 40)).astype(np.float32)
     x_ND[:, 7] *= 50
     x_ND[:, 3] += 1000  # a constant counts: it is as large
     norms = NormFigures()
     norms.add((x_ND.astype(np.float64) ** 2).sum(1))
     moments = Moments(64, x_ND.mean(0), 64 * x_ND.var(0))
-    found = HookStatistics.from_rows(RowStatistics(moments, norms)).massive_dimensions()
+    found = HookStatistics.from_rows(RowStatistics(moments, norms)).outlier_dimensions()
     assert [dimension for dimension, _ in found] == [3, 7]
     assert found[0][1] == pytest.approx(1000, rel=0.2)
     assert found[1][1] == pytest.approx(50, rel=0.3)

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shared.basics.errors import GranaryError
-from shared.store import Store, WindowPlan, parse_bytes
+from shared.store import Store, WindowPlan
 from shared.store.__main__ import main
 from shared.store.capacity import shard_bytes
 from shared.store.io.local import LocalIO
@@ -25,20 +25,6 @@ def windowed_store(folder, shards_in_window=4, **changes):
 def fill(store, shards):
     for shard in shards:
         store.write_shard(shard, synthetic_shard(store, shard))
-
-
-@pytest.mark.parametrize(
-    ("text", "size"),
-    [("2TB", 2 * 10**12), ("500 GB", 5 * 10**11), ("1.5TiB", 3 * 2**39), ("64k", 64_000), ("17", 17), (12, 12)],
-)
-def test_sizes(text, size):
-    assert parse_bytes(text) == size
-
-
-@pytest.mark.parametrize("text", ["", "many", "2XB", "-1GB", "5 iB"])
-def test_what_is_no_size_is_one_line(text):
-    with pytest.raises(GranaryError, match=r"store\.window=.* is not a size"):
-        parse_bytes(text)
 
 
 @given(st.integers(2, 60), st.floats(0, 0.9), st.sampled_from(["spread", "last"]), st.integers(2, 30))

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from shared.basics.errors import GranaryError
+from shared.basics.metrics_file import read_metrics
 from shared.sae import SAE
 from shared.store import Store
-from stage_train.show.loggers import read_metrics
 from tests.training import Runs
 
 pytestmark = pytest.mark.usefixtures("train_configs")

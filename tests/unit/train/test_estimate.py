@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -91,11 +91,8 @@ def test_a_staged_state_is_a_copy_on_the_host(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForkServer]:
-    with ForkServer(
-        tmp_path_factory.mktemp("plan"), ["stage_train.estimate.job", "stage_train.estimate.report"]
-    ) as server:
-        yield server
+def server(stages: ForkServer, tmp_path_factory: pytest.TempPathFactory) -> ForkServer:
+    return stages.at(tmp_path_factory.mktemp("plan"))
 
 
 @pytest.fixture

@@ -9,12 +9,13 @@ import pytest
 import torch
 
 from shared.basics.errors import GranaryError
-from shared.sae import SAE, load_provenance
+from shared.basics.metrics_file import read_metrics
+from shared.sae import load_provenance
+from shared.sae.learn.objective import Objective
 from shared.store import Store
 from stage_train.job import Job
-from stage_train.show.loggers import read_metrics
 from stage_train.state.checkpoint import newest_checkpoint
-from tests.training import WORLD, Runs, assert_same_run, exit_code, signalled_in, watching
+from tests.training import WORLD, Runs, assert_same_run, assert_same_weights, exit_code, signalled_in, watching
 
 pytestmark = pytest.mark.usefixtures("train_configs")
 
@@ -51,6 +52,19 @@ def test_each_run_is_as_if_alone(runs: Runs) -> None:
         assert_same(runs, f"alone_{name}", name)
     assert len({(runs.folder / name / "sae.safetensors").read_bytes() for name in MEMBERS}) == len(MEMBERS)
     assert [read_metrics(runs.folder / name)[-1]["step"] for name in ("plain", "short")] == [42, 20]
+
+
+def test_what_is_read_and_written_may_differ(runs: Runs) -> None:
+    """An SAE, a transcoder and one the other way round, each as if alone; by sites in place of a hook, too."""
+    there, back = (["variant=transcoder", "hook=null", f"reads={a}", f"writes={b}"] for a, b in (HOOKS, HOOKS[::-1]))
+    members = {"sae": [], "by_reads": ["hook=null", f"reads={HOOKS[0]}"], "there": there, "back": back}
+    for name, overrides in members.items():
+        runs(f"alone_{name}", *overrides)
+    runs.together(members)
+    for name in members:
+        assert_same(runs, f"alone_{name}", name)
+    assert_same_weights(runs.folder / "sae", runs.folder / "by_reads")
+    assert load_provenance(runs.folder / "there")["writes"] == [HOOKS[1]]
 
 
 def test_the_store_is_read_once(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,12 +115,12 @@ def test_runs_that_were_saved_at_different_steps_meet_again(runs: Runs) -> None:
 
 
 def test_a_run_that_diverges_does_not_harm_the_others(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
-    losses = SAE.losses
+    losses = Objective.losses
 
-    def poisoned(self: SAE, x: torch.Tensor, *args: Any, **options: Any) -> Any:
-        return losses(self, x * float("nan") if self.config.k == 2 else x, *args, **options)
+    def poisoned(self: Objective, x: torch.Tensor, *args: Any) -> Any:
+        return losses(self, x * float("nan") if self.dictionary.config.k == 2 else x, *args)
 
-    monkeypatch.setattr(SAE, "losses", poisoned)
+    monkeypatch.setattr(Objective, "losses", poisoned)
     with pytest.raises(GranaryError, match=r"1 of 3 SAEs diverged \(bad\), see above: lower optim\.lr"):
         runs.together({"a": [], "bad": ["sae.k=2"], "b": ["seed=1"]})
     runs("alone")

@@ -21,6 +21,7 @@ from omegaconf import OmegaConf
 
 from shared.parallel import World
 from shared.sae import SAE
+from shared.sae.learn.objective import Objective
 from shared.sae.optim import AdamConfig, make_optimiser
 from shared.store import Store
 from stage_train import config
@@ -154,13 +155,13 @@ def test_dead_switches(train: Callable[..., Path], key: str) -> None:
 
 def test_micro_batches_that_cut_nothing(train: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """sparsify's micro_acc_steps scales the loss and leaves the batch whole."""
-    rows, losses = [], SAE.losses
+    rows, losses = [], Objective.losses
 
-    def counting(self: SAE, x: torch.Tensor, *args: Any, **options: Any) -> Any:
+    def counting(self: Objective, x: torch.Tensor, *args: Any) -> Any:
         rows.append(len(x))
-        return losses(self, x, *args, **options)
+        return losses(self, x, *args)
 
-    monkeypatch.setattr(SAE, "losses", counting)
+    monkeypatch.setattr(Objective, "losses", counting)
     train("optim.micro_batch=5")
     assert max(rows) <= 5
 

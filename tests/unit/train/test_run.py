@@ -13,9 +13,11 @@ from omegaconf import OmegaConf
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
 from shared.basics.errors import GranaryError
-from shared.sae import SAE, load_provenance
+from shared.basics.metrics_file import read_metrics
+from shared.sae import load_provenance
+from shared.sae.folder import describe
+from shared.sae.learn.objective import Objective
 from shared.store import Store
-from stage_train.show.loggers import read_metrics
 from stage_train.state.checkpoint import newest_checkpoint
 from stage_train.state.export import export
 from tests.closeness import REORDERED, SAME_RUN, assert_close_in_norm
@@ -30,7 +32,7 @@ HOOK, T = "layers.1.resid_post", 16
 def test_dead_latents_are_a_share_of_the_run(train: Runs, length: str) -> None:
     tokens = "schedule.tokens=null" if "epochs" in length else length
     out = train("a", "sae.dead_after_tokens=auto", tokens, length)
-    assert SAE.from_pretrained(out).config.dead_after_tokens == read_metrics(out)[-1]["tokens"] // 20
+    assert describe(out).training["dead_after_tokens"] == read_metrics(out)[-1]["tokens"] // 20
 
 
 def test_a_run_learns_and_leaves_what_it_promises(train: Runs) -> None:
@@ -94,7 +96,9 @@ def test_a_finished_run_without_its_export_gets_it(train: Runs) -> None:
 
 def test_another_configuration_is_refused_by_name(train: Runs) -> None:
     train.stopped("a", step=5)
-    with pytest.raises(GranaryError, match=r"optim\.lr was .*, is 0\.5; sae\.k was 3, is 4\. Use the same"):
+    with pytest.raises(
+        GranaryError, match=r"optim\.lr was .*, is 0\.5; sae\.k was 3, is 4\. Use the same, give this one"
+    ):
         train("a", "optim.lr=0.5", "sae.k=4")
     train("a", "logger.every=10", "checkpoint.every=7", "stream.io_threads=2", "stream.prefetch_gib=0")
 
@@ -210,12 +214,12 @@ def test_several_stores_are_read_as_one(train: Runs, tmp_path: Path, planted_sto
 
 def test_divergence_is_one_line_and_the_last_checkpoint_stays(train: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
     out = train.stopped("a", step=3)
-    losses = SAE.losses
+    losses = Objective.losses
 
-    def poisoned(self: SAE, x: torch.Tensor, *args: Any, **options: Any) -> Any:
-        return losses(self, x * float("nan"), *args, **options)
+    def poisoned(self: Objective, x: torch.Tensor, *args: Any) -> Any:
+        return losses(self, x * float("nan"), *args)
 
-    monkeypatch.setattr(SAE, "losses", poisoned)
+    monkeypatch.setattr(Objective, "losses", poisoned)
     with pytest.raises(GranaryError, match=r"diverged by step 5 \(loss nan.*lower optim\.lr"):
         train("a")
     with pytest.raises(GranaryError, match=r"diverged by step 4 \(loss"):

@@ -16,7 +16,7 @@ from shared.basics.errors import GranaryError
 from shared.sae import SAE
 from shared.sae.__main__ import main
 from shared.sae.formats import FORMATS
-from shared.sae.load import convert, detect, load_any
+from shared.sae.loading import convert, detect, load_any
 from tests.foreign import (
     foreign_weights,
     write_dictionary_learning,

@@ -7,7 +7,8 @@ import torch
 
 from shared.basics.errors import GranaryError
 from shared.sae import SAE, SAEConfig, SparseLatents
-from shared.sae.learn.init import OVERSHOOT, encoder_scale, geometric_median
+from shared.sae.learn.activations import TopKRule
+from shared.sae.learn.init import encoder_scale, geometric_median
 from tests.learning import LearningSAE
 
 
@@ -137,7 +138,7 @@ def test_initialise_lowers_the_loss_and_keeps_rows_unit():
     torch.testing.assert_close(norms, torch.ones_like(norms))
     torch.testing.assert_close(sae.W_enc / sae.W_enc.norm(dim=1, keepdim=True), sae.W_dec)
     with torch.no_grad():
-        sae.W_enc.div_(OVERSHOOT)
+        sae.W_enc.div_(TopKRule.overshoot)
     best = float(sae.losses(x[:1000]).reconstruction)
     assert best < 1
     for factor in (0.9, 1.1):

@@ -10,9 +10,9 @@ import torch
 
 import stage_train.data.blocks
 from shared.basics.errors import GranaryError
+from shared.basics.metrics_file import read_metrics
 from shared.store import Store
 from shared.store.capacity import shard_bytes
-from stage_train.show.loggers import read_metrics
 from tests.synthetic import synthetic_plan, synthetic_shard, synthetic_tokens
 from tests.training import Runs, assert_same_weights
 
@@ -97,10 +97,10 @@ def test_a_signal_while_it_waits_for_the_harvest(
     wait_until = stage_train.data.blocks.wait_until
     sent = []
 
-    def signalled(ready: Callable[[], bool], waiting: Callable[[float], None]) -> float:
+    def signalled(ready: Callable[[], bool], report: Callable[[], None], give_up: Callable[[], None]) -> float:
         if not ready() and not sent:
             sent.append(os.kill(os.getpid(), signal.SIGTERM))
-        return wait_until(ready, waiting)
+        return wait_until(ready, report, give_up=give_up)
 
     with monkeypatch.context() as patch:
         patch.setattr("stage_train.data.blocks.wait_until", signalled)

@@ -9,6 +9,7 @@ import torch
 import torch.distributed.checkpoint.state_dict_saver as dcp
 
 from shared.sae import SAE, SAEConfig, load_provenance
+from shared.sae.folder import to_document
 from stage_train.state.checkpoint import POINTER, STATE
 from stage_train.state.export import main
 
@@ -18,7 +19,7 @@ def test_the_newest_checkpoint_is_exported(tmp_path: Path) -> None:
     step = tmp_path / "checkpoints/step-00000007"
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")
     dcp.save({f"sae.{name}": tensor for name, tensor in sae.state_dict().items()}, checkpoint_id=step, no_dist=True)
-    (step / STATE).write_text(json.dumps({"sae": sae.config.to_dict(), "provenance": {"steps": 7}}))
+    (step / STATE).write_text(json.dumps({"sae": to_document(sae.config, {}, {}), "provenance": {"steps": 7}}))
     (step.parent / POINTER).write_text(step.name)
     main([str(tmp_path), str(tmp_path / "out")])
     loaded = SAE.from_pretrained(tmp_path / "out")

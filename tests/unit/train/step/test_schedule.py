@@ -117,7 +117,7 @@ def test_factor_of_the_biases() -> None:
     assert bias_factor(5, sae(77)) == 5
     for latents in (512, 2048, 8192):
         assert bias_factor("by_width", sae(latents)) * peak_rate("by_width", latents) == pytest.approx(6e-2)
-    gated = sae(2048, activation="gated", k=None, penalty="l1", penalty_weight=1e-2)
+    gated = sae(2048, activation="gated", k=None)
     assert bias_factor("by_width", gated) == 1
     with pytest.raises(GranaryError, match=r"optim\.bias_factor=fast: give a number, or by_width for"):
         bias_factor("fast", sae(77))

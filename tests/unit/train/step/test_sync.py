@@ -42,9 +42,9 @@ def test_steps_between_logging_do_not_wait(
     planted_store(tmp_path / "store")
     job = Job([Runs(tmp_path).cfg("sae", *choice)], WORLD)
     (spec,), inputs = job.specs, job.open_inputs()
-    trainer = make_trainer(spec, inputs, inputs.open_stream(0, 1, spec.length.end), job.layout, from_data=True)
+    trainer = make_trainer(spec, inputs, inputs.open_stream(0, 1, spec.length.end), job.layout, begins=True)
     # The plain kernels read nothing back; those for the CPU do, where that is cheap.
-    trainer.sae.kernels = trainer.optimiser.kernels = "reference"
+    trainer.objective.dictionary.kernels = trainer.optimiser.kernels = "reference"
     with closing(trainer.stream) as stream:
         for number, batch in enumerate(stream):
             with CountWaits() as counter:

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from shared.basics.errors import GranaryError
+from shared.basics.metrics_file import read_metrics
 from shared.store import DamagedObjectError, Store
 from stage_train.data.stream import StoreSlice, StreamOrder, TokenStream, TrainingData
 from stage_train.data.stream.sample import sample_tokens
-from stage_train.show.loggers import read_metrics
 from tests.training import Runs
 
 pytestmark = pytest.mark.usefixtures("train_configs")

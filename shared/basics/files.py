@@ -1,0 +1,149 @@
+"""Files that are whole or not there, also after a power cut; folders that last; locks that die with their process.
+
+A file is written beside its place under one fixed name, flushed to disk, renamed, and the folder flushed. The writer
+holds a lock on it meanwhile, which the kernel drops with its process: two writers of one file take turns, and what a
+killed one left is taken over by the next.
+"""
+
+import errno
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import BinaryIO
+
+NO_LOCKS_HERE = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK, errno.EINVAL)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A binary file to write; when the block ends its content is `path`'s, on disk, in place of what was there.
+
+    After an error in the block, or a full disk, `path` is as before. Folders are made as needed. Raises OSError.
+    """
+    make_folders(path.parent)
+    temp = temporary(path)
+    fd = open_alone(temp, wait=True)
+    assert fd is not None
+    with os.fdopen(fd, "wb") as file:  # gives up the lock when it is closed, so last
+        try:
+            yield file
+            file.flush()
+            os.fsync(fd)
+            os.replace(temp, path)
+        except BaseException:
+            temp.unlink(missing_ok=True)
+            with suppress(OSError):
+                file.close()
+            raise
+    sync_folder(path.parent)
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Make `content` the whole file, as `replacing` does."""
+    with replacing(path) as file:
+        file.write(content)
+
+
+def write_text(path: Path, text: str) -> None:
+    """`write_bytes` of UTF-8."""
+    write_bytes(path, text.encode())
+
+
+def temporary(path: Path) -> Path:
+    """Where a file lies while it is written."""
+    return path.with_name(f".{path.name}.tmp")
+
+
+def is_temporary(name: str) -> bool:
+    """Whether a file of that name is one that is being written, or was when its writer died."""
+    return name.startswith(".") and name.endswith(".tmp")
+
+
+def is_abandoned(temp: Path) -> bool:
+    """True where no living process holds the lock; False where the file system has no locks to tell by."""
+    try:
+        fd = os.open(temp, os.O_RDWR)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    except OSError:
+        return False
+    finally:
+        os.close(fd)
+
+
+def open_alone(temp: Path, *, wait: bool = False) -> int | None:
+    """Open the one temporary file of a name, empty and locked; None while another writer has it, unless to `wait`."""
+    while True:
+        fd = os.open(temp, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            if not lock(fd, wait=wait):
+                os.close(fd)
+                return None
+            status = os.fstat(fd)
+            with suppress(FileNotFoundError):
+                if os.stat(temp).st_ino == status.st_ino and status.st_nlink == 1:
+                    os.ftruncate(fd, 0)
+                    return fd
+                if status.st_nlink > 1:  # its writer died between link and unlink: that inode is the published object
+                    os.unlink(temp)
+        except BaseException:
+            os.close(fd)
+            raise
+        os.close(fd)
+
+
+def lock(fd: int, *, exclusive: bool = True, wait: bool = False) -> bool:
+    """Lock an open file or folder until it is closed or its process ends; False where another one holds it.
+
+    True too where the file system has no locks. A lock of this open file that exists is changed to the kind asked for.
+    """
+    kind = fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH
+    try:
+        fcntl.flock(fd, kind if wait else kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in NO_LOCKS_HERE:
+            raise
+    return True
+
+
+def lock_folder(folder: Path) -> int | None:
+    """Hold a folder until the descriptor returned is closed or the process ends; None where another one holds it.
+
+    Raises OSError where there is no such folder.
+    """
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        if lock(fd):
+            return fd
+    except BaseException:
+        os.close(fd)
+        raise
+    os.close(fd)
+    return None
+
+
+def make_folders(folder: Path) -> None:
+    """mkdir -p whose new names survive a power cut."""
+    missing = []
+    while not folder.exists():
+        missing.append(folder)
+        folder = folder.parent
+    for new in reversed(missing):
+        new.mkdir(exist_ok=True)
+        sync_folder(new.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Flush the names in a folder to disk."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

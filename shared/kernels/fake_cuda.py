@@ -1,0 +1,110 @@
+"""A step on a GPU, followed without one: tensors that hold no data, and a record of what is done to them.
+
+    with FakeCuda() as record:
+        step(torch.zeros(8192, 4096, device=DEVICE))
+    print(record.launches, record.syncs, record.peak_bytes)
+
+The tensors are on torch's device ``meta`` and claim to be on a GPU. What needs a value on the host (``int(tensor)``,
+``nonzero``) raises, as there is none; what copies a host's value to the device is recorded in ``syncs``. So a step that
+comes through with no syncs never waits for the device. Kernels are not run: a launch is recorded, with the tensors it
+was given. Not under TRITON_INTERPRET.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+DEVICE = "meta"
+# What waits where a tensor of the host is among its arguments.
+COPIES = (torch.ops.aten._to_copy, torch.ops.aten.copy_, torch.ops.aten.index_put_, torch.ops.aten._index_put_impl_)
+
+
+@dataclass
+class Launch:
+    """One launch of a Triton kernel."""
+
+    kernel: str
+    grid: tuple[int, ...]
+    tensors: tuple[tuple[tuple[int, ...], torch.dtype, bool], ...]
+    """Shape, type, and whether contiguous, of each."""
+
+
+class FakeCuda(TorchDispatchMode):
+    """Records launches, other operations with the bytes they read and write, syncs, and the most memory alive."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.launches: list[Launch] = []
+        self.operations: list[tuple[str, int]] = []
+        """Names and bytes of what runs beside the kernels; views are left out."""
+        self.syncs: list[str] = []
+        self.peak_bytes = 0
+        self._alive: dict[int, tuple[StorageWeakRef, int]] = {}
+        self._run: Callable[..., Any] | None = None
+
+    def __enter__(self) -> Self:
+        from triton.runtime.jit import JITFunction
+
+        self._run, record = JITFunction.run, self
+
+        def run(kernel: Any, *args: Any, grid: Any, warmup: bool, **_: Any) -> None:
+            tensors = (argument for argument in args if isinstance(argument, torch.Tensor))
+            described = tuple((tuple(tensor.shape), tensor.dtype, tensor.is_contiguous()) for tensor in tensors)
+            record.launches.append(Launch(kernel.fn.__name__, tuple(grid), described))
+
+        JITFunction.run = run
+        set_item = torch.Tensor.__setitem__
+
+        def assign(tensor: torch.Tensor, index: Any, value: Any) -> None:
+            if isinstance(index, torch.Tensor) and not isinstance(value, torch.Tensor):
+                record.syncs.append("a Python value assigned at a tensor's indices")  # makes a tensor on the host
+            set_item(tensor, index, value)
+
+        torch.Tensor.__setitem__ = assign  # type: ignore[method-assign, assignment]
+        torch.Tensor.is_cuda = property(lambda tensor: tensor.device.type == DEVICE)  # type: ignore[assignment]
+        entered: Self = super().__enter__()
+        return entered
+
+    def __exit__(self, *error: Any) -> None:
+        from triton.runtime.jit import JITFunction
+
+        super().__exit__(*error)
+        del torch.Tensor.is_cuda, torch.Tensor.__setitem__  # those of the parent class are there again
+        JITFunction.run = self._run
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+        storages = {tensor.untyped_storage()._cdata for tensor in given}
+        is_view = (
+            bool(made) and all(t.untyped_storage()._cdata in storages for t in made) and not func._schema.is_mutable
+        )
+        if not is_view:
+            size = sum(t.numel() * t.element_size() for t in (*given, *made) if t.device.type == DEVICE)
+            self.operations.append((str(func), size))
+        from_host = [t for t in given if t.device.type == "cpu"]
+        if from_host and func.overloadpacket in COPIES and any(t.device.type == DEVICE for t in (*given, *made)):
+            self.syncs.append(f"{func} of {tuple(from_host[0].shape)} from the host")
+        self._count(made)
+        return result
+
+    def _count(self, made: list[torch.Tensor]) -> None:
+        for tensor in made:
+            storage = tensor.untyped_storage()
+            if tensor.device.type == DEVICE and storage._cdata not in self._alive:
+                self._alive[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        self._alive = {key: entry for key, entry in self._alive.items() if not entry[0].expired()}
+        self.peak_bytes = max(self.peak_bytes, self.alive_bytes)
+
+    @property
+    def alive_bytes(self) -> int:
+        """Memory of the tensors that exist at this moment."""
+        return sum(size for _, size in self._alive.values())

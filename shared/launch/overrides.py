@@ -1,0 +1,38 @@
+"""The command line before Hydra sees it: shorthands, what a launcher implies, what secondary ranks must not do.
+
+``model=PATH`` is accepted beside Hydra's ``model=<group option>``: a value that names no file of the group is taken as
+``model.path=PATH``; ``device=cpu`` likewise.
+"""
+
+import os
+from collections.abc import Sequence
+from importlib import resources
+
+# Groups that also take the value of one of their keys.
+VALUE_SHORTHANDS = {"model": "model.path", "device": "device.name"}
+
+
+def expand_shorthands(overrides: Sequence[str]) -> list[str]:
+    """Rewrite ``model=/path/or/hub-id`` to ``model.path=...`` where no option of the group has that name."""
+    expanded = []
+    for override in overrides:
+        group, equals, value = override.partition("=")
+        is_option = (resources.files("conf") / group / f"{value}.yaml").is_file() if group in VALUE_SHORTHANDS else True
+        if equals and not is_option and "," not in value:
+            override = f"{VALUE_SHORTHANDS[group]}={value}"
+        expanded.append(override)
+    return expanded
+
+
+def expand_launcher(arguments: Sequence[str]) -> list[str]:
+    """Hydra uses a launcher in multiruns only: naming one asks for a multirun, of one job if need be."""
+    names_one = any(argument.startswith("hydra/launcher=") for argument in arguments)
+    is_multirun = any(argument in ("-m", "--multirun") for argument in arguments)
+    return ["--multirun", *arguments] if names_one and not is_multirun else list(arguments)
+
+
+def rank_overrides() -> list[str]:
+    """Under torchrun only rank 0 owns the run folder and the log file."""
+    if os.environ.get("RANK", "0") == "0":
+        return []
+    return ["hydra.output_subdir=null", "hydra/job_logging=rank"]
