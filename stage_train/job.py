@@ -26,7 +26,7 @@ from stage_train.data.sites import resolve_sites
 from stage_train.data.stores import PinnedStore, pin, repin
 from stage_train.run import Run, eval_arguments, finish, write_config
 from stage_train.show.progress import ProgressBar
-from stage_train.spec import RunSpec
+from stage_train.spec import RunSpec, on_device
 from stage_train.state.disk import telling_disk_errors
 from stage_train.state.export import digest
 from stage_train.state.identity import shared_keys
@@ -45,7 +45,7 @@ INTERRUPTED = 130
 def train(cfgs: Sequence[TrainSchema]) -> None:
     """Train one SAE for each configuration, or continue where an earlier call with the same ones stopped."""
     world = init_world(cfgs[0].device.name, cfgs[0].device.threads)
-    cfgs = [settled(cfg, world) for cfg in cfgs]
+    cfgs = [settled(on_device(cfg, world.device), world) for cfg in cfgs]
     with telling_lost_contact(), telling_disk_errors(), ExitStack() as stack:
         for folder in sorted({cfg.out_dir for cfg in cfgs}):
             stack.enter_context(only_run_in(Path(folder), world))
@@ -61,6 +61,7 @@ class Job:
 
         Changes nothing on disk and waits for nobody. Raises GranaryError.
         """
+        cfgs = [on_device(cfg, world.device) for cfg in cfgs]
         check_alike(cfgs)
         self.world, cfg = world, cfgs[0]
         self.alone = len(cfgs) == 1

@@ -1,13 +1,14 @@
 """What a run is, computed once from its configuration, the stores and the tokens that are trained on."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
 import torch
 
 from shared.basics.errors import GranaryError
+from shared.kernels import Compute
 from shared.sae.config import DictionaryConfig
 from shared.sae.learn.config import LearningConfig
 from shared.sae.optim import OptimiserConfig
@@ -33,6 +34,14 @@ from stage_train.step.schedule import (
 from stage_train.step.spike_guard import SpikeGuard
 from stage_train.step.trainer import Schedules
 from stage_train.step.weight_average import WeightAverage
+
+
+def on_device(cfg: TrainSchema, device: torch.device) -> TrainSchema:
+    """`cfg` with the type that ``compute.dtype=auto`` stands for there, which is part of what fixes the result."""
+    if cfg.compute.dtype != "auto":
+        return cfg
+    dtype = Compute(dtype="auto").dtype_for(torch.empty(0, device=device))
+    return replace(cfg, compute=replace(cfg.compute, dtype=dtype))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from typing import Any
 
+from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from shared.basics.config import marks
@@ -22,6 +23,13 @@ def fill(cfg: DictConfig | ListConfig) -> Any:
     for name, schema in unknown_keys(cfg) if isinstance(cfg, DictConfig) else ():
         raise GranaryError(f"unknown configuration key {name!r}{suggestion(name, schema)}")
     return OmegaConf.to_object(cfg)
+
+
+def schema_of(config_name: str) -> type:
+    """The schema that a stage registered for ``conf/<config_name>.yaml``."""
+    schema = OmegaConf.get_type(ConfigStore.instance().load(f"{config_name}_schema.yaml").node)
+    assert schema is not None
+    return schema
 
 
 def unknown_keys(cfg: DictConfig, prefix: str = "") -> Iterator[tuple[str, type]]:

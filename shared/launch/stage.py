@@ -10,10 +10,9 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import hydra
-from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from shared.basics.errors import GranaryError
@@ -22,7 +21,7 @@ from shared.launch.config_errors import describe_config_error
 from shared.launch.counts import expand_counts
 from shared.launch.orphans import environment_of_child
 from shared.launch.overrides import expand_launcher, expand_shorthands, rank_overrides
-from shared.launch.schema import fill
+from shared.launch.schema import fill, schema_of
 
 # Logger, and a part of the message.
 CHATTER = (
@@ -145,10 +144,3 @@ def python_module(nproc: int, rendezvous: Sequence[str] = ("--standalone",)) -> 
 def is_failed_job(error: Exception) -> bool:
     """Whether `error` is submitit's report of a job that failed."""
     return any(kind.__module__.startswith("submitit.") for kind in type(error).__mro__)
-
-
-def schema_of(config_name: str) -> type:
-    """The schema that the stage registered for ``conf/<config_name>.yaml``."""
-    schema = OmegaConf.get_type(ConfigStore.instance().load(f"{config_name}_schema.yaml").node)
-    assert schema is not None
-    return schema

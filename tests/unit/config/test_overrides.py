@@ -11,9 +11,9 @@ from shared.basics.config import marks
 from shared.basics.errors import GranaryError
 from shared.basics.numbers import parse_count
 from shared.launch.counts import expand_counts
+from shared.launch.overrides import expand_shorthands
 from shared.launch.peer_names import KEYS, SITES, site_of
-from shared.launch.schema import fill, suggestion, unknown_keys
-from shared.launch.stage import expand_shorthands, schema_of
+from shared.launch.schema import fill, schema_of, suggestion, unknown_keys
 from shared.lm.hookpoint import SITES as OUR_SITES
 from stage_eval.config import EvalSchema
 from stage_harvest.config import HarvestSchema
