@@ -29,6 +29,8 @@ from shared.launch.orphans import environment_of_child
 
 # Groups whose value may also be a plain path, and the key that path belongs to.
 PATH_SHORTHANDS = {"model": "model.path"}
+# Keys that are lists by nature: a bare comma list is one value, and no sweep.
+LISTS = ("hooks.layers", "hooks.sites")
 # Logger, and a part of the message.
 CHATTER = (
     ("submitit", "sacct error"),  # at each poll, where a cluster has no accounting
@@ -150,13 +152,18 @@ def is_failed_job(error: Exception) -> bool:
 
 
 def expand_shorthands(overrides: Sequence[str]) -> list[str]:
-    """Rewrite ``model=/path/or/hub-id`` to ``model.path=...`` where no option of the group has that name."""
+    """Rewrite ``model=/path/or/hub-id`` to ``model.path=...`` where no option of the group has that name.
+
+    Also ``hooks.layers=8,16`` to a list.
+    """
     expanded = []
     for override in overrides:
         group, equals, value = override.partition("=")
         is_option = (resources.files("conf") / group / f"{value}.yaml").is_file() if group in PATH_SHORTHANDS else True
         if equals and not is_option and "," not in value:
             override = f"{PATH_SHORTHANDS[group]}={value}"
+        if group in LISTS and re.fullmatch(r"[\w-]+(,[\w-]+)+", value):
+            override = f"{group}=[{value}]"
         expanded.append(override)
     return expanded
 

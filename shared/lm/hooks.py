@@ -19,7 +19,6 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModel, PretrainedConfig
 
-from shared.basics.errors import GranaryError
 from shared.lm.hookpoint import HookPoint
 from shared.lm.places import Location, decoder_blocks, locate
 

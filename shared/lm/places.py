@@ -1,4 +1,4 @@
-"""From the name of a hook to a module of a loaded model: where the decoder layers and the final norm are, and the sites.
+"""From the name of a hook to a module of a loaded model: where its decoder layers, its final norm and its sites are.
 
 A hook point is found by module, never by editing the model's code. The ends of a layer, `resid_pre` and `resid_post`,
 are what goes into it and comes out of it in every family; what lies between is in the table of `shared.lm.families`.
@@ -13,7 +13,7 @@ from shared.basics.errors import GranaryError
 from shared.lm.families import FAMILIES, Family, Side, family_of
 from shared.lm.hookpoint import HookPoint
 
-# What the norm after the last layer is called where the layers lie: `norm` of Llama, `ln_f` of GPT-2, `norm_f` of Mamba.
+# What the norm after the last layer is called: `norm` in Llama, `ln_f` in GPT-2, `norm_f` in Mamba.
 FINAL_NORMS = ("norm", "final_layer_norm", "final_layernorm", "ln_f", "norm_f")
 
 

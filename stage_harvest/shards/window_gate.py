@@ -9,7 +9,7 @@ log = logging.getLogger(__name__)
 REPORT_EVERY = 60.0  # seconds
 
 
-class Room:
+class WindowGate:
     """Whether there is room for a shard yet. Every process looks for itself; none depends on another's answer."""
 
     def __init__(self, store: Store) -> None:
