@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow
 
 from shared.basics.errors import GranaryError
@@ -106,8 +107,6 @@ def as_content(value: Any, where: str) -> Content | None:
     """
     if value is None or isinstance(value, str):
         return value
-    if isinstance(value, np.ndarray) and value.dtype.kind in "iu":
-        return value if value.size else None
     if isinstance(value, Sequence):
         if not value:
             return None
@@ -118,7 +117,7 @@ def as_content(value: Any, where: str) -> Content | None:
     raise GranaryError(f"{where} holds {_described(value)}: it must be {WANTED}")
 
 
-def _token_ids(value: Sequence[int], where: str) -> Any:
+def _token_ids(value: Sequence[int], where: str) -> npt.NDArray[np.int64]:
     try:
         return np.asarray(value, dtype=np.int64)
     except OverflowError as error:
