@@ -16,6 +16,7 @@ from shared.lm.identity import load_config, quiet_transformers, resolve_model
 from shared.lm.packed import DOCUMENT_SDPA
 from shared.lm.places import decoder_blocks, final_norm
 from shared.lm.quantised import quantisation_config
+from shared.lm.rope import rotate_by_document
 from shared.lm.tensor_parallel import check_tensor_parallel, sharded_class, tensor_parallel_config
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -142,6 +143,7 @@ def _load(
     if missing:
         raise GranaryError(f"model {path}: its files lack {len(missing)} of the weights, {missing[0]} among them")
     model.requires_grad_(False)
+    rotate_by_document(model)
     return model.eval()
 
 

@@ -107,8 +107,6 @@ def as_content(value: Any, where: str) -> Content | None:
     """
     if value is None or isinstance(value, str):
         return value
-    if isinstance(value, np.ndarray) and value.dtype.kind in "iu":
-        return value if value.size else None
     if isinstance(value, Sequence):
         if not value:
             return None

@@ -56,11 +56,15 @@ class WorkerPool:
         try:
             for _ in range(size):
                 ours, theirs = context.Pipe()
-                process = context.Process(target=_serve, args=(theirs, start, argument, work), daemon=True)
+                # What a process is started with must be small: its parent would write for ever to one that is killed
+                # before it has read all of it. So the argument follows by our own pipe.
+                process = context.Process(target=_serve, args=(theirs, start, work), daemon=True)
                 self._processes.append(process)
                 process.start()
                 theirs.close()  # else the end of the process would not close the pipe
                 self._idle.append(ours)
+            for connection in self._idle:
+                connection.send(argument)
         except OSError as error:
             self.close()
             raise GranaryError(GONE) from error
@@ -103,11 +107,14 @@ class WorkerPool:
                 process.join()
 
 
-def _serve(connection: Connection, start: Callable[[Any], None], argument: Any, work: Callable[..., Any]) -> None:
+def _serve(connection: Connection, start: Callable[[Any], None], work: Callable[..., Any]) -> None:
     """The life of a process: it ends when its parent closes the pipe, or is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends the pool
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    start(argument)
+    try:
+        start(connection.recv())
+    except (EOFError, OSError):
+        return
     while True:
         try:
             arguments = connection.recv()

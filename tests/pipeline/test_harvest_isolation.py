@@ -34,9 +34,8 @@ LONGROPE = {
     "long_factor": [1.0, 4.0, 16.0, 48.0],
     "short_factor": [1.0, 1.01, 1.02, 1.03],
 }
-# Each leaks its own way: a rope's factors from the longest document, chunks counted from the context's start, a state.
+# Each leaks its own way: chunks counted from the context's start, a state beside attention, a state alone.
 LEAKING: dict[str, dict[str, Any]] = {
-    "phi3": {"rope_parameters": LONGROPE, "original_max_position_embeddings": 48},
     "llama4_text": {
         "head_dim": 8,
         "intermediate_size_mlp": 48,
@@ -121,6 +120,15 @@ def test_a_model_that_leaks_is_refused_and_harvested_separately(harvester: Harve
     padding = torch.from_numpy(store.segments([0])[0] == -1)
     assert padding.any()
     assert store.read_context("layers.1.resid_post", 0)[padding].abs().max() == 0
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_a_long_document_does_not_change_its_short_neighbours(harvester: Harvester, attention: str) -> None:
+    """longrope turns short documents by other factors than those beyond the original number of positions."""
+    folder = model(harvester, "phi3", rope_parameters=LONGROPE, original_max_position_embeddings=48)
+    changes = {"model": folder, "model__attn_implementation": attention, "packing__seq_len": 128}
+    store = harvester.harvest(f"phi3-{attention}", **changes, store__heldout_fraction=0)
+    assert worst_row(store, folder, HookPoint(1, "resid_post")) < 1e-3
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])

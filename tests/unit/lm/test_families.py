@@ -34,7 +34,7 @@ def test_five_families() -> None:
     found = verdicts(run("mistral", "phi3, longrope", "llama4_text", "granitemoehybrid", "opt"))
     assert found == {
         "mistral": ["right"] * 4,
-        "phi3, longrope": ["refused", "right"] * 2,
+        "phi3, longrope": ["right"] * 4,
         "llama4_text": ["refused", "right"] * 2,
         "granitemoehybrid": ["refused", "right"] * 2,
         "opt": ["right", "right", "refused", "right"],

@@ -1,10 +1,8 @@
 """Tokenising in worker processes: the ids of one process, kept batches, and workers that die."""
 
-import contextlib
 import os
 import signal
-import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from datetime import date
 from pathlib import Path
 
@@ -75,39 +73,20 @@ def test_packed_ids_split_again() -> None:
         assert [ids.tolist() for ids in split_packed(encode_packed(tokenizer, texts))] == wanted
 
 
-@pytest.mark.parametrize("moment", ["as it starts", "at work"])
-@pytest.mark.parametrize("victims", [1, 3])
-def test_a_worker_that_is_killed_is_one_line(moment: str, victims: int) -> None:
+def test_a_worker_that_is_killed_is_one_line() -> None:
+    """At work; test_workers.py kills them at other moments."""
     serialised = load_tokenizer("bundled").backend_tokenizer.to_str()
-    killed: list[int] = []
 
-    def kill() -> None:
-        """The first workers to be seen; at work, once the first batches have come back."""
-        while not stop.wait(0.001):
-            for child in psutil.Process().children():
-                with contextlib.suppress(psutil.Error):
-                    if "spawn_main" in " ".join(child.cmdline()) and child.pid not in killed and len(killed) < victims:
+    def batches() -> Iterator[Texts]:
+        for number in range(100):
+            if number == 10:
+                for child in psutil.Process().children():
+                    if "spawn_main" in " ".join(child.cmdline()):
                         os.kill(child.pid, signal.SIGKILL)
-                        killed.append(child.pid)
+            yield Texts(["x " * 10_000] * 10, True)
 
-    stop, killer = threading.Event(), threading.Thread(target=kill)
-    batches = (Texts(["x " * 10_000] * 10, True) for _ in range(150))
-
-    def encode() -> None:
-        with TextEncoder(serialised, workers=3) as encoder:
-            for number, _ in enumerate(encoder.encode((None, [texts]) for texts in batches)):
-                if number == 8 and moment == "at work":
-                    killer.start()
-
-    if moment == "as it starts":
-        killer.start()
-    try:
-        with pytest.raises(GranaryError, match="process was killed"):
-            encode()
-    finally:
-        stop.set()
-        killer.join()
-    assert killed
+    with TextEncoder(serialised, workers=1) as encoder, pytest.raises(GranaryError, match="process was killed"):
+        encoded(encoder, batches())
 
 
 def test_a_disk_that_refuses_is_one_line(tmp_path: Path) -> None:
