@@ -77,7 +77,7 @@ eval: setup ## score a trained SAE: FVU, L0, loss recovered, plots, report
 
 sweep: setup ## train and compare K=8,16 x EXPANSION=4,8 on the store of runs/NAME; PACKED=1: from one pass over it
 	@$(BIN)/python -m stage_train -m name=$(NAME) nproc=$(NPROC) sae.k=$(K) sae.expansion=$(EXPANSION) $(packed) $(ARGS)
-	@$(STAGE) stage_eval name=$(NAME) 'sae.path="runs/$(NAME)/sweep/*"'
+	@$(STAGE) stage_eval name=$(NAME) sae.path=runs/$(NAME)/sweep sae.last_grid=true
 
 # Two workers, one thread each: most tests wait for imports of processes they start.
 PYTEST_ALONE := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
