@@ -5,6 +5,7 @@ Hydra leaves two records: ``multirun.yaml`` in the sweep's folder, with the valu
 """
 
 import itertools
+from collections.abc import Iterable
 from pathlib import Path
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -38,10 +39,9 @@ def last_grid(folder: Path) -> set[frozenset[str]]:
 def is_of_grid(folder: Path, grid: set[frozenset[str]]) -> bool:
     """Whether the run in `folder` is one of `grid`."""
     record = folder / RUN_RECORD
-    return record.is_file() and frozenset(without_processes(OmegaConf.load(record))) in grid
+    return record.is_file() and frozenset(without_processes(map(str, OmegaConf.load(record)))) in grid
 
 
-def without_processes(overrides: object) -> list[str]:
+def without_processes(overrides: Iterable[str]) -> list[str]:
     """The overrides but that of nproc, which the ranks of a run are not given."""
-    assert isinstance(overrides, (tuple, list)) or OmegaConf.is_list(overrides)
     return [override for override in overrides if not override.startswith("nproc=")]
