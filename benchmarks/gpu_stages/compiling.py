@@ -12,7 +12,7 @@ from shared.kernels import compile_check
 
 def compile_one(label: str, architecture: int) -> str:
     """A row of the table, or why there is none."""
-    for case in compile_check.cases((4096,), (64, 128), ("bf16", "fp32")):
+    for case in compile_check.cases((4096,), (64, 128), ("bf16", "fp32"), architecture):
         if case.label == label:
             try:
                 return compile_check.row(compile_check.compile_case(case, architecture), architecture)
