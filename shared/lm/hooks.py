@@ -77,9 +77,8 @@ def splice(model: nn.Module, hook: HookPoint, fn: Callable[[Tensor], Tensor]) ->
         return replacement.to(activation.dtype)
 
     with ExitStack() as stack:
-        if hook.site == "resid_mid":
-            replace = _carried(model, hook, replace, stack)
-        stack.callback(_attach(locate(model, hook), replace).remove)
+        fill = _carried(model, hook, replace, stack) if hook.site == "resid_mid" else replace
+        stack.callback(_attach(locate(model, hook), fill).remove)
         yield
 
 
