@@ -48,7 +48,7 @@ class HubDataset(Source):
         try:
             import datasets
         except ImportError as error:
-            raise GranaryError("corpus=hub needs the datasets package: pip install 'granary[hub]'") from error
+            raise GranaryError("corpus=hub needs the datasets package: pip install 'granary-sae[hub]'") from error
         try:
             return datasets.load_dataset(
                 self.path, self.config, split=self.split, revision=self.revision, streaming=True
