@@ -7,7 +7,7 @@ two sides of a pair do the same work one directly after the other, in alternatin
 write + fsync + rename of the same bytes; raw reading is a copy from a memmap (warm) or readinto (cold) into a tensor
 that exists. Cold means posix_fadvise(DONTNEED) on every file of the store just before. GB are 1e9 bytes of bfloat16.
 
-torchdata (optional: pip install 'granary[bench]') is skipped, and says so, where it is not installed.
+torchdata (optional: pip install 'granary-sae[bench]') is skipped, and says so, where it is not installed.
 """
 
 import argparse
@@ -363,7 +363,7 @@ def bench_batches(bench: Bench) -> None:
     try:
         from torchdata.stateful_dataloader import StatefulDataLoader
     except ImportError:
-        print("batches_vs_dataloader: skipped, torchdata is not installed (pip install 'granary[bench]')")
+        print("batches_vs_dataloader: skipped, torchdata is not installed (pip install 'granary-sae[bench]')")
         return
     store = bench.store()
     batch, group = 4096, 8

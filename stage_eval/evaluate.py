@@ -196,7 +196,7 @@ def say_where(place: Path, sae: str) -> None:
     log.info("figures   %s", place / "eval.json")
     log.info("plots     %s", place / "plots")
     log.info("report    %s", place / "report.html")
-    log.info("next      from shared.sae import SAE; sae = SAE.from_pretrained(%r)", sae)
+    log.info("next      from granary import load; sae = load(%r)", sae)
 
 
 def say_where_comparison(out: Path, comparison: Comparison) -> None:
@@ -204,7 +204,7 @@ def say_where_comparison(out: Path, comparison: Comparison) -> None:
     log.info("figures   %s, and eval.json beside each SAE", out / "comparison.json")
     log.info("report    %s", out / "comparison.html")
     best = least_fvu(next(iter(comparison.by_site.values())))
-    log.info("next      from shared.sae import SAE; sae = SAE.from_pretrained(%r)", best.path)
+    log.info("next      from granary import load; sae = load(%r)", best.path)
 
 
 def relative_link(target: Path, base: Path) -> str:

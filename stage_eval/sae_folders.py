@@ -3,7 +3,6 @@
 import glob
 import hashlib
 import re
-import shlex
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 
 from shared.basics.errors import GranaryError, first_line
 from shared.basics.run_folder import CONFIG_FILE, WEIGHTS_FILE, RunFolder
+from shared.launch import commands
 from shared.sae.config import DictionaryConfig
 from shared.sae.folder import Description, describe, is_own, locate
 from shared.sae.formats import foreign
@@ -100,7 +100,7 @@ def expand(spec: str) -> list[str]:
     if Path(spec).is_dir():
         found = {str(path) for path in folders_below(Path(spec))}
         if not any(is_own(Path(path)) for path in found) and (name := foreign(Path(spec))) is not None:
-            command = shlex.join(["python", "-m", "shared.sae", "convert", spec, "NEW", "--to", "granary"])
+            command = commands.line("convert", spec, "NEW", "--to", "granary")
             raise GranaryError(f"{spec} is an SAE in the {name} format: convert it first, {command}")
         if not found:
             raise GranaryError(f"no SAE in {spec}: an SAE folder holds {CONFIG_FILE} and {WEIGHTS_FILE}")

@@ -15,7 +15,7 @@ from shared.basics.errors import GranaryError
 from shared.basics.run_folder import RunFolder
 from shared.basics.units import human_bytes, parse_bytes
 from shared.basics.versions import software_versions
-from shared.launch.overrides import shell_override
+from shared.launch import commands
 from shared.lm import (
     ModelIdentity,
     SpecialIds,
@@ -289,7 +289,7 @@ def announce(job: HarvestJob, plan: StorePlan, *, committed: int, device: torch.
 
 def next_command(cfg: HarvestSchema) -> str:
     """The training command for the store that was written."""
-    arguments = {"run_dir": cfg.run_dir}
+    arguments = [commands.override("run_dir", cfg.run_dir)]
     if os.path.normpath(cfg.store.url) != os.path.normpath(RunFolder(Path(cfg.run_dir)).store):
-        arguments["store.url"] = cfg.store.url
-    return " ".join(["python -m stage_train", *(shell_override(key, value) for key, value in arguments.items())])
+        arguments.append(commands.override("store.url", cfg.store.url))
+    return commands.line("train", *arguments)

@@ -24,7 +24,7 @@ from stage_train.config import TrainSchema, as_dict
 from stage_train.data.inputs import PinnedTokens, TrainingInputs, order_of
 from stage_train.data.sites import resolve_sites
 from stage_train.data.stores import PinnedStore, pin, repin
-from stage_train.run import Run, eval_arguments, finish, write_config
+from stage_train.run import Run, eval_command, finish, write_config
 from stage_train.show.progress import ProgressBar
 from stage_train.spec import RunSpec, on_device
 from stage_train.state.disk import telling_disk_errors
@@ -264,7 +264,7 @@ class Job:
         if not self.alone:
             what = f"{len(self.specs)} SAEs are in {self._folder}; compare them"
         saes = self._folder if self.alone else self._folder / "*"
-        log.info("%s with: python -m stage_eval %s", what, eval_arguments(self.specs[0].cfg, saes))
+        log.info("%s with: %s", what, eval_command(self.specs[0].cfg, saes))
 
 
 def furthest_back(starts: Sequence[Start]) -> Start:

@@ -24,6 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from shared.basics.errors import GranaryError
 from shared.basics.run_folder import RunFolder
+from shared.launch import commands
 from shared.launch.config_errors import describe_config_error
 from shared.launch.orphans import end_with_starter
 from shared.launch.schema import fill
@@ -69,7 +70,7 @@ def read_list(path: Path) -> list[TrainSchema]:
 def main(arguments: Sequence[str] | None = None) -> None:
     """``python -m stage_train.packed FILE``."""
     parser = argparse.ArgumentParser(
-        prog="python -m stage_train.packed", description="Train the SAEs that a file lists from one pass over a store."
+        prog=commands.program("packed"), description="Train the SAEs that a file lists from one pass over a store."
     )
     parser.add_argument("file", type=Path, help="packed.yaml of a sweep with packed=true")
     path: Path = parser.parse_args(arguments).file

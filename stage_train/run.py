@@ -3,7 +3,6 @@
 ``stage_train.job`` puts runs on a stream; a run does not know whether it is alone on it.
 """
 
-import re
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -14,6 +13,7 @@ from omegaconf import OmegaConf
 
 from shared.basics.files import write_text
 from shared.basics.run_folder import RunFolder
+from shared.launch import commands
 from shared.parallel import World, barrier
 from shared.sae.folder import to_document
 from shared.sae.learn.init import initialise
@@ -188,18 +188,14 @@ def finish(spec: RunSpec, checkpoints: Checkpoints, world: World) -> None:
     barrier()
 
 
-def eval_arguments(cfg: TrainSchema, saes: Path) -> str:
-    """Of the command that scores `saes`, a folder or a pattern; the scores of an SAE of its own name go beside it."""
-    arguments = f"name={cfg.name}" if cfg.run_dir == f"runs/{cfg.name}" else f"run_dir={quoted(cfg.run_dir)}"
+def eval_command(cfg: TrainSchema, saes: Path) -> str:
+    """That which scores `saes`, a folder or a pattern; the scores of an SAE of its own name go beside it."""
+    is_named = cfg.run_dir == f"runs/{cfg.name}"
+    arguments = [commands.override("name", cfg.name) if is_named else commands.override("run_dir", cfg.run_dir)]
     if saes.resolve() != Path(cfg.run_dir, "sae").resolve():
-        arguments += f" sae.path={quoted(str(saes))}"
+        arguments.append(commands.override("sae.path", str(saes)))
         if saes.parent.resolve() == Path(cfg.run_dir).resolve():
-            arguments += f" out_dir={quoted(str(saes))}"
+            arguments.append(commands.override("out_dir", str(saes)))
     if cfg.store.url != f"{cfg.run_dir}/store":
-        arguments += f" store.url={quoted(cfg.store.url)}"
-    return arguments
-
-
-def quoted(value: str) -> str:
-    """A value as Hydra and the shell take it, commas and equal signs included."""
-    return value if re.fullmatch(r"[\w./:-]+", value) else f"'\"{value}\"'"
+        arguments.append(commands.override("store.url", cfg.store.url))
+    return commands.line("eval", *arguments)

@@ -34,7 +34,7 @@ def describe_config_error(error: Exception) -> str:
         return f"{key}={values} is a sweep: add -m, or write {key}=[{values}] for a list"
     option = re.search(r"Could not find '([^']+)'", text) or re.search(r"Could not load '([^']+)'", text)
     if option and option[1].startswith("hydra/launcher/submitit"):
-        return "hydra/launcher=slurm needs submitit: pip install 'granary[slurm]'"
+        return "hydra/launcher=slurm needs submitit: pip install 'granary-sae[slurm]'"
     if option:
         group, _, name = option[1].rpartition("/")
         return f"no option {name!r} in group {group!r}: choose from {', '.join(group_options(group))}"

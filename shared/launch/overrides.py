@@ -6,7 +6,6 @@
 
 import os
 import re
-import shlex
 from collections.abc import Sequence
 from importlib import resources
 
@@ -45,11 +44,3 @@ def rank_overrides() -> list[str]:
     if os.environ.get("RANK", "0") == "0":
         return []
     return ["hydra.output_subdir=null", "hydra/job_logging=rank"]
-
-
-def shell_override(key: str, value: str) -> str:
-    """``key=value`` quoted for Hydra and for the shell, so that it can be pasted."""
-    if not re.fullmatch(r"[\w./:@%+-]+", value):
-        escaped = value.replace("\\", "\\\\").replace("'", "\\'")
-        value = f"'{escaped}'"
-    return shlex.quote(f"{key}={value}")

@@ -42,5 +42,5 @@ def quantisation_config(scheme: str) -> Any:
         return make()
     except (ImportError, AttributeError) as error:
         raise GranaryError(
-            f"model.quantisation={scheme} needs {package} and accelerate: pip install 'granary[quantised]'"
+            f"model.quantisation={scheme} needs {package} and accelerate: pip install 'granary-sae[quantised]'"
         ) from error

@@ -6,6 +6,7 @@ from pathlib import Path
 from rich.console import Console
 
 from shared.basics.errors import GranaryError
+from shared.launch.commands import program
 from shared.launch.stage import fail
 
 CONVERT = """\
@@ -14,34 +15,38 @@ Read an SAE folder of any known format and write it as another.
 The source's format is found from its files. Input normalisation (scale, centre and scale) is folded into the
 weights, and every latent keeps its value; what a format can't express is refused with the reason.
 
-  format               files                                        read  written
-  granary              config.json, sae.safetensors                 yes   yes
-  saelens              cfg.json, sae_weights.safetensors            yes   yes
-  sparsify             cfg.json, sae.safetensors                    yes   TopK
-  dictionary_learning  config.json, ae.pt                           yes   yes
-  opensae              config.json, model*.safetensors              yes   TopK
-  llama_scope          hyperparams.json, checkpoints/final.safetensors  yes   no
-  gemma_scope          params.npz or params.safetensors             yes   no
+  format               files                                              read  written
+  granary              config.json, sae.safetensors                       yes   yes
+  saelens              cfg.json, sae_weights.safetensors                  yes   yes
+  sparsify             cfg.json, sae.safetensors                          yes   TopK
+  dictionary_learning  config.json, ae.pt                                 yes   yes
+  opensae              config.json, model*.safetensors                    yes   TopK
+  llama_scope          hyperparams.json, checkpoints/final.safetensors    yes   no
+  gemma_scope          params.npz or params.safetensors                   yes   no
 """
 EXAMPLES = """\
 examples:
-  python -m shared.sae convert runs/demo/sae exported --to saelens
-  python -m shared.sae convert downloaded/layer_20/width_16k/average_l0_71 runs/gemma/sae --to granary
+  {convert} runs/demo/sae exported --to saelens
+  {convert} downloaded/layer_20/width_16k/average_l0_71 runs/gemma/sae --to granary
 """
 
 
 def main(argv: list[str] | None = None) -> None:
     """Run one command; a wrong input is one line on stderr and status 2."""
     raw = argparse.RawDescriptionHelpFormatter
+    examples = EXAMPLES.format(convert=program("convert"))
     parser = argparse.ArgumentParser(
-        prog="python -m shared.sae", description="Work with SAE folders.", epilog=EXAMPLES, formatter_class=raw
+        prog=program("convert").removesuffix(" convert"),
+        description="Work with SAE folders.",
+        epilog=examples,
+        formatter_class=raw,
     )
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser(
         "convert",
         help="write an SAE folder in another project's format, or read one",
         description=CONVERT,
-        epilog=EXAMPLES,
+        epilog=examples,
         formatter_class=raw,
     )
     command.add_argument("source", metavar="SRC", help="folder of an SAE in any of these formats, or a hub id")

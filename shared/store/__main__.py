@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from shared.basics.errors import GranaryError
 from shared.basics.units import human_bytes
+from shared.launch.commands import program
 from shared.launch.stage import fail
 from shared.store.format.layout import FORMAT_VERSION
 from shared.store.statistics import OUTLIER_RATIO, PERCENTILES, HookStatistics
@@ -24,7 +25,7 @@ SHOWN_DIMENSIONS = 8
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m shared.store", description="Look at, check or clean a store.")
+    parser = argparse.ArgumentParser(prog=program("store"), description="Look at, check or clean a store.")
     commands = parser.add_subparsers(dest="command", required=True)
     help_texts = {
         "info": "what the store holds and how far its harvest is",

@@ -12,6 +12,7 @@ import numpy.typing as npt
 import torch
 
 from shared.basics.errors import GranaryError
+from shared.launch import commands
 from shared.store.buffers import bits_of, byte_view
 from shared.store.format import layout
 from shared.store.format.checksum import CRC_BYTES, crc32c, crc_from_bytes
@@ -111,7 +112,7 @@ def damaged(url: str, key: str, shard: int, what: str) -> DamagedObjectError:
     """The error that a reader raises at a torn or flipped object, and how to mend it."""
     return DamagedObjectError(
         f"shard {shard} of {url} is damaged: {key} {what}; run "
-        f"`python -m shared.store drop-incomplete --damaged {url}` and harvest again",
+        f"`{commands.line('store', 'drop-incomplete', '--damaged', url)}` and harvest again",
         key=key,
         shard=shard,
     )

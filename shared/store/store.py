@@ -16,6 +16,7 @@ import numpy.typing as npt
 import torch
 
 from shared.basics.errors import GranaryError
+from shared.launch import commands
 from shared.store.format import layout
 from shared.store.format.dtypes import storage_type
 from shared.store.format.extent import Extent, put_same, read_extents, write_extent
@@ -145,7 +146,7 @@ class Store:
         if not same and len(extents) > len(store.extents):
             raise GranaryError(
                 f"another extension of {io.url} was begun and not finished: run its harvest again, or remove it with "
-                f"`python -m shared.store drop-incomplete {io.url}`"
+                f"`{commands.line('store', 'drop-incomplete', io.url)}`"
             )
         extent = same[0] if same else Extent.planned(plan, extents)
         put_same(io, layout.extent_key(extent.first_shard), extent.to_bytes())

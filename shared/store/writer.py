@@ -18,6 +18,7 @@ import numpy.typing as npt
 import torch
 
 from shared.basics.errors import GranaryError
+from shared.launch import commands
 from shared.store.buffers import Buffer, bits_of
 from shared.store.format import layout
 from shared.store.format.checksum import crc32c
@@ -180,7 +181,7 @@ class ShardWriter:
             raise GranaryError(
                 f"{self.io.url}/{draft.key} holds other bytes than this run makes, left by an unfinished harvest on "
                 "other hardware or versions: stop every harvest of this store, run "
-                f"`python -m shared.store drop-incomplete {self.io.url}`, then this command again"
+                f"`{commands.line('store', 'drop-incomplete', self.io.url)}`, then this command again"
             )
         return record
 

@@ -55,7 +55,7 @@ class HubDataset(CorpusSource):
         try:
             import datasets
         except ImportError as error:
-            raise GranaryError("corpus=hub needs the datasets package: pip install 'granary[hub]'") from error
+            raise GranaryError("corpus=hub needs the datasets package: pip install 'granary-sae[hub]'") from error
         try:
             if any((Path(self.path) / name).is_file() for name in SAVED):
                 return self._saved(datasets.load_from_disk(self.path))

@@ -12,13 +12,14 @@ from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
 from shared.basics.errors import GranaryError
+from shared.launch.commands import program
 from shared.launch.config_errors import describe_config_error
 from shared.launch.counts import expand_counts
 from shared.launch.overrides import expand_shorthands
 from shared.launch.schema import fill
 from shared.launch.stage import fail
 from stage_train.config import TrainSchema, register
-from stage_train.estimate.config import PlanSchema, split_overrides
+from stage_train.estimate.config import PlanSchema, help_text, split_overrides
 
 # Tried in this order where a plan does not fit.
 ALTERNATIVES = (
@@ -57,6 +58,9 @@ def smaller_batches(rows: int) -> list[list[str]]:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Print the plan; status 2 and one line on stderr when a rank's memory is not enough or the run makes no sense."""
     given = list(sys.argv[1:] if arguments is None else arguments)
+    if "--help" in given or "-h" in given:
+        print(help_text(program("plan")))  # noqa: T201
+        return
     register()
     try:
         with initialize_config_module("conf", version_base="1.3"):

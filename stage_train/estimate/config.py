@@ -4,6 +4,8 @@ from dataclasses import dataclass, fields
 
 from omegaconf import OmegaConf
 
+from shared.basics.field_docs import docs
+
 
 @dataclass(kw_only=True)
 class PlanSchema:
@@ -36,6 +38,18 @@ class PlanSchema:
 
 
 NAMES = frozenset(field.name for field in fields(PlanSchema))
+
+
+def help_text(program: str) -> str:
+    """The options with their meanings and defaults; `program` is how the plan is started."""
+    meanings = docs(PlanSchema)
+    options = "\n".join(f"  {field.name:<15} {meanings[field.name]} [{field.default}]" for field in fields(PlanSchema))
+    return (
+        f"usage: {program} key=value ...\n\n"
+        "What the training run with these overrides will need, on every rank: memory, reading, time. Nothing is\n"
+        "trained or written. Beside training's own keys:\n\n"
+        f"{options}"
+    )
 
 
 def split_overrides(arguments: list[str]) -> tuple[PlanSchema, list[str]]:

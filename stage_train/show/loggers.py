@@ -57,7 +57,7 @@ class TensorBoardLogger:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise GranaryError(
-                "logger.kinds=[tensorboard] needs tensorboard: pip install 'granary[tensorboard]'"
+                "logger.kinds=[tensorboard] needs tensorboard: pip install 'granary-sae[tensorboard]'"
             ) from error
         self._writer = SummaryWriter(str(RunFolder(folder).tensorboard), purge_step=first_step or None)
 
@@ -79,7 +79,7 @@ class WandbLogger:
         try:
             import wandb
         except ImportError as error:
-            raise GranaryError("logger.kinds=[wandb] needs wandb: pip install 'granary[wandb]'") from error
+            raise GranaryError("logger.kinds=[wandb] needs wandb: pip install 'granary-sae[wandb]'") from error
         self._run = wandb.init(
             project=cfg.project,
             name=name,
@@ -104,7 +104,9 @@ def check_loggers(cfg: LoggerSchema) -> None:
     """Raise GranaryError naming the extra to install for a logger whose package is missing."""
     for kind in cfg.kinds:
         if find_spec(kind.value) is None:
-            raise GranaryError(f"logger.kinds=[{kind.value}] needs {kind.value}: pip install 'granary[{kind.value}]'")
+            raise GranaryError(
+                f"logger.kinds=[{kind.value}] needs {kind.value}: pip install 'granary-sae[{kind.value}]'"
+            )
 
 
 def make_loggers(

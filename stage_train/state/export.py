@@ -13,6 +13,7 @@ import torch
 from shared.basics.errors import GranaryError
 from shared.basics.run_folder import RunFolder
 from shared.basics.versions import software_versions
+from shared.launch import commands
 from shared.launch.stage import fail
 from shared.sae import folder as on_disk
 from shared.sae.loading import KINDS
@@ -80,7 +81,7 @@ def digest(value: Mapping[str, Any]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """``python -m stage_train.export RUN_FOLDER [TARGET]``: export the newest checkpoint of a run."""
-    parser = argparse.ArgumentParser(prog="python -m stage_train.export", description="Export the newest checkpoint.")
+    parser = argparse.ArgumentParser(prog=commands.program("export"), description="Export the newest checkpoint.")
     parser.add_argument("run", type=Path, help="out_dir of a training run")
     parser.add_argument("target", type=Path, nargs="?", help="where to write; default: the run's folder")
     options = parser.parse_args(arguments)

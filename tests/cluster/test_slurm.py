@@ -246,4 +246,4 @@ def test_an_absent_submitit_is_one_line(folder: Path) -> None:
         command("train", *LAUNCHER, "debug=tiny_train"), cwd=folder, env=environment, capture_output=True, text=True
     )
     assert done.returncode == 2
-    assert "error: hydra/launcher=slurm needs submitit: pip install 'granary[slurm]'" in done.stderr
+    assert "error: hydra/launcher=slurm needs submitit: pip install 'granary-sae[slurm]'" in done.stderr

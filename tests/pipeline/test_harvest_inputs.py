@@ -12,7 +12,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from shared.launch.overrides import shell_override
 from shared.store import Store
 from tests.cli import ForkServer
 from tests.harvesting import PRELOAD, Harvester, T
@@ -179,15 +178,3 @@ def test_a_finished_harvest_on_a_read_only_mount(harvester: Harvester) -> None:
     inside = f"{mount} && cd {harvester.root} && {command}"
     assert os.system(f'unshare -m sh -c "{inside}"') == 0
     assert Store.open(store).complete
-
-
-@pytest.mark.parametrize(
-    ("value", "text"),
-    [
-        ("runs/a", "run_dir=runs/a"),
-        ("s3://bucket/a-b", "run_dir=s3://bucket/a-b"),
-        ("my runs/[a]", "'run_dir='\"'\"'my runs/[a]'\"'\"''"),
-    ],
-)
-def test_suggested_commands_can_be_pasted(value: str, text: str) -> None:
-    assert shell_override("run_dir", value) == text

@@ -140,7 +140,7 @@ def test_a_second_sae_has_a_folder_of_its_own(start: Start, store: Path) -> None
     beside = run_dir / "sae,k=2"
     assert SAE.from_pretrained(beside).config.k == 2
     assert f"the SAE is in {beside}" in (beside / "train.log").read_text()
-    assert f"""sae.path='"{beside}"' out_dir='"{beside}"'""" in done.stderr
+    assert f"""'sae.path="{beside}"' 'out_dir="{beside}"'""" in done.stderr
     done = start(*common, "sae.k=2", "sae_name=sae").finish()
     assert done.code == 0, done.stderr
     assert f"this one goes to {beside}" in done.stderr

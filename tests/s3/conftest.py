@@ -59,7 +59,7 @@ def server() -> Server:
 @pytest.fixture(scope="session")
 def bucket(server: Server) -> str:
     """A new bucket."""
-    s3fs = pytest.importorskip("s3fs", reason="pip install 'granary[s3]'")
+    s3fs = pytest.importorskip("s3fs", reason="pip install 'granary-sae[s3]'")
     name = f"test-{uuid.uuid4().hex[:12]}"
     s3fs.S3FileSystem(use_listings_cache=False).mkdir(name)
     return name
@@ -74,5 +74,5 @@ def url(request: pytest.FixtureRequest, bucket: str, monkeypatch: pytest.MonkeyP
             "importlib.util.find_spec", lambda name, *rest: None if name == "obstore" else find(name, *rest)
         )
     else:
-        pytest.importorskip("obstore", reason="pip install 'granary[s3]'")
+        pytest.importorskip("obstore", reason="pip install 'granary-sae[s3]'")
     return f"s3://{bucket}/{uuid.uuid4().hex[:8]}/store"

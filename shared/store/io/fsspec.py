@@ -33,7 +33,7 @@ class FsspecClient:
             self.fs: Any
             self.fs, self.root = fsspec.core.url_to_fs(self.url, **(S3_OPTIONS if self._is_s3 else {}))
         except ImportError as error:
-            extra = " (pip install 'granary[s3]')" if self._is_s3 else ""
+            extra = " (pip install 'granary-sae[s3]')" if self._is_s3 else ""
             raise GranaryError(f"{url} needs a package that is not installed{extra}: {error}") from error
         except ValueError as error:
             raise GranaryError(f"{url} is not a URL that can be opened: {error}") from error

@@ -1,0 +1,110 @@
+"""Granary from Python: ``from granary import SAE, load, Store``. Each name is imported when it is first used."""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from shared.basics.errors import GranaryError
+    from shared.intervene.edits import Edit
+    from shared.intervene.splice import SplicedModel
+    from shared.lm import load_causal_lm, load_tokenizer
+    from shared.sae import (
+        SAE,
+        Dictionary,
+        DictionaryConfig,
+        SAEConfig,
+        SAEOutput,
+        SparseLatents,
+        Transcoder,
+        load,
+        load_config,
+        load_provenance,
+    )
+    from shared.sae.learn.objective import Objective
+    from shared.sae.loading import convert
+    from shared.sae.sites import Sites
+    from shared.store import Store, StorePlan
+    from stage_train.data.stream import StoreSlice, StreamOrder, TokenStream, TrainingData
+
+    __version__: str
+
+# What there is, and where it lives.
+_HOMES = {
+    "SAE": "shared.sae",
+    "Dictionary": "shared.sae",
+    "DictionaryConfig": "shared.sae",
+    "Edit": "shared.intervene.edits",
+    "GranaryError": "shared.basics.errors",
+    "Objective": "shared.sae.learn.objective",
+    "SAEConfig": "shared.sae",
+    "SAEOutput": "shared.sae",
+    "Sites": "shared.sae.sites",
+    "SparseLatents": "shared.sae",
+    "SplicedModel": "shared.intervene.splice",
+    "Store": "shared.store",
+    "StorePlan": "shared.store",
+    "StoreSlice": "stage_train.data.stream",
+    "StreamOrder": "stage_train.data.stream",
+    "TokenStream": "stage_train.data.stream",
+    "TrainingData": "stage_train.data.stream",
+    "Transcoder": "shared.sae",
+    "convert": "shared.sae.loading",
+    "load": "shared.sae",
+    "load_causal_lm": "shared.lm",
+    "load_config": "shared.sae",
+    "load_provenance": "shared.sae",
+    "load_tokenizer": "shared.lm",
+}
+
+__all__ = [
+    "SAE",
+    "Dictionary",
+    "DictionaryConfig",
+    "Edit",
+    "GranaryError",
+    "Objective",
+    "SAEConfig",
+    "SAEOutput",
+    "Sites",
+    "SparseLatents",
+    "SplicedModel",
+    "Store",
+    "StorePlan",
+    "StoreSlice",
+    "StreamOrder",
+    "TokenStream",
+    "TrainingData",
+    "Transcoder",
+    "__version__",
+    "convert",
+    "load",
+    "load_causal_lm",
+    "load_config",
+    "load_provenance",
+    "load_tokenizer",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from shared.basics.versions import granary_version
+
+        return granary_version()
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}{_suggestion(name)}")
+    value = getattr(importlib.import_module(home), name)
+    globals()[name] = value  # the next use does not come here
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
+def _suggestion(name: str) -> str:
+    import difflib
+
+    folded = {known.lower(): known for known in _HOMES}
+    close = [folded[one] for one in difflib.get_close_matches(name.lower(), folded)]
+    return f": did you mean {' or '.join(close)}?" if close else ""

@@ -1,0 +1,61 @@
+"""The command line of ``granary``: what it shows, what it refuses, what a sweep makes of its arguments."""
+
+import subprocess
+import sys
+
+import pytest
+
+from granary import __main__, __version__, sweep
+from shared.launch.commands import COMMANDS
+
+
+def call(*arguments: str) -> "subprocess.CompletedProcess[str]":
+    """``python -m granary arguments...``, to its end."""
+    return subprocess.run([sys.executable, "-m", "granary", *arguments], capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("arguments", [(), ("--help",), ("-h",)])
+def test_help_fits_a_screen(arguments: tuple[str, ...]) -> None:
+    done = call(*arguments)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == __main__.usage()
+    lines = done.stdout.splitlines()
+    assert len(lines) <= 24
+    assert max(map(len, lines)) <= 100
+    assert all(any(line.split()[:1] == [name] for line in lines) for name in COMMANDS)
+
+
+def test_version() -> None:
+    assert call("--version").stdout == f"granary {__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"), [("trian", "did you mean train?"), ("qqq", "choose from harvest, train, eval, sweep, plan")]
+)
+def test_an_unknown_command_is_one_line(name: str, hint: str) -> None:
+    done = call(name, "sae.k=8")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"error: granary has no command '{name}': {hint}")
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_before_a_command_is_known_nothing_heavy_is_loaded() -> None:
+    script = "import sys, granary.__main__; print([n for n in ('torch', 'hydra', 'numpy') if n in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True).stdout == "[]\n"
+
+
+def test_a_sweep_trains_what_it_is_given_and_scores_what_it_trained() -> None:
+    given = ["name=mine", "sae.k=8,16", "nproc=2", "store.url=s3://bucket/x", "optim.lr=1e-3", "hydra/launcher=slurm"]
+    train, evaluate = sweep.commands(["-m", *given])
+    assert train == ["-m", *given]
+    shared = ["name=mine", "nproc=2", "store.url=s3://bucket/x", "hydra/launcher=slurm"]
+    assert evaluate == [*shared, "sae.path='${run_dir}/sweep/*'"]
+
+
+def test_a_sweep_of_nothing_is_that_of_the_makefile() -> None:
+    train, _ = sweep.commands(["name=mine", "variant.x=[1,2]"])
+    assert train == ["-m", "sae.k=8,16", "sae.expansion=4,8", "name=mine", "variant.x=[1,2]"]
+
+
+def test_a_sweep_into_another_folder_is_scored_there() -> None:
+    assert sweep.commands(["sae.k=1,2", "hydra.sweep.dir='a b'"])[1] == ["sae.path='a b/*'"]
