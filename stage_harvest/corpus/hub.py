@@ -79,4 +79,4 @@ class HubDataset(CorpusSource):
 def _told(error: Exception) -> str:
     """What `error` says in one line, with the remedy where a package is missing."""
     missing = "zstandard" in str(error) or isinstance(error, ImportError)
-    return first_line(error) + (": pip install 'granary[hub]'" if missing else "")
+    return first_line(error) + (": pip install 'granary-sae[hub]'" if missing else "")
