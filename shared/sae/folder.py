@@ -114,11 +114,12 @@ def to_document(config: DictionaryConfig, training: Mapping[str, Any], provenanc
     """What ``config.json`` holds."""
     common = {field.name for field in fields(DictionaryConfig)}
     own = config.own_fields()
+    sites = config.sites or Sites.from_provenance(provenance)
     return {
         "format": FORMAT,
         "version": VERSION,
         "kind": config.kind,
-        "sites": None if config.sites is None else asdict(config.sites),
+        "sites": None if sites is None else asdict(sites),
         "widths": asdict(config.widths),
         "d_latent": own["d_latent"],
         "activation": {"name": own["activation"], "k": own["k"]},
@@ -188,11 +189,10 @@ def _from_version_1(document: dict[str, Any], text: str) -> Description:
         raise GranaryError(f"the SAE config has unknown keys {', '.join(unknown)}: is it from a newer version?")
     width = flat.pop("d_model")
     artefact = {field.name for field in fields(DictionaryConfig)}
-    hook = provenance.get("hook")
     return Description(
         kind="sae",
         widths=SiteWidths((width,), (width,)),
-        sites=Sites.of(hook) if isinstance(hook, str) else None,
+        sites=Sites.from_provenance(provenance),
         own_fields={name: value for name, value in flat.items() if name in artefact},
         training={name: value for name, value in flat.items() if name not in artefact},
         provenance=provenance,

@@ -36,6 +36,12 @@ class Sites:
         """Sites that are read and written alike."""
         return cls(names, names)
 
+    @classmethod
+    def from_provenance(cls, provenance: Mapping[str, object]) -> Self | None:
+        """Those of an SAE whose provenance names its one ``hook``, as version 1 and other projects' folders do."""
+        hook = provenance.get("hook")
+        return cls.of(hook) if isinstance(hook, str) else None
+
     @property
     def names(self) -> tuple[str, ...]:
         """Every site once, those that are read first."""

@@ -41,7 +41,7 @@ def test_every_shipped_kernel_compiles_for_sm_80_and_sm_90_without_spilling():
 def test_a_kernel_that_spills_is_refused():
     tight = (
         "from shared.kernels.pair_update import triton as pair; from shared.kernels import compile_check, tuning; "
-        "tuning.trial({'pair_norm d=4096': {'BLOCK_D': 4096, 'num_warps': 2, 'maxnreg': 32}}).__enter__(); "
+        "held = tuning.trial({'pair_norm d=4096': {'BLOCK_D': 4096, 'num_warps': 2, 'maxnreg': 32}}); held.__enter__(); "
         "raise SystemExit(compile_check.main('--d-model 4096 --k 64 --types bf16 --only pair_norm'.split()))"
     )
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

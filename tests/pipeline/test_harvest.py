@@ -309,7 +309,7 @@ def test_a_model_without_that_hook(harvester: Harvester) -> None:
         ({"corpus": "jsonl", "corpus__separator": None, "corpus__files": "lone.jsonl"}, "half of a surrogate pair"),
         ({"packing": "loose"}, "no option 'loose' in group 'packing': choose from isolated, joined"),
         ({"packing__bos": "never"}, "packing.bos"),
-        ({"corpus__file": "x"}, "unknown configuration key 'corpus.file' (did you mean 'files'?)"),
+        ({"corpus__file": "x"}, "unknown configuration key 'corpus.file' (did you mean 'corpus.files'?)"),
         ({"corpus__files": None}, "corpus.files has no value"),
     ],
 )

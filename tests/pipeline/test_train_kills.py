@@ -124,7 +124,7 @@ def assert_each_token_once(store: Store, seen: list[bytes]) -> None:
 def test_one_run_per_folder(server: ForkServer, store: Store, tmp_path: Path) -> None:
     with only_run_in(tmp_path / "a", World(0, 1, 0, torch.device("cpu"))):
         refused = server.run("stage_train", *command(store, tmp_path / "a", 160))
-    assert f"another run is training into {tmp_path / 'a'}: wait for it, end it, or set out_dir" in refused.error
+    assert f"another run is training into {tmp_path / 'a'}: wait for it, end it, or give sae_name=..." in refused.error
     assert server.run("stage_train", *command(store, tmp_path / "a", 160)).code == 0
     (tmp_path / "file").touch()
     impossible = server.run("stage_train", *command(store, tmp_path / "b", 160), f"out_dir={tmp_path / 'file/sae'}")

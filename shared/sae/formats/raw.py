@@ -85,7 +85,6 @@ class RawSAE:
     def to_checkpoint(self) -> tuple[SAEConfig, dict[str, Tensor]]:
         """Config and tensors of an SAE of this project with these weights."""
         d_latent, d_model = self.W_enc_FD.shape
-        hook = self.provenance.get("hook")
         config = SAEConfig(
             d_model=d_model,
             d_latent=d_latent,
@@ -95,7 +94,7 @@ class RawSAE:
             shift_back=self.shift_back,
             pre_bias=self.pre_bias,
             unit_norm_decoder=False,
-            sites=Sites.of(hook) if isinstance(hook, str) else None,
+            sites=Sites.from_provenance(self.provenance),
         )
         tensors = {
             "W_enc": self.W_enc_FD,

@@ -148,7 +148,10 @@ class Dictionary(nn.Module):
     def save_pretrained(
         self, folder: str | Path, provenance: dict[str, Any] | None = None, training: dict[str, Any] | None = None
     ) -> None:
-        """Write ``config.json`` and ``sae.safetensors``; `training` is a record of how it was learnt."""
+        """Write ``config.json`` and ``sae.safetensors``; `training` is a record of how it was learnt.
+
+        Where the config names no sites, ``provenance["hook"]`` is the one site of an SAE.
+        """
         on_disk.save(Path(folder), self.config, self.state_dict(), training or {}, provenance or {})
 
     @classmethod

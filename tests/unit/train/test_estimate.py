@@ -193,7 +193,7 @@ def test_the_table_names_peak_total_and_what_is_assumed(server: ForkServer) -> N
         ([*LARGE, "compute.kernels=fast"], "kernels='fast': choose from auto"),
         ([*LARGE, "schedule.tokens=null", "schedule.epochs=1"], "nobody knows how long an epoch is"),
         ([*LARGE, "tflops=-1"], "tflops=-1.0: must be above 0"),
-        ([*LARGE, "sae.expantion=4"], "did you mean 'expansion'"),
+        ([*LARGE, "sae.expantion=4"], "did you mean 'sae.expansion'"),
         (["store.url=nowhere"], "or plan without a store: give d_model"),
     ],
 )

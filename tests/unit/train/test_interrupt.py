@@ -3,6 +3,7 @@
 import logging
 import os
 import signal
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -12,6 +13,14 @@ from stage_train.state.checkpoint import newest_checkpoint
 from tests.training import Runs, assert_same_run, exit_code, signalled_in, watching
 
 pytestmark = pytest.mark.usefixtures("train_configs")
+
+
+@pytest.fixture(autouse=True)
+def _ctrl_c_interrupts() -> Iterator[None]:
+    """As in a terminal: a shell that starts the tests in the background has them ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def test_ctrl_c_saves_and_says_so(train: Runs, caplog: pytest.LogCaptureFixture) -> None:
