@@ -77,7 +77,7 @@ eval: setup ## score a trained SAE: FVU, L0, loss recovered, plots, report
 
 sweep: setup ## train and compare K=8,16 x EXPANSION=4,8 on the store of runs/NAME; PACKED=1: from one pass over it
 	@$(BIN)/python -m stage_train -m name=$(NAME) nproc=$(NPROC) sae.k=$(K) sae.expansion=$(EXPANSION) $(packed) $(ARGS)
-	@$(STAGE) stage_eval name=$(NAME) 'sae.path="runs/$(NAME)/sweep/*"'
+	@$(STAGE) stage_eval name=$(NAME) sae.path=runs/$(NAME)/sweep sae.last_grid=true
 
 # Two workers, one thread each: most tests wait for imports of processes they start.
 PYTEST_ALONE := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
@@ -136,9 +136,8 @@ docs-config: setup ## docs/config.md: every key, from the schemas and conf/
 compile-kernels: setup ## compile every Triton kernel for sm_80 and sm_90 (no GPU needed)
 	@$(BIN)/python -m shared.kernels.compile_check
 
-bench-gpu: setup ## on a GPU: kernel tests, tuned block sizes, the step against its floor -> benchmarks/gpu.md
-	@status=0; $(BIN)/python -m pytest -q tests/kernels -k triton || status=$$?; \
-	  $(BIN)/python benchmarks/gpu.py $(ARGS); exit $$status
+bench-gpu: setup ## on a GPU, at most 8 minutes: checks at full size, the step against its floor -> runs/gpu/table.md
+	@$(BIN)/python benchmarks/gpu.py $(ARGS)
 
 bench: setup ## every benchmark, quick form
 	@for script in $$(grep -l -- '"--quick"' benchmarks/*.py); do echo "== $$script"; $(BIN)/python $$script --quick; done

@@ -123,7 +123,9 @@ def read_lines(out: Path) -> list[dict[str, Any]]:
 def main() -> int:
     """Exit status 0 if every stage ended well and every check passed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
-    parser.add_argument("--out", type=Path, required=True, help="folder for results.jsonl, table.md, logs")
+    parser.add_argument(
+        "--out", type=Path, default=HERE.parent / "runs" / "gpu", help="folder for results.jsonl, table.md, logs"
+    )
     parser.add_argument("--only", nargs="*", choices=[stage.name for stage in STAGES], help="these stages")
     parser.add_argument("--budget", type=int, default=BUDGET, help="seconds for all stages")
     parser.add_argument("--rehearse", action="store_true", help="tiny sizes in the interpreter, without a GPU")

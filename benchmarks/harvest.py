@@ -40,8 +40,7 @@ from shared.store import Store
 from stage_harvest.config import register
 from stage_harvest.harvest import harvest
 from stage_harvest.job import HarvestJob
-from stage_harvest.tokens.encoder import TextEncoder, default_workers
-from stage_harvest.tokens.tokenise import token_documents
+from stage_harvest.tokens.encoder import default_workers
 
 SEPARATOR = "<|endoftext|>"
 # Dense bfloat16 tensor-core peaks of data sheets, FLOP/s.
@@ -141,8 +140,9 @@ def bare_forward(shape: Shape, root: Path, store: Store, batch_contexts: int) ->
 def tokenising_rate(job: HarvestJob) -> float:
     """Tokens per second of the workers over the whole corpus, their start included."""
     start, tokens = time.perf_counter(), 0
-    with TextEncoder(job.tokenizer.backend_tokenizer.to_str(), workers=default_workers()) as encoder:
-        for ids in token_documents(job.corpus, job.cfg.corpus, 0, job.tokenizer, job.config.vocab_size, encoder):
+    tokeniser = job.tokeniser(default_workers())
+    with tokeniser.encoder:
+        for ids in tokeniser.corpus_ids(job.corpus, job.cfg.corpus, 0):
             tokens += ids.size
     return tokens / (time.perf_counter() - start)
 

@@ -1,15 +1,23 @@
-"""Measure block sizes of the kernels on this GPU and keep the best; called by ``benchmarks/gpu.py``.
+"""Measure block sizes of the kernels on this GPU and keep the best.
 
-Each kernel is run alone, at the width and size of the first shape, with every candidate; the choices go into the file
-of ``shared/kernels/tuning.py``, where training finds them.
+    python benchmarks/tune.py [--shapes a b]        # minutes: most of them for compiling
+
+Each kernel is run alone, at the width and size of each shape, with every candidate; the choices go into the file of
+``shared/kernels/tuning.py``, where training finds them.
 """
 
+import argparse
 import itertools
 import json
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from gpu_stages.context import SHAPES, Context
 from step_providers import Shape, make_batch
 
 from shared.kernels import AdamStep, Compute, PairOrder, decode, dot_picks, encode_topk, row_grad, tuning
@@ -85,3 +93,19 @@ def tune(shape: Shape, device: str, kernels: str, median: Median, keep: bool) ->
             print(f"{name}: {best[1]} {best[0]:.3f} ms (slowest {max(times)[0]:.3f})", flush=True)
     if keep:
         print(f"tuned block sizes are in {tuning.save(gpu, chosen)}")
+
+
+def main() -> None:
+    """Tune for every shape."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser.add_argument("--shapes", nargs="*", default=["a"], choices=list(SHAPES))
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        raise SystemExit("error: there is no GPU here")
+    context = Context("tune", Path.cwd(), rehearse=False)
+    for name in options.shapes:
+        tune(SHAPES[name], context.device, context.kernels, context.milliseconds, keep=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -30,6 +30,8 @@ class SAEInput:
 
     path: Any = MISSING
     """A folder with an SAE, a folder of such folders, a glob, a hub id, or a list of these."""
+    last_grid: bool = MISSING
+    """Of the folder of a sweep, only the runs of the last sweep in it; it keeps those of earlier ones too."""
     per_pass: int = MISSING
     """SAEs held in memory at a time; those of one hook share the reads and the unspliced passes."""
 

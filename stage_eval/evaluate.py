@@ -59,7 +59,7 @@ def evaluate(cfg: EvalSchema) -> None:
     """Run the stage; raises GranaryError for every wrong input before any long work."""
     world = init_world(cfg.device.name, cfg.device.threads)
     store = Store.open(cfg.store.url)
-    found = find_saes(cfg.sae.path, store, cfg.hook)
+    found = find_saes(cfg.sae, store, cfg.hook)
     check_settings(cfg, found.folders)
     choice = choose_model(cfg.model, store) if cfg.downstream else None
     session = Session(

@@ -5,7 +5,6 @@ import hashlib
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -19,6 +18,8 @@ from shared.sae.formats import foreign
 from shared.sae.loading import KINDS, load
 from shared.sae.sites import Sites, SiteWidths
 from shared.store import Store
+from stage_eval.config import SAEInput
+from stage_eval.grid import is_of_grid, last_grid
 from stage_eval.language_model import check_same_model
 from stage_eval.measure.session import Loaded
 from stage_eval.results.comparison import LeftOut
@@ -64,8 +65,8 @@ class Found:
     left_out: list[LeftOut]
 
 
-def find_saes(spec: Any, store: Store, hook: str | None) -> Found:
-    """Find what `spec` (a path, glob, hub id or list of these) names, and check it against `store`.
+def find_saes(chosen: SAEInput, store: Store, hook: str | None) -> Found:
+    """Find what is chosen (a path, glob, hub id or list of these), and check it against `store`.
 
     What is named itself must be sound. Of what a folder or a glob stands for, such as a sweep with a run that has not
     finished, the sound ones are taken and the others left out.
@@ -73,8 +74,8 @@ def find_saes(spec: Any, store: Store, hook: str | None) -> Found:
     Raises GranaryError for a path without SAEs, a hook that the store lacks, or a width that differs from the hook's.
     """
     paths: dict[str, bool] = {}  # in the order found; whether it was named itself
-    for part in map(str, spec if isinstance(spec, list) else [spec]):
-        for path in expand(part):
+    for part in map(str, chosen.path if isinstance(chosen.path, list) else [chosen.path]):
+        for path in of_last_grid(part, expand(part)) if chosen.last_grid else expand(part):
             paths[path] = paths.get(path, False) or path == part
     folders, left_out = [], []
     for path, is_named in paths.items():
@@ -112,6 +113,15 @@ def expand(spec: str) -> list[str]:
         return sorted(found, key=natural_key)
     locate(spec)
     return [spec]
+
+
+def of_last_grid(sweep: str, paths: list[str]) -> list[str]:
+    """Those of the paths whose runs the last sweep in the folder `sweep` trained, or began."""
+    grid = last_grid(Path(sweep))
+    kept = [path for path in paths if is_of_grid(Path(path), grid)]
+    if not kept:
+        raise GranaryError(f"none of the runs of the last sweep in {sweep} has begun: start it again")
+    return kept
 
 
 def folders_below(folder: Path) -> set[Path]:

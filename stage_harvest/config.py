@@ -21,6 +21,9 @@ class PackingMode(Enum):
     """Attention stays inside a document and positions restart: each document as if it were alone."""
     joined = "joined"
     """One causal sequence: a document sees those before it in its context."""
+    separate = "separate"
+    """One document per context, run alone and at its own length, whatever the model; the rest of the context is
+    padding."""
 
 
 class BosPlacement(Enum):
@@ -80,6 +83,19 @@ class PackingSchema:
     """Leave out the last context when documents do not fill it; else it is padded (and the padding masked)."""
     mask_special: bool = MISSING
     """Mask BOS, EOS and the tokenizer's other special tokens, so that nothing trains on them."""
+    mask_first: int | None = MISSING
+    """Mask so many positions at the start of each document (of each context, where documents are joined). null: 1 where
+    documents begin without BOS, whose first token is then the attention sink, else 0."""
+
+
+@dataclass(kw_only=True)
+class ChatSchema:
+    """How chat messages become text, beside the tokenizer's template; part of the store's identity where it has any."""
+
+    date: str | None = MISSING
+    """The day that a template may write, 2026-11-26; null: today, or the day of the store that is continued."""
+    variables: dict[str, Any] = MISSING
+    """What else the template reads, for example {enable_thinking: false}."""
 
 
 @dataclass(kw_only=True)
@@ -216,6 +232,7 @@ class HarvestSchema:
     """Processes on this machine, each a replica of the model; more machines by `make harvest NNODES=...`."""
     model: ModelSchema = field(default_factory=ModelSchema)
     corpus: CorpusSchema = field(default_factory=CorpusSchema)
+    chat: ChatSchema = field(default_factory=ChatSchema)
     packing: PackingSchema = field(default_factory=PackingSchema)
     store: StoreSchema = field(default_factory=StoreSchema)
     device: DeviceSchema = field(default_factory=DeviceSchema)

@@ -8,27 +8,29 @@ import itertools
 import json
 import logging
 import time
+from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from shared.basics.units import human_bytes, human_time
 from shared.lm import load_trunk
 from shared.lm.load import DTYPES
 from shared.parallel import World, init_world
 from shared.parallel.heartbeat import Heartbeat
-from shared.store import Store, free_bytes
+from shared.store import Store, StorePlan, free_bytes
 from shared.store.format import layout
 from shared.store.io.open import open_io
-from stage_harvest.config import HarvestSchema
+from stage_harvest.config import HarvestSchema, PackingMode
 from stage_harvest.job import HarvestJob, announce, check_length, next_command, staging_dtype
-from stage_harvest.progress import Board, HarvestProgress, tokenise_bar
+from stage_harvest.progress import HarvestProgress, Notices, tokenise_bar
 from stage_harvest.shards.forward import ShardForward
-from stage_harvest.shards.mesh import Place, check_mesh, take_place
-from stage_harvest.shards.window_gate import Room
+from stage_harvest.shards.mesh import MeshRank, check_mesh, join_mesh
+from stage_harvest.shards.probe import probe
+from stage_harvest.shards.window_gate import WindowGate
 from stage_harvest.shards.writer import BackgroundWriter
-from stage_harvest.tokens.encoder import TextEncoder, default_workers
-from stage_harvest.tokens.spool import Spool
-from stage_harvest.tokens.tokenise import token_documents
+from stage_harvest.tokens.encoder import default_workers
+from stage_harvest.tokens.spool import TokenSpool
 
 log = logging.getLogger(__name__)
 
@@ -37,63 +39,120 @@ def harvest(cfg: HarvestSchema) -> None:
     """Run the whole stage; raises GranaryError for every wrong input before anything is written."""
     world = init_world(cfg.device.name, cfg.device.threads)
     with Heartbeat(world):
-        run(cfg, world, Board(world))
+        run(cfg, world, Notices(world))
 
 
-def run(cfg: HarvestSchema, world: World, board: Board) -> None:
-    """This rank's part of the stage."""
+def run(cfg: HarvestSchema, world: World, notices: Notices) -> None:
+    """This rank's part of the stage: rank 0 checks, every rank loads, rank 0 makes the store, every rank fills it."""
     if world.is_main:
         check_mesh(world, cfg.tensor_parallel)
         # The other ranks wait below: a wrong input is reported once, and they end with this rank.
         job = HarvestJob.from_config(cfg)
-        store = prepare(job, world)
-        # Decided once: ranks that listed the store at different moments would share out different lists.
-        pending = None if store is None else store.pending()
-        board.post("pending", json.dumps(pending))
-        if store is not None and pending is not None:
-            write_shards(job, store, pending, world, board)
-            finish(job, store)
+        has_work = begin(job, world)
+        notices.post("has work", json.dumps(has_work))
     else:
-        pending = json.loads(board.read("pending"))
-        if pending is not None:
-            write_shards(HarvestJob.from_config(cfg), Store.open(cfg.store.url), pending, world, board)
+        has_work = json.loads(notices.read("has work"))
+    if not has_work:
+        return
+    if not world.is_main:
+        job = HarvestJob.from_config(cfg)
+    mesh_rank = join_mesh(world, cfg.tensor_parallel)
+    trunk = load(job, world.device, mesh_rank)
+    isolation = check_isolation(job, trunk, world.device, mesh_rank)
+    if world.is_main:
+        store = prepare(job, world, isolation)
+        # Decided once: ranks that listed the store at different moments would share out different lists.
+        pending = store.pending()
+        notices.post("pending", json.dumps(pending))
+    else:
+        pending = json.loads(notices.read("pending"))
+        store = Store.open(cfg.store.url)
+    write_shards(job, trunk, store, pending, world, mesh_rank, notices)
+    if world.is_main:
+        finish(job, store)
 
 
-def prepare(job: HarvestJob, world: World) -> Store | None:
-    """The store with all its tokens, made or found; None after a dry run."""
+def begin(job: HarvestJob, world: World) -> bool:
+    """Say what will be written, without a model or a store; False where nothing is left to do, or on a dry run.
+
+    Raises GranaryError where it would not fit, or the URL holds another harvest. A finished store is not written to.
+    """
     cfg = job.cfg
     free = free_bytes(cfg.store.url)
     existing = find_store(cfg.store.url)
     if existing is not None:
         # The tokens are in place, and an equal plan says that the corpus would give them again.
-        plan = job.store_plan(existing.plan.num_contexts)
-        store = Store.create(cfg.store.url, plan, None, None, None, job.window_bytes)
-        committed = sum(record.num_contexts for record in store.committed().values())
-        announce(job, store.plan, committed=committed, device=world.device, free=free)
-        return None if cfg.dry_run else store
+        plan = job.store_plan(existing.plan.num_contexts, existing=existing.plan)
+        existing.check_plan(plan, job.window_bytes)
+        committed = sum(record.num_contexts for record in existing.committed().values())
+        announce(job, plan, committed=committed, device=world.device, free=free)
+        if existing.complete:
+            report_complete(job, existing.summary())
+        return not cfg.dry_run and not existing.complete
     if cfg.corpus.contexts is not None:
         announce(job, job.store_plan(cfg.corpus.contexts), committed=0, device=world.device, free=free)
-        if cfg.dry_run:
+    elif cfg.dry_run:
+        with TokenSpool(cfg.packing.seq_len, cfg.spool_dir, cfg.store.url) as spool:
+            plan = pack_corpus(job, spool)
+        announce(job, plan, committed=0, device=world.device, free=free)
+    return not cfg.dry_run
+
+
+def load(job: HarvestJob, device: torch.device, mesh_rank: MeshRank) -> PreTrainedModel:
+    """The model as far as the deepest hook, before any document is read: hours of tokenising are not lost to it."""
+    model = job.cfg.model
+    layers, last_mlp = job.depth
+    return load_trunk(
+        model.path,
+        model.dtype.value,
+        num_layers=layers,
+        last_mlp=last_mlp,
+        device=device,
+        revision=model.revision,
+        attn_implementation=model.attn_implementation,
+        tp_mesh=mesh_rank.tp_mesh,
+        quantisation=model.quantisation,
+    )
+
+
+def check_isolation(job: HarvestJob, trunk: PreTrainedModel, device: torch.device, mesh_rank: MeshRank) -> str | None:
+    """What the store is to say of its packed documents; raises GranaryError where the model does not isolate them.
+
+    One replica probes, all its ranks together; None where nothing is promised (joined documents).
+    """
+    match job.cfg.packing.mode:
+        case PackingMode.joined:
             return None
-    with Spool(cfg.packing.seq_len, cfg.spool_dir, cfg.store.url) as spool:
-        pack_corpus(job, spool)
-        check_length(job, spool.num_contexts)
-        plan = job.store_plan(spool.num_contexts)
+        case PackingMode.separate:
+            return "each document was run alone"
+    if not job.cfg.model.probe:
+        return "not probed (model.probe=false)"
+    return probe(job, trunk, device).summary() if mesh_rank.replica == 0 else None
+
+
+def prepare(job: HarvestJob, world: World, isolation: str | None) -> Store:
+    """The store with all its tokens, made or found."""
+    cfg = job.cfg
+    existing = find_store(cfg.store.url)
+    if existing is not None:
+        plan = job.store_plan(existing.plan.num_contexts, isolation, existing.plan)
+        return Store.create(cfg.store.url, plan, None, None, None, job.window_bytes)
+    with TokenSpool(cfg.packing.seq_len, cfg.spool_dir, cfg.store.url) as spool:
+        plan = pack_corpus(job, spool, isolation)
         if cfg.corpus.contexts is None:
-            announce(job, plan, committed=0, device=world.device, free=free)
-            if cfg.dry_run:
-                return None
+            announce(job, plan, committed=0, device=world.device, free=free_bytes(cfg.store.url))
         tokens, mask, segments = (spool.array(name) for name in ("tokens", "mask", "segments"))
         return Store.create(cfg.store.url, plan, tokens, mask, segments, job.window_bytes)
 
 
-def pack_corpus(job: HarvestJob, spool: Spool) -> None:
-    """Tokenise the corpus in worker processes and pack it into `spool`; says how fast."""
+def pack_corpus(job: HarvestJob, spool: TokenSpool, isolation: str | None = None) -> StorePlan:
+    """Tokenise the corpus in worker processes and pack it into `spool`, saying how fast; returns the store's plan."""
     cfg = job.cfg
     workers = default_workers() if cfg.tokenise_workers is None else cfg.tokenise_workers
     start = time.perf_counter()
-    with TextEncoder(job.tokenizer.backend_tokenizer.to_str(), workers=workers, folder=spool.encoded) as encoder:
-        ids = token_documents(job.corpus, cfg.corpus, cfg.seed, job.tokenizer, job.config.vocab_size, encoder)
+    tokeniser = job.tokeniser(workers, spool.encoded)
+    with tokeniser.encoder as encoder:
+        ids = tokeniser.corpus_ids(job.corpus, cfg.corpus, cfg.seed)
         contexts = itertools.islice(job.packer.pack(ids), cfg.corpus.contexts)
         spool.fill(tokenise_bar(contexts, cfg.corpus.contexts, cfg.packing.seq_len))
     if encoder.reused:
@@ -101,6 +160,8 @@ def pack_corpus(job: HarvestJob, spool: Spool) -> None:
     tokens = spool.num_contexts * cfg.packing.seq_len
     seconds = time.perf_counter() - start
     log.info("tokenised %s tokens in %s: %s tokens/s", f"{tokens:,}", human_time(seconds), f"{tokens / seconds:,.0f}")
+    check_length(job, spool.num_contexts)
+    return job.store_plan(spool.num_contexts, isolation)
 
 
 def find_store(url: str) -> Store | None:
@@ -110,25 +171,32 @@ def find_store(url: str) -> Store | None:
     return Store.open(url)
 
 
-def write_shards(job: HarvestJob, store: Store, pending: list[int], world: World, board: Board) -> None:
+def write_shards(
+    job: HarvestJob,
+    trunk: PreTrainedModel,
+    store: Store,
+    pending: list[int],
+    world: World,
+    mesh_rank: MeshRank,
+    notices: Notices,
+) -> None:
     """Compute and write this replica's part of the `pending` shards, showing the progress of all replicas."""
-    place = take_place(world, job.cfg.tensor_parallel)
-    mine = pending[place.replica :: place.num_replicas]
+    mine = pending[mesh_rank.replica :: mesh_rank.num_replicas]
     plan = store.plan
     progress = HarvestProgress(
         world,
-        board,
+        notices,
         contexts=plan.num_contexts,
         todo=sum(len(store.shard_contexts(shard)) for shard in pending),
         shard_contexts=plan.shard_contexts,
         seq_len=plan.seq_len,
         context_bytes=sum(plan.context_bytes(hook) for hook in plan.hooks),
-        writers=max(1, min(place.num_replicas, len(pending))),
+        writers=max(1, min(mesh_rank.num_replicas, len(pending))),
     )
     try:
         if mine:
-            compute_shards(job, store, mine, world.device, place, progress)
-        written = sum(len(store.shard_contexts(shard)) for shard in mine) if place.part == 0 else 0
+            compute_shards(job, trunk, store, mine, world.device, mesh_rank, progress)
+        written = sum(len(store.shard_contexts(shard)) for shard in mine) if mesh_rank.part == 0 else 0
         progress.wait_for_all(written)
     finally:
         progress.close()
@@ -142,41 +210,35 @@ def training_ended(store: Store) -> bool:
 
 
 def compute_shards(
-    job: HarvestJob, store: Store, shards: list[int], device: torch.device, place: Place, progress: HarvestProgress
+    job: HarvestJob,
+    trunk: PreTrainedModel,
+    store: Store,
+    shards: list[int],
+    device: torch.device,
+    mesh_rank: MeshRank,
+    progress: HarvestProgress,
 ) -> None:
-    """Load the trunk and make `shards`, each written while the next is computed."""
+    """Make `shards`, each written while the next is computed."""
     cfg = job.cfg
-    layers, last_mlp = job.depth
-    trunk = load_trunk(
-        cfg.model.path,
-        cfg.model.dtype.value,
-        num_layers=layers,
-        last_mlp=last_mlp,
-        device=device,
-        revision=cfg.model.revision,
-        attn_implementation=cfg.model.attn_implementation,
-        tp_mesh=place.tp_mesh,
-        quantisation=cfg.model.quantisation,
-    )
-    is_writer = place.part == 0
-    room = Room(store)
+    is_writer = mesh_rank.part == 0
+    gate = WindowGate(store)
     forward = ShardForward(
         trunk,
         job.hooks if is_writer else [],
-        isolated=job.isolated,
+        packing=cfg.packing.mode,
         batch_contexts=job.batch_contexts,
         device=device,
     )
     if not is_writer:
         for shard in shards:
-            if not room.wait(shard):
+            if not gate.wait(shard):
                 return
             forward.run(store.tokens(store.shard_contexts(shard)), store.segments(store.shard_contexts(shard)), {})
         return
     dtype = staging_dtype(store.plan, DTYPES[cfg.model.dtype.value])
     with BackgroundWriter(store, dtype, pin=device.type == "cuda") as writer:
         for shard in shards:
-            if not room.wait(shard):
+            if not gate.wait(shard):
                 break
             contexts = store.shard_contexts(shard)
             staging = writer.staging()
@@ -196,7 +258,11 @@ def finish(job: HarvestJob, store: Store) -> None:
         made = store.num_shards - len(store.pending())
         log.info("training has ended: %d of %d shards were made, and no more are needed", made, store.num_shards)
         return
-    summary = store.finalize()
+    report_complete(job, store.finalize())
+
+
+def report_complete(job: HarvestJob, summary: dict[str, Any]) -> None:
+    """Say where the whole store is, from its final record, and what to do with it."""
     held = len(summary["heldout_shards"])
     log.info(
         "store     %s: %s in %d shards (%d held out), %s trainable tokens",

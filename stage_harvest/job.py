@@ -3,8 +3,10 @@
 import logging
 import os
 from dataclasses import dataclass
+from datetime import date
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -32,11 +34,14 @@ from shared.lm.hookpoint import HookPoint, describe_hooks, hook_points
 from shared.store import StorePlan, WindowPlan, bytes_planned
 from shared.store.capacity import shard_bytes
 from shared.store.format.dtypes import storage_type
-from stage_harvest.config import BosPlacement, HarvestSchema, PackingMode
-from stage_harvest.corpus import Corpus, open_corpus
+from stage_harvest.config import BosPlacement, HarvestSchema
+from stage_harvest.corpus import Corpus, CorpusSource, Mixture, open_corpus
 from stage_harvest.shards.forward import default_batch_contexts
 from stage_harvest.shards.writer import STAGING_SETS
+from stage_harvest.tokens.encoder import TextEncoder
 from stage_harvest.tokens.packing import Packer
+from stage_harvest.tokens.template import ChatRenderer
+from stage_harvest.tokens.tokenise import Tokeniser
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +54,11 @@ class HarvestJob:
     config: PretrainedConfig
     hooks: list[HookPoint]
     identity: ModelIdentity
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: PreTrainedTokenizerBase | None
+    """None where the model has none, and the corpus may do without."""
+    no_tokenizer: str
+    """Why there is none."""
+    chats: ChatRenderer | None
     corpus: Corpus
 
     @classmethod
@@ -82,13 +91,21 @@ class HarvestJob:
             raise GranaryError(f"corpus.contexts={cfg.corpus.contexts}: it must be at least 1, or null for all")
         if cfg.tokenise_workers is not None and cfg.tokenise_workers < 0:
             raise GranaryError(f"tokenise_workers={cfg.tokenise_workers}: it must be at least 0, or null")
-        tokenizer = load_tokenizer(cfg.model.path, cfg.model.revision)
+        if any(part.startswith("memory:") for part in cfg.store.url.split("::")):
+            raise GranaryError(f"store.url={cfg.store.url}: nothing of it would outlive this process; give a folder")
+        today = parse_date(cfg.chat.date)
+        corpus = open_corpus(cfg.corpus)
+        tokenizer, no_tokenizer = None, ""
+        try:
+            tokenizer = load_tokenizer(cfg.model.path, cfg.model.revision)
+        except GranaryError as error:
+            if needs_tokenizer(corpus):
+                raise
+            no_tokenizer = str(error)
+            log.info("no tokenizer: the corpus must hold token ids, and special tokens are not known")
+        chats = None if tokenizer is None else ChatRenderer(tokenizer, today, cfg.chat.variables)
         identity = model_identity(cfg.model.path, cfg.model.revision, cfg.model.dtype.value)
-        return cls(cfg, config, hooks, identity, tokenizer, open_corpus(cfg.corpus))
-
-    @property
-    def isolated(self) -> bool:
-        return self.cfg.packing.mode is PackingMode.isolated
+        return cls(cfg, config, hooks, identity, tokenizer, no_tokenizer, chats, corpus)
 
     @property
     def batch_contexts(self) -> int:
@@ -108,14 +125,22 @@ class HarvestJob:
 
     @cached_property
     def special(self) -> SpecialIds:
-        special = special_ids(self.tokenizer)
-        if special.bos is None and self.cfg.packing.bos is not BosPlacement.none:
-            log.info("the tokenizer has no BOS token: documents start without one")
-        return special
+        if self.tokenizer is None:
+            return SpecialIds(bos=None, eos=None, pad=0, all=())
+        return special_ids(self.tokenizer)
+
+    def tokeniser(self, workers: int, folder: Path | None = None) -> Tokeniser:
+        """What makes ids of the corpus, in `workers` processes; finished batches are kept in `folder`."""
+        serialised = "" if self.tokenizer is None else self.tokenizer.backend_tokenizer.to_str()
+        encoder = TextEncoder(serialised, workers=workers, folder=folder)
+        return Tokeniser(self.config.vocab_size, self.tokenizer, self.chats, encoder, self.no_tokenizer)
 
     @cached_property
     def packer(self) -> Packer:
-        return Packer.from_config(self.cfg.packing, self.special)
+        packer = Packer.from_config(self.cfg.packing, self.special)
+        if self.cfg.packing.bos is not BosPlacement.none and packer.bos_id is None:
+            log.info("the tokenizer has no BOS token: documents start without one")
+        return packer
 
     @cached_property
     def fingerprint(self) -> str:
@@ -127,8 +152,13 @@ class HarvestJob:
         window = self.cfg.store.window
         return None if window is None else parse_bytes(window, "store.window")
 
-    def store_plan(self, num_contexts: int) -> StorePlan:
-        """The store's plan once the number of contexts is known."""
+    def store_plan(
+        self, num_contexts: int, isolation: str | None = None, existing: StorePlan | None = None
+    ) -> StorePlan:
+        """The store's plan once the number of contexts is known; `isolation` says what is known of packed documents.
+
+        The chat template belongs to it where chats have become tokens: now, or when the `existing` store was made.
+        """
         cfg, packing = self.cfg, self.cfg.packing
         return StorePlan(
             num_contexts=num_contexts,
@@ -142,7 +172,11 @@ class HarvestJob:
             heldout_placement=cfg.store.heldout_placement.value,
             provenance={
                 "model": {**self.identity, **self._quantisation},
-                "tokenizer": {"hash": tokenizer_hash(self.tokenizer), "special_ids": self.special.to_dict()},
+                "tokenizer": {
+                    "hash": None if self.tokenizer is None else tokenizer_hash(self.tokenizer),
+                    "special_ids": self.special.to_dict(),
+                    **self._chat_identity(existing),
+                },
                 "corpus": {
                     "description": self.corpus.description,
                     "fingerprint": self.fingerprint,
@@ -156,11 +190,20 @@ class HarvestJob:
                     "long_documents": packing.long_documents.value,
                     "drop_last": packing.drop_last,
                     "mask_special": packing.mask_special,
+                    **({"mask_first": self.packer.mask_first} if self.packer.mask_first else {}),
                 },
                 "batch_contexts": self.batch_contexts,
             },
-            versions=self._versions(),
+            versions={**self._versions(), **({} if isolation is None else {"isolation": isolation})},
         )
+
+    def _chat_identity(self, existing: StorePlan | None) -> dict[str, Any]:
+        if self.chats is None:
+            return {}
+        before = {} if existing is None else existing.provenance.get("tokenizer", {}).get("chat", {})
+        if self.cfg.chat.date is None and "date" in before:
+            self.chats.today = date.fromisoformat(before["date"])
+        return {"chat": self.chats.identity()} if self.chats.used or before else {}
 
     def _versions(self) -> dict[str, str]:
         """What was used and does not belong to the identity; the last bits of floats may depend on it."""
@@ -168,6 +211,21 @@ class HarvestJob:
             **software_versions("torch", "transformers", "tokenizers", "numpy"),
             "model_path": str(resolve_model(self.cfg.model.path, self.cfg.model.revision).absolute()),
         }
+
+
+def needs_tokenizer(corpus: Corpus) -> bool:
+    """Whether the corpus, or a part of it, is known to be text before it is read."""
+    if isinstance(corpus, Mixture):
+        return any(part.source.is_text for part in corpus.parts.values())
+    return isinstance(corpus, CorpusSource) and corpus.is_text
+
+
+def parse_date(text: str | None) -> date:
+    """``2026-11-26`` as a date, None as today; raises GranaryError for anything else."""
+    try:
+        return date.today() if text is None else date.fromisoformat(text)
+    except ValueError as error:
+        raise GranaryError(f"chat.date={text}: write the day as 2026-11-26, or null for today") from error
 
 
 def check_length(job: HarvestJob, num_contexts: int) -> None:

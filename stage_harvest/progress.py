@@ -25,17 +25,17 @@ T = TypeVar("T")
 
 _FOREVER = timedelta(days=30)
 _POLL_SECONDS = 0.2
-_BOARDS = itertools.count()  # every rank makes its boards in the same order
+_NOTICES = itertools.count()  # every rank makes its notices in the same order
 
 
-class Board:
+class Notices:
     """Counters and notes that all ranks of a job share; plain attributes in a world of one."""
 
     def __init__(self, world: World) -> None:
         self._store: Any = None
         self._local: dict[str, Any] = {}
         if world.size > 1:
-            self._store = PrefixStore(f"granary_harvest_{next(_BOARDS)}", distributed_c10d._get_default_store())
+            self._store = PrefixStore(f"granary_harvest_{next(_NOTICES)}", distributed_c10d._get_default_store())
 
     def add(self, counter: str, amount: int) -> int:
         """Add to a counter; returns its value over all ranks."""
@@ -88,7 +88,7 @@ class HarvestProgress:
     def __init__(
         self,
         world: World,
-        board: Board,
+        notices: Notices,
         *,
         contexts: int,
         todo: int,
@@ -99,7 +99,7 @@ class HarvestProgress:
     ) -> None:
         """`contexts` of the store in all, `todo` of them for this run, over all ranks, `writers` of which write."""
         self.is_main = world.is_main
-        self.board = board
+        self.notices = notices
         self.todo = todo
         self.done_before = contexts - todo
         self.shard_contexts = shard_contexts
@@ -114,18 +114,18 @@ class HarvestProgress:
 
     def advance(self, contexts: int, wait_seconds: float) -> None:
         """Count `contexts` just computed by this rank, which has waited `wait_seconds` for the disk so far."""
-        total = self.board.add("contexts", contexts)
+        total = self.notices.add("contexts", contexts)
         self._report_wait(wait_seconds)
         if self.is_main:
             self._show(total)
 
     def wait_for_all(self, contexts: int) -> None:
         """Report `contexts` of this rank as written; on rank 0, wait until all ranks have reported all of theirs."""
-        written = self.board.add("written", contexts)
+        written = self.notices.add("written", contexts)
         while self.is_main and written < self.todo:
             time.sleep(_POLL_SECONDS)
-            written = self.board.add("written", 0)
-            self._show(self.board.add("contexts", 0))
+            written = self.notices.add("written", 0)
+            self._show(self.notices.add("contexts", 0))
 
     def close(self) -> None:
         """Leave the bar as it stands and end its line."""
@@ -147,7 +147,7 @@ class HarvestProgress:
     def _report_wait(self, wait_seconds: float) -> None:
         """Add what this rank has waited since it last did to the job's counter."""
         milliseconds = int(1000 * wait_seconds)
-        total = self.board.add("wait_ms", milliseconds - self._reported_ms)
+        total = self.notices.add("wait_ms", milliseconds - self._reported_ms)
         self._reported_ms = milliseconds
         self._wait_share = total / 1000 / self.writers / (time.perf_counter() - self.start)
 

@@ -10,6 +10,7 @@ from enum import Enum
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
+from hydra.types import RunMode
 from omegaconf import MISSING, OmegaConf
 
 import shared.basics.config
@@ -312,6 +313,7 @@ def register() -> None:
     shared.basics.config.register()
     OmegaConf.register_new_resolver("sweep_name", sweep_name, replace=True)
     OmegaConf.register_new_resolver("unnamed_keys", unnamed_keys, replace=True)
+    OmegaConf.register_new_resolver("launch_record", launch_record, replace=True)
     store = ConfigStore.instance()
     store.store(name="train_schema", node=TrainSchema)
     store.store(group="sae", name="schema", node=SAESchema)
@@ -320,6 +322,14 @@ def register() -> None:
     store.store(group="stream", name="schema", node=StreamSchema)
     store.store(group="parallel", name="schema", node=ParallelSchema)
     store.store(group="logger", name="schema", node=LoggerSchema)
+
+
+def launch_record(mode: RunMode | str | None) -> str | None:
+    """Where Hydra notes what a run was launched with: in a sweep alone, since ``train.yaml`` tells all of a run itself.
+
+    A sweep's last grid is found by it; a second run in the folder of a first would overwrite it.
+    """
+    return ".hydra" if mode in (RunMode.MULTIRUN, RunMode.MULTIRUN.name) else None
 
 
 def unnamed_keys() -> list[str]:

@@ -1,5 +1,6 @@
 """Stage ``compile``: every shipped configuration through this machine's compiler; registers and spills into a table."""
 
+import multiprocessing
 import os
 from concurrent.futures import ProcessPoolExecutor
 
@@ -11,7 +12,7 @@ from shared.kernels import compile_check
 
 def compile_one(label: str, architecture: int) -> str:
     """A row of the table, or why there is none."""
-    for case in compile_check.cases((4096,), (64, 128), ("bf16", "fp32")):
+    for case in compile_check.cases((4096,), (64, 128), ("bf16", "fp32"), architecture):
         if case.label == label:
             try:
                 return compile_check.row(compile_check.compile_case(case, architecture), architecture)
@@ -26,7 +27,9 @@ def run(context: Context) -> None:
     labels = [case.label for case in compile_check.cases((4096,), (64, 128), ("bf16", "fp32"))]
     if context.rehearse:
         labels = labels[:1] + labels[-1:]
-    with ProcessPoolExecutor(2 if context.rehearse else min(16, os.cpu_count() or 1)) as pool:
+    workers = 2 if context.rehearse else min(16, os.cpu_count() or 1)
+    # Not forked: this process may have the GPU open.
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
         rows = list(pool.map(compile_one, labels, [architecture] * len(labels)))
     lines = [f"| {label} | {row} |" for label, row in zip(labels, rows, strict=True)]
     (context.out / "registers.md").write_text(compile_check.HEAD + "\n".join(lines) + "\n")

@@ -1,5 +1,6 @@
 """Stage ``tests``: the kernels' own tests, compiled instead of interpreted."""
 
+import os
 import re
 import subprocess
 import sys
@@ -16,8 +17,9 @@ def run(context: Context) -> None:
     command += ["-p", "no:cacheprovider", "-o", "filterwarnings=default", f"--junitxml={context.out / 'tests.xml'}"]
     command += ["-k", "unknown_switch" if context.rehearse else "triton"]
     if not context.rehearse:
-        command += ["-n", "8"]
-    outcome = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        command += ["-p", "xdist", "-n", "8"]
+    environment = os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}  # other packages' are no part of it
+    outcome = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     (context.out / "tests.log").write_text(outcome.stdout + outcome.stderr)
     counts = {what: int(count) for count, what in re.findall(r"(\d+) (passed|failed|skipped|error)", outcome.stdout)}
     failed = re.findall(r"^(?:FAILED|ERROR) (\S+)", outcome.stdout, re.MULTILINE)

@@ -1,5 +1,7 @@
 """Stages ``step a`` and so on: the whole step at full size, its parts, its memory, and a profile of one step."""
 
+import gc
+
 import torch
 from step_providers import Shape, make_batch
 
@@ -14,6 +16,7 @@ def run(context: Context, name: str) -> None:
     x = make_batch(shape, context.device)
     for moments in ("float32", "bfloat16"):
         measure(context, shape, x, moments)
+        gc.collect()  # what is left of a trainee, before the next one is made
     if not context.fallback:
         parts(context, shape, x)
 

@@ -9,8 +9,8 @@ from gpu_stages.context import Context
 from gpu_stages.trainee import KINDS, make_trainee
 
 STEPS = 20
-SYNCS = {"topk": 0, "transcoder": 0, "batchtopk": 4}
-"""Waits for the device that a step may have: BatchTopK reads how many pairs passed, and the fullest row's number."""
+SYNCS = {"topk": 0, "transcoder": 0, "batchtopk": 24}
+"""Waits for the device that a step may have: BatchTopK's search for the batch's threshold reads counts on the host."""
 
 
 def run(context: Context) -> None:

@@ -77,6 +77,8 @@ class ModelSchema:
     """Precision of weights and arithmetic; the store's dtype is separate."""
     quantisation: str | None = None
     """How the weights are quantised as they are loaded: bnb_int8, bnb_nf4, torchao_int8; null: none."""
+    probe: bool = True
+    """Before a harvest of isolated documents, compare some of them packed and alone; false trusts the model."""
     attn_implementation: str = MISSING
     """Attention kernel as transformers names it: sdpa, eager, flash_attention_2, flex_attention."""
 

@@ -48,7 +48,7 @@ class Features:
 
 
 @dataclass(frozen=True)
-class Place:
+class TokenPlaces:
     """Where the tokens of one forward are."""
 
     position_BT: Tensor
@@ -102,7 +102,7 @@ class SplicedModel:
         if sae.W_enc.device.type != model.device.type:
             raise GranaryError(f"the SAE is on {sae.W_enc.device}, the model on {model.device}: move one with .to()")
         self._stack: ExitStack | None = None
-        self._place: Place | None = None
+        self._place: TokenPlaces | None = None
         self._recorded: list[Features] = []
 
     def __enter__(self) -> Self:
@@ -177,7 +177,9 @@ class SplicedModel:
             is_padding_BT = torch.zeros(shape, dtype=torch.bool, device=device)
         bos = self.model.config.bos_token_id
         is_bos_BT = tokens == bos if tokens is not None and bos is not None else torch.zeros_like(is_padding_BT)
-        self._place = Place(position_BT, is_padding_BT, is_bos_BT, self._prompt_lengths(shape, past, is_padding_BT))
+        self._place = TokenPlaces(
+            position_BT, is_padding_BT, is_bos_BT, self._prompt_lengths(shape, past, is_padding_BT)
+        )
 
     def _prompt_lengths(self, shape: torch.Size, past: int, is_padding_BT: Tensor) -> Tensor:
         """[B]: what `generate` was given; in a plain call, all tokens that are not padding."""
@@ -188,7 +190,7 @@ class SplicedModel:
             raise GranaryError("prompt_only and negative positions need spliced.generate(...), which knows the prompt")
         return (~is_padding_BT).sum(1)
 
-    def _acts(self, place: Place) -> Tensor:
+    def _acts(self, place: TokenPlaces) -> Tensor:
         """bool [B, T]: the tokens that the SAE acts on."""
         if self.opensae_compat:
             acts_BT = torch.ones_like(place.is_padding_BT)

@@ -39,7 +39,7 @@ class Case:
     """Integers that are; for these the JIT compiles a form of its own, with wide loads."""
 
 
-def cases(d_models: Sequence[int], ks: Sequence[int], types: Sequence[str]) -> Iterator[Case]:
+def cases(d_models: Sequence[int], ks: Sequence[int], types: Sequence[str], architecture: int = 90) -> Iterator[Case]:
     """Every kernel of the package with the block sizes its launcher chooses for these widths, ks and matrix types."""
     from triton import next_power_of_2
 
@@ -100,7 +100,8 @@ def cases(d_models: Sequence[int], ks: Sequence[int], types: Sequence[str]) -> I
                 config = pair.norm_config(d, num_rows, DTYPES[weights[1:]]) | chunk
                 yield _tuned_case(f"pair_norm {label} N={num_rows}", pair._pair_norm, pair_types, config)
             for unit_rows in (False, True):
-                config = pair.update_config(d, unit_rows, DTYPES[weights[1:]]) | {"UNIT_ROWS": unit_rows} | chunk
+                config = pair.update_config(d, unit_rows, DTYPES[weights[1:]], architecture=architecture)
+                config |= {"UNIT_ROWS": unit_rows} | chunk
                 for moments in ("fp32", "bf16"):
                     case_types = pair_types | _adam_types(f"*{moments}")
                     name = f"pair_update {label} unit_rows={unit_rows} moments {moments}"
@@ -177,10 +178,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.table:
         sys.stdout.write(HEAD)
     failures = 0
-    for case in cases(options.d_model, options.k, options.types):
-        if options.only and not case.label.startswith(tuple(options.only)):
-            continue
-        for architecture in options.architectures:
+    for architecture in options.architectures:
+        for case in cases(options.d_model, options.k, options.types, architecture):
+            if options.only and not case.label.startswith(tuple(options.only)):
+                continue
             try:
                 needs = compile_case(case, architecture)
                 outcome = row(needs, architecture) if options.table else line(needs, architecture)

@@ -1,7 +1,7 @@
 """Block sizes that were measured to be best on this GPU; the launchers' own choice where nothing was measured.
 
-``make bench-gpu`` measures and writes the file. Nothing is tuned while training: block sizes decide the order of sums,
-and a run must give the same bits twice.
+``benchmarks/tune.py`` measures and writes the file. Nothing is tuned while training: block sizes decide the order of
+sums, and a run must give the same bits twice.
 """
 
 import contextlib

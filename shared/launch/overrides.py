@@ -1,25 +1,33 @@
 """The command line before Hydra sees it: shorthands, what a launcher implies, what secondary ranks must not do.
 
 ``model=PATH`` is accepted beside Hydra's ``model=<group option>``: a value that names no file of the group is taken as
-``model.path=PATH``; ``device=cpu`` likewise.
+``model.path=PATH``; ``device=cpu`` likewise; ``hooks.layers=8,16`` is a list.
 """
 
 import os
+import re
 from collections.abc import Sequence
 from importlib import resources
 
 # Groups that also take the value of one of their keys.
 VALUE_SHORTHANDS = {"model": "model.path", "device": "device.name"}
+# Keys that are lists by nature: a bare comma list is one value, and no sweep.
+LISTS = ("hooks.layers", "hooks.sites")
 
 
 def expand_shorthands(overrides: Sequence[str]) -> list[str]:
-    """Rewrite ``model=/path/or/hub-id`` to ``model.path=...`` where no option of the group has that name."""
+    """Rewrite ``model=/path/or/hub-id`` to ``model.path=...`` where no option of the group has that name.
+
+    Also ``hooks.layers=8,16`` to a list.
+    """
     expanded = []
     for override in overrides:
         group, equals, value = override.partition("=")
         is_option = (resources.files("conf") / group / f"{value}.yaml").is_file() if group in VALUE_SHORTHANDS else True
         if equals and not is_option and "," not in value:
             override = f"{VALUE_SHORTHANDS[group]}={value}"
+        if group in LISTS and re.fullmatch(r"[\w-]+(,[\w-]+)+", value):
+            override = f"{group}=[{value}]"
         expanded.append(override)
     return expanded
 

@@ -16,6 +16,7 @@ from shared.lm.identity import load_config, quiet_transformers, resolve_model
 from shared.lm.packed import DOCUMENT_SDPA
 from shared.lm.places import decoder_blocks, final_norm
 from shared.lm.quantised import quantisation_config
+from shared.lm.rope import rotate_by_document
 from shared.lm.tensor_parallel import check_tensor_parallel, sharded_class, tensor_parallel_config
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -109,15 +110,17 @@ def _load(
     extra: Mapping[str, Any] | None = None,
 ) -> PreTrainedModel:
     extra = dict(extra or {})
+    if attn_implementation == "sdpa":
+        # Plain sdpa silently leaves out Gemma 2's softcapping of the attention scores and gpt-oss's sinks; ours is sdpa
+        # with documents, under a name for which transformers does not ask whether the model can do without them.
+        softcapped = getattr(config, "attn_logit_softcapping", None) is not None
+        supported = auto_class._model_mapping[type(config)]._supports_sdpa
+        attn_implementation = DOCUMENT_SDPA if supported and not softcapped else "eager"
     if tp_mesh is not None and tp_mesh.size() > 1:
         check_tensor_parallel(config, tp_mesh.size())
         auto_class = sharded_class(auto_class._model_mapping[type(config)], tp_mesh)
         extra["distributed_config"] = tensor_parallel_config(tp_mesh)
     config.use_cache = False
-    if attn_implementation == "sdpa":
-        # Plain sdpa silently leaves out Gemma 2's softcapping of the attention scores; ours is sdpa with documents.
-        softcapped = getattr(config, "attn_logit_softcapping", None) is not None
-        attn_implementation = "eager" if softcapped else DOCUMENT_SDPA
     with quiet_transformers():
         try:
             model, report = auto_class.from_pretrained(
@@ -129,12 +132,18 @@ def _load(
                 output_loading_info=True,
                 **extra,
             )
+        except KeyError as error:
+            if error.args != (DOCUMENT_SDPA,):
+                raise
+            # The family (Falcon) has attention classes of its own, whose sdpa is not its eager attention with ALiBi.
+            return _load(auto_class, path, config, dtype, revision, "eager", tp_mesh, extra)
         except (ValueError, ImportError) as error:  # unknown attention or quantisation, or a package it needs
             raise GranaryError(f"model {path} can't be loaded: {str(error).splitlines()[0]}") from error
     missing = sorted(report["missing_keys"])
     if missing:
         raise GranaryError(f"model {path}: its files lack {len(missing)} of the weights, {missing[0]} among them")
     model.requires_grad_(False)
+    rotate_by_document(model)
     return model.eval()
 
 

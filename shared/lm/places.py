@@ -1,4 +1,4 @@
-"""From the name of a hook to a module of a loaded model: where decoder layers, final norm and sites are.
+"""From the name of a hook to a module of a loaded model: where its decoder layers, its final norm and its sites are.
 
 A hook point is found by module, never by editing the model's code. The ends of a layer, `resid_pre` and `resid_post`,
 are what goes into it and comes out of it in every family; what lies between is in the table of `shared.lm.families`.

@@ -114,11 +114,7 @@ class Store:
             raise GranaryError(f"{io.url} holds a Zarr group that is not a Granary store: choose another store.url")
         io.put(key, [wanted.to_bytes()])
         existing = Extent.from_bytes(io.get(key), key)
-        if existing.plan.hash() != plan.hash():
-            difference = layout.describe_difference(existing.plan.identity(), plan.identity())
-            raise GranaryError(
-                f"{io.url} holds another harvest: {difference}; choose another store.url or the same settings"
-            )
+        _check_same(io.url, existing.plan, plan)
         fresh = io.size(layout.extent_tokens_key(0)) is None
         Window.settle(io, plan, window_bytes, fresh=fresh)
         if fresh:
@@ -173,6 +169,11 @@ class Store:
         if extents[0] not in finished:
             raise GranaryError(f"the store at {io.url} has no tokens yet: run its harvest again to complete it")
         return cls(io, finished, Window.find(io))
+
+    def check_plan(self, plan: StorePlan, window_bytes: int | None) -> None:
+        """Raise GranaryError, naming the fields that differ, unless `plan` made this store; writes nothing."""
+        _check_same(self.url, self.plan, plan)
+        Window.settle(self.io, plan, window_bytes, fresh=False)
 
     def extent_of(self, shard: int) -> Extent:
         """The extent a shard belongs to; raises GranaryError for a shard that is not planned."""
@@ -408,6 +409,12 @@ class Store:
             return [function(item) for item in items]
         with ThreadPoolExecutor(IO_THREADS, thread_name_prefix="granary-io") as pool:
             return list(pool.map(function, items))
+
+
+def _check_same(url: str, existing: StorePlan, wanted: StorePlan) -> None:
+    if existing.hash() != wanted.hash():
+        difference = layout.describe_difference(existing.identity(), wanted.identity())
+        raise GranaryError(f"{url} holds another harvest: {difference}; choose another store.url or the same settings")
 
 
 def is_foreign(io: ObjectIO) -> bool:

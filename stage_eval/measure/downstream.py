@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from shared.basics.errors import GranaryError
 from shared.lm import packed_inputs, splice_through
 from shared.lm.hookpoint import HookPoint
 from shared.sae.sites import Sites
@@ -177,7 +178,10 @@ def check_splices(model: PreTrainedModel, conditions: Sequence[Condition]) -> No
     batch = Batch(probe_11, torch.zeros_like(probe_11), isolated=False, replaced_BT=here_11, scored_BT=here_11)
     with torch.inference_mode():
         for condition in conditions:
-            final_hidden(model, batch, condition)
+            try:
+                final_hidden(model, batch, condition)
+            except GranaryError as error:
+                raise GranaryError(f"{error}; downstream=false scores the reconstruction alone") from None
 
 
 def downstream_figures(sums: DownstreamSums, spliced: str, zero: str, mean: str) -> Downstream:

@@ -10,7 +10,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from shared.basics.errors import GranaryError
 from stage_harvest import config
-from stage_harvest.corpus.base import Chat, Corpus, Document, Source
+from stage_harvest.corpus.base import Chat, Corpus, CorpusSource, Document
 from stage_harvest.corpus.hub import HubDataset
 from stage_harvest.corpus.jsonl import JsonlFiles
 from stage_harvest.corpus.mixture import Mixture, Part
@@ -20,7 +20,7 @@ from stage_harvest.corpus.stdlib import StandardLibrary
 from stage_harvest.corpus.text import TextFiles
 from stage_harvest.corpus.tokens import TokenFiles
 
-__all__ = ["Chat", "Corpus", "Document", "Mixture", "Source", "open_corpus", "read_documents"]
+__all__ = ["Chat", "Corpus", "CorpusSource", "Document", "Mixture", "open_corpus", "read_documents"]
 
 
 def open_corpus(cfg: config.CorpusSchema) -> Corpus:
@@ -32,7 +32,7 @@ def open_corpus(cfg: config.CorpusSchema) -> Corpus:
     return _open_source(cfg)
 
 
-def read_documents(source: Source, cfg: config.CorpusSchema, seed: int) -> Iterator[Document]:
+def read_documents(source: CorpusSource, cfg: config.CorpusSchema, seed: int) -> Iterator[Document]:
     """The documents of `source` in the order that `cfg.shuffle` and `seed` give."""
     if not cfg.shuffle:
         return source.documents()
@@ -42,7 +42,7 @@ def read_documents(source: Source, cfg: config.CorpusSchema, seed: int) -> Itera
     return windowed_shuffle(source.documents(rng), cfg.shuffle_window, rng)
 
 
-def _open_source(cfg: config.CorpusSchema) -> Source:
+def _open_source(cfg: config.CorpusSchema) -> CorpusSource:
     match cfg:
         case config.StdlibCorpus():
             return StandardLibrary(cfg.split.value, cfg.include_tests)

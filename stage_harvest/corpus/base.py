@@ -9,8 +9,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from shared.basics.errors import GranaryError
-
 
 @dataclass(frozen=True, slots=True)
 class Chat:
@@ -19,8 +17,17 @@ class Chat:
     messages: list[dict[str, Any]]
 
 
-Document = str | Chat | npt.NDArray[np.integer[Any]]
+Content = str | Chat | npt.NDArray[np.integer[Any]]
 """Text, chat messages, or token ids made elsewhere."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Document:
+    """One document and where it came from."""
+
+    content: Content
+    where: str
+    """File and line or row, for the line that refuses the document."""
 
 
 class Corpus(ABC):
@@ -39,25 +46,12 @@ class Corpus(ABC):
         """
 
 
-class Source(Corpus):
+class CorpusSource(Corpus):
     """One kind of documents in one place."""
+
+    is_text: bool = False
+    """Whether every document is text, so that there is no harvest without a tokenizer."""
 
     @abstractmethod
     def documents(self, order: random.Random | None = None) -> Iterator[Document]:
         """The documents; `order` shuffles the files they come from. Raises GranaryError on what can't be read."""
-
-
-def as_document(value: Any, where: str) -> Document | None:
-    """A field's value as a document, None for a null; raises GranaryError naming `where` for any other type."""
-    if value is None or isinstance(value, str):
-        return value
-    if isinstance(value, np.ndarray) and value.dtype.kind in "iu":
-        return value
-    if isinstance(value, list):
-        if value and all(isinstance(item, int) for item in value):
-            return np.asarray(value, dtype=np.int64)
-        if all(isinstance(item, dict) and "role" in item and "content" in item for item in value):
-            return Chat(value)
-    raise GranaryError(
-        f"{where} holds {type(value).__name__}: it must be text, chat messages with role and content, or token ids"
-    )

@@ -4,6 +4,7 @@ import hashlib
 import io
 import lzma
 import random
+import re
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -54,17 +55,21 @@ def reading(file: SourceFile) -> Iterator[None]:
         raise GranaryError(f"{file.path} can't be read to its end: {first_line(error)}") from error
 
 
-def find_files(pattern: str) -> list[SourceFile]:
+def find_files(pattern: str, suffixes: tuple[str, ...] = ()) -> list[SourceFile]:
     """The files that `pattern` (path, glob, folder or fsspec URL) names, sorted by path.
+
+    A path that is there is that path, whatever signs it holds. Of a folder the files that end in `suffixes` (compressed
+    or not) are taken, all of them where none does; hidden files and a README only where a pattern names them.
 
     Raises GranaryError when there are none, when all of them are empty, or when the place can't be reached.
     """
     try:
         fs, path = url_to_fs(pattern)
-        names = sorted(fs.glob(path)) if any(sign in path for sign in "*?[") else [path]
+        is_pattern = any(sign in path for sign in "*?[") and not fs.exists(path)
+        names = sorted(fs.glob(_without_literal_brackets(fs, path))) if is_pattern else [path]
         infos = [fs.info(name) for name in names if fs.isfile(name)]
-        if not infos and fs.isdir(path):
-            infos = [info for _, info in sorted(fs.find(path, detail=True).items())]
+        if not infos and not is_pattern and fs.isdir(path):
+            infos = _corpus_files([info for _, info in sorted(fs.find(path, detail=True).items())], path, suffixes)
     except ImportError as error:
         raise GranaryError(f"corpus.files={pattern}: {error}") from error
     except (OSError, ValueError) as error:
@@ -79,6 +84,32 @@ def find_files(pattern: str) -> list[SourceFile]:
         SourceFile(name=path[len(shared_folder) :], path=path, size=int(info["size"]), fs=fs)
         for path, info in zip(paths, infos, strict=True)
     ]
+
+
+def _corpus_files(infos: list[Any], folder: str, suffixes: tuple[str, ...]) -> list[Any]:
+    """Of the files of `folder` those that are meant to be read."""
+
+    def is_aside(name: str) -> bool:
+        parts = name.removeprefix(folder.rstrip("/") + "/").split("/")
+        return any(part.startswith(".") for part in parts) or parts[-1].upper().startswith("README")
+
+    open_infos = [info for info in infos if not is_aside(str(info["name"]))]
+    chosen = [info for info in open_infos if _uncompressed(str(info["name"])).endswith(suffixes)] if suffixes else []
+    return chosen or open_infos
+
+
+def _uncompressed(name: str) -> str:
+    return re.sub(r"\.(gz|bz2|xz|zst)$", "", name)
+
+
+def _without_literal_brackets(fs: Any, pattern: str) -> str:
+    """`pattern` with the brackets of folders that are there by that name escaped."""
+    parts = pattern.split("/")
+    escaped: list[str] = []
+    for number, part in enumerate(parts):
+        is_there = "[" in part and not any(sign in part for sign in "*?") and fs.exists("/".join(parts[: number + 1]))
+        escaped.append(part.replace("[", "[[]") if is_there else part)
+    return "/".join(escaped)
 
 
 def ordered(files: list[SourceFile], order: random.Random | None) -> list[SourceFile]:

@@ -3,14 +3,18 @@
 import hashlib
 import random
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from shared.basics.errors import GranaryError, first_line
-from stage_harvest.corpus.base import Document, Source, as_document
-from stage_harvest.corpus.files import UNREADABLE
+from stage_harvest.corpus.base import CorpusSource, Document
+from stage_harvest.corpus.rows import as_content, field_value, without_nulls
+
+# Files by which a folder is known as written by ``save_to_disk``.
+SAVED = ("state.json", "dataset_dict.json")
 
 
-class HubDataset(Source):
+class HubDataset(CorpusSource):
     """One column of one split; text, chat messages or token ids; nulls are left out.
 
     `order` can't shuffle files here: the order of documents is the dataset's, shuffled within the window alone.
@@ -28,21 +32,24 @@ class HubDataset(Source):
         return hashlib.sha256(f"{self.description}\0{self.revision}".encode()).hexdigest()
 
     def documents(self, order: random.Random | None = None) -> Iterator[Document]:
-        for record in self._records():
-            if self.column not in record:
+        for number, record in enumerate(self._records(), 1):
+            where = f"{self.path} row {number}"
+            if self.column not in record and "." not in self.column:
                 raise GranaryError(f"{self.path} has no column {self.column!r}: there are {', '.join(record)}")
-            document = as_document(record[self.column], f"{self.path}, column {self.column!r}")
-            if document is not None:
-                yield document
+            value = field_value(record, self.column, where)
+            # What datasets gives came through Arrow, which fills the keys that a record lacks with nulls.
+            content = as_content(without_nulls(value), f"{where}, column {self.column!r}")
+            if content is not None:
+                yield Document(content, where)
 
     def _records(self) -> Iterator[dict[str, Any]]:
         dataset = self._open()
-        from datasets.exceptions import DatasetsError
-
         try:
             yield from dataset
-        except (*UNREADABLE, ValueError, DatasetsError) as error:
-            raise GranaryError(f"dataset {self.path} can't be read to its end: {first_line(error)}") from error
+        except GranaryError:
+            raise
+        except Exception as error:  # of any of the libraries that datasets reads files with
+            raise GranaryError(f"dataset {self.path} can't be read to its end: {_told(error)}") from error
 
     def _open(self) -> Any:
         try:
@@ -50,8 +57,26 @@ class HubDataset(Source):
         except ImportError as error:
             raise GranaryError("corpus=hub needs the datasets package: pip install 'granary-sae[hub]'") from error
         try:
+            if any((Path(self.path) / name).is_file() for name in SAVED):
+                return self._saved(datasets.load_from_disk(self.path))
             return datasets.load_dataset(
                 self.path, self.config, split=self.split, revision=self.revision, streaming=True
             )
-        except (*UNREADABLE, ValueError) as error:  # not found, gated, unreachable; unknown configuration or split
-            raise GranaryError(f"dataset {self.path} can't be opened: {first_line(error)}") from error
+        except GranaryError:
+            raise
+        except Exception as error:  # not found, gated, unreachable; unknown configuration or split; a package it lacks
+            raise GranaryError(f"dataset {self.path} can't be opened: {_told(error)}") from error
+
+    def _saved(self, saved: Any) -> Any:
+        """The split of what ``save_to_disk`` wrote: a data set of several splits, or of one, which knows no name."""
+        if not isinstance(saved, dict):
+            return saved
+        if self.split not in saved:
+            raise GranaryError(f"dataset {self.path} has no split {self.split!r}: there are {', '.join(saved)}")
+        return saved[self.split]
+
+
+def _told(error: Exception) -> str:
+    """What `error` says in one line, with the remedy where a package is missing."""
+    missing = "zstandard" in str(error) or isinstance(error, ImportError)
+    return first_line(error) + (": pip install 'granary-sae[hub]'" if missing else "")

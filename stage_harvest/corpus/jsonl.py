@@ -3,18 +3,22 @@
 import json
 import random
 from collections.abc import Iterator
+from typing import Any
 
-from shared.basics.errors import GranaryError
-from stage_harvest.corpus.base import Document, Source, as_document
+from shared.basics.errors import GranaryError, first_line
+from stage_harvest.corpus.base import CorpusSource, Document
 from stage_harvest.corpus.files import SourceFile, describe_files, find_files, fingerprint_files, ordered, reading
+from stage_harvest.corpus.rows import as_content, field_value
 from stage_harvest.corpus.text import decode
 
+SUFFIXES = (".jsonl", ".ndjson", ".json")
 
-class JsonlFiles(Source):
+
+class JsonlFiles(CorpusSource):
     """The `field` of each object: text, chat messages or token ids; nulls are left out."""
 
     def __init__(self, files: str, field: str) -> None:
-        self.files = find_files(files)
+        self.files = find_files(files, SUFFIXES)
         self.field = field
 
     @property
@@ -38,13 +42,19 @@ class JsonlFiles(Source):
                 if not text.strip():
                     continue
                 where = f"{file.path} line {number}"
-                try:
-                    record = json.loads(text)
-                except json.JSONDecodeError as error:
-                    raise GranaryError(f"{where} is not JSON: {error.msg} at column {error.colno}") from error
-                if not isinstance(record, dict) or self.field not in record:
-                    fields = ", ".join(record) if isinstance(record, dict) else type(record).__name__
-                    raise GranaryError(f"{where} has no field {self.field!r}: there are {fields}")
-                document = as_document(record[self.field], f"{where}, field {self.field!r}")
-                if document is not None:
-                    yield document
+                content = as_content(
+                    field_value(_parse(text, where), self.field, where), f"{where}, field {self.field!r}"
+                )
+                if content is not None:
+                    yield Document(content, where)
+
+
+def _parse(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise GranaryError(f"{where} is not JSON: {error.msg} at column {error.colno}") from error
+    except RecursionError as error:
+        raise GranaryError(f"{where} is nested too deeply to be read") from error
+    except ValueError as error:  # a number of more digits than Python converts
+        raise GranaryError(f"{where} can't be read: {first_line(error)}") from error

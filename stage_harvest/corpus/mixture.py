@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from shared.basics.errors import GranaryError
 from stage_harvest.config import CorpusSchema
-from stage_harvest.corpus.base import Corpus, Source
+from stage_harvest.corpus.base import Corpus, CorpusSource
 
 TokenIds = TypeVar("TokenIds", bound=npt.NDArray[np.integer[Any]])
 
@@ -24,7 +24,7 @@ TokenIds = TypeVar("TokenIds", bound=npt.NDArray[np.integer[Any]])
 class Part:
     """One corpus of a mixture."""
 
-    source: Source
+    source: CorpusSource
     cfg: CorpusSchema
     weight: float
 

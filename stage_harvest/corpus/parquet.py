@@ -1,20 +1,31 @@
-"""Parquet files: one column is the document. Read row group by row group."""
+"""Columnar files: one column is the document. Parquet is read row group by row group, Arrow batch by batch.
+
+Arrow files are what ``datasets`` keeps in its cache and writes by ``save_to_disk`` (as a stream), and Feather (a file).
+"""
 
 import random
 from collections.abc import Iterator
 
-from shared.basics.errors import GranaryError
-from stage_harvest.corpus.base import Document, Source, as_document
+import pyarrow
+import pyarrow.compute
+import pyarrow.ipc
+import pyarrow.parquet
+
+from shared.basics.errors import GranaryError, first_line
+from stage_harvest.corpus.base import CorpusSource, Document
 from stage_harvest.corpus.files import SourceFile, describe_files, find_files, fingerprint_files, ordered, reading
+from stage_harvest.corpus.rows import Kind, column_content, column_path
 
 ROWS_PER_READ = 1024
+SUFFIXES = (".parquet", ".arrow", ".feather")
+ARROW_SUFFIXES = (".arrow", ".feather")
 
 
-class ParquetFiles(Source):
-    """The `column` of each row: text, chat messages or token ids; nulls are left out."""
+class ParquetFiles(CorpusSource):
+    """The `column` of each row: text, chat messages or token ids; nulls and empty lists are left out."""
 
     def __init__(self, files: str, column: str) -> None:
-        self.files = find_files(files)
+        self.files = find_files(files, SUFFIXES)
         self.column = column
 
     @property
@@ -30,19 +41,43 @@ class ParquetFiles(Source):
                 yield from self._read(file)
 
     def _read(self, file: SourceFile) -> Iterator[Document]:
-        import pyarrow
-        import pyarrow.parquet
+        row = 0
+        for column, kind in self._columns(file):
+            for value in column:
+                row += 1
+                where = f"{file.path} row {row}"
+                content = column_content(value.as_py(), kind, f"{where}, column {self.column!r}")
+                if content is not None:
+                    yield Document(content, where)
 
+    def _columns(self, file: SourceFile) -> Iterator[tuple[pyarrow.Array, Kind | None]]:
+        """The column, batch by batch, and what it holds."""
+        is_arrow = file.path.endswith(ARROW_SUFFIXES)
         with file.open(decompress=False) as stream:
             try:
-                table = pyarrow.parquet.ParquetFile(stream)
+                table = _open_arrow(stream) if is_arrow else pyarrow.parquet.ParquetFile(stream)
             except pyarrow.ArrowInvalid as error:
-                raise GranaryError(f"{file.path} is not a parquet file: {str(error).splitlines()[0]}") from error
-            names = table.schema_arrow.names
-            if self.column not in names:
-                raise GranaryError(f"{file.path} has no column {self.column!r}: there are {', '.join(names)}")
-            for batch in table.iter_batches(batch_size=ROWS_PER_READ, columns=[self.column]):
-                for value in batch.column(0):
-                    document = as_document(value.as_py(), f"{file.path}, column {self.column!r}")
-                    if document is not None:
-                        yield document
+                name = "an Arrow" if is_arrow else "a parquet"
+                raise GranaryError(f"{file.path} is not {name} file: {first_line(error)}") from error
+            path, kind = column_path(table.schema if is_arrow else table.schema_arrow, self.column, file.path)
+            if is_arrow:
+                batches = iter(table) if isinstance(table, pyarrow.RecordBatchReader) else _file_batches(table)
+            else:
+                batches = table.iter_batches(batch_size=ROWS_PER_READ, columns=[".".join(path)])
+            for batch in batches:
+                column = batch.column(path[0])
+                yield (pyarrow.compute.struct_field(column, path[1:]) if path[1:] else column), kind
+
+
+def _open_arrow(
+    stream: object,
+) -> "pyarrow.RecordBatchReader | pyarrow.ipc.RecordBatchFileReader":
+    """The reader of an Arrow stream, or of an Arrow file, which begins with a mark of its own."""
+    is_file = stream.read(6) == b"ARROW1"  # type: ignore[attr-defined]
+    stream.seek(0)  # type: ignore[attr-defined]
+    return pyarrow.ipc.open_file(stream) if is_file else pyarrow.ipc.open_stream(stream)
+
+
+def _file_batches(table: "pyarrow.ipc.RecordBatchFileReader") -> Iterator[pyarrow.RecordBatch]:
+    for number in range(table.num_record_batches):
+        yield table.get_batch(number)

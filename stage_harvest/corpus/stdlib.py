@@ -6,11 +6,13 @@ from collections.abc import Iterator
 from functools import cached_property
 
 from shared.bundled import stdlib
-from stage_harvest.corpus.base import Document, Source
+from stage_harvest.corpus.base import CorpusSource, Document
 
 
-class StandardLibrary(Source):
+class StandardLibrary(CorpusSource):
     """Python sources and the language reference's topics."""
+
+    is_text = True
 
     def __init__(self, split: stdlib.Split, include_tests: bool) -> None:
         self.split: stdlib.Split = split
@@ -29,7 +31,8 @@ class StandardLibrary(Source):
         return hashlib.sha256(f"{self.description}\0{stdlib.content_hash(self._documents)}".encode()).hexdigest()
 
     def documents(self, order: random.Random | None = None) -> Iterator[Document]:
-        texts = [text for _, text in self._documents]
+        named = list(self._documents)
         if order is not None:
-            order.shuffle(texts)
-        yield from texts
+            order.shuffle(named)
+        for name, text in named:
+            yield Document(text, str(name))

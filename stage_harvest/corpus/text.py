@@ -4,12 +4,14 @@ import random
 from collections.abc import Iterator
 
 from shared.basics.errors import GranaryError
-from stage_harvest.corpus.base import Document, Source
+from stage_harvest.corpus.base import CorpusSource, Document
 from stage_harvest.corpus.files import SourceFile, describe_files, find_files, fingerprint_files, ordered, reading
 
 
-class TextFiles(Source):
+class TextFiles(CorpusSource):
     """UTF-8 text; a line that equals `separator` ends a document, which is given without its outer line breaks."""
+
+    is_text = True
 
     def __init__(self, files: str, separator: str | None = None) -> None:
         self.files = find_files(files)
@@ -27,21 +29,21 @@ class TextFiles(Source):
             with reading(file):
                 yield from self._split(file)
 
-    def _split(self, file: SourceFile) -> Iterator[str]:
+    def _split(self, file: SourceFile) -> Iterator[Document]:
         separator = None if self.separator is None else self.separator.encode()
         with file.open() as stream:
             if separator is None:
-                yield decode(stream.read(), file, 0)
+                yield Document(decode(stream.read(), file, 0), file.path)
                 return
-            start, end, lines = 0, 0, list[bytes]()
-            for line in stream:
+            start, end, first, lines = 0, 0, 1, list[bytes]()
+            for number, line in enumerate(stream, 1):
                 end += len(line)
                 if line.rstrip(b"\r\n") != separator:
                     lines.append(line)
                     continue
-                yield decode(b"".join(lines), file, start).strip("\r\n")
-                start, lines = end, []
-            yield decode(b"".join(lines), file, start).strip("\r\n")
+                yield Document(decode(b"".join(lines), file, start).strip("\r\n"), f"{file.path} line {first}")
+                start, first, lines = end, number + 1, []
+            yield Document(decode(b"".join(lines), file, start).strip("\r\n"), f"{file.path} line {first}")
 
 
 def decode(data: bytes, file: SourceFile, start: int) -> str:

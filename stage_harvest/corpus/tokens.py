@@ -8,21 +8,22 @@ import numpy as np
 import numpy.typing as npt
 
 from shared.basics.errors import GranaryError
-from stage_harvest.corpus.base import Document, Source
+from stage_harvest.corpus.base import CorpusSource, Document
 from stage_harvest.corpus.files import SourceFile, describe_files, find_files, fingerprint_files, ordered, reading
 
+SUFFIXES = (".npy", ".bin")
 RAW_DTYPES = ("uint16", "uint32", "int32", "int64")
 
 TokenArray = npt.NDArray[np.integer[Any]]
 
 
-class TokenFiles(Source):
+class TokenFiles(CorpusSource):
     """Rows of a 2-D array are documents; a 1-D array is cut after each `document_end`, or is one document."""
 
     def __init__(self, files: str, dtype: str, document_end: int | None) -> None:
         if dtype not in RAW_DTYPES:
             raise GranaryError(f"corpus.dtype={dtype!r}: choose from {', '.join(RAW_DTYPES)}")
-        self.files = find_files(files)
+        self.files = find_files(files, SUFFIXES)
         self.dtype = dtype
         self.document_end = document_end
 
@@ -38,12 +39,14 @@ class TokenFiles(Source):
             with reading(file):
                 ids = self._read(file)
             if ids.ndim == 2:
-                yield from ids
+                yield from (Document(row, f"{file.path} row {number}") for number, row in enumerate(ids, 1))
             elif self.document_end is None:
-                yield ids
+                yield Document(ids, file.path)
             else:
                 ends = np.flatnonzero(ids == self.document_end) + 1
-                yield from (part for part in np.split(ids, ends) if part.size)
+                for start, part in zip([0, *ends.tolist()], np.split(ids, ends), strict=True):
+                    if part.size:
+                        yield Document(part, f"{file.path} from id {start}")
 
     def _read(self, file: SourceFile) -> TokenArray:
         ids: TokenArray

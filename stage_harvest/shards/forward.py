@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from shared.lm import capture, packed_inputs
 from shared.lm.hookpoint import HookPoint
+from stage_harvest.config import PackingMode
 
 # Enough rows to keep the matrix products busy on a CPU and on a large GPU alike.
 FORWARD_TOKENS = 4096
@@ -35,14 +36,14 @@ class ShardForward:
         trunk: PreTrainedModel,
         hooks: Sequence[HookPoint],
         *,
-        isolated: bool,
+        packing: PackingMode,
         batch_contexts: int,
         device: torch.device,
     ) -> None:
-        """`isolated` keeps attention inside documents (see `shared.lm.packed`)."""
+        """`packing` isolated keeps attention inside documents (see `shared.lm.packed`); separate runs each alone."""
         self.trunk = trunk
         self.hooks = list(hooks)
-        self.isolated = isolated
+        self.packing = packing
         self.batch_contexts = batch_contexts
         self.device = device
         # Copies to the host run beside the next forward.
@@ -59,15 +60,23 @@ class ShardForward:
 
         On a GPU the copies may still run: `out` is whole once the returned event has passed.
         """
+        batch_contexts = 1 if self.packing is PackingMode.separate else self.batch_contexts
         with torch.no_grad(), capture(self.trunk, self.hooks) as captured:
-            for start in range(0, len(tokens_NT), self.batch_contexts):
-                rows = slice(start, min(start + self.batch_contexts, len(tokens_NT)))
+            for start in range(0, len(tokens_NT), batch_contexts):
+                rows = slice(start, min(start + batch_contexts, len(tokens_NT)))
                 tokens_BT = torch.from_numpy(tokens_NT[rows].astype(np.int64)).to(self.device)
                 segments_BT = torch.from_numpy(segments_NT[rows].astype(np.int64)).to(self.device)
                 # Padding needs no mask: it lies behind all tokens, where causal attention keeps it from them.
-                self.trunk(**packed_inputs(self.trunk, tokens_BT, segments_BT, isolated=self.isolated))
+                # Documents run alone go without it: some models look at the length of what they are given.
+                if self.packing is PackingMode.separate:
+                    length = int((segments_NT[start] >= 0).sum())
+                    tokens_BT, segments_BT = tokens_BT[:, :length], segments_BT[:, :length]
+                isolated = self.packing is PackingMode.isolated
+                self.trunk(**packed_inputs(self.trunk, tokens_BT, segments_BT, isolated=isolated))
                 for hook in self.hooks:
-                    self._copy(captured.pop(hook), out[str(hook)][rows])
+                    length = tokens_BT.shape[1]
+                    self._copy(captured.pop(hook), out[str(hook)][rows, :length])
+                    out[str(hook)][rows, length:] = 0
                 progress(len(tokens_BT))
         if self._copies is None:
             return None

@@ -9,7 +9,7 @@ from shared.parallel import World
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class MeshRank:
     """This rank in the mesh dp x tp."""
 
     replica: int
@@ -29,12 +29,12 @@ def check_mesh(world: World, tensor_parallel: int) -> None:
         )
 
 
-def take_place(world: World, tensor_parallel: int) -> Place:
-    """This rank's place; every rank must call it, since it makes the communication groups."""
+def join_mesh(world: World, tensor_parallel: int) -> MeshRank:
+    """This rank's coordinates; every rank must call it, since it makes the communication groups."""
     replicas = world.size // tensor_parallel
     replica, part = divmod(world.rank, tensor_parallel)
     tp_mesh = None
     if tensor_parallel > 1:
         mesh = init_device_mesh(world.device.type, (replicas, tensor_parallel), mesh_dim_names=("dp", "tp"))
         tp_mesh = mesh["tp"]
-    return Place(replica, replicas, part, tp_mesh)
+    return MeshRank(replica, replicas, part, tp_mesh)

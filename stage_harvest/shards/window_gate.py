@@ -8,7 +8,7 @@ from shared.store import Store
 log = logging.getLogger(__name__)
 
 
-class Room:
+class WindowGate:
     """Whether there is room for a shard yet. Every process looks for itself; none depends on another's answer."""
 
     def __init__(self, store: Store) -> None:

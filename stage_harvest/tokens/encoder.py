@@ -7,18 +7,13 @@ whatever the number of workers.
 
 import hashlib
 import itertools
-import multiprocessing
 import os
-import signal
-import threading
 from collections import deque
-from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple, Self
+from typing import NamedTuple, Self, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -26,11 +21,14 @@ from tokenizers import Tokenizer
 
 from shared.basics.errors import GranaryError
 from shared.basics.files import replacing
+from stage_harvest.tokens.workers import Task, WorkerPool
 
 MAX_WORKERS = 32  # more would wait for the one process that reads the documents
 OWN_CHARACTERS = 400_000  # encoded in this process before any worker is started
 
 TokenIds = npt.NDArray[np.int32]
+Ids = TokenIds | Task[TokenIds]  # packed ids that are there, or are being made
+T = TypeVar("T")
 
 
 class Texts(NamedTuple):
@@ -58,50 +56,47 @@ class TextEncoder:
         """Batches that an earlier run left."""
         self._tokenizer = tokenizer
         self._salt = hashlib.sha256(tokenizer.encode()).digest()
-        self._pool: ProcessPoolExecutor | None = None
+        self._pool: WorkerPool | None = None
 
-    def encode(self, batches: Iterable[Texts]) -> Iterator[list[TokenIds]]:
-        """The ids of each string of each batch, in order. Raises GranaryError when a worker or the disk gives out."""
-        running: deque[Future[TokenIds]] = deque()
+    def encode(self, batches: Iterable[tuple[T, Sequence[Texts]]]) -> Iterator[tuple[T, list[list[TokenIds]]]]:
+        """The ids of each string of each set of texts of each batch, beside what the caller gave with the batch.
+
+        Batches come back in order. Raises GranaryError when a worker or the disk gives out.
+        """
+        running: deque[tuple[T, list[Ids]]] = deque()
         characters = 0
-        try:
-            for texts in batches:
-                in_worker = self.workers > 0 and characters > OWN_CHARACTERS
-                characters += sum(map(len, texts.strings))
-                running.append(self._start(texts, in_worker))
-                if not in_worker or len(running) > 2 * (self.workers + 1):
-                    yield split_packed(running.popleft().result())
-            while running:
-                yield split_packed(running.popleft().result())
-        except BrokenProcessPool as error:
-            raise GranaryError(
-                "a tokenising process was killed, perhaps for lack of memory: run again with fewer tokenise_workers"
-            ) from error
 
-    def _start(self, texts: Texts, in_worker: bool) -> Future[TokenIds]:
-        done: Future[TokenIds] = Future()
+        def finished() -> tuple[T, list[list[TokenIds]]]:
+            given, made = running.popleft()
+            return given, [split_packed(ids.result() if isinstance(ids, Task) else ids) for ids in made]
+
+        for given, sets in batches:
+            in_worker = self.workers > 0 and characters > OWN_CHARACTERS
+            characters += sum(len(string) for texts in sets for string in texts.strings)
+            running.append((given, [self._start(texts, in_worker) for texts in sets]))
+            if not in_worker or len(running) > self.workers + 1:
+                yield finished()
+        while running:
+            yield finished()
+
+    def _start(self, texts: Texts, in_worker: bool) -> Ids:
         if not texts.strings:
-            done.set_result(np.zeros(1, np.int32))
-            return done
+            return np.zeros(1, np.int32)
         digest = self._digest(texts)
         path = None if self.folder is None else self.folder / f"{digest}.npy"
         known = None if path is None else read_kept(path)
         if known is not None:
             self.reused += 1
-            done.set_result(known)
-            return done
+            return known
         if in_worker:
             if self._pool is None:
-                self._pool = ProcessPoolExecutor(
-                    self.workers, multiprocessing.get_context("spawn"), _start_worker, (self._tokenizer,)
-                )
-            return self._pool.submit(_encode_in_worker, texts, path)
+                self._pool = WorkerPool(self.workers, _start_worker, self._tokenizer, _encode_in_worker)
+            return self._pool.submit(texts, path)
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
         packed = encode_packed(self._own_tokenizer, texts)
         if path is not None:
             keep(path, packed)
-        done.set_result(packed)
-        return done
+        return packed
 
     @cached_property
     def _own_tokenizer(self) -> Tokenizer:
@@ -111,13 +106,7 @@ class TextEncoder:
         digest = hashlib.blake2b(self._salt, digest_size=20)
         digest.update(b"text" if texts.as_text else b"special")
         for string in texts.strings:
-            try:
-                data = string.encode()
-            except UnicodeEncodeError as error:
-                where = repr(string[max(error.start - 20, 0) : error.end])
-                raise GranaryError(
-                    f"a document holds half of a surrogate pair, which is no text, at character {error.start}: {where}"
-                ) from error
+            data = string.encode()
             digest.update(len(data).to_bytes(8, "little"))
             digest.update(data)
         return digest.hexdigest()
@@ -129,7 +118,7 @@ class TextEncoder:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._pool is not None:
-            self._pool.shutdown(wait=True, cancel_futures=True)
+            self._pool.close()
 
 
 def encode_packed(tokenizer: Tokenizer, texts: Texts) -> TokenIds:
@@ -175,18 +164,8 @@ _worker_tokenizer: Tokenizer | None = None
 
 def _start_worker(tokenizer: str) -> None:
     global _worker_tokenizer
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends the pool
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     _worker_tokenizer = Tokenizer.from_str(tokenizer)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    """A parent killed by SIGKILL closes nothing that its workers would notice."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
 
 
 def _encode_in_worker(texts: Texts, path: Path | None) -> TokenIds:

@@ -18,7 +18,7 @@ from stage_harvest.tokens.packing import Context
 FIELDS = (("tokens", np.int32), ("mask", np.bool_), ("segments", np.int32))
 
 
-class Spool:
+class TokenSpool:
     """A folder with three growing files, memory-mapped as [S, T] once filled, and one for encoded documents.
 
     A context manager: leaving it without an error removes the folder; after an error the encoded documents stay for

@@ -1,7 +1,7 @@
-"""Documents to token ids, in batches."""
+"""Documents to token ids, in batches: group, encode, take apart again."""
 
-from collections import deque
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -9,8 +9,9 @@ from transformers import PreTrainedTokenizerBase
 
 from shared.basics.errors import GranaryError
 from stage_harvest.config import CorpusSchema
-from stage_harvest.corpus import Chat, Corpus, Document, Mixture, Source, read_documents
+from stage_harvest.corpus import Chat, Corpus, CorpusSource, Document, Mixture, read_documents
 from stage_harvest.tokens.encoder import TextEncoder, Texts
+from stage_harvest.tokens.template import ChatRenderer
 
 BATCH_DOCUMENTS = 1024
 # Characters in the first batch and the most in any: each is twice the last, so that a harvest of few contexts does not
@@ -20,61 +21,81 @@ FIRST_CHARACTERS, BATCH_CHARACTERS = 50_000, 1_000_000
 TokenIds = npt.NDArray[np.int32]
 
 
-def token_documents(
-    corpus: Corpus,
-    cfg: CorpusSchema,
-    seed: int,
-    tokenizer: PreTrainedTokenizerBase,
-    vocab_size: int,
-    encoder: TextEncoder | None = None,
-) -> Iterator[TokenIds]:
-    """The token ids of each document of `corpus`, in the order that `cfg` and `seed` give; raises as `tokenise`."""
-    if isinstance(corpus, Source):
-        return tokenise(read_documents(corpus, cfg, seed), tokenizer, vocab_size, encoder)
-    if not isinstance(corpus, Mixture):
-        raise TypeError(f"{type(corpus).__name__} is neither a source nor a mixture")
-    return corpus.mix(
-        {
-            name: tokenise(read_documents(part.source, part.cfg, seed), tokenizer, vocab_size, encoder)
-            for name, part in corpus.parts.items()
-        }
-    )
+@dataclass(slots=True)
+class Tokeniser:
+    """Text, chats and ready ids to the ids of one model."""
+
+    vocab_size: int
+    """Rows of the model's embedding."""
+    tokenizer: PreTrainedTokenizerBase | None
+    """None where the model has none: then the corpus must hold token ids."""
+    chats: ChatRenderer | None
+    encoder: TextEncoder
+    no_tokenizer: str = "the model has no tokenizer"
+    """Why there is none, as a sentence."""
+
+    def corpus_ids(self, corpus: Corpus, cfg: CorpusSchema, seed: int) -> Iterator[TokenIds]:
+        """The token ids of each document of `corpus`, in the order that `cfg` and `seed` give; raises as `ids`."""
+        if isinstance(corpus, CorpusSource):
+            return self.ids(read_documents(corpus, cfg, seed))
+        if not isinstance(corpus, Mixture):
+            raise TypeError(f"{type(corpus).__name__} is neither a source nor a mixture")
+        streams = {name: self.ids(read_documents(part.source, part.cfg, seed)) for name, part in corpus.parts.items()}
+        return corpus.mix(streams)
+
+    def ids(self, documents: Iterable[Document]) -> Iterator[TokenIds]:
+        """The ids of each document, int32, without the special tokens that the tokenizer would add.
+
+        Text gives the ids of ``tokenizer(text, add_special_tokens=False)``. Chats pass through the chat template and
+        keep the special tokens it writes. Raises GranaryError, naming file and line or row, for ids that the model does
+        not have, text that is no Unicode, text without a tokenizer, and chats that the template can't take.
+        """
+        grouped = ((batch, self._texts(batch)) for batch in _batches(documents))
+        for batch, (texts, rendered) in self.encoder.encode(grouped):
+            encoded, encoded_chats = iter(texts), iter(rendered)
+            for document in batch:
+                match document.content:
+                    case str():
+                        ids = next(encoded)
+                    case Chat():
+                        ids = next(encoded_chats)
+                        assert self.chats is not None
+                        self.chats.used = True
+                    case array:
+                        ids = array.astype(np.int64)  # uint32 ids beyond int32 must not wrap around
+                if ids.size and not 0 <= ids.min() <= ids.max() < self.vocab_size:
+                    bad = ids.max() if ids.max() >= self.vocab_size else ids.min()
+                    raise GranaryError(
+                        f"{document.where}: token id {bad} is outside the model's vocabulary of {self.vocab_size}:"
+                        " the corpus was tokenised for another model"
+                    )
+                yield ids.astype(np.int32, copy=False)
+
+    def _texts(self, batch: list[Document]) -> list[Texts]:
+        """The texts of a batch, and its chats as the template writes them."""
+        plain = [(d.content, d.where) for d in batch if isinstance(d.content, str)]
+        chats = [(d.content, d.where) for d in batch if isinstance(d.content, Chat)]
+        if self.tokenizer is None or self.chats is None:
+            for _, where in [*plain, *chats]:
+                raise GranaryError(f"{where} holds text, and {self.no_tokenizer}")
+            return [Texts([], True), Texts([], True)]
+        rendered = [(self.chats.render(chat, where), where) for chat, where in chats]
+        for text, where in [*plain, *rendered]:
+            _check_unicode(text, where)
+        splits = bool(self.tokenizer.split_special_tokens)
+        return [Texts([text for text, _ in plain], splits), Texts([text for text, _ in rendered], False)]
 
 
-def tokenise(
-    documents: Iterable[Document],
-    tokenizer: PreTrainedTokenizerBase,
-    vocab_size: int,
-    encoder: TextEncoder | None = None,
-) -> Iterator[TokenIds]:
-    """The ids of each document, int32, without the special tokens that the tokenizer would add.
-
-    Text gives the ids of ``tokenizer(text, add_special_tokens=False)``. Chats pass through the chat template and keep
-    the special tokens it writes. `encoder` (of this tokenizer) may have workers; without one the text is encoded here.
-    Raises GranaryError for ids that the model, with `vocab_size` rows of embedding, does not have, and for a chat when
-    the tokenizer has no template.
-    """
-    encoder = encoder or TextEncoder(tokenizer.backend_tokenizer.to_str())
-    batches: deque[list[Document]] = deque()  # those given to the encoder and not come back yet
-    encoded = encoder.encode(_texts(_remembered(_batches(documents), batches), tokenizer))
-    # Each batch makes two sets of texts, either of which may be empty: plain ones, and rendered chats.
-    for texts, chats in zip(encoded, encoded, strict=True):
-        plain, rendered = iter(texts), iter(chats)
-        for document in batches.popleft():
-            match document:
-                case str():
-                    ids = next(plain)
-                case Chat():
-                    ids = next(rendered)
-                case _:
-                    ids = document.astype(np.int64)  # uint32 ids beyond int32 must not wrap around
-            if ids.size and not 0 <= ids.min() <= ids.max() < vocab_size:
-                bad = ids.max() if ids.max() >= vocab_size else ids.min()
-                raise GranaryError(
-                    f"token id {bad} is outside the model's vocabulary of {vocab_size}:"
-                    " the corpus was tokenised for another model"
-                )
-            yield ids.astype(np.int32, copy=False)
+def _check_unicode(text: str, where: str) -> None:
+    if text.isascii():
+        return
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        near = repr(text[max(error.start - 20, 0) : error.end])
+        raise GranaryError(
+            f"{where} holds half of a surrogate pair, which is no text, at character {error.start}: {near}"
+        ) from error
 
 
 def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
@@ -82,29 +103,9 @@ def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
     characters, wanted = 0, FIRST_CHARACTERS
     for document in documents:
         batch.append(document)
-        characters += len(document) if isinstance(document, str) else 0
+        characters += len(document.content) if isinstance(document.content, str) else 0
         if len(batch) >= BATCH_DOCUMENTS or characters >= wanted:
             yield batch
             batch, characters, wanted = [], 0, min(2 * wanted, BATCH_CHARACTERS)
     if batch:
         yield batch
-
-
-def _remembered(batches: Iterable[list[Document]], memory: deque[list[Document]]) -> Iterator[list[Document]]:
-    for batch in batches:
-        memory.append(batch)
-        yield batch
-
-
-def _texts(batches: Iterable[list[Document]], tokenizer: PreTrainedTokenizerBase) -> Iterator[Texts]:
-    """Two per batch: its texts, and its chats as the template writes them."""
-    for batch in batches:
-        splits = bool(tokenizer.split_special_tokens)
-        yield Texts([document for document in batch if isinstance(document, str)], splits)
-        yield Texts([_render(document, tokenizer) for document in batch if isinstance(document, Chat)], False)
-
-
-def _render(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> str:
-    if tokenizer.chat_template is None:
-        raise GranaryError("the corpus holds chat messages, but the model's tokenizer has no chat template")
-    return str(tokenizer.apply_chat_template(chat.messages, tokenize=False))

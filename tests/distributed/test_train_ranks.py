@@ -186,7 +186,7 @@ def test_a_signal_to_the_command_reaches_the_ranks(runs: Runs, number: signal.Si
     )
     with process:
         try:
-            deadline = time.monotonic() + 600
+            deadline = time.monotonic() + 280
             while not read_metrics(runs.folder / name):
                 assert process.poll() is None
                 assert time.monotonic() < deadline

@@ -39,15 +39,15 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-DEAR = ["compile", "checks even", "train", "step a", "step cached", "probes", "tests"]
+DEAR = ["compile", "checks even", "train", "step a", "step cached", "probes"]
 
 
-@pytest.mark.parametrize("stages", [["machine", "checks ragged"], pytest.param(DEAR, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("stages", [["machine", "checks ragged", "tests"], pytest.param(DEAR, marks=pytest.mark.slow)])
 def test_every_stage_ends_well(tmp_path, stages):
     status, output, lines = rehearse(tmp_path, "--only", *stages)
     wrong = [line for line in lines if not line.get("ok", True)]
     assert status == 0, output + str(wrong)
-    assert [line["stage"] for line in lines if line["name"] == "stage"] == stages
+    assert sorted(line["stage"] for line in lines if line["name"] == "stage") == sorted(stages)
     table = (tmp_path / "results" / "table.md").read_text()
     assert all(f"| {stage} | first | 0" in table for stage in stages)
 

@@ -273,7 +273,11 @@ def test_a_model_without_that_hook(harvester: Harvester) -> None:
     [
         ({"model": "./nowhere"}, "no model folder at ./nowhere: give a folder"),
         ({"model": "someone/unknown"}, "model 'someone/unknown' is neither a folder here nor in the hub's local cache"),
-        ({"hooks__layers": "2,3"}, "hooks.layers=2,3 is a sweep: add -m, or write hooks.layers=[2,3] for a list"),
+        ({"hooks__layers": "2,3"}, "layer 3 is not in the model: it has 3 layers, 0 to 2"),
+        ({"packing__seq_len": "8,16"}, "packing.seq_len=8,16 is a sweep: add -m, or write packing.seq_len=[8,16]"),
+        ({"store__url": "memory://store"}, "store.url=memory://store: nothing of it would outlive this process"),
+        ({"chat__date": "today"}, "chat.date=today: write the day as 2026-11-26"),
+        ({"packing__mask_first": 32}, "packing.mask_first=32: it must be at least 0 and below packing.seq_len"),
         ({"hooks__layers": "[0,2-3]"}, "layer 3 is not in the model: it has 3 layers, 0 to 2"),
         ({"hooks__sites": "[resid]"}, "unknown hook site 'resid': choose from resid_pre"),
         ({"hooks__sites": "[]"}, "hooks.sites is empty"),

@@ -70,7 +70,7 @@ def test_killed_and_signalled_runs_end_with_the_same_weights(start: Start, store
 
 
 def wait_for(folder: Path, process: Child, step: int) -> None:
-    deadline = time.monotonic() + 600
+    deadline = time.monotonic() + 280
     while not any(line["step"] >= step for line in read_metrics(folder)):
         assert process.poll() is None, process.errors
         assert time.monotonic() < deadline

@@ -103,7 +103,7 @@ def test_killed_at_random_moments_nothing_is_repeated_or_skipped(
 def wait_for_growth(file: Path, num_batches: int) -> None:
     """Until so many more batches are written; at once for none, which is while the process starts."""
     size = file.stat().st_size if file.exists() else 0
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 280
     while num_batches and (file.stat().st_size if file.exists() else 0) < size + num_batches * RECORD_BYTES:
         assert time.monotonic() < deadline
         time.sleep(0.002)

@@ -56,7 +56,7 @@ def one_of(run: Path, name: str) -> Path:
 
 def wait_for(process: Child, run: Path, lines: int) -> None:
     """Until one of the sweep's SAEs has logged so often; a sweep that does not get there is ended."""
-    deadline = time.monotonic() + 100
+    deadline = time.monotonic() + 280
     while not any(len(read_metrics(path.parent)) >= lines for path in (run / "sweep").glob("*/metrics.jsonl")):
         if process.poll() is not None or time.monotonic() > deadline:
             if process.poll() is None:

@@ -68,7 +68,7 @@ def training(folder: Path, store: Path, *more: str) -> list[str]:
             "checkpoint.every=0", "sae.dead_after_tokens=500", *more]  # fmt: skip
 
 
-def wait_for(condition: Callable[[], bool], process: Child, seconds: float = 90) -> None:
+def wait_for(condition: Callable[[], bool], process: Child, seconds: float = 280) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, process.errors

@@ -147,16 +147,26 @@ def make_walk(
     return PairWalk(walk, slot_F.index_copy_(0, latents_R, slots_R), extra_RD.contiguous())
 
 
-def update_config(d_model: int, unit_rows: bool, gathered: torch.dtype, num_pairs: int | None = None) -> dict[str, int]:
+def update_config(
+    d_model: int,
+    unit_rows: bool,
+    gathered: torch.dtype,
+    num_pairs: int | None = None,
+    *,
+    architecture: int | None = None,
+) -> dict[str, int]:
     """Block sizes and warps of ``_pair_update``, which gathers rows of that type: a whole row where it is projected.
 
-    Else narrow columns, so that those of all rows stay in L2.
+    Else narrow columns, so that those of all rows stay in L2. `architecture`: 80, 90; None: this machine's GPU's.
     """
+    if architecture is None:
+        architecture = 10 * torch.cuda.get_device_capability()[0] if torch.cuda.is_available() else 90
     block: int = triton.next_power_of_2(d_model)
     block = block if unit_rows else min(block, NARROW)
     default = {"BLOCK_P": BLOCK_P, "BLOCK_D": block, "num_warps": min(32, max(1, block // 256))}
     if default["num_warps"] >= 16 and gathered.itemsize == 2:
-        default["maxnreg"] = 64  # 32 warps fit: with 16, a second program loads while the first one computes
+        # 64: 32 warps fit, so that with 16 a second program loads while the first computes. An A100's code would spill.
+        default["maxnreg"] = 64 if architecture >= 90 else 96
     return tuned(f"pair_update unit_rows={unit_rows}", d_model, default, num_pairs=num_pairs)
 
 

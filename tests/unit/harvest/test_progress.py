@@ -8,14 +8,14 @@ import pytest
 import torch
 
 from shared.parallel import World
-from stage_harvest.progress import Board, HarvestProgress, clock_after
+from stage_harvest.progress import HarvestProgress, Notices, clock_after
 
 ALONE = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
 
 
 def progress(todo: int = 12, **changes: int) -> HarvestProgress:
     fields = {"contexts": 16, "todo": todo, "shard_contexts": 4, "seq_len": 10, "context_bytes": 1000, "writers": 1}
-    return HarvestProgress(ALONE, Board(ALONE), **{**fields, **changes})
+    return HarvestProgress(ALONE, Notices(ALONE), **{**fields, **changes})
 
 
 def test_the_end_is_told_by_the_clock() -> None:

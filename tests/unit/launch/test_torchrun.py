@@ -32,7 +32,7 @@ def launch(script: str, folder: Path) -> subprocess.CompletedProcess[str]:
     path.write_text(script)
     command = [sys.executable, "-m", "shared.launch.torchrun", "--standalone", "--nproc-per-node=2", str(path)]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+    return subprocess.run(command, capture_output=True, text=True, timeout=280, env=environment)
 
 
 def test_ranks_find_one_another(tmp_path: Path) -> None:
@@ -61,7 +61,7 @@ def test_machines_say_where_they_wait_for_one_another(tmp_path: Path) -> None:
         )
         for _ in range(2)
     ]
-    outputs = [machine.communicate(timeout=120) for machine in machines]
+    outputs = [machine.communicate(timeout=280) for machine in machines]
     assert [machine.returncode for machine in machines] == [0, 0], outputs
     assert "".join(out for out, _ in outputs) == "sum 3 of 2\n"
     assert all(f"waiting   for 2 machines to meet at {endpoint}\n" in err for _, err in outputs)

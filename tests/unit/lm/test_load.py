@@ -178,7 +178,7 @@ def test_what_is_no_model_is_refused(folder: Path, tmp_path: Path, monkeypatch: 
     with pytest.raises(GranaryError, match=r"can't read its config\.json.*llamma"):
         load_config(str(tmp_path))
     AutoConfig.from_pretrained(folder).save_pretrained(tmp_path)
-    with pytest.raises(GranaryError, match="has no tokenizer that loads"):
+    with pytest.raises(GranaryError, match=r"has no tokenizer: .* holds none of tokenizer\.json"):
         load_tokenizer(str(tmp_path))
 
 

@@ -9,7 +9,8 @@ from shared.basics.errors import GranaryError
 from shared.lm import load_tokenizer
 from stage_harvest.config import MixtureCorpus
 from stage_harvest.corpus import open_corpus
-from stage_harvest.tokens.tokenise import token_documents
+from stage_harvest.tokens.encoder import TextEncoder
+from stage_harvest.tokens.tokenise import Tokeniser
 
 
 def mixture(tmp_path: Path, **changes: object) -> MixtureCorpus:
@@ -29,7 +30,8 @@ def mixture(tmp_path: Path, **changes: object) -> MixtureCorpus:
 def test_shares_hold_at_every_point(tmp_path: Path) -> None:
     cfg = mixture(tmp_path)
     tokenizer = load_tokenizer("bundled")
-    stream = list(token_documents(open_corpus(cfg), cfg, 0, tokenizer, 4096))
+    tokeniser = Tokeniser(4096, tokenizer, None, TextEncoder(tokenizer.backend_tokenizer.to_str()))
+    stream = list(tokeniser.corpus_ids(open_corpus(cfg), cfg, 0))
     kinds = np.concatenate([np.full(ids.size, ids[0]) for ids in stream])
     for end in range(1000, kinds.size, 500):
         shares = [(kinds[:end] == first).mean() for first in (100, 200, 300)]

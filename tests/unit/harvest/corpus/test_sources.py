@@ -32,7 +32,8 @@ MESSAGES = [{"role": "user", "content": "hello"}, {"role": "assistant", "content
 
 def plain(documents: Iterator[Document]) -> list[Any]:
     """Documents as comparable values."""
-    return [d.tolist() if isinstance(d, np.ndarray) else d for d in documents]
+    contents = [document.content for document in documents]
+    return [content.tolist() if isinstance(content, np.ndarray) else content for content in contents]
 
 
 def write(path: Path, content: str | bytes) -> str:
@@ -66,6 +67,27 @@ def test_fingerprint_follows_content_and_not_place(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr("stage_harvest.corpus.files.FULL_HASH_BYTES", 10)
     monkeypatch.setattr("stage_harvest.corpus.files.HEAD_BYTES", 10)
     assert fingerprint_files(find_files(f"{tmp_path}/there/*")) == fingerprint_files(find_files(f"{tmp_path}/here/*"))
+
+
+def test_a_path_that_is_there_is_no_pattern(tmp_path: Path) -> None:
+    for name in ("data [v1]/a.jsonl", "data [v1]/b*.jsonl", "data [v1]/c.txt"):
+        write(tmp_path / name, "text")
+    assert [file.name for file in find_files(f"{tmp_path}/data [v1]/a.jsonl")] == ["a.jsonl"]
+    assert [file.name for file in find_files(f"{tmp_path}/data [v1]/b*.jsonl")] == ["b*.jsonl"]
+    assert [file.name for file in find_files(f"{tmp_path}/data [v1]")] == ["a.jsonl", "b*.jsonl", "c.txt"]
+    assert [file.name for file in find_files(f"{tmp_path}/data [v1]/*.jsonl")] == ["a.jsonl", "b*.jsonl"]
+    assert [file.name for file in find_files(f"{tmp_path}/data [v1]/[ac].*")] == ["a.jsonl", "c.txt"]
+
+
+def test_a_folder_is_read_without_what_lies_beside_the_corpus(tmp_path: Path) -> None:
+    for name in ("a.jsonl", "sub/b.jsonl.gz", "README.md", ".hidden.jsonl", ".cache/c.jsonl", "state.json.lock"):
+        write(tmp_path / name, "text")
+    jsonl = (".jsonl",)
+    assert [file.name for file in find_files(str(tmp_path), jsonl)] == ["a.jsonl", "sub/b.jsonl.gz"]
+    assert [file.name for file in find_files(str(tmp_path))] == ["a.jsonl", "state.json.lock", "sub/b.jsonl.gz"]
+    assert [file.name for file in find_files(f"{tmp_path}/sub", (".parquet",))] == ["b.jsonl.gz"]  # none ends so
+    assert [file.name for file in find_files(f"{tmp_path}/README.md", jsonl)] == ["README.md"]
+    assert [file.name for file in find_files(f"{tmp_path}/.hidden*", jsonl)] == [".hidden.jsonl"]
 
 
 def test_no_file_and_empty_files(tmp_path: Path) -> None:
@@ -142,6 +164,13 @@ def test_jsonl(tmp_path: Path) -> None:
     [
         (b'{"body": "x", "id": 3}', r"bad\.jsonl line 2 has no field 'text': there are body, id"),
         (b'["text"]', r"line 2 has no field 'text': there are list"),
+        (b'{"text": "a", "n": 1' + b"0" * 5000 + b"}", r"bad\.jsonl line 2 can't be read: Exceeds the limit"),
+        (b'{"text": ' + b"[" * 20_000 + b"]" * 20_000 + b"}", r"bad\.jsonl line 2 is nested too deeply"),
+        (b'{"text": [3, 4.5]}', r"line 2, field 'text' holds a list of float and int"),
+        (b'{"text": [true, false]}', r"line 2, field 'text' holds a list of bool"),
+        (b'{"text": [1' + b"0" * 30 + b"]}", r"line 2, field 'text' holds 10+, which is no token id"),
+        (b'{"text": [{"who": "me"}]}', r"line 2, field 'text', message 1 has the keys who: a message needs role"),
+        (b'{"text": [{"from": "narrator", "value": "x"}]}', r"message 1 is from 'narrator': known are human"),
         (b'{"text": ', r"line 2 is not JSON: Expecting value at column"),
         (b'{"text": "a\xff"}', r"bad\.jsonl is not UTF-8 at byte 26"),
         (b'{"text": 3}', r"line 2, field 'text' holds int: it must be text, chat messages.* or token ids"),
@@ -151,6 +180,114 @@ def test_bad_json_lines_are_named(tmp_path: Path, line: bytes, message: str) -> 
     path = write(tmp_path / "bad.jsonl", b'{"text": "ok"}\n' + line + b"\n")
     with pytest.raises(GranaryError, match=message):
         plain(JsonlFiles(path, "text").documents())
+
+
+def test_a_field_inside_records_and_one_with_a_dot_in_its_name(tmp_path: Path) -> None:
+    records = [{"meta": {"text": "inner"}}, {"meta": None}, {"meta.text": "named so", "meta": {"text": "not this"}}]
+    path = write(tmp_path / "x.jsonl", "\n".join(map(json.dumps, records)))
+    assert plain(JsonlFiles(path, "meta.text").documents()) == ["inner", "named so"]
+    with pytest.raises(GranaryError, match=r"line 1 has no field 'meta\.body': there are text in meta"):
+        plain(JsonlFiles(path, "meta.body").documents())
+
+
+def test_sharegpt_messages_are_chats(tmp_path: Path) -> None:
+    talk = [{"from": "system", "value": "s"}, {"from": "human", "value": "q"}, {"from": "gpt", "value": "a", "id": 1}]
+    path = write(tmp_path / "x.jsonl", json.dumps({"conversations": talk}))
+    pq.write_table(pa.table({"conversations": [talk]}), tmp_path / "x.parquet")
+    wanted = [
+        {"role": "system", "content": "s"},
+        {"role": "user", "content": "q"},
+        {"role": "assistant", "content": "a", "id": 1},
+    ]
+    assert plain(JsonlFiles(path, "conversations").documents()) == [Chat(wanted)]
+    assert plain(ParquetFiles(f"{tmp_path}/x.parquet", "conversations").documents()) == [Chat(wanted)]
+
+
+def test_an_empty_list_leaves_no_trace(tmp_path: Path) -> None:
+    rows = [[5, 6], [], [7]]
+    path = write(tmp_path / "x.jsonl", "\n".join(json.dumps({"ids": row}) for row in rows))
+    pq.write_table(pa.table({"ids": rows, "chat": [MESSAGES, [], None]}), tmp_path / "x.parquet")
+    assert plain(JsonlFiles(path, "ids").documents()) == [[5, 6], [7]]
+    assert plain(ParquetFiles(f"{tmp_path}/x.parquet", "ids").documents()) == [[5, 6], [7]]
+    assert plain(ParquetFiles(f"{tmp_path}/x.parquet", "chat").documents()) == [Chat(MESSAGES)]
+
+
+def test_documents_know_their_place(tmp_path: Path) -> None:
+    path = write(tmp_path / "x.jsonl", '{"text": "a"}\n\n{"text": null}\n{"text": "b"}\n')
+    assert [d.where for d in JsonlFiles(path, "text").documents()] == [f"{path} line 1", f"{path} line 4"]
+    text = write(tmp_path / "t.txt", "one\ntwo\n---\nthree\n---\nfour")
+    assert [d.where for d in TextFiles(text, "---").documents()] == [f"{text} line {n}" for n in (1, 4, 6)]
+    pq.write_table(pa.table({"text": [str(i) for i in range(3000)]}), tmp_path / "x.parquet", row_group_size=700)
+    assert [d.where for d in ParquetFiles(f"{tmp_path}/x.parquet", "text").documents()] == [
+        f"{tmp_path}/x.parquet row {n}" for n in range(1, 3001)
+    ]
+    np.save(tmp_path / "flat.npy", np.array([5, 6, 2, 7, 2]))
+    ids = f"{tmp_path}/flat.npy"
+    assert [d.where for d in TokenFiles(ids, "uint16", 2).documents()] == [f"{ids} from id 0", f"{ids} from id 3"]
+
+
+# Columns
+
+
+def test_keys_that_arrow_filled_with_nulls_are_taken_out_again(tmp_path: Path) -> None:
+    call = {
+        "role": "assistant",
+        "content": None,
+        "tool_calls": [{"function": {"name": "f", "arguments": {"city": "R"}}}],
+    }
+    other = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "g", "arguments": {"day": 3}}}]}
+    chats = [[MESSAGES[0], call], [MESSAGES[0], other], MESSAGES]
+    path = write(tmp_path / "x.jsonl", "\n".join(json.dumps({"m": chat}) for chat in chats))
+    pq.write_table(pa.table({"m": pa.array(chats)}), tmp_path / "x.parquet")
+    wanted = [Chat(chat) for chat in chats]
+    assert plain(JsonlFiles(path, "m").documents()) == wanted
+    assert plain(ParquetFiles(f"{tmp_path}/x.parquet", "m").documents()) == wanted
+
+
+@pytest.mark.parametrize(
+    ("column", "message"),
+    [
+        ([1.5, 2.5], r"x\.parquet, column 'c' is of type double: it must hold text, chat messages"),
+        ([b"a", b"b"], "is of type binary"),
+        ([["a"], ["b"]], r"is of type list<.*string>"),
+        ([[1, None], [2]], r"row 1, column 'c' holds a list of NoneType and int"),
+    ],
+)
+def test_a_column_of_another_type_is_refused(tmp_path: Path, column: list[Any], message: str) -> None:
+    pq.write_table(pa.table({"c": column}), tmp_path / "x.parquet")
+    with pytest.raises(GranaryError, match=message):
+        plain(ParquetFiles(f"{tmp_path}/x.parquet", "c").documents())
+
+
+def test_columns_of_every_spelling_of_a_type(tmp_path: Path) -> None:
+    table = pa.table(
+        {
+            "large": pa.array(["a", "b"], pa.large_string()),
+            "codes": pa.array(["a", "b"]).dictionary_encode(),
+            "fixed": pa.array([[1, 2], [3, 4]], pa.list_(pa.int16(), 2)),
+            "none": pa.nulls(2),
+            "meta": [{"text": "x", "deep": {"ids": [1]}}, None],
+        }
+    )
+    pq.write_table(table, tmp_path / "x.parquet")
+    wanted = {"large": ["a", "b"], "codes": ["a", "b"], "fixed": [[1, 2], [3, 4]], "none": []}
+    for column, values in {**wanted, "meta.text": ["x"], "meta.deep.ids": [[1]]}.items():
+        assert plain(ParquetFiles(f"{tmp_path}/x.parquet", column).documents()) == values, column
+    with pytest.raises(GranaryError, match=r"no column 'meta\.body': there are text, deep in meta"):
+        plain(ParquetFiles(f"{tmp_path}/x.parquet", "meta.body").documents())
+
+
+def test_arrow_streams_and_files(tmp_path: Path) -> None:
+    table = pa.table({"text": ["a", "b", "c"], "meta": [{"ids": [1]}, {"ids": [2]}, {"ids": [3]}]})
+    with pa.OSFile(f"{tmp_path}/s.arrow", "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table, max_chunksize=2)
+    with pa.OSFile(f"{tmp_path}/f.feather", "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+        writer.write_table(table, max_chunksize=2)
+    for name in ("s.arrow", "f.feather"):
+        assert plain(ParquetFiles(f"{tmp_path}/{name}", "text").documents()) == ["a", "b", "c"]
+        assert plain(ParquetFiles(f"{tmp_path}/{name}", "meta.ids").documents()) == [[1], [2], [3]]
+    with pytest.raises(GranaryError, match=r"x\.arrow is not an Arrow file"):
+        plain(ParquetFiles(write(tmp_path / "x.arrow", "nothing of the kind"), "text").documents())
 
 
 # Parquet
@@ -189,6 +326,29 @@ def test_hub_dataset_in_a_folder(tmp_path: Path) -> None:
     with pytest.raises(GranaryError, match=r"torn can't be (opened|read to its end): Compressed file ended"):
         plain(HubDataset(str(tmp_path / "torn"), None, "train", None, "text").documents())
     assert dataset.fingerprint() != HubDataset(str(tmp_path / "data"), None, "train", "v2", "text").fingerprint()
+
+
+def test_what_datasets_saved_to_disk(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    one = datasets.Dataset.from_dict({"text": ["a", "b"], "m": [MESSAGES, MESSAGES]})
+    one.save_to_disk(tmp_path / "one")
+    datasets.DatasetDict({"train": one, "test": one.select([1])}).save_to_disk(tmp_path / "splits")
+    assert plain(HubDataset(str(tmp_path / "one"), None, "train", None, "text").documents()) == ["a", "b"]
+    assert plain(HubDataset(str(tmp_path / "splits"), None, "test", None, "text").documents()) == ["b"]
+    with pytest.raises(GranaryError, match=r"splits has no split 'dev': there are train, test"):
+        plain(HubDataset(str(tmp_path / "splits"), None, "dev", None, "text").documents())
+    assert plain(ParquetFiles(str(tmp_path / "one"), "text").documents()) == ["a", "b"]  # its Arrow files alone
+
+
+def test_hub_rows_are_read_as_columns_are(tmp_path: Path) -> None:
+    pytest.importorskip("datasets")
+    pytest.importorskip("zstandard")
+    call = {"role": "assistant", "content": None, "tool_calls": [{"name": "f"}]}
+    records = [{"m": [*MESSAGES, call], "meta": {"text": "x"}}, {"m": MESSAGES, "meta": {"text": "y"}}]
+    write(tmp_path / "data/train.jsonl.zst", zstd("\n".join(map(json.dumps, records)).encode()))
+    folder = str(tmp_path / "data")
+    assert plain(HubDataset(folder, None, "train", None, "m").documents()) == [Chat(r["m"]) for r in records]
+    assert plain(HubDataset(folder, None, "train", None, "meta.text").documents()) == ["x", "y"]
 
 
 # Standard library

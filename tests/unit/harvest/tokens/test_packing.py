@@ -9,12 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shared.basics.errors import GranaryError
-from shared.lm import SpecialIds, load_tokenizer
+from shared.lm import SpecialIds
 from stage_harvest.config import BosPlacement, LongDocuments, PackingMode, PackingSchema
-from stage_harvest.corpus import Chat
 from stage_harvest.tokens.packing import Context, Packer
-from stage_harvest.tokens.spool import Spool
-from stage_harvest.tokens.tokenise import tokenise
+from stage_harvest.tokens.spool import TokenSpool
 
 BOS, EOS, PAD = 1, 2, 0
 SPECIAL = SpecialIds(bos=BOS, eos=EOS, pad=PAD, all=(PAD, BOS, EOS))
@@ -22,12 +20,14 @@ SPECIAL = SpecialIds(bos=BOS, eos=EOS, pad=PAD, all=(PAD, BOS, EOS))
 
 def packer(seq_len: int, bos: str = "context", **changes: object) -> Packer:
     fields = {
+        "mode": PackingMode.isolated,
         "seq_len": seq_len,
         "special": SPECIAL,
         "bos": BosPlacement(bos),
         "long_documents": LongDocuments.split,
         "drop_last": False,
         "mask_special": True,
+        "mask_first": 0,
     }
     return Packer(**{**fields, **changes})  # type: ignore[arg-type]
 
@@ -78,6 +78,69 @@ def test_the_last_context_may_be_dropped() -> None:
     assert pack([[], []], 4) == []
 
 
+def test_separate_documents_share_no_context() -> None:
+    documents = [[5, 6], [], [7, 8, 9, 10, 11], [12, 13, 14]]
+    contexts = pack(documents, 4, "document", mode=PackingMode.separate)
+    assert rows(contexts) == [[1, 5, 6, 0], [1, 7, 8, 9], [10, 11, 0, 0], [1, 12, 13, 14]]
+    assert all(set(context.segments_T.tolist()) <= {0, -1} for context in contexts)
+    contexts = pack(documents, 4, mode=PackingMode.separate, long_documents=LongDocuments.truncate)
+    assert rows(contexts) == [[1, 5, 6, 0], [1, 7, 8, 9], [1, 12, 13, 14]]
+
+
+@pytest.mark.parametrize(
+    ("mode", "first", "masks"),
+    [
+        ("isolated", 0, ["111111", "11----"]),
+        ("isolated", 1, ["011011", "01----"]),
+        ("isolated", 2, ["001001", "00----"]),
+        ("isolated", 5, ["000000", "00----"]),
+        ("joined", 2, ["001111", "00----"]),
+        ("separate", 1, ["011---", "01111-"]),
+    ],
+)
+def test_the_first_positions_of_each_sequence_are_masked(mode: str, first: int, masks: list[str]) -> None:
+    """Of documents, and of what goes on of them in the next context; where they are joined, of contexts."""
+    contexts = pack([[5, 6, 7], [8, 9, 10, 11, 12]], 6, "none", mode=PackingMode(mode), mask_first=first)
+    wanted = [[sign == "1" for sign in mask] for mask in masks]
+    assert [context.mask_T.tolist() for context in contexts] == wanted
+
+
+def schema(**changes: object) -> PackingSchema:
+    fields = {
+        "mode": PackingMode.isolated,
+        "seq_len": 8,
+        "bos": BosPlacement.context,
+        "long_documents": LongDocuments.split,
+        "drop_last": False,
+        "mask_special": True,
+        "mask_first": None,
+    }
+    return PackingSchema(**{**fields, **changes})  # type: ignore[arg-type]
+
+
+def test_the_first_position_is_masked_by_default_where_no_bos_takes_it() -> None:
+    without = SpecialIds(bos=None, eos=EOS, pad=PAD, all=(PAD, EOS))
+    assert Packer.from_config(schema(), SPECIAL).mask_first == 0
+    assert Packer.from_config(schema(bos=BosPlacement.none), SPECIAL).mask_first == 1
+    assert Packer.from_config(schema(), without).mask_first == 1
+    assert Packer.from_config(schema(mask_first=0), without).mask_first == 0
+    assert Packer.from_config(schema(mask_first=3), SPECIAL).mask_first == 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seq_len": 1}, "seq_len=1"),
+        ({"mask_first": 8}, "mask_first=8: it must be at least 0 and below packing.seq_len"),
+        ({"mask_first": -1}, "mask_first=-1"),
+        ({"mode": PackingMode.separate, "drop_last": True}, "drop_last=true does not go with packing=separate"),
+    ],
+)
+def test_settings_that_cannot_be_packed_are_refused(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(GranaryError, match=message):
+        Packer.from_config(schema(**changes), SPECIAL)
+
+
 @settings(max_examples=200, deadline=None)
 @given(
     lengths=st.lists(st.integers(0, 30), max_size=12),
@@ -107,62 +170,12 @@ def test_every_token_is_there_once_and_in_order(lengths: list[int], seq_len: int
             assert any(own <= set(document) for document in documents)
 
 
-def test_a_context_needs_room() -> None:
-    cfg = PackingSchema(
-        mode=PackingMode.isolated,
-        seq_len=1,
-        bos=BosPlacement.context,
-        long_documents=LongDocuments.split,
-        drop_last=False,
-        mask_special=True,
-    )
-    with pytest.raises(GranaryError, match="seq_len=1"):
-        Packer.from_config(cfg, SPECIAL)
-
-
-# Tokenising
-
-
-def test_ids_are_the_tokenizers() -> None:
-    tokenizer = load_tokenizer("bundled")
-    texts = ["def f(x):\n    return x\n", "", "a <s> spelt out", "ünïcode ☃", "x" * 5000]
-    wanted = [tokenizer(text, add_special_tokens=False).input_ids for text in texts]
-    assert [ids.tolist() for ids in tokenise(texts, tokenizer, len(tokenizer))] == wanted
-    tokenizer.split_special_tokens = not tokenizer.split_special_tokens
-    other = tokenizer(texts[2], add_special_tokens=False).input_ids
-    assert other != wanted[2]
-    assert [ids.tolist() for ids in tokenise([texts[2]], tokenizer, len(tokenizer))] == [other]
-
-
-def test_kinds_of_documents_keep_their_order() -> None:
-    tokenizer = load_tokenizer("bundled")
-    tokenizer.chat_template = "{% for m in messages %}<s>{{ m['role'] }}: {{ m['content'] }}</s>{% endfor %}"
-    chat = Chat([{"role": "user", "content": "hello"}])
-    first, second, third, fourth = tokenise(["one", chat, np.array([7, 8]), "two"], tokenizer, len(tokenizer))
-    assert tokenizer.decode(first) == "one"
-    assert second[0] == tokenizer.bos_token_id
-    assert second[-1] == tokenizer.eos_token_id
-    assert tokenizer.decode(second[1:-1]) == "user: hello"
-    assert third.tolist() == [7, 8]
-    assert tokenizer.decode(fourth) == "two"
-
-
-def test_ids_the_model_lacks_are_refused() -> None:
-    tokenizer = load_tokenizer("bundled")
-    with pytest.raises(GranaryError, match="token id 4096 is outside the model's vocabulary of 4096"):
-        list(tokenise([np.array([5, 4096])], tokenizer, 4096))
-    with pytest.raises(GranaryError, match="token id -1 is outside"):
-        list(tokenise([np.array([5, -1])], tokenizer, 4096))
-    with pytest.raises(GranaryError, match="has no chat template"):
-        list(tokenise([Chat([])], tokenizer, 4096))
-
-
 # The spool
 
 
 def test_spool_gives_back_what_it_got(tmp_path: Path) -> None:
     contexts = pack([[5, 6, 7], [8, 9, 10, 11]], 4)
-    with Spool(4, str(tmp_path), "store") as spool:
+    with TokenSpool(4, str(tmp_path), "store") as spool:
         spool.fill(contexts)
         assert spool.num_contexts == 3
         for name, field in (("tokens", "tokens_T"), ("mask", "mask_T"), ("segments", "segments_T")):
@@ -170,24 +183,24 @@ def test_spool_gives_back_what_it_got(tmp_path: Path) -> None:
             assert array.dtype == getattr(contexts[0], field).dtype
             assert np.array_equal(array, np.stack([getattr(context, field) for context in contexts]))
         with pytest.raises(GranaryError, match="another harvest is tokenising for store"):
-            Spool(4, str(tmp_path), "store")
-        with Spool(4, str(tmp_path), "another store"):
+            TokenSpool(4, str(tmp_path), "store")
+        with TokenSpool(4, str(tmp_path), "another store"):
             pass
     assert not list(tmp_path.iterdir())
 
 
 def test_spool_keeps_encoded_documents_after_an_error(tmp_path: Path) -> None:
-    with contextlib.suppress(KeyError), Spool(4, str(tmp_path), "store") as spool:
+    with contextlib.suppress(KeyError), TokenSpool(4, str(tmp_path), "store") as spool:
         (spool.encoded / "x.npy").write_bytes(b"ids")
         raise KeyError
-    with Spool(4, str(tmp_path), "store") as spool:
+    with TokenSpool(4, str(tmp_path), "store") as spool:
         assert (spool.encoded / "x.npy").read_bytes() == b"ids"
         assert spool.num_contexts == 0
-    with contextlib.suppress(KeyError), Spool(4, str(tmp_path), "store"):
+    with contextlib.suppress(KeyError), TokenSpool(4, str(tmp_path), "store"):
         raise KeyError  # nothing worth keeping
     assert not list(tmp_path.iterdir())
 
 
 def test_a_spool_folder_that_is_not_there() -> None:
     with pytest.raises(GranaryError, match="no spool folder under /proc/nowhere"):
-        Spool(4, "/proc/nowhere", "store")
+        TokenSpool(4, "/proc/nowhere", "store")

@@ -1,0 +1,43 @@
+"""The runs of the last sweep of a folder, from the records that Hydra leaves of real sweeps of training."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from shared.basics.errors import GranaryError
+from stage_eval.grid import is_of_grid, last_grid
+from stage_eval.sae_folders import expand, of_last_grid
+
+REPOSITORY = Path(__file__).resolve().parents[3]
+# Training's configuration and names of folders without its work.
+APP = """
+import hydra, shared.sae
+from stage_train.config import register
+register()
+hydra.main(version_base="1.3", config_path="pkg://conf", config_name="train")(lambda cfg: None)()
+"""
+
+
+def sweep(folder: Path, *overrides: str) -> None:
+    command = [sys.executable, "-c", APP, "-m", f"run_dir={folder}", "nproc=1", "name=mine", *overrides]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    subprocess.run(command, check=True, cwd=folder, env=environment, capture_output=True)
+
+
+def test_only_the_runs_of_the_last_sweep_are_its_grid(tmp_path: Path) -> None:
+    with pytest.raises(GranaryError, match=r"has no multirun.yaml.*leave out sae.last_grid"):
+        last_grid(tmp_path / "sweep")
+    sweep(tmp_path, "sae.k=2,4", "sae.expansion=8", "seed=1")
+    sweep(tmp_path, "sae.k=4,8", "sae.expansion=8,16")
+    folder = tmp_path / "sweep"
+    grid = last_grid(folder)
+    runs = sorted(path for path in folder.iterdir() if path.is_dir())
+    assert len(runs) == 6
+    kept = [run for run in runs if is_of_grid(run, grid)]
+    assert [run.name for run in kept] == sorted(run.name for run in runs if "seed" not in run.name)
+    for run in runs:
+        (run / "train.yaml").touch()
+    assert set(of_last_grid(str(folder), expand(str(folder)))) == set(map(str, kept))

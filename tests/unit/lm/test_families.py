@@ -1,0 +1,49 @@
+"""Packed documents of many families: right or refused, in sdpa and eager, never silently wrong (docs/families.md)."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[3]
+SCRIPT = REPOSITORY / "benchmarks" / "families.py"
+PAGE = REPOSITORY / "docs" / "families.md"
+
+
+def run(*families: str) -> list[list[str]]:
+    """The script's lines: family and cells."""
+    command = [sys.executable, str(SCRIPT), *families]
+    environment = {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1800)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return [line.split(" | ") for line in done.stdout.splitlines() if " | " in line]
+
+
+def verdicts(rows: list[list[str]]) -> dict[str, list[str]]:
+    """Without the figures, which follow the processor."""
+    return {name: [cell.split(",")[0] for cell in cells] for name, *cells in rows}
+
+
+def documented() -> dict[str, list[str]]:
+    lines = PAGE.read_text(encoding="utf-8").partition("|---|")[2].splitlines()[1:]
+    return verdicts([line.strip("| ").split(" | ") for line in lines])
+
+
+def test_five_families() -> None:
+    found = verdicts(run("mistral", "phi3, longrope", "llama4_text", "granitemoehybrid", "opt"))
+    assert found == {
+        "mistral": ["right"] * 4,
+        "phi3, longrope": ["right"] * 4,
+        "llama4_text": ["refused", "right"] * 2,
+        "granitemoehybrid": ["refused", "right"] * 2,
+        "opt": ["right", "right", "refused", "right"],
+    }
+    assert {name: documented()[name] for name in found} == found
+
+
+@pytest.mark.slow
+def test_every_family_is_what_the_table_says() -> None:
+    found = verdicts(run())
+    assert len(found) >= 25
+    assert found == documented()
