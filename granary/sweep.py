@@ -1,6 +1,6 @@
 """``granary sweep name=mine sae.k=8,16``: train every combination from one store, then score and compare them all.
 
-The same as ``python -m stage_train -m ...``, and then ``python -m stage_eval`` on the folder of the sweep.
+The same as ``python -m stage_train -m ...``, and then ``python -m stage_eval`` on what that trained.
 """
 
 import sys
@@ -35,7 +35,7 @@ def commands(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
         elif key == "hydra.sweep.dir":
             folder = value.strip("'\"")
     grid = [] if is_grid(given) else GRID
-    return ["-m", *grid, *given], [*shared, f"sae.path='{folder}/*'"]
+    return ["-m", *grid, *given], [*shared, f"sae.path='{folder}'", "sae.last_grid=true"]
 
 
 def is_grid(arguments: Sequence[str]) -> bool:

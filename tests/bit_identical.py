@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import tomllib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -146,8 +147,12 @@ def temporary_folder() -> Iterator[Path]:
 
 @contextmanager
 def worktree(commit: str, folder: Path) -> Iterator[Path]:
-    """The files of a commit."""
+    """The files of a commit, with a record of the distribution as it was called then: the venv holds today's."""
     git("worktree", "add", "--quiet", "--detach", str(folder), commit, check=True)
+    project = tomllib.loads((folder / "pyproject.toml").read_text())["project"]
+    record = folder / f"{project['name'].replace('-', '_')}-{project['version']}.dist-info" / "METADATA"
+    record.parent.mkdir()
+    record.write_text(f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: {project['version']}\n")
     try:
         yield folder
     finally:

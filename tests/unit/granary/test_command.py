@@ -49,7 +49,7 @@ def test_a_sweep_trains_what_it_is_given_and_scores_what_it_trained() -> None:
     train, evaluate = sweep.commands(["-m", *given])
     assert train == ["-m", *given]
     shared = ["name=mine", "nproc=2", "store.url=s3://bucket/x", "hydra/launcher=slurm"]
-    assert evaluate == [*shared, "sae.path='${run_dir}/sweep/*'"]
+    assert evaluate == [*shared, "sae.path='${run_dir}/sweep'", "sae.last_grid=true"]
 
 
 def test_a_sweep_of_nothing_is_that_of_the_makefile() -> None:
@@ -58,4 +58,4 @@ def test_a_sweep_of_nothing_is_that_of_the_makefile() -> None:
 
 
 def test_a_sweep_into_another_folder_is_scored_there() -> None:
-    assert sweep.commands(["sae.k=1,2", "hydra.sweep.dir='a b'"])[1] == ["sae.path='a b/*'"]
+    assert sweep.commands(["sae.k=1,2", "hydra.sweep.dir='a b'"])[1] == ["sae.path='a b'", "sae.last_grid=true"]
