@@ -40,9 +40,9 @@ def test_every_shipped_kernel_compiles_for_sm_80_and_sm_90_without_spilling():
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 def test_a_kernel_that_spills_is_refused():
     tight = (
-        "from shared.kernels.pair_update import triton as pair; from shared.kernels import compile_check, tuning; "
-        "held = tuning.trial({'pair_norm d=4096': {'BLOCK_D': 4096, 'num_warps': 2, 'maxnreg': 32}}); held.__enter__(); "
-        "raise SystemExit(compile_check.main('--d-model 4096 --k 64 --types bf16 --only pair_norm'.split()))"
+        "from shared.kernels import compile_check, tuning\n"
+        "with tuning.trial({'pair_norm d=4096': {'BLOCK_D': 4096, 'num_warps': 2, 'maxnreg': 32}}):\n"
+        "    raise SystemExit(compile_check.main('--d-model 4096 --k 64 --types bf16 --only pair_norm'.split()))"
     )
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     result = subprocess.run([sys.executable, "-c", tight], env=env, capture_output=True, text=True, check=False)
