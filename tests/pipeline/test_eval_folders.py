@@ -10,7 +10,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from shared.lm import packed_inputs
-from shared.sae import SAE
+from shared.sae import Transcoder
+from shared.sae.sites import Sites
+from shared.sae.variants.transcoder import TranscoderConfig
 from shared.store import Store
 from tests.pipeline.test_eval import BOS, HOOK, evaluate, make_model, make_store, plain_sae, read_report, run, save_sae
 
@@ -69,16 +71,19 @@ def test_a_second_sae_takes_nothing_from_the_first(store: Path, tmp_path: Path) 
 
 
 def transcoder(folder: Path) -> Path:
-    """Weights of the class that is there: it reads and writes the same width, so it may do so at two places."""
-    sae = plain_sae(48, 6)
-    sae.b_dec.copy_(torch.randn(16, generator=torch.Generator().manual_seed(4)))
-    return save_sae(folder, sae, READ, sites={"reads": [READ], "writes": [WRITTEN]})
+    config = TranscoderConfig(
+        d_in=16, d_out=16, d_latent=48, k=6, normalisation="none", pre_bias=False, sites=Sites((READ,), (WRITTEN,))
+    )
+    made = Transcoder(config, generator=torch.Generator().manual_seed(3)).requires_grad_(False)
+    made.b_dec.copy_(torch.randn(16, generator=torch.Generator().manual_seed(4)))
+    made.save_pretrained(folder)
+    return folder
 
 
 def test_a_transcoder_is_scored_against_what_it_writes(model: Path, store: Path, tmp_path: Path) -> None:
     folder = transcoder(tmp_path / "transcoder")
     report = evaluate(tmp_path / "out", folder, store)
-    opened, sae = Store.open(store), SAE.from_pretrained(folder)
+    opened, sae = Store.open(store), Transcoder.from_pretrained(folder)
     heldout = opened.contexts("heldout")
     mask = torch.from_numpy(opened.mask(heldout)).flatten()
     x, y = (torch.cat([opened.read_context(hook, int(c)) for c in heldout])[mask].double() for hook in (READ, WRITTEN))
@@ -114,30 +119,6 @@ def test_a_transcoder_is_scored_against_what_it_writes(model: Path, store: Path,
         scored = (segments[:, 1:] == segments[:, :-1]) & replaced[:, 1:]
         totals[name] = float(-logs[:, :-1].gather(2, tokens[:, 1:, None])[..., 0][scored].mean())
     assert {name: report[name] for name in totals} == pytest.approx(totals, rel=1e-5)
-
-
-def test_two_sites_side_by_side_are_scored_apart_and_their_order_is_told(store: Path, tmp_path: Path) -> None:
-    sites = {"reads": [READ, HOOK], "writes": [READ, HOOK]}
-    folder = save_sae(tmp_path / "crosscoder", plain_sae(64, 8, d_model=32), HOOK, sites=sites)
-    report = evaluate(tmp_path / "out", folder, store, "downstream=false")
-    opened, sae = Store.open(store), SAE.from_pretrained(folder)
-    heldout = opened.contexts("heldout")
-    mask = torch.from_numpy(opened.mask(heldout)).flatten()
-    x = torch.cat(
-        [torch.cat([opened.read_context(hook, int(c)) for c in heldout])[mask] for hook in (READ, HOOK)], dim=1
-    )
-    error, scatter = (x - sae(x).x_hat).double().square().sum(0), (x.double() - x.double().mean(0)).square().sum(0)
-    for name, columns in ((READ, slice(0, 16)), (HOOK, slice(16, 32))):
-        expected = float(error[columns].sum() / scatter[columns].sum())
-        assert report["reconstruction"]["sites"][name]["fvu"] == pytest.approx(expected, rel=1e-6)
-    assert set(report["activations_by_site"]) == {READ, HOOK}
-    assert f"The activations of {HOOK}" in (tmp_path / "out/report.html").read_text()
-    # Both are read before the first is written: impossible within one forward, and told before any pass.
-    done = run(f"run_dir={tmp_path}", f"out_dir={tmp_path / 'no'}", f"sae={folder}", f"store.url={store}")
-    assert done.returncode == 2
-    assert f"{HOOK} is computed after {READ}" in done.stderr
-    assert "downstream=false" in done.stderr
-    assert not (tmp_path / "no").exists()
 
 
 def test_a_hook_is_no_way_to_move_a_transcoder(store: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from shared.basics.errors import GranaryError
 from shared.sae import SAE, load_provenance
 from shared.sae import folder as sae_folder
 from shared.sae.learn.objective import Objective
+from shared.sae.sites import Sites
 from tests.learning import LearningSAE
 
 
@@ -27,7 +29,7 @@ def test_round_trip(sae, tmp_path):
     provenance = {"hook": "layers.2.resid_post", "tokens": 123}
     sae.save_pretrained(tmp_path / "sae", provenance)
     loaded = SAE.from_pretrained(tmp_path / "sae")
-    assert loaded.config == sae.config
+    assert loaded.config == replace(sae.config, sites=Sites.of("layers.2.resid_post"))
     assert loaded.state_dict().keys() == sae.state_dict().keys()
     assert all(torch.equal(tensor, loaded.state_dict()[name]) for name, tensor in sae.state_dict().items())
     assert load_provenance(tmp_path / "sae") == provenance
