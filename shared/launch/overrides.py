@@ -33,10 +33,13 @@ def expand_shorthands(overrides: Sequence[str]) -> list[str]:
 
 
 def expand_launcher(arguments: Sequence[str]) -> list[str]:
-    """Hydra uses a launcher in multiruns only: naming one asks for a multirun, of one job if need be."""
+    """Hydra uses a launcher in multiruns only: naming one asks for a multirun, of one job if need be.
+
+    The flag goes first, wherever it was given: among the overrides Hydra would not take those behind it.
+    """
+    others = [argument for argument in arguments if argument not in ("-m", "--multirun")]
     names_one = any(argument.startswith("hydra/launcher=") for argument in arguments)
-    is_multirun = any(argument in ("-m", "--multirun") for argument in arguments)
-    return ["--multirun", *arguments] if names_one and not is_multirun else list(arguments)
+    return ["--multirun", *others] if names_one or len(others) < len(arguments) else others
 
 
 def rank_overrides() -> list[str]:

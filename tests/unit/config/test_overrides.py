@@ -11,7 +11,7 @@ from shared.basics.config import marks
 from shared.basics.errors import GranaryError
 from shared.basics.numbers import parse_count
 from shared.launch.counts import expand_counts
-from shared.launch.overrides import expand_shorthands
+from shared.launch.overrides import expand_launcher, expand_shorthands
 from shared.launch.peer_names import KEYS, SITES, site_of
 from shared.launch.schema import fill, schema_of, suggestion, unknown_keys
 from shared.lm.hookpoint import SITES as OUR_SITES
@@ -109,3 +109,8 @@ def test_sites_as_others_name_them() -> None:
     assert site_of("layers.3") == "layers.3.resid_post"
     assert site_of("blocks.2.hook_nothing") is None
     assert site_of("vision.2") is None
+
+
+@pytest.mark.parametrize("given", [["-m", "a=1,2", "b=3"], ["a=1,2", "--multirun", "b=3"], ["a=1,2", "b=3", "-m"]])
+def test_a_multirun_is_asked_for_anywhere_on_the_line(given: list[str]) -> None:
+    assert expand_launcher(given) == ["--multirun", "a=1,2", "b=3"]

@@ -99,5 +99,5 @@ def test_what_the_stage_said_becomes_the_jobs_error(tmp_path: Path) -> None:
 
 def test_naming_a_launcher_asks_for_a_multirun() -> None:
     assert expand_launcher(["hydra/launcher=slurm", "a=1"]) == ["--multirun", "hydra/launcher=slurm", "a=1"]
-    assert expand_launcher(["-m", "hydra/launcher=slurm"]) == ["-m", "hydra/launcher=slurm"]
+    assert expand_launcher(["-m", "hydra/launcher=slurm"]) == ["--multirun", "hydra/launcher=slurm"]
     assert expand_launcher(["a=1,2"]) == ["a=1,2"]

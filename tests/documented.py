@@ -1,0 +1,127 @@
+"""The commands of README.md and docs/*.md, and how each is made small enough to be run by a test."""
+
+import re
+import shlex
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+PAGES = ("README.md", *sorted(f"docs/{path.name}" for path in (REPOSITORY / "docs").glob("*.md")))
+BEGINS = re.compile(r"(make|granary|python|sbatch|pip|torchrun|[A-Z]+=\S+) ")
+
+# Commands that no test here can run, by a part of each, and why.
+NOT_RUN = {
+    "corpus=hub": "needs the network: the model and the data set are on the hub",
+    "sbatch ": "needs Slurm: tests/cluster runs docs/slurm.sbatch",
+    "hydra/launcher=slurm": "needs Slurm: tests/cluster runs harvest, train and eval so",
+    "RDZV=": "needs a second machine: tests/distributed runs two agents on one",
+    "pip install": "needs the network",
+}
+
+# Words of a command that stand for something large or for something of the reader's own; "" leaves the word out.
+STAND_INS = (
+    (r"\.\.\.", ""),
+    (r"&", ""),
+    (r"model=(/path/or/hub-id|path/to/llama|llama31_8b)", "model=bundled"),
+    (r"schedule\.tokens=[\d_]{5,}", "schedule.tokens=2_000"),
+    (r"hook=layers\.16\.resid_post", "hook=layers.2.resid_post"),
+    (r"hook=layers\.8\.resid_post,layers\.16\.resid_post", "hook=layers.1.resid_post,layers.2.resid_post"),
+    (r"hooks\.layers=\[0,8,16-20\]", "hooks.layers=[0,1-2]"),
+    (r"stream\.batch_size=\d+", "stream.batch_size=256"),
+    (r"nproc=8|--nproc-per-node=8", "{0}=2"),
+    (r"URL", "runs/demo/store"),
+)
+# What makes a stage small; a key that the command gives itself stays as it is given.
+SMALL = {
+    "stage_harvest": ("name=demo", "debug=tiny_harvest"),
+    "stage_train": ("name=demo", "debug=tiny_train", "schedule.tokens=2_000"),
+    "stage_eval": ("name=demo", "debug=tiny_eval"),
+}
+STAGES = {"harvest": "stage_harvest", "train": "stage_train", "eval": "stage_eval"}
+
+
+@dataclass(frozen=True)
+class Block:
+    """Commands that stand together on a page and are run one after the other."""
+
+    page: str
+    line: int
+    commands: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"{self.page}:{self.line}"
+
+    @property
+    def runnable(self) -> tuple[str, ...]:
+        """Those that a test can run."""
+        return tuple(one for one in self.commands if not any(part in one for part in NOT_RUN))
+
+
+def blocks() -> Iterator[Block]:
+    """All of them, in the order of the pages: of fences marked bash or sh, and of lines indented by four spaces."""
+    for page in PAGES:
+        lines = (REPOSITORY / page).read_text(encoding="utf-8").splitlines()
+        number = 0
+        while number < len(lines):
+            if lines[number].startswith("```"):
+                end = next(n for n in range(number + 1, len(lines)) if lines[n].startswith("```"))
+                found = lines[number + 1 : end] if lines[number][3:] in ("bash", "sh") else []
+            elif lines[number].startswith("    "):
+                end = next((n for n in range(number, len(lines)) if not lines[n].startswith("    ")), len(lines))
+                found = [line[4:] for line in lines[number:end]]
+            else:
+                number += 1
+                continue
+            commands = tuple(one for one in joined(found) if BEGINS.match(f"{one} "))
+            if commands:
+                yield Block(page, number + 1, commands)
+            number = end + 1
+
+
+def joined(lines: list[str]) -> Iterator[str]:
+    """One string for each command, whose lines may end in a backslash."""
+    pending = ""
+    for line in lines:
+        pending += line.strip()
+        if pending.endswith("\\"):
+            pending = pending[:-1]
+            continue
+        yield pending
+        pending = ""
+
+
+def calls(command: str) -> Iterator[tuple[str, list[str]]]:
+    """What to run for a command: modules, or scripts by their paths, with arguments that are small."""
+    words = shlex.split(command, comments=True)
+    if words[0] == "make":
+        small = [re.sub("NPROC=8", "NPROC=2", word) for word in words]
+        # What make would run, without making the virtual environment anew.
+        done = subprocess.run([*small, "-n", "-o", "setup"], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+        for line in done.stdout.splitlines():
+            python, flag, module, *arguments = shlex.split(line)
+            assert (Path(python).name, flag) == ("python", "-m"), line
+            yield module, made_small(module, arguments)
+    elif words[0] == "granary":
+        stage = STAGES.get(words[1], words[1])
+        yield "granary", [words[1], *made_small(stage, words[2:])]
+    else:
+        assert words[0] == "python", command
+        yield str(REPOSITORY / words[1]), made_small(words[1], words[2:])
+
+
+def made_small(module: str, arguments: list[str]) -> list[str]:
+    """With stand-ins for what is large, and what makes the stage small."""
+    kept = []
+    for word in arguments:
+        for pattern, replacement in STAND_INS:
+            if re.fullmatch(pattern, word):
+                word = replacement.format(word.partition("=")[0])
+        if word:
+            kept.append(word)
+    stage = next((name for name in (module, *arguments) if name in SMALL), None)
+    given = {word.partition("=")[0] for word in kept}
+    if "run_dir" in given:
+        given.add("name")
+    return [*kept, *(word for word in SMALL.get(stage or "", ()) if word.partition("=")[0] not in given)]

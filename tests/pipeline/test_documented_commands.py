@@ -1,0 +1,72 @@
+"""Every command in README.md and docs/ runs, in a folder with a small study of the bundled model."""
+
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+
+from shared.sae.loading import convert
+from tests.cli import ForkServer
+from tests.documented import NOT_RUN, Block, blocks, calls
+
+BLOCKS = [block for block in blocks() if block.runnable]
+# Blocks all of whose commands hold one of these take little time.
+FAST = ("granary store", "granary convert", "examples/steer.py", "granary export")
+TEXT = "def read(self, path):\n    return path.read_text()\n"
+
+
+def is_fast(block: Block) -> bool:
+    return all(any(part in command for part in FAST) for command in block.runnable)
+
+
+@pytest.fixture(scope="module")
+def study(stages: ForkServer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the commands presuppose: texts, stores, a trained SAE and a sweep, a folder of another project."""
+    folder = tmp_path_factory.mktemp("study")
+    here = stages.at(folder)
+    train = ["stage_train", "debug=tiny_train", "name=demo", "schedule.tokens=2_000"]
+    for arguments in (
+        ["stage_harvest", "debug=tiny_harvest", "name=demo"],
+        ["stage_harvest", "debug=tiny_harvest", "name=llama31", "hooks.layers=[1,2]"],
+        train,
+        [*train, "-m", "sae.k=4,8", "packed=true"],
+    ):
+        done = here.run(*arguments)
+        assert done.code == 0, done.stderr
+    shutil.copytree(folder / "runs/demo", folder / "runs/mine")
+    shutil.copytree(folder / "runs/demo/sae", folder / "runs/llama31/sae")
+    shutil.copytree(folder / "runs/demo/sae", folder / "runs/other")
+    convert(folder / "runs/demo/sae", folder / "downloaded", "saelens")
+    (folder / "data").mkdir()
+    (folder / "data" / "a.txt").write_text("<|endoftext|>".join([TEXT * 20] * 40))
+    return folder
+
+
+def what_it_begins_with(study: Path, first: str, work: Path) -> None:
+    """Copy the study to `work`, without what commands that begin with `first` are there to make."""
+    makes = shlex.split(first, comments=True)[1]
+    left_out = {"demo": ["runs"], "harvest": ["runs"], "train": ["sae", "sweep"], "sweep": ["sae", "sweep"]}.get(
+        makes, []
+    )
+    shutil.copytree(study, work, ignore=shutil.ignore_patterns(*left_out))
+
+
+def test_what_is_not_run_is_there_and_needs_what_it_says() -> None:
+    every = [command for block in blocks() for command in block.commands]
+    assert len(every) >= 30
+    for part in NOT_RUN:
+        assert any(part in command for command in every), f"no page has a command with {part!r} any more"
+
+
+@pytest.mark.parametrize(
+    "block", [pytest.param(one, id=str(one), marks=[] if is_fast(one) else pytest.mark.slow) for one in BLOCKS]
+)
+def test_documented(block: Block, study: Path, stages: ForkServer, tmp_path: Path) -> None:
+    work = tmp_path / "work"
+    what_it_begins_with(study, block.runnable[0], work)
+    here = stages.at(work)
+    for command in block.runnable:
+        for module, arguments in calls(command):
+            done = here.run(module, *arguments)
+            assert done.code == 0, f"{command}\n{module} {arguments}\n{done.stderr[-3000:]}"
