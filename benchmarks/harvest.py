@@ -28,10 +28,10 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from gpu import Clock, peak_flops
 from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 from records import processor
+from torch.utils.benchmark import Timer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from shared.bundled import MODEL_DIR, stdlib
@@ -88,6 +88,12 @@ def make_model(shape: Shape, folder: Path) -> None:
     torch.set_default_dtype(torch.float32)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(MODEL_DIR / name, folder / name)
+
+
+def peak_flops(device: str, size: int) -> float:
+    """bfloat16 multiply-adds x 2 per second of a square product."""
+    a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
+    return float(2 * size**3 / Timer("a @ b", globals={"a": a, "b": b}).blocked_autorange(min_run_time=1).median)
 
 
 def make_corpus(path: Path, characters: int) -> None:
@@ -220,7 +226,7 @@ def shares_of_peak(shape: Shape, device: str, flops: float) -> dict[str, float]:
     if shape.dtype != "bfloat16":
         return {}
     where = "cuda" if torch.cuda.is_available() else "cpu"
-    measured = peak_flops(where, 8192 if where == "cuda" else 512, Clock(where, 5))
+    measured = peak_flops(where, 8192 if where == "cuda" else 512)
     shares = {"product_TFLOP_per_s": round(measured / 1e12, 2), "forward_share_of_product": round(flops / measured, 3)}
     peak = next((peak for name, peak in PEAKS.items() if name in device), None)
     return shares if peak is None else shares | {"forward_share_of_peak": round(flops / peak, 3)}

@@ -100,26 +100,13 @@ def dense(shape: Shape) -> Step:
 def granary(shape: Shape, compute_dtype: str = "float32", kernels: str = "torch") -> Step:
     """This project, whole recipe: AuxK active on F / 64 dead latents, projection, clip, exact Adam."""
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-    from shared.sae import SAE, AdamConfig, DeadLatents, SAEConfig, make_optimiser
+    from gpu_stages.trainee import make_trainee
 
     x = make_batch(shape)
-    config = SAEConfig(d_model=shape.d_model, d_latent=shape.d_latent, k=shape.k)
-    sae = SAE(config, kernels=kernels, compute_dtype=compute_dtype)
-    sae.initialise(None, x)
-    optimiser = make_optimiser(sae, AdamConfig(lr=1e-3), pair_gradients=True)
-    tracker = DeadLatents(shape.d_latent, config.dead_after_tokens)
-    dead = torch.zeros(shape.d_latent, dtype=torch.bool)
-    dead[::64] = True
-    with torch.no_grad():
-        sae.W_enc[dead] *= 0.1  # too quiet to be among the k, loud enough for AuxK
+    trainee = make_trainee(shape, "cpu", kernels=kernels, compute_dtype=compute_dtype, lr=1e-3)
 
     def step() -> float:
-        losses = sae.losses(x, dead)
-        optimiser.zero_grad()
-        losses.total.backward()
-        optimiser.step()
-        tracker.update(losses.fired, shape.batch)
-        return float(losses.reconstruction)
+        return float(trainee.step(x))
 
     return step
 

@@ -5,6 +5,7 @@ An import counts wherever it stands, also inside a function or under TYPE_CHECKI
 
 import ast
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -155,3 +156,33 @@ def test_files_are_small() -> None:
     lines = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in FILES}
     assert {str(path): count for path, count in lines.items() if count > MAX_LINES} == {}
     assert median(lines.values()) <= MEDIAN_LINES
+
+
+def test_benchmarks_and_examples_import_what_is_there() -> None:
+    """Also where an import stands in a function, which nobody may have called since a name went elsewhere."""
+    folders = [ROOT / "benchmarks", ROOT / "examples"]
+    scripts = [path for folder in folders for path in folder.rglob("*.py")]
+    siblings = {".".join(path.relative_to(folders[0]).with_suffix("").parts) for path in folders[0].rglob("*.py")}
+    names = {
+        (node.module, alias.name)
+        for script in scripts
+        for node in ast.walk(ast.parse(script.read_text()))
+        if isinstance(node, ast.ImportFrom) and (node.module in MODULES or node.module in siblings)
+        for alias in node.names
+    }
+    assert len(names) > 50
+    assert missing([*names, ("shared.sae", "Nothing")]) == ["shared.sae.Nothing"]
+
+
+def missing(names: Sequence[tuple[str | None, str]]) -> list[str]:
+    """Which of these names, each of a module, are not there, as a fresh process finds them."""
+    script = (
+        "import importlib, importlib.util, json, sys\n"
+        "for module, name in json.loads(sys.argv[1]):\n"
+        "    found = hasattr(importlib.import_module(module), name)\n"
+        "    if not found and importlib.util.find_spec(f'{module}.{name}') is None: print(f'{module}.{name}')"
+    )
+    path = os.pathsep.join([str(ROOT), str(ROOT / "benchmarks")])
+    command = [sys.executable, "-c", script, json.dumps(sorted(names))]
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, check=True, capture_output=True, text=True)
+    return done.stdout.split()
