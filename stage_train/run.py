@@ -135,7 +135,13 @@ def make_trainer(
     spec: RunSpec, inputs: TrainingInputs, stream: TokenStream, layout: Replicated, *, begins: bool
 ) -> Trainer:
     """The trainer of a run, its weights set from data or an SAE, or left as they come where a checkpoint fills them."""
-    cfg, device = spec.cfg, layout.world.device
+    objective = make_objective(spec, inputs, begins=begins).to(layout.world.device)
+    return put_together(spec, objective, stream, layout)
+
+
+def make_objective(spec: RunSpec, inputs: TrainingInputs, *, begins: bool) -> Objective:
+    """What learns, whole and in host memory; see ``make_trainer``."""
+    cfg = spec.cfg
     generator = torch.Generator().manual_seed(cfg.seed)
     made = VARIANTS[spec.dictionary.kind]
     assert issubclass(made, OneGroup)
@@ -149,7 +155,13 @@ def make_trainer(
         x_MD, y_MD = inputs.sample(spec.sites, cfg.seed)
         reads, writes = ([inputs.statistics(site) for site in side] for side in (spec.sites.reads, spec.sites.writes))
         initialise(objective, reads, x_MD, writes, y_MD)
-    objective = layout.distribute(objective.to(device))
+    return objective
+
+
+def put_together(spec: RunSpec, objective: Objective, stream: TokenStream, layout: Replicated) -> Trainer:
+    """The trainer of a rank's part of `objective`, which is whole, on the rank's device."""
+    cfg = spec.cfg
+    objective = layout.distribute(objective)
     optimiser = layout.optimiser(objective, spec.optimiser)
     average = None
     if cfg.optim.ema_decay is not None:
