@@ -74,6 +74,8 @@ class PlannedRun:
     """Into which the latents are split for computing: ranks of a latent group, which read the same rows."""
     latents: int
     """Held by a rank: weights and moments."""
+    computed: int
+    """That a rank computes: under FSDP all."""
     rows: int
     """Of a rank's batch."""
     micro_rows: int
@@ -85,6 +87,11 @@ class PlannedRun:
     """Latents of a token that fires most; where their number is free, half of all, as at the start of training."""
     dead: int
     """Dead latents in AuxK, of those that the rank computes."""
+
+    @property
+    def layout(self) -> str:
+        """Its name."""
+        return self.spec.cfg.parallel.layout.value if self.ranks > 1 else "single"
 
     @property
     def pool_bytes(self) -> list[int]:
@@ -129,6 +136,7 @@ def make_job(cfg: TrainSchema, options: PlanSchema, data: Data) -> PlannedRun:
         ranks=ranks,
         parts=parts,
         latents=held,
+        computed=computed,
         rows=rows,
         micro_rows=math.ceil(rows / math.ceil(rows / (cfg.optim.micro_batch or rows))),
         slots=slots,

@@ -68,15 +68,16 @@ class Memory:
         return self.peak.total + self.kept
 
 
-def find_memory(job: PlannedRun) -> Memory:
-    """Follow the start and one step of a rank."""
+def find_memory(job: PlannedRun, *, start: bool = True) -> Memory:
+    """Follow the start and one step of a rank. Without the `start`, `host` and a CPU's total leave it out."""
     spec, triton = widest(job.spec), job.cuda and importlib.util.find_spec("triton") is not None
+    begins = start and spec.cfg.init_from is None
     with one_of(job.ranks):
         layout = make_layout(spec.cfg.parallel, World(0, job.ranks, 0, torch.device("cpu")))
         lengths = {layout.num_latents(spec.dictionary.d_latent): job.dead}
         with one_try(), Trace(picks=job.picks, lengths=lengths, gloo=not job.cuda) as trace, ExitStack() as on_gpu:
-            objective = make_objective(spec, Sample(job), begins=spec.cfg.init_from is None)  # type: ignore[arg-type]
-            start = trace.begin()
+            objective = make_objective(spec, Sample(job), begins=begins)  # type: ignore[arg-type]
+            initialisation = trace.begin()
             if triton:
                 on_gpu.enter_context(FakeCuda("cpu"))
             trainer = put_together(spec, objective, None, layout)  # type: ignore[arg-type]
@@ -93,16 +94,16 @@ def find_memory(job: PlannedRun) -> Memory:
     pool = {"stream": job.pool_bytes}
     copy = {"copy of the state for a checkpoint": [tensor.nbytes for tensor in tensors.values()]}
     on_host, on_device = (masks, pool) if job.pool_on_device else (masks | pool, {})
-    started = _phase("start", start, names)
+    started = _phase("start", initialisation, names)
     put = _phase("distribution", distribution, names)
     saved = _phase("checkpoint", after, names, on_host | on_device | copy)
     if job.cuda:
         phases, kept = [put, _phase("step", step, names, on_device)], 0
-        host = _resident([started, _phase("checkpoint", Most(), names, on_host | copy)])
+        host = resident([started, _phase("checkpoint", Most(), names, on_host | copy)])
     else:
         held = on_host | on_device | (copy if 0 < spec.save_every < spec.length.steps else {})
         phases, host = [started, put, saved, _phase("step", step, names, held)], 0
-        kept = _resident(phases) - max(phase.total for phase in phases)
+        kept = resident(phases) - max(phase.total for phase in phases)
     return Memory(
         peak=max(phases, key=lambda phase: phase.total),
         kept=kept,
@@ -126,7 +127,7 @@ def _phase(name: str, most: Most, names: Mapping[int, str], more: Mapping[str, S
     return Phase(name, most.total + sum(sizes), most.large + large, most.small + sum(sizes) - large, blocks)
 
 
-def _resident(phases: Sequence[Phase]) -> int:
+def resident(phases: Sequence[Phase]) -> int:
     """Of a process that goes through all of them."""
     return max(phase.large for phase in phases) + max(phase.small for phase in phases)
 
@@ -194,7 +195,7 @@ def one_of(ranks: int) -> Iterator[None]:
     if ranks == 1:
         yield
         return
-    from torch.distributed._tools import fake_collectives  # noqa: F401: what messages do to tensors without memory
+    from torch.distributed._tools import fake_collectives  # noqa: F401 (messages of tensors without memory)
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     dist.init_process_group("fake", rank=0, world_size=ranks, store=FakeStore())

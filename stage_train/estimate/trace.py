@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves, tree_map
 
 # glibc's DEFAULT_MMAP_THRESHOLD_MAX on 64-bit machines: from here on a block is a mapping, which goes back when freed.
@@ -156,7 +156,7 @@ class Trace(TorchDispatchMode):
         for key in [key for key, storage in self._alive.items() if storage.reference.expired()]:
             del self._alive[key]
         for tensor in made:
-            if isinstance(tensor, Tensor):
+            if isinstance(tensor, Tensor) and not is_traceable_wrapper_subclass(tensor):  # a DTensor's is what it wraps
                 storage = tensor.untyped_storage()
                 if storage._cdata not in self._alive:
                     label = f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
