@@ -135,7 +135,8 @@ def make_trainer(
     spec: RunSpec, inputs: TrainingInputs, stream: TokenStream, layout: Replicated, *, begins: bool
 ) -> Trainer:
     """The trainer of a run, its weights set from data or an SAE, or left as they come where a checkpoint fills them."""
-    objective = make_objective(spec, inputs, begins=begins).to(layout.world.device)
+    objective = make_objective(spec, inputs, begins=begins)
+    objective = layout.distribute(objective.to(layout.world.device))
     return put_together(spec, objective, stream, layout)
 
 
@@ -159,9 +160,8 @@ def make_objective(spec: RunSpec, inputs: TrainingInputs, *, begins: bool) -> Ob
 
 
 def put_together(spec: RunSpec, objective: Objective, stream: TokenStream, layout: Replicated) -> Trainer:
-    """The trainer of a rank's part of `objective`, which is whole, on the rank's device."""
+    """The trainer of `objective`, the rank's part on the rank's device."""
     cfg = spec.cfg
-    objective = layout.distribute(objective)
     optimiser = layout.optimiser(objective, spec.optimiser)
     average = None
     if cfg.optim.ema_decay is not None:

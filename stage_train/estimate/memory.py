@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from shared.kernels.fake_cuda import FakeCuda
+from shared.kernels.trace import MMAP_THRESHOLD, Most, Trace
 from shared.parallel import World
 from shared.sae.learn import init
 from shared.sae.sites import Sites
@@ -26,7 +27,6 @@ from stage_train.data.stream import Batch
 from stage_train.data.stream.sample import SAMPLE_CONTEXTS
 from stage_train.data.stream.stream import side_by_side
 from stage_train.estimate.job import PlannedRun
-from stage_train.estimate.trace import MMAP_THRESHOLD, Most, Trace
 from stage_train.run import make_objective, put_together
 from stage_train.spec import RunSpec
 from stage_train.step.layouts import make_layout
@@ -80,6 +80,7 @@ def find_memory(job: PlannedRun, *, start: bool = True) -> Memory:
             initialisation = trace.begin()
             if triton:
                 on_gpu.enter_context(FakeCuda("cpu"))
+            objective = layout.distribute(objective)
             trainer = put_together(spec, objective, None, layout)  # type: ignore[arg-type]
             del objective
             distribution = trace.begin()

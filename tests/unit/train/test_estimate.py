@@ -9,6 +9,7 @@ import pytest
 import torch
 from hydra import initialize_config_module
 
+from shared.kernels.trace import Trace
 from shared.parallel import World
 from shared.sae import SAE, SAEConfig
 from shared.sae.optim import OPTIMISERS, make_optimiser
@@ -23,7 +24,6 @@ from stage_train.estimate.__main__ import training_config
 from stage_train.estimate.config import PlanSchema
 from stage_train.estimate.job import Data, find_data, make_job
 from stage_train.estimate.memory import Phase, find_memory, resident
-from stage_train.estimate.trace import Trace
 from stage_train.state.checkpoint import StagingWriter
 from tests.cli import ForkServer
 
@@ -155,7 +155,13 @@ def test_a_transcoder_is_planned_from_what_it_reads_and_writes(plan: Callable[..
 
 
 def test_less_is_planned_where_less_is_asked_for(plan: Callable[..., dict[str, object]]) -> None:
-    base = ["d_model=512", "sae.d_latent=65536", "device.name=cpu", "stream.batch_size=8192"]
+    base = [
+        "d_model=512",
+        "sae.d_latent=16384",
+        "device.name=cpu",
+        "stream.batch_size=4096",
+        "sae.encoder_init=transpose",
+    ]
     total = memory_of(plan(*base))["total"]
     assert memory_of(plan(*base, "optim.moments=bfloat16"))["total"] < total
     assert memory_of(plan(*base, "checkpoint.every=0"))["total"] < total

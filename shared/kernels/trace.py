@@ -72,7 +72,8 @@ class Trace(TorchDispatchMode):
         def resize_(storage: torch.UntypedStorage, size: int) -> torch.UntypedStorage:
             if (known := alive.get(storage._cdata)) is not None:
                 alive[storage._cdata] = Storage(known.reference, known.number, size, known.label)
-            return resize(storage, size)
+            resized: torch.UntypedStorage = resize(storage, size)
+            return resized
 
         torch.UntypedStorage.resize_ = resize_  # type: ignore[method-assign, assignment]
         self._below.callback(setattr, torch.UntypedStorage, "resize_", resize)
@@ -103,8 +104,11 @@ class Trace(TorchDispatchMode):
     def _run(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         packet = func.overloadpacket
         given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        if (given and not any(isinstance(tensor, FakeTensor) for tensor in given)) or packet is aten.arange:
-            if not packet.__name__.startswith(MAKERS) and max(_numbers(args), default=0) <= LONGEST_RANGE:
+        if packet is aten.arange:
+            if max(_numbers(args)) <= LONGEST_RANGE:
+                return _compute(func, args, kwargs)
+        elif given and all(type(tensor) in (Tensor, torch.nn.Parameter) for tensor in given):
+            if not packet.__name__.startswith(MAKERS):
                 return _compute(func, args, kwargs)
         elif packet in COMPARISONS and all(tensor.ndim == 0 for tensor in given):
             return _compute(func, tree_map(self._stand_in, args), kwargs)
