@@ -107,7 +107,9 @@ def measured_seconds(job: PlannedRun) -> float:
     for _ in range(MEASURED_STEPS + 1):
         begin = time.perf_counter()
         optimiser.zero_grad()
-        for x, y in zip(x_ND.split(job.micro_rows), y_ND.split(job.micro_rows), strict=True):
+        for x, y in zip(
+            *(torch.tensor_split(side, -(-job.rows // job.micro_rows)) for side in (x_ND, y_ND)), strict=True
+        ):
             torch.autograd.backward(objective.losses(x, y).total * (len(x) / job.rows))
         float(optimiser.step())  # waits for the device
         seconds.append(time.perf_counter() - begin)
