@@ -135,22 +135,35 @@ def make_trainer(
     spec: RunSpec, inputs: TrainingInputs, stream: TokenStream, layout: Layout, *, begins: bool
 ) -> Trainer:
     """The trainer of a run, its weights set from data or an SAE, or left as they come where a checkpoint fills them."""
-    cfg, device = spec.cfg, layout.world.device
+    objective = layout.distribute(make_objective(spec, inputs, layout.world.device, begins=begins))
+    return put_together(spec, objective, stream, layout)
+
+
+def make_objective(spec: RunSpec, inputs: TrainingInputs, device: torch.device, *, begins: bool) -> Objective:
+    """What learns, whole, on `device`; see ``make_trainer``."""
+    cfg = spec.cfg
     generator = torch.Generator().manual_seed(cfg.seed)
     made = VARIANTS[spec.dictionary.kind]
     assert issubclass(made, OneGroup)
     dictionary = made(
         spec.dictionary, kernels=cfg.compute.kernels, compute_dtype=cfg.compute.dtype, generator=generator
     )
-    # Before it is initialised: kernels that run on a GPU alone may be asked for, and a host takes minutes for it.
-    objective = Objective(dictionary, spec.learning).to(device)
+    objective = Objective(dictionary, spec.learning)
+    if device.type != "cpu":
+        # Before it is initialised: kernels that run on a GPU alone may be asked for, and a host takes minutes for it.
+        objective = objective.to(device)
     if begins and cfg.init_from is not None:
         copy_weights(dictionary, cfg.init_from)
     elif begins:
         x_MD, y_MD = inputs.sample(spec.sites, cfg.seed)
         reads, writes = ([inputs.statistics(site) for site in side] for side in (spec.sites.reads, spec.sites.writes))
         initialise(objective, reads, x_MD, writes, y_MD)
-    objective = layout.distribute(objective)
+    return objective
+
+
+def put_together(spec: RunSpec, objective: Objective, stream: TokenStream, layout: Layout) -> Trainer:
+    """The trainer of `objective`, the rank's part on the rank's device."""
+    cfg = spec.cfg
     optimiser = layout.optimiser(objective, spec.optimiser)
     average = None
     if cfg.optim.ema_decay is not None:

@@ -37,8 +37,10 @@ class Launch:
 class FakeCuda(TorchDispatchMode):
     """Records launches, other operations with the bytes they read and write, syncs, and the most memory alive."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: str = DEVICE) -> None:
+        """`device`: where tensors really lie that claim to be on a GPU; ``cpu`` with torch's FakeTensorMode below."""
         super().__init__()
+        self.device = device
         self.launches: list[Launch] = []
         self.operations: list[tuple[str, int]] = []
         """Names and bytes of what runs beside the kernels; views are left out."""
@@ -67,7 +69,9 @@ class FakeCuda(TorchDispatchMode):
             set_item(tensor, index, value)
 
         tensors.__setitem__ = assign
-        tensors.is_cuda = property(lambda tensor: tensor.device.type == DEVICE)
+        tensors.is_cuda = property(lambda tensor: tensor.device.type == record.device)
+        self._capability = torch.cuda.get_device_capability
+        torch.cuda.get_device_capability = lambda device=None: (9, 0)  # asked for by messages between processes
         entered: Self = super().__enter__()
         return entered
 
@@ -78,6 +82,7 @@ class FakeCuda(TorchDispatchMode):
         tensors: Any = torch.Tensor
         del tensors.is_cuda, tensors.__setitem__  # those of the parent class are there again
         JITFunction.run = self._run
+        torch.cuda.get_device_capability = self._capability
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
@@ -90,10 +95,10 @@ class FakeCuda(TorchDispatchMode):
             bool(made) and all(t.untyped_storage()._cdata in storages for t in made) and not func._schema.is_mutable
         )
         if not is_view:
-            size = sum(t.numel() * t.element_size() for t in (*given, *made) if t.device.type == DEVICE)
+            size = sum(t.numel() * t.element_size() for t in (*given, *made) if t.device.type == self.device)
             self.operations.append((str(func), size))
         from_host = [t for t in given if t.device.type == "cpu"]
-        if from_host and func.overloadpacket in COPIES and any(t.device.type == DEVICE for t in (*given, *made)):
+        if from_host and func.overloadpacket in COPIES and any(t.device.type == self.device for t in (*given, *made)):
             self.syncs.append(f"{func} of {tuple(from_host[0].shape)} from the host")
         self._count(made)
         return result
@@ -101,7 +106,7 @@ class FakeCuda(TorchDispatchMode):
     def _count(self, made: list[torch.Tensor]) -> None:
         for tensor in made:
             storage = tensor.untyped_storage()
-            if tensor.device.type == DEVICE and storage._cdata not in self._alive:
+            if tensor.device.type == self.device and storage._cdata not in self._alive:
                 self._alive[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
         self._alive = {key: entry for key, entry in self._alive.items() if not entry[0].expired()}
         self.peak_bytes = max(self.peak_bytes, self.alive_bytes)

@@ -77,15 +77,16 @@ def run(options: PlanSchema, overrides: Sequence[str]) -> None:
     cfg = training_config(overrides)
     from shared.basics.units import GIB
     from stage_train.estimate.job import find_data, make_job  # torch, and all that training imports
+    from stage_train.estimate.memory import find_memory
     from stage_train.estimate.pace import find_pace
-    from stage_train.estimate.report import Plan, as_json, make_plan, table
+    from stage_train.estimate.report import Plan, as_json, table
 
     for name in LATER_IMPORTS:
         importlib.import_module(name)
     fixed = resident_bytes()
     data = find_data(cfg, options)
     job = make_job(cfg, options, data)
-    plan = make_plan(job, find_pace(cfg, options, job), fixed)
+    plan = Plan(job=job, memory=find_memory(job), pace=find_pace(cfg, options, job), fixed=0 if job.cuda else fixed)
     if options.json:
         print(json.dumps(as_json(plan)))  # noqa: T201
     else:
@@ -99,8 +100,7 @@ def run(options: PlanSchema, overrides: Sequence[str]) -> None:
             other = make_job(training_config([*overrides, *changes]), options, data)
         except GranaryError:
             return None
-        changed: Plan = make_plan(other, plan.pace, fixed)
-        return changed.total
+        return find_memory(other, start=not other.cuda).total + plan.fixed
 
     advice = "take more ranks, fewer latents, or a larger memory"
     for changes in [*smaller_batches(job.rows), *ALTERNATIVES]:
@@ -109,7 +109,8 @@ def run(options: PlanSchema, overrides: Sequence[str]) -> None:
             advice = f"{' '.join(changes)} takes {needed / GIB:.2f} GiB"
             break
     raise GranaryError(
-        f"a rank needs {plan.total / GIB:.2f} GiB, memory_gib={options.memory_gib:g} (peak: {plan.phase}): {advice}"
+        f"a rank needs {plan.total / GIB:.2f} GiB, memory_gib={options.memory_gib:g} "
+        f"(peak: {plan.memory.peak.name}): {advice}"
     )
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from shared.basics.errors import GranaryError
+from shared.sae.activation_kinds import ACTIVATION_KINDS
 from shared.sae.learn.objective import Objective
 from shared.sae.optim import make_optimiser
 from shared.sae.variants import VARIANTS
@@ -13,7 +14,6 @@ from shared.sae.variants.one_group import OneGroup
 from stage_train.config import TrainSchema
 from stage_train.estimate.config import PlanSchema
 from stage_train.estimate.job import PlannedRun
-from stage_train.step.optimiser import optimiser_config
 
 # Time of a sparse step over that of the encoder's product alone: the worse of README.md's two, on a CPU.
 # The dense losses are products nearly throughout.
@@ -56,24 +56,22 @@ class Pace:
         return mb_s * 1e6 * self.nodes / (self.read_bytes_per_token * self.reads)
 
 
-def flop_per_token(job: PlannedRun) -> float:
-    """The encoder's product, ``2 F D``; the dense losses have five more of that size: decoding and four gradients."""
-    return (2 if job.sparse else 12) * job.all_latents * job.d_model
-
-
 def find_pace(cfg: TrainSchema, options: PlanSchema, job: PlannedRun) -> Pace:
     """From what the options say or measure. Raises GranaryError for a speed that is not positive."""
     for name in ("tokens_per_s", "tflops", "disk_mb_s", "memory_gib"):
         value = getattr(options, name)
         if value is not None and not value > 0:
             raise GranaryError(f"{name}={value}: must be above 0, or null")
-    flop = flop_per_token(job)
+    config, widths = job.spec.dictionary, job.spec.widths
+    # The encoder's product; the dense losses have a decoder's too, and two gradients of each.
+    sparse = ACTIVATION_KINDS[config.activation].fixes_l0
+    flop = config.d_latent * (2 * widths.d_in if sparse else 6 * (widths.d_in + widths.d_out))
     speed, basis = options.tokens_per_s, "as given"
     if speed is None and options.measure:
-        speed = job.batch_tokens / measured_seconds(cfg, job)
+        speed = cfg.stream.batch_size / measured_seconds(job)
         basis = f"{MEASURED_STEPS} steps of one rank's part on this machine, no messages between ranks"
     elif speed is None and options.tflops is not None:
-        factor = SPARSE_STEP if job.sparse else DENSE_STEP
+        factor = SPARSE_STEP if sparse else DENSE_STEP
         speed = options.tflops * 1e12 * job.ranks / (flop * factor)
         basis = f"assumed: {options.tflops:g} TFLOP/s per rank, a step {factor:g} x its products, no messages"
     if speed is None:
@@ -89,31 +87,30 @@ def find_pace(cfg: TrainSchema, options: PlanSchema, job: PlannedRun) -> Pace:
     )
 
 
-def measured_seconds(cfg: TrainSchema, job: PlannedRun) -> float:
+def measured_seconds(job: PlannedRun) -> float:
     """Median time of an optimiser step of one rank's rows and latents, random ones, on this machine."""
     if job.cuda and not torch.cuda.is_available():
         raise GranaryError("measure=true with device.name=cuda, but torch sees no CUDA device: give tflops=... instead")
-    device = torch.device("cuda" if job.cuda else "cpu")
-    generator = torch.Generator().manual_seed(cfg.seed)
-    made = VARIANTS[job.config.kind]
+    spec, device = job.spec, torch.device("cuda" if job.cuda else "cpu")
+    made, compute = VARIANTS[spec.dictionary.kind], spec.cfg.compute
     assert issubclass(made, OneGroup)
     dictionary = made(
-        job.config,
-        num_latents=job.computed_latents,
-        generator=generator,
-        kernels=cfg.compute.kernels,
-        compute_dtype=cfg.compute.dtype,
+        spec.dictionary, num_latents=job.computed, kernels=compute.kernels, compute_dtype=compute.dtype
     ).to(device)
-    objective = Objective(dictionary, job.learning)
-    optimiser = make_optimiser(dictionary, optimiser_config(cfg.optim, job.config), pair_gradients=job.pairs_kept)
-    objective.pair_gradients = optimiser.pairs if job.pairs_kept else None
-    rows_N_D = torch.randn(job.rows, job.d_model, generator=generator).to(device)
+    objective = Objective(dictionary, spec.learning)
+    optimiser = make_optimiser(dictionary, spec.optimiser, pair_gradients=job.ranks == 1)
+    objective.pair_gradients = optimiser.pairs if job.ranks == 1 else None
+    x_ND, y_ND = (torch.randn(job.rows, width, device=device) for width in (spec.widths.d_in, spec.widths.d_out))
+    if spec.sites.is_autoencoder:
+        y_ND = x_ND
     seconds = []
     for _ in range(MEASURED_STEPS + 1):
         begin = time.perf_counter()
         optimiser.zero_grad()
-        for part in rows_N_D.tensor_split(job.micro_batches):
-            torch.autograd.backward(objective.losses(part).total * (len(part) / job.rows))
+        for x, y in zip(
+            *(torch.tensor_split(side, -(-job.rows // job.micro_rows)) for side in (x_ND, y_ND)), strict=True
+        ):
+            torch.autograd.backward(objective.losses(x, y).total * (len(x) / job.rows))
         float(optimiser.step())  # waits for the device
         seconds.append(time.perf_counter() - begin)
     return sorted(seconds[1:])[MEASURED_STEPS // 2]

@@ -1,88 +1,63 @@
 """The plan as a table for people and as JSON for programs."""
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from shared.basics.units import GIB
 from stage_train.estimate.job import PlannedRun
+from stage_train.estimate.memory import Memory
 from stage_train.estimate.pace import Pace
-from stage_train.estimate.phases import Block, device_phases, host_phases, peak, staged
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What a run will need. Bytes, per rank where nothing else is said."""
+    """What a run will need."""
 
     job: PlannedRun
+    memory: Memory
     pace: Pace
-    phase: str
-    """The moment at which the device holds most."""
-    blocks: list[Block]
-    """What it holds then."""
-    kept: int
-    """Of a CPU: what malloc keeps of other moments."""
     fixed: int
-    """Of a CPU: interpreter, torch and libraries, measured in this process."""
-    host: int
-    """Beside a GPU: memory of its process on the host, without interpreter and libraries."""
-    checkpoint_bytes: int
-    """On disk, at most: `keep` checkpoints, the one being written, and the exported SAE."""
-
-    @property
-    def predicted(self) -> int:
-        """Without what is fixed."""
-        return sum(block.total for block in self.blocks) + self.kept
+    """Bytes of interpreter, torch and libraries, measured in this process; 0 beside a GPU."""
 
     @property
     def total(self) -> int:
-        return self.predicted + self.fixed
+        """Bytes of a rank."""
+        return self.memory.total + self.fixed
 
-
-def make_plan(job: PlannedRun, pace: Pace, fixed: int) -> Plan:
-    """Put the parts together."""
-    most, phase = peak(device_phases(job), heap=not job.cuda)
-    state = staged(job).bytes * (job.latents and job.all_latents // job.latents)
-    parameters = job.weight_bytes * (job.all_latents // job.latents)
-    return Plan(
-        job=job,
-        pace=pace,
-        phase=phase.name,
-        blocks=[block for block in phase.blocks if block.total],
-        kept=most - phase.total,
-        fixed=0 if job.cuda else fixed,
-        host=peak(host_phases(job), heap=True)[0] if job.cuda else 0,
-        checkpoint_bytes=state * (job.keep + 1) + parameters,
-    )
+    @property
+    def checkpoint_bytes(self) -> int:
+        """On disk, at most: `keep` checkpoints, the one being written, and the exported dictionary."""
+        parts = self.job.spec.dictionary.d_latent // self.job.latents
+        return parts * (self.memory.state * (self.job.spec.cfg.checkpoint.keep + 1) + self.memory.weights)
 
 
 def table(plan: Plan, memory_gib: float | None, disk_mb_s: float | None) -> str:
     """Lines of text."""
-    job, config, learning = plan.job, plan.job.config, plan.job.learning
-    what = f"k {config.k}" if config.k else f"penalty {learning.penalty} {learning.penalty_weight:g}"
+    job, memory, spec, peak = plan.job, plan.memory, plan.job.spec, plan.memory.peak
     lines = [
-        f"SAE: {config.activation}, {what}, {config.d_latent:,} latents of width {job.d_model:,}",
-        f"run: {job.steps:,} steps of {job.batch_tokens:,} tokens, {job.tokens:,} in all",
+        f"dictionary: {spec.describe()}, {spec.sites}, widths {spec.widths.d_in:,} and {spec.widths.d_out:,}",
+        f"run: {spec.length.steps:,} steps of {spec.cfg.stream.batch_size:,} tokens, {spec.length.tokens:,} in all",
         f"layout: {job.layout}, {job.ranks} rank{'s' * (job.ranks > 1)} on {'GPU' if job.cuda else 'CPU'}; each holds "
         f"{job.latents:,} latents and reads {job.rows:,} rows of a batch, {job.micro_rows:,} at a time",
         "",
-        f"memory per rank, GiB, at its peak ({plan.phase})",
+        f"memory per rank, GiB, at its peak ({peak.name})",
+        *(_line(name, size) for name, size in sorted(peak.blocks.items(), key=lambda item: -item[1])),
     ]
-    entries = [(block.what, block.total) for block in plan.blocks]
-    if plan.kept > 0:
-        entries.append(("kept by malloc from other moments", plan.kept))
+    if memory.kept > 0:
+        lines.append(_line("kept by malloc from other moments", memory.kept))
     if plan.fixed:
-        entries.append(("interpreter, torch, libraries (measured)", plan.fixed))
-    lines += [_line(name, size) for name, size in _merged(entries)]
+        lines.append(_line("interpreter, torch, libraries (measured)", plan.fixed))
     lines.append(_line("total", plan.total))
     if job.cuda:
-        lines += ["", _line("host memory per rank, beside interpreter and libraries", plan.host)]
-    lines += [_line("disk: checkpoints and the exported SAE, at most", plan.checkpoint_bytes), ""]
+        lines += ["", _line("host memory per rank, beside interpreter and libraries", memory.host)]
+    lines += [_line("disk: checkpoints and the exported dictionary, at most", plan.checkpoint_bytes), ""]
     lines += speed_lines(plan, disk_mb_s)
     if job.dead:
         lines.append(f"assumed: {job.dead:,} dead latents held by a rank (dead_fraction)")
-    if job.activation == "batchtopk":
-        lines.append(f"assumed: up to {job.width} picks of one token (fullest_row)")
+    if spec.dictionary.activation == "batchtopk":
+        lines.append(f"assumed: up to {job.picks} picks of one token (fullest_row)")
+    if memory.upper_bound:
+        lines.append("Triton is not installed here: planned with torch's operations, which take more than its kernels")
     if job.cuda:
         lines.append("not counted: the CUDA context, NCCL's buffers and fragmentation; leave a tenth free")
     if memory_gib is not None and plan.total <= memory_gib * GIB:
@@ -92,12 +67,12 @@ def table(plan: Plan, memory_gib: float | None, disk_mb_s: float | None) -> str:
 
 def speed_lines(plan: Plan, disk_mb_s: float | None) -> list[str]:
     """Tokens per second, time and reading."""
-    job, pace = plan.job, plan.pace
+    pace, tokens = plan.pace, plan.job.spec.length.tokens
     read = f"reading: {pace.read_bytes_per_token:,.0f} bytes per token"
     if pace.reads > 1:
         read += f", {pace.reads:g} times"
     lines = [f"products: {pace.flop_per_token / 1e9:.3g} GFLOP per token"]
-    speed, seconds, mb_s = pace.tokens_per_s, pace.seconds(job.tokens), pace.read_mb_s
+    speed, seconds, mb_s = pace.tokens_per_s, pace.seconds(tokens), pace.read_mb_s
     if speed is None or seconds is None or mb_s is None:
         lines += [read, f"time: unknown; {pace.basis}"]
     else:
@@ -112,7 +87,7 @@ def speed_lines(plan: Plan, disk_mb_s: float | None) -> list[str]:
         elif feeds < speed:
             lines.append(
                 f"the disk's {disk_mb_s:g} MB/s feed {feeds:,.0f} tokens/s: training would wait "
-                f"{1 - feeds / speed:.0%} of the time and take {duration(job.tokens / feeds)}"
+                f"{1 - feeds / speed:.0%} of the time and take {duration(tokens / feeds)}"
             )
         else:
             lines.append(f"the disk's {disk_mb_s:g} MB/s are enough")
@@ -121,23 +96,23 @@ def speed_lines(plan: Plan, disk_mb_s: float | None) -> list[str]:
 
 def as_json(plan: Plan) -> dict[str, Any]:
     """Bytes, tokens and seconds."""
-    job, pace = plan.job, plan.pace
+    job, memory, spec, pace = plan.job, plan.memory, plan.job.spec, plan.pace
     return {
-        "sae": {"d_model": job.d_model, **job.config.own_fields(), **job.learning.to_dict()},
+        "sae": {"d_model": spec.widths.d_in, **spec.dictionary.own_fields(), **spec.learning.to_dict()},
         "layout": job.layout,
         "ranks": job.ranks,
-        "steps": job.steps,
-        "tokens": job.tokens,
+        "steps": spec.length.steps,
+        "tokens": spec.length.tokens,
         "memory": {
-            "peak": plan.phase,
-            "blocks": dict(_merged([(block.what, block.total) for block in plan.blocks])),
-            "kept_by_malloc": plan.kept,
+            "peak": memory.peak.name,
+            "blocks": dict(memory.peak.blocks),
+            "kept_by_malloc": memory.kept,
             "fixed": plan.fixed,
             "total": plan.total,
-            "host": plan.host,
+            "host": memory.host,
         },
         "checkpoint_bytes": plan.checkpoint_bytes,
-        "pace": {**asdict(pace), "seconds": pace.seconds(job.tokens), "read_mb_s": pace.read_mb_s},
+        "pace": {**asdict(pace), "seconds": pace.seconds(spec.length.tokens), "read_mb_s": pace.read_mb_s},
     }
 
 
@@ -147,14 +122,6 @@ def duration(seconds: float) -> str:
         if seconds >= 2 * size:
             return f"{seconds / size:,.1f} {unit}"
     return f"{seconds:.0f} s"
-
-
-def _merged(entries: Sequence[tuple[str, int]]) -> list[tuple[str, int]]:
-    """Entries of one name as one."""
-    sums: dict[str, int] = {}
-    for name, size in entries:
-        sums[name] = sums.get(name, 0) + size
-    return list(sums.items())
 
 
 def _line(name: str, size: int) -> str:
