@@ -6,6 +6,7 @@ need not meet. On a GPU, whose allocator is told the sizes, it is the largest su
 """
 
 import importlib.util
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -60,7 +61,7 @@ class Memory:
     """Of a checkpoint: the rank's part."""
     weights: int
     upper_bound: bool
-    """For a GPU by torch's operations, where Triton, whose kernels take less, is not installed."""
+    """For a GPU by torch's operations, where Triton, whose kernels take less, can't be used."""
 
     @property
     def total(self) -> int:
@@ -70,7 +71,8 @@ class Memory:
 
 def find_memory(job: PlannedRun, *, start: bool = True) -> Memory:
     """Follow the start and one step of a rank. Without the `start`, `host` and a CPU's total leave it out."""
-    spec, triton = widest(job.spec), job.cuda and importlib.util.find_spec("triton") is not None
+    spec, interpreted = widest(job.spec), os.environ.get("TRITON_INTERPRET") == "1"  # then kernels want values
+    triton = job.cuda and importlib.util.find_spec("triton") is not None and not interpreted
     begins = start and spec.cfg.init_from is None
     with one_of(job.ranks):
         layout = make_layout(spec.cfg.parallel, World(0, job.ranks, 0, torch.device("cpu")))

@@ -57,7 +57,7 @@ def table(plan: Plan, memory_gib: float | None, disk_mb_s: float | None) -> str:
     if spec.dictionary.activation == "batchtopk":
         lines.append(f"assumed: up to {job.picks} picks of one token (fullest_row)")
     if memory.upper_bound:
-        lines.append("Triton is not installed here: planned with torch's operations, which take more than its kernels")
+        lines.append("planned with torch's operations, as Triton is not here: its kernels take less")
     if job.cuda:
         lines.append("not counted: the CUDA context, NCCL's buffers and fragmentation; leave a tenth free")
     if memory_gib is not None and plan.total <= memory_gib * GIB:

@@ -134,14 +134,12 @@ def test_a_layout_divides_what_it_says(plan: Callable[..., dict[str, object]]) -
     whole, fsdp, latent = (
         memory_of(plan(*LARGE, "device.name=cuda", f"parallel={layout}")) for layout in ("ddp", "fsdp", "latent")
     )
-    for part in (fsdp, latent):
-        assert part["weights"] == pytest.approx(whole["weights"] / 8, rel=1e-3)
-        assert part["optimiser moments"] == pytest.approx(whole["optimiser moments"] / 8, rel=1e-3)
-    assert latent["batch"] == 8 * whole["batch"]
+    assert fsdp["weights"] == pytest.approx(whole["weights"] / 8, rel=1e-3)
+    assert fsdp["optimiser moments"] == pytest.approx(whole["optimiser moments"] / 8, rel=1e-3)
     matrices = 2 * 4 * 262144 * 1024
     assert whole["total"] > 4 * matrices  # weights, moments, gradients
     assert whole["total"] > fsdp["total"] > 2 * matrices  # the whole gradients, and a buffer to send them from
-    assert fsdp["total"] > latent["total"]
+    assert fsdp["total"] > latent["total"] > matrices  # before it keeps its part, a rank holds all weights once
     assert whole["fixed"] == 0
     assert memory_of(plan("d_model=16", "device.name=cpu"))["fixed"] > 100e6
 
@@ -213,7 +211,7 @@ def test_the_table_names_peak_total_and_what_is_assumed(server: ForkServer) -> N
 @pytest.mark.parametrize(
     ("overrides", "line"),
     [
-        ([*LARGE, "memory_gib=5", "device.name=cuda"], "a rank needs 8.* memory_gib=5 .*: parallel=latent takes"),
+        ([*LARGE, "memory_gib=5", "device.name=cuda"], r"a rank needs \d+.* memory_gib=5 .*: parallel=latent takes"),
         ([*LARGE, "memory_gib=0.1", "device.name=cuda"], "take more ranks, fewer latents, or a larger memory"),
         ([*LARGE, "sae.k=300000"], "sae.k=300000 is more than the 262144 latents"),
         ([*LARGE, "parallel=latent", "sae.d_latent=262142"], "262142 latents do not divide among parallel.latent=8"),
