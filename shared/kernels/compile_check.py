@@ -132,11 +132,11 @@ def _tuned_case(label: str, kernel: Any, types: Mapping[str, str], config: Mappi
     return Case(label, kernel, types, constants, {name: config[name] for name in LAUNCH_OPTIONS & config.keys()})
 
 
-def compile_case(case: Case, architecture: int) -> Resources:
-    """Compile to a cubin; returns what it needs. Raises RuntimeError when it does not fit, or spills registers."""
+def compile_case(case: Case, architecture: int, may_spill: int = 0) -> Resources:
+    """Compile to a cubin; returns what it needs. Raises RuntimeError when it does not fit, or spills more bytes."""
     cubin, shared = compile_to_cubin(case, architecture)
     needs = resources(cubin, case.options.get("num_warps", 4), shared)
-    if needs.spilled:
+    if needs.spilled > may_spill:
         raise RuntimeError(f"spills {needs.spilled} bytes per thread: {needs.registers} registers are not enough")
     if needs.programs(architecture) == 0:
         raise RuntimeError(f"does not fit on sm_{architecture}: {needs}")
@@ -170,6 +170,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--types", nargs="*", default=TYPES, choices=TYPES)
     parser.add_argument("--only", nargs="*", help="kernels whose label starts with one of these")
     parser.add_argument("--architectures", type=int, nargs="*", default=ARCHITECTURES, choices=ARCHITECTURES)
+    parser.add_argument("--may-spill", type=int, default=0, help="bytes per thread that are no failure")
     parser.add_argument("--table", action="store_true", help="Markdown")
     options = parser.parse_args(arguments)
     if os.environ.get("TRITON_INTERPRET") == "1":
@@ -183,7 +184,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if options.only and not case.label.startswith(tuple(options.only)):
                 continue
             try:
-                needs = compile_case(case, architecture)
+                needs = compile_case(case, architecture, options.may_spill)
                 outcome = row(needs, architecture) if options.table else line(needs, architecture)
             except Exception as error:
                 failures += 1

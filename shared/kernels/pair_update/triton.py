@@ -19,6 +19,7 @@ from shared.kernels.tuning import tuned
 
 BLOCK_P = 4
 NORM_BLOCK_P = 4
+REGISTERS = 65_536  # of a multiprocessor
 NARROW = 512
 # Bytes that a block of columns of all gathered rows may take, to stay in L2 beside what streams through it.
 WIDE_BYTES = 24 << 20
@@ -166,7 +167,7 @@ def update_config(
     default = {"BLOCK_P": BLOCK_P, "BLOCK_D": block, "num_warps": min(32, max(1, block // 256))}
     if default["num_warps"] >= 16 and gathered.itemsize == 2:
         # 64: 32 warps fit, so that with 16 a second program loads while the first computes. An A100's code would spill.
-        default["maxnreg"] = 64 if architecture >= 90 else 96
+        default["maxnreg"] = 64 if architecture >= 90 else min(96, REGISTERS // (32 * default["num_warps"]))
     return tuned(f"pair_update unit_rows={unit_rows}", d_model, default, num_pairs=num_pairs)
 
 
