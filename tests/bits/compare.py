@@ -57,6 +57,8 @@ IGNORED = (
     Ignored("*/eval.json", "provenance.sae.provenance", "a copy of config.json, whose differences are told there"),
     Ignored("*/comparison.json", "created", "time"),
     Ignored("*/comparison.json", "store.url", "place"),
+    Ignored("*/comparison.json", "rows.*.n_contexts", "new: a small sample is told by it"),
+    Ignored("*/comparison.json", "left_out", "new: runs that can't be scored yet"),
     Ignored("*/comparison.json", "rows.*.sha256", "the weights file holds config.json; its tensors are compared"),
 )
 
