@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +13,7 @@ import pytest
 
 from shared.store import Store
 from tests.cli import ForkServer
-from tests.harvesting import PRELOAD, Harvester, T
+from tests.harvesting import Harvester, T
 
 CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
 DATED = "{{ strftime_now('%d %b %Y') }}\n" + CHATML
@@ -22,10 +21,9 @@ CHAT = [{"role": "user", "content": "what is a sparse code"}, {"role": "assistan
 
 
 @pytest.fixture(scope="module")
-def harvester(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Harvester]:
+def harvester(stages: ForkServer, tmp_path_factory: pytest.TempPathFactory) -> Harvester:
     root = tmp_path_factory.mktemp("inputs")
-    with ForkServer(root, PRELOAD) as server:
-        yield Harvester(root, server)
+    return Harvester(root, stages.at(root))
 
 
 def chat_model(harvester: Harvester, name: str, template: str, *, has_bos: bool = True) -> dict[str, int]:

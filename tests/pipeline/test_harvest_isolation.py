@@ -1,6 +1,5 @@
 """Isolated documents have the activations they have alone, or the harvest ends in a line before anything is written."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from shared.lm import capture
 from shared.lm.hookpoint import HookPoint
 from shared.store import Store
 from tests.cli import ForkServer
-from tests.harvesting import PRELOAD, VOCAB, Harvester, make_model
+from tests.harvesting import VOCAB, Harvester, make_model
 
 SIZES = {
     "vocab_size": VOCAB,
@@ -62,10 +61,9 @@ LEAKING: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(scope="module")
-def harvester(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Harvester]:
+def harvester(stages: ForkServer, tmp_path_factory: pytest.TempPathFactory) -> Harvester:
     root = tmp_path_factory.mktemp("isolation")
-    with ForkServer(root, PRELOAD) as server:
-        yield Harvester(root, server)
+    return Harvester(root, stages.at(root))
 
 
 def model(harvester: Harvester, family: str, **keys: object) -> Path:

@@ -89,8 +89,8 @@ def test_a_worker_that_is_killed_is_one_line() -> None:
         encoded(encoder, batches())
 
 
-def test_a_disk_that_refuses_is_one_line(tmp_path: Path) -> None:
+def test_a_disk_that_refuses_is_one_line() -> None:
     serialised = load_tokenizer("bundled").backend_tokenizer.to_str()
-    encoder = TextEncoder(serialised, folder=tmp_path / "gone")
-    with pytest.raises(GranaryError, match=r"keeping token ids in .*gone: No such file.*set spool_dir"):
+    encoder = TextEncoder(serialised, folder=Path("/proc/nowhere"))
+    with pytest.raises(GranaryError, match=r"keeping token ids in /proc/nowhere: No such file.*set spool_dir"):
         encoded(encoder, [Texts(["x"], True)])
