@@ -2,7 +2,7 @@
 
 import os
 import platform
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Self
@@ -134,11 +134,7 @@ def assemble(measured: Measured, session: Session, facts: RunFacts) -> Evaluatio
         activations_by_site=None if is_one else described,
         training=training_curve(folder.folder),
         provenance=Provenance(
-            model=facts.provenance.model,
-            corpus=facts.provenance.corpus,
-            tokenizer=facts.provenance.tokenizer,
-            packing=facts.provenance.packing,
-            store=facts.provenance.store,
+            **vars(facts.provenance),
             sae=WeightsRecord(sha256=folder.sha256(), provenance=folder.description.provenance),
         ),
         settings=facts.settings,
@@ -152,16 +148,7 @@ def describe(folder: SAEFolder) -> SAERecord:
     record = SAERecord(name=folder.name, path=folder.path, hook=str(sites), config=folder.description.flat())
     if sites.is_autoencoder and len(sites.reads) == 1:
         return record
-    return SAERecord(
-        name=record.name,
-        path=record.path,
-        hook=record.hook,
-        config=record.config,
-        reads=list(sites.reads),
-        writes=list(sites.writes),
-        d_in=widths.d_in,
-        d_out=widths.d_out,
-    )
+    return replace(record, reads=list(sites.reads), writes=list(sites.writes), d_in=widths.d_in, d_out=widths.d_out)
 
 
 def groups(measured: Measured, by: str, grouping: Grouping) -> GroupFigures:

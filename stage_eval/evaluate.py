@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from shared.basics.errors import GranaryError
+from shared.basics.run_folder import RunFolder
 from shared.lm import load_causal_lm
 from shared.parallel import barrier, init_world, shutdown
 from shared.store import Store
@@ -193,9 +194,10 @@ def write(cfg: EvalSchema, found: Found, results: Results) -> None:
 
 def say_where(place: Path, sae: str) -> None:
     """Name the files of one evaluation, and what to do with its SAE."""
-    log.info("figures   %s", place / "eval.json")
-    log.info("plots     %s", place / "plots")
-    log.info("report    %s", place / "report.html")
+    results = RunFolder(place)
+    log.info("figures   %s", results.evaluation)
+    log.info("plots     %s", results.plots)
+    log.info("report    %s", results.report)
     log.info("next      from granary import load; sae = load(%r)", sae)
 
 

@@ -20,6 +20,8 @@ from safetensors.torch import save
 from torch import Tensor
 
 from shared.basics.errors import GranaryError
+from shared.basics.files import write_bytes
+from shared.basics.run_folder import RunFolder
 from stage_eval.config import EvalSchema
 from stage_eval.results.comparison import Comparison
 from stage_eval.results.evaluation import Evaluation
@@ -31,9 +33,10 @@ from stage_eval.show.report import render
 from stage_eval.show.sweep_plots import comparison_plots
 from stage_eval.show.theme import Plot, to_png
 
-EVALUATION = ("eval.json", "latents.safetensors", "report.html", "plots")
+HERE = RunFolder(Path())
+EVALUATION = tuple(str(path) for path in (HERE.evaluation, HERE.latent_figures, HERE.report, HERE.plots))
 """What an evaluation of one SAE writes; what is named first is the first to go and the last to come."""
-COMPARISON = ("comparison.json", "comparison.html", "plots")
+COMPARISON = tuple(str(path) for path in (HERE.comparison, HERE.comparison_page, HERE.plots))
 STAGING = ".evaluation-"
 LEFTOVER_SECONDS = 3600
 
@@ -63,12 +66,7 @@ class Staged:
     def write(self, name: str, content: bytes) -> None:
         """Stage a file; `name` may be inside of a folder."""
         with told(self.place):
-            path = self.staging / "new" / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
+            write_bytes(self.staging / "new" / name, content)
 
     def write_json(self, name: str, document: Json) -> None:
         """Stage indented JSON."""
@@ -133,7 +131,7 @@ def result_folders(cfg: EvalSchema, folders: Sequence[SAEFolder]) -> list[Path]:
     """
     out = common_folder(cfg)
     if len(folders) == 1:
-        is_own = Path(folders[0].path).resolve() == (Path(cfg.run_dir) / "sae").resolve()
+        is_own = Path(folders[0].path).resolve() == RunFolder(Path(cfg.run_dir)).sae.resolve()
         if cfg.out_dir is not None or is_own:
             return [out]
     return [beside(folder, out) for folder in folders]

@@ -1,7 +1,6 @@
 """What a harvest will write: resolved from the configuration, checked, and shown before anything long begins."""
 
 import logging
-import os
 from dataclasses import dataclass
 from datetime import date
 from functools import cached_property
@@ -290,6 +289,6 @@ def announce(job: HarvestJob, plan: StorePlan, *, committed: int, device: torch.
 def next_command(cfg: HarvestSchema) -> str:
     """The training command for the store that was written."""
     arguments = [commands.override("run_dir", cfg.run_dir)]
-    if os.path.normpath(cfg.store.url) != os.path.normpath(RunFolder(Path(cfg.run_dir)).store):
+    if not RunFolder(Path(cfg.run_dir)).is_own_store(cfg.store.url):
         arguments.append(commands.override("store.url", cfg.store.url))
     return commands.line("train", *arguments)

@@ -205,10 +205,10 @@ def eval_command(cfg: TrainSchema, saes: Path) -> str:
     """That which scores `saes`, a folder or a pattern; the scores of an SAE of its own name go beside it."""
     is_named = cfg.run_dir == f"runs/{cfg.name}"
     arguments = [commands.override("name", cfg.name) if is_named else commands.override("run_dir", cfg.run_dir)]
-    if saes.resolve() != Path(cfg.run_dir, "sae").resolve():
+    if saes.resolve() != RunFolder(Path(cfg.run_dir)).sae.resolve():
         arguments.append(commands.override("sae.path", str(saes)))
         if saes.parent.resolve() == Path(cfg.run_dir).resolve():
             arguments.append(commands.override("out_dir", str(saes)))
-    if cfg.store.url != f"{cfg.run_dir}/store":
+    if not RunFolder(Path(cfg.run_dir)).is_own_store(cfg.store.url):
         arguments.append(commands.override("store.url", cfg.store.url))
     return commands.line("eval", *arguments)

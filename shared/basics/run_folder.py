@@ -19,6 +19,7 @@ runs/demo/                  run_dir: all of one study
     comparison.html
 """
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,6 +39,10 @@ class RunFolder:
     def store(self) -> Path:
         """The activation store, where store.url says nothing else."""
         return self.path / "store"
+
+    def is_own_store(self, url: str) -> bool:
+        """Whether a store.url means `store`."""
+        return os.path.normpath(url) == os.path.normpath(self.store)
 
     @property
     def sae(self) -> Path:

@@ -1,6 +1,7 @@
 """Sizes and times as people write and read them."""
 
 import re
+from collections.abc import Iterable
 
 from shared.basics.errors import GranaryError
 
@@ -35,3 +36,15 @@ def human_time(seconds: float) -> str:
         return f"{minutes} min"
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes} min" if hours < 48 else f"{hours // 24} d {hours % 24} h"
+
+
+def spans(numbers: Iterable[int], most: int | None = None) -> str:
+    """Ascending numbers as ``0-4, 7, 9-12``; of more than `most` runs the first ones and ``...``."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    texts = [str(first) if first == last else f"{first}-{last}" for first, last in runs]
+    return ", ".join(texts if most is None or len(texts) <= most else [*texts[:most], "..."])

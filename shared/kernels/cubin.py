@@ -64,14 +64,6 @@ def resources(cubin: bytes, warps: int, shared: int) -> Resources:
     )
 
 
-def disassemble(cubin: bytes) -> str:
-    """The machine code with its labels, for a look at a loop."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        return _tool("nvdisasm", "-c", file.name)
-
-
 def _tool(name: str, *arguments: str) -> str:
     import triton
 

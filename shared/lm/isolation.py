@@ -8,7 +8,7 @@ Shapes: L tokens of a document, T positions of a context, D = d_model.
 """
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from shared.basics.errors import GranaryError, first_line
+from shared.basics.units import spans
 from shared.lm.hookpoint import HookPoint
 from shared.lm.hooks import capture
 from shared.lm.packed import packed_inputs
@@ -161,8 +162,8 @@ class _Tally:
         if far_L.max().item() > self.worst:
             self.worst = far_L.max().item()
             chosen_L = beyond_L if beyond_L.any() else far_L == far_L.max()
-            spans = _spans(chosen_L.nonzero().flatten().tolist())
-            self.where = f"positions {spans} of a document of {len(far_L)} tokens"
+            found = spans(chosen_L.nonzero().flatten().tolist(), most=3)
+            self.where = f"positions {found} of a document of {len(far_L)} tokens"
 
     def pardoned(self, is_exact: bool) -> int:
         return 0 if is_exact else 1 + 2 * self.noisy
@@ -221,15 +222,3 @@ def _forward(
     if missing:
         raise GranaryError(f"its forward does not pass {missing[0]}")
     return dict(captured)
-
-
-def _spans(positions: Iterable[int]) -> str:
-    """``0-3, 7``; of many runs the first three and ``...``."""
-    runs: list[list[int]] = []
-    for position in positions:
-        if runs and position == runs[-1][1] + 1:
-            runs[-1][1] = position
-        else:
-            runs.append([position, position])
-    texts = [str(first) if first == last else f"{first}-{last}" for first, last in runs]
-    return ", ".join(texts[:3]) + (", ..." if len(texts) > 3 else "")

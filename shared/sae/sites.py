@@ -2,9 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Self
+from typing import TYPE_CHECKING, Literal, Self
 
 from shared.basics.errors import GranaryError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Unit = Literal["token", "sequence"]
 
@@ -56,6 +59,11 @@ class Sites:
         """The widths of both sides, from those of all arrays."""
         return SiteWidths(tuple(widths[name] for name in self.reads), tuple(widths[name] for name in self.writes))
 
+    def pick(self, activations: Mapping[str, "Tensor"]) -> "tuple[Tensor, Tensor]":
+        """What is read and what must be produced, [..., d_in] and [..., d_out]; one tensor for an autoencoder."""
+        x = side_by_side(activations, self.reads)
+        return x, x if self.is_autoencoder else side_by_side(activations, self.writes)
+
     def __str__(self) -> str:
         """``layers.2.resid_post``, or ``layers.2.mlp_in -> layers.2.mlp_out``."""
         reads, writes = ", ".join(self.reads), ", ".join(self.writes)
@@ -87,3 +95,12 @@ def slices(names: Sequence[str], widths: Sequence[int]) -> dict[str, slice]:
         found[name] = slice(start, start + width)
         start += width
     return found
+
+
+def side_by_side(activations: Mapping[str, "Tensor"], names: Sequence[str]) -> "Tensor":
+    """Activations of some sites along the last axis, [..., sum of widths]; of one site its own tensor, no copy."""
+    if len(names) == 1:
+        return activations[names[0]]
+    import torch  # not needed by a configuration, which is checked without
+
+    return torch.cat([activations[name] for name in names], dim=-1)

@@ -12,7 +12,7 @@ from rich.table import Table
 from tqdm import tqdm
 
 from shared.basics.errors import GranaryError
-from shared.basics.units import human_bytes
+from shared.basics.units import human_bytes, spans
 from shared.launch.commands import program
 from shared.launch.stage import fail
 from shared.store.format.layout import FORMAT_VERSION
@@ -188,17 +188,6 @@ def show_report(report: VerifyReport, console: Console) -> int:
         highlight=False,
     )
     return 0 if report.intact else 1
-
-
-def spans(numbers: list[int]) -> str:
-    """Ascending numbers as ``0-4, 7, 9-12``."""
-    parts: list[list[int]] = []
-    for number in numbers:
-        if parts and number == parts[-1][1] + 1:
-            parts[-1][1] = number
-        else:
-            parts.append([number, number])
-    return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in parts)
 
 
 if __name__ == "__main__":

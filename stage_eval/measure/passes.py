@@ -29,7 +29,7 @@ from stage_eval.measure.downstream import (
     run_conditions,
     zero_replacement,
 )
-from stage_eval.measure.session import Loaded, Session, side_by_side
+from stage_eval.measure.session import Loaded, Session
 from stage_eval.measure.sums import ReconstructionSums, Rows, Sums
 from stage_eval.measure.vocabulary import VocabularyHead
 
@@ -65,8 +65,8 @@ def reconstruction_pass(
                 if describes[site] == sites:
                     described[site].add(at_tokens[site], rows.position_N)
                     described[site].add_bos(at_bos[site])
-            pairs = [(side_by_side(x, sites.reads), side_by_side(x, sites.writes)) for x in (at_tokens, at_bos)]
-            (x_ND, y_ND), (bos_x_MD, bos_y_MD) = pairs
+            x_ND, y_ND = sites.pick(at_tokens)
+            bos_x_MD, bos_y_MD = sites.pick(at_bos)
             for one, total in zip(loaded, sums, strict=True):
                 if one.sites == sites:
                     add_tokens(one.dictionary, x_ND, y_ND, rows, total)

@@ -68,8 +68,3 @@ def latent_rows(dictionary: Dictionary, rate: str) -> Tensor | None:
     tensors = dictionary.state_dict()
     found = [tensors[name] for name, role in dictionary.roles().items() if role.is_matrix and role.rate == rate]
     return found[0] if len(found) == 1 else None
-
-
-def side_by_side(activations: Mapping[str, Tensor], names: tuple[str, ...]) -> Tensor:
-    """The activations of the sites along the last axis; of one site its own tensor."""
-    return activations[names[0]] if len(names) == 1 else torch.cat([activations[name] for name in names], dim=-1)

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 FEW_CONTEXTS, FEW_TOKENS = 10, 10_000
 """Below either of these an interval is wide, and a latent that has not fired may only not have been met."""
@@ -61,8 +61,3 @@ def middle_cut(name: str, letters: int = 48) -> str:
         return name
     kept = letters - 3
     return f"{name[: kept // 2]}...{name[-(kept - kept // 2) :]}"
-
-
-def file_name(parts: Iterable[str]) -> str:
-    """The parts as one name that any file system takes."""
-    return re.sub(r"[^\w.+-]+", "_", "-".join(parts))

@@ -27,10 +27,6 @@ class Task(Generic[Result]):
         self._pool = pool
         self._outcome: list[Result | BaseException] = []
 
-    @property
-    def is_done(self) -> bool:
-        return bool(self._outcome)
-
     def finish(self, outcome: Result | BaseException) -> None:
         self._outcome.append(outcome)
 

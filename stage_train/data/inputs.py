@@ -19,7 +19,6 @@ from stage_train.data.sites import site_formats
 from stage_train.data.stores import PinnedStore, combined_statistics
 from stage_train.data.stream import StreamOrder, TokenStream, TrainingData
 from stage_train.data.stream.sample import sample_tokens
-from stage_train.data.stream.stream import side_by_side
 
 # Tokens that the initialisation looks at.
 SAMPLE_TOKENS = 8192
@@ -130,8 +129,7 @@ class TrainingInputs:
             self._samples[key] = sample_tokens(
                 self.data, formats, SAMPLE_TOKENS, seed, skip_damaged=skips_damaged(self.cfg)
             )
-        x = side_by_side(self._samples[key], sites.reads)
-        return x, x if sites.is_autoencoder else side_by_side(self._samples[key], sites.writes)
+        return sites.pick(self._samples[key])
 
     def forget_samples(self) -> None:
         """Free their memory, when all runs have their first weights."""

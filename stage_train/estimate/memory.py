@@ -26,7 +26,6 @@ from shared.sae.sites import Sites
 from stage_train.data.inputs import SAMPLE_TOKENS
 from stage_train.data.stream import Batch
 from stage_train.data.stream.sample import SAMPLE_CONTEXTS
-from stage_train.data.stream.stream import side_by_side
 from stage_train.estimate.job import PlannedRun
 from stage_train.run import make_objective, put_together
 from stage_train.spec import RunSpec
@@ -162,8 +161,7 @@ class Sample:
         """x and y."""
         found = {site: torch.empty(self.rows, width) for site, width in self.widths.items()}
         self.kept += found.values()
-        x = side_by_side(found, sites.reads)
-        return x, x if sites.is_autoencoder else side_by_side(found, sites.writes)
+        return sites.pick(found)
 
     def statistics(self, site: str) -> SimpleNamespace:
         """Any."""

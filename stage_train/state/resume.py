@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from shared.basics.errors import GranaryError
+from shared.basics.run_folder import RunFolder
 from shared.parallel import World
 from stage_train.config import Resume, TrainSchema, as_dict
 from stage_train.state.checkpoint import Checkpoints, read_state
@@ -35,7 +36,7 @@ class Start:
         folder holds another run, and for ``checkpoint.resume=must`` without one.
         """
         folder = Path(cfg.out_dir)
-        checkpoints = Checkpoints(folder / "checkpoints", keep=cfg.checkpoint.keep, world=world)
+        checkpoints = Checkpoints(RunFolder(folder).checkpoints, keep=cfg.checkpoint.keep, world=world)
         if cfg.checkpoint.resume is Resume.never:
             return cls(checkpoints, discards=True)
         newest = checkpoints.latest_intact()

@@ -6,7 +6,7 @@ Shape letters: N rows of this rank's batch, D a width of what is read or written
 import logging
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -237,10 +237,9 @@ class Trainer:
         Equally many on every rank, if empty ones: all of them take part in what the ranks do together.
         """
         number = -(-batch.most_rows // (self.micro_batch or batch.most_rows))
-        reads = torch.tensor_split(side_by_side(batch.activations, self.sites.reads), number)
-        if self.sites.is_autoencoder:
-            return [(x_ND, x_ND) for x_ND in reads]
-        writes = torch.tensor_split(side_by_side(batch.activations, self.sites.writes), number)
+        x_ND, y_ND = self.sites.pick(batch.activations)
+        reads = torch.tensor_split(x_ND, number)
+        writes = reads if y_ND is x_ND else torch.tensor_split(y_ND, number)
         return list(zip(reads, writes, strict=True))
 
     def _backward(self, x_ND: Tensor, y_ND: Tensor, inputs: StepInputs, batch_tokens: int) -> Tensor:
@@ -254,10 +253,3 @@ class Trainer:
         torch.autograd.backward(losses.total * (count / batch_tokens))
         self.metrics.add({**losses.metrics, "loss": losses.total.detach()}, count)
         return losses.fired & (count > 0)
-
-
-def side_by_side(activations: Mapping[str, Tensor], sites: Sequence[str]) -> Tensor:
-    """The activations of several sites [N, sum of widths]; those of one as they are."""
-    if len(sites) == 1:
-        return activations[sites[0]]
-    return torch.cat([activations[site] for site in sites], dim=1)

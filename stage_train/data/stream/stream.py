@@ -11,7 +11,7 @@ import heapq
 import logging
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field
 from typing import Any, Self
@@ -46,15 +46,6 @@ class Batch:
     """Rows of the global batch, all ranks together, those included that `skip_damaged` left out."""
     most_rows: int
     """Rows of the rank that has most, likewise."""
-
-    def side_by_side(self, sites: Sequence[str]) -> Tensor:
-        """The activations of some sites along the last axis, [N, sum of D]; of a single one without a copy."""
-        return side_by_side(self.activations, sites)
-
-
-def side_by_side(rows: Mapping[str, Tensor], sites: Sequence[str]) -> Tensor:
-    """Rows of some sites along the last axis: [N, D] each to [N, sum of D]; a single one is returned as it is."""
-    return rows[sites[0]] if len(sites) == 1 else torch.cat([rows[site] for site in sites], dim=-1)
 
 
 @dataclass(slots=True)

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shared.basics.errors import GranaryError
-from shared.basics.units import human_bytes, human_time, parse_bytes
+from shared.basics.units import human_bytes, human_time, parse_bytes, spans
 from shared.basics.versions import software_versions
 
 
@@ -55,3 +55,16 @@ def test_versions_are_those_that_run_here() -> None:
     assert list(found) == ["granary", "numpy", "python"]
     assert found["numpy"] == numpy.__version__
     assert found["python"] == platform.python_version()
+
+
+@pytest.mark.parametrize(
+    ("numbers", "most", "text"),
+    [
+        ([], None, ""),
+        ([0, 1, 2, 3, 4, 7, 9, 10], None, "0-4, 7, 9-10"),
+        ([0, 2, 4], 3, "0, 2, 4"),
+        ([0, 1, 3, 5, 7, 8], 3, "0-1, 3, 5, ..."),
+    ],
+)
+def test_numbers_in_runs(numbers: list[int], most: int | None, text: str) -> None:
+    assert spans(numbers, most) == text

@@ -9,14 +9,13 @@ import pytest
 import torch
 
 from shared.basics.errors import GranaryError
-from shared.sae.sites import Sites
+from shared.sae.sites import Sites, side_by_side
 from shared.store import Store
 from stage_train.data.outliers import drop_outliers, norm_bounds
 from stage_train.data.sites import resolve_sites, site_formats
 from stage_train.data.stores import PinnedStore, pin
 from stage_train.data.stream import StreamOrder, TokenStream, TrainingData
 from stage_train.data.stream.sample import sample_tokens
-from stage_train.data.stream.stream import side_by_side
 from tests.synthetic import synthetic_plan, synthetic_tokens
 from tests.training import WORLD
 
@@ -117,7 +116,7 @@ def test_samples_and_batches_of_sites_are_the_same_tokens(tmp_path: Path) -> Non
     with TokenStream(data, formats, StreamOrder(batch_size=7, seed=0, lanes=2)) as stream:
         stream.stop_at(1, 0)
         for batch in stream:
-            x_ND, y_ND = batch.side_by_side((IN1, IN0)), batch.side_by_side((OUT1,))
+            x_ND, y_ND = side_by_side(batch.activations, (IN1, IN0)), side_by_side(batch.activations, (OUT1,))
             assert torch.equal(x_ND[:, :2], y_ND)
             assert torch.equal(x_ND[:, 3:5], y_ND)
             assert y_ND is batch.activations[OUT1]
