@@ -167,7 +167,9 @@ def test_killed_while_tokenising_goes_on_from_there(harvester: Harvester) -> Non
     words = rng.choice(["value", "return", "self", "class", "x"], (240, 6000))
     corpus = harvester.root / "long.txt"
     corpus.write_text("\n---\n".join(" ".join(document) for document in words))
+    spools = harvester.root / "spools"  # those of failed harvests stay, for the next run
     changes = {
+        "spool_dir": spools,
         "corpus__files": corpus,
         "packing__long_documents": "truncate",
         "packing__bos": "document",
@@ -177,7 +179,7 @@ def test_killed_while_tokenising_goes_on_from_there(harvester: Harvester) -> Non
     }
     process = harvester.server.start("stage_harvest", *harvester.arguments("torn", **changes))
     deadline = time.monotonic() + 120
-    while not (kept := list(harvester.root.glob("run/spool-*/encoded/*.npy"))[4:]) and time.monotonic() < deadline:
+    while not (kept := list(spools.glob("spool-*/encoded/*.npy"))[4:]) and time.monotonic() < deadline:
         time.sleep(0.001)
     workers = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(signal.SIGKILL)
@@ -191,7 +193,7 @@ def test_killed_while_tokenising_goes_on_from_there(harvester: Harvester) -> Non
     reused = re.search(r"resuming +(\d+) batches of documents were tokenised by an earlier run", result.stderr)
     assert reused is not None, result.stderr
     assert 1 <= int(reused[1]) < 9
-    assert not list(harvester.root.glob("run/spool-*"))
+    assert not list(spools.glob("spool-*"))
     harvester.harvest("untorn", **{**changes, "tokenise_workers": 0})
     assert Store.open(harvester.root / "torn").num_contexts == 240
     same_files(harvester.root / "untorn", harvester.root / "torn")
