@@ -54,8 +54,8 @@ def test_only_the_harvest_itself_is_shown(harvester: Harvester, scheme: str) -> 
     command = [sys.executable, "-m", "stage_harvest", *harvester.arguments(f"shown-{scheme}", **changes)]
     run = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, cwd=harvester.root, timeout=300)
     assert run.returncode == 0, run.stderr
-    starts = ("model ", "hooks ", "corpus ", "contexts ", "shards ", "to write ", "store ", "tokenise", "harvest",
-              "expected ", "next ")  # fmt: skip
+    starts = ("model ", "hooks ", "corpus ", "contexts ", "isolated ", "shards ", "to write ", "store ", "tokenise",
+              "harvest", "expected ", "next ")  # fmt: skip
     lines = [line.strip() for line in run.stderr.replace("\r", "\n").splitlines()]
     assert [line for line in lines if line and not line.startswith(starts)] == []
 
