@@ -1,13 +1,13 @@
-"""Which language model is spliced into, and whether it is the one that was harvested."""
+"""Which language model a store was harvested from, and whether another one is the same."""
 
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from shared.basics.config import ModelInput
 from shared.basics.errors import GranaryError
-from shared.lm import model_identity
+from shared.lm.identity import model_identity
 from shared.store import Store
-from stage_eval.config import ModelInput
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ def check_same_model(one: str, identity: dict[str, Any], other: str, expected: d
 
 
 def choose_model(cfg: ModelInput, store: Store) -> ModelChoice:
-    """The model to splice into: what is configured, else what the store records.
+    """The model to load: what is configured, else what the store records.
 
     Raises GranaryError if the model is not the harvested one and ``model.allow_other`` is not set.
     """
@@ -54,5 +54,5 @@ def choose_model(cfg: ModelInput, store: Store) -> ModelChoice:
         except GranaryError as error:
             if "differ" not in str(error):
                 raise
-            raise GranaryError(f"{error}; model.allow_other=true evaluates it all the same") from None
+            raise GranaryError(f"{error}; model.allow_other=true takes it all the same") from None
     return ModelChoice(path, revision, dtype)
