@@ -3,7 +3,6 @@
 Imports nothing heavy, so that a wrong key is reported at once.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -64,16 +63,3 @@ def register() -> None:
     """Put the schemas into Hydra's ConfigStore."""
     shared.basics.config.register()
     ConfigStore.instance().store(name="eval_schema", node=EvalSchema)
-
-
-def path_overrides(overrides: Sequence[str]) -> list[str]:
-    """``sae=PATH`` and ``model=PATH`` as the keys they stand for, quoted: sweep folders hold ``=`` and commas."""
-    expanded = []
-    for override in overrides:
-        key, equals, value = override.partition("=")
-        if equals and key in ("sae", "sae.path", "model", "model.path"):
-            is_quoted = value[:1] in ("'", '"', "[") or value == "null"
-            value = value if is_quoted else "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
-            override = f"{key.partition('.')[0]}.path={value}"
-        expanded.append(override)
-    return expanded

@@ -7,6 +7,8 @@ from typing import Any
 from shared.basics.config import ModelInput
 from shared.basics.errors import GranaryError
 from shared.lm.identity import model_identity
+from shared.lm.token_bytes import token_bytes
+from shared.lm.tokenizer import load_tokenizer, special_ids, tokenizer_hash
 from shared.store import Store
 
 
@@ -56,3 +58,16 @@ def choose_model(cfg: ModelInput, store: Store) -> ModelChoice:
                 raise
             raise GranaryError(f"{error}; model.allow_other=true takes it all the same") from None
     return ModelChoice(path, revision, dtype)
+
+
+def recorded_vocabulary(cfg: ModelInput, store: Store) -> tuple[list[bytes], tuple[int, ...]]:
+    """Bytes of every token that a store was harvested with, by id, and which of the ids are special.
+
+    Raises GranaryError where the tokenizer can't be had, or is another one than the store records.
+    """
+    choice = choose_model(cfg, store)
+    tokenizer = load_tokenizer(choice.path, choice.revision)
+    recorded = (store.plan.provenance.get("tokenizer") or {}).get("hash")
+    if recorded is not None and tokenizer_hash(tokenizer) != recorded:
+        raise GranaryError(f"the tokenizer of {choice.path} is not the one that {store.url} was harvested with")
+    return token_bytes(tokenizer), special_ids(tokenizer).all

@@ -17,6 +17,7 @@ from shared.lm import segment_positions
 from shared.parallel import World
 from shared.sae.sites import Sites
 from shared.store import Store, ahead
+from shared.store.choose import choose_contexts
 from stage_eval.measure.breakdown import Grouping, frequency_groups, position_groups, token_frequencies
 from stage_eval.measure.downstream import Batch, scored_positions
 from stage_eval.measure.sums import Rows
@@ -103,23 +104,6 @@ def load_data(store: Store, split: Split, limit: int | None) -> EvaluationData:
         frequency_groups=frequency_groups(),
         frequency_V=token_frequencies(tokens_CT, mask_CT),
     )
-
-
-def choose_contexts(store: Store, split: Split, limit: int | None) -> npt.NDArray[np.int64]:
-    """Committed contexts of the split, or `limit` of them at even distances."""
-    contexts = store.contexts(split.value)
-    if not len(contexts):
-        if split is Split.heldout and not store.heldout_shards:
-            raise GranaryError(
-                f"the store at {store.url} holds nothing out: harvest with store.heldout_fraction above 0,"
-                " or evaluate on training data with split=train"
-            )
-        raise GranaryError(f"no {split.value} shard of {store.url} is written yet: finish the harvest first")
-    if limit is not None and limit < 1:
-        raise GranaryError(f"contexts={limit}: at least one, or null for all")
-    if limit is None or limit >= len(contexts):
-        return contexts
-    return contexts.take(np.arange(limit) * len(contexts) // limit)
 
 
 def units(num_contexts: int, unit_contexts: int, world: World) -> list[tuple[int, int]]:
