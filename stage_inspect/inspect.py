@@ -131,4 +131,4 @@ def say_where(io: ObjectIO, meta: Meta) -> None:
     size = sum(size for key, size in io.listing().items() if not key.startswith(NOTES))
     log.info("latents   %s, %s, %d dead", io.url, human_bytes(size), meta.counts["dead"])
     log.info("next      from granary import Latents; Latents.open(%r).top(0)", io.url)
-    log.info("next      %s", commands.line("inspect", "find", f"latents={io.url}", "regex=self"))
+    log.info("next      %s", commands.line("inspect", "find", io.url, "--python", "all"))
