@@ -102,7 +102,8 @@ def from_above(counts_FB: Counts) -> Counts:
 
 def f1(right: Counts, said: Counts, examples: Counts | int) -> Doubles:
     """2 TP / (yes said + examples), 0 where both are none."""
-    return 2 * right / np.maximum(said + examples, 1)
+    found: Doubles = 2 * right / np.maximum(said + examples, 1)
+    return found
 
 
 def auroc(yes_B: Counts, all_B: Counts, examples: int, tokens: int) -> float:
