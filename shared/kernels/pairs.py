@@ -52,8 +52,8 @@ class PairOrder:
 
     def sort(self, coefficients_NK: torch.Tensor) -> torch.Tensor:
         """[P]: coefficients in the order of the pairs, without history; the result for the last argument is kept."""
-        # Autograd's nodes hold this object. Were it to hold a tensor with a history in turn, neither could ever be freed:
-        # the way back leads through C++, where Python's collector sees nothing.
+        # Autograd's nodes hold this object. Were it to hold a tensor with a history in turn, neither could ever be
+        # freed: the way back leads through C++, where Python's collector sees nothing.
         if self._last is None or self._last[0]() is not coefficients_NK:
             sorted_P = coefficients_NK.detach().reshape(-1)[self.get().order_P]
             self._last = weakref.ref(coefficients_NK), sorted_P

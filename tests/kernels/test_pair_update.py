@@ -137,21 +137,21 @@ def alive_tensors():
 @pytest.mark.parametrize("activation", ["topk", "batchtopk"])
 def test_what_a_step_made_is_freed(kernels, activation, pair_gradients):
     """What autograd's nodes hold must not hold them: no collector could find such a circle."""
-    sae = LearningSAE(kernels=kernels, d_model=12, d_latent=40, k=4, activation=activation, auxk_alpha=0.5).to(DEVICE)
-    optimiser = make_optimiser(sae, AdamConfig(lr=1e-3), pair_gradients=pair_gradients)
-    sae.objective.pair_gradients = optimiser.pairs if pair_gradients else None
-    x = torch.randn(8, 12, device=DEVICE)
+    x, dead_R = torch.randn(8, 12, device=DEVICE), torch.tensor([1, 7, 30], device=DEVICE)
 
-    def step():
-        sae.losses(x, torch.tensor([1, 7, 30], device=DEVICE)).total.backward()
-        optimiser.step()
+    def learn():
+        """Weak references to the parameters of an SAE that learnt for some steps."""
+        sae = LearningSAE(kernels=kernels, d_model=12, d_latent=40, k=4, activation=activation, auxk_alpha=0.5)
+        optimiser = make_optimiser(sae.to(DEVICE), AdamConfig(lr=1e-3), pair_gradients=pair_gradients)
+        sae.objective.pair_gradients = optimiser.pairs if pair_gradients else None
+        alive = []
+        for _ in range(3):
+            sae.losses(x, dead_R).total.backward()
+            optimiser.step()
+            alive.append(alive_tensors())
+        assert alive[1] == alive[2]
+        return {name: weakref.ref(parameter) for name, parameter in sae.named_parameters()}
 
-    step()
-    before = alive_tensors()
-    for _ in range(2):
-        step()
-    assert alive_tensors() == before
-    parameters = {name: weakref.ref(parameter) for name, parameter in sae.named_parameters()}
-    del sae, optimiser, step
+    parameters = learn()
     gc.collect()
     assert [name for name, parameter in parameters.items() if parameter() is not None] == []
