@@ -196,4 +196,5 @@ def dot_picks(grad_ND: torch.Tensor, indices_NK: torch.Tensor, W_FD: torch.Tenso
             grad_ND[rows], indices_RK, W_FD, parts_SRK, num_picks, d_model, **config
         )
         torch.sum(parts_SRK, 0, out=out_NK[rows])
+        del parts_SRK  # or two would be alive at a time
     return out_NK
