@@ -107,6 +107,27 @@ class LearningConfig:
         return cls(**{name: value for name, value in fields.items() if name in known})
 
 
+@dataclass(frozen=True, kw_only=True)
+class SkipLearningConfig(LearningConfig):
+    """What learning with a skip is told beside."""
+
+    skip_init: str = "zero"
+    """Where the linear map starts: zero, or ridge, the regression of what is written on what is read over a sample."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.skip_init not in ("zero", "ridge"):
+            raise GranaryError(f"variant.skip_init={self.skip_init!r}: choose from zero, ridge")
+
+
+OF_KIND: dict[str, type[LearningConfig]] = {"skip_transcoder": SkipLearningConfig}
+
+
+def learning_of(kind: str) -> type[LearningConfig]:
+    """What learning a dictionary of this kind is told; its own keys stand in the config group ``variant``."""
+    return OF_KIND.get(kind, LearningConfig)
+
+
 def check(config: DictionaryConfig, learning: LearningConfig) -> None:
     """Raise GranaryError, one line with the reason, for a way of learning that the dictionary does not allow."""
     _check_sparsity(config, learning)

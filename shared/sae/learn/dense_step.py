@@ -35,6 +35,7 @@ def dense_losses(terms: LossTerms, x: Tensor, y: Tensor, inputs: StepInputs, for
     group, learning = terms.dictionary, terms.learning
     with torch.no_grad():
         centred_ND, target_ND, _, _ = terms.prepare(x, y)
+    wanted_ND = terms.wanted(target_ND, centred_ND)
     input_ND = centred_ND
     shared = terms.shared_pre_bias()
     if shared is not None:  # the gradient of b_dec goes through the encoder too
@@ -42,7 +43,7 @@ def dense_losses(terms: LossTerms, x: Tensor, y: Tensor, inputs: StepInputs, for
     z_NF = product(input_ND, group.W_enc.T, group.b_enc, compute=group.compute)
     f_NF = form.activation(z_NF)
     decoded_ND = product(f_NF, group.W_dec, compute=group.compute)
-    error_ND = terms.shard.sum_forward(decoded_ND) + group.b_dec - target_ND
+    error_ND = terms.shard.sum_forward(decoded_ND) + group.b_dec - wanted_ND
     reconstruction = weighted_square_error(error_ND, terms.loss_weight())
     total = reconstruction
     metrics: dict[str, Tensor] = {}
@@ -56,7 +57,7 @@ def dense_losses(terms: LossTerms, x: Tensor, y: Tensor, inputs: StepInputs, for
         # The gate must be a good encoder by itself; frozen, the decoder learns from the magnitudes alone.
         gate_ND = product(form.gate(z_NF), group.W_dec.detach(), compute=group.compute)
         gate_ND = terms.shard.sum_forward(gate_ND) + group.b_dec.detach()
-        gate = weighted_square_error(gate_ND - target_ND, terms.loss_weight())
+        gate = weighted_square_error(gate_ND - wanted_ND.detach(), terms.loss_weight())
         total = total + gate
         metrics["gate"] = gate.detach()
     preact = _preact(terms, form, z_NF, norm_F, inputs.dead)

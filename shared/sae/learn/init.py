@@ -13,8 +13,10 @@ from torch import Tensor
 
 from shared.basics.errors import GranaryError
 from shared.kernels import PairOrder, decode, row_grad
+from shared.sae.learn.config import SkipLearningConfig
 from shared.sae.learn.losses import weighted_square_error
 from shared.sae.learn.objective import Objective
+from shared.sae.learn.skip import start_skip
 from shared.sae.variants.base import per_column
 from shared.sae.variants.one_group import OneGroup
 
@@ -119,7 +121,7 @@ def initialise(
         centre(moments, dictionary, dictionary.output_mean, dictionary.output_scale, dictionary.output_variance)
     rule.start()
 
-    _, target_MD, _, _ = objective.terms.prepare(x_MD, y_MD)
+    centred_MD, target_MD, _, _ = objective.terms.prepare(x_MD, y_MD)
     if dictionary.config.normalisation == "layer_norm" and dictionary.config.shift_back:
         dictionary.input_variance.copy_(target_MD.var(0, correction=0))
     dictionary.b_enc.zero_()
@@ -135,6 +137,8 @@ def initialise(
             dictionary.W_dec.copy_(into_subspace(dictionary.W_dec, points_MD, learning.init_subspace))
         dictionary.W_enc.copy_(dictionary.W_dec)
     else:
+        if isinstance(learning, SkipLearningConfig):
+            start_skip(dictionary, learning, centred_MD, target_MD)
         start_decoder_from_data(objective, x_MD, y_MD)
     set_scale(objective, x_MD, y_MD)
 
@@ -190,7 +194,7 @@ def start_decoder_from_data(objective: Objective, x_MD: Tensor, y_MD: Tensor) ->
     objective.rule.fit_to_sample(centred_MD)
     values_MK, indices_MK = dictionary.activation.encode(dictionary, centred_MD)
     order = PairOrder(indices_MK, dictionary.num_latents)
-    wanted_MD = (target_MD - dictionary.b_dec).contiguous()
+    wanted_MD = (objective.terms.wanted(target_MD, centred_MD) - dictionary.b_dec).contiguous()
     rows_FD = row_grad(values_MK, indices_MK, wanted_MD, dictionary.num_latents, order, kernels=dictionary.kernels)
     norm_F1 = rows_FD.norm(dim=1, keepdim=True)
     dictionary.W_dec.copy_(torch.where(norm_F1 > 0, rows_FD / norm_F1.clamp_min(1e-30), dictionary.W_dec))
@@ -203,7 +207,8 @@ def set_scale(objective: Objective, x_MD: Tensor, y_MD: Tensor) -> None:
         x_MD, y_MD = x_MD[:SEARCH_TOKENS], y_MD[:SEARCH_TOKENS]  # half of all latents may fire
     encoder_FD, decoder_FD = dictionary.W_enc.clone(), dictionary.W_dec.clone()
     centred_MD, target_MD, _, _ = objective.terms.prepare(x_MD, y_MD)
-    wanted_MD, weight_D = target_MD - dictionary.b_dec, objective.terms.loss_weight()
+    wanted_MD = objective.terms.wanted(target_MD, centred_MD) - dictionary.b_dec
+    weight_D = objective.terms.loss_weight()
 
     def decoded_with(encoder: float, decoder: float) -> Tensor:
         dictionary.W_enc.copy_(encoder_FD * encoder)

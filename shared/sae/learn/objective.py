@@ -9,7 +9,7 @@ from shared.kernels import PairGradients
 from shared.sae.latent_shard import LatentShard
 from shared.sae.learn.activations import RULES, Rule
 from shared.sae.learn.batch_facts import Reduce, alone
-from shared.sae.learn.config import LearningConfig, check
+from shared.sae.learn.config import LearningConfig, check, learning_of
 from shared.sae.learn.inputs import BatchFacts, Losses, StepInputs
 from shared.sae.learn.terms import LossTerms
 from shared.sae.variants.one_group import OneGroup
@@ -23,7 +23,7 @@ class Objective(nn.Module):
 
     def __init__(self, dictionary: OneGroup, learning: LearningConfig | None = None) -> None:
         super().__init__()
-        self.learning = LearningConfig() if learning is None else learning
+        self.learning = learning_of(dictionary.config.kind)() if learning is None else learning
         check(dictionary.config, self.learning)
         self.dictionary = dictionary
         self.terms = LossTerms(dictionary, self.learning)

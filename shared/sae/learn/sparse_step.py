@@ -40,6 +40,7 @@ def sparse_losses(terms: LossTerms, x: Tensor, y: Tensor, inputs: StepInputs, se
     with torch.no_grad():
         centred_ND, target_ND, token_mean, token_scale = terms.prepare(x, y)
         picks = select(centred_ND, inputs)
+    wanted_ND = terms.wanted(target_ND, centred_ND)
     num_latents = group.num_latents
     order = PairOrder(picks.indices_NK, num_latents)
     values_NK = attach_encoder(
@@ -52,7 +53,7 @@ def sparse_losses(terms: LossTerms, x: Tensor, y: Tensor, inputs: StepInputs, se
     main_values = values_NK[:, :width]
     # Without extra picks the encoder and the decoder share one sort of the pairs.
     main_order = order if picks.main is picks.indices_NK else PairOrder(picks.main, num_latents)
-    alone = learning.prefixes is None and picks.extra is None and terms.shard is WHOLE
+    alone = learning.prefixes is None and picks.extra is None and terms.shard is WHOLE and wanted_ND is target_ND
     if alone:  # one reconstruction, of latents that are all here
         reconstruction, fvu, residual_ND = sparse_reconstruction(
             main_values, picks.main, group.W_dec, group.b_dec, target_ND, terms.loss_weight(), terms.fvu_weight(),
@@ -60,10 +61,10 @@ def sparse_losses(terms: LossTerms, x: Tensor, y: Tensor, inputs: StepInputs, se
         )  # fmt: skip
     elif learning.prefixes is None:
         decoded_ND = _decode(terms, main_values, picks.main, main_order)
-        error_ND = decoded_ND + group.b_dec - target_ND
+        error_ND = decoded_ND + group.b_dec - wanted_ND
         reconstruction = weighted_square_error(error_ND, terms.loss_weight())
     else:
-        error_GND = _decode_prefixes(terms, main_values, picks.main, learning.prefixes) + group.b_dec - target_ND
+        error_GND = _decode_prefixes(terms, main_values, picks.main, learning.prefixes) + group.b_dec - wanted_ND
         reconstruction = torch.stack([weighted_square_error(error, terms.loss_weight()) for error in error_GND]).sum()
         error_ND = error_GND[-1]
     if not alone:

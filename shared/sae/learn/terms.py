@@ -28,6 +28,11 @@ class LossTerms:
         normal, token_mean, token_scale = self.dictionary.normalise(x)
         return self.dictionary.centred(normal), self.dictionary.target(y, normal), token_mean, token_scale
 
+    def wanted(self, target_ND: Tensor, centred_ND: Tensor) -> Tensor:
+        """What latents and b_dec must give: the target itself, or with a skip what that leaves over, with gradient."""
+        skipped_ND = self.dictionary.skip(centred_ND)
+        return target_ND if skipped_ND is None else target_ND - skipped_ND
+
     def shared_pre_bias(self) -> Tensor | None:
         """b_dec as the encoder subtracts it, with its gradient; None without a pre-encoder bias."""
         return self.shard.sum_backward(self.dictionary.b_dec) if self.dictionary.config.pre_bias else None

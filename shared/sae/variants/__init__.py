@@ -2,9 +2,10 @@
 
 from shared.sae.variants.base import Dictionary
 from shared.sae.variants.sae import SAE
+from shared.sae.variants.skip_transcoder import SkipTranscoder
 from shared.sae.variants.transcoder import Transcoder
 
-VARIANTS: dict[str, type[Dictionary]] = {made.config_class.kind: made for made in (SAE, Transcoder)}
+VARIANTS: dict[str, type[Dictionary]] = {made.config_class.kind: made for made in (SAE, Transcoder, SkipTranscoder)}
 """By the name that ``variant=...`` and ``config.json`` give."""
 
-__all__ = ["SAE", "VARIANTS", "Dictionary", "Transcoder"]
+__all__ = ["SAE", "VARIANTS", "Dictionary", "SkipTranscoder", "Transcoder"]

@@ -65,7 +65,12 @@ class Dictionary(nn.Module):
 
     @property
     def groups(self) -> tuple[LatentGroup, ...]:
-        """The latents, by what they read and write."""
+        """The latents, by what they read and write. The latents of a dictionary are numbered group after group."""
+        raise NotImplementedError
+
+    @property
+    def places(self) -> tuple[tuple[slice, slice], ...]:
+        """Which columns each group reads, of all that is read side by side, and which it writes."""
         raise NotImplementedError
 
     @property
@@ -127,6 +132,13 @@ class Dictionary(nn.Module):
         if config.normalisation == "none":
             return y_hat
         return y_hat / per_column(self.input_scale, self.widths.reads) + self.input_mean
+
+    def skip(self, normal: Tensor) -> Tensor | None:
+        """What reaches the output past the latents [..., D_out], in the decoder's units, with gradient; None: nothing.
+
+        `normal` is the normalised input.
+        """
+        return None
 
     # Inference
 

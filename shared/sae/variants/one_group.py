@@ -49,6 +49,11 @@ class OneGroup(LatentGroup, Dictionary):
         """Itself."""
         return (self,)
 
+    @property
+    def places(self) -> tuple[tuple[slice, slice], ...]:
+        """All columns."""
+        return ((slice(None), slice(None)),)
+
     def roles(self) -> dict[str, Role]:
         """Those of the group and of what all dictionaries have."""
         return {**self.group_roles(unit_norm_decoder=self.config.unit_norm_decoder), **super().roles()}
@@ -72,7 +77,9 @@ class OneGroup(LatentGroup, Dictionary):
         features = None
         if return_all_features:
             features = torch.relu(F.linear(centred_ND, self.W_enc, self.b_enc)).view(*x.shape[:-1], -1)
-        return SparseLatents(values.view(shape), indices.view(shape), token_mean, token_scale, features)
+        return SparseLatents(
+            values.view(shape), indices.view(shape), token_mean, token_scale, self.skip(normal), features
+        )
 
     @torch.no_grad()
     def decode(self, latents: SparseLatents) -> Tensor:
@@ -85,4 +92,6 @@ class OneGroup(LatentGroup, Dictionary):
             kernels=self.kernels,
         )
         y_hat = (y_hat_ND + self.b_dec).view(*latents.values.shape[:-1], self.widths.d_out)
+        if latents.skipped is not None:
+            y_hat = y_hat + latents.skipped
         return self.denormalise(y_hat, latents.token_mean, latents.token_scale)
