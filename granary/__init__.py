@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         load,
         load_config,
         load_provenance,
+        load_set,
     )
     from shared.sae.learn.objective import Objective
     from shared.sae.loading import convert
@@ -55,6 +56,7 @@ _HOMES = {
     "load_causal_lm": "shared.lm",
     "load_config": "shared.sae",
     "load_provenance": "shared.sae",
+    "load_set": "shared.sae",
     "load_tokenizer": "shared.lm",
 }
 
@@ -84,6 +86,7 @@ __all__ = [
     "load_causal_lm",
     "load_config",
     "load_provenance",
+    "load_set",
     "load_tokenizer",
 ]
 

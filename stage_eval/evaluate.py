@@ -185,7 +185,7 @@ def write(cfg: EvalSchema, found: Found, results: Results) -> None:
             all_staged.append(staged)
         for staged in all_staged:
             staged.move_in()
-    print_tables(results.evaluations)
+    print_tables(results.evaluations, results.joint)
     if several:
         say_where_comparison(out, comparison)
     else:

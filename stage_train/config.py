@@ -280,6 +280,8 @@ class TrainSchema:
     """In a sweep (-m): train all its SAEs together, from one pass over the store."""
     hook: str | None = MISSING
     """Which of the store's sites to read and give back; null takes the only one. Short for reads and writes alike."""
+    at_layer: int | None = key(identity=False)  # what reads and writes make of it is a part of the run
+    """A number that hook, reads and writes may name as ${at_layer}: sweeping it gives a dictionary to each layer."""
     reads: Any = MISSING
     """What the dictionary reads where that is not what it writes: a site of the store, a list, or a pattern such as
     ``layers.*.mlp_in``; several lie side by side. Null: hook."""

@@ -31,7 +31,7 @@ PLACES: dict[str, tuple[Sites, SiteWidths]] = {
 def make(kind: str, dtype: torch.dtype = torch.float32, seed: int = 0, **given: Any) -> Objective:
     """One of this kind, random; `given` are fields of its config and of its learning."""
     sites, widths = given.pop("places", None) or PLACES[kind]
-    given = {"d_latent": 40, "activation": "topk", "pre_bias": sites.is_autoencoder, **given}
+    given = {"d_latent": 40, "activation": "topk", "pre_bias": sites is None or sites.is_autoencoder, **given}
     given = {**ACTIVATIONS[given["activation"]], **given}
     how = learning_of(kind)
     taught = {field.name for field in fields(how)}

@@ -8,7 +8,8 @@ if TYPE_CHECKING:
     from shared.sae.folder import load_provenance
     from shared.sae.latents import SAEOutput, SparseLatents
     from shared.sae.loading import load, load_config
-    from shared.sae.variants import SAE, Dictionary, Transcoder
+    from shared.sae.sets import load_set
+    from shared.sae.variants import SAE, Dictionary, SkipTranscoder, Transcoder
 
 _HOMES = {
     "SAE": "variants",
@@ -22,6 +23,7 @@ _HOMES = {
     "load": "loading",
     "load_config": "loading",
     "load_provenance": "folder",
+    "load_set": "sets",
 }
 
 __all__ = [
@@ -36,6 +38,7 @@ __all__ = [
     "load",
     "load_config",
     "load_provenance",
+    "load_set",
 ]
 
 
