@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from shared.lm import load_causal_lm, load_tokenizer
     from shared.sae import (
         SAE,
+        Crosscoder,
         Dictionary,
         DictionaryConfig,
         SAEConfig,
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 # What there is, and where it lives.
 _HOMES = {
     "SAE": "shared.sae",
+    "Crosscoder": "shared.sae",
     "Dictionary": "shared.sae",
     "DictionaryConfig": "shared.sae",
     "Edit": "shared.intervene.edits",
@@ -62,6 +64,7 @@ _HOMES = {
 
 __all__ = [
     "SAE",
+    "Crosscoder",
     "Dictionary",
     "DictionaryConfig",
     "Edit",

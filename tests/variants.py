@@ -24,6 +24,7 @@ PLACES: dict[str, tuple[Sites, SiteWidths]] = {
     "sae": (Sites.of(OUT), SiteWidths((9,), (9,))),
     "transcoder": (Sites((IN,), (OUT,)), SiteWidths((9,), (7,))),
     "skip_transcoder": (Sites((IN,), (OUT,)), SiteWidths((9,), (7,))),
+    "crosscoder": (Sites.of(IN, OUT), SiteWidths((9, 4), (9, 4))),
 }
 """Where each kind reads and writes, of unequal widths."""
 

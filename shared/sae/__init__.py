@@ -9,10 +9,11 @@ if TYPE_CHECKING:
     from shared.sae.latents import SAEOutput, SparseLatents
     from shared.sae.loading import load, load_config
     from shared.sae.sets import load_set
-    from shared.sae.variants import SAE, Dictionary, SkipTranscoder, Transcoder
+    from shared.sae.variants import SAE, Crosscoder, Dictionary, SkipTranscoder, Transcoder
 
 _HOMES = {
     "SAE": "variants",
+    "Crosscoder": "variants",
     "Dictionary": "variants",
     "DictionaryConfig": "config",
     "SAEConfig": "config",
@@ -28,6 +29,7 @@ _HOMES = {
 
 __all__ = [
     "SAE",
+    "Crosscoder",
     "Dictionary",
     "DictionaryConfig",
     "SAEConfig",

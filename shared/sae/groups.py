@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from shared.kernels import Compute
-from shared.sae.activations import ACTIVATIONS, Activation
+from shared.sae.activations import ACTIVATIONS, Activation, Encoder
 from shared.sae.config import DictionaryConfig
 from shared.sae.roles import Role
 
@@ -40,6 +40,24 @@ class LatentGroup(nn.Module):
     def make_activation(self, config: DictionaryConfig, num_latents: int) -> None:
         """Register the activation that the config names."""
         self.activation = ACTIVATIONS[config.activation](config, num_latents)
+
+    def choice_norm(self) -> Tensor | None:
+        """What weighs each latent where k are chosen, [F]; None: nothing."""
+        return None
+
+    def encoder(self) -> Encoder:
+        """The encoder as the choice sees it, with those weights."""
+        norm_F = self.choice_norm()
+        if norm_F is None:
+            return Encoder(self.W_enc, self.b_enc, self.compute, None)
+        with torch.no_grad():
+            return Encoder(self.W_enc * norm_F[:, None], self.b_enc * norm_F, self.compute, norm_F)
+
+    def fire(self, centred_ND: Tensor) -> tuple[Tensor, Tensor]:
+        """Inference: latents [N, K] of what the encoder multiplies, and their int64 indices, -1 for padding."""
+        encoder = self.encoder()
+        values_NK, indices_NK = self.activation.encode(encoder, centred_ND)
+        return encoder.unweighted(values_NK, indices_NK), indices_NK
 
     @property
     def num_latents(self) -> int:

@@ -80,7 +80,7 @@ def joint_table(evaluations: Sequence[Evaluation], joint: JointDownstream) -> Ta
     for one in evaluations:
         own = (number(one.l0), number(one.fvu, 4), percent(one.dead_fraction))
         assert one.downstream is not None
-        table.add_row(escape(one.sae.hook), *own, *losses(one.downstream))
+        table.add_row(escape(", ".join(one.sae.writes or [one.sae.hook])), *own, *losses(one.downstream))
     total = sum(one.l0 for one in evaluations if one.l0 is not None)
     table.add_row("all at once", number(total), "", "", *losses(joint))
     return table

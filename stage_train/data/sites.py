@@ -46,7 +46,7 @@ def site_formats(names: Iterable[str], stores: Sequence[PinnedStore]) -> dict[st
     """(Width, dtype that is read) of every site. Raises GranaryError where the stores do not agree on them."""
     formats = {}
     for name in dict.fromkeys(names):
-        found = {(part.store.plan.hooks[name], part.store.read_dtype) for part in stores}
+        found = {(part.store.width(name), part.store.dtype_of(name)) for part in stores}
         if len(found) != 1:
             raise GranaryError(f"the stores hold {name} with different widths or dtypes: they cannot be read as one")
         (formats[name],) = found

@@ -79,7 +79,9 @@ class TopKRule(Rule):
         assert isinstance(activation, TopK)
         k = activation.k if inputs.k is None else inputs.k
         width = min(learning.multi_topk_factor * k, config.d_latent) if learning.multi_topk_weight > 0 else k
-        values_NK, indices_NK = activation.select(self.terms.dictionary, centred_ND, width)
+        encoder = self.terms.dictionary.encoder()
+        values_NK, indices_NK = activation.select(encoder, centred_ND, width)
+        values_NK = encoder.unweighted(values_NK, indices_NK)
         if width == k:
             return Selection(values_NK, indices_NK, indices_NK, None)
         return Selection(values_NK, indices_NK, indices_NK[:, :k], indices_NK[:, k:])
@@ -126,6 +128,7 @@ class BatchTopKRule(Rule):
             indices_NM = torch.maximum(main, extra)
         else:
             indices_NM = main
+        values_NM = self.terms.dictionary.encoder().unweighted(values_NM, indices_NM)
         return Selection(values_NM.masked_fill(indices_NM < 0, 0), indices_NM, main, extra)
 
     def needs_facts(self, *, cut: bool) -> bool:
@@ -141,7 +144,7 @@ class BatchTopKRule(Rule):
         assert k is not None
         factor = self.terms.learning.multi_topk_factor if self.terms.learning.multi_topk_weight > 0 else 1
         return batch_facts.select_over_batch(
-            self.terms.dictionary,
+            self.terms.dictionary.encoder(),
             centred,
             wanted=num_tokens * min(k, config.d_latent),
             most=num_tokens * min(k * factor, config.d_latent),
@@ -159,9 +162,9 @@ class BatchTopKRule(Rule):
 
     def fit_to_sample(self, centred_MD: Tensor) -> None:
         """The threshold that keeps k latents per token of the sample."""
-        group, k = self.terms.dictionary, self.terms.dictionary.config.k
+        encoder, k = self.terms.dictionary.encoder(), self.terms.dictionary.config.k
         assert k is not None
-        kept = encode_batchtopk(centred_MD, group.W_enc, group.b_enc, k, compute=group.compute)
+        kept = encode_batchtopk(centred_MD, encoder.W_enc, encoder.b_enc, k, compute=encoder.compute)
         self.activation.threshold.copy_(smallest_kept(*kept))
 
 
@@ -187,7 +190,7 @@ class DenseRule(Rule):
         group, activation = self.terms.dictionary, self.form().activation
 
         def strength(z_NF: Tensor) -> Tensor:
-            return saturated(activation(z_NF), self.terms.learning, self.terms.decoder_norm())
+            return saturated(activation(z_NF), self.terms.learning, group.decoder_norm())
 
         return batch_facts.frequencies(group, centred, num_tokens, strength, reduce_rows)
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from shared.kernels import product
-from shared.sae.activations import encode_above
+from shared.sae.activations import Encoder, encode_above
 from shared.sae.groups import LatentGroup
 from shared.sae.learn.inputs import BatchFacts
 
@@ -51,7 +51,7 @@ def frequencies(
 
 
 def select_over_batch(
-    group: LatentGroup,
+    encoder: Encoder,
     centred: Sequence[Tensor],
     *,
     wanted: int,
@@ -66,7 +66,7 @@ def select_over_batch(
     """
     lower = MARGIN * float(first_guess) if memory.lower_bound is None else memory.lower_bound
     while True:
-        found = [encode_above(group, centred_ND, lower) for centred_ND in centred]
+        found = [encode_above(encoder, centred_ND, lower) for centred_ND in centred]
         values_P = torch.cat([values[indices >= 0] for values, indices in found])
         total = torch.tensor(len(values_P), device=values_P.device)
         reduce(total)

@@ -48,7 +48,7 @@ def dense_losses(terms: LossTerms, x: Tensor, y: Tensor, inputs: StepInputs, for
     total = reconstruction
     metrics: dict[str, Tensor] = {}
 
-    norm_F = terms.decoder_norm()
+    norm_F = group.decoder_norm()
     if learning.penalty != "none":
         penalty = terms.shard.sum_forward(_penalty(terms, form, z_NF, f_NF, norm_F, inputs))
         total = total + learning.penalty_weight * inputs.penalty_scale * penalty

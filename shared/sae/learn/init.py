@@ -192,7 +192,7 @@ def start_decoder_from_data(objective: Objective, x_MD: Tensor, y_MD: Tensor) ->
         x_MD, y_MD = x_MD[:SEARCH_TOKENS], y_MD[:SEARCH_TOKENS]
     centred_MD, target_MD, _, _ = objective.terms.prepare(x_MD, y_MD)
     objective.rule.fit_to_sample(centred_MD)
-    values_MK, indices_MK = dictionary.activation.encode(dictionary, centred_MD)
+    values_MK, indices_MK = dictionary.fire(centred_MD)
     order = PairOrder(indices_MK, dictionary.num_latents)
     wanted_MD = (objective.terms.wanted(target_MD, centred_MD) - dictionary.b_dec).contiguous()
     rows_FD = row_grad(values_MK, indices_MK, wanted_MD, dictionary.num_latents, order, kernels=dictionary.kernels)
@@ -214,7 +214,7 @@ def set_scale(objective: Objective, x_MD: Tensor, y_MD: Tensor) -> None:
         dictionary.W_enc.copy_(encoder_FD * encoder)
         dictionary.W_dec.copy_(decoder_FD * decoder)
         rule.fit_to_sample(centred_MD)
-        values, indices = dictionary.activation.encode(dictionary, centred_MD)
+        values, indices = dictionary.fire(centred_MD)
         return decode(values, indices, dictionary.W_dec, kernels=dictionary.kernels)
 
     def loss_with(encoder: float, decoder: float) -> float:

@@ -53,10 +53,6 @@ class LossTerms:
         """Where the gradient of a matrix goes instead of ``.grad``; None: nowhere else."""
         return None if self.pair_gradients is None else self.pair_gradients[name]
 
-    def decoder_norm(self) -> Tensor | None:
-        """Norms [F] of the decoder's rows, which weigh the penalties; None where they are 1."""
-        return None if self.dictionary.config.unit_norm_decoder else self.dictionary.W_dec.norm(dim=1)
-
     def auxk(self, residual_ND: Tensor, centred_ND: Tensor, dead: Tensor | None) -> Tensor | None:
         """The AuxK loss; None where it is off or nothing is dead."""
         if dead is None or self.learning.auxk_alpha == 0:

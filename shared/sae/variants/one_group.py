@@ -58,6 +58,10 @@ class OneGroup(LatentGroup, Dictionary):
         """Those of the group and of what all dictionaries have."""
         return {**self.group_roles(unit_norm_decoder=self.config.unit_norm_decoder), **super().roles()}
 
+    def decoder_norm(self) -> Tensor | None:
+        """Norms [F] of the decoder's rows, which weigh the penalties, with gradient; None where they are 1."""
+        return None if self.config.unit_norm_decoder else self.W_dec.norm(dim=1)
+
     def centred(self, normal_ND: Tensor) -> Tensor:
         """What the encoder multiplies, from the normalised input."""
         return normal_ND - self.b_dec if self.config.pre_bias else normal_ND
@@ -72,7 +76,7 @@ class OneGroup(LatentGroup, Dictionary):
         """
         normal, token_mean, token_scale = self.normalise(x)
         centred_ND = self.centred(normal.reshape(-1, self.widths.d_in))
-        values, indices = self.activation.encode(self, centred_ND)
+        values, indices = self.fire(centred_ND)
         shape = (*x.shape[:-1], values.shape[-1])
         features = None
         if return_all_features:

@@ -7,12 +7,20 @@ import torch
 
 from shared.sae.learn.init import initialise
 from shared.sae.learn.inputs import StepInputs
+from shared.sae.sites import Sites, SiteWidths
 from tests.dense import dense_loss
 from tests.variants import ACTIVATIONS, batch, make
 
 CASES: list[tuple[str, dict[str, Any]]] = [
     *(("transcoder", {"activation": activation}) for activation in ACTIVATIONS),
     *(("skip_transcoder", {"activation": activation}) for activation in ACTIVATIONS),
+    *(
+        ("crosscoder", {"activation": activation, "gate": gate, "pre_bias": gate == "sum"})
+        for activation in ACTIVATIONS
+        for gate in ("joint", "sum")
+    ),
+    ("crosscoder", {"activation": "relu", "unit_norm_decoder": False}),
+    ("crosscoder", {"places": (Sites(("a",), ("b", "c")), SiteWidths((6,), (5, 8))), "gate": "sum"}),
     ("skip_transcoder", {"skip_init": "ridge", "normalisation": "scale"}),
 ]
 
