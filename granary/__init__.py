@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from shared.intervene.splice import SplicedModel
     from shared.lm import load_causal_lm, load_tokenizer
     from shared.sae import (
+        CLT,
         SAE,
         Crosscoder,
         Dictionary,
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
 # What there is, and where it lives.
 _HOMES = {
+    "CLT": "shared.sae",
     "SAE": "shared.sae",
     "Crosscoder": "shared.sae",
     "Dictionary": "shared.sae",
@@ -63,6 +65,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "CLT",
     "SAE",
     "Crosscoder",
     "Dictionary",

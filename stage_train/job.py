@@ -79,7 +79,7 @@ class Job:
         for one in cfgs:
             with self.blaming(one.out_dir):
                 spec = RunSpec.resolve(one, stores, self.tokens.data)
-                self.layout.num_latents(spec.dictionary.d_latent)  # refuses what does not divide
+                self.layout.check(spec.dictionary)
                 self.specs.append(spec)
 
     def execute(self) -> None:

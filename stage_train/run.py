@@ -19,7 +19,6 @@ from shared.sae.folder import to_document
 from shared.sae.learn.init import initialise
 from shared.sae.learn.objective import Objective
 from shared.sae.variants import VARIANTS
-from shared.sae.variants.one_group import OneGroup
 from stage_train.config import TrainSchema
 from stage_train.data.inputs import TrainingInputs
 from stage_train.data.stream import Batch, TokenStream
@@ -143,9 +142,7 @@ def make_objective(spec: RunSpec, inputs: TrainingInputs, device: torch.device, 
     """What learns, whole, on `device`; see ``make_trainer``."""
     cfg = spec.cfg
     generator = torch.Generator().manual_seed(cfg.seed)
-    made = VARIANTS[spec.dictionary.kind]
-    assert issubclass(made, OneGroup)
-    dictionary = made(
+    dictionary = VARIANTS[spec.dictionary.kind](
         spec.dictionary, kernels=cfg.compute.kernels, compute_dtype=cfg.compute.dtype, generator=generator
     )
     objective = Objective(dictionary, spec.learning)

@@ -10,7 +10,6 @@ from shared.sae.learn.config import learning_of
 from shared.sae.learn.objective import Objective
 from shared.sae.sites import Sites, SiteWidths
 from shared.sae.variants import VARIANTS
-from shared.sae.variants.one_group import OneGroup
 
 IN, OUT = "layers.2.mlp_in", "layers.2.mlp_out"
 ACTIVATIONS: dict[str, dict[str, Any]] = {
@@ -24,6 +23,12 @@ PLACES: dict[str, tuple[Sites, SiteWidths]] = {
     "sae": (Sites.of(OUT), SiteWidths((9,), (9,))),
     "transcoder": (Sites((IN,), (OUT,)), SiteWidths((9,), (7,))),
     "skip_transcoder": (Sites((IN,), (OUT,)), SiteWidths((9,), (7,))),
+    "clt": (
+        Sites(
+            ("layers.0.mlp_in", "layers.1.mlp_in", "layers.2.mlp_in"), tuple(f"layers.{n}.mlp_out" for n in range(3))
+        ),
+        SiteWidths((9, 6, 5), (7, 4, 8)),
+    ),
     "crosscoder": (Sites.of(IN, OUT), SiteWidths((9, 4), (9, 4))),
 }
 """Where each kind reads and writes, of unequal widths."""
@@ -32,13 +37,17 @@ PLACES: dict[str, tuple[Sites, SiteWidths]] = {
 def make(kind: str, dtype: torch.dtype = torch.float32, seed: int = 0, **given: Any) -> Objective:
     """One of this kind, random; `given` are fields of its config and of its learning."""
     sites, widths = given.pop("places", None) or PLACES[kind]
-    given = {"d_latent": 40, "activation": "topk", "pre_bias": sites is None or sites.is_autoencoder, **given}
+    given = {
+        "d_latent": 60 if kind == "clt" else 40,
+        "activation": "topk",
+        "pre_bias": sites is None or sites.is_autoencoder,
+        **given,
+    }
     given = {**ACTIVATIONS[given["activation"]], **given}
     how = learning_of(kind)
     taught = {field.name for field in fields(how)}
     made = VARIANTS[kind]
     config = made.config_class.of(widths, {name: one for name, one in given.items() if name not in taught}, sites)
-    assert issubclass(made, OneGroup)
     dictionary = made(config, generator=torch.Generator().manual_seed(seed)).to(dtype)
     return Objective(dictionary, how(**{name: one for name, one in given.items() if name in taught}))
 

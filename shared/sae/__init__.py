@@ -9,9 +9,10 @@ if TYPE_CHECKING:
     from shared.sae.latents import SAEOutput, SparseLatents
     from shared.sae.loading import load, load_config
     from shared.sae.sets import load_set
-    from shared.sae.variants import SAE, Crosscoder, Dictionary, SkipTranscoder, Transcoder
+    from shared.sae.variants import CLT, SAE, Crosscoder, Dictionary, SkipTranscoder, Transcoder
 
 _HOMES = {
+    "CLT": "variants",
     "SAE": "variants",
     "Crosscoder": "variants",
     "Dictionary": "variants",
@@ -28,6 +29,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "CLT",
     "SAE",
     "Crosscoder",
     "Dictionary",

@@ -56,10 +56,10 @@ class LatentScaling:
         check_pair(crosscoder)
         self.crosscoder = crosscoder
         with torch.no_grad():
-            parts = crosscoder.W_dec.split(crosscoder.widths.writes, dim=1)
-            self.parts_FD = [part.contiguous() for part in parts]
-            self.owner_F = (crosscoder.site_norms().argmax(0)).long()
-            self.rows_FD = torch.where(self.owner_F[:, None] == 0, *self.parts_FD).contiguous()
+            first_FD, second_FD = crosscoder.W_dec.split(crosscoder.widths.writes, dim=1)
+            self.parts_FD = [first_FD.contiguous(), second_FD.contiguous()]
+            self.owner_F = crosscoder.site_norms().argmax(0)
+            self.rows_FD = torch.where(self.owner_F[:, None] == 0, first_FD, second_FD)
         sums = torch.zeros(2, len(self.owner_F), dtype=torch.float64, device=self.owner_F.device)
         self.reconstruction_SF, self.error_SF = sums, sums.clone()
         """sum_n f_nj <d_j, y_n> of each site."""

@@ -14,7 +14,7 @@ from shared.sae.config import DictionaryConfig
 from shared.sae.groups import LatentGroup, random_unit_rows
 from shared.sae.latents import SparseLatents
 from shared.sae.roles import Role
-from shared.sae.variants.base import Dictionary
+from shared.sae.variants.base import Dictionary, Picks
 
 
 class OneGroup(LatentGroup, Dictionary):
@@ -58,9 +58,13 @@ class OneGroup(LatentGroup, Dictionary):
         """Those of the group and of what all dictionaries have."""
         return {**self.group_roles(unit_norm_decoder=self.config.unit_norm_decoder), **super().roles()}
 
-    def decoder_norm(self) -> Tensor | None:
-        """Norms [F] of the decoder's rows, which weigh the penalties, with gradient; None where they are 1."""
-        return None if self.config.unit_norm_decoder else self.W_dec.norm(dim=1)
+    def split(self, values_NK: Tensor, indices_NK: Tensor) -> list[Picks]:
+        """All are of the one group."""
+        return [(values_NK, indices_NK)]
+
+    def decoded(self, values_NK: Tensor, indices_NK: Tensor) -> Tensor:
+        """Without b_dec, [N, D_out]."""
+        return decode(values_NK, indices_NK, self.W_dec, kernels=self.kernels)
 
     def centred(self, normal_ND: Tensor) -> Tensor:
         """What the encoder multiplies, from the normalised input."""
@@ -89,11 +93,8 @@ class OneGroup(LatentGroup, Dictionary):
     def decode(self, latents: SparseLatents) -> Tensor:
         """Reconstruction [..., D_out] of what is written, in the units of raw activations. No gradient."""
         width = latents.values.shape[-1]
-        y_hat_ND = decode(
-            latents.values.reshape(-1, width).to(self.W_dec.dtype),
-            latents.indices.reshape(-1, width),
-            self.W_dec,
-            kernels=self.kernels,
+        y_hat_ND = self.decoded(
+            latents.values.reshape(-1, width).to(self.W_dec.dtype), latents.indices.reshape(-1, width)
         )
         y_hat = (y_hat_ND + self.b_dec).view(*latents.values.shape[:-1], self.widths.d_out)
         if latents.skipped is not None:

@@ -21,6 +21,15 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ),
     ("crosscoder", {"activation": "relu", "unit_norm_decoder": False}),
     ("crosscoder", {"places": (Sites(("a",), ("b", "c")), SiteWidths((6,), (5, 8))), "gate": "sum"}),
+    *(
+        ("clt", {"activation": activation, "k_scope": scope})
+        for activation in ("topk", "batchtopk")
+        for scope in ("all", "layer")
+    ),
+    ("clt", {"activation": "relu", "penalty": "l1", "unit_norm_decoder": False}),
+    ("clt", {"activation": "jumprelu"}),
+    ("clt", {"activation": "jumprelu", "penalty": "tanh", "unit_norm_decoder": False}),
+    ("clt", {"activation": "jumprelu", "penalty": "l0"}),
     ("skip_transcoder", {"skip_init": "ridge", "normalisation": "scale"}),
 ]
 
