@@ -29,7 +29,7 @@ endif
 
 LOCKED := $(if $(shell command -v flock),flock pyproject.toml)
 
-.PHONY: help setup setup-peers demo harvest plan train eval sweep check compile-kernels docs-config bench bench-gpu clean
+.PHONY: help setup setup-peers demo harvest plan train eval sweep transcoders check compile-kernels docs-config bench bench-gpu clean
 .PHONY: bit-identical test test-all test-processors test-s3 test-peers test-quantised test-cluster
 
 help: ## this list
@@ -78,6 +78,9 @@ eval: setup ## score a trained SAE: FVU, L0, loss recovered, plots, report
 sweep: setup ## train and compare K=8,16 x EXPANSION=4,8 on the store of runs/NAME; PACKED=1: from one pass over it
 	@$(BIN)/python -m stage_train -m name=$(NAME) nproc=$(NPROC) sae.k=$(K) sae.expansion=$(EXPANSION) $(packed) $(ARGS)
 	@$(STAGE) stage_eval name=$(NAME) sae.path=runs/$(NAME)/sweep sae.last_grid=true
+
+transcoders: setup ## a transcoder for every layer's MLP from one pass over the store of runs/NAME, scored alone and all at once
+	@$(BIN)/python -m granary transcoders name=$(NAME) nproc=$(NPROC) $(ARGS)
 
 # Two workers, one thread each: most tests wait for imports of processes they start.
 PYTEST_ALONE := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q

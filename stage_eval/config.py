@@ -37,11 +37,23 @@ class SAEInput:
 
 
 @dataclass(kw_only=True)
+class StoreBeside:
+    """A store of another model on the same tokens."""
+
+    name: str = MISSING
+    """What its sites are called by, as in training."""
+    url: str = MISSING
+    """Folder or fsspec URL of an activation store."""
+
+
+@dataclass(kw_only=True)
 class StoreInput:
     """Which activations to evaluate on."""
 
     url: str = MISSING
     """Folder or fsspec URL of an activation store."""
+    beside: list[StoreBeside] = MISSING
+    """Stores of other models on the same tokens: 'store.beside=[{name:chat,url:s3://bucket/chat}]'."""
 
 
 @dataclass(kw_only=True)

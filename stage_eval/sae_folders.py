@@ -2,7 +2,6 @@
 
 import glob
 import hashlib
-import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from shared.basics.errors import GranaryError, first_line
+from shared.basics.numbers import natural_key
 from shared.basics.run_folder import CONFIG_FILE, WEIGHTS_FILE, RunFolder
 from shared.launch import commands
 from shared.sae.config import DictionaryConfig
@@ -137,7 +137,7 @@ def open_folder(path: str, store: Store, hook: str | None) -> SAEFolder:
     description = describe(folder)
     config = description.config(KINDS)
     sites = choose_sites(path, description.sites, store, hook)
-    widths = sites.widths(store.plan.hooks)
+    widths = sites.widths({name: store.width(name) for name in sites.names})
     for verb, names, own, theirs in (
         ("reads", sites.reads, config.widths.d_in, widths.d_in),
         ("writes", sites.writes, config.widths.d_out, widths.d_out),
@@ -193,8 +193,3 @@ def short_names(paths: list[str]) -> list[str]:
     while all(len(part) > shared + 1 for part in parts) and len({part[shared] for part in parts}) == 1:
         shared += 1
     return ["/".join(part[shared:]) for part in parts]
-
-
-def natural_key(path: str) -> list[tuple[int, str]]:
-    """Orders ``k=8`` before ``k=16``."""
-    return [(int(piece), "") if piece.isdigit() else (-1, piece) for piece in re.split(r"(\d+)", path)]

@@ -29,6 +29,7 @@ COMMANDS = {
     "train": Command("stage_train", "train a sparse autoencoder, or a transcoder, from a store"),
     "eval": Command("stage_eval", "score trained ones: FVU, L0, loss recovered, plots, report"),
     "sweep": Command("granary.sweep", "train a grid from one store (sae.k=8,16 ...), then compare it"),
+    "transcoders": Command("granary.transcoders", "a transcoder per layer from one pass, scored alone and together"),
     "plan": Command("stage_train.plan", "memory per rank, reading and time of a training run, before it starts"),
     "packed": Command("stage_train.packed", "train the SAEs that a file lists from one pass over a store"),
     "export": Command("stage_train.export", "the SAE of a run's newest checkpoint"),
