@@ -1,0 +1,1 @@
+"""From a store and a dictionary to what each latent does."""
