@@ -1,8 +1,8 @@
 """Look at what each latent does: ``granary explore RUN``, a page on this machine's own address.
 
-    granary explore runs/demo                          # serve it, with the model on the spot
-    granary explore runs/demo --folder site            # the same pages as files for any web host
-    granary explore runs/demo --html latents.html      # 200 latents in one file that opens from disk
+granary explore runs/demo                          # serve it, with the model on the spot
+granary explore runs/demo --folder site            # the same pages as files for any web host
+granary explore runs/demo --html latents.html      # 200 latents in one file that opens from disk
 """
 
 import argparse
@@ -37,7 +37,9 @@ def main(argv: list[str] | None = None) -> None:
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog=program("explore"), description="Look at what each latent does.")
-    parser.add_argument("run", nargs="+", help="run folder, or the URL of a latents folder; several are served side by side")
+    parser.add_argument(
+        "run", nargs="+", help="run folder, or the URL of a latents folder; several are served side by side"
+    )
     parser.add_argument("--port", type=int, help=f"where to serve it; default: the first free one from {PORT}")
     parser.add_argument("--no-model", action="store_true", help="without the pages that run the language model")
     parser.add_argument("--model", help="model folder, hub id or bundled; default: the one that was harvested")
@@ -87,7 +89,7 @@ def serve(opened: "list[Documents]", arguments: argparse.Namespace) -> None:
         import uvicorn
 
         from stage_inspect.explorer.guard import HOST
-        from stage_inspect.explorer.site import Run, make_site
+        from stage_inspect.explorer.server import Run, make_app
     except ModuleNotFoundError as error:
         raise GranaryError(f"the explorer needs {error.name}: pip install 'granary-sae[explore]'") from error
     runs = []
@@ -108,7 +110,7 @@ def serve(opened: "list[Documents]", arguments: argparse.Namespace) -> None:
     listening = bind(HOST, arguments.port)
     port = listening.getsockname()[1]
     say(f"{', '.join(one.title for one in opened)}: http://{HOST}:{port}/  (Ctrl-C ends it)")
-    config = uvicorn.Config(make_site(runs, port), log_level="warning", access_log=False, server_header=False, ws="none")
+    config = uvicorn.Config(make_app(runs, port), log_level="warning", access_log=False, server_header=False, ws="none")
     uvicorn.Server(config).run(sockets=[listening])
 
 

@@ -1,7 +1,8 @@
 """The pages' modules as one script, for a file that holds everything: no tool of another language is needed.
 
-The modules keep to what this can read: ``import { a, b } from "./x.js";`` on one line, and ``export`` before a function,
-an async function or a const. Each becomes a function that returns what it exports, called once, in order of need.
+The modules keep to what this can read: ``import { a, b } from "./x.js";`` on one line, and ``export`` before a
+function, an async function or a const. Each becomes a function that returns what it exports,
+called once, in order of need.
 """
 
 import re

@@ -4,7 +4,7 @@ Text leaves here as strings and is shown as text nodes; it is never markup.
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -13,51 +13,14 @@ import numpy.typing as npt
 from shared.basics.errors import GranaryError
 from shared.latents import Example, Latents
 from shared.latents.examples import DECILES
+from shared.latents.folder import Related
+from stage_inspect.explorer.columns import COLUMNS, Column
 from stage_inspect.explorer.limits import SEARCH_HITS
 
 TOP, PER_DECILE, SILENT = 24, 3, 6  # examples of each kind that a page begins with
 RELATED, LISTED = 10, 8  # latents and tokens listed beside them
 BLOCK = 64  # latents whose names and tokens come together
 STRONGEST_TOKENS = 6
-
-
-@dataclass(frozen=True)
-class Column:
-    """One number per latent: how it is called, written and sent."""
-
-    name: str
-    title: str
-    help: str
-    kind: str
-    """count, share or number."""
-    shown: bool = False
-    """In the table before the reader chooses."""
-    listed: bool = True
-    """Among those that the reader can choose."""
-
-
-COLUMNS = (
-    Column("density", "Density", "share of the tokens on which it fires", "share", shown=True),
-    Column("fired", "Tokens", "tokens on which it fires", "count"),
-    Column("max", "Maximum", "its largest activation", "number", shown=True),
-    Column("mean", "Mean", "mean activation where it fires", "number", shown=True),
-    Column("std", "Deviation", "standard deviation of the activation where it fires", "number"),
-    Column("skew", "Skew", "skew of the activation where it fires", "number"),
-    Column("kurtosis", "Kurtosis", "excess kurtosis of the activation where it fires", "number"),
-    Column("documents", "Documents", "documents in which it fires", "count", shown=True),
-    Column("contexts", "Contexts", "contexts in which it fires", "count"),
-    Column("windows", "Windows", "windows in which it fires", "count"),
-    Column("encoder_decoder_cosine", "Enc · dec", "cosine between its encoder and its decoder direction", "number"),
-    Column("encoder_norm", "Encoder norm", "norm of its encoder direction", "number"),
-    Column("decoder_norm", "Decoder norm", "norm of its decoder direction", "number"),
-    Column("bias", "Bias", "its encoder bias", "number"),
-    Column("logit_sd", "Logit spread", "standard deviation of its logit weights over the vocabulary", "number"),
-    Column("logit_skew", "Logit skew", "skew of its logit weights over the vocabulary", "number"),
-    Column("logit_kurtosis", "Logit kurtosis", "excess kurtosis of its logit weights: a few tokens stand out", "number",
-           shown=True),
-    Column("map_x", "x", "place on the map", "number", listed=False),
-    Column("map_y", "y", "place on the map", "number", listed=False),
-)  # fmt: skip
 
 
 class Documents:
@@ -127,12 +90,12 @@ class Documents:
         }
 
     def search(self, query: str) -> dict[str, Any]:
-        """Latents that notes or explanations with these words speak of, best first, then those that fire on the token."""
+        """Latents whose notes or explanations hold these words, best first, then those that fire on the token."""
+        if not query.strip():
+            return {"latents": [], "total": 0}
         found = [hit.latent for hit in self.latents.search(query, SEARCH_HITS)]
-        try:
+        with suppress(GranaryError):  # no token of the vocabulary
             found += [hit.latent for hit in self.latents.find(token=query, limit=SEARCH_HITS)]
-        except GranaryError:  # no token of the vocabulary
-            pass
         unique = list(dict.fromkeys(found))
         return {"latents": unique, "total": len(unique)}
 
@@ -144,10 +107,10 @@ class Documents:
         one = latents.latent(index)
         near = latents.neighbours(index)[:RELATED]
         together = {name: getattr(one, name)[:RELATED] for name in ("jaccard", "npmi", "pearson")}
-        names = self.names({related.latent for group in (near, *together.values()) for related in group})
+        named = self.named(sorted({related.latent for group in (near, *together.values()) for related in group}))
 
-        def related(group: Iterable[Any]) -> list[list[Any]]:
-            return [[each.latent, each.value, names.get(each.latent)] for each in group]
+        def related(group: Iterable[Related]) -> list[list[Any]]:
+            return [[each.latent, short(each.value), *named[str(each.latent)]] for each in group]
 
         return {
             "latent": index,
@@ -155,14 +118,14 @@ class Documents:
             "histogram": self._histogram(one.histogram, one.numbers["max"]),
             "groups": self._groups(index),
             "logits": {
-                "top": [[weight.text, weight.value] for weight in one.promoted[:LISTED]],
-                "bottom": [[weight.text, weight.value] for weight in one.demoted[:LISTED]],
+                "top": [[weight.text, short(weight.value)] for weight in one.promoted[:LISTED]],
+                "bottom": [[weight.text, short(weight.value)] for weight in one.demoted[:LISTED]],
             }
             if one.promoted
             else None,
             "tokens": {
-                "on": [[token.text, token.share] for token in one.tokens[:LISTED]],
-                "next": [[token.text, token.share] for token in one.next_tokens[:LISTED]],
+                "on": [[token.text, short(token.share)] for token in one.tokens[:LISTED]],
+                "next": [[token.text, short(token.share)] for token in one.next_tokens[:LISTED]],
             },
             "neighbours": related(near),
             "together": {name: related(group) for name, group in together.items()},
@@ -172,7 +135,9 @@ class Documents:
                     "text": said.text,
                     "method": said.method,
                     "author": said.author,
-                    "scores": [[score.scorer, score.value, score.low, score.high] for score in latents.notes.scores(said.id)],
+                    "scores": [
+                        [score.scorer, score.value, score.low, score.high] for score in latents.notes.scores(said.id)
+                    ],
                 }
                 for said in one.explanations
             ],
@@ -210,7 +175,7 @@ class Documents:
         found: dict[str, Any] = {
             "pieces": pieces,
             "at": at.tolist(),
-            "a": [float(f"{value:.4g}") for value in one.values[at]],
+            "a": [short(value) for value in one.values[at]],
             "peak": one.peak,
             "value": float(f"{one.value:.6g}"),
             "context": one.context,
@@ -292,12 +257,16 @@ class Documents:
 
     def _origin(self) -> list[tuple[str, str]]:
         meta = self.latents.meta
+        counts = meta.counts
         settings = ", ".join(f"{key} {value}" for key, value in meta.settings.items())
         rows = [
             ("Dictionary", f"{meta.dictionary.get('path', '')} · sha256 {meta.dictionary.get('sha256', '')}"),
             ("Store", f"{meta.store.get('url', '')} · digest {meta.store.get('digest', '')}"),
             ("Model", ", ".join(str(value) for key in ("id", "revision", "dtype") if (value := meta.model.get(key)))),
-            ("Read", f"{meta.counts['tokens']:,} tokens of {meta.counts['contexts']:,} contexts, split {meta.store.get('split', 'all')}"),
+            (
+                "Read",
+                f"{counts['tokens']:,} tokens of {counts['contexts']:,} contexts, {meta.store.get('split', 'all')}",
+            ),
             ("Settings", settings),
             ("Versions", ", ".join(f"{name} {version}" for name, version in meta.versions.items())),
         ]
@@ -306,6 +275,11 @@ class Documents:
 
 NUMBERS = ("fired", "density", "max", "mean", "std", "skew", "kurtosis", "windows", "contexts", "documents",
            "encoder_decoder_cosine", "decoder_norm", "logit_sd", "logit_skew", "logit_kurtosis")  # fmt: skip
+
+
+def short(value: float) -> float:
+    """Four digits: enough for a colour, a bar and a tooltip."""
+    return float(f"{value:.4g}")
 
 
 def clean(value: float) -> float | int | None:

@@ -25,6 +25,7 @@ from shared.lm.hookpoint import HookPoint
 from shared.sae.loading import load_any
 from shared.sae.sites import side_by_side
 from shared.sae.variants import SAE, Dictionary
+from stage_inspect.explorer.documents import short
 from stage_inspect.explorer.limits import GENERATED_TOKENS, TEXT_CHARACTERS, TEXT_TOKENS
 
 NEXT_TOKENS = 8
@@ -50,7 +51,12 @@ class LiveSettings:
         if path is None:
             raise GranaryError("the latents folder does not record its model: give --model PATH")
         revision = None if model else recorded.get("revision")
-        return cls(folder, "bundled" if recorded.get("id") == "bundled" and not model else path, revision, str(recorded.get("dtype", "float32")))
+        return cls(
+            folder,
+            "bundled" if recorded.get("id") == "bundled" and not model else path,
+            revision,
+            str(recorded.get("dtype", "float32")),
+        )
 
 
 class Live:
@@ -185,7 +191,9 @@ class Live:
         return latents.values.numpy(), indices.numpy()
 
     def _continue(self, model: SplicedModel, ids: Tensor, tokens: int) -> str:
-        full = model.generate(ids[None], max_new_tokens=tokens, do_sample=False, pad_token_id=self.tokenizer.eos_token_id)
+        full = model.generate(
+            ids[None], max_new_tokens=tokens, do_sample=False, pad_token_id=self.tokenizer.eos_token_id
+        )
         return str(self.tokenizer.decode(full[0, len(ids) :]))
 
     def _pieces(self, ids: Tensor) -> dict[str, Any]:
@@ -210,8 +218,3 @@ def spans(sorted_P: np.ndarray[Any, Any]) -> list[tuple[int, int]]:
         return []
     starts = np.flatnonzero(np.concatenate([[True], sorted_P[1:] != sorted_P[:-1]]))
     return list(zip(starts.tolist(), [*starts[1:].tolist(), len(sorted_P)], strict=True))
-
-
-def short(value: float) -> float:
-    """Four digits are enough for a colour and a tooltip."""
-    return float(f"{value:.4g}")

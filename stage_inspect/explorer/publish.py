@@ -19,7 +19,7 @@ from shared.basics.errors import GranaryError
 from shared.basics.files import write_bytes
 from stage_inspect.explorer.bundle import bundle
 from stage_inspect.explorer.documents import BLOCK, Documents
-from stage_inspect.explorer.site import encoded, static_files
+from stage_inspect.explorer.server import encoded, static_files
 
 CHUNK = 8  # latents in a file of a folder: a page stays below 100 KB
 MAX_LATENTS = 200  # of one HTML file
@@ -27,7 +27,7 @@ FIRES_IN = 10  # documents, of a latent that is chosen by chance
 
 
 def write_folder(documents: Documents, folder: Path) -> int:
-    """Write the pages of every latent; returns their number. Raises GranaryError for a folder that holds other things."""
+    """Write the pages of every latent; returns their number. Raises GranaryError for a folder of other things."""
     if folder.exists() and any(folder.iterdir()) and not (folder / "data" / "meta.json").is_file():
         raise GranaryError(f"{folder} holds other files: choose another folder")
     for name, content in static_files().items():
@@ -42,7 +42,7 @@ def write_folder(documents: Documents, folder: Path) -> int:
 
 
 def write_page(documents: Documents, chosen: Sequence[int], file: Path) -> None:
-    """Write one HTML file with the pages of these latents. Raises GranaryError for too many, or one that is not there."""
+    """Write one HTML file with the pages of these latents. Raises GranaryError for too many, or unknown ones."""
     only = sorted(set(chosen))
     if not only or len(only) > MAX_LATENTS:
         raise GranaryError(f"one file holds 1 to {MAX_LATENTS} latents, not {len(only)}: write a folder instead")
@@ -75,7 +75,10 @@ def documents_of(documents: Documents, latents: Sequence[int], chunk: int) -> It
     held[list(latents)] = True
     for column in documents.columns:
         stored = np.frombuffer(documents.column(column.name), "<u4")  # as bits: those of other latents become 0
-        yield f"column/{column.name}.{documents.dtype(column)}.gz", packed(np.where(held, stored, 0).astype("<u4").tobytes())
+        yield (
+            f"column/{column.name}.{documents.dtype(column)}.gz",
+            packed(np.where(held, stored, 0).astype("<u4").tobytes()),
+        )
     names: list[tuple[int, str]] = []
     for block, group in grouped(latents, BLOCK):
         named = documents.named(group)
@@ -83,7 +86,10 @@ def documents_of(documents: Documents, latents: Sequence[int], chunk: int) -> It
         yield f"rows/{block}.json.gz", packed(encoded(named))
     yield "names.json.gz", packed(encoded(names))
     for number, group in grouped(latents, chunk):
-        yield f"latents/{number if chunk > 1 else group[0]}.json.gz", packed(encoded({str(one): documents.latent(one) for one in group}))
+        yield (
+            f"latents/{number if chunk > 1 else group[0]}.json.gz",
+            packed(encoded({str(one): documents.latent(one) for one in group})),
+        )
 
 
 def grouped(latents: Sequence[int], size: int) -> Iterator[tuple[int, list[int]]]:
@@ -102,8 +108,8 @@ def nothing_live(chunk: int) -> dict[str, Any]:
 def page(script: str, style: str, data: str) -> str:
     """The one file; only this script and this style may run in it, and it may ask nobody for anything."""
     policy = (
-        f"default-src 'none'; script-src '{digest(script)}'; style-src '{digest(style)}'; img-src data:; base-uri 'none';"
-        " form-action 'none'; require-trusted-types-for 'script'; trusted-types 'none'"
+        f"default-src 'none'; script-src '{digest(script)}'; style-src '{digest(style)}'; img-src data:;"
+        " base-uri 'none'; form-action 'none'; require-trusted-types-for 'script'; trusted-types 'none'"
     )
     inert = data.replace("<", "\\u003c")
     return (
@@ -120,5 +126,3 @@ def page(script: str, style: str, data: str) -> str:
 def digest(content: str) -> str:
     """A source of a content security policy that allows exactly this text."""
     return f"sha256-{base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()}"
-
-

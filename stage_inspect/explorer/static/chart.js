@@ -1,7 +1,7 @@
 // Small charts in SVG, their colours from the style sheet, their contents in words for screen readers.
 
 import { h, s } from "./dom.js";
-import { brief, count, number } from "./format.js";
+import { brief, count, figure, number } from "./format.js";
 import { hide, show_tip } from "./tokens.js";
 
 
@@ -79,9 +79,8 @@ export function decade(value) {
   return `10${raised}`;
 }
 
-/** Rows of a label and a bar for its value, to the right above zero and to the left below. */
-export function barList(rows, tone) {
-  const most = Math.max(...rows.map(([, value]) => Math.abs(value)), 1e-12);
+/** Rows of a label and a bar for its value, a full one for `most`: the largest of them where it isn't given. */
+export function barList(rows, { tone, most = Math.max(...rows.map(([, value]) => Math.abs(value)), 1e-12) } = {}) {
   return h("ol.bars", { class: tone }, rows.map(([label, value, shown]) =>
-    h("li", { "--w": (Math.abs(value) / most).toFixed(3) }, h("span.name", {}, label), h("span.num", {}, shown ?? number(value)))));
+    h("li", { "--w": Math.min(1, Math.abs(value) / most).toFixed(3) }, h("span.name", {}, label), h("span.num", {}, shown ?? figure(value)))));
 }

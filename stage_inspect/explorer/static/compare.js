@@ -1,7 +1,7 @@
 // Two latents side by side, of one dictionary or of two.
 
 import { h } from "./dom.js";
-import { count, number, share } from "./format.js";
+import { count, figure, number, share } from "./format.js";
 import { barList, histogram } from "./chart.js";
 import { chip, tokenLine } from "./tokens.js";
 import { latentLink, panel } from "./latent.js";
@@ -66,11 +66,11 @@ function column(source, latent, link) {
   const best = explanations.at(-1);
   const rows = [["Fires on", share(numbers.density)], ["Maximum", number(numbers.max)], ["Mean", number(numbers.mean)], ["Documents", count(numbers.documents)]];
   return h("div.stack", {},
-    h("div", {}, h("h2.big", {}, h("a", { href: link }, String(latent.latent))), h("p.dim", {}, (latent.note.split("\n")[0] || best?.text) ?? source.meta.title)),
+    h("div", {}, h("h2.big", {}, h("a", { href: link }, String(latent.latent))), h("p.dim", {}, latent.note.split("\n")[0] || best?.text || latent.tokens.on.slice(0, 5).map(([token]) => [chip(token), " "]))),
     h("dl.numbers.small", {}, rows.map(([name, value]) => h("div", {}, h("dt", {}, name), h("dd", {}, value)))),
-    numbers.fired ? panel("Activations", histogram({ edges: bins.edges, counts: bins.counts, label: "Activations", unit: "tokens", height: 110 })) : h("p.remark", {}, "It never fired."),
+    numbers.fired ? panel("Activations", histogram({ edges: bins.edges, counts: bins.counts, label: "Activations", unit: "tokens", width: 560, height: 130 })) : h("p.remark", {}, "It never fired."),
     panel("Strongest examples", h("ol.examples", {}, groups[0].examples.slice(0, EXAMPLES).map((example, rank) =>
-      h("li", { "--v": Math.min(1, example.value / numbers.max).toFixed(3) }, h("span.peak-value", {}, number(example.value)), tokenLine(example, numbers.max, `Example ${rank + 1}`))))),
-    logits && panel("Raises", barList(logits.top.slice(0, 8).map(([token, value]) => [chip(token), value]), "good")),
-    latent.neighbours.length > 0 && panel("Nearest directions", barList(latent.neighbours.slice(0, 6).map(([index, cosine, name]) => [latentLink(source, index, name), cosine]))));
+      h("li", { "--v": Math.min(1, example.value / numbers.max).toFixed(3) }, h("span.peak-value", {}, figure(example.value)), tokenLine(example, numbers.max, `Example ${rank + 1}`))))),
+    logits && panel("Raises", barList(logits.top.slice(0, 8).map(([token, value]) => [chip(token), value]), { tone: "good" })),
+    latent.neighbours.length > 0 && panel("Nearest directions", barList(latent.neighbours.slice(0, 6).map(([index, cosine, ...told]) => [latentLink(source, index, ...told), cosine]), { most: 1 })));
 }

@@ -1,7 +1,7 @@
 // Examples of a latent: the strongest, by rank, and texts on which it is silent.
 
 import { choice, h, replace } from "./dom.js";
-import { count, number } from "./format.js";
+import { count, figure, number } from "./format.js";
 import { hide, tokenLine } from "./tokens.js";
 
 const FIRST = 20;
@@ -51,9 +51,9 @@ export function examplesPanel(source, latent) {
 function row(example, rank, scale) {
   const peak = example.pieces[example.peak];
   const told = `Example ${rank + 1}, ${example.value ? `maximum ${number(example.value)} at ${JSON.stringify(peak ?? "")}` : "silent"}`;
-  const from = [example.document !== undefined && `document ${count(example.document)}`, `context ${count(example.context)}`, example.rank].filter(Boolean);
+  const from = [`context ${count(example.context)}, token ${count(example.start + example.peak)}`, example.rank].filter(Boolean);
   return h("li", { "--v": Math.min(1, example.value / scale).toFixed(3) },
-    h("span.peak-value", {}, example.value ? number(example.value) : "–"),
+    h("span.peak-value", {}, example.value ? figure(example.value) : "–"),
     tokenLine(example, scale, told),
     h("span.from", {}, from.join(" · ")));
 }

@@ -16,11 +16,19 @@ export function number(value, digits = 3) {
   return String(Number(value.toPrecision(digits))).replace("-", "−");
 }
 
+/** The same with every digit, so that figures below one another line up. */
+export function figure(value, digits = 3) {
+  if (value === null || value === undefined || Number.isNaN(value)) return "–";
+  const size = Math.abs(value);
+  if (size === 0 || size >= 1e4 || size < 1e-3) return number(value, digits);
+  return value.toPrecision(digits).replace("-", "−");
+}
+
 /** A share of one as a percentage, small ones as 1 in so many. */
 export function share(value) {
   if (value === 0) return "never";
   if (value < 0.0001) return `1 in ${COUNT.format(Number((1 / value).toPrecision(2)))}`;
-  return `${number(value * 100, 3)} %`;
+  return `${figure(value * 100)} %`;
 }
 
 /** 1.2 × 10⁻⁵ */
@@ -57,7 +65,7 @@ function picture(sign) {
   return code < 256 ? `<0x${digits.padStart(2, "0")}>` : `<U+${digits.padStart(4, "0")}>`;
 }
 
-/** A token by itself, in a list or a sentence: its spaces are visible too. */
+/** A token by itself, in a list or a sentence: its spaces are visible too, many of them as their number. */
 export function quoted(text) {
-  return visible(text).replaceAll(" ", "␣");
+  return visible(text).replace(/ {4,}/g, (run) => `␣×${run.length}`).replaceAll(" ", "␣");
 }

@@ -37,10 +37,11 @@ function heading(source, latent, before, after) {
       source.meta.writable && starButton(source, index)));
 }
 
-function nameOf({ note, explanations }) {
+function nameOf({ note, explanations, tokens }) {
   const said = explanations.at(-1);
   if (note) return h("p.name", {}, note.split("\n")[0]);
-  return said ? h("p.name", {}, said.text, h("span.dim", {}, ` ${said.author}`)) : null;
+  if (said) return h("p.name", {}, said.text, h("span.dim", {}, ` ${said.author}`));
+  return tokens.on.length ? h("p.name.names", {}, tokens.on.slice(0, 6).map(([token]) => [chip(token), " "])) : null;
 }
 
 function dead(source, latent) {
@@ -83,8 +84,8 @@ function logits({ logits: found }) {
   if (!found) return null;
   const rows = (list) => list.map(([token, value]) => [chip(token), value]);
   const shown = h("div.pair", {},
-    h("div", {}, h("h3", {}, "Raises"), barList(rows(found.top), "good")),
-    h("div", {}, h("h3", {}, "Lowers"), barList(rows(found.bottom), "bad")));
+    h("div", {}, h("h3", {}, "Raises"), barList(rows(found.top), { tone: "good" })),
+    h("div", {}, h("h3", {}, "Lowers"), barList(rows(found.bottom), { tone: "bad" })));
   return panel("Next token", shown, h("p.caption", {}, "Logit weights: what it adds to a token's logit per unit of activation, before the final norm divides."));
 }
 
@@ -97,16 +98,16 @@ function firesOn({ tokens }) {
     h("p.caption", {}, "Shares of a sample of the tokens on which it fires, and of the tokens that come next."));
 }
 
-/** Another latent as a link with its name. */
-export function latentLink(source, index, name) {
-  const label = [h("b", {}, String(index)), name ? ` ${name}` : ""];
+/** Another latent as a link with its name, or with what it fires on. */
+export function latentLink(source, index, name, tokens = []) {
+  const label = [h("b", {}, String(index)), " ", name ?? h("span.dim", {}, tokens.slice(0, 4).map((token) => [chip(token), " "]))];
   return source.has(index) ? h("a", { href: `#/latent/${index}` }, label) : h("span", {}, label);
 }
 
 function neighbours(source, { neighbours: found }) {
   if (!found?.length) return null;
   return panel("Nearest directions",
-    barList(found.map(([index, cosine, name]) => [latentLink(source, index, name), cosine])),
+    barList(found.map(([index, cosine, ...told]) => [latentLink(source, index, ...told), cosine]), { most: 1 }),
     h("p.caption", {}, "Cosine of the decoder directions."));
 }
 
@@ -120,7 +121,7 @@ function together(source, { together: found, together_tokens: tokens }) {
   const there = MEASURES.filter(([measure]) => found[measure].length);
   if (!there.length) return null;
   const list = h("div");
-  const show = (measure) => replace(list, barList(found[measure].map(([index, value, name]) => [latentLink(source, index, name), value])));
+  const show = (measure) => replace(list, barList(found[measure].map(([index, value, ...told]) => [latentLink(source, index, ...told), value]), { most: 1 }));
   show(there[0][0]);
   return panel("Fires together with", choice("Measure", there, there[0][0], show), list,
     h("p.caption", {}, `Among all latents, on a sample of ${count(tokens)} tokens.`));

@@ -23,7 +23,7 @@ export async function mapPage(source) {
   return {
     title: "Map",
     content: [
-      h("div.title", {}, h("div", {}, h("h1", {}, "Map"), h("p.lead", {}, source.meta.map)),
+      h("div.title", {}, h("div", {}, h("h1", {}, "Map"), h("p.lead", {}, "The directions of the decoder, laid flat along the two in which they differ most. Those that lie close together here may still differ in the others.")),
         h("div.actions", {}, h("label", {}, h("input", { type: "search", placeholder: "mark words or tokens", "aria-label": "Mark latents by words", oninput: (event) => find(event.target.value) })))),
       h("section.panel", {}, place, told),
     ],

@@ -1,13 +1,13 @@
 // The model's continuation of a prompt with one latent changed, beside the one without.
 
 import { choice, h, replace } from "./dom.js";
-import { number, quoted } from "./format.js";
+import { figure, number, quoted } from "./format.js";
 import { latentLink } from "./latent.js";
 
 const MODES = [
-  ["set", "set to", "the latent has this value on every token"],
+  ["set", "set", "the latent has this value on every token"],
   ["add", "add", "this is added to the latent on every token"],
-  ["multiply", "multiply by", "the latent's own value times this; nothing where it is silent"],
+  ["multiply", "scale", "the latent's own value times this; nothing where it is silent"],
 ];
 const remembered = { prompt: "def read(self, path):\n    ", mode: "set", factor: 1.5, tokens: 40 };
 
@@ -23,7 +23,7 @@ export async function steerPage(source, _, query) {
   const length = h("input", { type: "number", min: "1", max: String(source.meta.live.generated), value: String(remembered.tokens), required: true });
   const told = h("span.dim", { role: "status" });
   const about = h("p.caption");
-  const out = h("div.stack");
+  const out = h("div.stack.results");
   const start = h("button.primary", {}, "Run");
 
   const scaled = () => { strength.value = remembered.mode === "multiply" ? slider.value : String(Number((Number(slider.value) * (max[index] || 1)).toPrecision(3))); };
@@ -66,7 +66,7 @@ export async function steerPage(source, _, query) {
         h("label", {}, h("span", {}, "Prompt"), prompt),
         h("div.fields", {},
           h("label", {}, h("span", {}, "Latent"), which),
-          h("div", {}, choice("What happens to it", MODES, remembered.mode, (mode) => { remembered.mode = mode; scaled(); })),
+          h("div", {}, h("span.label", {}, "Edit"), choice("What happens to it", MODES, remembered.mode, (mode) => { remembered.mode = mode; scaled(); })),
           h("label", {}, h("span", {}, "Strength"), strength),
           h("label", {}, h("span", {}, "Times its maximum"), slider),
           h("label", {}, h("span", {}, "Tokens to write"), length),
@@ -91,6 +91,6 @@ function probabilities(rows) {
     h("thead", {}, h("tr", {}, ["Token", "unchanged", "steered", "nats"].map((name) => h("th", { scope: "col" }, name)))),
     h("tbody", {}, rows.map(([token, before, after]) => h("tr", {},
       h("th", { scope: "row" }, h("code.chip", {}, quoted(token))),
-      [before, after].map((p) => h("td", { "--w": p.toFixed(4) }, `${number(100 * p, 3)} %`)),
-      h("td", {}, `${after > before ? "+" : "−"}${number(Math.abs(Math.log(after / before)), 3)}`)))));
+      [before, after].map((p) => h("td", { "--w": p.toFixed(4) }, `${figure(100 * p)} %`)),
+      h("td", {}, `${after > before ? "+" : "−"}${figure(Math.abs(Math.log(after / before)))}`)))));
 }

@@ -1,7 +1,7 @@
 // All latents as a table: only the rows in sight are there, sorting and filtering happens on whole columns.
 
 import { afterwards, h, replace } from "./dom.js";
-import { count, number, share } from "./format.js";
+import { count, figure, share } from "./format.js";
 import { bounds, filter, order } from "./sort.js";
 import { chip } from "./tokens.js";
 
@@ -38,7 +38,7 @@ class Table {
       h("div.inner", {}, this.header(), this.sheet));
     this.grid.addEventListener("scroll", () => requestAnimationFrame(() => this.draw()), { passive: true });
     const words = h("input", {
-      type: "search", value: this.state.words, placeholder: "words of a name, or a token", "aria-label": "Words",
+      type: "search", value: this.state.words, placeholder: "words, or a token", "aria-label": "Words of a name, or a token",
       oninput: (event) => { this.state.words = event.target.value; this.refresh(); },
     });
     return [
@@ -63,7 +63,7 @@ class Table {
     };
     const row = h("div.top", { role: "row" }, head("latent", "Latent", "by number", false),
       this.state.columns.map(({ name, title, help }) => head(name, title, help, true)),
-      h("div", { role: "columnheader" }, h("button", { type: "button", disabled: true }, "Name, strongest tokens")));
+      h("div.heading", { role: "columnheader" }, "Name, strongest tokens"));
     row.style.gridTemplateColumns = this.template();
     this.top = row;
     return row;
@@ -203,7 +203,7 @@ class Table {
     const index = this.rows[place];
     const cells = this.state.columns.map(({ kind }, column) => {
       const value = values[column][index];
-      return h("div.figure", { role: "gridcell" }, kind === "count" ? count(value) : kind === "share" ? share(value) : number(value, 4));
+      return h("div.figure", { role: "gridcell" }, kind === "count" ? count(value) : kind === "share" ? share(value) : figure(value));
     });
     const name = h("div.names", { role: "gridcell" });
     const row = h("a", {

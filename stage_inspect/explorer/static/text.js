@@ -1,10 +1,10 @@
 // Which latents fire on a text of one's own: the model and the dictionary run as it is typed.
 
 import { afterwards, choice, h, replace } from "./dom.js";
-import { count, number } from "./format.js";
-import { hide, tokenLine } from "./tokens.js";
+import { count, figure, number } from "./format.js";
+import { chip, hide, tokenLine } from "./tokens.js";
 
-const SHOWN = 60;
+const SHOWN = 40;
 const EXAMPLE = "def read(self, path):\n    \"\"\"Return the text of a file.\"\"\"\n    with open(path) as file:\n        return file.read()\n";
 const SORTS = [
   ["max", "maximum", "by the largest value in the text"],
@@ -17,7 +17,7 @@ const remembered = { text: EXAMPLE, sort: "rare", chosen: null };
 export async function textPage(source) {
   const density = await source.column("density");
   const told = h("p.caption", { role: "status" });
-  const reading = h("div.stack.reading-text");
+  const reading = h("section.panel.reading-text");
   const list = h("ol.found", { "aria-label": "Latents that fire" });
   const box = h("textarea", { rows: "7", "aria-label": "Text", spellcheck: "false", maxlength: String(source.meta.live.characters) });
   box.value = remembered.text;
@@ -68,7 +68,7 @@ export async function textPage(source) {
     const pick = () => { remembered.chosen = { ...remembered.chosen, latent }; draw(); list.querySelector('[aria-pressed="true"]')?.focus({ preventScroll: true }); };
     return h("li", { "data-latent": latent, class: chosen ? "chosen" : null },
       h("button.plain", { type: "button", "aria-pressed": String(chosen), onclick: pick, title: "Colour the text by it" }, h("b", {}, String(latent)), h("span.named")),
-      h("span.num.dim", { title: `sum ${number(sum)} over ${at.length} tokens` }, number(max)),
+      h("span.num.dim", { title: `sum ${number(sum)} over ${at.length} tokens` }, figure(max)),
       h("a", { href: `#/latent/${latent}`, "aria-label": `Open latent ${latent}` }, "open"));
   }
 
@@ -77,7 +77,7 @@ export async function textPage(source) {
       source.rows(Math.floor(latent / source.meta.block)).then((rows) => {
         const [told, tokens] = rows[String(latent)] ?? [null, []];
         const place = list.querySelector(`[data-latent="${latent}"] .named`);
-        if (place) replace(place, told ?? tokens.slice(0, 5).map((token) => [h("code.chip", {}, token.replaceAll(" ", "␣").replaceAll("\n", "↵")), " "]));
+        if (place) replace(place, told ?? tokens.slice(0, 5).map((token) => [chip(token), " "]));
       }).catch(() => {});
     }
   }
@@ -87,7 +87,7 @@ export async function textPage(source) {
     content: [
       h("div.title", {}, h("div", {}, h("h1", {}, "What fires on a text"), h("p.lead", {}, "The model reads the text as you type, and the dictionary says which of its latents fire."))),
       h("div.text-page", {},
-        h("div.stack", {}, h("section.panel", {}, h("h2", {}, "Text"), box, told), h("section.panel", {}, reading)),
+        h("div.stack", {}, h("section.panel", {}, h("h2", {}, "Text"), box, told), reading),
         h("section.panel", {}, h("div.head", {}, h("h2", {}, "Latents"), h("span.grow"), choice("Order", SORTS, remembered.sort, (sort) => { remembered.sort = sort; if (answer) draw(); })), list)),
     ],
     shown: run,

@@ -1,8 +1,8 @@
 // Text with one colour per token. A value shows four ways: colour, the bar under the token, on hover or focus, and read
 // aloud as the arrow keys walk through the tokens.
 
-import { h, replace } from "./dom.js";
-import { number, quoted, visible } from "./format.js";
+import { append, h, replace } from "./dom.js";
+import { figure, quoted, visible } from "./format.js";
 
 let tip = null;
 
@@ -41,12 +41,16 @@ function token(piece, first, next, values, peak, special, scale) {
   span.first = first;
   span.next = next;
   span.values = values;
-  // The line break comes after its mark, so that the text can be shown as it was laid out.
-  for (const part of piece.split(/(?<=\n)/)) {
-    if (part.endsWith("\n")) span.append(visible(part.slice(0, -1) || "\n").replace(/^↵$/, ""), h("span.break", {}, "↵"), h("span.newline", {}, "\n"));
-    else span.append(visible(part));
-  }
+  append(span, laidOut(piece));
   return span;
+}
+
+/** The text of a token such that a style can show it in one flow, or with the line breaks and the indentation it has. */
+function laidOut(piece) {
+  return piece.split(/(\n| {2,})/).filter((part) => part !== "").map((part) => {
+    if (part === "\n") return [h("span.break", {}, "↵"), h("span.newline", {}, "\n")];
+    return part.startsWith("  ") ? h("span.indent", {}, part) : visible(part);
+  });
 }
 
 function over(event) {
@@ -75,7 +79,7 @@ function show(span) {
   const { example } = span.parentElement;
   const pieces = example.pieces.slice(span.first, span.next);
   const parts = [];
-  for (let offset = span.first; offset < span.next; offset += 1) parts.push(number(span.values.get(offset) ?? 0));
+  for (let offset = span.first; offset < span.next; offset += 1) parts.push(span.values.has(offset) ? figure(span.values.get(offset)) : "0");
   const place = example.start === undefined ? null : `token ${example.start + span.first}`;
   show_tip(span, [
     h("b", {}, quoted(pieces.join(""))), " ", h("span.value", {}, parts.join(" + ")),

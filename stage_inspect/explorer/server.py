@@ -1,13 +1,13 @@
 """The explorer's server: the pages' files, their documents, and what only a server can do.
 
-    GET  /                       the page; all of its addresses are behind a #
-    GET  /static/{name}          its modules, style and icon: a table of what is in the package, no path is looked up
-    GET  /data/...               `documents`
-    GET  /api/search?q=          latents by words
-    GET, POST /api/lists         lists of latents
-    POST /api/note/{latent}      a note
-    POST /api/text, /api/steer   the model on the spot
-    /with/{n}/...                the same for each further run
+GET  /                       the page; all of its addresses are behind a #
+GET  /static/{name}          its modules, style and icon: a table of what is in the package, no path is looked up
+GET  /data/...               `documents`
+GET  /api/search?q=          latents by words
+GET, POST /api/lists         lists of latents
+POST /api/note/{latent}      a note
+POST /api/text, /api/steer   the model on the spot
+/with/{n}/...                the same for each further run
 """
 
 import json
@@ -61,16 +61,18 @@ def static_files() -> Mapping[str, bytes]:
     return {one.name: one.read_bytes() for one in folder.iterdir() if one.is_file()}
 
 
-def make_site(runs: Sequence[Run], port: int) -> Starlette:
+def make_app(runs: Sequence[Run], port: int) -> Starlette:
     """The application for these runs, the first of them at the root."""
     first, *others = runs
     siblings = [{"number": number, "title": run.documents.title} for number, run in enumerate(others, start=1)]
     mounted = [Mount(f"/with/{number}", routes=routes(run, [])) for number, run in enumerate(others, start=1)]
-    return Starlette(
+    app = Starlette(
         routes=[*mounted, *routes(first, siblings)],
         middleware=[Middleware(Guard, port=port), Middleware(GZipMiddleware, minimum_size=1000, compresslevel=3)],
         exception_handlers={GranaryError: refused, 404: missing, 405: missing},
     )
+    app.router.redirect_slashes = False
+    return app
 
 
 def routes(run: Run, siblings: list[dict[str, Any]]) -> list[Route]:
