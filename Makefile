@@ -29,8 +29,9 @@ endif
 
 LOCKED := $(if $(shell command -v flock),flock pyproject.toml)
 
-.PHONY: help setup setup-peers demo harvest plan train eval sweep explore check compile-kernels docs-config bench bench-gpu clean
-.PHONY: bit-identical test test-all test-browser test-processors test-s3 test-peers test-quantised test-cluster
+.PHONY: help setup setup-peers demo harvest plan train eval inspect explore sweep check compile-kernels docs-config bench
+.PHONY: bench-gpu clean bit-identical test test-all test-browser test-processors test-s3 test-peers test-quantised
+.PHONY: test-cluster
 
 help: ## this list
 	@echo 'usage: make TARGET [ARGS="key=value ..."] [NPROC=processes] [NNODES=machines RDZV=host:port]'
@@ -74,6 +75,9 @@ train: setup ## train a sparse autoencoder from a store
 
 eval: setup ## score a trained SAE: FVU, L0, loss recovered, plots, report
 	@$(STAGE) stage_eval $(ARGS)
+
+inspect: setup ## what each latent of a trained SAE does: a pass over the store, to runs/NAME/latents
+	@$(STAGE) stage_inspect $(ARGS)
 
 sweep: setup ## train and compare K=8,16 x EXPANSION=4,8 on the store of runs/NAME; PACKED=1: from one pass over it
 	@$(BIN)/python -m stage_train -m name=$(NAME) nproc=$(NPROC) sae.k=$(K) sae.expansion=$(EXPANSION) $(packed) $(ARGS)
@@ -137,7 +141,7 @@ check: setup ## lint, types, and composing every config
 	@$(BIN)/python -m pytest -q tests/unit/config/test_composition.py
 
 docs-config: setup ## docs/config.md: every key, from the schemas and conf/
-	@$(BIN)/python -m shared.basics.config_page stage_harvest stage_train stage_eval > docs/config.md.new
+	@$(BIN)/python -m shared.basics.config_page stage_harvest stage_train stage_eval stage_inspect > docs/config.md.new
 	@mv docs/config.md.new docs/config.md
 
 compile-kernels: setup ## compile every Triton kernel for sm_80 and sm_90 (no GPU needed)

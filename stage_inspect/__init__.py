@@ -1,1 +1,1 @@
-"""From a store and a dictionary to what each latent does."""
+"""Inspection: one pass over a store with a dictionary, to the latents folder that says what each latent does."""

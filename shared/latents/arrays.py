@@ -24,7 +24,7 @@ from shared.store.format.shard import ABSENT, blosc, encode_index, index_bytes
 from shared.store.io.base import ObjectIO
 
 CODEC = "zstd"
-CHUNKS_PER_SHARD = 1024
+CHUNKS_PER_SHARD = 256
 CACHED_BYTES = 64 << 20  # decoded chunks that a folder keeps
 READ_THREADS = 8
 

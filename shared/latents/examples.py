@@ -108,8 +108,10 @@ class WindowTable:
         self.seq_len, self.before, self.after = seq_len, before, after
         self.width = tokens.row_shape[0]
 
-    def examples(self, records: Records, vocabulary: Vocabulary | None) -> list[Example]:
-        """The records with their text."""
+    def examples(
+        self, records: Records, vocabulary: Vocabulary | None, *, within_window: bool = False
+    ) -> list[Example]:
+        """The records with their text, which ends where the window does if it is to stay `within_window`."""
         back, ahead = -(-self.before // self.width), -(-self.after // self.width)
         reach = np.arange(-back, ahead + 1)
         rows = records.window.astype(np.int64)[:, None] + reach
@@ -137,6 +139,8 @@ class WindowTable:
             run = run[: int(np.argmax(run == NONE))] if (run == NONE).any() else run
             peak = first + int(records.position[number])
             low, high = max(begin, peak - self.before), min(begin + len(run), peak + self.after + 1)
+            if within_window:
+                low, high = first, min(begin + len(run), first + self.width)
             values = np.zeros(high - low, np.float32)
             span = slice(int(ends[number]) - int(records.active[number]), int(ends[number]))
             at = peak - low + records.offset[span].astype(np.int64)

@@ -201,18 +201,16 @@ class Latents:
         quiet = np.setdiff1d(np.arange(len(pool)), self.array("silent/fired").rows(start, stop))
         order = (quiet * 2654435761 + index * 40503) % 2**32  # another few of them for each latent
         chosen = pool[np.sort(quiet[np.argsort(order, kind="stable")[:count]])]
-        width = self.meta.window
         nothing = np.zeros(len(chosen))
-        middle = np.full(len(chosen), width // 2, np.uint16)
         records = Records(
             chosen,
-            np.minimum(middle, (self.array("windows/tokens").take(chosen) != layout.NONE).sum(1) - 1).astype(np.uint16),
+            nothing.astype(np.uint16),
             nothing.astype(np.float32),
             nothing.astype(np.uint8),
             np.empty(0, np.int8),
             np.empty(0, np.float16),
         )
-        return self.examples(records)
+        return self._windows.examples(records, self.vocabulary, within_window=True)
 
     def neighbours(self, index: int) -> list[Related]:
         """Latents whose decoder directions are nearest by cosine; the nearest first."""

@@ -23,12 +23,12 @@ class Meta:
     tokenizer: dict[str, Any]
     """hash and what else the store records of it."""
     counts: dict[str, Any]
-    """tokens, tokens_train, tokens_heldout, contexts, documents, windows, tokens_by_position."""
+    """tokens, tokens_train, tokens_heldout, contexts, documents, windows, tokens_by_position; dead latents."""
     settings: dict[str, Any]
     """window, before, after, top, sample, seed and the other settings that decide the content."""
     position_edges: list[int]
     """First position of each group of positions, as the model numbers them."""
-    histogram_origin: float
+    histogram_origin: int
     """log2 of the lower edge of the histogram's bin 1; each octave has three bins. Bin 0 holds all below, zero and
     negative values too, the last bin all above."""
     together_tokens: int
