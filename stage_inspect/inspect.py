@@ -38,11 +38,11 @@ def inspect(cfg: InspectSchema) -> None:
     identity = job.identity(settings)
     io = open_io(cfg.latents.url)
     if world.is_main:
+        if not cfg.dry_run:
+            prepare(io, identity, overwrite=cfg.latents.overwrite)
         announce(job, dictionary, settings)
     if cfg.dry_run:
         return
-    if world.is_main:
-        prepare(io, identity, overwrite=cfg.latents.overwrite)
     barrier()
     if is_finished(io, identity):
         if world.is_main:
@@ -87,8 +87,8 @@ def prepare(io: ObjectIO, identity: str, *, overwrite: bool) -> None:
     if io.size(META) is not None and not is_finished(io, identity):
         if not overwrite:
             raise GranaryError(
-                f"{io.url} holds the latents of another dictionary, store or settings: give overwrite=true"
-                " (latents.overwrite=true), or choose another latents.url"
+                f"{io.url} holds the latents of another dictionary, store or settings: give latents.overwrite=true,"
+                " or choose another latents.url"
             )
         keep_notes(io)
         io.delete(META)
@@ -131,4 +131,4 @@ def say_where(io: ObjectIO, meta: Meta) -> None:
     size = sum(size for key, size in io.listing().items() if not key.startswith(NOTES))
     log.info("latents   %s, %s, %d dead", io.url, human_bytes(size), meta.counts["dead"])
     log.info("next      from granary import Latents; Latents.open(%r).top(0)", io.url)
-    log.info("next      %s", commands.line("inspect", "find", f"latents={io.url}", "regex=self"))
+    log.info("next      %s", commands.line("inspect", "find", io.url, "--python", "all"))

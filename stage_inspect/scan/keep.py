@@ -26,7 +26,8 @@ class Smallest:
 
     def wanted(self, latent: Ints, key: Keys) -> npt.NDArray[np.bool_]:
         """Whether each record may still belong to the K smallest; equal keys may."""
-        return key <= self.keys_FK[latent, -1]
+        wanted: npt.NDArray[np.bool_] = key <= self.keys_FK[latent, -1]
+        return wanted
 
     def add(self, latent: Ints, key: Keys) -> None:
         """Records that are kept."""

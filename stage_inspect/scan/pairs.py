@@ -75,7 +75,8 @@ def bins(value: Floats, origin: int) -> Ints:
     mantissa = bits & 0x7FFFFF
     found = BINS_PER_OCTAVE * ((bits >> 23) - 127 - origin) + 1
     found += (mantissa >= _THIRDS[0]).astype(np.int64) + (mantissa >= _THIRDS[1])
-    return np.clip(np.where(bits < 0, 0, found), 0, BINS - 1)
+    clipped: Ints = np.clip(np.where(bits < 0, 0, found), 0, BINS - 1)
+    return clipped
 
 
 def falling(value: Floats) -> npt.NDArray[np.uint32]:

@@ -65,7 +65,7 @@ class PartFile:
         if trailer["identity"] != identity:
             raise GranaryError(
                 f"{io.url} holds the unfinished latents of another dictionary, store or settings: choose another"
-                " latents.url, or give overwrite=true"
+                " latents.url, or give latents.overwrite=true"
             )
         return cls(io, key, trailer["sizes"], trailer["crc32c"])
 
