@@ -15,7 +15,7 @@ from shared.latents import Example, Latents
 from shared.latents.examples import DECILES
 from shared.latents.folder import Related
 from stage_inspect.explorer.columns import COLUMNS, Column
-from stage_inspect.explorer.limits import SEARCH_HITS
+from stage_inspect.explorer.limits import TOKEN_HITS
 
 TOP, PER_DECILE, SILENT = 24, 3, 6  # examples of each kind that a page begins with
 RELATED, LISTED = 10, 8  # latents and tokens listed beside them
@@ -90,12 +90,12 @@ class Documents:
         }
 
     def search(self, query: str) -> dict[str, Any]:
-        """Latents whose notes or explanations hold these words, best first, then those that fire on the token."""
+        """Latents whose notes or explanations hold these words, then those that fire on the token."""
         if not query.strip():
             return {"latents": [], "total": 0}
-        found = [hit.latent for hit in self.latents.search(query, SEARCH_HITS)]
+        found = self.latents.notes.matching(query)
         with suppress(GranaryError):  # no token of the vocabulary
-            found += [hit.latent for hit in self.latents.find(token=query, limit=SEARCH_HITS)]
+            found += [hit.latent for hit in self.latents.find(token=query, limit=TOKEN_HITS)]
         unique = list(dict.fromkeys(found))
         return {"latents": unique, "total": len(unique)}
 

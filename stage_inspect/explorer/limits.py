@@ -8,4 +8,4 @@ NOTE_CHARACTERS = 2000
 NAME_CHARACTERS = 80  # of a list
 LIST_LATENTS = 100_000
 QUERY_CHARACTERS = 200
-SEARCH_HITS = 20_000
+TOKEN_HITS = 20_000  # latents that fire on a token that is searched for

@@ -89,17 +89,24 @@ class Browser:
         return [url for url in found if url != "about:blank"]
 
 
+def chromium_and_driver() -> tuple[str, str] | None:
+    """The browser's program and its driver's, where both are installed."""
+    names = (os.environ.get("CHROMIUM"), "chromium", "chromium-browser", "google-chrome")
+    program = next((found for name in names if name and (found := shutil.which(name))), None)
+    driver = shutil.which("chromedriver")
+    return None if program is None or driver is None else (program, driver)
+
+
 @contextmanager
 def open_browser() -> Iterator[Browser]:
     """Skips, and says what to install, where there is no Chromium or no driver for it."""
     webdriver = pytest.importorskip("selenium.webdriver")
     from selenium.webdriver.chrome.service import Service
 
-    names = (os.environ.get("CHROMIUM"), "chromium", "chromium-browser", "google-chrome")
-    program = next((found for name in names if name and (found := shutil.which(name))), None)
-    driver = shutil.which("chromedriver")
-    if program is None or driver is None:
+    installed = chromium_and_driver()
+    if installed is None:
         pytest.skip("no Chromium, or no chromedriver: on Debian, apt-get install chromium chromium-driver")
+    program, driver = installed
     options = webdriver.ChromeOptions()
     options.binary_location = program
     flags = "headless=new no-sandbox disable-gpu disable-dev-shm-usage disable-background-networking no-first-run"
