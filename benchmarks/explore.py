@@ -3,10 +3,11 @@
     python benchmarks/explore.py            # 262,144 latents and as many explanations
     python benchmarks/explore.py --quick    # 65,536, under a minute
 
-The folder is made up: 228 examples of 64 tokens for each of 4,096 latents, explanations of 12 words for all. One client
-asks the real server over HTTP on this machine, one question at a time. A page is that of a latent that was not asked for
-before; the server has answered others. Filter and sort are those of the table, run by the page's own module in a real
-Chromium, where there is one. The last line is one JSON object; times are in milliseconds.
+The folder is made up: 228 examples of 64 tokens for each of 4,096 latents, and for all an explanation of 12 words out
+of 4,000, the n-th of which is as frequent as 1 / n. One client asks the real server over HTTP on this machine, one
+question at a time. A page is that of a latent that was not asked for before; the server has answered others. Filter and
+sort are those of the table, run by the page's own module in a real Chromium, where there is one. The last line is one
+JSON object; times are in milliseconds.
 """
 
 import argparse
@@ -36,10 +37,8 @@ from tests.latents import synthetic_latents
 FULL, QUICK = 262_144, 65_536
 RECORDED, TOP, SAMPLE, WINDOW, WINDOWS = 4096, 100, 128, 64, 8192
 PAGES = 200
-WORDS = (
-    "the of a token name string number open close path file read write line error type class value key index".split()
-)
-QUERIES = ("string error", "class", "index of a key", "nothing like it")
+WORDS = [f"word{number}" for number in range(1, 4001)]
+QUERIES = ("word3 word70", "word12", "word250", "word3999", "word8 word9 word10", "nothing like it")
 
 # Sort by one column, filter by two others, as the table does; the median of some rounds.
 TABLE = """
@@ -89,7 +88,8 @@ def main() -> None:
 def explain(latents: Latents) -> None:
     """An explanation of 12 words for every latent."""
     rng = np.random.default_rng(0)
-    words = rng.choice(WORDS, (latents.num_latents, 12))
+    frequency = 1 / np.arange(1, len(WORDS) + 1)
+    words = rng.choice(WORDS, (latents.num_latents, 12), p=frequency / frequency.sum())
     rows = [(latent, " ".join(row), "benchmark", "nobody", {}) for latent, row in enumerate(words.tolist())]
     latents.notes.add_explanations(rows)
 
