@@ -20,6 +20,8 @@ from shared.sae.variants.one_group import OneGroup
 
 # Tokens of the sample that activations without a fixed L0 look at for their scale.
 SEARCH_TOKENS = 1024
+# Pairs of token and latent that may fire at a time while the start is looked for: each takes about 128 bytes.
+SEARCH_PAIRS = 1 << 24
 # Norms of decoder and encoder rows that norm_search tries first (Language-Model-SAEs).
 NORMS = [round(0.1 * step, 1) for step in range(1, 51)]
 # Scales of JumpReLU's encoder, from where nothing reaches the thresholds to where all does.
@@ -188,12 +190,22 @@ def start_decoder_from_data(objective: Objective, x_MD: Tensor, y_MD: Tensor) ->
         x_MD, y_MD = x_MD[:SEARCH_TOKENS], y_MD[:SEARCH_TOKENS]
     centred_MD, target_MD, _, _ = objective.terms.prepare(x_MD, y_MD)
     objective.rule.fit_to_sample(centred_MD)
-    values_MK, indices_MK = dictionary.activation.encode(dictionary, centred_MD)
-    order = PairOrder(indices_MK, dictionary.num_latents)
     wanted_MD = (target_MD - dictionary.b_dec).contiguous()
-    rows_FD = row_grad(values_MK, indices_MK, wanted_MD, dictionary.num_latents, order, kernels=dictionary.kernels)
+    rows_FD: Tensor | None = None
+    for part in parts_of_sample(objective, len(x_MD)):
+        values_MK, indices_MK = dictionary.activation.encode(dictionary, centred_MD[part])
+        pairs = values_MK, indices_MK, wanted_MD[part], dictionary.num_latents
+        part_FD = row_grad(*pairs, PairOrder(indices_MK, dictionary.num_latents), kernels=dictionary.kernels)
+        rows_FD = part_FD if rows_FD is None else rows_FD.add_(part_FD)
+    assert rows_FD is not None
     norm_F1 = rows_FD.norm(dim=1, keepdim=True)
     dictionary.W_dec.copy_(torch.where(norm_F1 > 0, rows_FD / norm_F1.clamp_min(1e-30), dictionary.W_dec))
+
+
+def parts_of_sample(objective: Objective, count: int) -> list[slice]:
+    """`count` tokens in parts that are encoded at a time: all, where the number of picks is fixed."""
+    size = count if objective.rule.looks_at_all else max(1, SEARCH_PAIRS // objective.dictionary.num_latents)
+    return [slice(start, start + size) for start in range(0, count, size)]
 
 
 def set_scale(objective: Objective, x_MD: Tensor, y_MD: Tensor) -> None:
@@ -209,8 +221,11 @@ def set_scale(objective: Objective, x_MD: Tensor, y_MD: Tensor) -> None:
         dictionary.W_enc.copy_(encoder_FD * encoder)
         dictionary.W_dec.copy_(decoder_FD * decoder)
         rule.fit_to_sample(centred_MD)
-        values, indices = dictionary.activation.encode(dictionary, centred_MD)
-        return decode(values, indices, dictionary.W_dec, kernels=dictionary.kernels)
+        decoded = []
+        for part in parts_of_sample(objective, len(centred_MD)):
+            values, indices = dictionary.activation.encode(dictionary, centred_MD[part])
+            decoded.append(decode(values, indices, dictionary.W_dec, kernels=dictionary.kernels))
+        return torch.cat(decoded)
 
     def loss_with(encoder: float, decoder: float) -> float:
         return float(weighted_square_error(decoded_with(encoder, decoder) - wanted_MD, weight_D))
