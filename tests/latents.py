@@ -16,7 +16,8 @@ from shared.latents.writer import LatentsWriter
 from shared.store.io.open import open_io
 
 HOSTILE = ["</script><img src=x onerror=alert(1)>", "&amp;", '"', "\0", "\u202e", "\u200b", "\n", "\t", "<0x0A>"]
-WINDOW, BEFORE, AFTER, SEQ_LEN, GROUPS = 16, 11, 4, 64, 3
+WINDOW, WINDOWS, GROUPS = 16, 4, 3  # tokens of a window, windows of a context, groups of positions
+BEFORE, AFTER, SEQ_LEN = 11, WINDOW // 4, WINDOW * WINDOWS
 
 
 def synthetic_vocabulary() -> Vocabulary:
@@ -27,12 +28,23 @@ def synthetic_vocabulary() -> Vocabulary:
 
 
 def synthetic_latents(
-    folder: Path, num_latents: int = 12, *, top: int = 5, sample: int = 10, num_windows: int = 40, seed: int = 0
+    folder: Path,
+    num_latents: int = 12,
+    *,
+    top: int = 5,
+    sample: int = 10,
+    num_windows: int = 40,
+    window: int = WINDOW,
+    recorded: int | None = None,
+    seed: int = 0,
 ) -> Latents:
-    """Write a folder whose latent 3 is dead, and open it; numbers are plausible, not those of any pass."""
+    """Write a folder whose latent 3 is dead, and open it; numbers are plausible, not those of any pass.
+
+    `recorded`: the first so many latents alone have examples.
+    """
     rng = np.random.default_rng(seed)
     F, R, V = num_latents, num_windows, len(synthetic_vocabulary())
-    axes = {"window": WINDOW, "positions": GROUPS}
+    axes = {"window": window, "positions": GROUPS}
     writer = LatentsWriter.begin(open_io(folder), axes)
     alive = np.arange(F) != 3
     fired = (10 ** rng.uniform(1, 5, F)).astype(np.uint64) * alive
@@ -64,8 +76,8 @@ def synthetic_latents(
         elif group == "logits":
             writer.append(path, np.sort(rng.normal(size=(F, layout.LOGITS)).astype(np.float32))[:, ::-1])
     writer.append("together/fired", fired // 2)
-    _write_examples(writer, rng, alive, scale, top, sample, R)
-    _write_windows(writer, rng, R, V)
+    _write_examples(writer, rng, alive & (np.arange(F) < (recorded or F)), scale, top, sample, R, window)
+    _write_windows(writer, rng, R, V, window)
     writer.append("silent/window", np.arange(0, R, 2))
     writer.append("silent/offsets", np.arange(F + 1) * 2)
     writer.append("silent/fired", np.tile([0, 1], F))
@@ -76,6 +88,7 @@ def synthetic_latents(
 
 def synthetic_meta(num_latents: int, axes: dict[str, int], top: int, sample: int) -> Meta:
     """What goes with it."""
+    window = axes["window"]
     return Meta(
         num_latents=num_latents,
         dictionary={"path": "runs/demo/sae", "sha256": "0" * 64, "kind": "sae", "reads": ["layers.2.resid_post"],
@@ -85,17 +98,18 @@ def synthetic_meta(num_latents: int, axes: dict[str, int], top: int, sample: int
         tokenizer={"hash": "0" * 64},
         counts={"tokens": 1_000_000, "tokens_train": 900_000, "tokens_heldout": 100_000, "contexts": 16_000,
                 "documents": 20_000, "windows": 70_000, "tokens_by_position": [400_000, 300_000, 300_000], "dead": 1},
-        settings={"window": WINDOW, "before": BEFORE, "after": AFTER, "top": top, "sample": sample, "seed": 0},
+        settings={"window": window, "before": window * BEFORE // WINDOW, "after": window // 4, "top": top,
+                  "sample": sample, "seed": 0},
         position_edges=[0, 16, 32],
         histogram_origin=-8,
         together_tokens=100_000,
-        seq_len=SEQ_LEN,
+        seq_len=window * WINDOWS,
         axes=axes,
     )  # fmt: skip
 
 
 def _write_examples(
-    writer: LatentsWriter, rng: Any, alive: Any, scale: Any, top: int, sample: int, windows: int
+    writer: LatentsWriter, rng: Any, alive: Any, scale: Any, top: int, sample: int, windows: int, window: int
 ) -> None:
     """`top` records and a sample for each living latent, each with two active tokens beside its peak."""
     F, each = len(alive), top + sample
@@ -106,7 +120,7 @@ def _write_examples(
     shape = (F, each)
     value = -np.sort(-rng.uniform(0.01, 3, shape)) * scale[:, None]
     value[:, top:] = -np.sort(-value[:, top:] * 0.5)
-    rows = {"window": rng.integers(0, windows, shape), "position": rng.integers(0, WINDOW - 4, shape), "value": value}
+    rows = {"window": rng.integers(0, windows, shape), "position": rng.integers(0, window - 4, shape), "value": value}
     writer.append_all({f"examples/{name}": part[alive].reshape(-1) for name, part in rows.items()})
     num = int(counts.sum())
     writer.append("examples/active", np.full(num, 2))
@@ -114,13 +128,13 @@ def _write_examples(
     writer.append("active/share", np.tile(np.array([0.5, 0.125], np.float16), num))
 
 
-def _write_windows(writer: LatentsWriter, rng: Any, windows: int, vocabulary: int) -> None:
+def _write_windows(writer: LatentsWriter, rng: Any, windows: int, vocabulary: int, window: int) -> None:
     """Windows that fill contexts of two documents; the last window of each context is short."""
-    per_context = SEQ_LEN // WINDOW
+    per_context = WINDOWS
     number = np.arange(windows)
-    writer.append("windows/start", number * WINDOW)
+    writer.append("windows/start", number * window)
     writer.append("windows/segment", (number % per_context) // (per_context // 2))
-    tokens = rng.integers(1, vocabulary, (windows, WINDOW))
+    tokens = rng.integers(1, vocabulary, (windows, window))
     tokens[per_context - 1 :: per_context, -3:] = layout.NONE
     tokens[:, 0] = np.where(number % per_context == 0, 0, tokens[:, 0])
     smile = np.array([1 + byte for byte in "😀".encode()])

@@ -220,19 +220,23 @@ class Notes:
 
     def search(self, text: str, limit: int = 100) -> list[Found]:
         """Explanations and notes that hold every word of `text`, best first; a word is any run of letters in them."""
-        words = text.split()
-        long = [word for word in words if len(word) >= SHORTEST]
-        short = [word for word in words if len(word) < SHORTEST]
-        conditions = ["search MATCH ?"] if long else []
-        values: list[Any] = [" ".join('"' + word.replace('"', '""') + '"' for word in long)] if long else []
-        for word in short:
-            conditions.append("text LIKE ? ESCAPE '\\'")
-            values.append("%" + word.replace("\\", "\\\\").replace("%", "\\%").replace("_", "\\_") + "%")
-        if not conditions:
+        where, values = conditions(text)
+        if not where:
             return []
-        order = "ORDER BY rank" if long else ""
-        query = f"SELECT latent, text, kind FROM search WHERE {' AND '.join(conditions)} {order} LIMIT ?"
+        order = "ORDER BY rank" if "MATCH" in where else ""
+        query = f"SELECT latent, text, kind FROM search WHERE {where} {order} LIMIT ?"
         return [Found(*row) for row in self._read(query, (*values, limit))]
+
+    def matching(self, text: str) -> list[int]:
+        """All latents that `search` would find, in any order; much faster, for it reads the index alone."""
+        where, values = conditions(text)
+        if not where:
+            return []
+        # As the triggers number the rows: notes are odd, explanations even.
+        latent = (
+            "CASE rowid % 2 WHEN 1 THEN rowid / 2 ELSE (SELECT latent FROM explanation WHERE id = search.rowid / 2) END"
+        )
+        return list(dict.fromkeys(row[0] for row in self._read(f"SELECT {latent} FROM search WHERE {where}", values)))
 
     # The file
 
@@ -287,6 +291,19 @@ def _index(db: sqlite3.Connection, row: int, kind: str, latent: int, text: str) 
     db.execute("DELETE FROM search WHERE rowid = ?", (row,))
     if text:
         db.execute("INSERT INTO search(rowid, text, kind, latent) VALUES (?, ?, ?, ?)", (row, text, kind, latent))
+
+
+def conditions(text: str) -> tuple[str, list[str]]:
+    """(SQL, its values) for rows of the search that hold every word of `text`; empty where it has none."""
+    words = text.split()
+    long = [word for word in words if len(word) >= SHORTEST]
+    found = ["search MATCH ?"] if long else []
+    values = [" ".join('"' + word.replace('"', '""') + '"' for word in long)] if long else []
+    for word in words:
+        if len(word) < SHORTEST:
+            found.append("text LIKE ? ESCAPE '\\'")
+            values.append("%" + word.replace("\\", "\\\\").replace("%", "\\%").replace("_", "\\_") + "%")
+    return " AND ".join(found), values
 
 
 def statements() -> list[str]:

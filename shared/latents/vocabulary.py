@@ -6,6 +6,7 @@ So the bytes of a run of tokens are joined, and tokens that share a character ar
 
 import codecs
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -60,7 +61,13 @@ class Vocabulary:
         """A run of tokens as text; every token is in exactly one piece, and no piece's text is cut in a character."""
         found: list[Piece] = []
         pending, start = b"", 0
-        for number, token in enumerate(map(int, tokens)):
+        whole = self._whole
+        for number, token in enumerate(np.asarray(tokens).tolist()):
+            text = whole.get(token) if not pending else None
+            if text is not None:
+                found.append(Piece(text, number, number + 1))
+                start = number + 1
+                continue
             if not 0 <= token < len(self) or self.special[token]:
                 if pending:
                     found.append(Piece(_text(pending), start, number))
@@ -90,6 +97,15 @@ class Vocabulary:
     def texts(self) -> list[str]:
         """`text_of` every token."""
         return [self.text_of(token) for token in range(len(self))]
+
+    @cached_property
+    def _whole(self) -> dict[int, str]:
+        """Texts of the tokens that are whole characters, by id: all that most texts are made of."""
+        found = {}
+        for token in np.flatnonzero(~self.special).tolist():
+            with suppress(UnicodeDecodeError):
+                found[token] = self.bytes_of(token).decode()
+        return found
 
 
 def _text(data: bytes) -> str:

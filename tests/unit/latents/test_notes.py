@@ -35,6 +35,18 @@ def test_explanations_scores_and_search(notes: Notes) -> None:
     assert notes.search("names") == notes.scores(one) == []
 
 
+def test_matching_finds_what_search_finds(notes: Notes) -> None:
+    notes.add_explanations(
+        [(latent, f"all of {'even' if latent % 2 == 0 else 'odd'} at 5%", "rule", "", {}) for latent in range(9)]
+    )
+    notes.add_explanation(4, "even again", method="rule", author="")
+    notes.set_note(7, "a note, even so")
+    for text in ("even", "odd 5%", "of", "even of", "nowhere", "", 'a "note"', "%"):
+        found = notes.matching(text)
+        assert sorted(found) == sorted({hit.latent for hit in notes.search(text, 1000)}), text
+    assert sorted(notes.matching("even")) == [0, 2, 4, 6, 7, 8]
+
+
 def test_what_a_person_writes(notes: Notes) -> None:
     notes.set_note(2, "looks like indentation")
     notes.set_note(2, "surely indentation")

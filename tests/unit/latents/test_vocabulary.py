@@ -41,6 +41,9 @@ def test_every_token_is_in_one_piece() -> None:
         run = [chance.randrange(len(TOKENS)) for _ in range(chance.randrange(1, 40))]
         pieces = vocabulary().pieces(run)
         assert [number for piece in pieces for number in range(piece.start, piece.stop)] == list(range(len(run)))
+        text = b"".join(b"\xff<s>\xff" if token == BOS else TOKENS[token] for token in run if token != 255)
+        shown = vocabulary().text([token for token in run if token != 255])
+        assert shown == text.decode(errors="granary-bytes").replace("<0xFF><s><0xFF>", "<s>")
 
 
 def test_find() -> None:
