@@ -16,13 +16,14 @@ GRANARY = "granary"
 KINDS = [made.config_class for made in VARIANTS.values()]
 
 
-def load(path_or_hub_id: str | Path, *, device: str | torch.device = "cpu") -> Dictionary:
+def load(path_or_hub_id: str | Path, *, device: str | torch.device = "cpu", verify: bool | None = None) -> Dictionary:
     """A dictionary of any kind, from a local folder or a hub repository (owner/name, hf://owner/name/folder).
 
-    Reads every format of ``shared.sae.formats``. Raises GranaryError when the folder is missing, torn, or of a format
-    that is not known.
+    Reads every format of ``shared.sae.formats``. `verify`: compare every tensor with its digest in ``config.json``;
+    None: where that takes less than a second. Raises GranaryError when the folder is missing, torn, damaged, or of a
+    format that is not known.
     """
-    config, tensors = on_disk.read_weights(on_disk.locate(path_or_hub_id), KINDS, device)
+    config, tensors = on_disk.read_weights(on_disk.locate(path_or_hub_id), KINDS, device, verify=verify)
     return VARIANTS[config.kind].from_tensors(config, tensors, str(path_or_hub_id))
 
 
@@ -44,7 +45,7 @@ def load_any(path_or_hub_id: str | Path) -> tuple[Dictionary, dict[str, Any]]:
     folder = on_disk.locate(path_or_hub_id)
     name = detect(folder)
     if name == GRANARY:
-        return load(folder), on_disk.load_provenance(folder)
+        return load(folder, verify=True), on_disk.load_provenance(folder)
     raw: RawSAE = FORMATS[name].load(folder)
     config, tensors = raw.to_checkpoint()
     return SAE.from_tensors(config, tensors, str(folder)), raw.provenance

@@ -14,9 +14,9 @@ from omegaconf import OmegaConf
 from shared.basics.run_folder import RunFolder
 from shared.parallel import World, broadcast_object
 from stage_train.config import Resume, TrainSchema, as_dict
-from stage_train.state.checkpoint import STATE
 from stage_train.state.export import digest
 from stage_train.state.identity import changes, identity, is_extension
+from stage_train.state.integrity import STATE
 
 log = logging.getLogger(__name__)
 
