@@ -129,6 +129,7 @@ def _load(
                 dtype=DTYPES[dtype] if isinstance(dtype, str) else dtype,
                 attn_implementation=attn_implementation,
                 use_safetensors=True,
+                trust_remote_code=False,
                 output_loading_info=True,
                 **extra,
             )

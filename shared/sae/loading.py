@@ -1,5 +1,6 @@
 """Loading a dictionary of any kind and of any project's format, and converting between formats."""
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from shared.basics.errors import GranaryError
 from shared.sae import folder as on_disk
 from shared.sae.config import DictionaryConfig
 from shared.sae.formats import FORMATS, foreign
+from shared.sae.formats import load as load_foreign
 from shared.sae.formats.raw import RawSAE
 from shared.sae.variants import SAE, VARIANTS, Dictionary
 
@@ -40,19 +42,26 @@ def detect(folder: Path) -> str:
     return name
 
 
-def load_any(path_or_hub_id: str | Path) -> tuple[Dictionary, dict[str, Any]]:
-    """(dictionary, provenance) of a folder of any known format, or of a hub repository."""
+def load_any(path_or_hub_id: str | Path, ignore: Collection[str] = ()) -> tuple[Dictionary, dict[str, Any]]:
+    """(dictionary, provenance) of a folder of any known format, or of a hub repository.
+
+    `ignore` names keys and tensors of another project's folder that are to be left out.
+    """
     folder = on_disk.locate(path_or_hub_id)
     name = detect(folder)
     if name == GRANARY:
+        if ignore:
+            raise GranaryError(f"--ignore is for folders of other projects, {folder} is of this one")
         return load(folder, verify=True), on_disk.load_provenance(folder)
-    raw: RawSAE = FORMATS[name].load(folder)
+    raw = load_foreign(name, folder, ignore)
     config, tensors = raw.to_checkpoint()
     return SAE.from_tensors(config, tensors, str(folder)), raw.provenance
 
 
-def convert(source: str | Path, target: Path, to: str) -> str:
+def convert(source: str | Path, target: Path, to: str, ignore: Collection[str] = ()) -> str:
     """Write the SAE in the folder or hub repository `source` as format `to` into `target`; returns the source's format.
+
+    `ignore` names keys and tensors of another project's folder that are to be left out.
 
     Raises GranaryError for a target that holds files, and for a dictionary that the format can't express.
     """
@@ -63,7 +72,7 @@ def convert(source: str | Path, target: Path, to: str) -> str:
         raise GranaryError(f"{target} is not empty: choose another folder")
     folder = on_disk.locate(source)
     found = detect(folder)
-    made, provenance = load_any(folder)
+    made, provenance = load_any(folder, ignore)
     if to == GRANARY:
         training = on_disk.describe(folder).training if found == GRANARY else {}
         made.save_pretrained(target, provenance, training)
@@ -76,7 +85,7 @@ def convert(source: str | Path, target: Path, to: str) -> str:
 
 def _read_foreign(folder: Path) -> on_disk.Weights | None:
     name = foreign(folder)
-    return None if name is None else FORMATS[name].load(folder).to_checkpoint()
+    return None if name is None else load_foreign(name, folder).to_checkpoint()
 
 
 on_disk.FOREIGN_READERS.append(_read_foreign)
