@@ -29,6 +29,15 @@ def load(path_or_hub_id: str | Path, *, device: str | torch.device = "cpu", veri
     return VARIANTS[config.kind].from_tensors(config, tensors, str(path_or_hub_id))
 
 
+def is_intact(folder: Path) -> bool:
+    """Whether a folder of this project's format loads, every tensor as its digest says."""
+    try:
+        load(folder, verify=True)
+    except GranaryError:
+        return False
+    return on_disk.is_own(folder)
+
+
 def load_config(folder: str | Path) -> DictionaryConfig:
     """The config of a saved dictionary, without reading its weights."""
     return on_disk.describe(Path(folder)).config(KINDS)

@@ -249,8 +249,9 @@ class Store:
 
     def summary(self) -> dict[str, Any]:
         """Content of ``_COMPLETE.json``; raises ObjectMissingError before `finalize`."""
+        data = self.io.get(layout.COMPLETE)
         with reading(layout.COMPLETE):
-            summary = unseal(self.io.get(layout.COMPLETE), layout.COMPLETE)
+            summary = unseal(data, layout.COMPLETE)
             if summary["shards"] not in range(self.num_shards + 1):
                 raise ValueError(f"it counts {summary['shards']} shards")
             return summary

@@ -143,8 +143,9 @@ class Window:
         wanted = seal({"run": run, "folder": folder})
         if self.io.put(READER, [wanted]):
             return
+        data = self.io.get(READER)
         with reading(READER):
-            reader = unseal(self.io.get(READER), READER)
+            reader = unseal(data, READER)
             other, where = reader["run"], reader["folder"]
         if other != run:
             raise GranaryError(

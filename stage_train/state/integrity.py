@@ -36,20 +36,34 @@ def fault_of(folder: Path) -> str | None:
         return "it is gone"
     if (folder / PICKLED).exists():
         return f"it has a pickle, {PICKLED}, which could run code"
-    try:
-        record = json.loads((folder / DIGESTS).read_bytes())
-        files = dict(record["files"])
-        intact = record["sha256"] == _digest_of(files) and STATE in files
-    except FileNotFoundError:
+    if not (folder / DIGESTS).is_file():
         return f"it has no {DIGESTS}"
-    except (OSError, ValueError, TypeError, KeyError):
-        intact = False
-    if not intact:
+    files = _noted(folder)
+    if files is None:
         return f"{DIGESTS} is damaged"
     others = sorted({path.name for path in folder.iterdir()} - {DIGESTS, *files})
     if others:
         return f"{others[0]} is none of its files"
-    return next((fault for name, noted in files.items() if (fault := _fault_in(folder / Path(name).name, noted))), None)
+    faults = (_fault_in(folder / name, noted) for name, noted in files.items())
+    return next((fault for fault in faults if fault is not None), None)
+
+
+def state_is_intact(folder: Path) -> bool:
+    """Whether ``training.json`` of a checkpoint is as it was written; one without digests is taken as it is."""
+    if not (folder / DIGESTS).is_file():
+        return True
+    files = _noted(folder)
+    return files is not None and _fault_in(folder / STATE, files[STATE]) is None
+
+
+def _noted(folder: Path) -> dict[str, Any] | None:
+    """What the digests say of each file; None where they are damaged themselves."""
+    try:
+        record = json.loads((folder / DIGESTS).read_bytes())
+        files = dict(record["files"])
+        return files if record["sha256"] == _digest_of(files) and STATE in files else None
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        return None
 
 
 def _fault_in(path: Path, noted: Any) -> str | None:
