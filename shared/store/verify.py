@@ -4,7 +4,7 @@ A store is right when: its plan, its zarr.json files and its token objects are a
 record that passes its own checksum; every chunk and index of every object a record names matches it.
 """
 
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from hashlib import sha256
@@ -158,10 +158,10 @@ def _plan_checks(
     return checks, known
 
 
-def _shards(extent: Extent, sizes: Collection[str]) -> Iterable[int]:
-    """Those of an extent; of one whose tokens are not all there, and bound nothing, those that are committed."""
+def _shards(extent: Extent, sizes: Mapping[str, int]) -> Iterable[int]:
+    """Those of an extent; of one whose token record is missing or too small for them, those that are committed."""
     shards = range(extent.first_shard, extent.end_shard)
-    if layout.extent_tokens_key(extent.first_shard) in sizes:
+    if sizes.get(layout.extent_tokens_key(extent.first_shard), 0) >= extent.least_record_bytes:
         return shards
     return sorted(shard for key in sizes if (shard := layout.shard_of_manifest(key)) is not None and shard in shards)
 
@@ -189,7 +189,8 @@ def _window_checks(
 def _token_keys(extent: Extent, sizes: Iterable[str]) -> list[str]:
     """Of `sizes` the keys of the extent's tokens, masks and segments."""
     shards = range(extent.first_shard, extent.end_shard)
-    return [key for key in sizes if layout.shard_of_key(key, TOKEN_TYPES, 2) in shards]
+    found = ((key, layout.shard_of_key(key, TOKEN_TYPES, 2)) for key in sizes)
+    return [key for key, shard in found if shard is not None and shard in shards]
 
 
 def _token_checks(

@@ -104,6 +104,11 @@ class Extent:
                 raise ValueError("a document is no text")
             return extent
 
+    @property
+    def least_record_bytes(self) -> int:
+        """What the digests of its tokens take at least in their record."""
+        return len(TOKEN_TYPES) * DIGEST_CHARACTERS * self.plan.num_shards
+
     def check_backing(self, io: ObjectIO) -> None:
         """Raise DamagedObjectError where the plan is for more than is there.
 
@@ -111,8 +116,7 @@ class Extent:
         contexts and positions that a plan may name.
         """
         key = layout.extent_tokens_key(self.first_shard)
-        least = len(TOKEN_TYPES) * DIGEST_CHARACTERS * self.plan.num_shards
-        if (io.size(key) or 0) < least:
+        if (io.size(key) or 0) < self.least_record_bytes:
             raise DamagedObjectError(f"{io.url}: {key} is too small for {self.plan.num_shards:,} shards", key=key)
         tokens = layout.object_key(layout.TOKENS, self.first_shard, 2)
         rows = min(self.plan.num_contexts, self.plan.shard_contexts)

@@ -1,4 +1,4 @@
-"""One flipped bit anywhere in a store or a run: found when it is read, or of no effect on what is read. Never silent."""
+"""One flipped bit in a store or a run: found when it is read, or of no effect on what is read. Never silent."""
 
 import random
 import shutil
