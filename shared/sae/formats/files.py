@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import warnings
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,8 @@ def read_pickled(path: Path) -> dict[str, Any]:
     """
     try:
         check_unpacked(path)
-        found = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # of a pickle that torch did not write
+            found = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, LookupError, TypeError, OSError) as error:
         told = (str(error).splitlines() or [type(error).__name__])[0]
         raise GranaryError(f"{path} can't be read as tensors: {told}") from None

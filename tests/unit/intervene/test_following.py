@@ -19,7 +19,9 @@ from tests.families import FAMILIES, MORE_FAMILIES
 from tests.splicing import BOS, HOOK, D, F, K, activation, prompt, tiny_llama
 
 EVERY = {**FAMILIES, **MORE_FAMILIES}
-CHOSEN = ("llama", "qwen2", "gemma2", "gemma3", "gpt2", "phi3", "mistral", "pythia")
+ALWAYS = ("llama", "gemma2", "gpt2")
+SLOW = ("qwen2", "qwen3", "gemma3", "phi3", "mistral", "pythia")
+CHOSEN = [*ALWAYS, *(pytest.param(family, marks=pytest.mark.slow) for family in SLOW)]
 MODES: dict[str, dict[str, Any]] = {
     "greedy": {},
     "without a cache": {"use_cache": False},
@@ -123,6 +125,7 @@ def test_a_recomputed_layer_is_on_record_once(sae: SAE, reentrant: bool) -> None
         SplicedModel(model, sae, HOOK)(tokens)
 
 
+@pytest.mark.filterwarnings("ignore:_compile flag on create_block_mask:DeprecationWarning")
 @pytest.mark.parametrize("attention", ["eager", "sdpa", "flex_attention"])
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_is_found_in_any_form_of_mask(attention: str, side: str) -> None:

@@ -1,4 +1,4 @@
-"""A store from a stranger: no key leaves its folder, no size is believed that is not there, and each fault is a line."""
+"""A store from a stranger: no key leaves its folder, no size is believed that is not there, each fault is a line."""
 
 import copy
 import json
@@ -182,7 +182,7 @@ EXTENTS: dict[str, Edit] = {
 def test_a_plan_that_makes_no_sense(url: Path, name: str) -> None:
     (url.parent / "outside.txt").write_text("precious")
     edit(url / "extents/00000000.json", EXTENTS[name])
-    with pytest.raises(GranaryError, match="extents/00000000.json is not a record of this format"):
+    with pytest.raises(GranaryError, match=r"extents/00000000\.json is not a record of this format"):
         use(url)
     report = verify(str(url))
     assert not report.intact
