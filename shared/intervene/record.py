@@ -14,6 +14,9 @@ from torch import Tensor
 
 from shared.sae.latents import SparseLatents
 
+# What latents have of each token beside values and indices, where they have it.
+BESIDE = ("token_mean", "token_scale", "skipped")
+
 
 @dataclass(frozen=True)
 class Features:
@@ -127,26 +130,18 @@ def widen(values: Tensor, width: int, fill: int) -> Tensor:
 def join(parts: Sequence[SparseLatents]) -> SparseLatents:
     """Latents of consecutive positions as one, [B, sum of T, largest K]."""
     width = max(part.values.shape[-1] for part in parts)
-
-    def cat(name: str) -> Tensor | None:
-        tensors = [getattr(part, name) for part in parts]
-        return None if tensors[0] is None else torch.cat(tensors, dim=1)
-
+    beside = {name: [getattr(part, name) for part in parts] for name in BESIDE}
     return SparseLatents(
         torch.cat([widen(part.values, width, 0) for part in parts], dim=1),
         torch.cat([widen(part.indices, width, -1) for part in parts], dim=1),
-        cat("token_mean"),
-        cat("token_scale"),
+        **{name: None if found[0] is None else torch.cat(found, dim=1) for name, found in beside.items()},
     )
 
 
 def _cut(latents: SparseLatents, length: int) -> SparseLatents:
-    def first(tensor: Tensor | None) -> Tensor | None:
-        return None if tensor is None else tensor[:, :length]
-
+    beside = {name: getattr(latents, name) for name in BESIDE}
     return SparseLatents(
         latents.values[:, :length],
         latents.indices[:, :length],
-        first(latents.token_mean),
-        first(latents.token_scale),
+        **{name: None if found is None else found[:, :length] for name, found in beside.items()},
     )
