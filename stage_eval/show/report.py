@@ -47,7 +47,7 @@ DOWNSTREAM_ROWS = (
 )
 
 INSPECTION = (
-    "What each latent fires on, the tokens it raises and its neighbours: granary inspect finds them, and granary explore"
+    "What each latent fires on, the tokens it raises and its neighbours: granary inspect finds them, granary explore"
     " shows them, a page for each latent."
 )
 

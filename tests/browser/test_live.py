@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from shared.lm import load_tokenizer
 from stage_inspect.explorer.documents import Documents
 from stage_inspect.explorer.live import Live, LiveSettings
 from stage_inspect.explorer.server import Run
@@ -12,6 +13,7 @@ from tests.browser.chromium import Browser, open_browser
 from tests.exploring import opened_study, serving, small_study
 
 pytestmark = pytest.mark.browser
+HOSTILE = "<img src=x onerror=alert(1)>"
 
 
 @pytest.fixture(scope="module")
@@ -41,8 +43,9 @@ def test_latents_of_a_text_of_ones_own(browser: Browser, url: str) -> None:
     browser.go(f"{url}#/text")
     browser.wait(lambda: "latents fire" in browser.text("main .caption"))
     browser.run("const box = document.querySelector('textarea'); box.value = ''; box.focus()")
-    browser.press(*"<img src=x onerror=alert(1)>")
-    browser.wait(lambda: "onerror" in browser.text(".tokens").replace(" ", ""))
+    browser.press(*HOSTILE)
+    tokens = 1 + len(load_tokenizer("bundled")(HOSTILE, add_special_tokens=False).input_ids)  # and BOS
+    browser.wait(lambda: browser.text("main .caption").startswith(f"{tokens} tokens"))
     assert browser.run("return document.images.length") == 0
     fired = browser.run("return document.querySelectorAll('.found li').length")
     assert 6 <= fired <= 40
