@@ -40,7 +40,7 @@ PAGES = 200
 WORDS = [f"word{number}" for number in range(1, 4001)]
 QUERIES = ("word3 word70", "word12", "word250", "word3999", "word8 word9 word10", "nothing like it")
 
-# Sort by one column, filter by two others, as the table does; the median of some rounds.
+# Sort by one column, filter by two others, as the table does; least and median of some rounds.
 TABLE = """
 const done = arguments[arguments.length - 1];
 (async () => {
@@ -54,7 +54,7 @@ const done = arguments[arguments.length - 1];
     times.push(performance.now() - start);
   }
   times.sort((one, other) => one - other);
-  done([times[7], times[14]]);
+  done([times[0], times[7]]);
 })();
 """
 
@@ -126,8 +126,8 @@ def table(client: Client) -> dict[str, Any]:
         return {"sort_and_filter_ms": None, "sort_and_filter_note": "no Chromium here"}
     with open_browser() as browser:
         browser.go(f"{client.origin}/#/overview")
-        middle, largest = browser.driver.execute_async_script(TABLE)
-    return {"sort_and_filter_ms": round(middle, 1), "sort_and_filter_ms_largest": round(largest, 1)}
+        least, middle = browser.driver.execute_async_script(TABLE)
+    return {"sort_and_filter_ms": round(middle, 1), "sort_and_filter_ms_least": round(least, 1)}
 
 
 def timed(ask: Callable[[], Any]) -> tuple[float, float]:

@@ -21,7 +21,7 @@ const remembered = { text: EXAMPLE, sort: "rare", chosen: null };
 export async function textPage(source) {
   const density = await source.column("density");
   const told = h("p.caption", { role: "status" });
-  const reading = h("section.panel.reading-text");
+  const reading = h("section.panel.reading-text.laid-out");
   const list = h("ol.found", { "aria-label": "Latents that fire" });
   const box = h("textarea",
     { rows: "7", "aria-label": "Text", spellcheck: "false", maxlength: String(source.meta.live.characters) });
