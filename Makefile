@@ -29,7 +29,7 @@ endif
 
 LOCKED := $(if $(shell command -v flock),flock pyproject.toml)
 
-.PHONY: help setup setup-peers demo harvest plan train eval inspect explore sweep check compile-kernels docs-config bench
+.PHONY: help setup setup-peers demo harvest plan train eval inspect explore sweep transcoders check compile-kernels docs-config bench
 .PHONY: bench-gpu clean bit-identical test test-all test-browser test-processors test-s3 test-peers test-quantised
 .PHONY: test-cluster
 
@@ -82,6 +82,9 @@ inspect: setup ## what each latent of a trained SAE does: a pass over the store,
 sweep: setup ## train and compare K=8,16 x EXPANSION=4,8 on the store of runs/NAME; PACKED=1: from one pass over it
 	@$(BIN)/python -m stage_train -m name=$(NAME) nproc=$(NPROC) sae.k=$(K) sae.expansion=$(EXPANSION) $(packed) $(ARGS)
 	@$(STAGE) stage_eval name=$(NAME) sae.path=runs/$(NAME)/sweep sae.last_grid=true
+
+transcoders: setup ## a transcoder for every layer's MLP from one pass over the store of runs/NAME, scored alone and all at once
+	@$(BIN)/python -m granary transcoders name=$(NAME) nproc=$(NPROC) $(ARGS)
 
 explore: setup ## pages that show what each latent of runs/NAME does; ARGS="--html latents.html" writes a file instead
 	@$(BIN)/python -m stage_inspect.explorer runs/$(NAME) $(ARGS)

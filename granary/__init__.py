@@ -10,16 +10,20 @@ if TYPE_CHECKING:
     from shared.latents import Latents
     from shared.lm import load_causal_lm, load_tokenizer
     from shared.sae import (
+        CLT,
         SAE,
+        Crosscoder,
         Dictionary,
         DictionaryConfig,
         SAEConfig,
         SAEOutput,
+        SkipTranscoder,
         SparseLatents,
         Transcoder,
         load,
         load_config,
         load_provenance,
+        load_set,
     )
     from shared.sae.learn.objective import Objective
     from shared.sae.loading import convert
@@ -31,7 +35,9 @@ if TYPE_CHECKING:
 
 # What there is, and where it lives.
 _HOMES = {
+    "CLT": "shared.sae",
     "SAE": "shared.sae",
+    "Crosscoder": "shared.sae",
     "Dictionary": "shared.sae",
     "DictionaryConfig": "shared.sae",
     "Edit": "shared.intervene.edits",
@@ -41,6 +47,7 @@ _HOMES = {
     "SAEConfig": "shared.sae",
     "SAEOutput": "shared.sae",
     "Sites": "shared.sae.sites",
+    "SkipTranscoder": "shared.sae",
     "SparseLatents": "shared.sae",
     "SplicedModel": "shared.intervene.splice",
     "Store": "shared.store",
@@ -55,11 +62,14 @@ _HOMES = {
     "load_causal_lm": "shared.lm",
     "load_config": "shared.sae",
     "load_provenance": "shared.sae",
+    "load_set": "shared.sae",
     "load_tokenizer": "shared.lm",
 }
 
 __all__ = [
+    "CLT",
     "SAE",
+    "Crosscoder",
     "Dictionary",
     "DictionaryConfig",
     "Edit",
@@ -69,6 +79,7 @@ __all__ = [
     "SAEConfig",
     "SAEOutput",
     "Sites",
+    "SkipTranscoder",
     "SparseLatents",
     "SplicedModel",
     "Store",
@@ -84,6 +95,7 @@ __all__ = [
     "load_causal_lm",
     "load_config",
     "load_provenance",
+    "load_set",
     "load_tokenizer",
 ]
 

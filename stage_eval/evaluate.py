@@ -19,7 +19,7 @@ from shared.basics.run_folder import RunFolder
 from shared.lm import load_causal_lm
 from shared.lm.recorded import ModelChoice, choose_model
 from shared.parallel import barrier, init_world, shutdown
-from shared.store import Store
+from shared.store.beside import open_beside
 from stage_eval.assemble import Measured, RunFacts, assemble
 from stage_eval.config import EvalSchema
 from stage_eval.measure.data import default_unit, load_data
@@ -59,7 +59,7 @@ class Results:
 def evaluate(cfg: EvalSchema) -> None:
     """Run the stage; raises GranaryError for every wrong input before any long work."""
     world = init_world(cfg.device.name, cfg.device.threads)
-    store = Store.open(cfg.store.url)
+    store = open_beside(cfg.store.url, [(one.name, one.url) for one in cfg.store.beside])
     found = find_saes(cfg.sae, store, cfg.hook)
     check_settings(cfg, found.folders)
     choice = choose_model(cfg.model, store) if cfg.downstream else None
@@ -185,7 +185,7 @@ def write(cfg: EvalSchema, found: Found, results: Results) -> None:
             all_staged.append(staged)
         for staged in all_staged:
             staged.move_in()
-    print_tables(results.evaluations)
+    print_tables(results.evaluations, results.joint)
     if several:
         say_where_comparison(out, comparison)
     else:

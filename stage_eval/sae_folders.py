@@ -1,13 +1,13 @@
 """Which SAEs are meant, and whether they fit the store and the model; wrong inputs are told before anything runs."""
 
 import glob
-import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from shared.basics.errors import GranaryError
+from shared.basics.numbers import natural_key
 from shared.basics.run_folder import CONFIG_FILE, WEIGHTS_FILE, RunFolder
 from shared.launch import commands
 from shared.sae.folder import is_own, locate
@@ -119,8 +119,3 @@ def short_names(paths: list[str]) -> list[str]:
     while all(len(part) > shared + 1 for part in parts) and len({part[shared] for part in parts}) == 1:
         shared += 1
     return ["/".join(part[shared:]) for part in parts]
-
-
-def natural_key(path: str) -> list[tuple[int, str]]:
-    """Orders ``k=8`` before ``k=16``."""
-    return [(int(piece), "") if piece.isdigit() else (-1, piece) for piece in re.split(r"(\d+)", path)]

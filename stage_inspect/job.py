@@ -19,6 +19,7 @@ from shared.sae.latents import SparseLatents
 from shared.sae.sites import side_by_side
 from shared.sae.variants import Dictionary
 from shared.store import Store
+from shared.store.beside import open_beside
 from shared.store.choose import choose_contexts
 from shared.store.format.layout import canonical_json
 from stage_inspect.config import InspectSchema
@@ -48,7 +49,7 @@ class InspectJob:
     def from_config(cls, cfg: InspectSchema) -> "InspectJob":
         """Raises GranaryError for the first input that is wrong; reads no activation."""
         check_settings(cfg)
-        store = Store.open(cfg.store.url)
+        store = open_beside(cfg.store.url, [(one.name, one.url) for one in cfg.store.beside])
         folder = open_folder(cfg.sae.path, store, cfg.hook)
         if folder.sites.unit != "token":
             raise GranaryError(f"{cfg.sae.path} reads whole sequences: only dictionaries of tokens can be inspected")

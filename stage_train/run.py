@@ -20,7 +20,6 @@ from shared.sae.folder import to_document
 from shared.sae.learn.init import initialise
 from shared.sae.learn.objective import Objective
 from shared.sae.variants import VARIANTS
-from shared.sae.variants.one_group import OneGroup
 from stage_train.config import TrainSchema
 from stage_train.data.inputs import TrainingInputs
 from stage_train.data.stream import Batch, TokenStream
@@ -140,14 +139,16 @@ def make_trainer(
     The first rank alone sets them, and hands every rank its part. Raises GranaryError, on all ranks alike, when there
     is nothing to begin from.
     """
-    world, objective, failure = layout.world, None, ""
+    world = layout.world
+    objective: Objective | None = None
+    failure: GranaryError | None = None
     if begins and world.is_main:
         try:
             objective = make_objective(spec, inputs, world.device, begins=True)
         except GranaryError as error:
-            failure = str(error)
-    if failure := broadcast_object(failure):
-        raise GranaryError(failure)
+            failure = error
+    if line := broadcast_object(str(failure or "")):
+        raise failure or GranaryError(line)
     if objective is None:
         objective = make_objective(spec, inputs, torch.device("meta"), begins=False)
     return put_together(spec, layout.distribute(objective, has_values=begins), stream, layout)
@@ -158,10 +159,8 @@ def make_objective(spec: RunSpec, inputs: TrainingInputs, device: torch.device, 
     what a GPU does in seconds, and nothing of the matrices is ever in its memory."""
     cfg = spec.cfg
     generator = torch.Generator().manual_seed(cfg.seed)
-    made = VARIANTS[spec.dictionary.kind]
-    assert issubclass(made, OneGroup)
     with device:
-        dictionary = made(
+        dictionary = VARIANTS[spec.dictionary.kind](
             spec.dictionary, kernels=cfg.compute.kernels, compute_dtype=cfg.compute.dtype, generator=generator
         )
         objective = Objective(dictionary, spec.learning)

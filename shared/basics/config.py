@@ -93,11 +93,23 @@ class Split(Enum):
 
 
 @dataclass(kw_only=True)
+class StoreBeside:
+    """A store of another model on the same tokens."""
+
+    name: str = MISSING
+    """What its sites are called by: ``chat`` for chat:layers.8.resid_post."""
+    url: str = MISSING
+    """Folder or fsspec URL of an activation store."""
+
+
+@dataclass(kw_only=True)
 class StoreInput:
     """Which activations to work on."""
 
     url: str = MISSING
     """Folder or fsspec URL of an activation store."""
+    beside: list[StoreBeside] = MISSING
+    """Stores of other models on the same tokens: 'store.beside=[{name:chat,url:s3://bucket/chat}]'."""
 
 
 @dataclass(kw_only=True)

@@ -31,6 +31,7 @@ COMMANDS = {
     "inspect": Command("stage_inspect", "what each latent does: examples, tokens, logits, neighbours; find, export"),
     "explore": Command("stage_inspect.explorer", "pages that show what each latent does, served here or as files"),
     "sweep": Command("granary.sweep", "train a grid from one store (sae.k=8,16 ...), then compare it"),
+    "transcoders": Command("granary.transcoders", "a transcoder per layer from one pass, scored alone and together"),
     "plan": Command("stage_train.plan", "memory per rank, reading and time of a training run, before it starts"),
     "packed": Command("stage_train.packed", "train the SAEs that a file lists from one pass over a store"),
     "export": Command("stage_train.export", "the SAE of a run's newest checkpoint"),

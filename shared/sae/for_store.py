@@ -58,7 +58,7 @@ def open_folder(path: str, store: Store, hook: str | None) -> DictionaryFolder:
     description = describe(folder)
     config = description.config(KINDS)
     sites = choose_sites(path, description.sites, store, hook)
-    widths = sites.widths(store.plan.hooks)
+    widths = sites.widths({name: store.width(name) for name in sites.names})
     for verb, names, own, theirs in (
         ("reads", sites.reads, config.widths.d_in, widths.d_in),
         ("writes", sites.writes, config.widths.d_out, widths.d_out),

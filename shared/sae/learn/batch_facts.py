@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from shared.kernels import product
-from shared.sae.activations import encode_above
+from shared.sae.activations import Encoder, encode_above
 from shared.sae.groups import LatentGroup
 from shared.sae.learn.inputs import BatchFacts
 
@@ -51,23 +51,28 @@ def frequencies(
 
 
 def select_over_batch(
-    group: LatentGroup,
-    centred: Sequence[Tensor],
+    encoders: Sequence[Encoder],
+    centred: Sequence[Sequence[Tensor]],
     *,
     wanted: int,
     most: int,
     memory: SelectionMemory,
     first_guess: Tensor,
     reduce: Reduce,
-) -> list[BatchFacts]:
+) -> list[list[BatchFacts]]:
     """The pairs with the `wanted` largest values of the batch, and with the `most` largest, for Multi-TopK.
 
-    `first_guess` is a threshold to begin the search from where `memory` has none yet.
+    Over the latents of all `encoders`; `centred` are the inputs of each, one tensor per micro-batch, and so are the
+    facts that are returned. `first_guess` is a threshold to begin the search from where `memory` has none yet.
     """
     lower = MARGIN * float(first_guess) if memory.lower_bound is None else memory.lower_bound
     while True:
-        found = [encode_above(group, centred_ND, lower) for centred_ND in centred]
-        values_P = torch.cat([values.flatten() for values, _ in found])  # behind a row's pairs there are zeros
+        found = [
+            [encode_above(encoder, part_ND, lower) for part_ND in parts]
+            for encoder, parts in zip(encoders, centred, strict=True)
+        ]
+        # Behind the pairs of a row there are zeros.
+        values_P = torch.cat([values.flatten() for parts in found for values, _ in parts])
         total = (values_P > 0).sum()
         reduce(total)
         if lower == 0 or int(total) >= most:
@@ -76,11 +81,13 @@ def select_over_batch(
     least = kth_largest(values_P, wanted, reduce)
     least_multi = least if most == wanted else kth_largest(values_P, most, reduce)
     memory.lower_bound = MARGIN * float(least_multi)
-    facts = []
-    for values, indices in found:  # in descending order: what is kept comes first
-        width = int(((indices >= 0) & (values >= least_multi)).sum(1).max()) if len(values) else 0
-        facts.append(BatchFacts(values[:, : max(1, width)], indices[:, : max(1, width)], least, least_multi))
-    return facts
+    return [[_kept(*part, least, least_multi) for part in parts] for parts in found]
+
+
+def _kept(values: Tensor, indices: Tensor, least: Tensor, least_multi: Tensor) -> BatchFacts:
+    """Candidates in descending order, so that what is kept comes first, without the columns behind."""
+    width = int(((indices >= 0) & (values >= least_multi)).sum(1).max()) if len(values) else 0
+    return BatchFacts(values[:, : max(1, width)], indices[:, : max(1, width)], least, least_multi)
 
 
 def kth_largest(values_P: Tensor, k: int, reduce: Reduce = alone) -> Tensor:

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from shared.parallel import World, all_reduce_sum
+from shared.sae.config import DictionaryConfig
 from shared.sae.learn.batch_facts import Reduce, alone
 from shared.sae.learn.inputs import BatchFacts, Losses, StepInputs
 from shared.sae.learn.objective import Objective
@@ -36,6 +37,10 @@ class Layout:
     def stream_world(self) -> int:
         """Into how many shares the lanes are cut."""
         return self.world.size
+
+    def check(self, config: DictionaryConfig) -> None:
+        """Raise GranaryError for a dictionary that can't be spread in this way."""
+        self.num_latents(config.d_latent)
 
     def num_latents(self, d_latent: int) -> int:
         """How many of so many latents are held here."""

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
+from shared.basics.errors import GranaryError
 from shared.parallel import World, all_reduce_sum
 from shared.sae.activations import Encoder, TopK
 from shared.sae.config import DictionaryConfig
@@ -151,6 +152,14 @@ class LatentParallel(Layout):
     def stream_world(self) -> int:
         """Latent groups."""
         return self.world.size // self.latent
+
+    def check(self, config: DictionaryConfig) -> None:
+        """What several groups of latents hold is not cut. Raises GranaryError for those too."""
+        super().check(config)
+        if config.num_groups > 1:
+            raise GranaryError(
+                f"parallel=latent splits one group of latents, a {config.kind} has {config.num_groups}: use ddp or fsdp"
+            )
 
     def num_latents(self, d_latent: int) -> int:
         """An equal share of them. Raises GranaryError when there is none."""
