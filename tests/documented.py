@@ -18,6 +18,8 @@ NOT_RUN = {
     "hydra/launcher=slurm": "needs Slurm: tests/cluster runs harvest, train and eval so",
     "RDZV=": "needs a second machine: tests/distributed runs two agents on one",
     "pip install": "needs the network",
+    "make explore": "needs a latents folder, and serves until it is stopped: tests/pipeline/test_explore.py runs it",
+    "granary explore": "needs a latents folder, and serves until it is stopped: tests/pipeline/test_explore.py runs it",
 }
 
 # Words of a command that stand for something large or for something of the reader's own; "" leaves the word out.
