@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from shared.basics.errors import GranaryError
 from shared.intervene.edits import Edit
 from shared.intervene.splice import SplicedModel
-from shared.launch.stage import fail
+from shared.launch.outcome import fail
 from shared.lm import load_causal_lm, load_tokenizer
 from shared.sae import SAE
 from shared.sae.loading import load_any

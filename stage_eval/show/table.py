@@ -3,10 +3,9 @@
 from collections.abc import Sequence
 
 from rich import box
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
+from shared.launch.terminal import ShownConsole
 from stage_eval.results.evaluation import Evaluation
 from stage_eval.show.text import differing, middle_cut, number, percent, small_sample
 
@@ -16,7 +15,7 @@ WIDE = 110
 
 def print_tables(evaluations: Sequence[Evaluation]) -> None:
     """Print a table for each site, one row per SAE, and the losses that all of them are measured against."""
-    console = Console()
+    console = ShownConsole()
     console.width = max(console.width, 80)  # a log file or a pipe has no width of its own
     hooks = list(dict.fromkeys(one.sae.hook for one in evaluations))
     for hook in hooks:
@@ -28,17 +27,16 @@ def print_tables(evaluations: Sequence[Evaluation]) -> None:
                 f"  CE clean {number(first.ce_clean, 4)}, mean-ablated {number(first.ce_mean, 4)},"
                 f" zero-ablated {number(first.ce_zero, 4)} nats;"
                 f" {first.downstream.n_predictions:,} predictions",
-                highlight=False,
             )
     remark = small_sample(evaluations[0].n_tokens, evaluations[0].reconstruction.n_contexts)
     if remark:
-        console.print(f"  {remark}", highlight=False)
+        console.print(f"  {remark}")
 
 
 def results_table(hook: str, evaluations: Sequence[Evaluation], *, wide: bool) -> Table:
     """The figures of the SAEs of one site; all of them where the terminal is `wide`."""
     table = Table(
-        title=f"{escape(hook)}: {evaluations[0].n_tokens:,} tokens",
+        title=f"{hook}: {evaluations[0].n_tokens:,} tokens",
         title_justify="left",
         box=box.SIMPLE_HEAD,
         pad_edge=False,
@@ -49,7 +47,7 @@ def results_table(hook: str, evaluations: Sequence[Evaluation], *, wide: bool) -
         table.add_column(heading, justify="right", no_wrap=True)
     names = differing([one.sae.name for one in evaluations])
     for name, row in zip(names, rows, strict=True):
-        table.add_row(escape(middle_cut(name)), *row.values())
+        table.add_row(middle_cut(name), *row.values())
     return table
 
 

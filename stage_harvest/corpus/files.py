@@ -15,6 +15,7 @@ import fsspec
 from fsspec.core import url_to_fs
 from fsspec.utils import infer_compression
 
+from shared.basics.display import refuse_password
 from shared.basics.errors import GranaryError, first_line
 
 # Up to this many bytes a corpus is hashed whole; above, the beginning of each file and its size.
@@ -61,8 +62,10 @@ def find_files(pattern: str, suffixes: tuple[str, ...] = ()) -> list[SourceFile]
     A path that is there is that path, whatever signs it holds. Of a folder the files that end in `suffixes` (compressed
     or not) are taken, all of them where none does; hidden files and a README only where a pattern names them.
 
-    Raises GranaryError when there are none, when all of them are empty, or when the place can't be reached.
+    Raises GranaryError when there are none, when all of them are empty, when the place can't be reached, or for a URL
+    with a password.
     """
+    refuse_password(pattern)
     try:
         fs, path = url_to_fs(pattern)
         is_pattern = any(sign in path for sign in "*?[") and not fs.exists(path)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from shared.basics.errors import GranaryError
-from shared.basics.files import is_abandoned, is_temporary, lock, make_folders, open_alone, sync_folder, temporary
+from shared.basics.files import is_abandoned, is_temporary, lock, make_folders, open_alone, sync, temporary
 from shared.store.buffers import Buffer, byte_view
 from shared.store.format.checksum import crc32c
 from shared.store.io.base import BusyObjectError, ObjectMissingError, ObjectShortError
@@ -61,7 +61,7 @@ class LocalIO:
                 with suppress(FileNotFoundError):
                     os.unlink(temp)
                 os.close(fd)  # gives up the lock, so last
-            sync_folder(final.parent)
+            sync(final.parent)
         return stored
 
     def get(self, key: str) -> bytes:
@@ -102,7 +102,7 @@ class LocalIO:
     def delete(self, key: str) -> None:
         with explained(self.url, key, "delete"), suppress(FileNotFoundError):
             os.unlink(self.root / key)
-            sync_folder((self.root / key).parent)
+            sync((self.root / key).parent)
 
     def leftovers(self) -> list[str]:
         return [key for key, _ in self._walk("") if _is_temporary(key) and is_abandoned(self.root / key)]
