@@ -20,11 +20,11 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
-from shared.basics.errors import GranaryError, first_line
+from shared.basics.errors import GranaryError
 from shared.basics.files import write_text
 from shared.basics.run_folder import RunFolder
+from shared.basics.yaml_file import read_yaml
 from shared.launch import commands
 from shared.launch.config_errors import describe_config_error
 from shared.launch.orphans import end_with_starter
@@ -64,15 +64,12 @@ def read_list(path: Path) -> list[TrainSchema]:
     """
     if not path.is_file():
         raise GranaryError(f"{path} is not there: give the packed.yaml of a sweep, or a list of train.yaml contents")
-    try:
-        entries = OmegaConf.load(path)
-    except (OSError, ValueError, YAMLError, OmegaConfBaseException) as error:
-        raise GranaryError(f"{path} can't be read: {first_line(error)}") from error
-    if not OmegaConf.is_list(entries) or not len(entries):
+    entries = read_yaml(path)
+    if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
         raise GranaryError(f"{path} is not a list of configurations: begin each with '- ' and the keys of a train.yaml")
     try:
         return [fill(OmegaConf.merge(OmegaConf.structured(TrainSchema), entry)) for entry in entries]
-    except (ValueError, OmegaConfBaseException) as error:
+    except (ValueError, TypeError, OmegaConfBaseException) as error:
         raise GranaryError(f"{path}: {describe_config_error(error)}") from error
 
 

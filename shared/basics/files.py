@@ -41,7 +41,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
             if isinstance(error, OSError) and error.filename is None:
                 error.filename = str(path)  # a failed write does not say where
             raise
-    sync(path.parent)
+    sync_folder(path.parent)
 
 
 @contextmanager
@@ -59,11 +59,11 @@ def making_folder(folder: Path) -> Iterator[Path]:
     try:
         yield temp
         for path in temp.rglob("*"):
-            sync(path)
-        sync(temp)
+            _flush(path)
+        sync_folder(temp)
         os.replace(temp, final)
         made = final
-        sync(final.parent)
+        sync_folder(final.parent)
     except BaseException:
         shutil.rmtree(made, ignore_errors=True)
         raise
@@ -166,12 +166,17 @@ def make_folders(folder: Path) -> None:
         folder = folder.parent
     for new in reversed(missing):
         new.mkdir(exist_ok=True)
-        sync(new.parent)
+        sync_folder(new.parent)
 
 
-def sync(path: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Flush the names in a folder to disk."""
+    _flush(folder, os.O_DIRECTORY)
+
+
+def _flush(path: Path, kind: int = 0) -> None:
     """Flush a file's content, or the names in a folder, to disk."""
-    fd = os.open(path, os.O_RDONLY)
+    fd = os.open(path, os.O_RDONLY | kind)
     try:
         os.fsync(fd)
     finally:

@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.state_dict_saver import AsyncSaveResponse, asy
 from torch.distributed.tensor import DTensor
 
 from shared.basics.errors import GranaryError
-from shared.basics.files import sync, write_text
+from shared.basics.files import sync_folder, write_text
 from shared.basics.run_folder import RunFolder
 from shared.parallel import World, barrier, broadcast_object
 from stage_train.state.integrity import fault_of, write_digests
@@ -134,7 +134,7 @@ class Checkpoints:
             for name in (*beside, self.folder.name):  # the checkpoints last: until then they are the run's
                 if (self.folder.parent / name).exists():
                     (self.folder.parent / name).rename(self.discarded / name)
-            sync(self.folder.parent)
+            sync_folder(self.folder.parent)
         barrier()
 
     @property
@@ -147,12 +147,16 @@ class Checkpoints:
         if not self.world.is_main:
             return
         write_digests(partial)
-        sync(partial)
+        sync_folder(partial)
         partial.rename(final)
-        sync(self.folder)
+        sync_folder(self.folder)
         write_text(self.folder / POINTER, final.name)
+        self.prune(final)
+
+    def prune(self, newest: Path) -> None:
+        """Remove what `newest`, which is pointed to, makes superfluous: on the main rank, when nothing is pending."""
         steps = sorted(path for path in self.folder.glob("step-*") if PARTIAL not in path.name)
-        kept = [path for path in steps if path <= final][-self.keep :]
+        kept = [path for path in steps if path <= newest][-self.keep :]
         for other in steps:  # a later one is damaged, or of a run that went on from before it
             if other not in kept:
                 shutil.rmtree(other, ignore_errors=True)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from shared.basics.errors import GranaryError
-from shared.basics.files import is_abandoned, is_temporary, lock, make_folders, open_alone, sync, temporary
+from shared.basics.files import is_abandoned, is_temporary, lock, make_folders, open_alone, sync_folder, temporary
 from shared.store.buffers import Buffer, byte_view
 from shared.store.format.checksum import crc32c
 from shared.store.io.base import BusyObjectError, ObjectMissingError, ObjectShortError
@@ -24,6 +24,7 @@ MAX_BUFFERS = 512  # per preadv; the kernel's limit is 1024
 PIECE_BYTES = 8 << 20
 WRITEBACK_BYTES = 32 << 20  # written between two hints to the disk
 SYNC_FILE_RANGE_WRITE = 2
+READ = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK  # a pipe in the place of an object reads as empty
 
 
 class LocalIO:
@@ -61,16 +62,16 @@ class LocalIO:
                 with suppress(FileNotFoundError):
                     os.unlink(temp)
                 os.close(fd)  # gives up the lock, so last
-            sync(final.parent)
+            sync_folder(final.parent)
         return stored
 
     def get(self, key: str) -> bytes:
-        with explained(self.url, key, "read"):
-            return (self.root / key).read_bytes()
+        with explained(self.url, key, "read"), open(os.open(self.root / key, READ), "rb") as file:
+            return file.read()
 
     def read_into(self, key: str, offset: int, buffers: Sequence[memoryview]) -> None:
         with explained(self.url, key, "read"):
-            fd = os.open(self.root / key, os.O_RDONLY)
+            fd = os.open(self.root / key, READ)
             try:
                 for start in range(0, len(buffers), MAX_BUFFERS):
                     offset = _read_all(fd, offset, list(buffers[start : start + MAX_BUFFERS]), key)
@@ -80,7 +81,7 @@ class LocalIO:
     def read_checked(self, key: str, offset: int, buffers: Sequence[memoryview]) -> list[int]:
         crcs = [0] * len(buffers)
         with explained(self.url, key, "read"):
-            fd = os.open(self.root / key, os.O_RDONLY)
+            fd = os.open(self.root / key, READ)
             try:
                 for pieces in in_pieces(buffers, PIECE_BYTES):
                     offset = _read_all(fd, offset, [piece for _, piece in pieces], key)
@@ -102,7 +103,7 @@ class LocalIO:
     def delete(self, key: str) -> None:
         with explained(self.url, key, "delete"), suppress(FileNotFoundError):
             os.unlink(self.root / key)
-            sync((self.root / key).parent)
+            sync_folder((self.root / key).parent)
 
     def leftovers(self) -> list[str]:
         return [key for key, _ in self._walk("") if _is_temporary(key) and is_abandoned(self.root / key)]
