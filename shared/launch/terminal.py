@@ -52,6 +52,6 @@ class ShownConsole(Console):
     Styles are given as ``style=`` or by rich's own objects.
     """
 
-    def render_str(self, text: str, **options: Any) -> Text:  # type: ignore[override]
+    def render_str(self, text: str, **options: Any) -> Text:
         """What rich makes of every string that is printed, in tables and titles too."""
         return super().render_str(shown(text), **{**options, "markup": False, "emoji": False, "highlight": False})

@@ -9,6 +9,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 import stage_eval.config
 import stage_harvest.config
+import stage_inspect.config
 from shared.basics.config import marks
 from shared.basics.errors import GranaryError
 from shared.basics.numbers import parse_count
@@ -27,6 +28,7 @@ from stage_train.config import TrainSchema
 def _all_stages(train_configs: None) -> None:
     stage_harvest.config.register()
     stage_eval.config.register()
+    stage_inspect.config.register()
 
 
 @pytest.mark.parametrize(
@@ -85,7 +87,7 @@ def test_what_is_no_value_names_its_key(override: str, line: str) -> None:
     assert describe_config_error(caught.value).startswith(line)
 
 
-@pytest.mark.parametrize("stage", ["harvest", "train", "eval"])
+@pytest.mark.parametrize("stage", ["harvest", "train", "eval", "inspect"])
 @pytest.mark.parametrize("key", ["nosuchkey", "device.nosuchkey"])
 def test_a_key_put_in_by_force_is_unknown_all_the_same(stage: str, key: str) -> None:
     for plus in ("+", "++"):

@@ -11,6 +11,7 @@ import pytest
 from hydra.errors import OverrideParseException
 
 from shared.basics.errors import GranaryError
+from shared.launch.commands import COMMANDS
 from shared.launch.outcome import ending_in_one_line
 from shared.launch.terminal import LogFile, ShownFormatter
 from tests.cli import REPOSITORY
@@ -78,3 +79,15 @@ def test_a_log_that_can_not_be_written_ends_nothing(capsys: pytest.CaptureFixtur
         told = capsys.readouterr().err
         assert told.startswith(f"the log {path} can't be written: ")
         assert told.count("\n") == 1
+
+
+def test_every_command_ends_so() -> None:
+    """No other place turns an error into a line: what one command tells, all tell."""
+    for room in ("shared", "granary", "stage_*", "examples"):
+        for path in (path for folder in REPOSITORY.glob(room) for path in folder.rglob("*.py")):
+            ends_itself = "fail(str(error))" in path.read_text(encoding="utf-8")
+            assert ends_itself == (path.name == "outcome.py"), path
+    for module in (one.module.replace(".", "/") for one in COMMANDS.values()):
+        files = (REPOSITORY / f"{module}.py", REPOSITORY / module / "__main__.py")
+        text = next(path for path in files if path.exists()).read_text(encoding="utf-8")
+        assert any(name in text for name in ("ending_in_one_line", "run_stage", "import main")), module
