@@ -49,12 +49,14 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 setup-peers: $(VENV_PEERS)/.installed ## a second environment with SAELens, sparsify and dictionary_learning
 
+# Of circuit-tracer the transcoders alone are used, without what its other parts need, whose pins are not these.
 # torchvision comes with nnsight, is used by nothing here, and its PyPI build does not load beside a CPU torch.
 $(VENV_PEERS)/.installed: pyproject.toml constraints-peers.txt
 	@echo "installing this project and its peers into $(VENV_PEERS)"
 	@test -x $(VENV_PEERS)/bin/python || $(PYTHON) -m venv $(VENV_PEERS)
 	@$(VENV_PEERS)/bin/python -m pip install -q --disable-pip-version-check -c constraints-peers.txt -e . \
 	  sae-lens eai-sparsify dictionary-learning pytest pytest-xdist
+	@$(VENV_PEERS)/bin/python -m pip install -q --disable-pip-version-check --no-deps -c constraints-peers.txt circuit-tracer
 	@$(VENV_PEERS)/bin/python -m pip uninstall -q -y torchvision
 	@touch $@
 

@@ -23,10 +23,12 @@ weights, and every latent keeps its value; what a format can't express is refuse
   opensae              config.json, model*.safetensors                    yes   TopK
   llama_scope          hyperparams.json, checkpoints/final.safetensors    yes   no
   gemma_scope          params.npz or params.safetensors                   yes   no
+  circuit_tracer       config.yaml, layer_*.safetensors or W_dec_*        no    transcoders of all layers, CLT
 """
 EXAMPLES = """\
 examples:
   {convert} runs/demo/sae exported --to saelens
+  {convert} runs/mine/transcoders exported --to circuit_tracer
   {convert} downloaded/layer_20/width_16k/average_l0_71 runs/gemma/sae --to granary
 """
 
@@ -52,13 +54,18 @@ def main(argv: list[str] | None = None) -> None:
     command.add_argument("source", metavar="SRC", help="folder of an SAE in any of these formats, or a hub id")
     command.add_argument("target", metavar="DST", type=Path, help="new or empty folder")
     command.add_argument(
-        "--to", required=True, metavar="FORMAT", help="granary, saelens, sparsify, dictionary_learning or opensae"
+        "--to",
+        required=True,
+        metavar="FORMAT",
+        help="granary, saelens, sparsify, dictionary_learning, opensae or circuit_tracer",
     )
     arguments = parser.parse_args(argv)
     from shared.sae.loading import convert
+    from shared.sae.sets import SET_FORMATS, convert_set
 
     try:
-        found = convert(arguments.source, arguments.target, arguments.to)
+        write = convert_set if arguments.to in SET_FORMATS else convert
+        found = write(arguments.source, arguments.target, arguments.to)
     except GranaryError as error:
         fail(str(error))
     Console(soft_wrap=True).print(f"{arguments.target}: {found} to {arguments.to}", highlight=False, markup=False)
