@@ -7,6 +7,7 @@ if TYPE_CHECKING:
     from shared.basics.errors import GranaryError
     from shared.intervene.edits import Edit
     from shared.intervene.splice import SplicedModel
+    from shared.latents import Latents
     from shared.lm import load_causal_lm, load_tokenizer
     from shared.sae import (
         CLT,
@@ -41,6 +42,7 @@ _HOMES = {
     "DictionaryConfig": "shared.sae",
     "Edit": "shared.intervene.edits",
     "GranaryError": "shared.basics.errors",
+    "Latents": "shared.latents",
     "Objective": "shared.sae.learn.objective",
     "SAEConfig": "shared.sae",
     "SAEOutput": "shared.sae",
@@ -72,6 +74,7 @@ __all__ = [
     "DictionaryConfig",
     "Edit",
     "GranaryError",
+    "Latents",
     "Objective",
     "SAEConfig",
     "SAEOutput",

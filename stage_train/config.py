@@ -14,7 +14,7 @@ from hydra.types import RunMode
 from omegaconf import MISSING, OmegaConf
 
 import shared.basics.config
-from shared.basics.config import DeviceSchema, key, marks
+from shared.basics.config import DeviceSchema, StoreBeside, key, marks
 from stage_train.sae_schema import SAESchema
 
 
@@ -111,16 +111,6 @@ class FurtherStore:
     """Folder or fsspec URL of an activation store."""
     weight: float = MISSING
     """Times each of its tokens is read per epoch."""
-
-
-@dataclass(kw_only=True)
-class StoreBeside:
-    """A store of another model on the same tokens."""
-
-    name: str = MISSING
-    """What its sites are called by: ``chat`` for chat:layers.8.resid_post."""
-    url: str = MISSING
-    """Folder or fsspec URL of an activation store."""
 
 
 @dataclass(kw_only=True)

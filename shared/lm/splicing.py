@@ -147,12 +147,11 @@ class _Splice:
         missing = [hook for hook in self.reads if hook not in self.captured]
         if missing and self.read_widths is not None and self.captured:
             seen = next(iter(self.captured.values()))
-            empty = {
-                hook: seen.new_zeros(*seen.shape[:-1], width)
+            parts = [
+                self.captured[hook] if hook in self.captured else seen.new_zeros(*seen.shape[:-1], width)
                 for hook, width in zip(self.reads, self.read_widths, strict=True)
-                if hook in missing
-            }
-            return torch.cat([self.captured.get(hook, empty.get(hook)) for hook in self.reads], dim=-1)
+            ]
+            return torch.cat(parts, dim=-1)
         if missing:
             raise GranaryError(
                 f"{missing[0]} is computed after {written}: what is written there can't depend on it within one forward"

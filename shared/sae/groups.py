@@ -116,8 +116,26 @@ class LatentGroup(Computing):
         }
 
 
+# Rows drawn at a time where they are not drawn in place. A multiple of 16: normal_ draws so many values at once, so
+# that blocks get the bits that the whole would.
+BLOCK_ROWS = 4096
+
+
 @torch.no_grad()
 def random_unit_rows(W_FD: Tensor, generator: torch.Generator | None = None) -> None:
-    """Fill `W_FD` in place with rows uniform on the unit sphere."""
-    W_FD.normal_(generator=generator)
-    W_FD.div_(W_FD.norm(dim=1, keepdim=True))
+    """Fill `W_FD` in place with rows uniform on the unit sphere.
+
+    The same bits wherever W is: they are drawn on the generator's device, block by block where that is another.
+    """
+    if generator is None or generator.device == W_FD.device:
+        W_FD.normal_(generator=generator)
+        W_FD.div_(W_FD.norm(dim=1, keepdim=True))
+        return
+    draw_in_blocks(W_FD, generator)
+
+
+def draw_in_blocks(W_FD: Tensor, generator: torch.Generator) -> None:
+    """``random_unit_rows`` with no more than BLOCK_ROWS rows on the generator's device."""
+    for block_RD in W_FD.split(BLOCK_ROWS):
+        drawn_RD = torch.empty(block_RD.shape, device=generator.device).normal_(generator=generator)
+        block_RD.copy_(drawn_RD.div_(drawn_RD.norm(dim=1, keepdim=True)))

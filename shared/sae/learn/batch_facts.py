@@ -71,8 +71,9 @@ def select_over_batch(
             [encode_above(encoder, part_ND, lower) for part_ND in parts]
             for encoder, parts in zip(encoders, centred, strict=True)
         ]
-        values_P = torch.cat([values[indices >= 0] for parts in found for values, indices in parts])
-        total = torch.tensor(len(values_P), device=values_P.device)
+        # Behind the pairs of a row there are zeros.
+        values_P = torch.cat([values.flatten() for parts in found for values, _ in parts])
+        total = (values_P > 0).sum()
         reduce(total)
         if lower == 0 or int(total) >= most:
             break
@@ -92,22 +93,22 @@ def _kept(values: Tensor, indices: Tensor, least: Tensor, least_multi: Tensor) -
 def kth_largest(values_P: Tensor, k: int, reduce: Reduce = alone) -> Tensor:
     """The k-th largest of all ranks' positive values, a scalar; 0 when there are fewer.
 
-    Exact, by radix: positive floats are ordered as their bits are. The ranks exchange 256 counts per round.
+    Exact, by radix: positive floats are ordered as their bits are. The ranks exchange 256 counts per round. Nothing is
+    read on the host.
     """
     integer = {4: torch.int32, 8: torch.int64}[values_P.element_size()]
-    bits_P = values_P[values_P > 0].view(integer).long()
-    total = torch.tensor(len(bits_P), device=values_P.device)
+    bits_P, alive_P = values_P.view(integer).long(), values_P > 0
+    total = alive_P.sum()
     reduce(total)
-    if int(total) < k:
-        return values_P.new_zeros(())
-    size, prefix, left = 1 << BITS_PER_ROUND, 0, k
+    size, prefix = 1 << BITS_PER_ROUND, total.new_zeros(1)
+    left = torch.full_like(prefix, k)
     for shift in range(8 * values_P.element_size() - BITS_PER_ROUND, -1, -BITS_PER_ROUND):
         digits_P = (bits_P >> shift) & (size - 1)
-        counts = torch.bincount(digits_P, minlength=size)
+        counts = prefix.new_zeros(size).index_add_(0, digits_P, alive_P.long())
         reduce(counts)
         above = counts.flip(0).cumsum(0).flip(0)  # how many have this digit or a larger one
-        digit = int((above >= left).nonzero()[-1])
-        left -= int(above[digit] - counts[digit])
+        digit = ((above >= left).sum(0, keepdim=True) - 1).clamp_min(0)
+        left -= above.gather(0, digit) - counts.gather(0, digit)
         prefix = prefix << BITS_PER_ROUND | digit
-        bits_P = bits_P[digits_P == digit]
-    return torch.tensor(prefix, dtype=integer, device=values_P.device).view(values_P.dtype)
+        alive_P &= digits_P == digit
+    return torch.where(total < k, 0, prefix[0]).to(integer).view(values_P.dtype)

@@ -22,6 +22,8 @@ from shared.sae.variants.one_group import OneGroup
 
 # Tokens of the sample that activations without a fixed L0 look at for their scale.
 SEARCH_TOKENS = 1024
+# Pairs of token and latent that may fire at a time while the start is looked for: each takes about 128 bytes.
+SEARCH_PAIRS = 1 << 24
 # Norms of decoder and encoder rows that norm_search tries first (Language-Model-SAEs).
 NORMS = [round(0.1 * step, 1) for step in range(1, 51)]
 # Scales of JumpReLU's encoder, from where nothing reaches the thresholds to where all does.
@@ -195,14 +197,26 @@ def start_decoder_from_data(objective: Objective, x_MD: Tensor, y_MD: Tensor) ->
         x_MD, y_MD = x_MD[:SEARCH_TOKENS], y_MD[:SEARCH_TOKENS]
     centred_MD, target_MD, _, _ = objective.terms.prepare(x_MD, y_MD)
     objective.rule.fit_to_sample(centred_MD)
-    picks = dictionary.split(*dictionary.fire(centred_MD))
     wanted_MD = objective.terms.wanted(target_MD, centred_MD) - dictionary.b_dec
-    for group, (_, writes), (values_MK, indices_MK) in zip(dictionary.groups, dictionary.places, picks, strict=True):
-        order = PairOrder(indices_MK, group.num_latents)
-        own_MD = wanted_MD[:, writes].contiguous()
-        rows_FD = row_grad(values_MK, indices_MK, own_MD, group.num_latents, order, kernels=dictionary.kernels)
-        norm_F1 = rows_FD.norm(dim=1, keepdim=True)
-        group.W_dec.copy_(torch.where(norm_F1 > 0, rows_FD / norm_F1.clamp_min(1e-30), group.W_dec))
+    sums: list[Tensor | None] = [None] * len(dictionary.groups)
+    for part in parts_of_sample(objective, len(x_MD)):
+        picks = dictionary.split(*dictionary.fire(centred_MD[part]))
+        for number, (group, (_, writes)) in enumerate(zip(dictionary.groups, dictionary.places, strict=True)):
+            values_MK, indices_MK = picks[number]
+            own_MD, order = wanted_MD[part, writes].contiguous(), PairOrder(indices_MK, group.num_latents)
+            rows_FD = row_grad(values_MK, indices_MK, own_MD, group.num_latents, order, kernels=dictionary.kernels)
+            before_FD = sums[number]
+            sums[number] = rows_FD if before_FD is None else before_FD.add_(rows_FD)
+    for group, sum_FD in zip(dictionary.groups, sums, strict=True):
+        assert sum_FD is not None
+        norm_F1 = sum_FD.norm(dim=1, keepdim=True)
+        group.W_dec.copy_(torch.where(norm_F1 > 0, sum_FD / norm_F1.clamp_min(1e-30), group.W_dec))
+
+
+def parts_of_sample(objective: Objective, count: int) -> list[slice]:
+    """`count` tokens in parts that are encoded at a time: all, where the number of picks is fixed."""
+    size = count if objective.rule.looks_at_all else max(1, SEARCH_PAIRS // objective.dictionary.config.d_latent)
+    return [slice(start, start + size) for start in range(0, count, size)]
 
 
 def set_scale(objective: Objective, x_MD: Tensor, y_MD: Tensor) -> None:
@@ -220,7 +234,8 @@ def set_scale(objective: Objective, x_MD: Tensor, y_MD: Tensor) -> None:
             group.W_enc.copy_(encoder_FD * encoder)
             group.W_dec.copy_(decoder_FD * decoder)
         rule.fit_to_sample(centred_MD)
-        return dictionary.decoded(*dictionary.fire(centred_MD))
+        parts = parts_of_sample(objective, len(centred_MD))
+        return torch.cat([dictionary.decoded(*dictionary.fire(centred_MD[part])) for part in parts])
 
     def loss_with(encoder: float, decoder: float) -> float:
         return float(weighted_square_error(decoded_with(encoder, decoder) - wanted_MD, weight_D))

@@ -18,7 +18,7 @@ from shared.sae import folder as on_disk
 from shared.sae.config import DictionaryConfig
 from shared.sae.groups import ComputeChoice, Computing, LatentGroup
 from shared.sae.latents import SAEOutput, SparseLatents
-from shared.sae.roles import Role
+from shared.sae.roles import Rate, Role
 from shared.sae.sites import Sites, SiteWidths
 
 LAYER_NORM_EPS = 1e-5
@@ -111,6 +111,12 @@ class Dictionary(Computing):
             (name for name, _ in self.named_buffers(recurse=False)), Role(latent_axis=None, learnt=False)
         )
         return {"b_dec": Role(latent_axis=None), **fixed}
+
+    def latent_rows(self, rate: Rate) -> Tensor | None:
+        """The one matrix of a row per latent that learns at this rate (encoder, decoder); None: there is no such."""
+        tensors = self.state_dict()
+        found = [tensors[name] for name, role in self.roles().items() if role.is_matrix and role.rate == rate]
+        return found[0] if len(found) == 1 else None
 
     # Between the units of activations and those of encoder and decoder
 

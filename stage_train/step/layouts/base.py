@@ -46,9 +46,13 @@ class Layout:
         """How many of so many latents are held here."""
         return d_latent
 
-    def distribute(self, objective: Objective) -> Objective:
-        """The rank's part of an initialised dictionary. Rank 0's weights hold: other machines may round differently."""
-        if self.world.size > 1:
+    def distribute(self, objective: Objective, *, has_values: bool = True) -> Objective:
+        """The rank's part of a whole dictionary, on the rank's device.
+
+        Rank 0's has values, the others' are on the meta device; without `has_values` all are, and the result is unset.
+        """
+        on_device(objective, self.world.device)
+        if has_values and self.world.size > 1:
             for tensor in objective.dictionary.state_dict().values():
                 dist.broadcast(tensor, src=0)
         return objective
@@ -106,6 +110,28 @@ class Layout:
     def as_global(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Tensors of the training state as torch.distributed.checkpoint must see them, sharing their memory."""
         return dict(tensors)
+
+
+def on_device(objective: Objective, device: torch.device) -> None:
+    """Memory for what is on the meta device, which leaves it unset; all else stays as it is."""
+    unset = {
+        name: torch.empty_like(tensor, device=device)
+        for name, tensor in objective.dictionary.state_dict().items()
+        if tensor.device.type == "meta"
+    }
+    objective.dictionary.load_state_dict(unset, assign=True, strict=False)
+
+
+def scatter_rows(whole: Tensor, part: Tensor, parts: int) -> None:
+    """Fill `part` with the rank's share of the rows of rank 0's `whole`, cut into `parts` equal ones that go round.
+
+    Every rank calls it; what another than rank 0 gives for `whole` is not read.
+    """
+    shares = None
+    if dist.get_rank() == 0:
+        cut = whole.detach().tensor_split(parts)
+        shares = [cut[rank % parts] for rank in range(dist.get_world_size())]
+    dist.scatter(part, shares, src=0)
 
 
 def gradients(optimiser: Optimiser) -> list[Tensor]:
