@@ -50,21 +50,22 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 setup-peers: $(VENV_PEERS)/.installed ## a second environment with SAELens, sparsify and dictionary_learning
 
-# Of circuit-tracer the transcoders alone are used, without what its other parts need, whose pins are not these.
 # torchvision comes with nnsight, is used by nothing here, and its PyPI build does not load beside a CPU torch.
 $(VENV_PEERS)/.installed: pyproject.toml constraints-peers.txt
 	@echo "installing this project and its peers into $(VENV_PEERS)"
 	@test -x $(VENV_PEERS)/bin/python || $(PYTHON) -m venv $(VENV_PEERS)
 	@$(VENV_PEERS)/bin/python -m pip install -q --disable-pip-version-check -c constraints-peers.txt -e . \
 	  sae-lens eai-sparsify dictionary-learning pytest pytest-xdist
-	@$(VENV_PEERS)/bin/python -m pip install -q --disable-pip-version-check --no-deps -c constraints-peers.txt circuit-tracer
+	@# Of these one module each is used; their own pins do not go with the others'.
+	@$(VENV_PEERS)/bin/python -m pip install -q --disable-pip-version-check --no-deps -c constraints-peers.txt circuit-tracer sae-dashboard
 	@$(VENV_PEERS)/bin/python -m pip uninstall -q -y torchvision
 	@touch $@
 
-demo: setup ## text to a scored SAE: harvest, train, evaluate the bundled LLaMA (2 to 6 minutes, 2 cores)
+demo: setup ## text to a scored SAE and what its latents do: harvest, train, evaluate, inspect (2 to 6 minutes, 2 cores)
 	@$(BIN)/python -m stage_harvest $(ARGS)
 	@$(BIN)/python -m stage_train
 	@$(BIN)/python -m stage_eval
+	@$(BIN)/python -m stage_inspect
 
 harvest: setup ## run a LLaMA over a corpus and write its activations to a store
 	@$(STAGE) stage_harvest $(ARGS)

@@ -13,7 +13,8 @@ CONVERT = """\
 Read an SAE folder of any known format and write it as another.
 
 The source's format is found from its files. Input normalisation (scale, centre and scale) is folded into the
-weights, and every latent keeps its value; what a format can't express is refused with the reason.
+weights, and every latent keeps its value; what a format can't express is refused with the reason. So is a key or a
+tensor of SRC that is not known and may change what the SAE computes; --ignore KEY leaves it out.
 
   format               files                                              read  written
   granary              config.json, sae.safetensors                       yes   yes
@@ -59,13 +60,20 @@ def main(argv: list[str] | None = None) -> None:
         metavar="FORMAT",
         help="granary, saelens, sparsify, dictionary_learning, opensae or circuit_tracer",
     )
+    command.add_argument(
+        "--ignore", action="append", default=[], metavar="KEY", help="leave out a key or tensor of SRC; may be repeated"
+    )
     arguments = parser.parse_args(argv)
     from shared.sae.loading import convert
     from shared.sae.sets import SET_FORMATS, convert_set
 
     try:
-        write = convert_set if arguments.to in SET_FORMATS else convert
-        found = write(arguments.source, arguments.target, arguments.to)
+        if arguments.to in SET_FORMATS:
+            if arguments.ignore:
+                raise GranaryError(f"--ignore is for folders of other projects: {arguments.to} is written from ours")
+            found = convert_set(arguments.source, arguments.target, arguments.to)
+        else:
+            found = convert(arguments.source, arguments.target, arguments.to, arguments.ignore)
     except GranaryError as error:
         fail(str(error))
     Console(soft_wrap=True).print(f"{arguments.target}: {found} to {arguments.to}", highlight=False, markup=False)
