@@ -8,8 +8,10 @@ from typing import Any
 import numpy as np
 
 from shared.basics.errors import GranaryError
+from shared.launch.commands import program
 from shared.parallel import World, broadcast_object
 from shared.store import HookStatistics, Store
+from stage_train.config import TrainSchema
 from stage_train.data.stream import StoreSlice
 
 
@@ -51,6 +53,11 @@ class PinnedStore:
         return self.shards if window is None else tuple(shard for shard in self.shards if shard < window.plan.ends[0])
 
 
+def urls_of(cfg: TrainSchema) -> list[tuple[str, float]]:
+    """URL and weight of every store that a configuration names."""
+    return [(cfg.store.url, cfg.store.weight), *((other.url, other.weight) for other in cfg.store.others)]
+
+
 def pin(urls: Sequence[tuple[str, float]], world: World) -> list[PinnedStore]:
     """Open stores and take their committed training shards; rank 0's listing holds for all ranks.
 
@@ -67,7 +74,8 @@ def pin(urls: Sequence[tuple[str, float]], world: World) -> list[PinnedStore]:
         shards = broadcast_object(mine)
         if not shards:
             raise GranaryError(
-                f"the store at {url} has no committed training shard yet: run stage_harvest, or wait for its first one"
+                f"the store at {url} has no committed training shard yet: go on with {program('harvest')}, or "
+                "wait for its first one"
             )
         pinned.append(PinnedStore(store, weight, shards))
     return pinned
