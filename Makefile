@@ -29,8 +29,9 @@ endif
 
 LOCKED := $(if $(shell command -v flock),flock pyproject.toml)
 
-.PHONY: help setup setup-peers demo harvest plan train eval sweep check compile-kernels docs-config bench bench-gpu clean
-.PHONY: bit-identical test test-all test-processors test-s3 test-peers test-quantised test-cluster
+.PHONY: help setup setup-peers demo harvest plan train eval inspect explore sweep transcoders check compile-kernels docs-config bench
+.PHONY: bench-gpu clean bit-identical test test-all test-browser test-processors test-s3 test-peers test-quantised
+.PHONY: test-cluster
 
 help: ## this list
 	@echo 'usage: make TARGET [ARGS="key=value ..."] [NPROC=processes] [NNODES=machines RDZV=host:port]'
@@ -55,13 +56,16 @@ $(VENV_PEERS)/.installed: pyproject.toml constraints-peers.txt
 	@test -x $(VENV_PEERS)/bin/python || $(PYTHON) -m venv $(VENV_PEERS)
 	@$(VENV_PEERS)/bin/python -m pip install -q --disable-pip-version-check -c constraints-peers.txt -e . \
 	  sae-lens eai-sparsify dictionary-learning pytest pytest-xdist
+	@# Of these one module each is used; their own pins do not go with the others'.
+	@$(VENV_PEERS)/bin/python -m pip install -q --disable-pip-version-check --no-deps -c constraints-peers.txt circuit-tracer sae-dashboard
 	@$(VENV_PEERS)/bin/python -m pip uninstall -q -y torchvision
 	@touch $@
 
-demo: setup ## text to a scored SAE: harvest, train, evaluate the bundled LLaMA (2 to 6 minutes, 2 cores)
+demo: setup ## text to a scored SAE and what its latents do: harvest, train, evaluate, inspect (2 to 6 minutes, 2 cores)
 	@$(BIN)/python -m stage_harvest $(ARGS)
 	@$(BIN)/python -m stage_train
 	@$(BIN)/python -m stage_eval
+	@$(BIN)/python -m stage_inspect
 
 harvest: setup ## run a LLaMA over a corpus and write its activations to a store
 	@$(STAGE) stage_harvest $(ARGS)
@@ -75,19 +79,28 @@ train: setup ## train a sparse autoencoder from a store
 eval: setup ## score a trained SAE: FVU, L0, loss recovered, plots, report
 	@$(STAGE) stage_eval $(ARGS)
 
+inspect: setup ## what each latent of a trained SAE does: a pass over the store, to runs/NAME/latents
+	@$(STAGE) stage_inspect $(ARGS)
+
 sweep: setup ## train and compare K=8,16 x EXPANSION=4,8 on the store of runs/NAME; PACKED=1: from one pass over it
 	@$(BIN)/python -m stage_train -m name=$(NAME) nproc=$(NPROC) sae.k=$(K) sae.expansion=$(EXPANSION) $(packed) $(ARGS)
 	@$(STAGE) stage_eval name=$(NAME) sae.path=runs/$(NAME)/sweep sae.last_grid=true
+
+transcoders: setup ## a transcoder for every layer's MLP from one pass over the store of runs/NAME, scored alone and all at once
+	@$(BIN)/python -m granary transcoders name=$(NAME) nproc=$(NPROC) $(ARGS)
+
+explore: setup ## pages that show what each latent of runs/NAME does; ARGS="--html latents.html" writes a file instead
+	@$(BIN)/python -m stage_inspect.explorer runs/$(NAME) $(ARGS)
 
 # Two workers, one thread each: most tests wait for imports of processes they start.
 PYTEST_ALONE := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
 PYTEST := $(PYTEST_ALONE) -n 2 --dist loadfile
 
 test: setup ## the default tests, in a random order; ARGS=--randomly-seed=N repeats one
-	@$(PYTEST) -m "not slow and not gpu and not s3 and not cluster and not peers and not quantised" $(ARGS)
+	@$(PYTEST) -m "not slow and not gpu and not s3 and not cluster and not peers and not quantised and not browser" $(ARGS)
 
 test-all: setup ## the default and the slow tests
-	@$(PYTEST) -m "not s3 and not cluster and not peers and not quantised" $(ARGS)
+	@$(PYTEST) -m "not s3 and not cluster and not peers and not quantised and not browser" $(ARGS)
 
 # As on other processors: the instructions that PyTorch and oneDNN may use, and the bfloat16 product we find then.
 PROCESSORS := \
@@ -99,6 +112,10 @@ test-processors: setup ## the default tests as on processors with fewer instruct
 	@status=0; for processor in $(PROCESSORS); do \
 	  echo "== $$processor"; env $$processor $(MAKE) --no-print-directory test || status=$$?; \
 	done; exit $$status
+
+test-browser: setup ## the explorer in a real Chromium; on Debian: apt-get install chromium chromium-driver
+	@command -v chromedriver > /dev/null || { echo "error: no chromedriver: on Debian, apt-get install chromium chromium-driver" >&2; exit 1; }
+	@$(PYTEST_ALONE) -m browser tests/browser $(ARGS)
 
 test-peers: setup-peers ## the formats against the real SAELens, sparsify and dictionary_learning
 	@OMP_NUM_THREADS=1 $(VENV_PEERS)/bin/python -m pytest -q -m peers tests/peers
@@ -130,7 +147,7 @@ check: setup ## lint, types, and composing every config
 	@$(BIN)/python -m pytest -q tests/unit/config/test_composition.py
 
 docs-config: setup ## docs/config.md: every key, from the schemas and conf/
-	@$(BIN)/python -m shared.basics.config_page stage_harvest stage_train stage_eval > docs/config.md.new
+	@$(BIN)/python -m shared.basics.config_page stage_harvest stage_train stage_eval stage_inspect > docs/config.md.new
 	@mv docs/config.md.new docs/config.md
 
 compile-kernels: setup ## compile every Triton kernel for sm_80 and sm_90 (no GPU needed)

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
+from shared.launch.outcome import ending_in_one_line
 from shared.launch.stage import run_child
 
 HELP = """\
@@ -27,15 +28,18 @@ def commands(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     """The arguments of training and those of evaluation."""
     given = [argument for argument in arguments if argument not in ("-m", "--multirun")]
     folder = "${run_dir}/sweep"
-    shared = []
     for argument in given:
         key, _, value = argument.partition("=")
-        if key in SHARED or key.startswith(SHARED_GROUPS):
-            shared.append(argument)
-        elif key == "hydra.sweep.dir":
+        if key == "hydra.sweep.dir":
             folder = value.strip("'\"")
     grid = [] if is_grid(given) else GRID
-    return ["-m", *grid, *given], [*shared, f"sae.path='{folder}'", "sae.last_grid=true"]
+    return ["-m", *grid, *given], [*shared_arguments(given), f"sae.path='{folder}'", "sae.last_grid=true"]
+
+
+def shared_arguments(arguments: Sequence[str]) -> list[str]:
+    """Those that evaluation must be told too."""
+    keys = [(argument, argument.partition("=")[0]) for argument in arguments]
+    return [argument for argument, key in keys if key in SHARED or key.startswith(SHARED_GROUPS)]
 
 
 def is_grid(arguments: Sequence[str]) -> bool:
@@ -53,9 +57,10 @@ def main() -> None:
     if any(argument in ("-h", "--help") for argument in arguments):
         print(HELP.format(grid=" ".join(GRID)), end="")  # noqa: T201
         return
-    train, evaluate = commands(arguments)
-    run_child([sys.executable, "-m", "stage_train", *train])
-    run_child([sys.executable, "-m", "stage_eval", *evaluate])
+    with ending_in_one_line():
+        train, evaluate = commands(arguments)
+        run_child([sys.executable, "-m", "stage_train", *train])
+        run_child([sys.executable, "-m", "stage_eval", *evaluate])
 
 
 if __name__ == "__main__":

@@ -1,60 +1,40 @@
 """Which SAEs are meant, and whether they fit the store and the model; wrong inputs are told before anything runs."""
 
 import glob
-import hashlib
-import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 
-from shared.basics.errors import GranaryError, first_line
+from shared.basics.errors import GranaryError
+from shared.basics.numbers import natural_key
 from shared.basics.run_folder import CONFIG_FILE, WEIGHTS_FILE, RunFolder
 from shared.launch import commands
-from shared.sae.config import DictionaryConfig
-from shared.sae.folder import Description, describe, is_own, locate
+from shared.sae.folder import is_own, locate
+from shared.sae.for_store import DictionaryFolder, open_folder
 from shared.sae.formats import foreign
-from shared.sae.loading import KINDS, load
-from shared.sae.sites import Sites, SiteWidths
 from shared.store import Store
 from stage_eval.config import SAEInput
 from stage_eval.grid import is_of_grid, last_grid
-from stage_eval.language_model import check_same_model
 from stage_eval.measure.session import Loaded
 from stage_eval.results.comparison import LeftOut
 
 
 @dataclass(frozen=True)
-class SAEFolder:
+class SAEFolder(DictionaryFolder):
     """One dictionary to evaluate."""
 
-    name: str
+    name: str = ""
     """How tables and reports call it."""
-    path: str
-    """As it was found: a folder, or a hub id."""
-    folder: Path
-    """Where its files are."""
-    config: DictionaryConfig
-    description: Description
-    """What its ``config.json`` says."""
-    sites: Sites
-    widths: SiteWidths
 
-    def load(self, device: torch.device) -> Loaded:
+    def loaded(self, device: torch.device) -> Loaded:
         """The dictionary on `device`, weights without gradient."""
-        dictionary = load(self.folder, device=device).requires_grad_(False)
-        return Loaded(self.spliced, self.sites, self.widths, dictionary)
+        return Loaded(self.spliced, self.sites, self.widths, self.load(device))
 
     @property
     def spliced(self) -> str:
         """Name of the condition in which it is spliced into the language model."""
         return f"sae {self.name}"
-
-    def sha256(self) -> str:
-        """Hash of its weights file."""
-        with (self.folder / WEIGHTS_FILE).open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @dataclass(frozen=True)
@@ -80,7 +60,7 @@ def find_saes(chosen: SAEInput, store: Store, hook: str | None) -> Found:
     folders, left_out = [], []
     for path, is_named in paths.items():
         try:
-            folders.append(open_folder(path, store, hook))
+            folders.append(SAEFolder(**vars(open_folder(path, store, hook))))
         except GranaryError as error:
             if is_named:
                 raise
@@ -130,60 +110,6 @@ def folders_below(folder: Path) -> set[Path]:
     return {found.parent for mark in (WEIGHTS_FILE, begun) for found in folder.rglob(mark)}
 
 
-def open_folder(path: str, store: Store, hook: str | None) -> SAEFolder:
-    """Read a dictionary's description and check it against the store; the name is its path for the time being."""
-    folder = locate(path)
-    check_whole(path, folder)
-    description = describe(folder)
-    config = description.config(KINDS)
-    sites = choose_sites(path, description.sites, store, hook)
-    widths = sites.widths(store.plan.hooks)
-    for verb, names, own, theirs in (
-        ("reads", sites.reads, config.widths.d_in, widths.d_in),
-        ("writes", sites.writes, config.widths.d_out, widths.d_out),
-    ):
-        if own != theirs:
-            where = ", ".join(names)
-            raise GranaryError(f"{path} {verb} activations of width {own}, but {where} has {theirs} in {store.url}")
-    trained, harvested = description.provenance.get("model") or {}, store.plan.provenance.get("model") or {}
-    check_same_model(path, trained, f"the store at {store.url}", harvested)
-    return SAEFolder(path, path, folder, config, description, sites, widths)
-
-
-def check_whole(path: str, folder: Path) -> None:
-    """Raise GranaryError for a folder whose weights are missing, or shorter than their own header says."""
-    if not is_own(folder):
-        missing = next(name for name in (WEIGHTS_FILE, CONFIG_FILE) if not (folder / name).is_file())
-        raise GranaryError(f"{path} has no {missing}: finish its training with the command that began it")
-    try:
-        with safe_open(folder / WEIGHTS_FILE, framework="pt"):
-            pass
-    except (SafetensorError, OSError) as error:
-        raise GranaryError(f"{folder / WEIGHTS_FILE} is damaged ({first_line(error)}); export the SAE again") from None
-
-
-def choose_sites(path: str, recorded: Sites | None, store: Store, hook: str | None) -> Sites:
-    """Where the dictionary reads and writes: as it records, as one of one site is told by `hook`, or the only place.
-
-    Raises GranaryError where none of these says, and for a site that the store lacks.
-    """
-    if hook is not None and recorded is not None and not (recorded.is_autoencoder and len(recorded.reads) == 1):
-        raise GranaryError(f"hook={hook} is for dictionaries of one site, but {path} has {recorded}: leave it out")
-    if hook is not None:
-        sites = Sites.of(hook)
-    elif recorded is not None:
-        sites = recorded
-    elif len(store.hooks) == 1:
-        sites = Sites.of(store.hooks[0])
-    else:
-        raise GranaryError(f"{path} does not record its hook: give hook=..., one of {', '.join(store.hooks)}")
-    for name in sites.names:
-        if name not in store.hooks:
-            why = "" if hook else f", which {path} was trained on"
-            raise GranaryError(f"the store at {store.url} has no hook {name}{why}: it has {', '.join(store.hooks)}")
-    return sites
-
-
 def short_names(paths: list[str]) -> list[str]:
     """The paths without what they share: sweep folders are called by their last part, a lone SAE by its last two."""
     parts = [Path(path).parts for path in paths]
@@ -193,8 +119,3 @@ def short_names(paths: list[str]) -> list[str]:
     while all(len(part) > shared + 1 for part in parts) and len({part[shared] for part in parts}) == 1:
         shared += 1
     return ["/".join(part[shared:]) for part in parts]
-
-
-def natural_key(path: str) -> list[tuple[int, str]]:
-    """Orders ``k=8`` before ``k=16``."""
-    return [(int(piece), "") if piece.isdigit() else (-1, piece) for piece in re.split(r"(\d+)", path)]

@@ -9,6 +9,11 @@ import re
 from collections.abc import Sequence
 from importlib import resources
 
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+
+from shared.launch import commands
+
 # Groups that also take the value of one of their keys.
 VALUE_SHORTHANDS = {"model": "model.path", "device": "device.name"}
 # Keys that are lists by nature: a bare comma list is one value, and no sweep.
@@ -32,6 +37,30 @@ def expand_shorthands(overrides: Sequence[str]) -> list[str]:
     return expanded
 
 
+def quote_text(overrides: Sequence[str]) -> list[str]:
+    """Quote the values that Hydra's grammar can't read, such as ``corpus.separator=<|endoftext|>``: they are text.
+
+    Where the key is no text, what refuses the value then names the key.
+    """
+    parser = OverridesParser.create()
+
+    def is_read(override: str) -> bool:
+        try:
+            parser.parse_overrides([override])
+        except HydraException:
+            return False
+        return True
+
+    def settled(override: str) -> str:
+        key, equals, value = override.partition("=")
+        if not equals or override.startswith("-") or is_read(override):
+            return override
+        quoted = commands.override(key, value)
+        return quoted if is_read(quoted) else override
+
+    return [settled(override) for override in overrides]
+
+
 def expand_launcher(arguments: Sequence[str]) -> list[str]:
     """Hydra uses a launcher in multiruns only: naming one asks for a multirun, of one job if need be.
 
@@ -47,3 +76,27 @@ def rank_overrides() -> list[str]:
     if os.environ.get("RANK", "0") == "0":
         return []
     return ["hydra.output_subdir=null", "hydra/job_logging=rank"]
+
+
+def path_overrides(overrides: Sequence[str]) -> list[str]:
+    """``sae=PATH`` and ``model=PATH`` as the keys they stand for, quoted: sweep folders hold ``=`` and commas."""
+    expanded = []
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if equals and key in ("sae", "sae.path", "model", "model.path"):
+            is_quoted = value[:1] in ("'", '"', "[") or value == "null"
+            value = value if is_quoted else "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
+            override = f"{key.partition('.')[0]}.path={value}"
+        expanded.append(override)
+    return expanded
+
+
+def run_overrides(arguments: Sequence[str]) -> list[str]:
+    """A run that is named without a key: ``runs/demo`` as ``run_dir=runs/demo``, ``demo`` as ``name=demo``."""
+    found = []
+    for argument in arguments:
+        if "=" not in argument and not argument.startswith(("-", "~", "+")):
+            is_folder = "/" in argument or os.path.isdir(argument)
+            argument = commands.override("run_dir" if is_folder else "name", argument)
+        found.append(argument)
+    return found

@@ -7,16 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hydra import compose, initialize_config_module
-from hydra.errors import HydraException
-from omegaconf.errors import OmegaConfBaseException
 
+from shared.basics.display import refuse_password, shown
 from shared.basics.errors import GranaryError
 from shared.launch.commands import program
-from shared.launch.config_errors import describe_config_error
 from shared.launch.counts import expand_counts
-from shared.launch.overrides import expand_shorthands
+from shared.launch.outcome import ending_in_one_line
+from shared.launch.overrides import expand_shorthands, quote_text
 from shared.launch.schema import fill
-from shared.launch.stage import fail
 from stage_train.config import TrainSchema, register
 from stage_train.estimate.config import PlanSchema, help_text, split_overrides
 
@@ -52,13 +50,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(help_text(program("plan")))  # noqa: T201
         return
     register()
-    try:
-        with initialize_config_module("conf", version_base="1.3"):
-            run(*split_overrides(given))
-    except GranaryError as error:
-        fail(str(error))
-    except (HydraException, OmegaConfBaseException) as error:
-        fail(describe_config_error(error))
+    with ending_in_one_line(), initialize_config_module("conf", version_base="1.3"):
+        refuse_password(*given)
+        run(*split_overrides(quote_text(given)))
 
 
 def run(options: PlanSchema, overrides: Sequence[str]) -> None:
@@ -78,7 +72,8 @@ def run(options: PlanSchema, overrides: Sequence[str]) -> None:
     job = make_job(cfg, options, data)
     memory = find_memory(job, libraries)
     pace = find_pace(options, job, memory.flop)
-    print(json.dumps(as_json(job, memory, pace)) if options.json else table(job, memory, pace, options))  # noqa: T201
+    text = json.dumps(as_json(job, memory, pace)) if options.json else table(job, memory, pace, options)
+    print(shown(text))  # noqa: T201
     if options.memory_gib is None or memory.total <= options.memory_gib * GIB:
         return
     sizes = [job.rows >> halvings for halvings in range(1, 8)]

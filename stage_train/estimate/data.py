@@ -17,7 +17,7 @@ from shared.store.format.dtypes import row_bytes, storage_type
 from stage_train.config import TrainSchema
 from stage_train.data.inputs import SAMPLE_TOKENS, order_of
 from stage_train.data.sites import resolve_sites, site_formats
-from stage_train.data.stores import pin, urls_of
+from stage_train.data.stores import beside_of, pin, urls_of
 from stage_train.data.stream import StoreSlice, TrainingData
 from stage_train.data.stream.length import StreamLength, stream_length
 from stage_train.data.stream.sample import SAMPLE_CONTEXTS
@@ -83,7 +83,7 @@ def find_data(cfg: TrainSchema, options: PlanSchema) -> Data:
     order, tokens, epochs = order_of(cfg), cfg.schedule.tokens, cfg.schedule.epochs
     if options.d_model is None:
         try:
-            stores = pin(urls_of(cfg), World(0, 1, 0, torch.device("cpu")))
+            stores = pin(urls_of(cfg), World(0, 1, 0, torch.device("cpu")), beside_of(cfg))
         except GranaryError as error:
             raise GranaryError(f"{error}; or plan without a store: give d_model=... (and seq_len=...)") from error
         sites, data = resolve_sites(cfg, stores), TrainingData([part.slice for part in stores])

@@ -22,7 +22,7 @@ from shared.kernels.trace import Trace
 from shared.parallel import World
 from shared.sae.learn import init
 from stage_train.estimate.job import PlannedRun
-from stage_train.run import make_trainer
+from stage_train.run import make_objective, put_together
 from stage_train.step.layouts import make_layout
 
 CPU = torch.device("cpu")
@@ -65,7 +65,9 @@ def find_memory(job: PlannedRun, libraries: int = 0) -> Memory:
         trace.moment = "start"
         held = {"masks of the store": [torch.empty(masks * (not job.cuda), dtype=torch.uint8)]}
         begins = spec.cfg.init_from is None
-        trainer = make_trainer(spec, job.data, None, layout, begins=begins)  # type: ignore[arg-type]
+        objective = make_objective(spec, job.data, CPU, begins=begins)  # type: ignore[arg-type]
+        trainer = put_together(spec, layout.distribute(objective), None, layout)  # type: ignore[arg-type]
+        del objective
         held["stream"] = [torch.empty(job.pool_bytes * job.pool_on_device, dtype=torch.uint8)]
         batch, whole = job.batch(CPU), trainer.tensors()
         held["batch"] = list(batch.activations.values())
@@ -89,7 +91,7 @@ def find_memory(job: PlannedRun, libraries: int = 0) -> Memory:
         blocks["kept by malloc from other moments"] = peak.large + peak.small - peak.total
         blocks["interpreter, torch, libraries (measured)"] = libraries
     copy, state = (sum(t.numel() * t.element_size() for t in tensors.values()) for tensors in (own, whole))
-    on_host = max(weights, masks + copy + job.pool_bytes * (not job.pool_on_device))
+    on_host = masks + copy + job.pool_bytes * (not job.pool_on_device)
     return Memory(
         total=blocks.total(),
         peak=peak.moment,

@@ -11,7 +11,7 @@ from stage_train.config import LayoutKind
 from stage_train.estimate.config import PlanSchema
 from stage_train.estimate.job import PlannedRun
 from stage_train.estimate.memory import one_of
-from stage_train.run import make_trainer
+from stage_train.run import make_objective, put_together
 from stage_train.step.layouts import make_layout
 
 # Time of a step over that of its products alone: the worse of README.md's two, on a CPU.
@@ -80,8 +80,11 @@ def measured_seconds(job: PlannedRun) -> float:
     seconds = []
     with one_of(job.ranks):
         layout = make_layout(parallel, World(0, job.ranks, 0, device))
-        trainer = make_trainer(job.spec, job.data, None, layout, begins=False)  # type: ignore[arg-type]
-        batch = job.batch(device)
+        whole = make_objective(job.spec, job.data, torch.device("meta"), begins=False)  # type: ignore[arg-type]
+        objective, batch = layout.distribute(whole, has_values=False), job.batch(device)
+        for parameter in objective.parameters():
+            torch.nn.init.normal_(parameter, std=0.02)
+        trainer = put_together(job.spec, objective, None, layout)  # type: ignore[arg-type]
         for _ in range(MEASURED_STEPS + 1):
             begin = time.perf_counter()
             trainer.step(batch)

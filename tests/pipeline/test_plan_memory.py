@@ -20,7 +20,8 @@ from stage_train.estimate.config import PlanSchema
 from stage_train.estimate.data import find_data
 from stage_train.estimate.job import make_job
 from stage_train.estimate.memory import Memory, find_memory
-from stage_train.state.checkpoint import load_tensors, newest_checkpoint, read_state
+from stage_train.state.checkpoint import newest_checkpoint, read_state
+from stage_train.state.tensor_files import load_tensors
 from tests.harvesting import ENVIRONMENT
 from tests.synthetic import synthetic_plan, synthetic_store
 

@@ -1,13 +1,15 @@
-"""Which language model is spliced into, and whether it is the one that was harvested."""
+"""Which language model a store was harvested from, and whether another one is the same."""
 
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from shared.basics.config import ModelInput
 from shared.basics.errors import GranaryError
-from shared.lm import model_identity
+from shared.lm.identity import model_identity
+from shared.lm.token_bytes import token_bytes
+from shared.lm.tokenizer import load_tokenizer, special_ids, tokenizer_hash
 from shared.store import Store
-from stage_eval.config import ModelInput
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,7 @@ def check_same_model(one: str, identity: dict[str, Any], other: str, expected: d
 
 
 def choose_model(cfg: ModelInput, store: Store) -> ModelChoice:
-    """The model to splice into: what is configured, else what the store records.
+    """The model to load: what is configured, else what the store records.
 
     Raises GranaryError if the model is not the harvested one and ``model.allow_other`` is not set.
     """
@@ -54,5 +56,18 @@ def choose_model(cfg: ModelInput, store: Store) -> ModelChoice:
         except GranaryError as error:
             if "differ" not in str(error):
                 raise
-            raise GranaryError(f"{error}; model.allow_other=true evaluates it all the same") from None
+            raise GranaryError(f"{error}; model.allow_other=true takes it all the same") from None
     return ModelChoice(path, revision, dtype)
+
+
+def recorded_vocabulary(cfg: ModelInput, store: Store) -> tuple[list[bytes], tuple[int, ...]]:
+    """Bytes of every token that a store was harvested with, by id, and which of the ids are special.
+
+    Raises GranaryError where the tokenizer can't be had, or is another one than the store records.
+    """
+    choice = choose_model(cfg, store)
+    tokenizer = load_tokenizer(choice.path, choice.revision)
+    recorded = (store.plan.provenance.get("tokenizer") or {}).get("hash")
+    if recorded is not None and tokenizer_hash(tokenizer) != recorded:
+        raise GranaryError(f"the tokenizer of {choice.path} is not the one that {store.url} was harvested with")
+    return token_bytes(tokenizer), special_ids(tokenizer).all
