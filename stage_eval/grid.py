@@ -7,6 +7,7 @@ Hydra leaves two records: ``multirun.yaml`` in the sweep's folder, with the valu
 import itertools
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
@@ -27,7 +28,7 @@ def last_grid(folder: Path) -> set[frozenset[str]]:
             f"{folder} has no {SWEEP_RECORD}, so it is not the folder of a sweep: leave out sae.last_grid"
         )
     choices: dict[str, list[str]] = {}
-    for override in OverridesParser.create().parse_overrides(list(OmegaConf.load(record).hydra.overrides.task)):
+    for override in OverridesParser.create().parse_overrides(texts(OmegaConf.load(record).hydra.overrides.task)):
         key = override.get_key_element()
         values = (
             override.sweep_string_iterator() if override.is_sweep_override() else [override.get_value_element_as_str()]
@@ -39,7 +40,12 @@ def last_grid(folder: Path) -> set[frozenset[str]]:
 def is_of_grid(folder: Path, grid: set[frozenset[str]]) -> bool:
     """Whether the run in `folder` is one of `grid`."""
     record = folder / RUN_RECORD
-    return record.is_file() and frozenset(without_processes(map(str, OmegaConf.load(record)))) in grid
+    return record.is_file() and frozenset(without_processes(texts(OmegaConf.load(record)))) in grid
+
+
+def texts(recorded: Any) -> list[str]:
+    """A list of overrides as they were given: what they refer to, such as ``${at_layer}``, is not looked up."""
+    return [str(one) for one in OmegaConf.to_container(recorded, resolve=False)]
 
 
 def without_processes(overrides: Iterable[str]) -> list[str]:
