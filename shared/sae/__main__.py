@@ -3,11 +3,10 @@
 import argparse
 from pathlib import Path
 
-from rich.console import Console
-
 from shared.basics.errors import GranaryError
 from shared.launch.commands import program
-from shared.launch.stage import fail
+from shared.launch.outcome import ending_in_one_line
+from shared.launch.terminal import ShownConsole
 
 CONVERT = """\
 Read an SAE folder of any known format and write it as another.
@@ -64,19 +63,17 @@ def main(argv: list[str] | None = None) -> None:
         "--ignore", action="append", default=[], metavar="KEY", help="leave out a key or tensor of SRC; may be repeated"
     )
     arguments = parser.parse_args(argv)
-    from shared.sae.loading import convert
-    from shared.sae.sets import SET_FORMATS, convert_set
+    with ending_in_one_line():
+        from shared.sae.loading import convert
+        from shared.sae.sets import SET_FORMATS, convert_set
 
-    try:
         if arguments.to in SET_FORMATS:
             if arguments.ignore:
                 raise GranaryError(f"--ignore is for folders of other projects: {arguments.to} is written from ours")
             found = convert_set(arguments.source, arguments.target, arguments.to)
         else:
             found = convert(arguments.source, arguments.target, arguments.to, arguments.ignore)
-    except GranaryError as error:
-        fail(str(error))
-    Console(soft_wrap=True).print(f"{arguments.target}: {found} to {arguments.to}", highlight=False, markup=False)
+        ShownConsole(soft_wrap=True).print(f"{arguments.target}: {found} to {arguments.to}")
 
 
 if __name__ == "__main__":

@@ -10,11 +10,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
+from shared.basics.errors import GranaryError
 from shared.basics.run_folder import RunFolder
+from shared.basics.yaml_file import read_yaml
 from shared.parallel import World, broadcast_object
 from stage_train.config import Resume, TrainSchema, as_dict
+from stage_train.spec import on_device
 from stage_train.state.export import digest
 from stage_train.state.identity import changes, identity, is_extension
 from stage_train.state.integrity import STATE, state_is_intact
@@ -32,7 +33,8 @@ def settled(cfg: TrainSchema, world: World) -> TrainSchema:
     """
     if cfg.checkpoint.resume is not Resume.auto:
         return cfg
-    folder: str = broadcast_object(_find(Path(cfg.out_dir), identity(as_dict(cfg))) if world.is_main else "")
+    wanted = identity(as_dict(on_device(cfg, world.device)))
+    folder: str = broadcast_object(_find(Path(cfg.out_dir), wanted) if world.is_main else "")
     if folder == cfg.out_dir:
         return cfg
     _log_into(Path(folder), Path(cfg.out_dir))
@@ -76,8 +78,8 @@ def identity_in(folder: Path) -> Mapping[str, Any] | None:
     if not RunFolder(folder).has_dictionary:
         return None
     try:
-        config = OmegaConf.to_container(OmegaConf.load(RunFolder(folder).train_config))
-    except Exception:  # an SAE from elsewhere, or a file that YAML does not understand
+        config = read_yaml(RunFolder(folder).train_config)
+    except GranaryError:  # an SAE from elsewhere, or a file that YAML does not understand
         return {}
     return identity({str(key): value for key, value in config.items()}) if isinstance(config, dict) else {}
 
