@@ -9,7 +9,7 @@ from typing import Self
 
 import torch
 
-from shared.basics.metrics_file import read_metrics
+from shared.basics.metrics_file import read_columns
 from shared.basics.versions import software_versions
 from shared.sae.sites import slices
 from stage_eval.config import EvalSchema
@@ -177,13 +177,10 @@ def hardware() -> str:
 
 def training_curve(folder: Path) -> TrainingCurve | None:
     """Tokens and FVU along the training run, where its metrics.jsonl lies beside the SAE; else None."""
-    points: dict[float, float] = {}
-    for record in read_metrics(folder):
-        if "tokens" in record and "fvu" in record:
-            points[record["tokens"]] = record["fvu"]  # a resumed run logs some steps twice
-    ordered = sorted(points.items())
+    columns = read_columns(folder, ["tokens", "fvu"])
+    ordered = sorted(dict(zip(columns["tokens"], columns["fvu"], strict=True)).items())  # some are logged twice
     if len(ordered) < 2:
         return None
     step = max(1, len(ordered) // CURVE_POINTS)
     thinned = ordered[::-step][::-1]
-    return TrainingCurve(tokens=[tokens for tokens, _ in thinned], fvu=[fvu for _, fvu in thinned])
+    return TrainingCurve(tokens=[int(tokens) for tokens, _ in thinned], fvu=[fvu for _, fvu in thinned])

@@ -14,12 +14,13 @@ from typing import Any
 
 import torch
 
+from shared.basics.disk import telling_disk_errors
 from shared.basics.errors import GranaryError
-from shared.basics.run_folder import RunFolder
 from shared.basics.units import GIB
 from shared.kernels import resolve
-from shared.parallel import World, init_world, shutdown, telling_lost_contact
+from shared.parallel import World, broadcast_object, init_world, shutdown, telling_lost_contact
 from shared.parallel.stop import StopRequest
+from shared.sae.loading import is_intact
 from stage_train.config import TrainSchema, as_dict
 from stage_train.data.inputs import PinnedTokens, TrainingInputs, order_of
 from stage_train.data.sites import resolve_sites
@@ -27,7 +28,6 @@ from stage_train.data.stores import PinnedStore, pin, repin
 from stage_train.run import Run, eval_command, finish, write_config
 from stage_train.show.progress import ProgressBar
 from stage_train.spec import RunSpec, on_device
-from stage_train.state.disk import telling_disk_errors
 from stage_train.state.export import digest
 from stage_train.state.identity import shared_keys
 from stage_train.state.lock import only_run_in
@@ -91,7 +91,7 @@ class Job:
         pairs = list(zip(self.specs, self.starts, strict=True))
         learning = [(spec, start) for spec, start in pairs if start.step < spec.length.steps]
         # As of now: a folder may hold an older export.
-        unfinished = [pair for pair in pairs if pair in learning or not RunFolder(pair[0].folder).has_dictionary]
+        unfinished = [pair for pair in pairs if pair in learning or not self._is_exported(pair[0])]
         inputs = self.open_inputs()
         # A store with a window may still hold blocks that a run which is trained has passed.
         failed = self._train(inputs, learning) if learning or inputs.blocks is not None else set()
@@ -233,6 +233,11 @@ class Job:
             self._tell_stopped(stopped, runs)
             sys.exit(INTERRUPTED if stopped == "SIGINT" else 0)
         return {run.spec.folder for run in runs if run in loop.failed}
+
+    def _is_exported(self, spec: RunSpec) -> bool:
+        """Whether the dictionary of a run is in its folder, and intact; on all ranks the same."""
+        intact: bool = broadcast_object(is_intact(spec.folder) if self.world.is_main else False)
+        return intact
 
     def _progress_bar(self, runs: Sequence[Run]) -> ProgressBar:
         """Over the longest run, from where the first batch is."""

@@ -7,14 +7,14 @@ granary explore runs/demo --html latents.html      # 200 latents in one file tha
 
 import argparse
 import socket
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from shared.basics.errors import GranaryError
 from shared.basics.run_folder import RunFolder
 from shared.launch.commands import program
-from shared.launch.stage import drop_chatter, fail
+from shared.launch.outcome import ending_in_one_line
+from shared.launch.stage import drop_chatter
 from stage_inspect.find import latents_url
 
 if TYPE_CHECKING:
@@ -27,12 +27,8 @@ PORTS_TRIED = 20
 def main(argv: list[str] | None = None) -> None:
     """Run it; a wrong input is one line on stderr and status 2."""
     drop_chatter()
-    try:
+    with ending_in_one_line(on_interrupt=None):
         run(parse(argv))
-    except GranaryError as error:
-        fail(str(error))
-    except KeyboardInterrupt:
-        sys.exit(130)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
