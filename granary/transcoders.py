@@ -49,9 +49,10 @@ def commands(arguments: Sequence[str], layers: Sequence[int]) -> tuple[list[str]
         "hydra.sweep.subdir='layer_${at_layer}'",
         *taught,
     ]
-    paths = ",".join(f"'{folder}/layer_{layer}'" for layer in layers)
+    # By the last sweep, not by the folders' names: where they hold another set, this one lies beside it.
+    where = [f"sae.path='{folder}'", "sae.last_grid=true", f"out_dir='{folder}'"]
     joint = [f"joint={'true' if len(layers) > 1 else 'false'}", f"sae.per_pass={len(layers)}"]
-    return train, [*shared_arguments(taught), *evaluated, f"sae.path=[{paths}]", f"out_dir='{folder}'", *joint]
+    return train, [*shared_arguments(taught), *evaluated, *where, *joint]
 
 
 def layers_of(hooks: Sequence[str]) -> list[int]:
