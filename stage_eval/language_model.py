@@ -6,6 +6,7 @@ from typing import Any
 
 from shared.basics.errors import GranaryError
 from shared.lm import model_identity
+from shared.lm.identity import check_same_model
 from shared.store import Store
 from stage_eval.config import ModelInput
 
@@ -17,17 +18,6 @@ class ModelChoice:
     path: str
     revision: str | None
     dtype: str
-
-
-def check_same_model(one: str, identity: dict[str, Any], other: str, expected: dict[str, Any]) -> None:
-    """Raise GranaryError if two records of the language model that both exist differ in configuration or weights."""
-    for key in ("config_hash", "weights_hash"):
-        if key in identity and key in expected and identity[key] != expected[key]:
-            what = "configuration" if key == "config_hash" else "weights"
-            raise GranaryError(
-                f"{one} belongs to model {identity.get('id')}, {other} to {expected.get('id')}: the models'"
-                f" {what} differ"
-            )
 
 
 def choose_model(cfg: ModelInput, store: Store) -> ModelChoice:

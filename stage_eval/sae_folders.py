@@ -1,26 +1,22 @@
 """Which SAEs are meant, and whether they fit the store and the model; wrong inputs are told before anything runs."""
 
-import glob
 import hashlib
-import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 
-from shared.basics.errors import GranaryError, first_line
-from shared.basics.run_folder import CONFIG_FILE, WEIGHTS_FILE, RunFolder
-from shared.launch import commands
+from shared.basics.errors import GranaryError
+from shared.basics.run_folder import WEIGHTS_FILE
+from shared.lm.identity import check_same_model
 from shared.sae.config import DictionaryConfig
-from shared.sae.folder import Description, describe, is_own, locate
-from shared.sae.formats import foreign
+from shared.sae.finding import check_whole, expand
+from shared.sae.folder import Description, describe, locate
 from shared.sae.loading import KINDS, load
 from shared.sae.sites import Sites, SiteWidths
 from shared.store import Store
 from stage_eval.config import SAEInput
 from stage_eval.grid import is_of_grid, last_grid
-from stage_eval.language_model import check_same_model
 from stage_eval.measure.session import Loaded
 from stage_eval.results.comparison import LeftOut
 
@@ -93,28 +89,6 @@ def find_saes(chosen: SAEInput, store: Store, hook: str | None) -> Found:
     return Found([replace(one, name=name) for one, name in zip(folders, names, strict=True)], left_out)
 
 
-def expand(spec: str) -> list[str]:
-    """Folders of one part of the specification, those of unfinished runs too; a hub id stands for itself."""
-    if is_own(Path(spec)):
-        return [spec]
-    if Path(spec).is_dir():
-        found = {str(path) for path in folders_below(Path(spec))}
-        if not any(is_own(Path(path)) for path in found) and (name := foreign(Path(spec))) is not None:
-            command = commands.line("convert", spec, "NEW", "--to", "granary")
-            raise GranaryError(f"{spec} is an SAE in the {name} format: convert it first, {command}")
-        if not found:
-            raise GranaryError(f"no SAE in {spec}: an SAE folder holds {CONFIG_FILE} and {WEIGHTS_FILE}")
-        return sorted(found, key=natural_key)
-    if glob.has_magic(spec):
-        matches = [Path(path) for path in glob.glob(spec, recursive=True) if Path(path).is_dir()]
-        found = {str(path) for match in matches for path in folders_below(match) or [match]}
-        if not found:
-            raise GranaryError(f"no SAE folder matches {spec}")
-        return sorted(found, key=natural_key)
-    locate(spec)
-    return [spec]
-
-
 def of_last_grid(sweep: str, paths: list[str]) -> list[str]:
     """Those of the paths whose runs the last sweep in the folder `sweep` trained, or began."""
     grid = last_grid(Path(sweep))
@@ -122,12 +96,6 @@ def of_last_grid(sweep: str, paths: list[str]) -> list[str]:
     if not kept:
         raise GranaryError(f"none of the runs of the last sweep in {sweep} has begun: start it again")
     return kept
-
-
-def folders_below(folder: Path) -> set[Path]:
-    """Those of `folder` and all in it that hold an SAE, or belong to a training run that has not exported its own."""
-    begun = RunFolder(folder).train_config.name  # what a training run leaves as soon as it begins
-    return {found.parent for mark in (WEIGHTS_FILE, begun) for found in folder.rglob(mark)}
 
 
 def open_folder(path: str, store: Store, hook: str | None) -> SAEFolder:
@@ -148,18 +116,6 @@ def open_folder(path: str, store: Store, hook: str | None) -> SAEFolder:
     trained, harvested = description.provenance.get("model") or {}, store.plan.provenance.get("model") or {}
     check_same_model(path, trained, f"the store at {store.url}", harvested)
     return SAEFolder(path, path, folder, config, description, sites, widths)
-
-
-def check_whole(path: str, folder: Path) -> None:
-    """Raise GranaryError for a folder whose weights are missing, or shorter than their own header says."""
-    if not is_own(folder):
-        missing = next(name for name in (WEIGHTS_FILE, CONFIG_FILE) if not (folder / name).is_file())
-        raise GranaryError(f"{path} has no {missing}: finish its training with the command that began it")
-    try:
-        with safe_open(folder / WEIGHTS_FILE, framework="pt"):
-            pass
-    except (SafetensorError, OSError) as error:
-        raise GranaryError(f"{folder / WEIGHTS_FILE} is damaged ({first_line(error)}); export the SAE again") from None
 
 
 def choose_sites(path: str, recorded: Sites | None, store: Store, hook: str | None) -> Sites:
@@ -193,8 +149,3 @@ def short_names(paths: list[str]) -> list[str]:
     while all(len(part) > shared + 1 for part in parts) and len({part[shared] for part in parts}) == 1:
         shared += 1
     return ["/".join(part[shared:]) for part in parts]
-
-
-def natural_key(path: str) -> list[tuple[int, str]]:
-    """Orders ``k=8`` before ``k=16``."""
-    return [(int(piece), "") if piece.isdigit() else (-1, piece) for piece in re.split(r"(\d+)", path)]

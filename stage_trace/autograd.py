@@ -38,7 +38,7 @@ def by_autograd(
             return outputs[layer]
         read_TD = sites[stand_in.latents.read]
         moved_TD = (read_TD - read_TD.detach()) @ stand_in.skip.T
-        return outputs[layer] + moved_TD * replacement.free_T[:, None]
+        return outputs[layer] + moved_TD * replacement.free[:, None]
 
     with torch.enable_grad():
         again = run(

@@ -83,7 +83,7 @@ class Rows:
         for index, position in enumerate(columns.fixed):
             if position < T:
                 rows[:, outputs + index] = g_BTD[:, position] @ stand_in.output_TD[position]
-        free_T = self.replacement.free_T[:T].to(g_BTD)
+        free_T = self.replacement.free[:T].to(g_BTD)
         rows[:, columns.biases.start + layer] += torch.einsum("btd,t,d->b", g_BTD, free_T, stand_in.bias_D)
 
     def at_biases(self, bias_BL: Tensor) -> None:

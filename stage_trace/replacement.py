@@ -102,7 +102,7 @@ class Replacement:
         return sum(len(layer.latents.value_N) for layer in self.layers)
 
     @property
-    def free_T(self) -> Tensor:
+    def free(self) -> Tensor:
         """bool [T]: the other positions."""
         return ~self.fixed_T
 
@@ -151,9 +151,7 @@ def without_dictionary(layer: int, recording: Recording, fixed_T: Tensor) -> Lay
     D = output_TD.shape[1]
     none, rows = fixed_T.new_zeros(0, dtype=torch.int64), output_TD.new_zeros(0, D)
     nothing = LayerLatents(HookPoint(layer, "mlp_in"), none, none, rows.sum(1), rows.sum(1), rows, rows)
-    return LayerStandIn(
-        nothing, output_TD.new_zeros(D), None, output_TD.masked_fill(fixed_T[:, None], 0), output_TD
-    )
+    return LayerStandIn(nothing, output_TD.new_zeros(D), None, output_TD.masked_fill(fixed_T[:, None], 0), output_TD)
 
 
 def _active(dictionary: Dictionary, read: HookPoint, x_TD: Tensor, fixed_T: Tensor) -> LayerLatents:

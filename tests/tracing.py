@@ -85,9 +85,7 @@ def make_traced(family: str, dtype: torch.dtype = torch.float64, *, length: int 
     with torch.no_grad():
         recording = run(model, parts, tokens_T, sites)
     fixed_T = torch.arange(length) == 0
-    layers = [
-        replace_layer(one, place, recording, fixed_T) for one, place in zip(dictionaries, places, strict=True)
-    ]
+    layers = [replace_layer(one, place, recording, fixed_T) for one, place in zip(dictionaries, places, strict=True)]
     replacement = Replacement(layers, fixed_T)
     return Traced(model, parts, tokens_T, recording, replacement, Columns.of(replacement), dictionaries)
 

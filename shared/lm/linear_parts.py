@@ -10,7 +10,6 @@ Shapes: H query heads, K key/value heads, E head dimension, D = d_model, V vocab
 
 from dataclasses import dataclass
 
-
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -207,5 +206,3 @@ def _computes(module: nn.Module, norm: Norm) -> bool:
     x = torch.sin(7 * x) * x
     expected, found = module(x), norm.apply(x, norm.scale(x))
     return bool((expected - found).norm() <= NORM_TOLERANCE * expected.norm())
-
-
