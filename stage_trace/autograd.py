@@ -37,8 +37,7 @@ def by_autograd(
         if stand_in.skip is None:
             return outputs[layer]
         read_TD = sites[stand_in.latents.read]
-        moved_TD = (read_TD - read_TD.detach()) @ stand_in.skip.T
-        return outputs[layer] + moved_TD * replacement.free[:, None]
+        return outputs[layer] + (read_TD - read_TD.detach()) @ stand_in.skip.T
 
     with torch.enable_grad():
         again = run(

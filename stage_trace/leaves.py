@@ -82,7 +82,7 @@ class Rows:
         outputs = columns.fixed_outputs.start + layer * len(columns.fixed)
         for index, position in enumerate(columns.fixed):
             if position < T:
-                rows[:, outputs + index] = g_BTD[:, position] @ stand_in.output_TD[position]
+                rows[:, outputs + index] = g_BTD[:, position] @ stand_in.rest_TD[position]
         free_T = self.replacement.free[:T].to(g_BTD)
         rows[:, columns.biases.start + layer] += torch.einsum("btd,t,d->b", g_BTD, free_T, stand_in.bias_D)
 

@@ -1,10 +1,10 @@
 """The local replacement model of one prompt: what stands in for each MLP's output, position by position.
 
     mlp_out_l[p] = sum_i f_i d_i + b_l + W_skip,l x_l[p] + error_l[p]       p: free positions
-    mlp_out_l[p] = itself, one fixed leaf                                   p: positions that no dictionary was taught
+    mlp_out_l[p] = rest_l[p] + W_skip,l x_l[p]                              p: positions that no dictionary was taught
 
 f_i are active latents, d_i their decoder rows, all in the units of raw activations: a dictionary's normalisation is
-folded into its weights. Everything but the skip is a leaf of the graph; f_i is also a row, since it reads the stream:
+folded into its weights. Everything but the skip, which is connected everywhere, is a leaf of the graph; f_i is also a row, since it reads the stream:
 
     f_i = e_i . x_l[p] + c_i
 
@@ -84,8 +84,8 @@ class LayerStandIn:
     """W_skip [D, D] in raw units, from what `latents` reads."""
     error_TD: Tensor
     """0 at fixed positions."""
-    output_TD: Tensor
-    """The MLP's own output."""
+    rest_TD: Tensor
+    """What the MLP adds beside the skip; 0 at free positions."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +94,7 @@ class Replacement:
 
     layers: list[LayerStandIn]
     fixed_T: Tensor
-    """bool [T]: positions whose MLP outputs are leaves as a whole."""
+    """bool [T]: positions at which an MLP's output is one leaf."""
 
     @property
     def num_latents(self) -> int:
@@ -136,12 +136,11 @@ def replace_layer(dictionary: Dictionary, place: Place, recording: Recording, fi
     if skip is not None:
         skip_DD = skip.to(x_TD) * folded.input_scale / folded.output_scale[..., None]
         bias_D = bias_D - skip_DD @ folded.input_mean
+    rest_TD = output_TD if skip_DD is None else output_TD - x_TD @ skip_DD.T
     made_TD = bias_D.expand_as(output_TD).clone()
     made_TD.index_add_(0, latents.position_N, latents.value_N[:, None] * latents.decoder_ND)
-    if skip_DD is not None:
-        made_TD += x_TD @ skip_DD.T
-    error_TD = (output_TD - made_TD).masked_fill(fixed_T[:, None], 0)
-    return LayerStandIn(latents, bias_D, skip_DD, error_TD, output_TD)
+    error_TD = (rest_TD - made_TD).masked_fill(fixed_T[:, None], 0)
+    return LayerStandIn(latents, bias_D, skip_DD, error_TD, rest_TD.masked_fill(~fixed_T[:, None], 0))
 
 
 @torch.no_grad()
@@ -151,7 +150,8 @@ def without_dictionary(layer: int, recording: Recording, fixed_T: Tensor) -> Lay
     D = output_TD.shape[1]
     none, rows = fixed_T.new_zeros(0, dtype=torch.int64), output_TD.new_zeros(0, D)
     nothing = LayerLatents(HookPoint(layer, "mlp_in"), none, none, rows.sum(1), rows.sum(1), rows, rows)
-    return LayerStandIn(nothing, output_TD.new_zeros(D), None, output_TD.masked_fill(fixed_T[:, None], 0), output_TD)
+    error_TD, rest_TD = output_TD.masked_fill(fixed_T[:, None], 0), output_TD.masked_fill(~fixed_T[:, None], 0)
+    return LayerStandIn(nothing, output_TD.new_zeros(D), None, error_TD, rest_TD)
 
 
 def _active(dictionary: Dictionary, read: HookPoint, x_TD: Tensor, fixed_T: Tensor) -> LayerLatents:

@@ -50,7 +50,7 @@ def sweep(
         read = stand_in.latents.read.site
         read_BTD = _injected(targets, targets.layer_B == layer, T)
         if stand_in.skip is not None:
-            read_BTD += (g_BTD * replacement.free[:T, None]) @ stand_in.skip
+            read_BTD += g_BTD @ stand_in.skip
         before_BTD = g_BTD
         if read == "mlp_in":
             norm = part.mlp_norm
