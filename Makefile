@@ -7,6 +7,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 VENV_PEERS ?= .venv-peers
+VENV_TRACER ?= .venv-tracer
 ARGS ?=
 NPROC ?= 1
 NNODES ?= 1
@@ -29,7 +30,7 @@ endif
 
 LOCKED := $(if $(shell command -v flock),flock pyproject.toml)
 
-.PHONY: help setup setup-peers demo harvest plan train eval sweep check compile-kernels docs-config bench bench-gpu clean
+.PHONY: help setup setup-peers demo harvest plan train eval sweep trace check compile-kernels docs-config bench bench-gpu clean
 .PHONY: bit-identical test test-all test-processors test-s3 test-peers test-quantised test-cluster
 
 help: ## this list
@@ -47,7 +48,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	  $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[dev]"; \
 	  touch $@'
 
-setup-peers: $(VENV_PEERS)/.installed ## a second environment with SAELens, sparsify and dictionary_learning
+setup-peers: $(VENV_PEERS)/.installed $(VENV_TRACER)/.installed ## environments with SAELens and others, and with circuit-tracer
 
 # torchvision comes with nnsight, is used by nothing here, and its PyPI build does not load beside a CPU torch.
 $(VENV_PEERS)/.installed: pyproject.toml constraints-peers.txt
@@ -75,6 +76,9 @@ train: setup ## train a sparse autoencoder from a store
 eval: setup ## score a trained SAE: FVU, L0, loss recovered, plots, report
 	@$(STAGE) stage_eval $(ARGS)
 
+trace: setup ## an attribution graph of a text: ARGS="runs/NAME text='...'"
+	@$(BIN)/python -m stage_trace $(ARGS)
+
 sweep: setup ## train and compare K=8,16 x EXPANSION=4,8 on the store of runs/NAME; PACKED=1: from one pass over it
 	@$(BIN)/python -m stage_train -m name=$(NAME) nproc=$(NPROC) sae.k=$(K) sae.expansion=$(EXPANSION) $(packed) $(ARGS)
 	@$(STAGE) stage_eval name=$(NAME) sae.path=runs/$(NAME)/sweep sae.last_grid=true
@@ -100,7 +104,14 @@ test-processors: setup ## the default tests as on processors with fewer instruct
 	  echo "== $$processor"; env $$processor $(MAKE) --no-print-directory test || status=$$?; \
 	done; exit $$status
 
-test-peers: setup-peers ## the formats against the real SAELens, sparsify and dictionary_learning
+# circuit-tracer needs an nnsight and a transformers that neither this project nor the other peers work with.
+$(VENV_TRACER)/.installed: constraints-tracer.txt
+	@echo "installing circuit-tracer into $(VENV_TRACER)"
+	@test -x $(VENV_TRACER)/bin/python || $(PYTHON) -m venv $(VENV_TRACER)
+	@$(VENV_TRACER)/bin/python -m pip install -q --disable-pip-version-check -c constraints-tracer.txt circuit-tracer
+	@touch $@
+
+test-peers: setup-peers ## formats and graphs against the real SAELens, sparsify, dictionary_learning, circuit-tracer
 	@OMP_NUM_THREADS=1 $(VENV_PEERS)/bin/python -m pytest -q -m peers tests/peers
 
 test-quantised: setup ## harvests with quantised weights; installs bitsandbytes and torchao
@@ -130,7 +141,7 @@ check: setup ## lint, types, and composing every config
 	@$(BIN)/python -m pytest -q tests/unit/config/test_composition.py
 
 docs-config: setup ## docs/config.md: every key, from the schemas and conf/
-	@$(BIN)/python -m shared.basics.config_page stage_harvest stage_train stage_eval > docs/config.md.new
+	@$(BIN)/python -m shared.basics.config_page stage_harvest stage_train stage_eval stage_trace > docs/config.md.new
 	@mv docs/config.md.new docs/config.md
 
 compile-kernels: setup ## compile every Triton kernel for sm_80 and sm_90 (no GPU needed)
@@ -144,4 +155,4 @@ bench: setup ## every benchmark, quick form
 	@for script in $$(grep -l -- '"--quick"' benchmarks/*.py); do echo "== $$script"; $(BIN)/python $$script --quick; done
 
 clean: ## remove the virtual environment and caches (runs/ stays)
-	rm -rf $(VENV) $(VENV_PEERS) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV_PEERS) $(VENV_TRACER) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -24,12 +24,15 @@ if TYPE_CHECKING:
     from shared.sae.loading import convert
     from shared.sae.sites import Sites
     from shared.store import Store, StorePlan
+    from stage_trace.attribution import AttributionGraph
+    from stage_trace.trace import TraceSettings, trace
     from stage_train.data.stream import StoreSlice, StreamOrder, TokenStream, TrainingData
 
     __version__: str
 
 # What there is, and where it lives.
 _HOMES = {
+    "AttributionGraph": "stage_trace.attribution",
     "SAE": "shared.sae",
     "Dictionary": "shared.sae",
     "DictionaryConfig": "shared.sae",
@@ -46,6 +49,7 @@ _HOMES = {
     "StoreSlice": "stage_train.data.stream",
     "StreamOrder": "stage_train.data.stream",
     "TokenStream": "stage_train.data.stream",
+    "TraceSettings": "stage_trace.trace",
     "TrainingData": "stage_train.data.stream",
     "Transcoder": "shared.sae",
     "convert": "shared.sae.loading",
@@ -54,10 +58,12 @@ _HOMES = {
     "load_config": "shared.sae",
     "load_provenance": "shared.sae",
     "load_tokenizer": "shared.lm",
+    "trace": "stage_trace.trace",
 }
 
 __all__ = [
     "SAE",
+    "AttributionGraph",
     "Dictionary",
     "DictionaryConfig",
     "Edit",
@@ -73,6 +79,7 @@ __all__ = [
     "StoreSlice",
     "StreamOrder",
     "TokenStream",
+    "TraceSettings",
     "TrainingData",
     "Transcoder",
     "__version__",
@@ -82,6 +89,7 @@ __all__ = [
     "load_config",
     "load_provenance",
     "load_tokenizer",
+    "trace",
 ]
 
 

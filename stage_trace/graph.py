@@ -1,10 +1,10 @@
 """An attribution graph: nodes, the rows that connect them, and what can be asked of them."""
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -55,10 +55,22 @@ class Graph:
     entry."""
     session: Session | None = None
     """What interventions run on; None for a graph that was read from a file."""
+    decode: Callable[[list[int]], str] | None = None
+    """The tokenizer's, for words that the page shows."""
     kept: Kept | None = None
     """What is shown; None: all."""
+    node_share: float | None = None
+    """What `kept` was pruned to."""
     names: tuple[str, ...] = ()
     """Of the dictionaries."""
+    pinned: tuple[str, ...] = ()
+    """Ids of nodes that a reader has marked."""
+    supernodes: tuple[tuple[str, ...], ...] = ()
+    """Groups of nodes, each a name and then ids."""
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for two nodes of one id."""
+        check_unique([*self.sources, *self.logits])
 
     @cached_property
     def targets(self) -> tuple[Node, ...]:
@@ -87,12 +99,18 @@ class Graph:
             for row, column, weight in zip(rows.tolist(), columns.tolist(), weights, strict=True)
         ]
 
-    def prune(self, node_share: float = 0.8, edge_share: float = 0.98) -> "Graph":
+    def prune(self, node_share: float = 0.8, edge_share: float = 0.98) -> Self:
         """The part that makes up these shares of the influence; raises GranaryError for shares outside 0 to 1."""
         for name, share in (("nodes", node_share), ("edges", edge_share)):
             if not 0 <= share <= 1:
                 raise GranaryError(f"prune.{name}={share}: a share of the influence lies between 0 and 1")
-        return replace(self, kept=prune(self.rows_RS, self.wiring, node_share, edge_share))
+        kept = prune(self.rows_RS, self.wiring, node_share, edge_share)
+        return replace(self, kept=kept, node_share=node_share)
+
+    @property
+    def scan(self) -> str:
+        """A name for the set of dictionaries, the same wherever the same ones are given."""
+        return hashlib.sha256("\n".join(self.names).encode()).hexdigest()[:16]
 
     @cached_property
     def scores(self) -> dict[str, Scores]:
@@ -124,12 +142,6 @@ class Graph:
                 return node
         raise GranaryError(f"the graph has no node {identifier}")
 
-    def save(self, folder: str | Path, *, certificate: object = None) -> list[Path]:
-        """Write ``graph.json`` and ``graph.html``; returns where."""
-        from stage_trace.files import save
-
-        return save(self, Path(folder), certificate)
-
 
 def make_nodes(session: Session, chosen: Tensor, columns: Columns, pieces: Sequence[str]) -> list[Node]:
     """One node per column."""
@@ -158,9 +170,3 @@ def with_influence(nodes: Sequence[Node], rows_RS: Tensor, wiring: Wiring) -> tu
     return tuple(
         replace(node, influence=share, cumulative=total) for node, share, total in zip(nodes, own, reached, strict=True)
     )
-
-
-def checked(graph: Graph) -> Graph:
-    """The graph itself; raises ValueError for two nodes of one id."""
-    check_unique([*graph.sources, *graph.logits])
-    return graph

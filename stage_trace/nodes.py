@@ -40,6 +40,8 @@ class Node:
     """A logit's."""
     text: str = ""
     """A token's or logit's."""
+    is_first: bool = False
+    """Of a logit: it is the likeliest."""
     influence: float | None = None
     """Share of all influence, of this node alone; None for logits."""
     cumulative: float | None = None

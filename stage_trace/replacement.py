@@ -4,7 +4,8 @@
     mlp_out_l[p] = rest_l[p] + W_skip,l x_l[p]                              p: positions that no dictionary was taught
 
 f_i are active latents, d_i their decoder rows, all in the units of raw activations: a dictionary's normalisation is
-folded into its weights. Everything but the skip, which is connected everywhere, is a leaf of the graph; f_i is also a row, since it reads the stream:
+folded into its weights. Everything but the skip, which is connected everywhere, is a leaf of the graph; f_i is also a
+row, since it reads the stream:
 
     f_i = e_i . x_l[p] + c_i
 
@@ -128,8 +129,8 @@ def replace_layer(dictionary: Dictionary, place: Place, recording: Recording, fi
     """The stand-in that `dictionary` is for the MLP of its layer; computed in the type of the recording."""
     x_TD = recording.sites[place.read]
     output_TD = recording.mlp_out(place.layer)
-    latents = _active(dictionary, place.read, x_TD, fixed_T)
-    folded = _Folded.of(dictionary, x_TD)
+    latents = active(dictionary, place.read, x_TD, fixed_T)
+    folded = Folded.of(dictionary, x_TD)
     bias_D = dictionary.b_dec.to(x_TD) / folded.output_scale + dictionary.output_mean.to(x_TD)
     skip: Tensor | None = getattr(dictionary, "W_skip", None)
     skip_DD = None
@@ -154,7 +155,7 @@ def without_dictionary(layer: int, recording: Recording, fixed_T: Tensor) -> Lay
     return LayerStandIn(nothing, output_TD.new_zeros(D), None, error_TD, rest_TD)
 
 
-def _active(dictionary: Dictionary, read: HookPoint, x_TD: Tensor, fixed_T: Tensor) -> LayerLatents:
+def active(dictionary: Dictionary, read: HookPoint, x_TD: Tensor, fixed_T: Tensor) -> LayerLatents:
     """Which latents fire, by the dictionary itself; their values from the folded rows, in the type of x."""
     (group,) = dictionary.groups
     indices_TK = dictionary.encode(x_TD).indices
@@ -163,7 +164,7 @@ def _active(dictionary: Dictionary, read: HookPoint, x_TD: Tensor, fixed_T: Tens
     order = torch.argsort(position_N * group.num_latents + latent_N)
     position_N, latent_N = position_N[order], latent_N[order]
 
-    folded = _Folded.of(dictionary, x_TD)
+    folded = Folded.of(dictionary, x_TD)
     encoder_ND = group.W_enc[latent_N].to(x_TD) * folded.input_scale
     bias_N = group.b_enc[latent_N].to(x_TD)
     if isinstance(group.activation, Gated):
@@ -176,7 +177,7 @@ def _active(dictionary: Dictionary, read: HookPoint, x_TD: Tensor, fixed_T: Tens
 
 
 @dataclass(frozen=True, slots=True)
-class _Folded:
+class Folded:
     """The normalisation of both sides, in the type of the stream; one scale per column."""
 
     input_mean: Tensor
@@ -184,7 +185,7 @@ class _Folded:
     output_scale: Tensor
 
     @classmethod
-    def of(cls, dictionary: Dictionary, like: Tensor) -> "_Folded":
+    def of(cls, dictionary: Dictionary, like: Tensor) -> "Folded":
         """A dictionary's, whose input is as it is where it has no normalisation."""
         widths = dictionary.widths
         output_scale = per_column(dictionary.output_scale.to(like), widths.writes)

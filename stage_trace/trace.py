@@ -14,8 +14,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from shared.basics.errors import GranaryError
 from shared.lm import load_causal_lm, load_tokenizer
 from shared.sae.variants import Dictionary
+from stage_trace.attribution import AttributionGraph
 from stage_trace.autograd import by_autograd
-from stage_trace.graph import Graph, Prompt, checked, make_nodes, with_influence
+from stage_trace.graph import Prompt, make_nodes, with_influence
 from stage_trace.nodes import Kind, Node
 from stage_trace.prompt import encode, fixed_positions
 from stage_trace.rows import build_matrix, wiring
@@ -31,7 +32,7 @@ TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 2e-2, t
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Settings:
+class TraceSettings:
     """What a graph is made of, beside model, dictionaries and prompt."""
 
     logit_mass: float = 0.95
@@ -55,8 +56,8 @@ def trace(
     text: str | Sequence[int],
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
-    settings: Settings | None = None,
-) -> Graph:
+    settings: TraceSettings | None = None,
+) -> AttributionGraph:
     """The attribution graph of what `model` says after `text`.
 
     model         a transformers model, or what ``load_causal_lm`` takes: a folder, a hub id, ``bundled``
@@ -65,7 +66,7 @@ def trace(
 
     Raises GranaryError for a model or dictionaries that graphs do not know, and where a row does not add up.
     """
-    settings = settings or Settings()
+    settings = settings or TraceSettings()
     if isinstance(model, str):
         tokenizer = tokenizer or load_tokenizer(model)
         model = load_causal_lm(model)
@@ -75,6 +76,17 @@ def trace(
     for one in given:
         sources += [of_dictionary(one)] if isinstance(one, Dictionary) else find_sources([one], model.device)
     need_any(sources)
+    return trace_sources(model, sources, text, tokenizer, settings)
+
+
+def trace_sources(
+    model: PreTrainedModel,
+    sources: Sequence[Source],
+    text: str | Sequence[int],
+    tokenizer: PreTrainedTokenizerBase,
+    settings: TraceSettings,
+) -> AttributionGraph:
+    """The same of dictionaries that were found and checked."""
     ids, said = encode(text, tokenizer)
     tokens_T = torch.tensor(ids, device=model.device)
     fixed_T = fixed_positions(ids, tokenizer, settings.fixed).to(model.device)
@@ -86,8 +98,12 @@ def trace(
 
 
 def of_session(
-    session: Session, prompt: Prompt, tokenizer: PreTrainedTokenizerBase, settings: Settings, names: tuple[str, ...]
-) -> Graph:
+    session: Session,
+    prompt: Prompt,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: TraceSettings,
+    names: tuple[str, ...],
+) -> AttributionGraph:
     """The graph of a recorded prompt."""
     logits = Logits.choose(session.recording.logits_V, settings.logit_mass, settings.max_logits, settings.targets)
     features = feature_targets(session.replacement)
@@ -114,23 +130,24 @@ def of_session(
     )
     depth, T = matrix.columns.num_layers, len(prompt.ids)
     said = [
-        Node(Kind.logit, depth + 1, T - 1, token, probability=probability, text=tokenizer.decode([token]))
-        for token, probability in zip(logits.tokens.tolist(), logits.probabilities.tolist(), strict=True)
+        Node(Kind.logit, depth + 1, T - 1, token, None, probability, tokenizer.decode([token]), number == 0)
+        for number, (token, probability) in enumerate(
+            zip(logits.tokens.tolist(), logits.probabilities.tolist(), strict=True)
+        )
     ]
     nodes = make_nodes(session, matrix.chosen, matrix.columns, prompt.pieces)
     sources = with_influence(nodes, matrix.rows_RS, wires)
-    return checked(
-        Graph(
-            prompt,
-            matrix.rows_RS,
-            wires,
-            matrix.columns,
-            sources,
-            tuple(said),
-            matrix.worst_gap,
-            session,
-            names=names,
-        )
+    return AttributionGraph(
+        prompt,
+        matrix.rows_RS,
+        wires,
+        matrix.columns,
+        sources,
+        tuple(said),
+        matrix.worst_gap,
+        session,
+        tokenizer.decode,
+        names=names,
     )
 
 

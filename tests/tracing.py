@@ -17,7 +17,7 @@ from stage_trace.replacement import Place, Replacement, replace_layer
 from tests.families import FAMILIES
 
 TRACED = tuple(FAMILIES)
-D, F, K, T = 16, 40, 4, 9
+D, F, K, T = 16, 32, 2, 6
 
 
 def make_model(family: str, dtype: torch.dtype = torch.float64) -> PreTrainedModel:
@@ -91,3 +91,13 @@ def make_traced(family: str, dtype: torch.dtype = torch.float64, *, length: int 
 
 
 assert {FAMILIES[name]().model_type for name in TRACED} <= set(LINEAR_PATHS)
+
+
+def bundled_transcoder(layer: int, *, skip: bool = False, threshold: float = 1.6) -> Transcoder:
+    """Random, on the bundled model's width; a threshold of 1.6 leaves some 5 of 96 latents active."""
+    made = make_transcoder(layer, activation="batchtopk", width=128, latents=96, skip=skip)
+    made.input_mean.zero_()
+    made.activation.threshold.fill_(threshold)  # type: ignore[operator]
+    made.W_enc.data.mul_(0.6)
+    made.b_enc.data.mul_(0.5)
+    return made

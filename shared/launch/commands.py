@@ -28,6 +28,7 @@ COMMANDS = {
     "harvest": Command("stage_harvest", "run a LLaMA over a corpus and write its activations to a store"),
     "train": Command("stage_train", "train a sparse autoencoder, or a transcoder, from a store"),
     "eval": Command("stage_eval", "score trained ones: FVU, L0, loss recovered, plots, report"),
+    "trace": Command("stage_trace", "which latents made a model say what it says: an attribution graph of a text"),
     "sweep": Command("granary.sweep", "train a grid from one store (sae.k=8,16 ...), then compare it"),
     "plan": Command("stage_train.plan", "memory per rank, reading and time of a training run, before it starts"),
     "packed": Command("stage_train.packed", "train the SAEs that a file lists from one pass over a store"),

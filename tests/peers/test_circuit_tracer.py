@@ -19,9 +19,9 @@ from shared.bundled import MODEL_DIR
 from shared.sae import Transcoder
 from stage_trace.graph import Graph
 from stage_trace.influence import influence, prune, shares
-from stage_trace.replacement import _Folded
-from stage_trace.trace import Settings, trace
-from tests.tracing import make_transcoder
+from stage_trace.replacement import Folded
+from stage_trace.trace import TraceSettings, trace
+from tests.tracing import bundled_transcoder
 
 pytestmark = [pytest.mark.peers, pytest.mark.filterwarnings("ignore")]
 
@@ -49,22 +49,12 @@ def side(*arguments: object) -> str:
     return done.stdout
 
 
-def bundled_transcoder(layer: int, skip: bool) -> Transcoder:
-    """Random, on the bundled model's width; a threshold leaves some 5 % of 96 latents active."""
-    made = make_transcoder(layer, activation="batchtopk", width=128, latents=96, skip=skip)
-    made.input_mean.zero_()
-    made.activation.threshold.fill_(0.8)
-    made.W_enc.data.mul_(0.6)
-    made.b_enc.data.mul_(0.5)
-    return made
-
-
 def export(dictionaries: list[Transcoder], folder: Path) -> None:
     """A set as circuit-tracer reads it, normalisation folded."""
     folder.mkdir(parents=True)
     for layer, one in enumerate(dictionaries):
         like = torch.zeros(())
-        folded = _Folded.of(one, like)
+        folded = Folded.of(one, like)
         W_enc = one.W_enc * folded.input_scale
         b_dec = one.b_dec / folded.output_scale + one.output_mean
         tensors = {
@@ -115,11 +105,11 @@ def in_its_order(graph: Graph) -> torch.Tensor:
 @pytest.mark.parametrize("skip", [False, True], ids=["plain", "skip"])
 def test_its_adjacency_from_the_same_transcoders_is_ours(tmp_path: Path, old_model: Path, skip: bool) -> None:
     """A13, A14. Also F51: the prompt is given as ids, since it takes an id of 0 for no BOS."""
-    made = [bundled_transcoder(layer, skip) for layer in range(4)]
+    made = [bundled_transcoder(layer, skip=skip, threshold=0.8) for layer in range(4)]
     export(made, tmp_path / "cache" / "granary" / "set")
     side("attribute", old_model, tmp_path / "cache", "granary/set", json.dumps(PROMPT), tmp_path / "theirs")
     theirs = load_file(tmp_path / "theirs")
-    graph = trace("bundled", made, PROMPT, settings=Settings())
+    graph = trace("bundled", made, PROMPT, settings=TraceSettings())
     features = [(node.layer, node.position, node.number) for node in graph.sources if node.activation is not None]
     assert len(features) > 30
     assert features == [tuple(one) for one in theirs["active"].tolist()]
@@ -137,7 +127,7 @@ def test_its_adjacency_from_the_same_transcoders_is_ours(tmp_path: Path, old_mod
 @pytest.fixture(scope="module")
 def graph() -> Graph:
     """Of random transcoders."""
-    return trace("bundled", [bundled_transcoder(layer, False) for layer in range(4)], TEXT)
+    return trace("bundled", [bundled_transcoder(layer, threshold=0.8) for layer in range(4)], TEXT)
 
 
 @pytest.mark.parametrize(("node_share", "edge_share"), [(0.8, 0.98), (0.5, 0.9), (0.95, 0.99), (0.0, 0.5)])

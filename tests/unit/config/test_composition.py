@@ -12,12 +12,13 @@ from omegaconf.errors import OmegaConfBaseException
 
 import stage_eval.config
 import stage_harvest.config
+import stage_trace.config
 import stage_train.config
 from shared.launch.config_errors import describe_config_error
 from shared.launch.overrides import expand_shorthands
 
 CONF = Path(__file__).resolve().parents[3] / "conf"
-STAGES = ("harvest", "train", "eval")
+STAGES = ("harvest", "train", "eval", "trace")
 GLOBAL_GROUPS = ("experiment", "debug")
 
 
@@ -51,6 +52,7 @@ def _hydra() -> Iterator[None]:
     stage_harvest.config.register()
     stage_train.config.register()
     stage_eval.config.register()
+    stage_trace.config.register()
     with initialize_config_module("conf", version_base="1.3"):
         yield
 
