@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from shared.basics.errors import GranaryError
-from stage_trace.influence import Kept, Scores, Wiring, cumulative, influence, prune, scores, shares
+from stage_trace.influence import Kept, Scores, Wiring, cumulative, influence, prune, scores
 from stage_trace.leaves import Columns
 from stage_trace.nodes import Kind, Node, check_unique
 from stage_trace.session import Session
@@ -164,7 +164,7 @@ def make_nodes(session: Session, chosen: Tensor, columns: Columns, pieces: Seque
 
 def with_influence(nodes: Sequence[Node], rows_RS: Tensor, wiring: Wiring) -> tuple[Node, ...]:
     """The nodes with their influence and its cumulative share."""
-    found_S = influence(shares(rows_RS.double()), wiring)
+    found_S = influence(rows_RS, wiring)
     reached = cumulative(found_S).tolist()
     own = (found_S / found_S.sum().clamp_min(1e-30)).tolist()
     return tuple(

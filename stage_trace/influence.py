@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+ROWS_AT_A_TIME = 256
+
 
 @dataclass(frozen=True, slots=True)
 class Wiring:
@@ -27,18 +29,23 @@ class Wiring:
 
 
 def shares(rows_RS: Tensor) -> Tensor:
-    """Rows of absolute values that sum to 1; a row of zeros stays one."""
-    absolute = rows_RS.abs()
+    """Rows of absolute values that sum to 1, in double precision; a row of zeros stays one."""
+    absolute = rows_RS.double().abs()
     return absolute / absolute.sum(1, keepdim=True).clamp_min(1e-10)
 
 
-def influence(shares_RS: Tensor, wiring: Wiring) -> Tensor:
-    """[S]: what reaches each column from the logits, over paths of every length."""
-    found_S = shares_RS.new_zeros(shares_RS.shape[1])
-    weight_R = wiring.weight_R.to(shares_RS)
+def influence(rows_RS: Tensor, wiring: Wiring) -> Tensor:
+    """[S], double: what reaches each column from the logits, over paths of every length.
+
+    Rows are normalised a few at a time: no second matrix of their size is made.
+    """
+    found_S = rows_RS.new_zeros(rows_RS.shape[1], dtype=torch.float64)
+    weight_R = wiring.weight_R.double()
     for layer in torch.unique(wiring.row_layer_R).flip(0).tolist():
         rows = torch.nonzero(wiring.row_layer_R == layer).flatten()
-        found_S += flow(found_S, wiring, weight_R)[rows] @ shares_RS[rows]
+        through = flow(found_S, wiring, weight_R)[rows]  # rows of one layer feed none of it
+        for some, weights in zip(rows.split(ROWS_AT_A_TIME), through.split(ROWS_AT_A_TIME), strict=True):
+            found_S += weights @ shares(rows_RS[some])
     return found_S
 
 
@@ -62,15 +69,17 @@ def scores(rows_RS: Tensor, wiring: Wiring, is_error_S: Tensor, is_dropped_S: Te
     """With the columns `is_dropped_S` left out before rows are normalised."""
     if is_dropped_S is not None:
         rows_RS = rows_RS.masked_fill(is_dropped_S, 0)
-    shares_RS = shares(rows_RS.double())
-    found_S = influence(shares_RS, wiring)
+    found_S = influence(rows_RS, wiring)
     tokens, errors = found_S[~wiring.may_drop_S].sum(), found_S[is_error_S].sum()
     if not float(tokens + errors):
         return Scores(0.0, 0.0)
     through_R = flow(found_S, wiring, wiring.weight_R.double())
-    lost = (through_R * shares_RS[:, is_error_S].sum(1)).sum()
+    lost = sum(
+        float((weights * shares(rows)[:, is_error_S].sum(1)).sum())
+        for rows, weights in zip(rows_RS.split(ROWS_AT_A_TIME), through_R.split(ROWS_AT_A_TIME), strict=True)
+    )
     total = found_S.sum() + wiring.weight_R.double().sum()  # nodes without a row have no inputs to lose
-    return Scores(float(tokens / (tokens + errors)), float(1 - lost / total))
+    return Scores(float(tokens / (tokens + errors)), 1 - lost / float(total))
 
 
 def threshold(values: Tensor, share: float) -> Tensor:
@@ -96,8 +105,7 @@ def prune(rows_RS: Tensor, wiring: Wiring, node_share: float, edge_share: float)
 
     Tokens and logits stay. A feature that no edge reaches or leaves goes, and an error that none leaves; until stable.
     """
-    rows_RS = rows_RS.double()
-    found_S = influence(shares(rows_RS), wiring)
+    found_S = influence(rows_RS, wiring)
     nodes_S = (found_S >= threshold(found_S, node_share)) | ~wiring.may_drop_S
     is_feature_R = wiring.row_column_R >= 0
     column_R = wiring.row_column_R[is_feature_R]
@@ -107,17 +115,28 @@ def prune(rows_RS: Tensor, wiring: Wiring, node_share: float, edge_share: float)
         kept_R[is_feature_R] = nodes_S[column_R]
         return kept_R
 
-    left_RS = shares(rows_RS * nodes_S * rows_kept()[:, None])
-    through_R = flow(influence(left_RS, wiring), wiring, wiring.weight_R.double())
-    edge_RS = left_RS * through_R[:, None]
-    edges_RS = (edge_RS >= threshold(edge_RS.flatten(), edge_share)) & (edge_RS > 0)
+    # Of all else the shares are zero: edges are looked for among the nodes that are left.
+    rows, columns = torch.nonzero(rows_kept()).flatten(), torch.nonzero(nodes_S).flatten()
+    left = shares(rows_RS[rows][:, columns])
+    through = flow(_among(rows_RS, nodes_S, rows, wiring), wiring, wiring.weight_R.double())[rows]
+    edge = left * through[:, None]
+    is_kept = (edge >= threshold(edge.flatten(), edge_share)) & (edge > 0)
+    edges_RS = torch.zeros_like(rows_RS, dtype=torch.bool)
+    edges_RS[rows[:, None], columns[None, :]] = is_kept
     while True:
         before_S = nodes_S.clone()
         nodes_S = nodes_S & (edges_RS.any(0) | ~wiring.may_drop_S)
         nodes_S[column_R] &= edges_RS[is_feature_R].any(1)
-        edges_RS = edges_RS & nodes_S & rows_kept()[:, None]
+        edges_RS &= nodes_S
+        edges_RS &= rows_kept()[:, None]
         if torch.equal(before_S, nodes_S):
             return Kept(nodes_S, edges_RS)
+
+
+def _among(rows_RS: Tensor, nodes_S: Tensor, rows: Tensor, wiring: Wiring) -> Tensor:
+    """Influence [S] over paths through `nodes_S` alone."""
+    fewer = Wiring(wiring.row_layer_R[rows], wiring.row_column_R[rows], wiring.weight_R[rows], wiring.may_drop_S)
+    return influence(rows_RS[rows] * nodes_S, fewer)
 
 
 def cumulative(influence_S: Tensor) -> Tensor:

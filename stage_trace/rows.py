@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stage_trace.influence import Wiring, influence, shares
+from stage_trace.influence import ROWS_AT_A_TIME, Wiring, influence
 from stage_trace.leaves import Columns
 from stage_trace.targets import Targets
 
@@ -43,35 +43,35 @@ def build_matrix(
 
     What a feature without a row contributes is part of the error of its layer and position: rows still add up.
     """
-    total = len(features)
+    total, n = len(features), len(logits)
     most = min(most, total)
+    said = engine(logits).cpu()
+    worst = gap(said, logits.goal_B)
+    rows_RS = said.new_zeros(most + n, columns.total)  # the features in the order they come, behind the logits
+    rows_RS[:n] = said
+    order: list[int] = []
     chosen = torch.zeros(total, dtype=torch.bool)
-    found = {"logits": engine(logits).cpu()}
-    worst = gap(found["logits"], logits.goal_B)
-    rows_FS = found["logits"].new_zeros(total if most == total else 0, columns.total)
-    parts: list[tuple[Tensor, Tensor]] = []
-    while int(chosen.sum()) < most:
+    while len(order) < most:
         if most == total:
             pending = torch.argsort(features.position_B.cpu(), stable=True)  # short sweeps first
         else:
-            ranked = torch.argsort(_known(parts, found["logits"], features, probabilities), descending=True)
-            pending = ranked[~chosen[ranked]][: min(UPDATE_BATCHES * batch, most - int(chosen.sum()))]
+            known = _known(rows_RS[: n + len(order)], torch.tensor(order, dtype=torch.int64), features, probabilities)
+            ranked = torch.argsort(known, descending=True)
+            pending = ranked[~chosen[ranked]][: min(UPDATE_BATCHES * batch, most - len(order))]
         for some in torch.split(pending, batch):
             targets = features[some.to(features.layer_B.device)]
-            rows = engine(targets).cpu()
-            worst = max(worst, gap(rows, targets.goal_B))
+            rows_BS = engine(targets).cpu()
+            worst = max(worst, gap(rows_BS, targets.goal_B))
+            rows_RS[n + len(order) : n + len(order) + len(some)] = rows_BS
             chosen[some] = True
-            if most == total:
-                rows_FS[some] = rows
-            else:
-                parts.append((some, rows))
+            order += some.tolist()
+    by_column = torch.argsort(torch.tensor(order, dtype=torch.int64))
     numbers = torch.nonzero(chosen).flatten()
-    if parts:
-        order = torch.argsort(torch.cat([some for some, _ in parts]))
-        rows_FS = torch.cat([rows for _, rows in parts])[order]
-    rows_RS = torch.cat([rows_FS, found["logits"]])
+    in_order = torch.cat([n + by_column, torch.arange(n)])
     if most < total:
-        rows_RS, columns = _fold(rows_RS, features, numbers, chosen, columns)
+        rows_RS, columns = _fold(rows_RS, in_order, features, chosen, columns)
+    else:
+        rows_RS = rows_RS[in_order]
     return Matrix(rows_RS, numbers, columns, worst)
 
 
@@ -97,28 +97,30 @@ def wiring(row_layers: Tensor, row_columns: Tensor, probabilities: Tensor, colum
     )
 
 
-def _known(parts: list[tuple[Tensor, Tensor]], logits_RS: Tensor, features: Targets, probabilities: Tensor) -> Tensor:
-    """Influence of every feature over the rows that are there."""
-    numbers = torch.cat([some for some, _ in parts]) if parts else torch.zeros(0, dtype=torch.int64)
-    rows_RS = torch.cat([*(rows for _, rows in parts), logits_RS])
-    n, may_drop_S = len(probabilities), torch.ones(rows_RS.shape[1], dtype=torch.bool)
-    layers = features.layer_B.cpu()[numbers]
+def _known(rows_RS: Tensor, numbers: Tensor, features: Targets, probabilities: Tensor) -> Tensor:
+    """Influence of every feature over the rows that are there: those of the logits, then of the features `numbers`."""
+    n = len(probabilities)
+    layers = features.layer_B.cpu()
     known = Wiring(
-        torch.cat([layers, torch.full((n,), int(features.layer_B.max()) + 1)]),
-        torch.cat([numbers, torch.full((n,), -1)]),
-        torch.cat([torch.zeros(len(numbers), dtype=probabilities.dtype), probabilities.cpu()]),
-        may_drop_S,
+        torch.cat([torch.full((n,), int(layers.max()) + 1), layers[numbers]]),
+        torch.cat([torch.full((n,), -1), numbers]),
+        torch.cat([probabilities.cpu(), torch.zeros(len(numbers), dtype=probabilities.dtype)]),
+        torch.ones(rows_RS.shape[1], dtype=torch.bool),
     )
-    return influence(shares(rows_RS), known)[: len(features)]
+    return influence(rows_RS, known)[: len(features)]
 
 
 def _fold(
-    rows_RS: Tensor, features: Targets, numbers: Tensor, chosen: Tensor, columns: Columns
+    rows_RS: Tensor, in_order: Tensor, features: Targets, chosen: Tensor, columns: Columns
 ) -> tuple[Tensor, Columns]:
-    """The columns of the features that are left out, added to the error of their layer and position."""
-    out = torch.nonzero(~chosen).flatten()
+    """The rows in order, columns of features that are left out added to the error of their layer and position."""
+    out, numbers = torch.nonzero(~chosen).flatten(), torch.nonzero(chosen).flatten()
     layer, position = features.layer_B.cpu()[out], features.position_B.cpu()[out]
-    rows_RS = rows_RS.index_add(1, columns.errors.start + layer * columns.num_positions + position, rows_RS[:, out])
     kept = torch.cat([numbers, torch.arange(columns.num_features, columns.total)])
     fewer = Columns(len(numbers), columns.num_layers, columns.num_positions, columns.fixed)
-    return rows_RS[:, kept], fewer
+    into = fewer.errors.start + layer * columns.num_positions + position
+    folded_RS = rows_RS.new_empty(len(rows_RS), fewer.total)
+    for start in range(0, len(in_order), ROWS_AT_A_TIME):
+        some = rows_RS[in_order[start : start + ROWS_AT_A_TIME]]
+        folded_RS[start : start + len(some)] = some[:, kept].index_add(1, into, some[:, out])
+    return folded_RS, fewer

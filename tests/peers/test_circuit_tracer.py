@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from shared.bundled import MODEL_DIR
 from shared.sae import Transcoder
 from stage_trace.graph import Graph
-from stage_trace.influence import influence, prune, shares
+from stage_trace.influence import influence, prune
 from stage_trace.replacement import Folded
 from stage_trace.trace import TraceSettings, trace
 from tests.tracing import bundled_transcoder
@@ -165,7 +165,7 @@ def test_scores_and_masks_are_its_own_on_one_matrix(
     may_drop[-len(graph.prompt.ids) :] = False
     wires = replace(graph.wiring, may_drop_S=may_drop)
     torch.testing.assert_close(
-        influence(shares(rows), wires), theirs["influence"][: len(square) - n], rtol=1e-4, atol=1e-6
+        influence(rows, wires).float(), theirs["influence"][: len(square) - n], rtol=1e-4, atol=1e-6
     )
     kept = prune(rows, wires, node_share, edge_share)
     assert torch.equal(kept.nodes_S, theirs["nodes"][: len(square) - n])

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from stage_trace.influence import Wiring, cumulative, influence, prune, scores, shares, threshold
+from stage_trace.influence import Wiring, cumulative, influence, prune, scores, threshold
 
 LAYERS, EACH, ERRORS, TOKENS, LOGITS = 3, 4, 6, 3, 2
 FEATURES = LAYERS * EACH
@@ -53,9 +53,9 @@ def test_one_pass_is_the_whole_series() -> None:
     """F34 and F38: rows are targets, and rows of zeros end a path."""
     rows, wires = make()
     expected, _ = dense_influence(*square(rows))
-    found = influence(shares(rows), wires)
+    found = influence(rows, wires)
     torch.testing.assert_close(found, expected[:COLUMNS])
-    assert not torch.allclose(found[:FEATURES], influence(shares(rows.flip(1)), wires)[:FEATURES])
+    assert not torch.allclose(found[:FEATURES], influence(rows.flip(1), wires)[:FEATURES])
 
 
 def test_scores_are_the_definitions() -> None:
