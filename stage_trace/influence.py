@@ -44,8 +44,9 @@ def influence(rows_RS: Tensor, wiring: Wiring) -> Tensor:
     for layer in torch.unique(wiring.row_layer_R).flip(0).tolist():
         rows = torch.nonzero(wiring.row_layer_R == layer).flatten()
         through = flow(found_S, wiring, weight_R)[rows]  # rows of one layer feed none of it
-        for some, weights in zip(rows.split(ROWS_AT_A_TIME), through.split(ROWS_AT_A_TIME), strict=True):
-            found_S += weights @ shares(rows_RS[some])
+        for start in range(0, len(rows), ROWS_AT_A_TIME):
+            some = slice(start, start + ROWS_AT_A_TIME)
+            found_S += through[some] @ shares(rows_RS[rows[some]])
     return found_S
 
 
@@ -74,10 +75,10 @@ def scores(rows_RS: Tensor, wiring: Wiring, is_error_S: Tensor, is_dropped_S: Te
     if not float(tokens + errors):
         return Scores(0.0, 0.0)
     through_R = flow(found_S, wiring, wiring.weight_R.double())
-    lost = sum(
-        float((weights * shares(rows)[:, is_error_S].sum(1)).sum())
-        for rows, weights in zip(rows_RS.split(ROWS_AT_A_TIME), through_R.split(ROWS_AT_A_TIME), strict=True)
-    )
+    lost = 0.0
+    for start in range(0, len(rows_RS), ROWS_AT_A_TIME):
+        some = slice(start, start + ROWS_AT_A_TIME)
+        lost += float(through_R[some] @ shares(rows_RS[some])[:, is_error_S].sum(1))
     total = found_S.sum() + wiring.weight_R.double().sum()  # nodes without a row have no inputs to lose
     return Scores(float(tokens / (tokens + errors)), 1 - lost / float(total))
 

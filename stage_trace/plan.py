@@ -52,28 +52,28 @@ def plan(path: str, revision: str | None, sources: Sequence[Source], num_tokens:
     L, H, D = config.num_hidden_layers, config.num_attention_heads, config.hidden_size
     E = getattr(config, "head_dim", None) or D // H
     T = num_tokens
-    weights = sum(_parameters(file) for file in resolve_model(path, revision).glob("*.safetensors")) * of_type
+    weights = sum(map(_parameters, resolve_model(path, revision).glob("*.safetensors"))) * of_type
     recorded = of_type * (L * H * T * T + (3 * L + 2) * T * D)
 
     configs = [describe(locate(source.name)).config(KINDS) for source in sources]
     latents = sum((one.k or L0_GUESS) * T for one in configs)
     one_dictionary = max(4 * one.d_latent * one.widths.d_in for one in configs)
     stand_ins = of_type * (2 * L * T * D + 2 * latents * D)
-
-    rows = min(latents, cfg.max_features) + cfg.logits.most
-    columns = latents + 2 * L * T
+    kept = min(latents, cfg.max_features)
+    rows, others = kept + cfg.logits.most, (2 * L + 1) * T
+    # All columns while rows are made, and beside them the rows in order, of the columns that are kept.
+    matrix, final = of_type * rows * (latents + others), of_type * rows * (kept + others)
     batch = min(cfg.batch, rows)
-    sweep = of_type * batch * (columns + T * (5 * D + 3 * H * E))
-    matrix = rows * columns * of_type
-    # Scores and pruning work on the matrix in double precision: absolute values, shares, and a mask or two.
-    scoring = rows * (min(latents, cfg.max_features) + 2 * L * T) * (3 * 8 + 2)
-    base = weights + recorded
+    sweep = of_type * batch * (latents + others + T * (5 * D + 3 * H * E))
+    masks = 2 * rows * (kept + others)
+
+    base = weights + recorded + stand_ins
     return Plan(
         {
             "model": weights,
-            "dictionary": base + one_dictionary,
-            "rows": base + stand_ins + matrix + sweep,
-            "scores": base + stand_ins + matrix + scoring,
+            "dictionaries": base + one_dictionary,
+            "rows": base + matrix + max(final, sweep),
+            "ablations": base + final + masks + recorded + one_dictionary,
         },
         latents,
         any(one.activation != "topk" for one in configs),
