@@ -90,7 +90,7 @@ def _through_attention(
     W_V_KED, W_O_HDE = heads.W_V_KED.to(g_BTD), heads.W_O_HDE.to(g_BTD)
     pattern_HTT = recording.patterns[layer][:, :T, :T].to(g_BTD)
     mixed_BHTE = torch.einsum("btd,hde->bhte", g_BTD, W_O_HDE)
-    values_BHTE = pattern_HTT.transpose(1, 2) @ mixed_BHTE
+    values_BHTE = torch.einsum("hts,bhte->bhse", pattern_HTT, mixed_BHTE)  # @ would copy the pattern for every target
     values_BKTE = values_BHTE.unflatten(1, (-1, heads.per_group)).sum(2)
     inputs_BTD = torch.einsum("bkte,ked->btd", values_BKTE, W_V_KED)
 

@@ -129,16 +129,18 @@ function draw() {
   svg.setAttribute("width", total);
   svg.setAttribute("height", height);
   svg.setAttribute("viewBox", `0 0 ${total} ${height}`);
+  const names = shape("g");
   for (const band of bands) {
     svg.append(shape("rect", { class: "band", x: 8, y: band.y, width: total - 16, height: band.height, rx: 7 }));
     const text = shape("text", { x: 18, y: band.y + band.height / 2 + 4 });
     text.textContent = band.layer === data.layers ? "norm" : `L${band.layer}`;
-    svg.append(text);
+    names.append(shape("rect", { class: "tab", x: 8, y: band.y, width: 38, height: band.height, rx: 7 }), text);
   }
   columns.slice(1).forEach((column) => svg.append(shape("line", { class: "column", x1: column.x, x2: column.x, y1: bands[0].y, y2: height - 46 })));
   const under = shape("g"), over = shape("g");
-  svg.append(under, over);
-  layers = { under };
+  svg.append(under, over, names);
+  layers = { under, names };
+  follow();
   for (const node of nodes) {
     const group = shape("g", { class: `node ${node.kind}`, tabindex: "0", role: "button", "aria-label": `${node.label}${isInner(node) && node.kind !== "bias" ? ` at ${pieces[node.position]}` : ""}` });
     group.append(shape("circle", { class: "ring", cx: node.x, cy: node.y, r: radius(node) + 4 }), mark(node));
@@ -159,6 +161,9 @@ function draw() {
   }
   refresh();
 }
+
+// The names of the layers stay in sight when the graph is scrolled.
+function follow() { layers.names.setAttribute("transform", `translate(${$("scroll").scrollLeft} 0)`); }
 
 // Shown without a selection: the strongest inputs of the nodes that matter.
 const backbone = links.filter((link) => link.share > 0.02)
@@ -218,8 +223,8 @@ function detail() {
   const pinned = state.pinned.has(node.id);
   const parts = [
     make("span", `badge ${node.kind}`, KINDS[node.kind]), make("h3", "", title(node)),
-    ABOUT[node.kind] ? make("p", "quiet", ABOUT[node.kind]) : null, ...SECTIONS.map((section) => section(node)),
     make("div", "actions", button(pinned ? "Unpin" : "Pin", () => pin(node, !pinned), pinned ? "button on" : "button"), button("Close", () => select(null))),
+    ABOUT[node.kind] ? make("p", "quiet", ABOUT[node.kind]) : null, ...SECTIONS.map((section) => section(node)),
   ];
   box.replaceChildren(...parts.filter((part) => part !== null));
 }
@@ -403,6 +408,7 @@ header();
 certificate();
 draw();
 $("scroll").scrollLeft = $("scroll").scrollWidth; // what is said stands above the last token
+$("scroll").addEventListener("scroll", follow, { passive: true });
 $("search").addEventListener("input", search);
 addEventListener("keydown", (event) => { if (event.key === "Escape") select(null); });
 let resizing = 0;
