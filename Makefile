@@ -30,8 +30,9 @@ endif
 
 LOCKED := $(if $(shell command -v flock),flock pyproject.toml)
 
-.PHONY: help setup setup-peers demo harvest plan train eval sweep trace check compile-kernels docs-config bench bench-gpu clean
-.PHONY: bit-identical test test-all test-processors test-s3 test-peers test-quantised test-cluster
+.PHONY: help setup setup-peers demo harvest plan train eval inspect explore trace sweep transcoders check compile-kernels docs-config bench
+.PHONY: bench-gpu clean bit-identical test test-all test-browser test-processors test-s3 test-peers test-quantised
+.PHONY: test-cluster
 
 help: ## this list
 	@echo 'usage: make TARGET [ARGS="key=value ..."] [NPROC=processes] [NNODES=machines RDZV=host:port]'
@@ -79,19 +80,28 @@ eval: setup ## score a trained SAE: FVU, L0, loss recovered, plots, report
 trace: setup ## an attribution graph of a text: ARGS="runs/NAME text='...'"
 	@$(BIN)/python -m stage_trace $(ARGS)
 
+inspect: setup ## what each latent of a trained SAE does: a pass over the store, to runs/NAME/latents
+	@$(STAGE) stage_inspect $(ARGS)
+
 sweep: setup ## train and compare K=8,16 x EXPANSION=4,8 on the store of runs/NAME; PACKED=1: from one pass over it
 	@$(BIN)/python -m stage_train -m name=$(NAME) nproc=$(NPROC) sae.k=$(K) sae.expansion=$(EXPANSION) $(packed) $(ARGS)
 	@$(STAGE) stage_eval name=$(NAME) sae.path=runs/$(NAME)/sweep sae.last_grid=true
+
+transcoders: setup ## a transcoder for every layer's MLP from one pass over the store of runs/NAME, scored alone and all at once
+	@$(BIN)/python -m granary transcoders name=$(NAME) nproc=$(NPROC) $(ARGS)
+
+explore: setup ## pages that show what each latent of runs/NAME does; ARGS="--html latents.html" writes a file instead
+	@$(BIN)/python -m stage_inspect.explorer runs/$(NAME) $(ARGS)
 
 # Two workers, one thread each: most tests wait for imports of processes they start.
 PYTEST_ALONE := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
 PYTEST := $(PYTEST_ALONE) -n 2 --dist loadfile
 
 test: setup ## the default tests, in a random order; ARGS=--randomly-seed=N repeats one
-	@$(PYTEST) -m "not slow and not gpu and not s3 and not cluster and not peers and not quantised" $(ARGS)
+	@$(PYTEST) -m "not slow and not gpu and not s3 and not cluster and not peers and not quantised and not browser" $(ARGS)
 
 test-all: setup ## the default and the slow tests
-	@$(PYTEST) -m "not s3 and not cluster and not peers and not quantised" $(ARGS)
+	@$(PYTEST) -m "not s3 and not cluster and not peers and not quantised and not browser" $(ARGS)
 
 # As on other processors: the instructions that PyTorch and oneDNN may use, and the bfloat16 product we find then.
 PROCESSORS := \
@@ -110,6 +120,10 @@ $(VENV_TRACER)/.installed: constraints-tracer.txt
 	@test -x $(VENV_TRACER)/bin/python || $(PYTHON) -m venv $(VENV_TRACER)
 	@$(VENV_TRACER)/bin/python -m pip install -q --disable-pip-version-check -c constraints-tracer.txt circuit-tracer
 	@touch $@
+
+test-browser: setup ## the explorer in a real Chromium; on Debian: apt-get install chromium chromium-driver
+	@command -v chromedriver > /dev/null || { echo "error: no chromedriver: on Debian, apt-get install chromium chromium-driver" >&2; exit 1; }
+	@$(PYTEST_ALONE) -m browser tests/browser $(ARGS)
 
 test-peers: setup-peers ## formats and graphs against the real SAELens, sparsify, dictionary_learning, circuit-tracer
 	@OMP_NUM_THREADS=1 $(VENV_PEERS)/bin/python -m pytest -q -m peers tests/peers
@@ -141,7 +155,7 @@ check: setup ## lint, types, and composing every config
 	@$(BIN)/python -m pytest -q tests/unit/config/test_composition.py
 
 docs-config: setup ## docs/config.md: every key, from the schemas and conf/
-	@$(BIN)/python -m shared.basics.config_page stage_harvest stage_train stage_eval stage_trace > docs/config.md.new
+	@$(BIN)/python -m shared.basics.config_page stage_harvest stage_train stage_eval stage_inspect stage_trace > docs/config.md.new
 	@mv docs/config.md.new docs/config.md
 
 compile-kernels: setup ## compile every Triton kernel for sm_80 and sm_90 (no GPU needed)

@@ -53,6 +53,7 @@ STAGES = [
     Stage("step a", "steps", 60, "a"),
     Stage("step b", "steps", 90, "b"),
     Stage("step cached", "steps", 40, "cached"),
+    Stage("load", "load", 60),
     Stage("probes", "probes", 60),
     Stage("tests", "kernel_tests", 100),
     Stage("checks large", "checks", 90, "large"),

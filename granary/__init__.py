@@ -7,18 +7,23 @@ if TYPE_CHECKING:
     from shared.basics.errors import GranaryError
     from shared.intervene.edits import Edit
     from shared.intervene.splice import SplicedModel
+    from shared.latents import Latents
     from shared.lm import load_causal_lm, load_tokenizer
     from shared.sae import (
+        CLT,
         SAE,
+        Crosscoder,
         Dictionary,
         DictionaryConfig,
         SAEConfig,
         SAEOutput,
+        SkipTranscoder,
         SparseLatents,
         Transcoder,
         load,
         load_config,
         load_provenance,
+        load_set,
     )
     from shared.sae.learn.objective import Objective
     from shared.sae.loading import convert
@@ -33,15 +38,19 @@ if TYPE_CHECKING:
 # What there is, and where it lives.
 _HOMES = {
     "AttributionGraph": "stage_trace.attribution",
+    "CLT": "shared.sae",
     "SAE": "shared.sae",
+    "Crosscoder": "shared.sae",
     "Dictionary": "shared.sae",
     "DictionaryConfig": "shared.sae",
     "Edit": "shared.intervene.edits",
     "GranaryError": "shared.basics.errors",
+    "Latents": "shared.latents",
     "Objective": "shared.sae.learn.objective",
     "SAEConfig": "shared.sae",
     "SAEOutput": "shared.sae",
     "Sites": "shared.sae.sites",
+    "SkipTranscoder": "shared.sae",
     "SparseLatents": "shared.sae",
     "SplicedModel": "shared.intervene.splice",
     "Store": "shared.store",
@@ -57,21 +66,26 @@ _HOMES = {
     "load_causal_lm": "shared.lm",
     "load_config": "shared.sae",
     "load_provenance": "shared.sae",
+    "load_set": "shared.sae",
     "load_tokenizer": "shared.lm",
     "trace": "stage_trace.trace",
 }
 
 __all__ = [
+    "CLT",
     "SAE",
     "AttributionGraph",
+    "Crosscoder",
     "Dictionary",
     "DictionaryConfig",
     "Edit",
     "GranaryError",
+    "Latents",
     "Objective",
     "SAEConfig",
     "SAEOutput",
     "Sites",
+    "SkipTranscoder",
     "SparseLatents",
     "SplicedModel",
     "Store",
@@ -88,6 +102,7 @@ __all__ = [
     "load_causal_lm",
     "load_config",
     "load_provenance",
+    "load_set",
     "load_tokenizer",
     "trace",
 ]

@@ -27,15 +27,18 @@ def commands(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     """The arguments of training and those of evaluation."""
     given = [argument for argument in arguments if argument not in ("-m", "--multirun")]
     folder = "${run_dir}/sweep"
-    shared = []
     for argument in given:
         key, _, value = argument.partition("=")
-        if key in SHARED or key.startswith(SHARED_GROUPS):
-            shared.append(argument)
-        elif key == "hydra.sweep.dir":
+        if key == "hydra.sweep.dir":
             folder = value.strip("'\"")
     grid = [] if is_grid(given) else GRID
-    return ["-m", *grid, *given], [*shared, f"sae.path='{folder}'", "sae.last_grid=true"]
+    return ["-m", *grid, *given], [*shared_arguments(given), f"sae.path='{folder}'", "sae.last_grid=true"]
+
+
+def shared_arguments(arguments: Sequence[str]) -> list[str]:
+    """Those that evaluation must be told too."""
+    keys = [(argument, argument.partition("=")[0]) for argument in arguments]
+    return [argument for argument, key in keys if key in SHARED or key.startswith(SHARED_GROUPS)]
 
 
 def is_grid(arguments: Sequence[str]) -> bool:

@@ -2,8 +2,9 @@
 
 import sys
 
+from shared.launch.overrides import path_overrides
 from shared.launch.stage import run_stage
-from stage_eval.config import EvalSchema, path_overrides, register
+from stage_eval.config import EvalSchema, register
 
 
 def main(cfg: EvalSchema) -> None:

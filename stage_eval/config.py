@@ -3,25 +3,14 @@
 Imports nothing heavy, so that a wrong key is reported at once.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from enum import Enum
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 
 import shared.basics.config
-from shared.basics.config import DeviceSchema, ModelDtype, key
-
-
-class Split(Enum):
-    """Which contexts of the store."""
-
-    heldout = "heldout"
-    """Those of the held-out shards, which training never reads."""
-    train = "train"
-    all = "all"
+from shared.basics.config import DeviceSchema, ModelInput, Split, StoreInput, key
 
 
 @dataclass(kw_only=True)
@@ -34,30 +23,6 @@ class SAEInput:
     """Of the folder of a sweep, only the runs of the last sweep in it; it keeps those of earlier ones too."""
     per_pass: int = MISSING
     """SAEs held in memory at a time; those of one hook share the reads and the unspliced passes."""
-
-
-@dataclass(kw_only=True)
-class StoreInput:
-    """Which activations to evaluate on."""
-
-    url: str = MISSING
-    """Folder or fsspec URL of an activation store."""
-
-
-@dataclass(kw_only=True)
-class ModelInput:
-    """The language model to splice into; null takes what the store records."""
-
-    path: str | None = MISSING
-    """Local folder in Hugging Face form, a hub id, or ``bundled``."""
-    revision: str | None = MISSING
-    """Hub revision (branch, tag or commit)."""
-    dtype: ModelDtype | None = MISSING
-    """Precision of weights and arithmetic."""
-    attn_implementation: str = MISSING
-    """Attention kernel as transformers names it."""
-    allow_other: bool = MISSING
-    """Accept a model that differs from the harvested one, for example a fine-tuned version of it."""
 
 
 @dataclass(kw_only=True)
@@ -98,16 +63,3 @@ def register() -> None:
     """Put the schemas into Hydra's ConfigStore."""
     shared.basics.config.register()
     ConfigStore.instance().store(name="eval_schema", node=EvalSchema)
-
-
-def path_overrides(overrides: Sequence[str]) -> list[str]:
-    """``sae=PATH`` and ``model=PATH`` as the keys they stand for, quoted: sweep folders hold ``=`` and commas."""
-    expanded = []
-    for override in overrides:
-        key, equals, value = override.partition("=")
-        if equals and key in ("sae", "sae.path", "model", "model.path"):
-            is_quoted = value[:1] in ("'", '"', "[") or value == "null"
-            value = value if is_quoted else "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
-            override = f"{key.partition('.')[0]}.path={value}"
-        expanded.append(override)
-    return expanded

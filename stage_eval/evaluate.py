@@ -17,17 +17,17 @@ from transformers import PreTrainedModel
 from shared.basics.errors import GranaryError
 from shared.basics.run_folder import RunFolder
 from shared.lm import load_causal_lm
+from shared.lm.recorded import ModelChoice, choose_model
 from shared.parallel import barrier, init_world, shutdown
-from shared.store import Store
+from shared.store.beside import open_beside
 from stage_eval.assemble import Measured, RunFacts, assemble
 from stage_eval.config import EvalSchema
-from stage_eval.language_model import ModelChoice, choose_model
 from stage_eval.measure.data import default_unit, load_data
 from stage_eval.measure.decoder import decoder_figures
 from stage_eval.measure.downstream import check_splices, joint_figures
 from stage_eval.measure.passes import conditions_for, downstream_pass, reconstruction_pass
 from stage_eval.measure.reconstruction import per_latent_figures
-from stage_eval.measure.session import Loaded, PassSettings, Session, latent_rows
+from stage_eval.measure.session import Loaded, PassSettings, Session
 from stage_eval.measure.vocabulary import VocabularyHead, check_head
 from stage_eval.output import (
     COMPARISON,
@@ -59,7 +59,7 @@ class Results:
 def evaluate(cfg: EvalSchema) -> None:
     """Run the stage; raises GranaryError for every wrong input before any long work."""
     world = init_world(cfg.device.name, cfg.device.threads)
-    store = Store.open(cfg.store.url)
+    store = open_beside(cfg.store.url, [(one.name, one.url) for one in cfg.store.beside])
     found = find_saes(cfg.sae, store, cfg.hook)
     check_settings(cfg, found.folders)
     choice = choose_model(cfg.model, store) if cfg.downstream else None
@@ -144,7 +144,7 @@ def measure(
     results: Results,
 ) -> None:
     """Evaluate SAEs that are in memory together, and add what is found to `results`."""
-    loaded = [folder.load(session.world.device) for folder in folders]
+    loaded = [folder.loaded(session.world.device) for folder in folders]
     conditions = conditions_for(loaded, session) if model is not None else []
     if model is not None:
         check_splices(model, conditions)
@@ -162,8 +162,8 @@ def measure(
 
 def decoder_of(one: Loaded, seed: int) -> DecoderFigures | None:
     """Figures of the decoder's rows; None for a dictionary whose decoder is no such matrix."""
-    rows = latent_rows(one.dictionary, "decoder")
-    encoder = latent_rows(one.dictionary, "encoder") if one.sites.is_autoencoder else None
+    rows = one.dictionary.latent_rows("decoder")
+    encoder = one.dictionary.latent_rows("encoder") if one.sites.is_autoencoder else None
     return None if rows is None else decoder_figures(rows, encoder, seed)
 
 
@@ -185,7 +185,7 @@ def write(cfg: EvalSchema, found: Found, results: Results) -> None:
             all_staged.append(staged)
         for staged in all_staged:
             staged.move_in()
-    print_tables(results.evaluations)
+    print_tables(results.evaluations, results.joint)
     if several:
         say_where_comparison(out, comparison)
     else:

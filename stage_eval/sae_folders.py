@@ -1,19 +1,13 @@
 """Which SAEs are meant, and whether they fit the store and the model; wrong inputs are told before anything runs."""
 
-import hashlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from shared.basics.errors import GranaryError
-from shared.basics.run_folder import WEIGHTS_FILE
-from shared.lm.identity import check_same_model
-from shared.sae.config import DictionaryConfig
-from shared.sae.finding import check_whole, expand
-from shared.sae.folder import Description, describe, locate
-from shared.sae.loading import KINDS, load
-from shared.sae.sites import Sites, SiteWidths
+from shared.sae.finding import expand
+from shared.sae.for_store import DictionaryFolder, open_folder
 from shared.store import Store
 from stage_eval.config import SAEInput
 from stage_eval.grid import is_of_grid, last_grid
@@ -22,35 +16,20 @@ from stage_eval.results.comparison import LeftOut
 
 
 @dataclass(frozen=True)
-class SAEFolder:
+class SAEFolder(DictionaryFolder):
     """One dictionary to evaluate."""
 
-    name: str
+    name: str = ""
     """How tables and reports call it."""
-    path: str
-    """As it was found: a folder, or a hub id."""
-    folder: Path
-    """Where its files are."""
-    config: DictionaryConfig
-    description: Description
-    """What its ``config.json`` says."""
-    sites: Sites
-    widths: SiteWidths
 
-    def load(self, device: torch.device) -> Loaded:
+    def loaded(self, device: torch.device) -> Loaded:
         """The dictionary on `device`, weights without gradient."""
-        dictionary = load(self.folder, device=device).requires_grad_(False)
-        return Loaded(self.spliced, self.sites, self.widths, dictionary)
+        return Loaded(self.spliced, self.sites, self.widths, self.load(device))
 
     @property
     def spliced(self) -> str:
         """Name of the condition in which it is spliced into the language model."""
         return f"sae {self.name}"
-
-    def sha256(self) -> str:
-        """Hash of its weights file."""
-        with (self.folder / WEIGHTS_FILE).open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @dataclass(frozen=True)
@@ -76,7 +55,7 @@ def find_saes(chosen: SAEInput, store: Store, hook: str | None) -> Found:
     folders, left_out = [], []
     for path, is_named in paths.items():
         try:
-            folders.append(open_folder(path, store, hook))
+            folders.append(SAEFolder(**vars(open_folder(path, store, hook))))
         except GranaryError as error:
             if is_named:
                 raise
@@ -96,48 +75,6 @@ def of_last_grid(sweep: str, paths: list[str]) -> list[str]:
     if not kept:
         raise GranaryError(f"none of the runs of the last sweep in {sweep} has begun: start it again")
     return kept
-
-
-def open_folder(path: str, store: Store, hook: str | None) -> SAEFolder:
-    """Read a dictionary's description and check it against the store; the name is its path for the time being."""
-    folder = locate(path)
-    check_whole(path, folder)
-    description = describe(folder)
-    config = description.config(KINDS)
-    sites = choose_sites(path, description.sites, store, hook)
-    widths = sites.widths(store.plan.hooks)
-    for verb, names, own, theirs in (
-        ("reads", sites.reads, config.widths.d_in, widths.d_in),
-        ("writes", sites.writes, config.widths.d_out, widths.d_out),
-    ):
-        if own != theirs:
-            where = ", ".join(names)
-            raise GranaryError(f"{path} {verb} activations of width {own}, but {where} has {theirs} in {store.url}")
-    trained, harvested = description.provenance.get("model") or {}, store.plan.provenance.get("model") or {}
-    check_same_model(path, trained, f"the store at {store.url}", harvested)
-    return SAEFolder(path, path, folder, config, description, sites, widths)
-
-
-def choose_sites(path: str, recorded: Sites | None, store: Store, hook: str | None) -> Sites:
-    """Where the dictionary reads and writes: as it records, as one of one site is told by `hook`, or the only place.
-
-    Raises GranaryError where none of these says, and for a site that the store lacks.
-    """
-    if hook is not None and recorded is not None and not (recorded.is_autoencoder and len(recorded.reads) == 1):
-        raise GranaryError(f"hook={hook} is for dictionaries of one site, but {path} has {recorded}: leave it out")
-    if hook is not None:
-        sites = Sites.of(hook)
-    elif recorded is not None:
-        sites = recorded
-    elif len(store.hooks) == 1:
-        sites = Sites.of(store.hooks[0])
-    else:
-        raise GranaryError(f"{path} does not record its hook: give hook=..., one of {', '.join(store.hooks)}")
-    for name in sites.names:
-        if name not in store.hooks:
-            why = "" if hook else f", which {path} was trained on"
-            raise GranaryError(f"the store at {store.url} has no hook {name}{why}: it has {', '.join(store.hooks)}")
-    return sites
 
 
 def short_names(paths: list[str]) -> list[str]:

@@ -55,7 +55,7 @@ class Columns:
     @property
     def total(self) -> int:
         """Number of columns."""
-        return self.tokens.stop
+        return int(self.tokens.stop)
 
 
 class Rows:

@@ -26,7 +26,7 @@ def encode(text: str | Sequence[int], tokenizer: PreTrainedTokenizerBase) -> tup
             raise GranaryError(f"the prompt has token ids outside the tokenizer's {len(tokenizer)}: check its ids")
         if bos is not None and ids[:1] != [bos]:
             log.warning("the prompt does not begin with BOS (%d), which the model was trained to see first", bos)
-        said = tokenizer.decode(ids[1:] if ids[:1] == [bos] else ids)
+        said = str(tokenizer.decode(ids[1:] if ids[:1] == [bos] else ids))
     else:
         ids, said = list(tokenizer(text, add_special_tokens=False).input_ids), text
         if bos is not None and ids[:1] == [bos]:

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 
 from shared.basics.errors import GranaryError
-from shared.lm.identity import check_same_model
-from shared.sae.finding import check_whole, expand
+from shared.lm.recorded import check_same_model
+from shared.sae.finding import expand
 from shared.sae.folder import describe, locate
+from shared.sae.for_store import check_whole
 from shared.sae.loading import KINDS, load
 from shared.sae.variants import Dictionary
 from stage_trace.replacement import Place

@@ -91,7 +91,7 @@ def _through_attention(
     pattern_HTT = recording.patterns[layer][:, :T, :T].to(g_BTD)
     mixed_BHTE = torch.einsum("btd,hde->bhte", g_BTD, W_O_HDE)
     values_BHTE = torch.einsum("hts,bhte->bhse", pattern_HTT, mixed_BHTE)  # @ would copy the pattern for every target
-    values_BKTE = values_BHTE.unflatten(1, (-1, heads.per_group)).sum(2)
+    values_BKTE = values_BHTE.reshape(len(g_BTD), -1, heads.per_group, *values_BHTE.shape[2:]).sum(2)
     inputs_BTD = torch.einsum("bkte,ked->btd", values_BKTE, W_V_KED)
 
     norm = part.attention_norm

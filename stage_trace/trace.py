@@ -70,7 +70,7 @@ def trace(
     if isinstance(model, str):
         tokenizer = tokenizer or load_tokenizer(model)
         model = load_causal_lm(model)
-    tokenizer = tokenizer or load_tokenizer(model.name_or_path)
+    tokenizer = tokenizer or load_tokenizer(str(model.name_or_path))
     given = [dictionaries] if isinstance(dictionaries, str | Path) else list(dictionaries)
     sources: list[Source] = []
     for one in given:
@@ -91,7 +91,7 @@ def trace_sources(
     tokens_T = torch.tensor(ids, device=model.device)
     fixed_T = fixed_positions(ids, tokenizer, settings.fixed).to(model.device)
     session = record(model, sources, tokens_T, fixed_T)
-    pieces = tuple(tokenizer.decode([one]) for one in ids)
+    pieces = tuple(str(tokenizer.decode([one])) for one in ids)
     names = tuple(source.name for source in sources)
     prompt = Prompt(said, tuple(ids), pieces, tuple(torch.nonzero(fixed_T).flatten().tolist()))
     return of_session(session, prompt, tokenizer, settings, names)
@@ -130,7 +130,7 @@ def of_session(
     )
     depth, T = matrix.columns.num_layers, len(prompt.ids)
     said = [
-        Node(Kind.logit, depth + 1, T - 1, token, None, probability, tokenizer.decode([token]), number == 0)
+        Node(Kind.logit, depth + 1, T - 1, token, None, probability, str(tokenizer.decode([token])), number == 0)
         for number, (token, probability) in enumerate(
             zip(logits.tokens.tolist(), logits.probabilities.tolist(), strict=True)
         )
@@ -146,7 +146,7 @@ def of_session(
         tuple(said),
         matrix.worst_gap,
         session,
-        tokenizer.decode,
+        lambda ids: str(tokenizer.decode(ids)),
         names=names,
     )
 

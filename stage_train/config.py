@@ -14,7 +14,7 @@ from hydra.types import RunMode
 from omegaconf import MISSING, OmegaConf
 
 import shared.basics.config
-from shared.basics.config import DeviceSchema, key, marks
+from shared.basics.config import DeviceSchema, StoreBeside, key, marks
 from stage_train.sae_schema import SAESchema
 
 
@@ -123,6 +123,9 @@ class StoreInput:
     """Times each of its tokens is read per epoch."""
     others: list[FurtherStore] = key(identity=False)
     """Further stores, read as one with the first: 'store.others=[{url:s3://bucket/store,weight:0.5}]'."""
+    beside: list[StoreBeside] = key(identity=False)  # reads and writes name them, a checkpoint knows their digests
+    """Stores of other models on the same tokens, whose sites stand beside the first's:
+    'store.beside=[{name:chat,url:s3://bucket/chat}]'. Refused unless tokens, mask and segments agree."""
 
 
 @dataclass(kw_only=True)
@@ -280,6 +283,8 @@ class TrainSchema:
     """In a sweep (-m): train all its SAEs together, from one pass over the store."""
     hook: str | None = MISSING
     """Which of the store's sites to read and give back; null takes the only one. Short for reads and writes alike."""
+    at_layer: int | None = key(identity=False)  # what reads and writes make of it is a part of the run
+    """A number that hook, reads and writes may name as ${at_layer}: sweeping it gives a dictionary to each layer."""
     reads: Any = MISSING
     """What the dictionary reads where that is not what it writes: a site of the store, a list, or a pattern such as
     ``layers.*.mlp_in``; several lie side by side. Null: hook."""

@@ -79,7 +79,7 @@ class Job:
         for one in cfgs:
             with self.blaming(one.out_dir):
                 spec = RunSpec.resolve(one, stores, self.tokens.data)
-                self.layout.num_latents(spec.dictionary.d_latent)  # refuses what does not divide
+                self.layout.check(spec.dictionary)
                 self.specs.append(spec)
 
     def execute(self) -> None:
@@ -111,9 +111,10 @@ class Job:
         """As they are, or as they were when the checkpoints' runs began."""
         cfg = cfgs[0]
         urls = [(cfg.store.url, cfg.store.weight), *((other.url, other.weight) for other in cfg.store.others)]
+        beside = [(other.name, other.url) for other in cfg.store.beside]
         begun = [(one, start) for one, start in zip(cfgs, self.starts, strict=True) if start.checkpoint is not None]
         if not begun:
-            return pin(urls, self.world)
+            return pin(urls, self.world, beside)
         first, records = begun[0][0], begun[0][1].state["stores"]
         for one, start in begun:
             if [_digests(record) for record in start.state["stores"]] != [_digests(record) for record in records]:
@@ -121,7 +122,7 @@ class Job:
                     f"{first.out_dir} and {one.out_dir} were begun on other shards of the store, so they can't read "
                     "one stream: continue them without packed=true"
                 )
-        return repin(urls, records)
+        return repin(urls, records, beside)
 
     def open_inputs(self) -> TrainingInputs:
         """Claim what the runs read, and wait until there is some of it."""

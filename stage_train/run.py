@@ -11,15 +11,15 @@ from typing import Any
 import torch
 from omegaconf import OmegaConf
 
+from shared.basics.errors import GranaryError
 from shared.basics.files import write_text
 from shared.basics.run_folder import RunFolder
 from shared.launch import commands
-from shared.parallel import World, barrier
+from shared.parallel import World, barrier, broadcast_object
 from shared.sae.folder import to_document
 from shared.sae.learn.init import initialise
 from shared.sae.learn.objective import Objective
 from shared.sae.variants import VARIANTS
-from shared.sae.variants.one_group import OneGroup
 from stage_train.config import TrainSchema
 from stage_train.data.inputs import TrainingInputs
 from stage_train.data.stream import Batch, TokenStream
@@ -134,24 +134,36 @@ class Run:
 def make_trainer(
     spec: RunSpec, inputs: TrainingInputs, stream: TokenStream, layout: Layout, *, begins: bool
 ) -> Trainer:
-    """The trainer of a run, its weights set from data or an SAE, or left as they come where a checkpoint fills them."""
-    objective = layout.distribute(make_objective(spec, inputs, layout.world.device, begins=begins))
-    return put_together(spec, objective, stream, layout)
+    """The trainer of a run, its weights set from data or an SAE, or left unset where a checkpoint fills them.
+
+    The first rank alone sets them, and hands every rank its part. Raises GranaryError, on all ranks alike, when there
+    is nothing to begin from.
+    """
+    world = layout.world
+    objective: Objective | None = None
+    failure: GranaryError | None = None
+    if begins and world.is_main:
+        try:
+            objective = make_objective(spec, inputs, world.device, begins=True)
+        except GranaryError as error:
+            failure = error
+    if line := broadcast_object(str(failure or "")):
+        raise failure or GranaryError(line)
+    if objective is None:
+        objective = make_objective(spec, inputs, torch.device("meta"), begins=False)
+    return put_together(spec, layout.distribute(objective, has_values=begins), stream, layout)
 
 
 def make_objective(spec: RunSpec, inputs: TrainingInputs, device: torch.device, *, begins: bool) -> Objective:
-    """What learns, whole, on `device`; see ``make_trainer``."""
+    """What learns, whole, on `device`, where it is initialised too if the run `begins`: a host would take minutes for
+    what a GPU does in seconds, and nothing of the matrices is ever in its memory."""
     cfg = spec.cfg
     generator = torch.Generator().manual_seed(cfg.seed)
-    made = VARIANTS[spec.dictionary.kind]
-    assert issubclass(made, OneGroup)
-    dictionary = made(
-        spec.dictionary, kernels=cfg.compute.kernels, compute_dtype=cfg.compute.dtype, generator=generator
-    )
-    objective = Objective(dictionary, spec.learning)
-    if device.type != "cpu":
-        # Before it is initialised: kernels that run on a GPU alone may be asked for, and a host takes minutes for it.
-        objective = objective.to(device)
+    with device:
+        dictionary = VARIANTS[spec.dictionary.kind](
+            spec.dictionary, kernels=cfg.compute.kernels, compute_dtype=cfg.compute.dtype, generator=generator
+        )
+        objective = Objective(dictionary, spec.learning)
     if begins and cfg.init_from is not None:
         copy_weights(dictionary, cfg.init_from)
     elif begins:

@@ -9,7 +9,7 @@ from omegaconf import MISSING
 from shared.basics.config import key
 from shared.basics.errors import GranaryError
 from shared.sae.config import DictionaryConfig
-from shared.sae.learn.config import LearningConfig, check_trainable
+from shared.sae.learn.config import LearningConfig, check_trainable, learning_of
 from shared.sae.sites import Sites, SiteWidths
 
 # Gao et al. 2024: ten million tokens, in runs of billions. A run of a few million would end before AuxK began.
@@ -73,8 +73,15 @@ class SAESchema:
         artefact = {field.name for field in fields(DictionaryConfig)}
         options = {name: value for name, value in variant.items() if name != "kind"}
         own = {name: value for name, value in given.items() if name in artefact}
-        config = kind_of(str(variant["kind"])).of(widths, {**own, **options}, sites)
-        learning = LearningConfig(**{field.name: given[field.name] for field in fields(LearningConfig)})
+        kind, common = kind_of(str(variant["kind"])), {field.name for field in fields(LearningConfig)}
+        how = learning_of(kind.kind)
+        taught = {field.name for field in fields(how)} - common
+        structure = {name: value for name, value in options.items() if name not in taught}
+        config = kind.of(widths, {**own, **structure}, sites)
+        learning = how(
+            **{name: given[name] for name in common},
+            **{name: value for name, value in options.items() if name in taught},
+        )
         check_trainable(config, learning)
         return config, learning
 

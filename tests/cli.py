@@ -25,6 +25,7 @@ STAGES = (
     "stage_harvest.harvest",
     "stage_train.job",
     "stage_eval.evaluate",
+    "stage_inspect.inspect",
     "stage_trace.job",
     "transformers.models.llama.modeling_llama",
 )

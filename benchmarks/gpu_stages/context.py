@@ -57,6 +57,19 @@ class Context:
             call()
         return statistics.median(self._once(call) for _ in range(1 if self.rehearse else repeats))
 
+    def steady(self, call: Callable[[], Any], repeats: int = 10) -> float:
+        """Milliseconds of one of `repeats` calls that follow each other without a wait, as steps of a training do."""
+
+        def calls() -> None:
+            for _ in range(repeats):
+                call()
+
+        if self.rehearse:
+            return self._once(call)
+        for _ in range(2):
+            call()
+        return statistics.median(self._once(calls) / repeats for _ in range(3))
+
     def _once(self, call: Callable[[], Any]) -> float:
         if self.rehearse:
             start = time.perf_counter()

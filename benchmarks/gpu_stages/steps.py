@@ -19,6 +19,8 @@ def run(context: Context, name: str) -> None:
         gc.collect()  # what is left of a trainee, before the next one is made
     if not context.fallback:
         parts(context, shape, x)
+    if not context.rehearse:
+        profile(context, shape, x)  # last: launches stay slower once a profiler was there
 
 
 def measure(context: Context, shape: Shape, x: torch.Tensor, moments: str) -> None:
@@ -27,18 +29,22 @@ def measure(context: Context, shape: Shape, x: torch.Tensor, moments: str) -> No
     trainee = make_trainee(shape, context.device, kernels=context.kernels, **options)  # type: ignore[arg-type]
     if not context.rehearse:
         torch.cuda.reset_peak_memory_stats()
-    times = context.milliseconds(lambda: trainee.step(x))
+    times = context.steady(lambda: trainee.step(x))
     peak = 0 if context.rehearse else torch.cuda.max_memory_allocated()
     context.say(
         f"step, moments {moments}", shape=str(shape), ms=times, tokens_per_s=shape.batch / times * 1e3,
         state_gb=trainee.state_bytes / 1e9, above_state_gb=(peak - trainee.state_bytes) / 1e9,
     )  # fmt: skip
-    if context.rehearse or moments != "float32":
-        return
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+
+
+def profile(context: Context, shape: Shape, x: torch.Tensor) -> None:
+    """Where one step's time goes, by kernel."""
+    trainee = make_trainee(shape, context.device, kernels=context.kernels, pair_gradients=not context.fallback)
+    trainee.step(x)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as found:
         trainee.step(x)
         torch.cuda.synchronize()
-    table = profile.key_averages().table(sort_by="self_cuda_time_total", row_limit=60, max_name_column_width=60)
+    table = found.key_averages().table(sort_by="self_cuda_time_total", row_limit=60, max_name_column_width=60)
     (context.out / f"profile-{context.stage.replace(' ', '-')}.txt").write_text(table)
 
 

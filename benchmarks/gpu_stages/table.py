@@ -29,6 +29,8 @@ def table(lines: Sequence[Line]) -> str:
     text += _section("step | ms | floor ms | x floor | predicted | tokens/s | above state GB", _steps(lines, rate))
     parts = (line for line in lines if line["name"].startswith("part "))
     text += _section("part | shape | ms", (f"{p['name'][5:]} | {p['shape']} | {p['ms']:.3f}" for p in parts))
+    loads = (line for line in lines if line["name"].startswith("load "))
+    text += _section("published load | result", (f"{line['name'][5:]} | {_rest(line)}" for line in loads))
     probes = (line for line in lines if line["name"].startswith("probe "))
     text += _section("probe | result", (f"{p['name'][6:]} | {_rest(p)}" for p in probes))
     stages = (line for line in lines if line["name"] == "stage")

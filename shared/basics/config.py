@@ -83,6 +83,51 @@ class ModelSchema:
     """Attention kernel as transformers names it: sdpa, eager, flash_attention_2, flex_attention."""
 
 
+class Split(Enum):
+    """Which contexts of the store."""
+
+    heldout = "heldout"
+    """Those of the held-out shards, which training never reads."""
+    train = "train"
+    all = "all"
+
+
+@dataclass(kw_only=True)
+class StoreBeside:
+    """A store of another model on the same tokens."""
+
+    name: str = MISSING
+    """What its sites are called by: ``chat`` for chat:layers.8.resid_post."""
+    url: str = MISSING
+    """Folder or fsspec URL of an activation store."""
+
+
+@dataclass(kw_only=True)
+class StoreInput:
+    """Which activations to work on."""
+
+    url: str = MISSING
+    """Folder or fsspec URL of an activation store."""
+    beside: list[StoreBeside] = MISSING
+    """Stores of other models on the same tokens: 'store.beside=[{name:chat,url:s3://bucket/chat}]'."""
+
+
+@dataclass(kw_only=True)
+class ModelInput:
+    """The language model that was harvested; null takes what the store records."""
+
+    path: str | None = MISSING
+    """Local folder in Hugging Face form, a hub id, or ``bundled``."""
+    revision: str | None = MISSING
+    """Hub revision (branch, tag or commit)."""
+    dtype: ModelDtype | None = MISSING
+    """Precision of weights and arithmetic."""
+    attn_implementation: str = MISSING
+    """Attention kernel as transformers names it."""
+    allow_other: bool = MISSING
+    """Accept a model that differs from the harvested one, for example a fine-tuned version of it."""
+
+
 @dataclass(kw_only=True)
 class DeviceSchema:
     """Group ``device``: where tensors live."""

@@ -1,4 +1,4 @@
-"""Whole numbers as people write them: ``50M``, ``1e6``, ``2_000_000``."""
+"""Numbers as people write them, ``50M``, ``1e6``, ``2_000_000``, and in names: ``layer_9`` before ``layer_10``."""
 
 import re
 from decimal import Decimal
@@ -20,3 +20,8 @@ def parse_count(text: str) -> int:
     if number is None or number != int(number):
         raise GranaryError(f"{text} is no whole number: write it as 50000000, 50_000_000, 5e7 or 50M")
     return int(number)
+
+
+def natural_key(path: str) -> list[tuple[int, str]]:
+    """Orders ``k=8`` before ``k=16``."""
+    return [(int(piece), "") if piece.isdigit() else (-1, piece) for piece in re.split(r"(\d+)", path)]

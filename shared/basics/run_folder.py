@@ -15,6 +15,7 @@ runs/demo/                  run_dir: all of one study
     latents.safetensors     figures of each latent
     report.html
     plots/
+    latents/                stage_inspect: what each latent does (format 3)
     comparison.json         of several SAEs
     comparison.html
 """
@@ -48,6 +49,11 @@ class RunFolder:
     def sae(self) -> Path:
         """The folder of the one training run."""
         return self.path / "sae"
+
+    @property
+    def latents(self) -> Path:
+        """What each latent of the dictionary does: a latents folder."""
+        return self.path / "latents"
 
     # Of a training run
 

@@ -1,4 +1,4 @@
-"""An SAE inside a language model: read its latents, change them, and let the model go on from the result.
+"""A dictionary inside a language model: read its latents, change them, and let the model go on from the result.
 
     with SplicedModel(model, sae, "layers.16.resid_post", edits=[Edit([1234], "set", 8.0)]) as spliced:
         tokens = spliced.generate(**inputs, max_new_tokens=40)
@@ -7,7 +7,8 @@
 
 Outside the context the model is what it was, bit for bit: nothing of it is replaced, only hooks are added and removed.
 
-Legend: B rows of a batch, T positions of one forward, D d_model, K slots.
+A dictionary of any kind reads and writes at the sites that it records. Legend: B rows of a batch, T positions of one
+forward, K slots.
 """
 
 from collections.abc import Sequence
@@ -23,10 +24,11 @@ from transformers import PreTrainedModel
 
 from shared.basics.errors import GranaryError
 from shared.intervene.edits import Edit, apply_edits, apply_edits_by_eviction, check_edits
-from shared.lm import splice
+from shared.lm import splice_through
 from shared.lm.hookpoint import HookPoint
 from shared.sae.latents import SparseLatents
-from shared.sae.variants.sae import SAE
+from shared.sae.sites import Sites
+from shared.sae.variants.base import Dictionary
 
 # Prompt lengths [B] of the models that generate now, for all of the SAEs that are spliced into them.
 _PROMPTS: WeakKeyDictionary[PreTrainedModel, Tensor] = WeakKeyDictionary()
@@ -60,17 +62,18 @@ class TokenPlaces:
 
 
 class SplicedModel:
-    """A transformers model with an SAE at one of its activations; a context manager around any number of calls.
+    """A transformers model with a dictionary at its sites; a context manager around any number of calls.
 
-    The activation x of an edited token becomes ``decode(f') + (x - decode(f))``, f' being the edited latents; without
-    edits that is x, bit for bit. With ``keep_error=False`` it becomes ``decode(f')`` alone.
+    What an edited token has at a written site, y, becomes ``y + (decode(f') - decode(f))``, f' being the edited
+    latents; without edits that is y, bit for bit. With ``keep_error=False`` it becomes ``decode(f')`` alone. Of a CLT,
+    each layer's latents are encoded from what the layers before it have made of the stream.
     """
 
     def __init__(
         self,
         model: PreTrainedModel,
-        sae: SAE,
-        hook: HookPoint | str,
+        sae: Dictionary,
+        hook: HookPoint | str | None = None,
         *,
         edits: Sequence[Edit] = (),
         keep_error: bool = True,
@@ -79,8 +82,9 @@ class SplicedModel:
         include_bos: bool = False,
         opensae_compat: bool = False,
     ) -> None:
-        """`positions`: act on these alone, counted from each row's first token, negative ones from the prompt's end.
+        """`hook`: where an SAE reads and writes; None: the sites that the dictionary records.
 
+        `positions`: act on these alone, counted from each row's first token, negative ones from the prompt's end.
         `prompt_only`: leave generated tokens alone. `include_bos`: act on BOS too, which SAEs are not trained on.
         `opensae_compat`: as OpenSAE's TransformerWithSae: no error term, BOS and padding included, edits by eviction.
 
@@ -88,7 +92,7 @@ class SplicedModel:
         contradict one another.
         """
         self.model, self.sae = model, sae
-        self.hook = HookPoint.parse(hook) if isinstance(hook, str) else hook
+        self.sites = sites_of(sae, hook)
         self.edits = list(edits)
         self.keep_error = keep_error and not opensae_compat
         self.prompt_only = prompt_only
@@ -97,19 +101,30 @@ class SplicedModel:
         self.opensae_compat = opensae_compat
         check_edits(self.edits, sae.config.d_latent)
         width = model.config.get_text_config().hidden_size
-        if sae.config.d_model != width:
-            raise GranaryError(f"the SAE reads activations of width {sae.config.d_model}, the model has {width}")
-        if sae.W_enc.device.type != model.device.type:
-            raise GranaryError(f"the SAE is on {sae.W_enc.device}, the model on {model.device}: move one with .to()")
+        for verb, widths in (("reads", sae.widths.reads), ("writes", sae.widths.writes)):
+            for own in widths:
+                if own != width:
+                    raise GranaryError(f"the SAE {verb} activations of width {own}, the model has {width}")
+        if sae.b_dec.device.type != model.device.type:
+            raise GranaryError(f"the SAE is on {sae.b_dec.device}, the model on {model.device}: move one with .to()")
         self._stack: ExitStack | None = None
         self._place: TokenPlaces | None = None
         self._recorded: list[Features] = []
+        self._begins = True
+        """Whether nothing of the present forward has been recorded."""
 
     def __enter__(self) -> Self:
         if self._stack is not None:
             raise GranaryError("this SplicedModel is in use already: make a second one for a second splice")
         with ExitStack() as stack:
-            stack.enter_context(splice(self.model, self.hook, self._replace))
+            reads, writes = (list(map(HookPoint.parse, names)) for names in (self.sites.reads, self.sites.writes))
+            widths, in_order = self.sae.widths, self.sae.config.follows_depth
+            stack.enter_context(
+                splice_through(
+                    self.model, reads, writes, self._edit, where=self._acting, widths=widths.writes,
+                    read_widths=widths.reads if in_order else None, adds=self.keep_error,
+                )
+            )  # fmt: skip
             stack.callback(self.model.base_model.register_forward_pre_hook(self._locate, with_kwargs=True).remove)
             self._stack = stack.pop_all()
         return self
@@ -162,6 +177,7 @@ class SplicedModel:
             raise GranaryError("the model was called without input_ids or inputs_embeds")
         shape, device, length = inputs.shape[:2], inputs.device, inputs.shape[1]
         cache = kwargs.get("past_key_values")
+        self._begins = True
         past = int(cache.get_seq_length()) if cache is not None else 0
         if past == 0:
             self._recorded.clear()  # a new sequence
@@ -206,11 +222,15 @@ class SplicedModel:
             acts_BT &= (place.position_BT[:, :, None] == wanted_BP[:, None, :]).any(-1)
         return acts_BT
 
-    def _replace(self, x_BTD: Tensor) -> Tensor:
-        """The activation that the model goes on from."""
+    def _acting(self) -> Tensor:
+        """bool [B, T]: the tokens of the present forward that the dictionary acts on."""
         if self._place is None:
             raise GranaryError("the hooked layer ran outside the model's own forward: call the whole model")
-        acts_BT = self._acts(self._place)
+        return self._acts(self._place)
+
+    def _edit(self, x_BTD: Tensor) -> Tensor:
+        """What the edits add to the written sites, or with ``keep_error=False`` what takes their place."""
+        acts_BT = self._acting()
         before = self.sae.encode(x_BTD)
         edit = apply_edits_by_eviction if self.opensae_compat else apply_edits
         edited = edit(before, self.edits)
@@ -220,11 +240,24 @@ class SplicedModel:
             values=torch.where(acts_BT[..., None], edited.values, widen(before.values, width, 0)),
             indices=torch.where(acts_BT[..., None], edited.indices, widen(before.indices, width, -1)),
         )
+        if not self._begins:  # a further site of one forward, with more of what is read
+            self._recorded.pop()
+        self._begins = False
         self._recorded.append(Features(before, after, acts_BT))
         result_BTD = self.sae.decode(edited)
-        if self.keep_error:
-            result_BTD = x_BTD + (result_BTD - self.sae.decode(before))
-        return torch.where(acts_BT[..., None], result_BTD.to(x_BTD.dtype), x_BTD)
+        return result_BTD - self.sae.decode(before) if self.keep_error else result_BTD
+
+
+def sites_of(dictionary: Dictionary, hook: HookPoint | str | None) -> Sites:
+    """Where it acts. Raises GranaryError where nothing says that, and for a hook in place of several sites."""
+    recorded = dictionary.sites
+    if hook is None:
+        if recorded is None:
+            raise GranaryError("the dictionary does not record where it reads and writes: give its hook")
+        return recorded
+    if not dictionary.config.is_autoencoder or len(dictionary.widths.reads) > 1:
+        raise GranaryError(f"hook={hook} is for dictionaries of one site, this one has {recorded}: leave it out")
+    return Sites.of(str(hook if isinstance(hook, HookPoint) else HookPoint.parse(hook)))
 
 
 def widen(values: Tensor, width: int, fill: int) -> Tensor:
@@ -245,4 +278,5 @@ def join(parts: Sequence[SparseLatents]) -> SparseLatents:
         torch.cat([widen(part.indices, width, -1) for part in parts], dim=1),
         cat("token_mean"),
         cat("token_scale"),
+        cat("skipped"),
     )

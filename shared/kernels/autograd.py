@@ -132,7 +132,7 @@ def _decoder_gradients(
     options = {"kernels": ctx.compute.kernels}
     dv_NK = dot_picks(grad_ND, indices_NK, W_dec_FD, **options) if need_values else None
     if need_W and ctx.sink is not None:
-        ctx.sink.add(values_NK, indices_NK, ctx.order, grad_ND)
+        ctx.sink.add(values_NK.detach(), indices_NK, ctx.order, grad_ND)
     elif need_W:
         return dv_NK, row_grad(values_NK, indices_NK, grad_ND, W_dec_FD.shape[0], ctx.order, **options)
     return dv_NK, None

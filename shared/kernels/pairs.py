@@ -3,6 +3,7 @@
 Shapes: N rows, K picks per row, P = N * K pairs, F latents.
 """
 
+import weakref
 from dataclasses import dataclass
 
 import torch
@@ -35,7 +36,7 @@ class PairOrder:
         self.num_latents = num_latents
         self._sorted: SortedPairs | None = None
         self._rows_P: torch.Tensor | None = None
-        self._last: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._last: tuple[weakref.ref[torch.Tensor], torch.Tensor] | None = None
 
     def get(self) -> SortedPairs:
         """The sorted pairs; the first call sorts."""
@@ -50,7 +51,10 @@ class PairOrder:
         return self._rows_P
 
     def sort(self, coefficients_NK: torch.Tensor) -> torch.Tensor:
-        """[P]: coefficients in the order of the pairs; the result for the last argument is kept."""
-        if self._last is None or self._last[0] is not coefficients_NK:
-            self._last = coefficients_NK, coefficients_NK.reshape(-1)[self.get().order_P]
+        """[P]: coefficients in the order of the pairs, without history; the result for the last argument is kept."""
+        # Autograd's nodes hold this object. Were it to hold a tensor with a history in turn, neither could ever be
+        # freed: the way back leads through C++, where Python's collector sees nothing.
+        if self._last is None or self._last[0]() is not coefficients_NK:
+            sorted_P = coefficients_NK.detach().reshape(-1)[self.get().order_P]
+            self._last = weakref.ref(coefficients_NK), sorted_P
         return self._last[1]

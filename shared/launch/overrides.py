@@ -9,6 +9,8 @@ import re
 from collections.abc import Sequence
 from importlib import resources
 
+from shared.launch import commands
+
 # Groups that also take the value of one of their keys.
 VALUE_SHORTHANDS = {"model": "model.path", "device": "device.name"}
 # Keys that are lists by nature: a bare comma list is one value, and no sweep.
@@ -47,3 +49,27 @@ def rank_overrides() -> list[str]:
     if os.environ.get("RANK", "0") == "0":
         return []
     return ["hydra.output_subdir=null", "hydra/job_logging=rank"]
+
+
+def path_overrides(overrides: Sequence[str]) -> list[str]:
+    """``sae=PATH`` and ``model=PATH`` as the keys they stand for, quoted: sweep folders hold ``=`` and commas."""
+    expanded = []
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if equals and key in ("sae", "sae.path", "model", "model.path"):
+            is_quoted = value[:1] in ("'", '"', "[") or value == "null"
+            value = value if is_quoted else "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
+            override = f"{key.partition('.')[0]}.path={value}"
+        expanded.append(override)
+    return expanded
+
+
+def run_overrides(arguments: Sequence[str]) -> list[str]:
+    """A run that is named without a key: ``runs/demo`` as ``run_dir=runs/demo``, ``demo`` as ``name=demo``."""
+    found = []
+    for argument in arguments:
+        if "=" not in argument and not argument.startswith(("-", "~", "+")):
+            is_folder = "/" in argument or os.path.isdir(argument)
+            argument = commands.override("run_dir" if is_folder else "name", argument)
+        found.append(argument)
+    return found

@@ -14,13 +14,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig, PreTrainedModel
 from transformers.masking_utils import eager_mask
 
 from shared.lm.hookpoint import HookPoint
 from shared.lm.hooks import attach
 from shared.lm.linear_parts import LinearParts, Norm
-from shared.lm.places import decoder_blocks, locate
+from shared.lm.places import locate
 
 FROZEN_ATTENTION = "granary_frozen_attention"
 
@@ -208,7 +208,8 @@ def _gate_bias(bias: Tensor, gate: Tensor, _module: nn.Module, _args: Any, outpu
 @contextmanager
 def _attention(model: PreTrainedModel) -> Any:
     """`model` runs `frozen_attention`; afterwards what it ran before."""
-    configs = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
+    found = (getattr(module, "config", None) for module in model.modules())
+    configs = {id(config): config for config in found if isinstance(config, PretrainedConfig)}
     before = {key: config._attn_implementation for key, config in configs.items()}
     for config in configs.values():
         config._attn_implementation = FROZEN_ATTENTION
@@ -217,8 +218,3 @@ def _attention(model: PreTrainedModel) -> Any:
     finally:
         for key, config in configs.items():
             config._attn_implementation = before[key]
-
-
-def depth_of(model: PreTrainedModel) -> int:
-    """Number of decoder layers."""
-    return len(decoder_blocks(model))

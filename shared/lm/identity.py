@@ -8,7 +8,7 @@ import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import TypedDict
 
 import transformers
 from transformers import AutoConfig, PretrainedConfig
@@ -75,17 +75,6 @@ def model_identity(path: str, revision: str | None = None, dtype: str = "float32
         weights_hash=_weights_hash(folder),
         dtype=dtype,
     )
-
-
-def check_same_model(one: str, identity: dict[str, Any], other: str, expected: dict[str, Any]) -> None:
-    """Raise GranaryError if two records of the language model that both exist differ in configuration or weights."""
-    for key in ("config_hash", "weights_hash"):
-        if key in identity and key in expected and identity[key] != expected[key]:
-            what = "configuration" if key == "config_hash" else "weights"
-            raise GranaryError(
-                f"{one} belongs to model {identity.get('id')}, {other} to {expected.get('id')}: the models'"
-                f" {what} differ"
-            )
 
 
 def load_config(path: str, revision: str | None = None) -> PretrainedConfig:

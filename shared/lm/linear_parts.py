@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from shared.basics.errors import GranaryError
 from shared.lm.families import family_of
@@ -137,6 +137,7 @@ def linear_parts(model: PreTrainedModel) -> LinearParts:
     and for weights that are quantised.
     """
     config = trunk(model).config
+    assert isinstance(config, PretrainedConfig)
     paths = LINEAR_PATHS.get(config.model_type)
     if paths is None:
         raise GranaryError(f"graphs are known for {', '.join(LINEAR_PATHS)}, not for {config.model_type}")
@@ -173,7 +174,8 @@ def _heads(block: nn.Module, paths: LinearPaths, num_heads: int) -> Heads:
     assert isinstance(output, nn.Linear)
     D, width = output.weight.shape
     E = width // num_heads
-    W_V, b_V = values.weight, values.bias
+    W_V: Tensor = values.weight
+    b_V: Tensor | None = values.bias
     if paths.fused:
         W_V = W_V.view(num_heads, 3, E, D)[:, 2]
         b_V = None if b_V is None else b_V.view(num_heads, 3, E)[:, 2]

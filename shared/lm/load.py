@@ -57,7 +57,7 @@ def load_trunk(
         extra = {"quantization_config": quantisation_config(quantisation)}
         if torch.device(device).type != "cpu":
             extra["device_map"] = {"": device}  # quantised weights are made where they stay; needs accelerate
-    model = _load(AutoModel, path, config, dtype, revision, attn_implementation, tp_mesh, extra)
+    model = load_part(AutoModel, path, config, dtype, revision, attn_implementation, tp_mesh, extra)
     if len(decoder_blocks(model)) != config.num_hidden_layers:
         raise GranaryError(
             f"model {path} ({config.model_type}) cannot be cut off behind layer {config.num_hidden_layers - 1}: its"
@@ -82,7 +82,7 @@ def load_causal_lm(
 ) -> PreTrainedModel:
     """The whole model with its LM head, in evaluation mode, weights without gradient; raises as `load_trunk`."""
     config = copy.deepcopy(load_config(path, revision))
-    return _move(_load(AutoModelForCausalLM, path, config, dtype, revision, attn_implementation), device)
+    return _move(load_part(AutoModelForCausalLM, path, config, dtype, revision, attn_implementation), device)
 
 
 def truncate_config(config: PretrainedConfig, num_layers: int) -> None:
@@ -99,7 +99,7 @@ def truncate_config(config: PretrainedConfig, num_layers: int) -> None:
     config.num_hidden_layers = num_layers
 
 
-def _load(
+def load_part(
     auto_class: Any,
     path: str,
     config: PretrainedConfig,
@@ -109,6 +109,7 @@ def _load(
     tp_mesh: DeviceMesh | None = None,
     extra: Mapping[str, Any] | None = None,
 ) -> PreTrainedModel:
+    """As much of a model as `config` describes, on the CPU, as `auto_class` makes it; raises as `load_trunk`."""
     extra = dict(extra or {})
     if attn_implementation == "sdpa":
         # Plain sdpa silently leaves out Gemma 2's softcapping of the attention scores and gpt-oss's sinks; ours is sdpa
@@ -136,7 +137,7 @@ def _load(
             if error.args != (DOCUMENT_SDPA,):
                 raise
             # The family (Falcon) has attention classes of its own, whose sdpa is not its eager attention with ALiBi.
-            return _load(auto_class, path, config, dtype, revision, "eager", tp_mesh, extra)
+            return load_part(auto_class, path, config, dtype, revision, "eager", tp_mesh, extra)
         except (ValueError, ImportError) as error:  # unknown attention or quantisation, or a package it needs
             raise GranaryError(f"model {path} can't be loaded: {str(error).splitlines()[0]}") from error
     missing = sorted(report["missing_keys"])

@@ -40,19 +40,24 @@ def splice_through(
     writes: Sequence[HookPoint],
     fn: Callable[[Tensor], Tensor],
     *,
-    where: Tensor | None = None,
+    where: Tensor | Callable[[], Tensor] | None = None,
     widths: Sequence[int] | None = None,
+    adds: bool = False,
+    read_widths: Sequence[int] | None = None,
 ) -> Iterator[None]:
     """Within the context, each forward of `model` goes on, at the sites `writes`, from what `fn` makes of `reads`.
 
     `fn` gets the activations of the read sites side by side, [B, T, d_in], in the model's dtype, once per forward; its
     result [B, T, d_out] is cut among the written sites and cast back. `where`, bool [B, T], says which positions are
-    replaced; None: all. `widths` are those of the written sites; None: all are equally wide.
+    replaced; None: all; or it is asked for them in each forward. With `adds` the result is added to what is there.
+    `widths` are those of the written sites; None: all are equally wide. `read_widths` are those of
+    the read sites, for an `fn` whose result at a site does not depend on what is computed later: it is then called at
+    every written site, with zeros for the reads that are not there yet.
 
     A forward raises GranaryError where a site is read that is computed after one that is written, and where a site did
     not run exactly once; ValueError for a result of another shape.
     """
-    state = _Splice(reads, writes, fn, where, widths)
+    state = _Splice(reads, writes, fn, where, widths, read_widths, adds=adds)
     with ExitStack() as stack:
         stack.enter_context(_uncompiled(model))
         for hook in dict.fromkeys((*reads, *writes)):
@@ -74,11 +79,14 @@ class _Splice:
         reads: Sequence[HookPoint],
         writes: Sequence[HookPoint],
         fn: Callable[[Tensor], Tensor],
-        where: Tensor | None,
+        where: Tensor | Callable[[], Tensor] | None,
         widths: Sequence[int] | None,
+        read_widths: Sequence[int] | None,
+        *,
+        adds: bool,
     ) -> None:
         self.reads, self.writes = tuple(reads), tuple(writes)
-        self.fn, self.where, self.widths = fn, where, widths
+        self.fn, self.where, self.widths, self.read_widths, self.adds = fn, where, widths, read_widths, adds
         self.captured: dict[HookPoint, Tensor] = {}
         self.result: Tensor | None = None
         self.computed_at: HookPoint | None = None
@@ -122,8 +130,11 @@ class _Splice:
         part = self.result if len(self.writes) == 1 else self._cut(self.result, hook)
         if part.shape != activation.shape:  # a shape that broadcasts would go on unnoticed
             raise ValueError(f"splice at {hook}: {tuple(part.shape)} in place of {tuple(activation.shape)}")
-        part = part.to(activation.dtype)
-        return part if self.where is None else torch.where(self.where[..., None], part, activation)
+        part = (activation + part if self.adds else part).to(activation.dtype)
+        if self.where is None:
+            return part
+        where = self.where if isinstance(self.where, Tensor) else self.where()
+        return torch.where(where[..., None], part, activation)
 
     def _keep(self, hook: HookPoint, activation: Tensor) -> None:
         self.ran[hook] += self.is_inside
@@ -134,6 +145,13 @@ class _Splice:
     def _side_by_side(self, written: HookPoint) -> Tensor:
         """The activations of the read sites, [B, T, d_in]; of one site its own tensor."""
         missing = [hook for hook in self.reads if hook not in self.captured]
+        if missing and self.read_widths is not None and self.captured:
+            seen = next(iter(self.captured.values()))
+            parts = [
+                self.captured[hook] if hook in self.captured else seen.new_zeros(*seen.shape[:-1], width)
+                for hook, width in zip(self.reads, self.read_widths, strict=True)
+            ]
+            return torch.cat(parts, dim=-1)
         if missing:
             raise GranaryError(
                 f"{missing[0]} is computed after {written}: what is written there can't depend on it within one forward"

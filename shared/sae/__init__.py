@@ -8,32 +8,41 @@ if TYPE_CHECKING:
     from shared.sae.folder import load_provenance
     from shared.sae.latents import SAEOutput, SparseLatents
     from shared.sae.loading import load, load_config
-    from shared.sae.variants import SAE, Dictionary, Transcoder
+    from shared.sae.sets import load_set
+    from shared.sae.variants import CLT, SAE, Crosscoder, Dictionary, SkipTranscoder, Transcoder
 
 _HOMES = {
+    "CLT": "variants",
     "SAE": "variants",
+    "Crosscoder": "variants",
     "Dictionary": "variants",
     "DictionaryConfig": "config",
     "SAEConfig": "config",
     "SAEOutput": "latents",
     "SparseLatents": "latents",
+    "SkipTranscoder": "variants",
     "Transcoder": "variants",
     "load": "loading",
     "load_config": "loading",
     "load_provenance": "folder",
+    "load_set": "sets",
 }
 
 __all__ = [
+    "CLT",
     "SAE",
+    "Crosscoder",
     "Dictionary",
     "DictionaryConfig",
     "SAEConfig",
     "SAEOutput",
+    "SkipTranscoder",
     "SparseLatents",
     "Transcoder",
     "load",
     "load_config",
     "load_provenance",
+    "load_set",
 ]
 
 

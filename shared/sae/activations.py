@@ -12,7 +12,7 @@ dictionary under ``activation.*``. All of them map the encoder's pre-activations
 How each is learnt is in ``shared.sae.learn``. Shapes: N rows, D width of what is read, F latents held, K picks per row.
 """
 
-from typing import Protocol
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -22,15 +22,20 @@ from shared.sae.config import DictionaryConfig
 from shared.sae.roles import Role
 
 
-class Encoder(Protocol):
-    """What an activation sees of a group of latents."""
+@dataclass(frozen=True, slots=True)
+class Encoder:
+    """A group's encoder as the choice of latents sees it: of ``relu(z) n``, with a weight n for each latent or none."""
 
-    W_enc: nn.Parameter
-    b_enc: nn.Parameter
+    W_enc: Tensor
+    b_enc: Tensor
+    compute: Compute
+    norm_F: Tensor | None
 
-    @property
-    def compute(self) -> Compute:
-        """How the encoder's product is computed."""
+    def unweighted(self, values_NK: Tensor, indices_NK: Tensor) -> Tensor:
+        """Chosen ``z n`` back to z; padding stays 0."""
+        if self.norm_F is None:
+            return values_NK
+        return torch.where(indices_NK < 0, 0, values_NK / self.norm_F[indices_NK.clamp_min(0)])
 
 
 class Activation(nn.Module):

@@ -101,6 +101,16 @@ class DictionaryConfig:
         """Whether it must give back what it reads."""
         return True
 
+    @property
+    def follows_depth(self) -> bool:
+        """Whether what it writes at its i-th site depends on the first i that it reads alone."""
+        return False
+
+    @property
+    def num_groups(self) -> int:
+        """Groups of latents, of d_latent / num_groups each, that read and write places of their own."""
+        return 1
+
     def own_fields(self) -> dict[str, Any]:
         """What it was made from beside widths and sites, in plain JSON types, keyed by field name."""
         fields = dataclasses.asdict(self)

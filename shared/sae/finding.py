@@ -1,12 +1,10 @@
 """Which folders of dictionaries a path, a folder of folders or a glob names, in natural order."""
 
 import glob
-import re
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
-
-from shared.basics.errors import GranaryError, first_line
+from shared.basics.errors import GranaryError
+from shared.basics.numbers import natural_key
 from shared.basics.run_folder import CONFIG_FILE, WEIGHTS_FILE, RunFolder
 from shared.launch import commands
 from shared.sae.folder import is_own, locate
@@ -39,20 +37,3 @@ def folders_below(folder: Path) -> set[Path]:
     """Those of `folder` and all in it that hold an SAE, or belong to a training run that has not exported its own."""
     begun = RunFolder(folder).train_config.name  # what a training run leaves as soon as it begins
     return {found.parent for mark in (WEIGHTS_FILE, begun) for found in folder.rglob(mark)}
-
-
-def check_whole(path: str, folder: Path) -> None:
-    """Raise GranaryError for a folder whose weights are missing, or shorter than their own header says."""
-    if not is_own(folder):
-        missing = next(name for name in (WEIGHTS_FILE, CONFIG_FILE) if not (folder / name).is_file())
-        raise GranaryError(f"{path} has no {missing}: finish its training with the command that began it")
-    try:
-        with safe_open(folder / WEIGHTS_FILE, framework="pt"):
-            pass
-    except (SafetensorError, OSError) as error:
-        raise GranaryError(f"{folder / WEIGHTS_FILE} is damaged ({first_line(error)}); export the SAE again") from None
-
-
-def natural_key(path: str) -> list[tuple[int, str]]:
-    """Orders ``k=8`` before ``k=16``."""
-    return [(int(piece), "") if piece.isdigit() else (-1, piece) for piece in re.split(r"(\d+)", path)]

@@ -3,16 +3,55 @@
 Shapes: D_in sum of the widths that the group reads, D_out of those that it writes, F latents held here.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 
 from shared.kernels import Compute
-from shared.sae.activations import ACTIVATIONS, Activation
+from shared.sae.activations import ACTIVATIONS, Activation, Encoder
 from shared.sae.config import DictionaryConfig
 from shared.sae.roles import Role
 
 
-class LatentGroup(nn.Module):
+@dataclass
+class ComputeChoice:
+    """How a dictionary and all its groups compute; may be changed."""
+
+    kernels: str
+    compute_dtype: str
+
+
+class Computing(nn.Module):
+    """What a dictionary and a group of latents share of it."""
+
+    choice: ComputeChoice
+
+    @property
+    def kernels(self) -> str:
+        """auto, triton, torch or reference."""
+        return self.choice.kernels
+
+    @kernels.setter
+    def kernels(self, kernels: str) -> None:
+        self.choice.kernels = kernels
+
+    @property
+    def compute_dtype(self) -> str:
+        """Type of the encoder's product."""
+        return self.choice.compute_dtype
+
+    @compute_dtype.setter
+    def compute_dtype(self, compute_dtype: str) -> None:
+        self.choice.compute_dtype = compute_dtype
+
+    @property
+    def compute(self) -> Compute:
+        """Both as the operations take them."""
+        return Compute(self.kernels, self.compute_dtype)
+
+
+class LatentGroup(Computing):
     """Latents that share what they read and what they write: ``f = activation(W_enc x + b_enc)``, ``y = f W_dec``.
 
     W_enc is [F, D_in] and W_dec [F, D_out], one row per latent: a latent's row in W_dec lies over all sites that the
@@ -23,13 +62,11 @@ class LatentGroup(nn.Module):
     b_enc: nn.Parameter
     W_dec: nn.Parameter
     activation: Activation
-    kernels: str
-    compute_dtype: str
 
-    @property
-    def compute(self) -> Compute:
-        """`kernels` and `compute_dtype` as the operations take them."""
-        return Compute(self.kernels, self.compute_dtype)
+    def __init__(self, choice: ComputeChoice) -> None:
+        """A group of a dictionary of several, which makes its matrices and activation."""
+        super().__init__()
+        self.choice = choice
 
     def make_matrices(self, d_in: int, d_out: int, num_latents: int) -> None:
         """Register the group's own parameters; their values are not set."""
@@ -40,6 +77,29 @@ class LatentGroup(nn.Module):
     def make_activation(self, config: DictionaryConfig, num_latents: int) -> None:
         """Register the activation that the config names."""
         self.activation = ACTIVATIONS[config.activation](config, num_latents)
+        self.has_unit_rows = config.unit_norm_decoder
+
+    def decoder_norm(self) -> Tensor | None:
+        """Norms [F] of the decoder's rows, which weigh the penalties, with gradient; None where they are 1."""
+        return None if self.has_unit_rows else self.W_dec.norm(dim=1)
+
+    def choice_norm(self) -> Tensor | None:
+        """What weighs each latent where k are chosen, [F]; None: nothing."""
+        return None
+
+    def encoder(self) -> Encoder:
+        """The encoder as the choice sees it, with those weights."""
+        norm_F = self.choice_norm()
+        if norm_F is None:
+            return Encoder(self.W_enc, self.b_enc, self.compute, None)
+        with torch.no_grad():
+            return Encoder(self.W_enc * norm_F[:, None], self.b_enc * norm_F, self.compute, norm_F)
+
+    def fire(self, centred_ND: Tensor) -> tuple[Tensor, Tensor]:
+        """Inference: latents [N, K] of what the encoder multiplies, and their int64 indices, -1 for padding."""
+        encoder = self.encoder()
+        values_NK, indices_NK = self.activation.encode(encoder, centred_ND)
+        return encoder.unweighted(values_NK, indices_NK), indices_NK
 
     @property
     def num_latents(self) -> int:
@@ -56,8 +116,26 @@ class LatentGroup(nn.Module):
         }
 
 
+# Rows drawn at a time where they are not drawn in place. A multiple of 16: normal_ draws so many values at once, so
+# that blocks get the bits that the whole would.
+BLOCK_ROWS = 4096
+
+
 @torch.no_grad()
 def random_unit_rows(W_FD: Tensor, generator: torch.Generator | None = None) -> None:
-    """Fill `W_FD` in place with rows uniform on the unit sphere."""
-    W_FD.normal_(generator=generator)
-    W_FD.div_(W_FD.norm(dim=1, keepdim=True))
+    """Fill `W_FD` in place with rows uniform on the unit sphere.
+
+    The same bits wherever W is: they are drawn on the generator's device, block by block where that is another.
+    """
+    if generator is None or generator.device == W_FD.device:
+        W_FD.normal_(generator=generator)
+        W_FD.div_(W_FD.norm(dim=1, keepdim=True))
+        return
+    draw_in_blocks(W_FD, generator)
+
+
+def draw_in_blocks(W_FD: Tensor, generator: torch.Generator) -> None:
+    """``random_unit_rows`` with no more than BLOCK_ROWS rows on the generator's device."""
+    for block_RD in W_FD.split(BLOCK_ROWS):
+        drawn_RD = torch.empty(block_RD.shape, device=generator.device).normal_(generator=generator)
+        block_RD.copy_(drawn_RD.div_(drawn_RD.norm(dim=1, keepdim=True)))

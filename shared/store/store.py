@@ -84,6 +84,14 @@ class Store:
         """Dtype of `read_context`: the stored one; bfloat16 for int8 stores."""
         return storage_type(self.plan.dtype).read
 
+    def width(self, hook: str) -> int:
+        """Features of a site."""
+        return self.plan.hooks[hook]
+
+    def dtype_of(self, hook: str) -> torch.dtype:
+        """Dtype of `read_context` for a site."""
+        return self.read_dtype
+
     @property
     def heldout_shards(self) -> frozenset[int]:
         """Shards that training never reads."""

@@ -3,9 +3,7 @@
 Legend: C evaluated contexts, B contexts of a unit, T positions.
 """
 
-from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,18 +11,18 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from shared.basics.config import Split
 from shared.basics.errors import GranaryError
 from shared.lm import segment_positions
 from shared.parallel import World
 from shared.sae.sites import Sites
-from shared.store import Store
-from stage_eval.config import Split
+from shared.store import Store, ahead
+from shared.store.choose import choose_contexts
 from stage_eval.measure.breakdown import Grouping, frequency_groups, position_groups, token_frequencies
 from stage_eval.measure.downstream import Batch, scored_positions
 from stage_eval.measure.sums import Rows
 
 UNIT_TOKENS = 4096
-READ_THREADS = 4
 
 
 @dataclass(frozen=True)
@@ -108,23 +106,6 @@ def load_data(store: Store, split: Split, limit: int | None) -> EvaluationData:
     )
 
 
-def choose_contexts(store: Store, split: Split, limit: int | None) -> npt.NDArray[np.int64]:
-    """Committed contexts of the split, or `limit` of them at even distances."""
-    contexts = store.contexts(split.value)
-    if not len(contexts):
-        if split is Split.heldout and not store.heldout_shards:
-            raise GranaryError(
-                f"the store at {store.url} holds nothing out: harvest with store.heldout_fraction above 0,"
-                " or evaluate on training data with split=train"
-            )
-        raise GranaryError(f"no {split.value} shard of {store.url} is written yet: finish the harvest first")
-    if limit is not None and limit < 1:
-        raise GranaryError(f"contexts={limit}: at least one, or null for all")
-    if limit is None or limit >= len(contexts):
-        return contexts
-    return contexts.take(np.arange(limit) * len(contexts) // limit)
-
-
 def units(num_contexts: int, unit_contexts: int, world: World) -> list[tuple[int, int]]:
     """This rank's [start, stop) ranges of evaluated contexts.
 
@@ -147,19 +128,7 @@ def read_ahead(
 
     Yields (evaluated context, sites, activations [T, D] of each of their names).
     """
-    items = iter([(context, sites) for start, stop in ranges for context in range(start, stop) for sites in wanted])
-    pending: deque[tuple[int, Sites, dict[str, Future[Tensor]]]] = deque()
-    with ThreadPoolExecutor(READ_THREADS, thread_name_prefix="granary-eval-read") as pool:
-
-        def submit() -> None:
-            while sum(len(reads) for _, _, reads in pending) < READ_THREADS and (item := next(items, None)) is not None:
-                context, sites = item
-                place = int(data.contexts[context])
-                reads = {name: pool.submit(store.read_context, name, place) for name in sites.names}
-                pending.append((context, sites, reads))
-
-        submit()
-        while pending:
-            context, sites, reads = pending.popleft()
-            yield context, sites, {name: read.result() for name, read in reads.items()}
-            submit()
+    items = [(context, sites) for start, stop in ranges for context in range(start, stop) for sites in wanted]
+    reads = ahead.read_ahead(store, ((int(data.contexts[context]), sites.names) for context, sites in items))
+    for (context, sites), activations in zip(items, reads, strict=True):
+        yield context, sites, activations

@@ -40,6 +40,8 @@ class Splice:
     replacement: Replacement
     widths: tuple[int, ...] | None = None
     """Of the written sites; None: all are equally wide."""
+    read_widths: tuple[int, ...] | None = None
+    """Of the read sites, where what is written at a site depends on no later one; None elsewhere."""
 
 
 @dataclass(frozen=True)
@@ -165,7 +167,9 @@ def spliced(model: PreTrainedModel, splice: Splice, replaced_BT: Tensor) -> Abst
         return y_BTD
 
     reads, writes = (list(map(HookPoint.parse, names)) for names in (splice.sites.reads, splice.sites.writes))
-    return splice_through(model, reads, writes, replace, where=replaced_BT, widths=splice.widths)
+    return splice_through(
+        model, reads, writes, replace, where=replaced_BT, widths=splice.widths, read_widths=splice.read_widths
+    )
 
 
 def check_splices(model: PreTrainedModel, conditions: Sequence[Condition]) -> None:

@@ -134,7 +134,15 @@ def conditions_for(loaded: Sequence[Loaded], session: Session) -> list[Condition
     written = list(dict.fromkeys(one.sites.writes for one in loaded))
     zeros = {names: tuple(zero_ablation(name) for name in names) for names in written}
     means = {names: tuple(mean_ablation(name, session) for name in names) for names in written}
-    spliced = [Splice(one.sites, reconstruct(one), one.widths.writes) for one in loaded]
+    spliced = [
+        Splice(
+            one.sites,
+            reconstruct(one),
+            one.widths.writes,
+            one.widths.reads if one.dictionary.config.follows_depth else None,
+        )
+        for one in loaded
+    ]
     conditions = [Condition(CLEAN)]
     for names in written:
         conditions.append(Condition(ablated("zero", names), zeros[names]))

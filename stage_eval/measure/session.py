@@ -58,13 +58,3 @@ class Loaded:
     def d_latent(self) -> int:
         """Number of latents."""
         return self.dictionary.config.d_latent
-
-
-def latent_rows(dictionary: Dictionary, rate: str) -> Tensor | None:
-    """The matrix of one row per latent that learns at this rate (encoder or decoder); None where there is no one such.
-
-    Dictionaries say what their tensors are by `roles`.
-    """
-    tensors = dictionary.state_dict()
-    found = [tensors[name] for name, role in dictionary.roles().items() if role.is_matrix and role.rate == rate]
-    return found[0] if len(found) == 1 else None

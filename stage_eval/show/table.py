@@ -8,18 +8,32 @@ from rich.markup import escape
 from rich.table import Table
 
 from stage_eval.results.evaluation import Evaluation
+from stage_eval.results.figures import Downstream, JointDownstream
 from stage_eval.show.text import differing, middle_cut, number, percent, small_sample
 
 WIDE = 110
 """Columns a terminal needs for every figure; a narrower one shows the figures that decide."""
 
 
-def print_tables(evaluations: Sequence[Evaluation]) -> None:
-    """Print a table for each site, one row per SAE, and the losses that all of them are measured against."""
+def print_tables(evaluations: Sequence[Evaluation], joint: JointDownstream | None = None) -> None:
+    """Print a table for each site, one row per SAE, and the losses that all of them are measured against.
+
+    Where all were spliced in at once, a single table: one row for each replaced alone, the last for all.
+    """
     console = Console()
     console.width = max(console.width, 80)  # a log file or a pipe has no width of its own
-    hooks = list(dict.fromkeys(one.sae.hook for one in evaluations))
-    for hook in hooks:
+    if joint is not None:
+        console.print(joint_table(evaluations, joint))
+    else:
+        print_by_site(console, evaluations)
+    remark = small_sample(evaluations[0].n_tokens, evaluations[0].reconstruction.n_contexts)
+    if remark:
+        console.print(f"  {remark}", highlight=False)
+
+
+def print_by_site(console: Console, evaluations: Sequence[Evaluation]) -> None:
+    """A table for each site."""
+    for hook in dict.fromkeys(one.sae.hook for one in evaluations):
         here = [one for one in evaluations if one.sae.hook == hook]
         console.print(results_table(hook, here, wide=console.width >= WIDE))
         first = here[0]
@@ -30,9 +44,6 @@ def print_tables(evaluations: Sequence[Evaluation]) -> None:
                 f" {first.downstream.n_predictions:,} predictions",
                 highlight=False,
             )
-    remark = small_sample(evaluations[0].n_tokens, evaluations[0].reconstruction.n_contexts)
-    if remark:
-        console.print(f"  {remark}", highlight=False)
 
 
 def results_table(hook: str, evaluations: Sequence[Evaluation], *, wide: bool) -> Table:
@@ -51,6 +62,38 @@ def results_table(hook: str, evaluations: Sequence[Evaluation], *, wide: bool) -
     for name, row in zip(names, rows, strict=True):
         table.add_row(escape(middle_cut(name)), *row.values())
     return table
+
+
+def joint_table(evaluations: Sequence[Evaluation], joint: JointDownstream) -> Table:
+    """One row for each dictionary replaced alone, and one for all replaced at once."""
+    first = evaluations[0]
+    table = Table(
+        title=f"{first.n_tokens:,} tokens; CE clean {number(joint.ce_clean, 4)} nats,"
+        f" all zero-ablated {number(joint.ce_zero, 4)}",
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+    )
+    table.add_column("replaced", overflow="fold")
+    for heading in ("L0", "FVU", "dead", "CE", "recovered", "KL", "top-1"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for one in evaluations:
+        own = (number(one.l0), number(one.fvu, 4), percent(one.dead_fraction))
+        assert one.downstream is not None
+        table.add_row(escape(", ".join(one.sae.writes or [one.sae.hook])), *own, *losses(one.downstream))
+    total = sum(one.l0 for one in evaluations if one.l0 is not None)
+    table.add_row("all at once", number(total), "", "", *losses(joint))
+    return table
+
+
+def losses(downstream: Downstream) -> tuple[str, ...]:
+    """Cross-entropy, share recovered of what zero-ablation loses, KL to the clean model, agreement of the top token."""
+    return (
+        number(downstream.ce_spliced, 4),
+        number(downstream.loss_recovered, 4),
+        number(downstream.kl, 4),
+        percent(downstream.top1_agreement),
+    )
 
 
 def figures(evaluation: Evaluation, *, wide: bool) -> dict[str, str]:

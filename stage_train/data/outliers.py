@@ -126,7 +126,7 @@ def drop_outliers(
         if world.size > 1:
             found = [None] * world.size
             dist.all_gather_object(found, mine)
-        dropped = DroppedRows.none(bounds, {site: part.store.plan.hooks[site] for site in names})
+        dropped = DroppedRows.none(bounds, {site: part.store.width(site) for site in names})
         for piece in found:
             assert piece is not None
             dropped.merge(piece)
@@ -156,7 +156,7 @@ def _search(
 ) -> DroppedRows:
     """This rank's share of one store's outliers."""
     store = part.store
-    widths = {site: store.plan.hooks[site] for site in names}
+    widths = {site: store.width(site) for site in names}
     found = DroppedRows.none(bounds, widths)
     contexts = {site: torch.empty(store.seq_len, width, dtype=store.read_dtype) for site, width in widths.items()}
     records = store.committed()

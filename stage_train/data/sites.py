@@ -6,6 +6,7 @@ from fnmatch import fnmatchcase
 import torch
 
 from shared.basics.errors import GranaryError
+from shared.basics.numbers import natural_key
 from shared.launch.peer_names import site_of
 from shared.sae.sites import Sites
 from stage_train.config import TrainSchema
@@ -18,8 +19,8 @@ def resolve_sites(cfg: TrainSchema, stores: Sequence[PinnedStore]) -> Sites:
     """The sites that a configuration names; ``hook`` is short for reading and writing the same.
 
     A side is one site, a list, or patterns such as ``layers.*.mlp_in``, which stand for the sites of the first store
-    that match, in its order. Nothing at all is the only site there is. Raises GranaryError listing what there is where
-    a site is absent or not clear, and for keys that say the same thing twice.
+    that match, layer 10 after layer 9. Nothing at all is the only site there is. Raises GranaryError listing what there
+    is where a site is absent or not clear, and for keys that say the same thing twice.
     """
     if cfg.hook is not None and (cfg.reads is not None or cfg.writes is not None):
         raise GranaryError("hook is short for reading and writing the same: give hook=..., or reads=... writes=...")
@@ -45,7 +46,7 @@ def site_formats(names: Iterable[str], stores: Sequence[PinnedStore]) -> dict[st
     """(Width, dtype that is read) of every site. Raises GranaryError where the stores do not agree on them."""
     formats = {}
     for name in dict.fromkeys(names):
-        found = {(part.store.plan.hooks[name], part.store.read_dtype) for part in stores}
+        found = {(part.store.width(name), part.store.dtype_of(name)) for part in stores}
         if len(found) != 1:
             raise GranaryError(f"the stores hold {name} with different widths or dtypes: they cannot be read as one")
         (formats[name],) = found
@@ -63,7 +64,7 @@ def _expand(key: str, value: object, part: PinnedStore) -> tuple[str, ...]:
             _check_is_there("hook" if key == "hook" else "site", name, part)
             found.append(name)
             continue
-        matches = [site for site in part.store.hooks if fnmatchcase(site, name)]
+        matches = sorted((site for site in part.store.hooks if fnmatchcase(site, name)), key=natural_key)
         if not matches:
             raise GranaryError(
                 f"{key}={name} matches no site of the store at {part.store.url}: it has {', '.join(part.store.hooks)}"

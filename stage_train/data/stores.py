@@ -10,6 +10,7 @@ import numpy as np
 from shared.basics.errors import GranaryError
 from shared.parallel import World, broadcast_object
 from shared.store import HookStatistics, Store
+from shared.store.beside import open_beside
 from stage_train.data.stream import StoreSlice
 
 
@@ -51,16 +52,27 @@ class PinnedStore:
         return self.shards if window is None else tuple(shard for shard in self.shards if shard < window.plan.ends[0])
 
 
-def pin(urls: Sequence[tuple[str, float]], world: World) -> list[PinnedStore]:
+Beside = Sequence[tuple[str, str]]
+"""(Name, URL) of stores of other models on the first one's tokens."""
+
+
+def open_all(urls: Sequence[tuple[str, float]], beside: Beside) -> list[Store]:
+    """The stores, the first with those beside it. Raises GranaryError where several stores would each need others."""
+    if beside and len(urls) > 1:
+        raise GranaryError("store.beside and store.others: rows of several stores have no one token beside them")
+    return [open_beside(url, beside) for url, _ in urls]
+
+
+def pin(urls: Sequence[tuple[str, float]], world: World, beside: Beside = ()) -> list[PinnedStore]:
     """Open stores and take their committed training shards; rank 0's listing holds for all ranks.
 
     Raises GranaryError for a missing store, one without a committed training shard, and a weight that is not positive.
     """
-    pinned = []
     for url, weight in urls:
         if not weight > 0:
             raise GranaryError(f"store weight {weight} of {url}: it must be above 0")
-        store = Store.open(url)
+    pinned = []
+    for (url, weight), store in zip(urls, open_all(urls, beside), strict=True):
         # With a window the harvest has only begun: what it will have made is known all the same.
         known = store.committed() if store.window is None else range(store.num_shards)
         mine = tuple(shard for shard in known if shard not in store.heldout_shards)
@@ -73,7 +85,9 @@ def pin(urls: Sequence[tuple[str, float]], world: World) -> list[PinnedStore]:
     return pinned
 
 
-def repin(urls: Sequence[tuple[str, float]], records: Sequence[Mapping[str, Any]]) -> list[PinnedStore]:
+def repin(
+    urls: Sequence[tuple[str, float]], records: Sequence[Mapping[str, Any]], beside: Beside = ()
+) -> list[PinnedStore]:
     """The shards that a checkpoint names, from stores that may have moved or grown since.
 
     Raises GranaryError when a store no longer holds the same activations.
@@ -81,8 +95,8 @@ def repin(urls: Sequence[tuple[str, float]], records: Sequence[Mapping[str, Any]
     if len(urls) != len(records):
         raise GranaryError(f"the checkpoint was trained on {len(records)} stores, the configuration has {len(urls)}")
     pinned = []
-    for (url, weight), record in zip(urls, records, strict=True):
-        part = PinnedStore(Store.open(url), weight, tuple(record["shards"]))
+    for (url, weight), store, record in zip(urls, open_all(urls, beside), records, strict=True):
+        part = PinnedStore(store, weight, tuple(record["shards"]))
         if weight != record["weight"]:
             raise GranaryError(f"store weight of {url} was {record['weight']}, is {weight}: use the same to continue")
         missing = [] if part.store.window is not None else sorted(set(part.shards) - set(part.store.committed()))

@@ -172,7 +172,8 @@ def find_data(cfg: TrainSchema, options: PlanSchema) -> Data:
         return Data(sites=sites, widths=widths, seq_len=options.seq_len, dtype=options.store_dtype, training=None)
     urls = [(cfg.store.url, cfg.store.weight), *((other.url, other.weight) for other in cfg.store.others)]
     try:
-        stores = pin(urls, World(0, 1, 0, torch.device("cpu")))
+        beside = [(other.name, other.url) for other in cfg.store.beside]
+        stores = pin(urls, World(0, 1, 0, torch.device("cpu")), beside)
     except GranaryError as error:
         raise GranaryError(f"{error}; or plan without a store: give d_model=... (and seq_len=...)") from error
     sites = resolve_sites(cfg, stores)

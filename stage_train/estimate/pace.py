@@ -10,7 +10,6 @@ from shared.sae.activation_kinds import ACTIVATION_KINDS
 from shared.sae.learn.objective import Objective
 from shared.sae.optim import make_optimiser
 from shared.sae.variants import VARIANTS
-from shared.sae.variants.one_group import OneGroup
 from stage_train.config import TrainSchema
 from stage_train.estimate.config import PlanSchema
 from stage_train.estimate.job import PlannedRun
@@ -93,7 +92,6 @@ def measured_seconds(job: PlannedRun) -> float:
         raise GranaryError("measure=true with device.name=cuda, but torch sees no CUDA device: give tflops=... instead")
     spec, device = job.spec, torch.device("cuda" if job.cuda else "cpu")
     made, compute = VARIANTS[spec.dictionary.kind], spec.cfg.compute
-    assert issubclass(made, OneGroup)
     dictionary = made(
         spec.dictionary, num_latents=job.computed, kernels=compute.kernels, compute_dtype=compute.dtype
     ).to(device)

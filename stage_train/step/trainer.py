@@ -98,7 +98,7 @@ class Trainer:
         self.dead_now_F = torch.zeros(held, dtype=torch.bool, device=device)
         """The latents that AuxK takes for dead, as of the last look."""
         self._dead_R = torch.empty(0, dtype=torch.int64, device=device)
-        self.metrics = MetricSums(METRICS, device)
+        self.metrics = MetricSums((*METRICS, *objective.metric_names), device)
         self.grad_norm = torch.zeros((), device=device)
         self._stopwatch = Stopwatch()
 

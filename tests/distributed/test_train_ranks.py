@@ -28,6 +28,7 @@ ROOT = WORKER.parents[2]
 FIXED = ["sae.k=3", "sae.expansion=8", "stream.batch_size=21", "stream.lanes=4", "schedule.tokens=630"]
 FIXED += ["logger.progress=false", "logger.curves=false", "logger.every=5", "checkpoint.every=0"]
 FIXED += ["sae.dead_after_tokens=40"]
+LAYOUTS = ["ddp", "fsdp", "latent"]
 Ends = dict[str, set[str]]
 
 
@@ -97,6 +98,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, planted_store: Callable[..., 
         runs.job("from_latent", "parallel=latent", job="signalled", step=13),
         runs.job("from_ddp", job="signalled", step=13),
         runs.job("poisoned", job="poisoned", step=7),
+        *(runs.job(f"start_{layout}", f"parallel={layout}", "sae.d_latent=1024", job="started") for layout in LAYOUTS),
         runs.job("lanes", "stream.lanes=3"),
         runs.job("odd", "parallel=latent", "sae.d_latent=95"),
         runs.job("outliers", "stream.max_norm_multiple=1.5"),
@@ -113,6 +115,11 @@ def assert_same_run(runs: Runs, one: str, two: str) -> None:
     for first, second in zip(read_metrics(runs.folder / one), read_metrics(runs.folder / two), strict=True):
         for name in ("step", "tokens", "epoch", "loss", "auxk", "fvu", "l0", "dead_fraction", "lr", "grad_norm"):
             assert second[name] == pytest.approx(first[name], rel=1e-3, abs=1e-7), name
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_each_rank_gets_its_part_of_the_start_and_makes_no_more(runs: Runs, layout: str) -> None:
+    assert runs.ends[f"start_{layout}"] == {"the same: True, no more: True"}
 
 
 @pytest.mark.parametrize("layout", ["ddp", "fsdp", "fsdp_micro", "latent"])

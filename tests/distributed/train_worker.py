@@ -20,7 +20,9 @@ import torch
 import torch.distributed as dist
 from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
+from torch import Tensor
 from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from shared.basics.errors import GranaryError
 from shared.parallel import World, all_reduce_sum, init_world, shutdown
@@ -28,11 +30,12 @@ from shared.sae.config import SAEConfig
 from shared.sae.learn.objective import Objective
 from shared.sae.variants import SAE
 from stage_train import config
-from stage_train.config import TrainSchema
+from stage_train.config import LayoutKind, TrainSchema
 from stage_train.data.stream import Batch
 from stage_train.job import Job
+from stage_train.run import make_objective, make_trainer
 from stage_train.step import loop
-from stage_train.step.layouts.latent import LatentParallel, shard
+from stage_train.step.layouts.latent import LatentParallel
 from stage_train.step.trainer import Trainer
 
 # What FSDP calls; newer versions of torch have another name for it.
@@ -153,13 +156,45 @@ def tied_picks(world: World, k: int) -> str:
     with torch.no_grad():
         whole.W_enc.copy_(whole.W_enc[0].expand(8, 4))
     x = torch.randn(16, 4, generator=torch.Generator().manual_seed(1))
-    part = shard(Objective(whole), world.rank, dist.group.WORLD)
+    part = LatentParallel(world, world.size).distribute(Objective(whole))
     found, wanted = torch.zeros(2, 16, 9).unbind()  # the last column is for padding
     _, indices = part.dictionary.activation.select(part.dictionary, x, k)
     found.scatter_(1, torch.where(indices < 0, 8, indices + part.shard.first), 1.0)
     all_reduce_sum(found)
     wanted.scatter_(1, whole.activation.select(whole, x, k)[1] % 9, 1.0)  # -1 is 8
     return f"{int(found[:, :8].sum(1).max())} picks, as one process: {torch.equal(found[:, :8], wanted[:, :8])}"
+
+
+class Largest(TorchDispatchMode):
+    """The most elements of a tensor that was made and has memory."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        held = made.to_local() if isinstance(made, DTensor) else made
+        if isinstance(held, Tensor) and held.device.type != "meta":
+            self.elements = max(self.elements, held.numel())
+        return made
+
+
+def started(world: World, cfg: TrainSchema) -> str:
+    """Make a run's trainer: have the ranks their parts of the whole, bit for bit, and made none but the first more?"""
+    job = Job([cfg], world)
+    inputs = job.open_inputs()
+    (spec,) = job.specs
+    with Largest() as largest:
+        trainer = make_trainer(spec, inputs, None, job.layout, begins=True)  # type: ignore[arg-type]
+    whole = make_objective(spec, inputs, torch.device("cpu"), begins=True).dictionary
+    same, most = True, whole.W_enc.numel() // (1 if cfg.parallel.layout is LayoutKind.ddp else world.size)
+    for name, tensor in trainer.objective.dictionary.state_dict().items():
+        own = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        expected = whole.state_dict()[name]
+        if own.shape != expected.shape:
+            expected = expected[world.rank * len(own) : (world.rank + 1) * len(own)]
+        same = same and torch.equal(own, expected)
+    no_more = world.is_main or largest.elements <= most
+    return f"the same: {same}, no more: {no_more or largest.elements}"
 
 
 JOBS: dict[str, Callable[..., str]] = {
@@ -169,6 +204,7 @@ JOBS: dict[str, Callable[..., str]] = {
     "counted": counted,
     "digested": digested,
     "tied_picks": tied_picks,
+    "started": started,
 }
 
 

@@ -1,5 +1,8 @@
 """Gradients kept as pairs: the same steps as with gradients in ``.grad``, whatever a gradient is made of."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 
@@ -123,3 +126,32 @@ def test_auxk_in_bfloat16_is_close():
     )
     for actual, truth in zip(rounded, exact, strict=True):
         assert 0 < float((actual - truth).norm() / truth.norm()) < 2e-2
+
+
+def alive_tensors():
+    gc.collect()
+    return sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects())
+
+
+@pytest.mark.parametrize("pair_gradients", [True, False])
+@pytest.mark.parametrize("activation", ["topk", "batchtopk"])
+def test_what_a_step_made_is_freed(kernels, activation, pair_gradients):
+    """What autograd's nodes hold must not hold them: no collector could find such a circle."""
+    x, dead_R = torch.randn(8, 12, device=DEVICE), torch.tensor([1, 7, 30], device=DEVICE)
+
+    def learn():
+        """Weak references to the parameters of an SAE that learnt for some steps."""
+        sae = LearningSAE(kernels=kernels, d_model=12, d_latent=40, k=4, activation=activation, auxk_alpha=0.5)
+        optimiser = make_optimiser(sae.to(DEVICE), AdamConfig(lr=1e-3), pair_gradients=pair_gradients)
+        sae.objective.pair_gradients = optimiser.pairs if pair_gradients else None
+        alive = []
+        for _ in range(3):
+            sae.losses(x, dead_R).total.backward()
+            optimiser.step()
+            alive.append(alive_tensors())
+        assert alive[1] == alive[2]
+        return {name: weakref.ref(parameter) for name, parameter in sae.named_parameters()}
+
+    parameters = learn()
+    gc.collect()
+    assert [name for name, parameter in parameters.items() if parameter() is not None] == []

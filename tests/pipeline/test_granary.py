@@ -15,7 +15,7 @@ import pytest
 from tests.cli import REPOSITORY, ForkServer
 
 # What a wheel is built from.
-SOURCES = ("conf", "granary", "shared", "stage_eval", "stage_harvest", "stage_trace", "stage_train")
+SOURCES = ("conf", "granary", "shared", "stage_eval", "stage_harvest", "stage_inspect", "stage_trace", "stage_train")
 FILES = ("pyproject.toml", "README.md", "LICENSE")
 
 
@@ -39,6 +39,12 @@ def test_each_stage_suggests_the_next_as_it_was_started(stages: ForkServer, tmp_
     assert done.code == 0, done.stderr
     assert "from granary import load; sae = load('a b/sae')" in done.stderr
     assert (tmp_path / "a b" / "report.html").is_file()
+    done = here.run("granary", "inspect", "a b", "contexts=2")
+    assert done.code == 0, done.stderr
+    find = suggested(done.stderr, "python -m granary inspect find")
+    done = here.run(*find[2:], "--split", "all", "--contexts", "1")
+    assert done.code == 0, done.stderr
+    assert "closing" in done.stdout
     done = here.run("granary", "convert", "a b/sae", "theirs", "--to", "saelens")
     assert done.stdout == "theirs: granary to saelens\n"
     refused = here.run("granary", "eval", "sae=theirs", "run_dir='a b'").error

@@ -30,7 +30,10 @@ def encode_threshold(
         raise ValueError(
             f"threshold has shape {tuple(threshold.shape)}: a number or one per latent, {tuple(b_F.shape)}"
         )
-    threshold_F = torch.as_tensor(threshold, dtype=b_F.dtype, device=b_F.device).detach().expand_as(b_F)
+    if isinstance(threshold, torch.Tensor):
+        threshold_F = threshold.detach().to(b_F).expand_as(b_F)
+    else:
+        threshold_F = torch.full_like(b_F, threshold)  # made on the device: nothing waits for a copy
     return implementation("encode_threshold", compute.kernels, x_ND).encode_threshold(
         x_ND, W_FD, b_F, threshold_F, compute.dtype_for(x_ND)
     )

@@ -21,6 +21,7 @@ BLOCK_P = 4
 NORM_BLOCK_P = 4
 REGISTERS = 65_536  # of a multiprocessor
 NARROW = 512
+UPDATE_NARROW = 256
 # Bytes that a block of columns of all gathered rows may take, to stay in L2 beside what streams through it.
 WIDE_BYTES = 24 << 20
 
@@ -163,7 +164,7 @@ def update_config(
     if architecture is None:
         architecture = 10 * torch.cuda.get_device_capability()[0] if torch.cuda.is_available() else 90
     block: int = triton.next_power_of_2(d_model)
-    block = block if unit_rows else min(block, NARROW)
+    block = block if unit_rows else min(block, UPDATE_NARROW)
     default = {"BLOCK_P": BLOCK_P, "BLOCK_D": block, "num_warps": min(32, max(1, block // 256))}
     if default["num_warps"] >= 16 and gathered.itemsize == 2:
         # 64: 32 warps fit, so that with 16 a second program loads while the first computes. An A100's code would spill.

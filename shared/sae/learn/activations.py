@@ -18,7 +18,7 @@ from shared.sae.learn.inputs import BatchFacts, Losses, StepInputs
 from shared.sae.learn.losses import saturated
 from shared.sae.learn.sparse_step import Selection, sparse_losses
 from shared.sae.learn.straight_through import jump_relu, step
-from shared.sae.learn.terms import LossTerms
+from shared.sae.learn.terms import GroupTerms, LossTerms
 
 
 class Rule:
@@ -31,8 +31,9 @@ class Rule:
     looks_at_all = False
     """Whether the start looks at the whole sample: k of F latents fire, and not half of them."""
 
-    def __init__(self, terms: LossTerms) -> None:
-        self.terms = terms
+    def __init__(self, terms: LossTerms, own: GroupTerms) -> None:
+        """`own`: the group whose latents it is about; the losses are of a dictionary that has no other."""
+        self.terms, self.own = terms, own
 
     def losses(self, x: Tensor, y: Tensor, inputs: StepInputs) -> Losses:
         """See ``Objective.losses``."""
@@ -71,15 +72,13 @@ class TopKRule(Rule):
 
     def select(self, centred_ND: Tensor, inputs: StepInputs) -> Selection:
         """In descending order: the first k columns are the main ones."""
-        config, learning, activation = (
-            self.terms.dictionary.config,
-            self.terms.learning,
-            self.terms.dictionary.activation,
-        )
+        own, learning, activation = self.own, self.terms.learning, self.own.group.activation
         assert isinstance(activation, TopK)
         k = activation.k if inputs.k is None else inputs.k
-        width = min(learning.multi_topk_factor * k, config.d_latent) if learning.multi_topk_weight > 0 else k
-        values_NK, indices_NK = activation.select(self.terms.dictionary, centred_ND, width)
+        width = min(learning.multi_topk_factor * k, own.d_latent) if learning.multi_topk_weight > 0 else k
+        encoder = own.group.encoder()
+        values_NK, indices_NK = activation.select(encoder, centred_ND, width)
+        values_NK = encoder.unweighted(values_NK, indices_NK)
         if width == k:
             return Selection(values_NK, indices_NK, indices_NK, None)
         return Selection(values_NK, indices_NK, indices_NK[:, :k], indices_NK[:, k:])
@@ -90,14 +89,14 @@ class BatchTopKRule(Rule):
 
     overshoot = 1.25
 
-    def __init__(self, terms: LossTerms) -> None:
-        super().__init__(terms)
+    def __init__(self, terms: LossTerms, own: GroupTerms) -> None:
+        super().__init__(terms, own)
         self.memory = SelectionMemory()
 
     @property
     def activation(self) -> BatchTopK:
         """The dictionary's."""
-        activation = self.terms.dictionary.activation
+        activation = self.own.group.activation
         assert isinstance(activation, BatchTopK)
         return activation
 
@@ -126,6 +125,7 @@ class BatchTopKRule(Rule):
             indices_NM = torch.maximum(main, extra)
         else:
             indices_NM = main
+        values_NM = self.own.group.encoder().unweighted(values_NM, indices_NM)
         return Selection(values_NM.masked_fill(indices_NM < 0, 0), indices_NM, main, extra)
 
     def needs_facts(self, *, cut: bool) -> bool:
@@ -136,19 +136,18 @@ class BatchTopKRule(Rule):
         self, centred: Sequence[Tensor], num_tokens: int, k: int | None, reduce_all: Reduce, reduce_rows: Reduce
     ) -> list[BatchFacts]:
         """The candidates of each micro-batch, and the least value that the batch keeps."""
-        config = self.terms.dictionary.config
-        k = config.k if k is None else k
-        assert k is not None
+        k, d_latent = self.own.k if k is None else k, self.own.d_latent
         factor = self.terms.learning.multi_topk_factor if self.terms.learning.multi_topk_weight > 0 else 1
-        return batch_facts.select_over_batch(
-            self.terms.dictionary,
-            centred,
-            wanted=num_tokens * min(k, config.d_latent),
-            most=num_tokens * min(k * factor, config.d_latent),
+        (facts,) = batch_facts.select_over_batch(
+            [self.own.group.encoder()],
+            [centred],
+            wanted=num_tokens * min(k, d_latent),
+            most=num_tokens * min(k * factor, d_latent),
             memory=self.memory,
             first_guess=self.activation.threshold,
             reduce=reduce_all,
         )
+        return facts
 
     @torch.no_grad()
     def after_step(self, facts: BatchFacts | None) -> None:
@@ -159,9 +158,8 @@ class BatchTopKRule(Rule):
 
     def fit_to_sample(self, centred_MD: Tensor) -> None:
         """The threshold that keeps k latents per token of the sample."""
-        group, k = self.terms.dictionary, self.terms.dictionary.config.k
-        assert k is not None
-        kept = encode_batchtopk(centred_MD, group.W_enc, group.b_enc, k, compute=group.compute)
+        encoder, k = self.own.group.encoder(), self.own.k
+        kept = encode_batchtopk(centred_MD, encoder.W_enc, encoder.b_enc, k, compute=encoder.compute)
         self.activation.threshold.copy_(smallest_kept(*kept))
 
 
@@ -184,10 +182,10 @@ class DenseRule(Rule):
         self, centred: Sequence[Tensor], num_tokens: int, k: int | None, reduce_all: Reduce, reduce_rows: Reduce
     ) -> list[BatchFacts]:
         """The batch's mean of tanh(c f) per latent."""
-        group, activation = self.terms.dictionary, self.form().activation
+        group, activation = self.own.group, self.form().activation
 
         def strength(z_NF: Tensor) -> Tensor:
-            return saturated(activation(z_NF), self.terms.learning, self.terms.decoder_norm())
+            return saturated(activation(z_NF), self.terms.learning, group.decoder_norm())
 
         return batch_facts.frequencies(group, centred, num_tokens, strength, reduce_rows)
 
@@ -208,7 +206,7 @@ class JumpReLURule(DenseRule):
     @property
     def log_threshold(self) -> Tensor:
         """The dictionary's."""
-        activation = self.terms.dictionary.activation
+        activation = self.own.group.activation
         assert isinstance(activation, JumpReLU)
         return activation.log_threshold
 
@@ -232,7 +230,7 @@ class GatedRule(DenseRule):
 
     def form(self) -> DenseForm:
         """The gate passes no gradient to the magnitudes' latents."""
-        group, activation = self.terms.dictionary, self.terms.dictionary.activation
+        group, activation = self.own.group, self.own.group.activation
         assert isinstance(activation, Gated)
 
         def gated(z_NF: Tensor) -> Tensor:

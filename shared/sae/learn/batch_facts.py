@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from shared.kernels import product
-from shared.sae.activations import encode_above
+from shared.sae.activations import Encoder, encode_above
 from shared.sae.groups import LatentGroup
 from shared.sae.learn.inputs import BatchFacts
 
@@ -51,24 +51,29 @@ def frequencies(
 
 
 def select_over_batch(
-    group: LatentGroup,
-    centred: Sequence[Tensor],
+    encoders: Sequence[Encoder],
+    centred: Sequence[Sequence[Tensor]],
     *,
     wanted: int,
     most: int,
     memory: SelectionMemory,
     first_guess: Tensor,
     reduce: Reduce,
-) -> list[BatchFacts]:
+) -> list[list[BatchFacts]]:
     """The pairs with the `wanted` largest values of the batch, and with the `most` largest, for Multi-TopK.
 
-    `first_guess` is a threshold to begin the search from where `memory` has none yet.
+    Over the latents of all `encoders`; `centred` are the inputs of each, one tensor per micro-batch, and so are the
+    facts that are returned. `first_guess` is a threshold to begin the search from where `memory` has none yet.
     """
     lower = MARGIN * float(first_guess) if memory.lower_bound is None else memory.lower_bound
     while True:
-        found = [encode_above(group, centred_ND, lower) for centred_ND in centred]
-        values_P = torch.cat([values[indices >= 0] for values, indices in found])
-        total = torch.tensor(len(values_P), device=values_P.device)
+        found = [
+            [encode_above(encoder, part_ND, lower) for part_ND in parts]
+            for encoder, parts in zip(encoders, centred, strict=True)
+        ]
+        # Behind the pairs of a row there are zeros.
+        values_P = torch.cat([values.flatten() for parts in found for values, _ in parts])
+        total = (values_P > 0).sum()
         reduce(total)
         if lower == 0 or int(total) >= most:
             break
@@ -76,32 +81,34 @@ def select_over_batch(
     least = kth_largest(values_P, wanted, reduce)
     least_multi = least if most == wanted else kth_largest(values_P, most, reduce)
     memory.lower_bound = MARGIN * float(least_multi)
-    facts = []
-    for values, indices in found:  # in descending order: what is kept comes first
-        width = int(((indices >= 0) & (values >= least_multi)).sum(1).max()) if len(values) else 0
-        facts.append(BatchFacts(values[:, : max(1, width)], indices[:, : max(1, width)], least, least_multi))
-    return facts
+    return [[_kept(*part, least, least_multi) for part in parts] for parts in found]
+
+
+def _kept(values: Tensor, indices: Tensor, least: Tensor, least_multi: Tensor) -> BatchFacts:
+    """Candidates in descending order, so that what is kept comes first, without the columns behind."""
+    width = int(((indices >= 0) & (values >= least_multi)).sum(1).max()) if len(values) else 0
+    return BatchFacts(values[:, : max(1, width)], indices[:, : max(1, width)], least, least_multi)
 
 
 def kth_largest(values_P: Tensor, k: int, reduce: Reduce = alone) -> Tensor:
     """The k-th largest of all ranks' positive values, a scalar; 0 when there are fewer.
 
-    Exact, by radix: positive floats are ordered as their bits are. The ranks exchange 256 counts per round.
+    Exact, by radix: positive floats are ordered as their bits are. The ranks exchange 256 counts per round. Nothing is
+    read on the host.
     """
     integer = {4: torch.int32, 8: torch.int64}[values_P.element_size()]
-    bits_P = values_P[values_P > 0].view(integer).long()
-    total = torch.tensor(len(bits_P), device=values_P.device)
+    bits_P, alive_P = values_P.view(integer).long(), values_P > 0
+    total = alive_P.sum()
     reduce(total)
-    if int(total) < k:
-        return values_P.new_zeros(())
-    size, prefix, left = 1 << BITS_PER_ROUND, 0, k
+    size, prefix = 1 << BITS_PER_ROUND, total.new_zeros(1)
+    left = torch.full_like(prefix, k)
     for shift in range(8 * values_P.element_size() - BITS_PER_ROUND, -1, -BITS_PER_ROUND):
         digits_P = (bits_P >> shift) & (size - 1)
-        counts = torch.bincount(digits_P, minlength=size)
+        counts = prefix.new_zeros(size).index_add_(0, digits_P, alive_P.long())
         reduce(counts)
         above = counts.flip(0).cumsum(0).flip(0)  # how many have this digit or a larger one
-        digit = int((above >= left).nonzero()[-1])
-        left -= int(above[digit] - counts[digit])
+        digit = ((above >= left).sum(0, keepdim=True) - 1).clamp_min(0)
+        left -= above.gather(0, digit) - counts.gather(0, digit)
         prefix = prefix << BITS_PER_ROUND | digit
-        bits_P = bits_P[digits_P == digit]
-    return torch.tensor(prefix, dtype=integer, device=values_P.device).view(values_P.dtype)
+        alive_P &= digits_P == digit
+    return torch.where(total < k, 0, prefix[0]).to(integer).view(values_P.dtype)

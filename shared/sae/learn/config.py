@@ -107,10 +107,32 @@ class LearningConfig:
         return cls(**{name: value for name, value in fields.items() if name in known})
 
 
+@dataclass(frozen=True, kw_only=True)
+class SkipLearningConfig(LearningConfig):
+    """What learning with a skip is told beside."""
+
+    skip_init: str = "zero"
+    """Where the linear map starts: zero, or ridge, the regression of what is written on what is read over a sample."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.skip_init not in ("zero", "ridge"):
+            raise GranaryError(f"variant.skip_init={self.skip_init!r}: choose from zero, ridge")
+
+
+OF_KIND: dict[str, type[LearningConfig]] = {"skip_transcoder": SkipLearningConfig}
+
+
+def learning_of(kind: str) -> type[LearningConfig]:
+    """What learning a dictionary of this kind is told; its own keys stand in the config group ``variant``."""
+    return OF_KIND.get(kind, LearningConfig)
+
+
 def check(config: DictionaryConfig, learning: LearningConfig) -> None:
     """Raise GranaryError, one line with the reason, for a way of learning that the dictionary does not allow."""
     _check_sparsity(config, learning)
     _check_prefixes(config, learning)
+    _check_groups(config, learning)
     if learning.encoder_init == "norm_search" and config.unit_norm_decoder:
         raise GranaryError(
             "sae.encoder_init=norm_search looks for the decoder's norm, which sae.unit_norm_decoder=true fixes at 1: "
@@ -120,6 +142,23 @@ def check(config: DictionaryConfig, learning: LearningConfig) -> None:
         raise GranaryError(
             f"sae.init_subspace={learning.init_subspace} is more than the {config.widths.d_out} dimensions"
         )
+
+
+def _check_groups(config: DictionaryConfig, learning: LearningConfig) -> None:
+    """What is written for one group of latents alone."""
+    if config.num_groups == 1:
+        return
+    for key, is_on in (
+        ("prefixes", learning.prefixes is not None),
+        ("multi_topk_weight", learning.multi_topk_weight > 0),
+        ("penalty=tanh_quad", learning.penalty == "tanh_quad"),
+        ("init_subspace", learning.init_subspace is not None),
+        ("encoder_init=norm_search", learning.encoder_init == "norm_search"),
+    ):
+        if is_on:
+            raise GranaryError(
+                f"sae.{key} is for dictionaries of one group of latents, not a {config.kind}: leave it out"
+            )
 
 
 def check_trainable(config: DictionaryConfig, learning: LearningConfig) -> None:

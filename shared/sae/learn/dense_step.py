@@ -32,9 +32,11 @@ class DenseForm:
 
 def dense_losses(terms: LossTerms, x: Tensor, y: Tensor, inputs: StepInputs, form: DenseForm) -> Losses:
     """See ``Objective.losses``."""
-    group, learning = terms.dictionary, terms.learning
+    own, learning = terms.sole, terms.learning
+    group, b_dec = own.group, terms.dictionary.b_dec
     with torch.no_grad():
         centred_ND, target_ND, _, _ = terms.prepare(x, y)
+    wanted_ND = terms.wanted(target_ND, centred_ND)
     input_ND = centred_ND
     shared = terms.shared_pre_bias()
     if shared is not None:  # the gradient of b_dec goes through the encoder too
@@ -42,12 +44,12 @@ def dense_losses(terms: LossTerms, x: Tensor, y: Tensor, inputs: StepInputs, for
     z_NF = product(input_ND, group.W_enc.T, group.b_enc, compute=group.compute)
     f_NF = form.activation(z_NF)
     decoded_ND = product(f_NF, group.W_dec, compute=group.compute)
-    error_ND = terms.shard.sum_forward(decoded_ND) + group.b_dec - target_ND
+    error_ND = terms.shard.sum_forward(decoded_ND) + b_dec - wanted_ND
     reconstruction = weighted_square_error(error_ND, terms.loss_weight())
     total = reconstruction
     metrics: dict[str, Tensor] = {}
 
-    norm_F = terms.decoder_norm()
+    norm_F = group.decoder_norm()
     if learning.penalty != "none":
         penalty = terms.shard.sum_forward(_penalty(terms, form, z_NF, f_NF, norm_F, inputs))
         total = total + learning.penalty_weight * inputs.penalty_scale * penalty
@@ -55,21 +57,22 @@ def dense_losses(terms: LossTerms, x: Tensor, y: Tensor, inputs: StepInputs, for
     if form.gate is not None:
         # The gate must be a good encoder by itself; frozen, the decoder learns from the magnitudes alone.
         gate_ND = product(form.gate(z_NF), group.W_dec.detach(), compute=group.compute)
-        gate_ND = terms.shard.sum_forward(gate_ND) + group.b_dec.detach()
-        gate = weighted_square_error(gate_ND - target_ND, terms.loss_weight())
+        gate_ND = terms.shard.sum_forward(gate_ND) + b_dec.detach()
+        gate = weighted_square_error(gate_ND - wanted_ND.detach(), terms.loss_weight())
         total = total + gate
         metrics["gate"] = gate.detach()
     preact = _preact(terms, form, z_NF, norm_F, inputs.dead)
     if preact is not None:
         total = total + learning.preact_weight * inputs.penalty_scale * preact
         metrics["preact"] = preact.detach()
-    auxk = terms.auxk(-error_ND.detach(), centred_ND, inputs.dead)
+    auxk = own.auxk(-error_ND.detach(), centred_ND, inputs.dead)
     if auxk is not None:
         total = total + learning.auxk_alpha * auxk
         metrics["auxk"] = auxk.detach()
     with torch.no_grad():
         metrics["reconstruction"] = reconstruction.detach()
         metrics["fvu"] = terms.fvu(error_ND)
+        metrics |= terms.fvu_by_site(error_ND)
         metrics["l0"] = f_NF.count_nonzero() / len(f_NF)  # f >= 0; a sum of booleans would copy them to float32
         fired = (f_NF > 0).any(0)
     return Losses(total=total, reconstruction=metrics["reconstruction"], fired=fired, metrics=metrics)

@@ -12,14 +12,18 @@ import torch
 from torch import Tensor
 
 from shared.basics.errors import GranaryError
-from shared.kernels import PairOrder, decode, row_grad
+from shared.kernels import PairOrder, row_grad
+from shared.sae.learn.config import SkipLearningConfig
 from shared.sae.learn.losses import weighted_square_error
 from shared.sae.learn.objective import Objective
-from shared.sae.variants.base import per_column
+from shared.sae.learn.skip import start_skip
+from shared.sae.variants.base import Dictionary, per_column
 from shared.sae.variants.one_group import OneGroup
 
 # Tokens of the sample that activations without a fixed L0 look at for their scale.
 SEARCH_TOKENS = 1024
+# Pairs of token and latent that may fire at a time while the start is looked for: each takes about 128 bytes.
+SEARCH_PAIRS = 1 << 24
 # Norms of decoder and encoder rows that norm_search tries first (Language-Model-SAEs).
 NORMS = [round(0.1 * step, 1) for step in range(1, 51)]
 # Scales of JumpReLU's encoder, from where nothing reaches the thresholds to where all does.
@@ -105,7 +109,7 @@ def initialise(
     """
     dictionary, learning, rule = objective.dictionary, objective.learning, objective.rule
     widths = dictionary.widths
-    x_MD = sample.reshape(-1, widths.d_in).to(dictionary.W_enc)
+    x_MD = sample.reshape(-1, widths.d_in).to(dictionary.b_dec)
     if x_MD.shape[0] < 2:
         raise GranaryError("initialising an SAE needs at least 2 tokens")
     moments = Moments.of(statistics, x_MD, widths.reads)
@@ -114,15 +118,16 @@ def initialise(
     if not dictionary.config.is_autoencoder:
         if target_sample is None:
             raise GranaryError("a dictionary that writes elsewhere than it reads needs a sample of what it writes")
-        y_MD = target_sample.reshape(-1, widths.d_out).to(dictionary.W_enc)
+        y_MD = target_sample.reshape(-1, widths.d_out).to(dictionary.b_dec)
         moments = Moments.of(target_statistics, y_MD, widths.writes)
         centre(moments, dictionary, dictionary.output_mean, dictionary.output_scale, dictionary.output_variance)
     rule.start()
 
-    _, target_MD, _, _ = objective.terms.prepare(x_MD, y_MD)
+    centred_MD, target_MD, _, _ = objective.terms.prepare(x_MD, y_MD)
     if dictionary.config.normalisation == "layer_norm" and dictionary.config.shift_back:
         dictionary.input_variance.copy_(target_MD.var(0, correction=0))
-    dictionary.b_enc.zero_()
+    for group in dictionary.groups:
+        group.b_enc.zero_()
     if learning.bias_init == "zero":
         dictionary.b_dec.zero_()
     elif learning.bias_init == "mean":
@@ -130,11 +135,15 @@ def initialise(
     else:
         dictionary.b_dec.copy_(geometric_median(target_MD))
     if dictionary.config.is_autoencoder:
+        assert isinstance(dictionary, OneGroup)
         if learning.init_subspace is not None:
             points_MD = dictionary.normalise(x_MD)[0]
             dictionary.W_dec.copy_(into_subspace(dictionary.W_dec, points_MD, learning.init_subspace))
         dictionary.W_enc.copy_(dictionary.W_dec)
     else:
+        if isinstance(learning, SkipLearningConfig):
+            assert isinstance(dictionary, OneGroup)
+            start_skip(dictionary, learning, centred_MD, target_MD)
         start_decoder_from_data(objective, x_MD, y_MD)
     set_scale(objective, x_MD, y_MD)
 
@@ -163,7 +172,7 @@ class Moments:
         return cls(mean_D, variance_D, norms, widths)
 
 
-def centre(moments: Moments, dictionary: OneGroup, mean_D: Tensor, scale: Tensor, variance_D: Tensor) -> None:
+def centre(moments: Moments, dictionary: Dictionary, mean_D: Tensor, scale: Tensor, variance_D: Tensor) -> None:
     """Fill the buffers of one side as the config's normalisation says: what is taken off, the factor of each site, and
     the variance of what comes out."""
     kind = dictionary.config.normalisation
@@ -188,12 +197,26 @@ def start_decoder_from_data(objective: Objective, x_MD: Tensor, y_MD: Tensor) ->
         x_MD, y_MD = x_MD[:SEARCH_TOKENS], y_MD[:SEARCH_TOKENS]
     centred_MD, target_MD, _, _ = objective.terms.prepare(x_MD, y_MD)
     objective.rule.fit_to_sample(centred_MD)
-    values_MK, indices_MK = dictionary.activation.encode(dictionary, centred_MD)
-    order = PairOrder(indices_MK, dictionary.num_latents)
-    wanted_MD = (target_MD - dictionary.b_dec).contiguous()
-    rows_FD = row_grad(values_MK, indices_MK, wanted_MD, dictionary.num_latents, order, kernels=dictionary.kernels)
-    norm_F1 = rows_FD.norm(dim=1, keepdim=True)
-    dictionary.W_dec.copy_(torch.where(norm_F1 > 0, rows_FD / norm_F1.clamp_min(1e-30), dictionary.W_dec))
+    wanted_MD = objective.terms.wanted(target_MD, centred_MD) - dictionary.b_dec
+    sums: list[Tensor | None] = [None] * len(dictionary.groups)
+    for part in parts_of_sample(objective, len(x_MD)):
+        picks = dictionary.split(*dictionary.fire(centred_MD[part]))
+        for number, (group, (_, writes)) in enumerate(zip(dictionary.groups, dictionary.places, strict=True)):
+            values_MK, indices_MK = picks[number]
+            own_MD, order = wanted_MD[part, writes].contiguous(), PairOrder(indices_MK, group.num_latents)
+            rows_FD = row_grad(values_MK, indices_MK, own_MD, group.num_latents, order, kernels=dictionary.kernels)
+            before_FD = sums[number]
+            sums[number] = rows_FD if before_FD is None else before_FD.add_(rows_FD)
+    for group, sum_FD in zip(dictionary.groups, sums, strict=True):
+        assert sum_FD is not None
+        norm_F1 = sum_FD.norm(dim=1, keepdim=True)
+        group.W_dec.copy_(torch.where(norm_F1 > 0, sum_FD / norm_F1.clamp_min(1e-30), group.W_dec))
+
+
+def parts_of_sample(objective: Objective, count: int) -> list[slice]:
+    """`count` tokens in parts that are encoded at a time: all, where the number of picks is fixed."""
+    size = count if objective.rule.looks_at_all else max(1, SEARCH_PAIRS // objective.dictionary.config.d_latent)
+    return [slice(start, start + size) for start in range(0, count, size)]
 
 
 def set_scale(objective: Objective, x_MD: Tensor, y_MD: Tensor) -> None:
@@ -201,16 +224,18 @@ def set_scale(objective: Objective, x_MD: Tensor, y_MD: Tensor) -> None:
     dictionary, learning, rule = objective.dictionary, objective.learning, objective.rule
     if not rule.looks_at_all:
         x_MD, y_MD = x_MD[:SEARCH_TOKENS], y_MD[:SEARCH_TOKENS]  # half of all latents may fire
-    encoder_FD, decoder_FD = dictionary.W_enc.clone(), dictionary.W_dec.clone()
+    first = [(group.W_enc.clone(), group.W_dec.clone()) for group in dictionary.groups]
     centred_MD, target_MD, _, _ = objective.terms.prepare(x_MD, y_MD)
-    wanted_MD, weight_D = target_MD - dictionary.b_dec, objective.terms.loss_weight()
+    wanted_MD = objective.terms.wanted(target_MD, centred_MD) - dictionary.b_dec
+    weight_D = objective.terms.loss_weight()
 
     def decoded_with(encoder: float, decoder: float) -> Tensor:
-        dictionary.W_enc.copy_(encoder_FD * encoder)
-        dictionary.W_dec.copy_(decoder_FD * decoder)
+        for group, (encoder_FD, decoder_FD) in zip(dictionary.groups, first, strict=True):
+            group.W_enc.copy_(encoder_FD * encoder)
+            group.W_dec.copy_(decoder_FD * decoder)
         rule.fit_to_sample(centred_MD)
-        values, indices = dictionary.activation.encode(dictionary, centred_MD)
-        return decode(values, indices, dictionary.W_dec, kernels=dictionary.kernels)
+        parts = parts_of_sample(objective, len(centred_MD))
+        return torch.cat([dictionary.decoded(*dictionary.fire(centred_MD[part])) for part in parts])
 
     def loss_with(encoder: float, decoder: float) -> float:
         return float(weighted_square_error(decoded_with(encoder, decoder) - wanted_MD, weight_D))

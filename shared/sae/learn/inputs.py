@@ -21,11 +21,15 @@ class BatchFacts:
     """The least value that the batch keeps, a scalar."""
     least_multi: Tensor | None = None
     """The same with multi_topk_factor times as many."""
+    groups: tuple["BatchFacts", ...] = ()
+    """Of a dictionary of several groups: those of each, and nothing else."""
     frequency: Tensor | None = None
     """tanh_quad: the batch's mean of tanh(c f) per latent, [F]."""
 
     def for_one_row(self) -> Self:
         """For a row that stands in where a rank has none: it picks nothing."""
+        if self.groups:
+            return replace(self, groups=tuple(one.for_one_row() for one in self.groups))
         if self.values is None or self.indices is None:
             return self
         return replace(self, values=self.values.new_zeros(1, 1), indices=self.indices.new_full((1, 1), -1))

@@ -9,26 +9,38 @@ from shared.kernels import PairGradients
 from shared.sae.latent_shard import LatentShard
 from shared.sae.learn.activations import RULES, Rule
 from shared.sae.learn.batch_facts import Reduce, alone
-from shared.sae.learn.config import LearningConfig, check
+from shared.sae.learn.config import LearningConfig, check, learning_of
 from shared.sae.learn.inputs import BatchFacts, Losses, StepInputs
+from shared.sae.learn.many_groups import ManyGroups
 from shared.sae.learn.terms import LossTerms
+from shared.sae.variants.base import Dictionary
 from shared.sae.variants.one_group import OneGroup
 
 
 class Objective(nn.Module):
-    """A dictionary of one group and how it is learnt. Owns the dictionary; nothing of this class is saved with it.
+    """A dictionary and how it is learnt. Owns the dictionary; nothing of this class is saved with it.
 
     Raises GranaryError for a way of learning that the dictionary does not allow.
     """
 
-    def __init__(self, dictionary: OneGroup, learning: LearningConfig | None = None) -> None:
+    def __init__(self, dictionary: Dictionary, learning: LearningConfig | None = None) -> None:
         super().__init__()
-        self.learning = LearningConfig() if learning is None else learning
+        self.learning = learning_of(dictionary.config.kind)() if learning is None else learning
         check(dictionary.config, self.learning)
         self.dictionary = dictionary
         self.terms = LossTerms(dictionary, self.learning)
-        self.rule: Rule = RULES[dictionary.config.activation](self.terms)
+        self.rule: Rule | ManyGroups = (
+            RULES[dictionary.config.activation](self.terms, self.terms.sole)
+            if isinstance(dictionary, OneGroup)
+            else ManyGroups(self.terms)
+        )
         """What the activation makes of learning."""
+
+    @property
+    def metric_names(self) -> tuple[str, ...]:
+        """Metrics of its losses beside those that all have: FVU at each written site, where there are several."""
+        names = self.dictionary.written_sites
+        return tuple(f"fvu/{name}" for name in names) if len(names) > 1 else ()
 
     @property
     def shard(self) -> LatentShard:

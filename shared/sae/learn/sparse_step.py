@@ -36,15 +36,17 @@ Select = Callable[[Tensor, StepInputs], Selection]
 
 def sparse_losses(terms: LossTerms, x: Tensor, y: Tensor, inputs: StepInputs, select: Select) -> Losses:
     """See ``Objective.losses``."""
-    group, learning = terms.dictionary, terms.learning
+    own, learning = terms.sole, terms.learning
+    group, b_dec = own.group, terms.dictionary.b_dec
     with torch.no_grad():
         centred_ND, target_ND, token_mean, token_scale = terms.prepare(x, y)
         picks = select(centred_ND, inputs)
+    wanted_ND = terms.wanted(target_ND, centred_ND)
     num_latents = group.num_latents
     order = PairOrder(picks.indices_NK, num_latents)
     values_NK = attach_encoder(
         centred_ND, terms.shared_pre_bias(), group.W_enc, group.b_enc, picks.values_NK, picks.indices_NK, order,
-        compute=group.compute, sink=terms.sink("W_enc"),
+        compute=group.compute, sink=own.sink("W_enc"),
     )  # fmt: skip
     metrics: dict[str, Tensor] = {}
 
@@ -52,18 +54,18 @@ def sparse_losses(terms: LossTerms, x: Tensor, y: Tensor, inputs: StepInputs, se
     main_values = values_NK[:, :width]
     # Without extra picks the encoder and the decoder share one sort of the pairs.
     main_order = order if picks.main is picks.indices_NK else PairOrder(picks.main, num_latents)
-    alone = learning.prefixes is None and picks.extra is None and terms.shard is WHOLE
+    alone = learning.prefixes is None and picks.extra is None and terms.shard is WHOLE and wanted_ND is target_ND
     if alone:  # one reconstruction, of latents that are all here
         reconstruction, fvu, residual_ND = sparse_reconstruction(
-            main_values, picks.main, group.W_dec, group.b_dec, target_ND, terms.loss_weight(), terms.fvu_weight(),
-            main_order, compute=group.compute, sink=terms.sink("W_dec"),
+            main_values, picks.main, group.W_dec, b_dec, target_ND, terms.loss_weight(), terms.fvu_weight(),
+            main_order, compute=group.compute, sink=own.sink("W_dec"),
         )  # fmt: skip
     elif learning.prefixes is None:
         decoded_ND = _decode(terms, main_values, picks.main, main_order)
-        error_ND = decoded_ND + group.b_dec - target_ND
+        error_ND = decoded_ND + b_dec - wanted_ND
         reconstruction = weighted_square_error(error_ND, terms.loss_weight())
     else:
-        error_GND = _decode_prefixes(terms, main_values, picks.main, learning.prefixes) + group.b_dec - target_ND
+        error_GND = _decode_prefixes(terms, main_values, picks.main, learning.prefixes) + b_dec - wanted_ND
         reconstruction = torch.stack([weighted_square_error(error, terms.loss_weight()) for error in error_GND]).sum()
         error_ND = error_GND[-1]
     if not alone:
@@ -76,13 +78,14 @@ def sparse_losses(terms: LossTerms, x: Tensor, y: Tensor, inputs: StepInputs, se
         total = total + learning.multi_topk_weight * multi
         metrics["multi_topk"] = multi.detach()
 
-    auxk = terms.auxk(residual_ND, centred_ND, inputs.dead)
+    auxk = own.auxk(residual_ND, centred_ND, inputs.dead)
     if auxk is not None:
         total = total + learning.auxk_alpha * auxk
         metrics["auxk"] = auxk.detach()
     with torch.no_grad():
         metrics["reconstruction"] = reconstruction.detach()
         metrics["fvu"] = fvu
+        metrics |= terms.fvu_by_site(residual_ND)
         metrics["l0"] = (picks.main >= 0).sum(dtype=torch.float32) / picks.main.shape[0]
         fired = torch.zeros(num_latents + 1, dtype=torch.bool, device=x.device)
         fired.index_fill_(0, picks.main.reshape(-1) % (num_latents + 1), True)  # padding, -1, to the last slot
@@ -97,10 +100,10 @@ def sparse_losses(terms: LossTerms, x: Tensor, y: Tensor, inputs: StepInputs, se
 
 def _decode(terms: LossTerms, values_NK: Tensor, indices_NK: Tensor, order: PairOrder) -> Tensor:
     """Decoded latents without b_dec, over all parts."""
-    group = terms.dictionary
+    own = terms.sole
     decoded_ND = sparse_decode(
-        values_NK, indices_NK, group.W_dec, order,
-        compute=group.compute, sink=terms.sink("W_dec"),
+        values_NK, indices_NK, own.group.W_dec, order,
+        compute=own.group.compute, sink=own.sink("W_dec"),
     )  # fmt: skip
     return terms.shard.sum_forward(decoded_ND)
 
@@ -116,5 +119,5 @@ def _decode_prefixes(terms: LossTerms, values_NK: Tensor, indices_NK: Tensor, pr
     groups = torch.arange(num_groups, device=indices_NK.device)[:, None, None]
     indices_GNK = indices_NK.masked_fill(group_NK != groups, -1).flatten(0, 1)
     values_GNK = values_NK.expand(num_groups, -1, -1).flatten(0, 1)
-    decoded = _decode(terms, values_GNK, indices_GNK, PairOrder(indices_GNK, terms.dictionary.num_latents))
+    decoded = _decode(terms, values_GNK, indices_GNK, PairOrder(indices_GNK, terms.sole.group.num_latents))
     return decoded.view(num_groups, num_rows, -1).cumsum(0)

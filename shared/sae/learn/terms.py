@@ -6,18 +6,21 @@ Shape letters: N rows, D_in and D_out widths of what is read and written, F late
 from torch import Tensor
 
 from shared.kernels import DeadRows, PairGradient, PairGradients, take_rows
+from shared.sae.groups import LatentGroup
 from shared.sae.latent_shard import WHOLE, LatentShard
 from shared.sae.learn.config import LearningConfig
 from shared.sae.learn.inputs import dead_indices
 from shared.sae.learn.losses import auxk_loss, reconstruction_weight, weighted_square_error
-from shared.sae.variants.one_group import OneGroup
+from shared.sae.variants.base import Dictionary
 
 
 class LossTerms:
-    """A dictionary of one group, how it is learnt, and which of its latents are held here."""
+    """A dictionary, how it is learnt, and which of its latents are held here."""
 
-    def __init__(self, dictionary: OneGroup, learning: LearningConfig) -> None:
+    def __init__(self, dictionary: Dictionary, learning: LearningConfig) -> None:
         self.dictionary, self.learning = dictionary, learning
+        self.groups = [GroupTerms(self, number) for number in range(len(dictionary.groups))]
+        """Of each group of latents."""
         self.shard: LatentShard = WHOLE
         """Another one where only a part of the latents is here."""
         self.pair_gradients: PairGradients | None = None
@@ -27,6 +30,11 @@ class LossTerms:
         """What the encoder multiplies, what the decoder must give, and layer_norm's mean and scale."""
         normal, token_mean, token_scale = self.dictionary.normalise(x)
         return self.dictionary.centred(normal), self.dictionary.target(y, normal), token_mean, token_scale
+
+    def wanted(self, target_ND: Tensor, centred_ND: Tensor) -> Tensor:
+        """What latents and b_dec must give: the target itself, or with a skip what that leaves over, with gradient."""
+        skipped_ND = self.dictionary.skip(centred_ND)
+        return target_ND if skipped_ND is None else target_ND - skipped_ND
 
     def shared_pre_bias(self) -> Tensor | None:
         """b_dec as the encoder subtracts it, with its gradient; None without a pre-encoder bias."""
@@ -44,23 +52,69 @@ class LossTerms:
         """Weight [D_out] of the squared errors in it."""
         return reconstruction_weight(self.dictionary.target_variance, "fvu", self.dictionary.widths.writes)
 
-    def sink(self, name: str) -> PairGradient | None:
-        """Where the gradient of a matrix goes instead of ``.grad``; None: nowhere else."""
-        return None if self.pair_gradients is None else self.pair_gradients[name]
+    def fvu_by_site(self, error_ND: Tensor) -> dict[str, Tensor]:
+        """That of each written site, by the metric's name; empty where there is one."""
+        names = self.dictionary.written_sites
+        if len(names) == 1:
+            return {}
+        widths = self.dictionary.widths.writes
+        parts = zip(
+            names, error_ND.detach().split(widths, 1), self.dictionary.target_variance.split(widths), strict=True
+        )
+        return {f"fvu/{name}": error.square().sum(1).mean() / variance.sum() for name, error, variance in parts}
 
-    def decoder_norm(self) -> Tensor | None:
-        """Norms [F] of the decoder's rows, which weigh the penalties; None where they are 1."""
-        return None if self.dictionary.config.unit_norm_decoder else self.dictionary.W_dec.norm(dim=1)
+    @property
+    def sole(self) -> "GroupTerms":
+        """Of the only group."""
+        (group,) = self.groups
+        return group
+
+
+class GroupTerms:
+    """One group of latents of a dictionary in learning."""
+
+    def __init__(self, whole: LossTerms, number: int) -> None:
+        self.whole, self.number = whole, number
+        dictionary = whole.dictionary
+        names = {id(tensor): name for name, tensor in dictionary.named_parameters()}
+        self.prefix = names[id(dictionary.groups[number].W_enc)].removesuffix("W_enc")
+        """Of its parameters' names."""
+        self.d_latent = dictionary.config.d_latent // len(dictionary.groups)
+        """Latents, of all parts."""
+        self.reads, self.writes = dictionary.places[number]
+        """Its columns of what is read, and of what is written."""
+
+    @property
+    def group(self) -> LatentGroup:
+        """The latents held here."""
+        return self.whole.dictionary.groups[self.number]
+
+    @property
+    def learning(self) -> LearningConfig:
+        """How the dictionary is learnt."""
+        return self.whole.learning
+
+    @property
+    def k(self) -> int:
+        """The config's, for activations that have one."""
+        k = self.whole.dictionary.config.k
+        assert k is not None
+        return k
+
+    def sink(self, name: str) -> PairGradient | None:
+        """Where the gradient of one of its matrices goes instead of ``.grad``; None: nowhere else."""
+        gradients = self.whole.pair_gradients
+        return None if gradients is None else gradients[f"{self.prefix}{name}"]
 
     def auxk(self, residual_ND: Tensor, centred_ND: Tensor, dead: Tensor | None) -> Tensor | None:
-        """The AuxK loss; None where it is off or nothing is dead."""
+        """The AuxK loss of its dead latents, by their own numbers; None where it is off or nothing is dead."""
         if dead is None or self.learning.auxk_alpha == 0:
             return None
         dead_R = dead_indices(dead)
-        num_dead = self.shard.count_dead(dead_R.numel())
+        num_dead = self.whole.shard.count_dead(dead_R.numel())
         if num_dead == 0:
             return None
-        group = self.dictionary
+        group = self.group
         return auxk_loss(
             residual_ND,
             centred_ND,
@@ -70,7 +124,7 @@ class LossTerms:
                 take_rows(group.W_dec, dead_R, self.sink("W_dec")),
                 num_dead,
             ),
-            self.learning.num_aux(group.widths.d_out),
-            shard=self.shard,
+            self.learning.num_aux(group.W_dec.shape[1]),
+            shard=self.whole.shard,
             compute=group.compute,
         )

@@ -16,15 +16,19 @@ from shared.basics.errors import GranaryError
 from shared.kernels import Compute
 from shared.sae import folder as on_disk
 from shared.sae.config import DictionaryConfig
-from shared.sae.groups import LatentGroup
+from shared.sae.groups import ComputeChoice, Computing, LatentGroup
 from shared.sae.latents import SAEOutput, SparseLatents
-from shared.sae.roles import Role
+from shared.sae.roles import Rate, Role
 from shared.sae.sites import Sites, SiteWidths
 
 LAYER_NORM_EPS = 1e-5
 
 
-class Dictionary(nn.Module):
+Picks = tuple[Tensor, Tensor]
+"""Values [N, K] and int64 indices [N, K] of latents that fire, -1 for padding."""
+
+
+class Dictionary(Computing):
     """The common part. Inputs of any float type are upcast to the parameters', float32.
 
     How it computes is not part of the config: `kernels` is auto, triton, torch or reference, and `compute_dtype`
@@ -42,15 +46,23 @@ class Dictionary(nn.Module):
     output_scale: Tensor
     output_variance: Tensor
 
-    def __init__(self, config: DictionaryConfig, *, kernels: str = "auto", compute_dtype: str = "float32") -> None:
-        super().__init__()
+    def __init__(
+        self,
+        config: DictionaryConfig,
+        *,
+        kernels: str = "auto",
+        compute_dtype: str = "float32",
+        generator: torch.Generator | None = None,
+        num_latents: int | None = None,
+    ) -> None:
+        """Kinds draw their first weights from `generator`; `num_latents`: those held here, None: the config's."""
+        nn.Module.__init__(self)
         try:
             Compute(kernels, compute_dtype)
         except ValueError as error:
             raise GranaryError(str(error)) from None
         self.config = config
-        self.kernels = kernels
-        self.compute_dtype = compute_dtype
+        self.choice = ComputeChoice(kernels, compute_dtype)
 
     def make_normalisation(self) -> None:
         """Register the buffers of both sides; an autoencoder's sides are one."""
@@ -65,7 +77,12 @@ class Dictionary(nn.Module):
 
     @property
     def groups(self) -> tuple[LatentGroup, ...]:
-        """The latents, by what they read and write."""
+        """The latents, by what they read and write. The latents of a dictionary are numbered group after group."""
+        raise NotImplementedError
+
+    @property
+    def places(self) -> tuple[tuple[slice, slice], ...]:
+        """Which columns each group reads, of all that is read side by side, and which it writes."""
         raise NotImplementedError
 
     @property
@@ -79,6 +96,11 @@ class Dictionary(nn.Module):
         return self.config.widths
 
     @property
+    def written_sites(self) -> tuple[str, ...]:
+        """Names of the written sites; where they are not known, their numbers."""
+        return tuple(map(str, range(len(self.widths.writes)))) if self.sites is None else self.sites.writes
+
+    @property
     def target_variance(self) -> Tensor:
         """Variance [D_out], over the data set, of what the decoder must give."""
         return self.input_variance if self.config.is_autoencoder else self.output_variance
@@ -89,6 +111,12 @@ class Dictionary(nn.Module):
             (name for name, _ in self.named_buffers(recurse=False)), Role(latent_axis=None, learnt=False)
         )
         return {"b_dec": Role(latent_axis=None), **fixed}
+
+    def latent_rows(self, rate: Rate) -> Tensor | None:
+        """The one matrix of a row per latent that learns at this rate (encoder, decoder); None: there is no such."""
+        tensors = self.state_dict()
+        found = [tensors[name] for name, role in self.roles().items() if role.is_matrix and role.rate == rate]
+        return found[0] if len(found) == 1 else None
 
     # Between the units of activations and those of encoder and decoder
 
@@ -127,6 +155,31 @@ class Dictionary(nn.Module):
         if config.normalisation == "none":
             return y_hat
         return y_hat / per_column(self.input_scale, self.widths.reads) + self.input_mean
+
+    def skip(self, normal: Tensor) -> Tensor | None:
+        """What reaches the output past the latents [..., D_out], in the decoder's units, with gradient; None: nothing.
+
+        `normal` is the normalised input.
+        """
+        return None
+
+    # The same for tokens in the encoder's units, which the start of learning looks at
+
+    def centred(self, normal_ND: Tensor) -> Tensor:
+        """What the encoders multiply, side by side, from the normalised input."""
+        return normal_ND
+
+    def fire(self, centred_ND: Tensor) -> Picks:
+        """Latents of what the encoders multiply [N, D_in], by their numbers in the dictionary."""
+        raise NotImplementedError
+
+    def split(self, values_NK: Tensor, indices_NK: Tensor) -> list[Picks]:
+        """Picks as those of each group, by the group's own numbers."""
+        raise NotImplementedError
+
+    def decoded(self, values_NK: Tensor, indices_NK: Tensor) -> Tensor:
+        """What they decode to, without b_dec, [N, D_out] in the decoder's units."""
+        raise NotImplementedError
 
     # Inference
 

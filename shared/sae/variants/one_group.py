@@ -14,7 +14,7 @@ from shared.sae.config import DictionaryConfig
 from shared.sae.groups import LatentGroup, random_unit_rows
 from shared.sae.latents import SparseLatents
 from shared.sae.roles import Role
-from shared.sae.variants.base import Dictionary
+from shared.sae.variants.base import Dictionary, Picks
 
 
 class OneGroup(LatentGroup, Dictionary):
@@ -49,9 +49,22 @@ class OneGroup(LatentGroup, Dictionary):
         """Itself."""
         return (self,)
 
+    @property
+    def places(self) -> tuple[tuple[slice, slice], ...]:
+        """All columns."""
+        return ((slice(None), slice(None)),)
+
     def roles(self) -> dict[str, Role]:
         """Those of the group and of what all dictionaries have."""
         return {**self.group_roles(unit_norm_decoder=self.config.unit_norm_decoder), **super().roles()}
+
+    def split(self, values_NK: Tensor, indices_NK: Tensor) -> list[Picks]:
+        """All are of the one group."""
+        return [(values_NK, indices_NK)]
+
+    def decoded(self, values_NK: Tensor, indices_NK: Tensor) -> Tensor:
+        """Without b_dec, [N, D_out]."""
+        return decode(values_NK, indices_NK, self.W_dec, kernels=self.kernels)
 
     def centred(self, normal_ND: Tensor) -> Tensor:
         """What the encoder multiplies, from the normalised input."""
@@ -67,22 +80,23 @@ class OneGroup(LatentGroup, Dictionary):
         """
         normal, token_mean, token_scale = self.normalise(x)
         centred_ND = self.centred(normal.reshape(-1, self.widths.d_in))
-        values, indices = self.activation.encode(self, centred_ND)
+        values, indices = self.fire(centred_ND)
         shape = (*x.shape[:-1], values.shape[-1])
         features = None
         if return_all_features:
             features = torch.relu(F.linear(centred_ND, self.W_enc, self.b_enc)).view(*x.shape[:-1], -1)
-        return SparseLatents(values.view(shape), indices.view(shape), token_mean, token_scale, features)
+        return SparseLatents(
+            values.view(shape), indices.view(shape), token_mean, token_scale, self.skip(normal), features
+        )
 
     @torch.no_grad()
     def decode(self, latents: SparseLatents) -> Tensor:
         """Reconstruction [..., D_out] of what is written, in the units of raw activations. No gradient."""
         width = latents.values.shape[-1]
-        y_hat_ND = decode(
-            latents.values.reshape(-1, width).to(self.W_dec.dtype),
-            latents.indices.reshape(-1, width),
-            self.W_dec,
-            kernels=self.kernels,
+        y_hat_ND = self.decoded(
+            latents.values.reshape(-1, width).to(self.W_dec.dtype), latents.indices.reshape(-1, width)
         )
         y_hat = (y_hat_ND + self.b_dec).view(*latents.values.shape[:-1], self.widths.d_out)
+        if latents.skipped is not None:
+            y_hat = y_hat + latents.skipped
         return self.denormalise(y_hat, latents.token_mean, latents.token_scale)

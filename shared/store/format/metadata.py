@@ -8,7 +8,7 @@ from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec, ShardingCodec
 from zarr.core.buffer import default_buffer_prototype
 from zarr.core.group import GroupMetadata
 from zarr.core.metadata.v3 import ArrayV3Metadata
-from zarr.dtype import Bool, Float16, Float32, Float64, Int8, Int32, ZDType
+from zarr.dtype import Bool, Float16, Float32, Float64, Int8, Int32, UInt8, UInt16, UInt32, UInt64, ZDType
 
 from shared.store.format import layout
 from shared.store.format.dtypes import INT8_BLOCK, BFloat16Bits, scales_per_row, storage_type
@@ -23,6 +23,10 @@ ZARR_TYPES: dict[str, ZDType[Any, Any]] = {
     "float64": Float64(),
     "int8": Int8(),
     "int32": Int32(),
+    "uint8": UInt8(),
+    "uint16": UInt16(),
+    "uint32": UInt32(),
+    "uint64": UInt64(),
     "bool": Bool(),
 }
 
@@ -38,8 +42,8 @@ def metadata_documents(plans: Sequence[StorePlan], num_contexts: int, num_shards
     def add_array(path: str, **spec: Any) -> None:
         for depth in range(1, path.count("/") + 1):
             group = "/".join(path.split("/")[:depth])
-            documents[f"{group}/zarr.json"] = _group_text({})
-        documents[f"{path}/zarr.json"] = _array_text(**spec)
+            documents[f"{group}/zarr.json"] = group_document({})
+        documents[f"{path}/zarr.json"] = array_document(**spec)
 
     S, T, B = num_contexts, plan.seq_len, plan.shard_contexts
     for path, dtype in ((layout.TOKENS, "int32"), (layout.MASK, "bool"), (layout.SEGMENTS, "int32")):
@@ -67,7 +71,7 @@ def metadata_documents(plans: Sequence[StorePlan], num_contexts: int, num_shards
             layout.statistics_path(hook), dtype="float64", fill="NaN", shape=(num_shards, 2, D), shard=None,
             chunk=(1, 2, D), names=("shard", "moment", "d_model"), attributes={"moment": ["mean", "M2"]},
         )  # fmt: skip
-    documents["zarr.json"] = _group_text(group_attributes(plans))
+    documents["zarr.json"] = group_document(group_attributes(plans))
     return documents
 
 
@@ -80,7 +84,7 @@ def group_attributes(plans: Sequence[StorePlan]) -> dict[str, Any]:
     return attributes
 
 
-def _array_text(
+def array_document(
     *,
     dtype: str,
     fill: Any,
@@ -91,8 +95,9 @@ def _array_text(
     codec: str = "none",
     attributes: dict[str, Any] | None = None,
 ) -> str:
+    """``zarr.json`` of an array; `shard` None: each chunk is an object of its own."""
     kind = ZARR_TYPES[dtype]
-    inner: list[Any] = [BytesCodec(endian=None if dtype in ("int8", "bool") else "little")]
+    inner: list[Any] = [BytesCodec(endian=None if kind.to_native_dtype().itemsize == 1 else "little")]
     if codec != "none":
         name, level = BLOSC[codec]
         typesize = kind.to_native_dtype().itemsize
@@ -113,7 +118,8 @@ def _array_text(
     return _text(metadata)
 
 
-def _group_text(attributes: dict[str, Any]) -> str:
+def group_document(attributes: dict[str, Any]) -> str:
+    """``zarr.json`` of a group."""
     return _text(GroupMetadata(attributes=attributes, zarr_format=3))
 
 

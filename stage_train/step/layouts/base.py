@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from shared.parallel import World, all_reduce_sum
+from shared.sae.config import DictionaryConfig
 from shared.sae.learn.batch_facts import Reduce, alone
 from shared.sae.learn.inputs import BatchFacts, Losses, StepInputs
 from shared.sae.learn.objective import Objective
@@ -37,13 +38,21 @@ class Layout:
         """Into how many shares the lanes are cut."""
         return self.world.size
 
+    def check(self, config: DictionaryConfig) -> None:
+        """Raise GranaryError for a dictionary that can't be spread in this way."""
+        self.num_latents(config.d_latent)
+
     def num_latents(self, d_latent: int) -> int:
         """How many of so many latents are held here."""
         return d_latent
 
-    def distribute(self, objective: Objective) -> Objective:
-        """The rank's part of an initialised dictionary. Rank 0's weights hold: other machines may round differently."""
-        if self.world.size > 1:
+    def distribute(self, objective: Objective, *, has_values: bool = True) -> Objective:
+        """The rank's part of a whole dictionary, on the rank's device.
+
+        Rank 0's has values, the others' are on the meta device; without `has_values` all are, and the result is unset.
+        """
+        on_device(objective, self.world.device)
+        if has_values and self.world.size > 1:
             for tensor in objective.dictionary.state_dict().values():
                 dist.broadcast(tensor, src=0)
         return objective
@@ -101,6 +110,28 @@ class Layout:
     def as_global(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Tensors of the training state as torch.distributed.checkpoint must see them, sharing their memory."""
         return dict(tensors)
+
+
+def on_device(objective: Objective, device: torch.device) -> None:
+    """Memory for what is on the meta device, which leaves it unset; all else stays as it is."""
+    unset = {
+        name: torch.empty_like(tensor, device=device)
+        for name, tensor in objective.dictionary.state_dict().items()
+        if tensor.device.type == "meta"
+    }
+    objective.dictionary.load_state_dict(unset, assign=True, strict=False)
+
+
+def scatter_rows(whole: Tensor, part: Tensor, parts: int) -> None:
+    """Fill `part` with the rank's share of the rows of rank 0's `whole`, cut into `parts` equal ones that go round.
+
+    Every rank calls it; what another than rank 0 gives for `whole` is not read.
+    """
+    shares = None
+    if dist.get_rank() == 0:
+        cut = whole.detach().tensor_split(parts)
+        shares = [cut[rank % parts] for rank in range(dist.get_world_size())]
+    dist.scatter(part, shares, src=0)
 
 
 def gradients(optimiser: Optimiser) -> list[Tensor]:

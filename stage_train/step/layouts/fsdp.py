@@ -7,17 +7,19 @@ summed and scattered. The update runs on the rank's own rows, which the unit-nor
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from torch import Tensor
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from shared.parallel import World, all_reduce_sum
 from shared.sae.learn.inputs import Losses, StepInputs
 from shared.sae.learn.objective import Objective
 from shared.sae.optim import Optimiser, OptimiserConfig, RowShare, make_optimiser
 from shared.sae.roles import Role
-from stage_train.step.layouts.base import Layout, joint_norm
+from stage_train.step.layouts.base import Layout, joint_norm, on_device, scatter_rows
 from stage_train.step.layouts.split import latents_of_shard
 
 
@@ -47,18 +49,39 @@ class FullySharded(Layout):
         self.mesh = init_device_mesh(world.device.type, (world.size,), mesh_dim_names=("dp",))
         self._local: LocalRows | None = None
 
-    def distribute(self, objective: Objective) -> Objective:
-        """Shard every parameter by rows. Raises GranaryError when the latents do not divide among the ranks."""
-        latents_of_shard(objective.dictionary.config.d_latent, self.world.size)
-        objective = super().distribute(objective)
-        fully_shard(objective, mesh=self.mesh)
-        register_fsdp_forward_method(objective, "facts")
-        assert isinstance(objective, FSDPModule)
+    def distribute(self, objective: Objective, *, has_values: bool = True) -> Objective:
+        """Every parameter cut by rows: no other rank than the first has more than its own at any time.
+
+        Raises GranaryError when the latents do not divide among the ranks.
+        """
+        whole = objective.dictionary
+        latents_of_shard(whole.config.d_latent, self.world.size)
+        with torch.device("meta"):
+            held = type(whole)(whole.config, kernels=whole.kernels, compute_dtype=whole.compute_dtype)
+            sharded = Objective(held, objective.learning)
+        fully_shard(sharded, mesh=self.mesh)
+        on_device(sharded, self.world.device)
+        if has_values:
+            self._fill(held, whole)
+        register_fsdp_forward_method(sharded, "facts")
+        assert isinstance(sharded, FSDPModule)
         # Losses are weighted by their share of the batch, so gradients add up; as a plain sum, which gloo knows too.
-        objective.set_gradient_divide_factor(1.0)
-        objective.set_force_sum_reduction_for_comms(True)
-        self._local = LocalRows(objective)
-        return objective
+        sharded.set_gradient_divide_factor(1.0)
+        sharded.set_force_sum_reduction_for_comms(True)
+        self._local = LocalRows(sharded)
+        return sharded
+
+    def _fill(self, held: nn.Module, whole: nn.Module) -> None:
+        """Hand every rank its rows of rank 0's `whole`."""
+        wholes = whole.state_dict()
+        for name, tensor in held.state_dict().items():
+            sharded, part = isinstance(tensor, DTensor), tensor.to_local() if isinstance(tensor, DTensor) else tensor
+            if sharded and wholes[name].shape[0] % self.world.size == 0:
+                scatter_rows(wholes[name], part, self.world.size)
+                continue
+            values = wholes[name].detach() if self.world.is_main else torch.empty_like(wholes[name], device=part.device)
+            dist.broadcast(values, src=0)
+            part.copy_(distribute_tensor(values, self.mesh, [Shard(0)]).to_local() if sharded else values)
 
     def optimiser(self, objective: Objective, config: OptimiserConfig) -> Optimiser:
         """Of the rank's own rows."""

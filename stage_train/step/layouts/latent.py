@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
+from shared.basics.errors import GranaryError
 from shared.parallel import World, all_reduce_sum
 from shared.sae.activations import Encoder, TopK
 from shared.sae.config import DictionaryConfig
@@ -24,7 +25,7 @@ from shared.sae.latent_shard import LatentShard
 from shared.sae.learn.inputs import BatchFacts, Losses, StepInputs
 from shared.sae.learn.objective import Objective
 from shared.sae.optim import Optimiser, OptimiserConfig, RowShare, make_optimiser
-from stage_train.step.layouts.base import Layout, gradients, joint_norm, sum_over
+from stage_train.step.layouts.base import Layout, gradients, joint_norm, on_device, scatter_rows, sum_over
 from stage_train.step.layouts.split import latents_of_part
 
 
@@ -119,19 +120,14 @@ class GroupShard(LatentShard):
 
 
 def shard(objective: Objective, rank: int, group: dist.ProcessGroup) -> Objective:
-    """The latents that rank `rank` of the group holds, copied out of a whole dictionary, with its way of learning."""
-    whole, roles = objective.dictionary, objective.dictionary.roles()
+    """Room for the latents that rank `rank` of the group holds of a whole dictionary, with its way of learning."""
+    whole = objective.dictionary
     rows = whole.config.d_latent // dist.get_world_size(group)
     with torch.device("meta"):
         held = type(whole)(whole.config, kernels=whole.kernels, compute_dtype=whole.compute_dtype, num_latents=rows)
-    if isinstance(whole.activation, TopK):
-        held.activation = GroupTopK(whole.config, rows, group)
-    own = slice(rank * rows, (rank + 1) * rows)
-    tensors = {
-        name: tensor if roles[name].latent_axis is None else tensor[own] for name, tensor in whole.state_dict().items()
-    }
-    held.load_state_dict({name: tensor.clone() for name, tensor in tensors.items()}, assign=True)
-    learning = Objective(held, objective.learning)
+        if isinstance(whole.activation, TopK):
+            held.activation = GroupTopK(whole.config, rows, group)
+        learning = Objective(held, objective.learning)
     learning.shard = GroupShard(rank * rows, group)
     return learning
 
@@ -157,14 +153,33 @@ class LatentParallel(Layout):
         """Latent groups."""
         return self.world.size // self.latent
 
+    def check(self, config: DictionaryConfig) -> None:
+        """What several groups of latents hold is not cut. Raises GranaryError for those too."""
+        super().check(config)
+        if config.num_groups > 1:
+            raise GranaryError(
+                f"parallel=latent splits one group of latents, a {config.kind} has {config.num_groups}: use ddp or fsdp"
+            )
+
     def num_latents(self, d_latent: int) -> int:
         """An equal share of them. Raises GranaryError when there is none."""
         return latents_of_part(d_latent, self.latent)
 
-    def distribute(self, objective: Objective) -> Objective:
-        """Keep the rank's own latents."""
+    def distribute(self, objective: Objective, *, has_values: bool = True) -> Objective:
+        """The rank's own latents: no other rank than the first has more at any time."""
         self._roles = objective.dictionary.roles()
-        return shard(super().distribute(objective), self.latent_rank, self.latent_group)
+        own = shard(objective, self.latent_rank, self.latent_group)
+        on_device(own, self.world.device)
+        if has_values:
+            parts = own.dictionary.state_dict()
+            for name, whole in objective.dictionary.state_dict().items():
+                if self.is_whole(name):
+                    if self.world.is_main:
+                        parts[name].copy_(whole)
+                    dist.broadcast(parts[name], src=0)
+                else:
+                    scatter_rows(whole, parts[name], self.latent)
+        return own
 
     def is_whole(self, name: str) -> bool:
         """Whether every rank holds all of a tensor: of the dictionary by its name, else by what it belongs to.

@@ -12,13 +12,14 @@ from omegaconf.errors import OmegaConfBaseException
 
 import stage_eval.config
 import stage_harvest.config
+import stage_inspect.config
 import stage_trace.config
 import stage_train.config
 from shared.launch.config_errors import describe_config_error
 from shared.launch.overrides import expand_shorthands
 
 CONF = Path(__file__).resolve().parents[3] / "conf"
-STAGES = ("harvest", "train", "eval", "trace")
+STAGES = ("harvest", "train", "eval", "inspect", "trace")
 GLOBAL_GROUPS = ("experiment", "debug")
 
 
@@ -52,6 +53,7 @@ def _hydra() -> Iterator[None]:
     stage_harvest.config.register()
     stage_train.config.register()
     stage_eval.config.register()
+    stage_inspect.config.register()
     stage_trace.config.register()
     with initialize_config_module("conf", version_base="1.3"):
         yield
@@ -78,7 +80,7 @@ def test_every_option_composes(stage: str, group: str, name: str) -> None:
     compose(stage, overrides=[f"{group}={name}"])
 
 
-WHOLE_NUMBER = {"harvest": "seed", "train": "seed", "eval": "seed", "trace": "batch"}
+WHOLE_NUMBER = {"harvest": "seed", "train": "seed", "eval": "seed", "inspect": "seed", "trace": "batch"}
 
 
 @pytest.mark.parametrize("stage", STAGES)

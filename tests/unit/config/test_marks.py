@@ -40,9 +40,9 @@ def of(*starts: str) -> set[str]:
 
 def test_what_may_change_between_the_parts_of_a_run() -> None:
     free = of(
-        "name", "run_dir", "sae_name", "out_dir", "nproc", "packed", "store.url", "store.others", "checkpoint",
-        "logger", "device", "compute.kernels", "parallel", "optim.micro_batch", "stream.prefetch_gib",
-        "stream.io_threads", "stream.buffer", "stream.on_damage",
+        "name", "run_dir", "sae_name", "out_dir", "nproc", "packed", "at_layer", "store.url", "store.others",
+        "store.beside", "checkpoint", "logger", "device", "compute.kernels", "parallel", "optim.micro_batch",
+        "stream.prefetch_gib", "stream.io_threads", "stream.buffer", "stream.on_damage",
     )  # fmt: skip
     assert free == FREE
 

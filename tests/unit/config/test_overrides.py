@@ -7,6 +7,7 @@ from hydra import compose
 
 import stage_eval.config
 import stage_harvest.config
+import stage_inspect.config
 from shared.basics.config import marks
 from shared.basics.errors import GranaryError
 from shared.basics.numbers import parse_count
@@ -24,6 +25,7 @@ from stage_train.config import TrainSchema
 def _all_stages(train_configs: None) -> None:
     stage_harvest.config.register()
     stage_eval.config.register()
+    stage_inspect.config.register()
 
 
 @pytest.mark.parametrize(
@@ -57,7 +59,7 @@ def test_groups_take_the_value_of_their_key() -> None:
     assert expand_shorthands(["device=cpu", "device=auto"]) == ["device.name=cpu", "device=auto"]
 
 
-@pytest.mark.parametrize("stage", ["harvest", "train", "eval"])
+@pytest.mark.parametrize("stage", ["harvest", "train", "eval", "inspect"])
 @pytest.mark.parametrize("key", ["nosuchkey", "device.nosuchkey"])
 def test_a_key_put_in_by_force_is_unknown_all_the_same(stage: str, key: str) -> None:
     for plus in ("+", "++"):

@@ -210,3 +210,25 @@ def test_gradients_flow_through_checkpointed_layers() -> None:
             loss = model(prompt(), labels=prompt(), use_cache=False).loss
             gradients.append(torch.autograd.grad(loss, weight)[0])
     torch.testing.assert_close(gradients[1], gradients[0])
+
+
+@torch.no_grad()
+def test_every_mlp_replaced_by_itself_in_one_splice(model: LlamaForCausalLM) -> None:
+    """What is written at a layer is made from the reads that are there: later ones are zeros until they are."""
+    layers = range(3)
+    reads, writes = ([HookPoint(layer, site) for layer in layers] for site in ("mlp_in", "mlp_out"))
+
+    def true_mlps(x_BTD: Tensor) -> Tensor:
+        parts = x_BTD.split(D, dim=-1)
+        return torch.cat([mlp(model, layer).forward(part) for layer, part in zip(layers, parts, strict=True)], dim=-1)
+
+    clean = model(prompt()).logits
+    with splice_through(model, reads, writes, true_mlps, read_widths=[D] * 3):
+        assert torch.equal(model(prompt()).logits, clean)
+    with splice_through(model, reads, writes, torch.zeros_like, adds=True, read_widths=[D] * 3):
+        assert torch.equal(model(prompt()).logits, clean)
+    with (
+        pytest.raises(GranaryError, match=r"layers\.1\.mlp_in is computed after layers\.0\.mlp_out"),
+        splice_through(model, reads, writes, true_mlps),
+    ):
+        model(prompt())

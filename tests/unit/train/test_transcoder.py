@@ -5,7 +5,7 @@ import torch
 
 from shared.basics.errors import GranaryError
 from shared.basics.metrics_file import read_metrics
-from shared.sae import Transcoder, load
+from shared.sae import SkipTranscoder, Transcoder, load
 from shared.sae.folder import describe
 from shared.sae.sites import Sites
 from shared.store import Store
@@ -68,7 +68,7 @@ def test_on_one_site_it_is_the_sae(runs: Runs) -> None:
 
 
 def test_wrong_words_are_one_line(runs: Runs) -> None:
-    with pytest.raises(GranaryError, match=r"variant\.kind=transcodr: choose from sae, transcoder"):
+    with pytest.raises(GranaryError, match=r"variant\.kind=transcodr: choose from sae, transcoder, skip_transcoder"):
         runs("bad", "variant.kind=transcodr")
     with pytest.raises(GranaryError, match="unknown keys skipp"):
         runs("bad", "+variant.skipp=true")
@@ -78,3 +78,16 @@ def test_wrong_words_are_one_line(runs: Runs) -> None:
         GranaryError, match=r"an SAE reads one site and gives it back, not .*: use variant=transcoder for two places"
     ):
         runs("bad", "variant=sae")
+
+
+def test_with_a_skip(runs: Runs) -> None:
+    """What is written here is what is read, all linear. The run says where it began; continued it is the same."""
+    words = ("variant=skip_transcoder", "variant.skip_init=ridge", "schedule.tokens=1_000")
+    out = runs("skip", *words)
+    made = load(out)
+    assert isinstance(made, SkipTranscoder)
+    assert made.W_skip.any()
+    assert describe(out).training["skip_init"] == "ridge"
+    assert read_metrics(out)[-1]["fvu"] < 0.05
+    runs.stopped("skip-broken", *words, step=30)
+    assert_same_run(out, runs("skip-broken", *words))

@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from shared.sae.groups import draw_in_blocks, random_unit_rows
+from shared.sae.learn import init
 from shared.sae.learn.activations import TopKRule
 from shared.sae.learn.init import grid_search, into_subspace
 from tests.learning import LearningSAE
@@ -112,3 +114,29 @@ def test_layer_norm_may_reconstruct_raw_activations():
     losses = sae.losses(5 * x)
     error = (sae(5 * x).x_hat - 5 * x).square().sum(1).mean()
     torch.testing.assert_close(losses.reconstruction, error / sae.input_variance.sum())
+
+
+@pytest.mark.parametrize("shape", [(10_000, 16), (8_195, 7), (4_097, 33)])
+def test_rows_drawn_in_blocks_are_those_drawn_at_once(shape):
+    whole, blocks = torch.empty(shape), torch.empty(shape)
+    random_unit_rows(whole, torch.Generator().manual_seed(3))
+    draw_in_blocks(blocks, torch.Generator().manual_seed(3))
+    assert torch.equal(whole, blocks)
+
+
+@pytest.mark.parametrize(("activation", "penalty"), [("relu", "l1"), ("jumprelu", "l0")])
+def test_a_start_in_parts_is_the_start(monkeypatch, activation, penalty):
+    """Of activations that let half of all latents fire: only so many pairs are in memory at a time."""
+    x = torch.randn(64, 8, generator=torch.Generator().manual_seed(0))
+
+    def started():
+        generator = torch.Generator().manual_seed(1)
+        fields = {"d_model": 8, "d_latent": 32, "k": None, "activation": activation, "penalty": penalty}
+        sae = LearningSAE(**fields, penalty_weight=0.1, generator=generator)
+        sae.initialise(None, x)
+        return sae.state_dict()
+
+    whole = started()
+    monkeypatch.setattr(init, "SEARCH_PAIRS", 32 * 10)
+    for name, tensor in started().items():
+        torch.testing.assert_close(tensor, whole[name], rtol=1e-6, atol=1e-7)

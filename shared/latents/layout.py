@@ -1,0 +1,102 @@
+"""Format 3: which arrays a latents folder holds, their types and axes. `docs/latents.md` tells what they mean.
+
+Axes: F latents, N example records, A active positions beside a record's peak, R windows, P pool windows, V vocabulary,
+B its bytes. The first axis is the one that is read by ranges; the others are written whole.
+"""
+
+from dataclasses import dataclass
+
+FORMAT_VERSION = 1
+META = "meta.json"
+NOTES = "notes.sqlite"
+
+BINS = 64  # of the histogram of activations
+BINS_PER_OCTAVE = 3
+LOGIT_BINS = 50  # of the histogram of logit weights
+TOKENS = 16  # tokens listed per latent, of those it fires on and of those that follow
+NEAREST = 20  # latents listed as near or as firing together
+LOGITS = 20  # vocabulary entries listed at each end
+NONE = -1  # index of a list's slot that is empty
+
+# What the small columns are read and written in: all rows of most tables in one request.
+COLUMN_ROWS = 1 << 16
+
+
+@dataclass(frozen=True, slots=True)
+class ArraySpec:
+    """One array: its type as Zarr names it, its axes, and the rows that are compressed together."""
+
+    dtype: str
+    axes: tuple[str, ...]
+    """Names of the axes; those behind the first are keys of ``meta.json``'s ``axes`` or numbers."""
+    chunk_rows: int
+
+    def row_shape(self, sizes: dict[str, int]) -> tuple[int, ...]:
+        """Shape of one row where the named axes have these sizes."""
+        return tuple(int(axis) if axis.isdigit() else sizes[axis] for axis in self.axes[1:])
+
+
+def _column(dtype: str, axis: str = "F") -> ArraySpec:
+    return ArraySpec(dtype, (axis,), COLUMN_ROWS)
+
+
+def _rows(dtype: str, width: str | int, rows: int = 256, axis: str = "F") -> ArraySpec:
+    return ArraySpec(dtype, (axis, str(width)), rows)
+
+
+COUNTS = ("fired", "windows", "contexts", "documents", "fired_train", "fired_heldout")
+SUMS = ("sum1", "sum2", "sum3", "sum4")
+WEIGHTS = ("encoder_norm", "decoder_norm", "encoder_decoder_cosine", "bias", "map_x", "map_y")
+LOGIT_MOMENTS = ("logit_mean", "logit_sd", "logit_skew", "logit_kurtosis", "logit_low", "logit_high")
+
+ARRAYS: dict[str, ArraySpec] = {
+    **{f"table/{name}": _column("uint64") for name in COUNTS},
+    **{f"table/{name}": _column("float64") for name in SUMS},
+    "table/max": _column("float32"),
+    **{f"table/{name}": _column("float32") for name in (*WEIGHTS, *LOGIT_MOMENTS)},
+    "histogram": _rows("uint64", BINS, 64),
+    "positions": _rows("uint64", "positions"),
+    "tokens/sampled": _column("uint32"),
+    "tokens/firing": _rows("int32", TOKENS),
+    "tokens/firing_count": _rows("uint32", TOKENS),
+    "tokens/next": _rows("int32", TOKENS),
+    "tokens/next_count": _rows("uint32", TOKENS),
+    "neighbours/latent": _rows("int32", NEAREST),
+    "neighbours/cosine": _rows("float32", NEAREST),
+    "together/fired": _column("uint32"),
+    "together/jaccard_latent": _rows("int32", NEAREST),
+    "together/jaccard": _rows("float32", NEAREST),
+    "together/jaccard_count": _rows("uint32", NEAREST),
+    "together/npmi_latent": _rows("int32", NEAREST),
+    "together/npmi": _rows("float32", NEAREST),
+    "together/npmi_count": _rows("uint32", NEAREST),
+    "together/pearson_latent": _rows("int32", NEAREST),
+    "together/pearson": _rows("float32", NEAREST),
+    "logits/top": _rows("int32", LOGITS),
+    "logits/top_value": _rows("float32", LOGITS),
+    "logits/bottom": _rows("int32", LOGITS),
+    "logits/bottom_value": _rows("float32", LOGITS),
+    "logits/histogram": _rows("uint32", LOGIT_BINS),
+    "examples/offsets": _column("uint64", "F+1"),
+    "examples/top": _column("uint16"),
+    "examples/active_offsets": _column("uint64", "F+1"),
+    "examples/window": ArraySpec("uint32", ("N",), 4096),
+    "examples/position": ArraySpec("uint16", ("N",), 4096),
+    "examples/value": ArraySpec("float32", ("N",), 4096),
+    "examples/active": ArraySpec("uint8", ("N",), 4096),
+    "active/offset": ArraySpec("int8", ("A",), 16384),
+    "active/share": ArraySpec("float16", ("A",), 16384),
+    "windows/start": ArraySpec("uint64", ("R",), COLUMN_ROWS),
+    "windows/segment": ArraySpec("int32", ("R",), COLUMN_ROWS),
+    "windows/tokens": _rows("int32", "window", 64, "R"),
+    "silent/window": _column("uint32", "P"),
+    "silent/offsets": _column("uint64", "F+1"),
+    "silent/fired": ArraySpec("uint16", ("fired in the pool",), COLUMN_ROWS),
+    "vocabulary/offsets": _column("uint32", "V+1"),
+    "vocabulary/special": _column("bool", "V"),
+    "vocabulary/bytes": _column("uint8", "B"),
+}
+# Present where the folder was made with a language model's head, or a tokenizer.
+OPTIONAL = frozenset(
+    name for name in ARRAYS if name.startswith(("logits/", "table/logit_", "vocabulary/", "neighbours/"))
+) | {f"table/{name}" for name in WEIGHTS}

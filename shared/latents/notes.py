@@ -1,0 +1,316 @@
+"""``notes.sqlite``: explanations, scores, notes, labels, lists, and the search over them.
+
+A file on this machine is opened for writing when something is written first; one at a URL is read from a copy.
+"""
+
+import json
+import sqlite3
+import tempfile
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from shared.basics.errors import GranaryError
+from shared.latents.layout import NOTES
+from shared.store.io.base import ObjectIO
+from shared.store.io.local import LocalIO
+
+VERSION = 1
+SHORTEST = 3  # letters of a term that the trigram index can find
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """What someone says a latent does."""
+
+    id: int
+    latent: int
+    text: str
+    method: str
+    """How it was found: ``rule``, ``person``, the name of a prompt ..."""
+    author: str
+    """A language model's name, or a person's."""
+    created: str
+    details: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """How well an explanation holds; value None where that could not be computed."""
+
+    explanation: int
+    scorer: str
+    value: float | None
+    low: float | None
+    high: float | None
+    created: str
+    details: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A hit of a search."""
+
+    latent: int
+    text: str
+    kind: str
+    """``explanation`` or ``note``."""
+
+
+class Notes:
+    """The notes of one latents folder. Safe to use from several threads; each call is a transaction."""
+
+    def __init__(self, path: Path, *, writable: bool) -> None:
+        self.path, self.writable = path, writable
+        self._local = threading.local()
+
+    @classmethod
+    def open(cls, io: ObjectIO) -> "Notes":
+        """Those of a folder; where it has none yet, they are empty."""
+        if isinstance(io, LocalIO):
+            return cls(io.root / NOTES, writable=True)
+        copy = Path(tempfile.mkdtemp(prefix="granary-notes-")) / NOTES
+        if io.size(NOTES) is not None:
+            copy.write_bytes(io.get(NOTES))
+        return cls(copy, writable=False)
+
+    # Explanations and scores
+
+    def add_explanation(
+        self, latent: int, text: str, *, method: str, author: str, details: dict[str, Any] | None = None
+    ) -> int:
+        """Add one and return its id."""
+        return self.add_explanations([(latent, text, method, author, details or {})])[0]
+
+    def add_explanations(self, rows: Sequence[tuple[int, str, str, str, dict[str, Any]]]) -> list[int]:
+        """Add many of (latent, text, method, author, details) at once; returns their ids."""
+        time = now()
+        added = []
+        with self._writing() as db:
+            for latent, text, method, author, details in rows:
+                number = db.execute(
+                    "INSERT INTO explanation(latent, text, method, author, created, details) VALUES (?, ?, ?, ?, ?, ?)",
+                    (latent, text, method, author, time, json.dumps(details)),
+                ).lastrowid
+                assert number is not None
+                _index(db, 2 * number, "explanation", latent, text)
+                added.append(number)
+        return added
+
+    def remove_explanation(self, explanation: int) -> None:
+        """Remove one with its scores."""
+        with self._writing() as db:
+            db.execute("DELETE FROM explanation WHERE id = ?", (explanation,))
+            _index(db, 2 * explanation, "explanation", 0, "")
+
+    def explanations(self, latent: int | None = None) -> list[Explanation]:
+        """Those of a latent, or all; the oldest first."""
+        where, values = ("WHERE latent = ?", (latent,)) if latent is not None else ("", ())
+        rows = self._read(f"SELECT id, latent, text, method, author, created, details FROM explanation {where}", values)
+        return [Explanation(*row[:-1], json.loads(row[-1])) for row in rows]
+
+    def add_score(
+        self,
+        explanation: int,
+        scorer: str,
+        value: float | None,
+        low: float | None = None,
+        high: float | None = None,
+        details: dict[str, Any] | None = None,
+    ) -> None:
+        """Add a score of an explanation, with the ends of its 95 % interval."""
+        columns = "explanation, scorer, value, low, high, created, details"
+        values = (explanation, scorer, value, low, high, now(), json.dumps(details or {}))
+        with self._writing() as db:
+            db.execute(f"INSERT INTO score({columns}) VALUES (?, ?, ?, ?, ?, ?, ?)", values)
+
+    def scores(self, explanation: int) -> list[Score]:
+        """Scores of an explanation; the oldest first."""
+        columns = "explanation, scorer, value, low, high, created, details"
+        rows = self._read(f"SELECT {columns} FROM score WHERE explanation = ? ORDER BY id", (explanation,))
+        return [Score(*row[:-1], json.loads(row[-1])) for row in rows]
+
+    # What a person writes
+
+    def note(self, latent: int) -> str:
+        """The note on a latent, empty where there is none."""
+        rows = self._read("SELECT text FROM note WHERE latent = ?", (latent,))
+        return str(rows[0][0]) if rows else ""
+
+    def set_note(self, latent: int, text: str) -> None:
+        """Write the note on a latent; an empty text removes it."""
+        with self._writing() as db:
+            db.execute("DELETE FROM note WHERE latent = ?", (latent,))
+            if text:
+                db.execute("INSERT INTO note VALUES (?, ?, ?)", (latent, text, now()))
+            _index(db, 2 * latent + 1, "note", latent, text)
+
+    def labels(self, latent: int | None = None) -> dict[int, list[str]]:
+        """Labels by latent, of one or of all that have some."""
+        where, values = ("WHERE latent = ?", (latent,)) if latent is not None else ("", ())
+        found: dict[int, list[str]] = {}
+        for number, label in self._read(f"SELECT latent, label FROM label {where} ORDER BY latent, label", values):
+            found.setdefault(number, []).append(label)
+        return found
+
+    def set_labels(self, latent: int, labels: Sequence[str]) -> None:
+        """Replace the labels of a latent."""
+        with self._writing() as db:
+            db.execute("DELETE FROM label WHERE latent = ?", (latent,))
+            db.executemany("INSERT OR IGNORE INTO label VALUES (?, ?)", [(latent, label) for label in labels])
+
+    def lists(self) -> dict[str, list[int]]:
+        """Latents of every list, in their order."""
+        found: dict[str, list[int]] = {name: [] for (name,) in self._read("SELECT name FROM list ORDER BY name")}
+        for name, latent in self._read("SELECT list, latent FROM list_member ORDER BY list, place"):
+            found[name].append(latent)
+        return found
+
+    def set_list(self, name: str, latents: Sequence[int] | None) -> None:
+        """Make a list of these latents, or remove it (None)."""
+        with self._writing() as db:
+            if latents is None:
+                db.execute("DELETE FROM list WHERE name = ?", (name,))
+                return
+            db.execute("INSERT OR IGNORE INTO list VALUES (?, ?)", (name, now()))
+            db.execute("DELETE FROM list_member WHERE list = ?", (name,))
+            rows = [(name, latent, place) for place, latent in enumerate(dict.fromkeys(latents))]
+            db.executemany("INSERT INTO list_member VALUES (?, ?, ?)", rows)
+
+    # Concepts and answers
+
+    def add_concept(self, name: str, definition: str, result: dict[str, Any]) -> None:
+        """Keep the result of a search for a concept's latents."""
+        with self._writing() as db:
+            db.execute(
+                "INSERT INTO concept(name, definition, created, result) VALUES (?, ?, ?, ?)",
+                (name, definition, now(), json.dumps(result)),
+            )
+
+    def concepts(self) -> list[dict[str, Any]]:
+        """Results of all searches for concepts, the newest first: name, definition, created, result."""
+        rows = self._read("SELECT name, definition, created, result FROM concept ORDER BY id DESC")
+        return [
+            {"name": name, "definition": definition, "created": created, "result": json.loads(result)}
+            for name, definition, created, result in rows
+        ]
+
+    def answer(self, request: str) -> str | None:
+        """A language model's answer to the request of this SHA-256, if it was given."""
+        rows = self._read("SELECT answer FROM answer WHERE request = ?", (request,))
+        return str(rows[0][0]) if rows else None
+
+    def keep_answer(self, request: str, answer: str) -> None:
+        """Remember an answer under its request's SHA-256."""
+        with self._writing() as db:
+            db.execute("INSERT OR REPLACE INTO answer VALUES (?, ?, ?)", (request, answer, now()))
+
+    # Search
+
+    def search(self, text: str, limit: int = 100) -> list[Found]:
+        """Explanations and notes that hold every word of `text`, best first; a word is any run of letters in them."""
+        where, values = conditions(text)
+        if not where:
+            return []
+        order = "ORDER BY rank" if "MATCH" in where else ""
+        query = f"SELECT latent, text, kind FROM search WHERE {where} {order} LIMIT ?"
+        return [Found(*row) for row in self._read(query, (*values, limit))]
+
+    def matching(self, text: str) -> list[int]:
+        """All latents that `search` would find, in any order; much faster, for it reads the index alone."""
+        where, values = conditions(text)
+        if not where:
+            return []
+        # As the triggers number the rows: notes are odd, explanations even.
+        latent = (
+            "CASE rowid % 2 WHEN 1 THEN rowid / 2 ELSE (SELECT latent FROM explanation WHERE id = search.rowid / 2) END"
+        )
+        return list(dict.fromkeys(row[0] for row in self._read(f"SELECT {latent} FROM search WHERE {where}", values)))
+
+    # The file
+
+    def _read(self, query: str, values: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
+        db = self._connection()
+        return [] if db is None else db.execute(query, values).fetchall()
+
+    @contextmanager
+    def _writing(self) -> Iterator[sqlite3.Connection]:
+        if not self.writable:
+            raise GranaryError("notes at a URL can't be changed: copy the latents folder to this machine first")
+        if not self.path.exists():
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._create()
+        db = self._connection()
+        assert db is not None
+        with db:
+            db.execute("BEGIN IMMEDIATE")
+            yield db
+
+    def _create(self) -> None:
+        db = sqlite3.connect(self.path, timeout=30)
+        try:
+            with db:
+                db.execute("BEGIN EXCLUSIVE")  # two processes may both want to be first
+                if not db.execute("PRAGMA user_version").fetchone()[0]:
+                    for statement in statements():
+                        db.execute(statement)
+        finally:
+            db.close()
+
+    def _connection(self) -> sqlite3.Connection | None:
+        """This thread's connection; None where there is no file yet."""
+        db: sqlite3.Connection | None = getattr(self._local, "db", None)
+        if db is not None or not self.path.exists():
+            return db
+        try:
+            db = sqlite3.connect(self.path, timeout=30, isolation_level=None)
+            version = db.execute("PRAGMA user_version").fetchone()[0]
+        except sqlite3.DatabaseError as error:
+            raise GranaryError(f"{self.path} can't be read ({error}): move it away, or restore it") from None
+        if version != VERSION:
+            raise GranaryError(f"{self.path} has version {version} of the notes, this Granary reads {VERSION}")
+        db.execute("PRAGMA foreign_keys = ON")
+        db.execute("PRAGMA trusted_schema = OFF")  # the file may come from a stranger
+        self._local.db = db
+        return db
+
+
+def _index(db: sqlite3.Connection, row: int, kind: str, latent: int, text: str) -> None:
+    """Make `text` what the search finds in this row; empty: nothing."""
+    db.execute("DELETE FROM search WHERE rowid = ?", (row,))
+    if text:
+        db.execute("INSERT INTO search(rowid, text, kind, latent) VALUES (?, ?, ?, ?)", (row, text, kind, latent))
+
+
+def conditions(text: str) -> tuple[str, list[str]]:
+    """(SQL, its values) for rows of the search that hold every word of `text`; empty where it has none."""
+    words = text.split()
+    long = [word for word in words if len(word) >= SHORTEST]
+    found = ["search MATCH ?"] if long else []
+    values = [" ".join('"' + word.replace('"', '""') + '"' for word in long)] if long else []
+    for word in words:
+        if len(word) < SHORTEST:
+            found.append("text LIKE ? ESCAPE '\\'")
+            values.append("%" + word.replace("\\", "\\\\").replace("%", "\\%").replace("_", "\\_") + "%")
+    return " AND ".join(found), values
+
+
+def statements() -> list[str]:
+    """The statements that make an empty file."""
+    found, pending = [], ""
+    for line in (files("shared.latents") / "notes.sql").read_text(encoding="utf-8").splitlines(keepends=True):
+        pending += line
+        if sqlite3.complete_statement(pending):
+            found.append(pending)
+            pending = ""
+    return found
+
+
+def now() -> str:
+    """The time, as the notes write it."""
+    return datetime.now(UTC).isoformat(timespec="seconds")

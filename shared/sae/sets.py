@@ -1,0 +1,42 @@
+"""Sets of dictionaries that together stand in for one kind of place at every layer, such as a transcoder per MLP."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from shared.basics.errors import GranaryError
+from shared.basics.numbers import natural_key
+from shared.lm.hookpoint import HookPoint
+from shared.sae.folder import is_own
+from shared.sae.loading import load
+from shared.sae.variants import Dictionary
+
+
+def load_set(where: str | Path | Sequence[str | Path], *, device: str | torch.device = "cpu") -> dict[int, Dictionary]:
+    """Dictionaries by the layer that they write, ascending: of a folder with one per layer in it, or a list of them.
+
+    What counts is the site that each records, not how its folder is called; layers may be missing. Raises GranaryError
+    for a folder without dictionaries, one that does not record a single written site, and a layer that has two.
+    """
+    folders = folders_of(where) if isinstance(where, str | Path) else list(where)
+    if not folders:
+        raise GranaryError(f"no dictionary in {where}: give the folder that holds one per layer, or a list of folders")
+    found: dict[int, tuple[str | Path, Dictionary]] = {}
+    for folder in folders:
+        one = load(folder, device=device)
+        if one.sites is None or len(one.sites.writes) != 1:
+            raise GranaryError(f"{folder} does not record the one site that it writes, so it has no layer in a set")
+        layer = HookPoint.parse(one.sites.writes[0]).layer
+        if layer in found:
+            raise GranaryError(f"{found[layer][0]} and {folder} both write layer {layer}: a set has one per layer")
+        found[layer] = folder, one
+    return {layer: found[layer][1] for layer in sorted(found)}
+
+
+def folders_of(where: str | Path) -> list[Path]:
+    """The dictionary folders directly in `where`, or itself where it is one."""
+    if is_own(Path(where)):
+        return [Path(where)]
+    inside = Path(where).iterdir() if Path(where).is_dir() else ()
+    return sorted((folder for folder in inside if is_own(folder)), key=lambda folder: natural_key(folder.name))

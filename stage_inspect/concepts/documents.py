@@ -1,0 +1,73 @@
+"""Documents of the store as text, put together again over the contexts that they were cut at.
+
+Only tokens are read, which a store has of all its contexts, so a document is whole also where its activations are not
+asked for. Special tokens have no text.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from shared.latents.vocabulary import Vocabulary
+from shared.store import Store
+from stage_inspect.scan.pairs import Ints
+
+REACH = 64  # contexts that a document is followed over, on each side
+
+
+@dataclass(frozen=True)
+class Document:
+    """Text with the place of each token in it."""
+
+    text: str
+    """Bytes that are no text are one replacement character each."""
+    tokens: Ints
+    places: Ints
+    """Of each token in the whole store: context * T + position."""
+    starts: Ints
+    """Where each token begins in the text, and where the last one ends: [tokens + 1]. A token that begins within a
+    character begins where that does."""
+
+
+def documents(store: Store, contexts: Ints, vocabulary: Vocabulary) -> Iterator[Document]:
+    """Every document that has a token in `contexts`, which are ascending neighbours."""
+    packing = store.plan.provenance.get("packing", {})
+    goes_on = packing.get("long_documents") == "split" and packing.get("mode") != "separate"
+    first, last = int(contexts[0]), int(contexts[-1])
+    low = max(0, first - REACH) if goes_on else first
+    high = min(store.num_contexts, last + 1 + REACH) if goes_on else last + 1
+    rows = np.arange(low, high)
+    tokens_BT, segments_BT = store.tokens(rows), store.segments(rows)
+    T = store.seq_len
+    flat, segment = tokens_BT.reshape(-1), segments_BT.reshape(-1)
+    begins = np.diff(segment, prepend=segment[0] - 1) != 0
+    begins[::T] = True
+    if goes_on:
+        begins[T::T] = segment[T - 1 : -1 : T] < 0
+    cuts = np.append(np.flatnonzero(begins), len(flat))
+    for start, stop in zip(cuts[:-1].tolist(), cuts[1:].tolist(), strict=True):
+        is_wanted = stop > (first - low) * T and start < (last + 1 - low) * T
+        if is_wanted and segment[start] >= 0:
+            yield document(flat[start:stop].astype(np.int64), np.arange(start, stop) + low * T, vocabulary)
+
+
+def document(tokens: Ints, places: Ints, vocabulary: Vocabulary) -> Document:
+    """One document of these tokens."""
+    parts = [b"" if is_special(vocabulary, token) else vocabulary.bytes_of(token) for token in tokens.tolist()]
+    data = b"".join(parts)
+    text = data.decode("utf-8", errors="replace")
+    ends = np.append(0, np.cumsum([len(part) for part in parts]))
+    if len(text) == len(data):
+        return Document(text, tokens, places, ends)
+    # Characters before each byte; a broken byte may be one replacement character of its own or share one.
+    lengths = [len(letter.encode()) if letter != "\ufffd" else 1 for letter in text]
+    if sum(lengths) != len(data):
+        text = data.decode("latin-1")
+        return Document(text, tokens, places, ends)
+    return Document(text, tokens, places, np.searchsorted(np.cumsum(lengths), ends, side="right"))
+
+
+def is_special(vocabulary: Vocabulary, token: int) -> bool:
+    """Whether a token has no text."""
+    return not 0 <= token < len(vocabulary) or bool(vocabulary.special[token])

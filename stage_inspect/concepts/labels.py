@@ -1,0 +1,81 @@
+"""Concepts as a user gives them, and the tokens that are examples of them."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from shared.basics.errors import GranaryError
+from shared.latents.vocabulary import Vocabulary
+from stage_inspect.concepts import python
+from stage_inspect.concepts.documents import Document
+
+Marks = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Concepts:
+    """What is looked for: concepts of Python, regular expressions, sets of tokens, each under its name."""
+
+    python: tuple[str, ...] = ()
+    regex: dict[str, re.Pattern[str]] = field(default_factory=dict)
+    tokens: dict[str, frozenset[int]] = field(default_factory=dict)
+
+    @property
+    def names(self) -> list[str]:
+        """In the order of the rows that `mark` gives."""
+        return [*self.python, *self.regex, *self.tokens]
+
+    @property
+    def definitions(self) -> dict[str, str]:
+        """How each was given."""
+        return (
+            {name: f"python: {python.CONCEPTS[name]}" for name in self.python}
+            | {name: f"regex: {pattern.pattern}" for name, pattern in self.regex.items()}
+            | {name: f"tokens: {sorted(ids)}" for name, ids in self.tokens.items()}
+        )
+
+    def mark(self, document: Document) -> Marks:
+        """[concepts, tokens]: a token is an example where it shares a character with a span."""
+        spans = python.spans(document.text) if self.python else {}
+        rows = [touched(document, spans[name]) for name in self.python]
+        matches = [[found.span() for found in pattern.finditer(document.text)] for pattern in self.regex.values()]
+        rows += [touched(document, one) for one in matches]
+        rows += [np.isin(document.tokens, sorted(ids)) for ids in self.tokens.values()]
+        return np.array(rows).reshape(len(self.names), len(document.places))
+
+
+def touched(document: Document, spans: Sequence[python.Span]) -> Marks:
+    """Tokens that share a character with one of the spans."""
+    inside = np.zeros(len(document.text) + 1, np.int64)
+    for start, stop in spans:
+        inside[start] += 1
+        inside[stop] -= 1
+    before = np.append(0, np.cumsum(np.cumsum(inside)[:-1] > 0))  # marked characters before each character
+    return before[document.starts[1:]] > before[document.starts[:-1]]
+
+
+def parse(names: Sequence[str], regexes: Sequence[str], tokens: Sequence[str], vocabulary: Vocabulary) -> Concepts:
+    """Concepts from a command line; raises GranaryError for a name, expression or token that there is not."""
+    chosen = list(python.CONCEPTS) if "all" in names else list(names)
+    for name in chosen:
+        if name not in python.CONCEPTS:
+            raise GranaryError(f"{name!r} is no concept of Python here: choose from all, {', '.join(python.CONCEPTS)}")
+    patterns = {}
+    for text in regexes:
+        try:
+            patterns[f"/{text}/"] = re.compile(text, re.MULTILINE)
+        except re.error as error:
+            raise GranaryError(f"{text!r} is no regular expression: {error}") from None
+    sets = {}
+    for text in tokens:
+        ids = vocabulary.find(text)
+        if not ids:
+            raise GranaryError(f"{text!r} is no token of the vocabulary: give --regex for a text of several tokens")
+        sets[f"token {text}"] = frozenset(ids)
+    concepts = Concepts(tuple(chosen), patterns, sets)
+    if not concepts.names:
+        raise GranaryError("say what to look for: --python all, --regex 'self', --token def")
+    return concepts

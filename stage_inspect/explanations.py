@@ -1,0 +1,72 @@
+"""Take in explanations that Neuronpedia exports: ``granary inspect import runs/demo explanations/*.jsonl.gz``."""
+
+import argparse
+import gzip
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from shared.basics.errors import GranaryError
+from shared.launch.commands import program
+from shared.launch.stage import fail
+from stage_inspect.find import latents_url
+
+Row = tuple[int, str, str, str, dict[str, Any]]
+GZIP = b"\x1f\x8b"
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Import; a wrong input is one line on stderr and status 2, and nothing is taken."""
+    parser = argparse.ArgumentParser(prog=f"{program('inspect')} import", description=__doc__)
+    parser.add_argument("run", metavar="RUN", help="a run's folder, or a latents folder")
+    parser.add_argument("files", metavar="FILE", nargs="+", type=Path, help="JSON lines, or a JSON list; also gzipped")
+    arguments = parser.parse_args(argv)
+    try:
+        count = take(arguments.run, arguments.files)
+    except GranaryError as error:
+        fail(str(error))
+    print(f"{count} explanations taken")  # noqa: T201
+
+
+def take(run: str, paths: list[Path]) -> int:
+    """Add the explanations of all files, those that are there already left out; returns how many were added."""
+    from shared.latents.folder import Latents
+
+    latents = Latents.open(latents_url(run))
+    there = {(one.latent, one.text, one.method, one.author) for one in latents.notes.explanations()}
+    rows = [row for path in paths for row in read(path, latents.num_latents)]
+    new = {row[:4]: row for row in rows if row[:4] not in there}
+    latents.notes.add_explanations(list(new.values()))
+    return len(new)
+
+
+def read(path: Path, num_latents: int) -> Iterator[Row]:
+    """Explanations of a file; raises GranaryError, naming the line, for one that is none."""
+    try:
+        data = path.read_bytes()
+        text = (gzip.decompress(data) if data.startswith(GZIP) else data).decode()
+        records = (
+            json.loads(text) if text.lstrip().startswith("[") else map(json.loads, filter(None, text.splitlines()))
+        )
+        for number, record in enumerate(records, 1):
+            yield row(record, f"{path}, explanation {number}", num_latents)
+    except (OSError, EOFError, ValueError) as error:
+        raise GranaryError(f"{path} can't be read as explanations: {error}") from None
+
+
+def row(record: Any, where: str, num_latents: int) -> Row:
+    """One explanation as the notes keep it."""
+    try:
+        latent, text = int(record["index"]), str(record["description"]).strip()
+    except (KeyError, TypeError, ValueError):
+        raise GranaryError(f"{where} has no index and description") from None
+    if not 0 <= latent < num_latents or not text:
+        raise GranaryError(f"{where} is of latent {latent}, or empty: there are {num_latents} latents")
+    kept = {name: record[name] for name in ("id", "modelId", "layer") if isinstance(record.get(name), str)}
+    method, author = (str(record.get(name) or "unknown") for name in ("typeName", "explanationModelName"))
+    return latent, text, method, author, kept
+
+
+if __name__ == "__main__":
+    main()

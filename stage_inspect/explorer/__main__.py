@@ -1,0 +1,145 @@
+"""Look at what each latent does: ``granary explore RUN``, a page on this machine's own address.
+
+granary explore runs/demo                          # serve it, with the model on the spot
+granary explore runs/demo --folder site            # the same pages as files for any web host
+granary explore runs/demo --html latents.html      # 200 latents in one file that opens from disk
+"""
+
+import argparse
+import socket
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from shared.basics.errors import GranaryError
+from shared.basics.run_folder import RunFolder
+from shared.launch.commands import program
+from shared.launch.stage import drop_chatter, fail
+
+if TYPE_CHECKING:
+    from stage_inspect.explorer.documents import Documents
+
+PORT = 8734
+PORTS_TRIED = 20
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run it; a wrong input is one line on stderr and status 2."""
+    drop_chatter()
+    try:
+        run(parse(argv))
+    except GranaryError as error:
+        fail(str(error))
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog=program("explore"), description="Look at what each latent does.")
+    parser.add_argument(
+        "run", nargs="+", help="run folder, or the URL of a latents folder; several are served side by side"
+    )
+    parser.add_argument("--port", type=int, help=f"where to serve it; default: the first free one from {PORT}")
+    parser.add_argument("--no-model", action="store_true", help="without the pages that run the language model")
+    parser.add_argument("--model", help="model folder, hub id or bundled; default: the one that was harvested")
+    parser.add_argument("--dictionary", type=Path, help="folder of the dictionary; default: where it was")
+    parser.add_argument("--folder", type=Path, help="write the pages into this folder, for any web host, and end")
+    parser.add_argument("--html", type=Path, help="write one HTML file of some latents, and end")
+    parser.add_argument("--latents", help="which go into --html: numbers separated by commas; default: 200 by chance")
+    arguments = parser.parse_args(argv)
+    if len(arguments.run) > 1 and (arguments.folder or arguments.html or arguments.model or arguments.dictionary):
+        parser.error("--folder, --html, --model and --dictionary are for one run")
+    return arguments
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Serve or write."""
+    opened = [open_run(url) for url in arguments.run]
+    if arguments.folder is None and arguments.html is None:
+        serve(opened, arguments)
+        return
+    from stage_inspect.explorer import publish
+
+    documents = opened[0]
+    if arguments.folder is not None:
+        count = publish.write_folder(documents, arguments.folder)
+        say(f"{count:,} latents in {arguments.folder}: put the folder on a web host, or python -m http.server -d it")
+    if arguments.html is not None:
+        chosen = numbers(arguments.latents) if arguments.latents else publish.chosen_by_chance(documents)
+        publish.write_page(documents, chosen, arguments.html)
+        say(f"{len(set(chosen)):,} latents in {arguments.html}, which opens in a browser")
+
+
+def open_run(url: str) -> "Documents":
+    """The latents folder of a run folder, or the one at `url`. Raises GranaryError."""
+    from shared.latents import Latents
+    from stage_inspect.explorer.documents import Documents
+
+    local = Path(url)
+    inside = RunFolder(local).latents
+    path = str(inside) if inside.is_dir() else url
+    name = local.name if inside.is_dir() else "/".join(path.rstrip("/").split("/")[-2:])
+    return Documents(Latents.open(path), name)
+
+
+def serve(opened: "list[Documents]", arguments: argparse.Namespace) -> None:
+    """Answer on this machine's loopback address until Ctrl-C."""
+    try:
+        import uvicorn
+
+        from stage_inspect.explorer.guard import HOST
+        from stage_inspect.explorer.server import Run, make_app
+    except ModuleNotFoundError as error:
+        raise GranaryError(f"the explorer needs {error.name}: pip install 'granary-sae[explore]'") from error
+    runs = []
+    for documents in opened:
+        live, why_not = None, "it was started with --no-model"
+        if not arguments.no_model:
+            from stage_inspect.explorer.live import Live, LiveSettings
+
+            try:
+                settings = LiveSettings.find(documents.latents, arguments.model, arguments.dictionary)
+                live, why_not = Live(documents.latents, settings), ""
+            except GranaryError as error:
+                if arguments.model or arguments.dictionary:
+                    raise
+                why_not = str(error)
+                say(f"without the pages that run the model: {error}")
+        runs.append(Run(documents, live, why_not))
+    listening = bind(HOST, arguments.port)
+    port = listening.getsockname()[1]
+    say(f"{', '.join(one.title for one in opened)}: http://{HOST}:{port}/  (Ctrl-C ends it)")
+    config = uvicorn.Config(make_app(runs, port), log_level="warning", access_log=False, server_header=False, ws="none")
+    uvicorn.Server(config).run(sockets=[listening])
+
+
+def bind(host: str, port: int | None) -> socket.socket:
+    """A socket that listens at `port`, or at the first free one. Raises GranaryError where that is taken."""
+    for number in [port] if port is not None else range(PORT, PORT + PORTS_TRIED):
+        listening = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listening.bind((host, number))
+            listening.listen(128)
+            return listening
+        except (OSError, OverflowError):
+            listening.close()
+    raise GranaryError(f"port {port if port is not None else PORT} can't be had: choose another with --port")
+
+
+def numbers(text: str) -> list[int]:
+    """``3,14,15`` as numbers."""
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise GranaryError(f"--latents {text}: give numbers separated by commas") from None
+
+
+def say(line: str) -> None:
+    """One line for the reader."""
+    print(line, flush=True)  # noqa: T201
+
+
+if __name__ == "__main__":
+    main()

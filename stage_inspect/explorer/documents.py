@@ -1,0 +1,289 @@
+"""What the pages read, as JSON and columns: the same documents for the server, a static folder and a single file.
+
+Text leaves here as strings and is shown as text nodes; it is never markup.
+"""
+
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from shared.basics.errors import GranaryError
+from shared.latents import Example, Latents
+from shared.latents.examples import DECILES
+from shared.latents.folder import Related
+from stage_inspect.explorer.columns import COLUMNS, Column
+from stage_inspect.explorer.limits import TOKEN_HITS
+
+TOP, PER_DECILE, SILENT = 24, 3, 6  # examples of each kind that a page begins with
+RELATED, LISTED = 10, 8  # latents and tokens listed beside them
+BLOCK = 64  # latents whose names and tokens come together
+STRONGEST_TOKENS = 6
+
+
+class Documents:
+    """All documents of one latents folder."""
+
+    def __init__(self, latents: Latents, title: str) -> None:
+        self.latents, self.title = latents, title
+        self.columns = [column for column in COLUMNS if column.name in latents.table]
+
+    # The folder
+
+    def meta(self, **capabilities: Any) -> dict[str, Any]:
+        """What the pages must know before they show anything; `capabilities` says what the place they are at can do."""
+        meta = self.latents.meta
+        counts, dictionary = meta.counts, meta.dictionary
+        sites = list(dict.fromkeys([*dictionary["reads"], *dictionary["writes"]]))
+        kind = f"{dictionary.get('activation') or ''} {dictionary['kind']}".strip()
+        return {
+            "title": self.title,
+            "kind": kind,
+            "about": f"What {meta.num_latents:,} latents do: one pass over {counts['tokens']:,} tokens, read at "
+            f"{', '.join(dictionary['reads'])} of {meta.model.get('id', 'a model')}.",
+            "model": meta.model.get("id"),
+            "sites": sites,
+            "d_latent": meta.num_latents,
+            "tokens": counts["tokens"],
+            "documents": counts["documents"],
+            "block": BLOCK,
+            "columns": [
+                {
+                    "name": one.name,
+                    "title": one.title,
+                    "help": one.help,
+                    "kind": one.kind,
+                    "shown": one.shown,
+                    "listed": one.listed,
+                    "dtype": self.dtype(one),
+                }
+                for one in self.columns
+            ],
+            "map": any(one.name == "map_x" for one in self.columns),
+            "origin": self._origin(),
+            **capabilities,
+        }
+
+    def column(self, name: str) -> bytes:
+        """A column's bytes, little-endian: uint32 for counts, float32 for the others. Raises GranaryError."""
+        for one in self.columns:
+            if one.name == name:
+                return self._stored(one).tobytes()
+        raise GranaryError(f"there is no column {name}")
+
+    def rows(self, block: int) -> dict[str, tuple[str | None, list[str]]]:
+        """Name and strongest tokens of the latents of one block, by latent. Raises GranaryError past the last."""
+        first, last = block * BLOCK, min((block + 1) * BLOCK, self.latents.num_latents)
+        if block < 0 or first >= last:
+            raise GranaryError(f"there is no block {block} of latents")
+        return self.named(range(first, last))
+
+    def named(self, latents: Sequence[int]) -> dict[str, tuple[str | None, list[str]]]:
+        """Name and strongest tokens of these latents, by latent."""
+        names = self.names(latents)
+        tokens = self.latents.array("tokens/firing").take(np.asarray(latents))[:, :STRONGEST_TOKENS]
+        return {
+            str(latent): (names.get(latent), [self._text(token) for token in row if token >= 0])
+            for latent, row in zip(latents, tokens.tolist(), strict=True)
+        }
+
+    def search(self, query: str) -> dict[str, Any]:
+        """Latents whose notes or explanations hold these words, then those that fire on the token."""
+        if not query.strip():
+            return {"latents": [], "total": 0}
+        found = self.latents.notes.matching(query)
+        with suppress(GranaryError):  # no token of the vocabulary
+            found += [hit.latent for hit in self.latents.find(token=query, limit=TOKEN_HITS)]
+        unique = list(dict.fromkeys(found))
+        return {"latents": unique, "total": len(unique)}
+
+    # One latent
+
+    def latent(self, index: int) -> dict[str, Any]:
+        """All that its page shows. Raises GranaryError for a latent that is not there."""
+        latents = self.latents
+        one = latents.latent(index)
+        near = latents.neighbours(index)[:RELATED]
+        together = {name: getattr(one, name)[:RELATED] for name in ("jaccard", "npmi", "pearson")}
+        named = self.named(sorted({related.latent for group in (near, *together.values()) for related in group}))
+
+        def related(group: Iterable[Related]) -> list[list[Any]]:
+            return [[each.latent, short(each.value), *named[str(each.latent)]] for each in group]
+
+        return {
+            "latent": index,
+            "numbers": {name: clean(one.numbers[name]) for name in NUMBERS if name in one.numbers},
+            "histogram": self._histogram(one.histogram, one.numbers["max"]),
+            "groups": self._groups(index),
+            "logits": {
+                "top": [[weight.text, short(weight.value)] for weight in one.promoted[:LISTED]],
+                "bottom": [[weight.text, short(weight.value)] for weight in one.demoted[:LISTED]],
+            }
+            if one.promoted
+            else None,
+            "tokens": {
+                "on": [[token.text, short(token.share)] for token in one.tokens[:LISTED]],
+                "next": [[token.text, short(token.share)] for token in one.next_tokens[:LISTED]],
+            },
+            "neighbours": related(near),
+            "together": {name: related(group) for name, group in together.items()},
+            "together_tokens": latents.meta.together_tokens,
+            "explanations": [
+                {
+                    "text": said.text,
+                    "method": said.method,
+                    "author": said.author,
+                    "scores": [
+                        [score.scorer, score.value, score.low, score.high] for score in latents.notes.scores(said.id)
+                    ],
+                }
+                for said in one.explanations
+            ],
+            "note": one.note,
+            "labels": one.labels,
+        }
+
+    def more(self, index: int) -> list[dict[str, Any]]:
+        """The strongest examples behind those that `latent` gives."""
+        return [self.example(one) for one in self.latents.top(index, start=TOP, count=10_000)]
+
+    def names(self, latents: Iterable[int]) -> dict[int, str]:
+        """What a person noted on a latent, or its newest explanation; those without either are left out."""
+        notes = self.latents.notes
+        found = {}
+        for latent in latents:
+            note = notes.note(latent)
+            if note:
+                found[latent] = note.split("\n")[0]
+            elif said := notes.explanations(latent):
+                found[latent] = said[-1].text
+        return found
+
+    def example(self, one: Example, rank: str | None = None) -> dict[str, Any]:
+        """An example with its text in pieces: one string per token, empty where a character of before goes on."""
+        pieces = [""] * len(one.tokens)
+        special = []
+        for piece in one.pieces:
+            pieces[piece.start] = piece.text
+            if piece.is_special:
+                special.append(piece.start)
+        if one.vocabulary is None:
+            pieces = [f"<token {token}> " for token in one.tokens]
+        at = np.flatnonzero(one.values)
+        found: dict[str, Any] = {
+            "pieces": pieces,
+            "at": at.tolist(),
+            "a": [short(value) for value in one.values[at]],
+            "peak": one.peak,
+            "value": float(f"{one.value:.6g}"),
+            "context": one.context,
+            "start": one.start,
+        }
+        if special:
+            found["special"] = special
+        if rank is not None:
+            found["rank"] = rank
+        return found
+
+    def _groups(self, index: int) -> list[dict[str, Any]]:
+        latents = self.latents
+        records, num_top = latents.records(index)
+        sampled = len(records) - num_top
+        groups = [
+            {
+                "name": "top",
+                "title": "Strongest",
+                "note": "The windows of text with the largest activations, at most one of a document.",
+                "examples": [self.example(one) for one in latents.top(index, TOP)],
+                "total": num_top,
+            }
+        ]
+        if sampled:
+            spread = [
+                self.example(one, f"decile {quantile + 1} of {DECILES}")
+                for quantile in range(DECILES)
+                for one in latents.sample(index, quantile=quantile, count=PER_DECILE)
+            ]
+            groups.append(
+                {
+                    "name": "ranks",
+                    "title": "By rank",
+                    "note": f"An unbiased sample of the {int(latents.table['windows'][index]):,} windows in which it"
+                    " fires, from the strongest tenth to the weakest.",
+                    "examples": spread,
+                    "total": len(spread),
+                }
+            )
+        silent = [self.example(one) for one in latents.silent(index, SILENT)]
+        if silent:
+            groups.append(
+                {
+                    "name": "silent",
+                    "title": "Silent",
+                    "note": "Windows drawn by chance in which it was checked not to fire.",
+                    "examples": silent,
+                    "total": len(silent),
+                }
+            )
+        return groups
+
+    def _histogram(self, counts: npt.NDArray[np.uint64], largest: float) -> dict[str, Any]:
+        """The bins from the first to the last that is not empty; the open ends are closed for display."""
+        filled = np.flatnonzero(counts)
+        if not len(filled):
+            return {"edges": [], "counts": []}
+        first, last = int(filled[0]), int(filled[-1])
+        edges = self.latents.histogram_edges[first : last + 2].tolist()
+        if first == 0:
+            edges[0] = edges[1] / 2 ** (1 / 3)
+        if not np.isfinite(edges[-1]):
+            edges[-1] = max(largest, edges[-2] * 2 ** (1 / 3))
+        return {"edges": [float(f"{edge:.6g}") for edge in edges], "counts": counts[first : last + 1].tolist()}
+
+    def dtype(self, column: Column) -> str:
+        """How its numbers are sent: u4 or f4."""
+        return self._stored(column).dtype.str[1:]
+
+    def _stored(self, column: Column) -> npt.NDArray[Any]:
+        values = self.latents.table[column.name]
+        is_count = column.kind == "count" and (not len(values) or int(values.max()) < 1 << 32)
+        return values.astype("<u4" if is_count else "<f4")
+
+    def _text(self, token: int) -> str:
+        vocabulary = self.latents.vocabulary
+        return vocabulary.text_of(token) if vocabulary is not None else f"<token {token}>"
+
+    def _origin(self) -> list[tuple[str, str]]:
+        meta = self.latents.meta
+        counts = meta.counts
+        settings = ", ".join(f"{key} {value}" for key, value in meta.settings.items())
+        rows = [
+            ("Dictionary", f"{meta.dictionary.get('path', '')} · sha256 {meta.dictionary.get('sha256', '')}"),
+            ("Store", f"{meta.store.get('url', '')} · digest {meta.store.get('digest', '')}"),
+            ("Model", ", ".join(str(value) for key in ("id", "revision", "dtype") if (value := meta.model.get(key)))),
+            (
+                "Read",
+                f"{counts['tokens']:,} tokens of {counts['contexts']:,} contexts, {meta.store.get('split', 'all')}",
+            ),
+            ("Settings", settings),
+            ("Versions", ", ".join(f"{name} {version}" for name, version in meta.versions.items())),
+        ]
+        return [(name, value) for name, value in rows if value]
+
+
+NUMBERS = ("fired", "density", "max", "mean", "std", "skew", "kurtosis", "windows", "contexts", "documents",
+           "encoder_decoder_cosine", "decoder_norm", "logit_sd", "logit_skew", "logit_kurtosis")  # fmt: skip
+
+
+def short(value: float) -> float:
+    """Four digits: enough for a colour, a bar and a tooltip."""
+    return float(f"{value:.4g}")
+
+
+def clean(value: float) -> float | int | None:
+    """A number as JSON knows it: None for what is not finite, six digits of the others."""
+    if isinstance(value, int):
+        return value
+    return float(f"{value:.6g}") if np.isfinite(value) else None

@@ -1,0 +1,237 @@
+"""The explorer's server: the pages' files, their documents, and what only a server can do.
+
+GET  /                       the page; all of its addresses are behind a #
+GET  /static/{name}          its modules, style and icon: a table of what is in the package, no path is looked up
+GET  /data/...               `documents`
+GET  /api/search?q=          latents by words
+GET, POST /api/lists         lists of latents
+POST /api/note/{latent}      a note
+POST /api/text, /api/steer   the model on the spot
+/with/{n}/...                the same for each further run
+"""
+
+import json
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from typing import TYPE_CHECKING, Any
+
+from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
+from starlette.middleware import Middleware
+from starlette.middleware.gzip import GZipMiddleware
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Mount, Route
+
+from shared.basics.errors import GranaryError
+from stage_inspect.explorer.documents import Documents
+from stage_inspect.explorer.guard import Guard
+from stage_inspect.explorer.limits import (
+    BODY_BYTES,
+    GENERATED_TOKENS,
+    LIST_LATENTS,
+    NAME_CHARACTERS,
+    NOTE_CHARACTERS,
+    QUERY_CHARACTERS,
+    TEXT_CHARACTERS,
+)
+
+if TYPE_CHECKING:
+    from stage_inspect.explorer.live import Live
+
+TYPES = {".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml", ".html": "text/html"}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One latents folder as it is served."""
+
+    documents: Documents
+    live: "Live | None"
+    why_not: str = ""
+    """Why there is no live model."""
+
+
+@cache
+def static_files() -> Mapping[str, bytes]:
+    """The files of the pages by name."""
+    folder = files("stage_inspect.explorer") / "static"
+    return {one.name: one.read_bytes() for one in folder.iterdir() if one.is_file()}
+
+
+def make_app(runs: Sequence[Run], port: int) -> Starlette:
+    """The application for these runs, the first of them at the root."""
+    first, *others = runs
+    siblings = [{"number": number, "title": run.documents.title} for number, run in enumerate(others, start=1)]
+    mounted = [Mount(f"/with/{number}", routes=routes(run, [])) for number, run in enumerate(others, start=1)]
+    app = Starlette(
+        routes=[*mounted, *routes(first, siblings)],
+        middleware=[Middleware(Guard, port=port), Middleware(GZipMiddleware, minimum_size=1000, compresslevel=3)],
+        exception_handlers={GranaryError: refused, 404: missing, 405: missing},
+    )
+    app.router.redirect_slashes = False
+    return app
+
+
+def routes(run: Run, siblings: list[dict[str, Any]]) -> list[Route]:
+    """All of one run."""
+    documents, notes = run.documents, run.documents.latents.notes
+    live = {"characters": TEXT_CHARACTERS, "generated": GENERATED_TOKENS} if run.live is not None else None
+    meta = encoded(
+        documents.meta(
+            live=live,
+            why_not=run.why_not,
+            steer=run.live is not None and run.live.can_steer,
+            writable=notes.writable,
+            siblings=siblings,
+        )
+    )
+
+    async def page(_: Request) -> Response:
+        return Response(static_files()["index.html"], media_type="text/html")
+
+    async def static(request: Request) -> Response:
+        name = request.path_params["name"]
+        if name not in static_files() or name == "index.html":
+            return missing(request, None)
+        return Response(static_files()[name], media_type=TYPES[name[name.rindex(".") :]])
+
+    async def get_meta(_: Request) -> Response:
+        return answer(meta)
+
+    def column(request: Request) -> Response:
+        name = request.path_params["name"].rpartition(".")[0]
+        return Response(documents.column(name), media_type="application/octet-stream")
+
+    def latent(request: Request) -> Response:
+        return answer(documents.latent(request.path_params["index"]))
+
+    def more(request: Request) -> Response:
+        return answer(documents.more(request.path_params["index"]))
+
+    def rows(request: Request) -> Response:
+        return answer(documents.rows(request.path_params["block"]))
+
+    def search(request: Request) -> Response:
+        return answer(documents.search(request.query_params.get("q", "")[:QUERY_CHARACTERS]))
+
+    def get_lists(_: Request) -> Response:
+        return answer({"lists": notes.lists()})
+
+    def put_list(body: Mapping[str, Any]) -> Any:
+        name, on = text(body, "list", NAME_CHARACTERS), body.get("on")
+        latent = whole(body, "latent", documents.latents.num_latents)
+        if not name or not isinstance(on, bool):
+            raise GranaryError("give a list's name, a latent, and whether it is on the list")
+        now = [one for one in notes.lists().get(name, []) if one != latent]
+        if on and len(now) >= LIST_LATENTS:
+            raise GranaryError(f"a list holds {LIST_LATENTS:,} latents at most")
+        notes.set_list(name, [*now, latent] if on else now or None)
+        return {"lists": notes.lists()}
+
+    def put_note(body: Mapping[str, Any], latent: int) -> Any:
+        if latent >= documents.latents.num_latents:
+            raise GranaryError(f"there is no latent {latent}")
+        notes.set_note(latent, text(body, "text", NOTE_CHARACTERS).strip())
+        return {}
+
+    def read_text(body: Mapping[str, Any]) -> Any:
+        return working(run).read(text(body, "text", TEXT_CHARACTERS))
+
+    def steer(body: Mapping[str, Any]) -> Any:
+        return working(run).steer(
+            text(body, "prompt", TEXT_CHARACTERS),
+            whole(body, "latent", documents.latents.num_latents),
+            text(body, "mode", NAME_CHARACTERS),
+            number(body, "strength"),
+            whole(body, "tokens", GENERATED_TOKENS + 1),
+        )
+
+    return [
+        Route("/", page),
+        Route("/static/{name}", static),
+        Route("/data/meta.json", get_meta),
+        Route("/data/column/{name}", column),
+        Route("/data/latent/{index:int}.json", latent),
+        Route("/data/more/{index:int}.json", more),
+        Route("/data/rows/{block:int}.json", rows),
+        Route("/api/search", search),
+        Route("/api/lists", get_lists, methods=["GET"]),
+        Route("/api/lists", posted(put_list), methods=["POST"]),
+        Route("/api/note/{latent:int}", posted(put_note), methods=["POST"]),
+        Route("/api/text", posted(read_text), methods=["POST"]),
+        Route("/api/steer", posted(steer), methods=["POST"]),
+    ]
+
+
+def posted(work: Callable[..., Any]) -> Callable[[Request], Awaitable[Response]]:
+    """An endpoint that gives `work` the request's JSON object, and the parameters of its path, in a thread."""
+
+    async def endpoint(request: Request) -> Response:
+        received = b""
+        async for part in request.stream():
+            received += part
+            if len(received) > BODY_BYTES:
+                raise GranaryError("the request is too long")
+        try:
+            body = json.loads(received)
+        except ValueError:
+            body = None
+        if not isinstance(body, dict):
+            raise GranaryError("the request must be a JSON object")
+        return answer(await run_in_threadpool(work, body, **request.path_params))
+
+    return endpoint
+
+
+def working(run: Run) -> "Live":
+    """The live model, or GranaryError with the reason why there is none."""
+    if run.live is None:
+        raise GranaryError(run.why_not)
+    return run.live
+
+
+def text(body: Mapping[str, Any], key: str, longest: int) -> str:
+    """A string of the request."""
+    found = body.get(key)
+    if not isinstance(found, str) or len(found) > longest:
+        raise GranaryError(f"{key} must be a text of at most {longest:,} characters")
+    return found
+
+
+def whole(body: Mapping[str, Any], key: str, stop: int) -> int:
+    """An integer of the request, from 0 to below `stop`."""
+    found = body.get(key)
+    if not isinstance(found, int) or isinstance(found, bool) or not 0 <= found < stop:
+        raise GranaryError(f"{key} must be a whole number from 0 to {stop - 1}")
+    return found
+
+
+def number(body: Mapping[str, Any], key: str) -> float:
+    """A number of the request."""
+    found = body.get(key)
+    if not isinstance(found, int | float) or isinstance(found, bool):
+        raise GranaryError(f"{key} must be a number")
+    return float(found)
+
+
+def encoded(document: Any) -> bytes:
+    """A document as JSON."""
+    return json.dumps(document, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode("utf-8", "replace")
+
+
+def answer(document: Any) -> Response:
+    """A document as a response."""
+    return Response(document if isinstance(document, bytes) else encoded(document), media_type="application/json")
+
+
+def refused(_: Request, error: Exception) -> Response:
+    """A GranaryError as its sentence."""
+    return Response(encoded({"error": str(error)}), status_code=400, media_type="application/json")
+
+
+def missing(_: Request, __: Any) -> Response:
+    """There is no such page."""
+    return Response(encoded({"error": "there is no such page"}), status_code=404, media_type="application/json")

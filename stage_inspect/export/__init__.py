@@ -1,0 +1,1 @@
+"""Doors out of a latents folder: the files of other projects, from what it holds."""

@@ -1,0 +1,65 @@
+"""delphi's cache: ``latents/{hookpoint}/{first}_{last}.safetensors``, which its ``LatentDataset`` reads.
+
+A row is one example (a record of the folder) with its own tokens, so the cache holds the strongest and the sampled
+windows, not the whole corpus. An activation above float16's largest is kept at that; delphi would make it infinite.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+
+from shared.basics.errors import GranaryError
+from shared.latents.folder import Latents
+from stage_inspect.export.facts import chosen_latents
+
+PER_FILE = 512
+MULTIPLE = 32  # delphi divides a row into windows of 32 tokens
+LARGEST = 65_504.0
+SMALL_INDEX = 1 << 16
+
+
+def write(latents: Latents, folder: Path, chosen: str | None, model_id: str, source: str) -> int:
+    """Files of `PER_FILE` latents each; returns how many latents they hold."""
+    numbers = [number for number in chosen_latents(chosen, latents) if latents.table["fired"][number]]
+    if not numbers:
+        raise GranaryError("none of these latents ever fires: delphi can't read an empty cache")
+    home = folder / "latents" / source
+    home.mkdir(parents=True, exist_ok=True)
+    settings = latents.meta.settings
+    width = -(-(settings["before"] + 1 + settings["after"]) // MULTIPLE) * MULTIPLE
+    firsts = sorted({number // PER_FILE * PER_FILE for number in numbers})
+    for first in firsts:
+        last = min(first + PER_FILE, latents.num_latents) - 1
+        write_file(latents, home, [n for n in numbers if first <= n <= last], first, last, width)
+    config = {"model_name": model_id, "cache_ctx_len": width, "dataset_repo": str(latents.meta.store["url"])}
+    config |= {"n_tokens": latents.meta.counts["tokens"], "n_splits": len(firsts)}
+    (home / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    return len(numbers)
+
+
+def write_file(latents: Latents, home: Path, numbers: list[int], first: int, last: int, width: int) -> None:
+    """One file: locations (row, position, latent - first), activations, and the rows' tokens."""
+    rows, locations, values = [], [], []
+    for number in numbers:
+        seen: set[tuple[int, int]] = set()
+        for one in latents.top(number) + latents.sample(number):
+            if (one.context, one.position) in seen:
+                continue
+            seen.add((one.context, one.position))
+            row = np.zeros(width, np.int64)
+            row[: len(one.tokens)] = one.tokens
+            fired = np.flatnonzero(one.values)
+            locations.append(np.stack([np.full(len(fired), len(rows)), fired, np.full(len(fired), number - first)], 1))
+            values.append(np.clip(one.values[fired], -LARGEST, LARGEST))
+            rows.append(row)
+    places = np.concatenate(locations)
+    kind = np.uint16 if len(rows) < SMALL_INDEX and last - first < SMALL_INDEX else np.uint32
+    tensors = {
+        "locations": torch.from_numpy(places.astype(kind)),
+        "activations": torch.from_numpy(np.concatenate(values).astype(np.float16)),
+        "tokens": torch.from_numpy(np.stack(rows)),
+    }
+    save_file(tensors, home / f"{first}_{last}.safetensors")

@@ -1,0 +1,101 @@
+"""Find the latents of a concept: ``granary inspect find runs/demo --python all --regex 'self\\.'``."""
+
+import argparse
+import json
+import os
+from dataclasses import asdict
+from pathlib import Path
+
+from shared.basics.config import Split
+from shared.basics.errors import GranaryError
+from shared.basics.run_folder import RunFolder
+from shared.launch.commands import program
+from shared.launch.stage import fail
+
+FIND = """\
+Which latents stand for a concept. A concept is a regular expression, a set of tokens, or one of Python source, whose
+truth comes from Python's own tokenizer. Every latent is ranked as a detector of the concept's tokens, by F1 at its best
+threshold with an interval over groups of documents, and by AUROC. One pass over the store; the result is kept in the
+notes of the latents folder.
+"""
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the search; a wrong input is one line on stderr and status 2."""
+    parser = argparse.ArgumentParser(
+        prog=f"{program('inspect')} find", description=FIND, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run", metavar="RUN", help="a run's folder, or a latents folder (or its URL)")
+    parser.add_argument("--python", nargs="+", default=[], metavar="NAME", help="concepts of Python, or all")
+    parser.add_argument("--regex", nargs="+", default=[], metavar="RE", help="regular expressions")
+    parser.add_argument("--token", nargs="+", default=[], metavar="TEXT", help="texts of single tokens")
+    parser.add_argument("--split", choices=[split.value for split in Split], default="heldout", help="of the store")
+    parser.add_argument("--contexts", type=int, help="so many of them, evenly spaced; default: all")
+    parser.add_argument("--count", type=int, default=5, help="latents listed for each concept (5)")
+    parser.add_argument("--sae", metavar="FOLDER", help="the dictionary, where it has moved")
+    parser.add_argument("--store", metavar="URL", help="the store, where it has moved")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the result here")
+    arguments = parser.parse_args(argv)
+    try:
+        find(arguments)
+    except GranaryError as error:
+        fail(str(error))
+
+
+def latents_url(run: str) -> str:
+    """A latents folder as it is, a run by its folder or its name as the folder within it."""
+    inside = RunFolder(Path(run)).latents
+    named = RunFolder(Path("runs") / run).latents
+    if "://" not in run and not os.path.exists(os.path.join(run, "meta.json")):
+        if inside.is_dir():
+            return str(inside)
+        if named.is_dir():
+            return str(named)
+    return run
+
+
+def find(arguments: argparse.Namespace) -> None:
+    """Search, show and keep; raises GranaryError for every wrong input before the pass."""
+    from rich.console import Console
+    from rich.table import Table
+    from tqdm import tqdm
+
+    from shared.latents.folder import Latents
+    from shared.store.choose import choose_contexts
+    from stage_inspect.concepts.labels import parse
+    from stage_inspect.concepts.search import Inspected, search
+
+    if arguments.count < 1:
+        raise GranaryError(f"--count {arguments.count}: at least 1")
+    latents = Latents.open(latents_url(arguments.run))
+    inspected = Inspected.open(latents, arguments.sae, arguments.store)
+    concepts = parse(arguments.python, arguments.regex, arguments.token, inspected.vocabulary)
+    contexts = choose_contexts(inspected.store, Split(arguments.split), arguments.contexts)
+    with tqdm(total=len(contexts) * inspected.store.seq_len, unit="tok", unit_scale=True, desc="find") as bar:
+        found = search(inspected, concepts, contexts, arguments.count, bar.update)
+    table = Table(title=f"{arguments.split} tokens of {inspected.store.url}", title_justify="left")
+    for name in ("concept", "latent", "F1", "95 %", "precision", "recall", "AUROC"):
+        table.add_column(name, justify="left" if name == "concept" else "right")
+    for name, matches in found.items():
+        for number, one in enumerate(matches):
+            table.add_row(
+                name if not number else "",
+                str(one.latent),
+                f"{one.f1:.3f}",
+                f"{one.low:.2f}-{one.high:.2f}",
+                f"{one.precision:.3f}",
+                f"{one.recall:.3f}",
+                f"{one.auroc:.3f}",
+            )
+    Console(soft_wrap=True).print(table, markup=False)
+    record = {name: [asdict(one) for one in matches] for name, matches in found.items()}
+    for name, matches in record.items():
+        result = {"split": arguments.split, "contexts": len(contexts), "latents": matches}
+        if latents.notes.writable:
+            latents.notes.add_concept(name, concepts.definitions[name], result)
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,160 @@
+"""The losses of every kind of dictionary by plain autograd over dense [N, F] latents, from their definitions.
+
+Slow, and without this project's kernels, steps or selection: what tests compare values and every gradient with.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from shared.sae.groups import LatentGroup
+from shared.sae.learn.config import LearningConfig
+from shared.sae.variants import Dictionary
+
+
+def dense_loss(made: Dictionary, learning: LearningConfig, x_ND: Tensor, y_ND: Tensor, dead_F: Tensor) -> Tensor:
+    """The total loss; `dead_F` is bool over all latents, group after group."""
+    normal_ND = (x_ND - made.input_mean) * columns(made.input_scale, made.widths.reads)
+    target_ND = normal_ND
+    if not made.config.is_autoencoder:
+        target_ND = (y_ND - made.output_mean) * columns(made.output_scale, made.widths.writes)
+    weight_D = site_weights(made)
+    groups = list(zip(made.groups, made.places, strict=True))
+    pre = []
+    for group, (reads, _) in groups:
+        given_ND = normal_ND[:, reads]
+        if made.config.pre_bias:
+            given_ND = given_ND - made.b_dec
+        pre.append(given_ND @ group.W_enc.T + group.b_enc)
+    latents = activate(made, learning, pre)
+    error_ND = decode(made, latents) + made.b_dec - target_ND
+    if hasattr(made, "W_skip"):
+        error_ND = error_ND + normal_ND @ made.W_skip.T
+    loss = (error_ND.square() @ weight_D).mean()
+    sizes = [group.num_latents for group, _ in groups]
+    residual_ND = -error_ND.detach()
+    for (group, (reads, writes)), z_NF, f_NF, dead in zip(groups, pre, latents, dead_F.split(sizes), strict=True):
+        loss = loss + learning.penalty_weight * penalty(made, group, learning, z_NF, f_NF)
+        given_ND = normal_ND[:, reads].detach()
+        if made.config.pre_bias:
+            given_ND = given_ND - made.b_dec.detach()
+        loss = loss + learning.auxk_alpha / len(groups) * auxk(group, learning, given_ND, residual_ND[:, writes], dead)
+    if made.config.activation == "gated":
+        (group, _) = groups[0]
+        gate_ND = torch.relu(pre[0]) @ group.W_dec.detach() + made.b_dec.detach() - target_ND
+        if hasattr(made, "W_skip"):
+            gate_ND = gate_ND + (normal_ND @ made.W_skip.T).detach()
+        loss = loss + (gate_ND.square() @ weight_D).mean()
+    return loss
+
+
+def columns(scale: Tensor, widths: tuple[int, ...]) -> Tensor:
+    """One scale per site as one per column."""
+    return torch.cat([one.expand(width) for one, width in zip(scale.reshape(-1), widths, strict=True)])
+
+
+def site_weights(made: Dictionary) -> Tensor:
+    """Each written site counts alike: 1 / (T V_t)."""
+    sites = made.target_variance.split(list(made.widths.writes))
+    return torch.cat([(1 / (len(sites) * part.sum())).expand(len(part)) for part in sites])
+
+
+def gates(made: Dictionary, group: LatentGroup, writes: slice) -> Tensor | None:
+    """What multiplies relu(z) where latents are chosen: the sum of the norms of a row's parts, under gate=sum."""
+    if getattr(made.config, "gate", "joint") != "sum":
+        return None
+    parts = group.W_dec.split(list(made.widths.writes), dim=1)
+    return torch.stack([part.norm(dim=1) for part in parts]).sum(0)
+
+
+def activate(made: Dictionary, learning: LearningConfig, pre: list[Tensor]) -> list[Tensor]:
+    """Latents [N, F] of every group."""
+    kind, k = made.config.activation, made.config.k
+    together = getattr(made.config, "k_scope", "group") == "all"
+    if kind in ("topk", "batchtopk"):
+        assert k is not None
+        chosen = []
+        for group, (_, writes), z_NF in zip(made.groups, made.places, pre, strict=True):
+            gate = gates(made, group, writes)
+            chosen.append((torch.relu(z_NF) if gate is None else torch.relu(z_NF) * gate).detach())
+        sets = [torch.cat(chosen, 1)] if together else chosen
+        kept = [(keep(values, k) if kind == "topk" else keep_batch(values, k)) for values in sets]
+        if together:
+            kept = list(kept[0].split([z_NF.shape[1] for z_NF in pre], dim=1))
+        return [torch.relu(z_NF) * mask for z_NF, mask in zip(pre, kept, strict=True)]
+    found = []
+    for group, z_NF in zip(made.groups, pre, strict=True):
+        if kind == "relu":
+            found.append(torch.relu(z_NF))
+        elif kind == "jumprelu":
+            log_threshold = group.activation.log_threshold
+            assert isinstance(log_threshold, Tensor)
+            found.append(straight_through(z_NF, log_threshold, learning.bandwidth, z_NF))
+        else:
+            r_mag, b_mag = group.activation.r_mag, group.activation.b_mag
+            assert isinstance(r_mag, Tensor)
+            magnitude_NF = torch.exp(r_mag) * (z_NF - group.b_enc) + b_mag
+            found.append(torch.relu(magnitude_NF) * (z_NF.detach() > 0))
+    return found
+
+
+def straight_through(z_NF: Tensor, log_threshold_F: Tensor, bandwidth: float, value_NF: Tensor) -> Tensor:
+    """`value` where z > theta; theta's gradient is that of a rectangle around it, times theta for value = z."""
+    theta_F = log_threshold_F.exp()
+    near_NF = (((z_NF - theta_F).abs() < bandwidth / 2) & (z_NF > 0)).to(z_NF)
+    height_F = theta_F.detach() if value_NF is z_NF else torch.ones_like(theta_F)
+    step_NF = -height_F / bandwidth * near_NF.detach() * (theta_F - theta_F.detach())
+    return value_NF * (z_NF > theta_F) + step_NF
+
+
+def keep(values_NF: Tensor, k: int) -> Tensor:
+    """1 at the k largest positive of each row."""
+    mask = torch.zeros_like(values_NF).scatter(1, values_NF.topk(k).indices, 1.0)
+    return mask * (values_NF > 0)
+
+
+def keep_batch(values_NF: Tensor, k: int) -> Tensor:
+    """1 at the N k largest of all."""
+    least = values_NF.flatten().topk(len(values_NF) * k).values[-1]
+    return ((values_NF >= least) & (values_NF > 0)).to(values_NF)
+
+
+def decode(made: Dictionary, latents: list[Tensor]) -> Tensor:
+    """Sum over the groups of f W_dec, each into the columns that it writes."""
+    y_ND = torch.zeros(len(latents[0]), made.widths.d_out, dtype=latents[0].dtype)
+    for group, (_, writes), f_NF in zip(made.groups, made.places, latents, strict=True):
+        start, stop, _ = writes.indices(made.widths.d_out)
+        y_ND = y_ND + F.pad(f_NF @ group.W_dec, (start, made.widths.d_out - stop))
+    return y_ND
+
+
+def penalty(made: Dictionary, group: LatentGroup, learning: LearningConfig, z_NF: Tensor, f_NF: Tensor) -> Tensor:
+    """Mean over tokens of the summed penalty of a group's latents."""
+    if learning.penalty == "none":
+        return z_NF.new_zeros(())
+    if learning.penalty == "l0":
+        log_threshold = group.activation.log_threshold
+        assert isinstance(log_threshold, Tensor)
+        fired_NF = straight_through(z_NF, log_threshold, learning.bandwidth, torch.ones_like(z_NF))
+        return fired_NF.sum(1).mean()
+    strength_NF = torch.relu(z_NF) if made.config.activation == "gated" else f_NF
+    writes = made.places[list(made.groups).index(group)][1]
+    gate = gates(made, group, writes)
+    norm_F = group.W_dec.norm(dim=1) if gate is None and not made.config.unit_norm_decoder else gate
+    if norm_F is not None:
+        strength_NF = strength_NF * norm_F
+    if learning.penalty == "tanh":
+        strength_NF = torch.tanh(learning.tanh_scale * strength_NF)
+    return strength_NF.sum(1).mean()
+
+
+def auxk(group: LatentGroup, learning: LearningConfig, given_ND: Tensor, residual_ND: Tensor, dead_F: Tensor) -> Tensor:
+    """What the k_aux largest dead latents of a group leave of its residual, relative to that."""
+    num_dead = int(dead_F.sum())
+    if num_dead == 0 or learning.auxk_alpha == 0:
+        return given_ND.new_zeros(())
+    k_aux = learning.num_aux(residual_ND.shape[1])
+    z_NF = torch.relu(given_ND @ group.W_enc.T + group.b_enc) * dead_F
+    decoded_ND = (z_NF * keep(z_NF.detach(), min(k_aux, num_dead))) @ group.W_dec
+    error_N = (residual_ND - decoded_ND).square().sum(1) / residual_ND.square().sum(1)
+    return min(num_dead / k_aux, 1.0) * error_N.mean()

@@ -1,0 +1,99 @@
+"""Inspection as processes: several, killed, over S3's kind of storage, refused; always the same bytes."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.cli import ForkServer, environment
+from tests.inspection import content, small_sae, small_store
+
+SMALL = ("logits=false", "device=cpu", "latents.window=16", "latents.together_tokens=400", "latents.pool=12")
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("inspect")
+    small_store(folder / "store", num_contexts=60, seq_len=256)
+    small_sae(folder / "sae")
+    return folder
+
+
+def test_the_command(study: Path, stages: ForkServer) -> None:
+    here = stages.at(study)
+    told = here.run("stage_inspect", ".", "dry_run=true", *SMALL)
+    assert told.code == 0, told.stderr
+    assert "per process at most" in told.stderr
+    assert not (study / "latents").exists()
+    done = here.run("stage_inspect", ".", *SMALL)
+    assert done.code == 0, done.stderr
+    before = content(study / "latents")
+    again = here.run("stage_inspect", ".", *SMALL)
+    assert "is finished already" in again.stderr
+    assert content(study / "latents") == before
+    refused = here.run("stage_inspect", ".", *SMALL, "seed=1").error
+    assert "holds the latents of another dictionary, store or settings" in refused
+    assert "latents.overwrite=true" in refused
+    assert content(study / "latents") == before
+    from granary import Latents
+
+    Latents.open(study / "latents").notes.set_note(1, "mine")
+    done = here.run("stage_inspect", ".", *SMALL, "seed=1", "latents.overwrite=true")
+    assert done.code == 0, done.stderr
+    latents = Latents.open(study / "latents")
+    assert latents.meta.settings["seed"] == 1
+    assert latents.notes.note(1) == ""
+    assert len(list((study / "latents").glob("notes-*.sqlite"))) == 1
+    assert "latents.window=4: choose from 8" in here.run("stage_inspect", ".", "latents.window=4").error
+    assert "no activation store at" in here.run("stage_inspect", ".", "store.url=nowhere", *SMALL).error
+
+
+@pytest.mark.slow
+def test_processes_and_kills_change_no_byte(study: Path, tmp_path: Path) -> None:
+    common = [sys.executable, "-c", RUN, *SMALL, f"store.url={study / 'store'}", f"sae.path={study / 'sae'}"]
+    env = {**environment(), "GRANARY_TEST_PART_TOKENS": "1000"}
+
+    def start(name: str, *arguments: str) -> "subprocess.Popen[bytes]":
+        command = [*common, f"run_dir={tmp_path}/run-{name}", f"latents.url={tmp_path / name}", *arguments]
+        return subprocess.Popen(command, env=env, cwd=tmp_path, stderr=subprocess.PIPE, start_new_session=True)
+
+    begun = time.monotonic()
+    process = start("one")
+    assert process.communicate()[1] is not None
+    assert process.returncode == 0
+    whole, lasted = content(tmp_path / "one"), time.monotonic() - begun
+    rng = np.random.default_rng(0)
+    for number in range(20):
+        name = f"killed-{number}"
+        process = start(name)
+        time.sleep(lasted * rng.uniform(0.5, 1.0))
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        last = start(name)
+        said = last.communicate()[1]
+        assert last.returncode == 0, said
+        assert content(tmp_path / name) == whole, name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_ranks_change_no_byte(study: Path, tmp_path: Path, ranks: int) -> None:
+    for name, nproc in (("one", 1), ("many", ranks)):
+        arguments = [f"store.url={study / 'store'}", f"sae.path={study / 'sae'}", f"nproc={nproc}"]
+        command = [sys.executable, "-m", "stage_inspect", *SMALL, *arguments, f"latents.url={tmp_path / name}"]
+        done = subprocess.run(command, env=environment(), cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+    assert content(tmp_path / "one") == content(tmp_path / "many")
+
+
+# The command with smaller parts, so that a small store has many.
+RUN = """
+import os, runpy, stage_inspect.job
+stage_inspect.job.PART_TOKENS = int(os.environ["GRANARY_TEST_PART_TOKENS"])
+runpy.run_module("stage_inspect", run_name="__main__", alter_sys=True)
+"""

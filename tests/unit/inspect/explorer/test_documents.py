@@ -1,0 +1,97 @@
+"""What the pages read says what the folder says."""
+
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from shared.basics.errors import GranaryError
+from shared.latents import Latents
+from stage_inspect.explorer.documents import BLOCK, TOP, Documents
+from tests.latents import HOSTILE, synthetic_latents
+
+
+@pytest.fixture(scope="module")
+def documents(tmp_path_factory: pytest.TempPathFactory) -> Documents:
+    return Documents(
+        synthetic_latents(tmp_path_factory.mktemp("documents") / "latents", 80, top=40, sample=30), "made up"
+    )
+
+
+def test_every_token_has_its_piece_and_its_value(documents: Documents) -> None:
+    latents = documents.latents
+    vocabulary = latents.vocabulary
+    assert vocabulary is not None
+    page = documents.latent(2)
+    examples = latents.top(2)
+    for shown, one in zip([*page["groups"][0]["examples"], *documents.more(2)], examples, strict=True):
+        assert len(shown["pieces"]) == len(one.tokens)
+        assert "".join(shown["pieces"]) == vocabulary.text(one.tokens)
+        values = np.zeros(len(one.tokens), np.float32)
+        values[shown["at"]] = shown["a"]
+        assert np.allclose(values, one.values, rtol=1e-3)
+        assert shown["peak"] == one.peak
+        assert [one.tokens[offset] for offset in shown.get("special", [])] == [0] * len(shown.get("special", []))
+    assert page["groups"][0]["total"] == len(examples) == 40
+    assert len(page["groups"][0]["examples"]) == TOP
+
+
+def test_a_character_of_several_tokens_is_one_piece(documents: Documents) -> None:
+    pieces = [piece for shown in documents.more(2) for piece in shown["pieces"]]
+    place = next(number for number, piece in enumerate(pieces) if piece.endswith("😀"))
+    assert pieces[place + 1] == ""
+
+
+def test_examples_by_rank_fall(documents: Documents) -> None:
+    ranks = documents.latent(2)["groups"][1]["examples"]
+    assert [one["value"] for one in ranks] == sorted((one["value"] for one in ranks), reverse=True)
+    assert ranks[0]["rank"] == "decile 1 of 10"
+    assert ranks[-1]["rank"] == "decile 10 of 10"
+
+
+def test_a_dead_latent_has_a_page(documents: Documents) -> None:
+    page = documents.latent(3)
+    assert page["numbers"]["fired"] == 0
+    assert page["histogram"] == {"edges": [], "counts": []}
+    assert page["groups"][0]["examples"] == []
+
+
+def test_the_histogram_is_cut_to_what_is_filled(documents: Documents) -> None:
+    page = documents.latent(2)
+    counts, edges = page["histogram"]["counts"], page["histogram"]["edges"]
+    assert len(edges) == len(counts) + 1
+    assert sum(counts) == documents.latents.table["fired"][2]
+    assert counts[0] > 0
+    assert counts[-1] > 0
+    assert all(low < high for low, high in pairwise(edges))
+
+
+def test_names_are_what_was_said_last(documents: Documents) -> None:
+    notes = documents.latents.notes
+    notes.add_explanation(5, HOSTILE[0], method="rule", author="a stranger")
+    notes.add_explanation(5, "the second", method="rule", author="a stranger")
+    notes.set_note(6, "a note\nwith a second line")
+    assert documents.names(range(8)) == {5: "the second", 6: "a note"}
+    assert documents.rows(0)["5"][0] == "the second"
+    assert documents.latent(4)["neighbours"][0][:3] == [5, 1.0, "the second"]
+    assert [said["text"] for said in documents.latent(5)["explanations"]] == [HOSTILE[0], "the second"]
+
+
+def test_there_are_no_others(documents: Documents) -> None:
+    for ask in (
+        lambda: documents.rows(80 // BLOCK + 1),
+        lambda: documents.column("nothing"),
+        lambda: documents.latent(80),
+    ):
+        with pytest.raises(GranaryError, match="there"):
+            ask()
+
+
+def test_a_folder_without_a_vocabulary_shows_numbers(tmp_path: Path) -> None:
+    latents = synthetic_latents(tmp_path)
+    for file in sorted((tmp_path / "vocabulary").rglob("*"), reverse=True):
+        file.rmdir() if file.is_dir() else file.unlink()
+    page = Documents(Latents.open(tmp_path), "").latent(1)
+    assert latents.num_latents == 12
+    assert page["groups"][0]["examples"][0]["pieces"][0].startswith("<token ")

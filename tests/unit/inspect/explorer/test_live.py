@@ -1,0 +1,130 @@
+"""The model on the spot: what it says of a text is what the model and the dictionary give, and it refuses others."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from shared.basics.errors import GranaryError
+from shared.latents import Latents
+from shared.lm import load_causal_lm, load_tokenizer, model_identity
+from shared.sae import SAE
+from shared.sae.config import SAEConfig
+from shared.sae.sites import Sites
+from stage_inspect.explorer.limits import GENERATED_TOKENS, TEXT_CHARACTERS, TEXT_TOKENS
+from stage_inspect.explorer.live import Live, LiveSettings
+from tests.latents import synthetic_latents
+
+HOOK = "layers.2.resid_post"
+LATENTS = 64
+TEXT = "def read(self, path):\n    return open(path).read()  # 日本 😀\n"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("live")
+    generator = torch.Generator().manual_seed(0)
+    config = SAEConfig(
+        d_model=128, d_latent=LATENTS, activation="topk", k=6, normalisation="none", sites=Sites.of(HOOK)
+    )
+    SAE(config, generator=generator).save_pretrained(folder / "sae", {"model": {"id": "bundled"}, "hook": HOOK})
+    synthetic_latents(folder / "latents", LATENTS)
+    return folder
+
+
+def opened(folder: Path, **changes: Any) -> Latents:
+    """The made-up folder as if it were of the SAE beside it."""
+    latents = Latents.open(folder / "latents")
+    made_of = {**latents.meta.dictionary, "path": str(folder / "sae"), **changes.pop("dictionary", {})}
+    meta = replace(latents.meta, dictionary=made_of, **{"model": {"id": "bundled"}, "tokenizer": {}, **changes})
+    return Latents(latents.io, meta)
+
+
+@pytest.fixture(scope="module")
+def live(folder: Path) -> Live:
+    latents = opened(folder, model=dict(model_identity("bundled")))
+    return Live(latents, LiveSettings.find(latents, None, None))
+
+
+def test_every_latent_that_fires_is_told(live: Live, folder: Path) -> None:
+    told = live.read(TEXT)
+    tokenizer, model, sae = load_tokenizer("bundled"), load_causal_lm("bundled"), SAE.from_pretrained(folder / "sae")
+    ids = [tokenizer.bos_token_id, *tokenizer(TEXT, add_special_tokens=False).input_ids]
+    hidden = model(torch.tensor([ids]), output_hidden_states=True).hidden_states[3][0]
+    dense = sae.encode(hidden).to_dense(LATENTS).detach().numpy()
+    dense[0] = 0  # BOS
+    assert len(told["pieces"]) == len(ids)
+    assert not told["cut"]
+    assert [found["latent"] for found in told["latents"]] == np.flatnonzero(dense.any(0)).tolist()
+    for found in told["latents"]:
+        column = dense[:, found["latent"]]
+        assert found["at"] == np.flatnonzero(column).tolist()
+        assert np.allclose(found["a"], column[found["at"]], rtol=1e-3, atol=1e-4)
+        assert np.isclose(found["max"], column.max(), rtol=1e-3)
+        assert column[found["peak"]] == column.max()
+        assert np.isclose(found["sum"], column.sum(), rtol=1e-3)
+
+
+def test_a_long_text_is_cut(live: Live) -> None:
+    told = live.read("x = 1\n" * (TEXT_CHARACTERS // 6))
+    assert told["cut"]
+    assert len(told["pieces"]) == TEXT_TOKENS
+
+
+def test_steering_is_the_splice(live: Live) -> None:
+    tokenizer, model = load_tokenizer("bundled"), load_causal_lm("bundled")
+    ids = torch.tensor([[tokenizer.bos_token_id, *tokenizer(TEXT, add_special_tokens=False).input_ids]])
+    plain = model.generate(ids, max_new_tokens=8, do_sample=False, pad_token_id=tokenizer.eos_token_id)
+    told = live.steer(TEXT, 5, "add", 1000.0, 8)
+    assert told["clean"] == tokenizer.decode(plain[0, ids.shape[1] :])
+    assert told["steered"] != told["clean"]
+    likely = model(ids).logits[0, -1].softmax(-1)
+    before = {token: probability for token, probability, _ in told["next"]}
+    best = int(likely.argmax())
+    assert any(np.isclose(probability, float(likely[best]), rtol=1e-3) for probability in before.values())
+    same = live.steer(TEXT, 5, "multiply", 1.0, 8)
+    assert same["steered"] == same["clean"] == told["clean"]
+    assert all(np.isclose(one, other, rtol=1e-3) for _, one, other in same["next"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"latent": LATENTS}, "is not in the SAE"),
+        ({"mode": "replace"}, "choose from set, add, multiply"),
+        ({"strength": float("nan")}, "finite"),
+        ({"tokens": 0}, "1 to"),
+        ({"tokens": GENERATED_TOKENS + 1}, "1 to"),
+        ({"prompt": "x = 1\n" * 2000}, f"more than {TEXT_TOKENS} tokens"),
+        ({"prompt": "x" * (TEXT_CHARACTERS + 1)}, "characters"),
+    ],
+)
+def test_what_cannot_be_steered_is_told(live: Live, changes: dict[str, Any], told: str) -> None:
+    asked: dict[str, Any] = {"prompt": TEXT, "latent": 5, "mode": "set", "strength": 1.0, "tokens": 4, **changes}
+    with pytest.raises(GranaryError, match=told):
+        live.steer(**asked)
+
+
+def test_another_model_tokenizer_or_dictionary_is_refused(folder: Path, tmp_path: Path) -> None:
+    latents = opened(folder, tokenizer={"hash": "0" * 64})
+    with pytest.raises(GranaryError, match="is not that of the harvest"):
+        Live(latents, LiveSettings.find(latents, None, None)).read(TEXT)
+    latents = opened(folder, model={"id": "bundled", "weights_hash": "0" * 64})
+    with pytest.raises(GranaryError, match="is not the model that was harvested"):
+        Live(latents, LiveSettings.find(latents, None, None)).read(TEXT)
+    synthetic_latents(tmp_path / "latents", 12)
+    latents = opened(folder)
+    other = Latents(Latents.open(tmp_path / "latents").io, replace(latents.meta, num_latents=12))
+    with pytest.raises(GranaryError, match="is of another dictionary"):
+        Live(other, LiveSettings.find(other, None, None)).read(TEXT)
+    latents = opened(folder, dictionary={"path": "/nowhere"})
+    with pytest.raises(GranaryError, match="give --dictionary FOLDER"):
+        LiveSettings.find(latents, None, None)
+
+
+def test_what_is_no_autoencoder_is_not_steered(folder: Path) -> None:
+    latents = opened(folder, dictionary={"kind": "transcoder", "writes": ["layers.2.mlp_out"]})
+    assert not Live(latents, LiveSettings.find(latents, None, None)).can_steer

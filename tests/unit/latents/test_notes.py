@@ -1,0 +1,79 @@
+"""Explanations, notes, labels, lists, and the search over them."""
+
+from pathlib import Path
+
+import pytest
+
+from shared.basics.errors import GranaryError
+from shared.latents.notes import Notes
+
+
+@pytest.fixture
+def notes(tmp_path: Path) -> Notes:
+    return Notes(tmp_path / "folder" / "notes.sqlite", writable=True)
+
+
+def test_reading_makes_no_file(notes: Notes) -> None:
+    assert notes.search("anything") == notes.explanations(3) == []
+    assert not notes.path.exists()
+
+
+def test_explanations_scores_and_search(notes: Notes) -> None:
+    one, two = notes.add_explanations(
+        [(5, "names after def", "rule", "granary", {"f1": 0.9}), (6, "closing ) of calls", "person", "me", {})]
+    )
+    notes.add_score(one, "detection", 0.8, 0.7, 0.9)
+    notes.add_score(one, "fuzz", None, details={"error": "429"})
+    assert [(score.scorer, score.value) for score in notes.scores(one)] == [("detection", 0.8), ("fuzz", None)]
+    assert notes.explanations(5)[0].details == {"f1": 0.9}
+    assert [found.latent for found in notes.search("NAMES def")] == [5]
+    assert [found.latent for found in notes.search(")")] == [6]
+    assert [found.latent for found in notes.search("of call")] == [6]
+    assert notes.search('" OR text:x %') == notes.search("") == []
+    notes.remove_explanation(two)
+    notes.remove_explanation(one)
+    assert notes.search("names") == notes.scores(one) == []
+
+
+def test_matching_finds_what_search_finds(notes: Notes) -> None:
+    notes.add_explanations(
+        [(latent, f"all of {'even' if latent % 2 == 0 else 'odd'} at 5%", "rule", "", {}) for latent in range(9)]
+    )
+    notes.add_explanation(4, "even again", method="rule", author="")
+    notes.set_note(7, "a note, even so")
+    for text in ("even", "odd 5%", "of", "even of", "nowhere", "", 'a "note"', "%"):
+        found = notes.matching(text)
+        assert sorted(found) == sorted({hit.latent for hit in notes.search(text, 1000)}), text
+    assert sorted(notes.matching("even")) == [0, 2, 4, 6, 7, 8]
+
+
+def test_what_a_person_writes(notes: Notes) -> None:
+    notes.set_note(2, "looks like indentation")
+    notes.set_note(2, "surely indentation")
+    assert notes.note(2) == "surely indentation"
+    assert [(found.latent, found.kind) for found in notes.search("indent")] == [(2, "note")]
+    notes.set_note(2, "")
+    assert notes.note(2) == ""
+    assert notes.search("indent") == []
+    notes.set_labels(2, ["b", "a", "b"])
+    assert notes.labels() == {2: ["a", "b"]}
+    notes.set_list("mine", [9, 2, 9])
+    assert notes.lists() == {"mine": [9, 2]}
+    notes.set_list("mine", None)
+    assert notes.lists() == {}
+
+
+def test_concepts_and_answers(notes: Notes) -> None:
+    notes.add_concept("self", "regex self", {"best": 3})
+    assert notes.concepts()[0]["result"] == {"best": 3}
+    assert notes.answer("abc") is None
+    notes.keep_answer("abc", "yes")
+    assert notes.answer("abc") == "yes"
+
+
+def test_a_copy_is_not_written(tmp_path: Path) -> None:
+    with pytest.raises(GranaryError, match="can't be changed"):
+        Notes(tmp_path / "notes.sqlite", writable=False).set_note(1, "x")
+    (tmp_path / "notes.sqlite").write_bytes(b"no database at all, but long enough to look like a file of one" * 20)
+    with pytest.raises(GranaryError, match="can't be read"):
+        Notes(tmp_path / "notes.sqlite", writable=True).note(1)

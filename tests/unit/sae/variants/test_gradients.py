@@ -1,0 +1,57 @@
+"""Every kind of dictionary with every activation that it claims, against dense float64: the loss and each gradient."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from shared.sae.learn.init import initialise
+from shared.sae.learn.inputs import StepInputs
+from shared.sae.sites import Sites, SiteWidths
+from tests.dense import dense_loss
+from tests.variants import ACTIVATIONS, batch, make
+
+CASES: list[tuple[str, dict[str, Any]]] = [
+    *(("transcoder", {"activation": activation}) for activation in ACTIVATIONS),
+    *(("skip_transcoder", {"activation": activation}) for activation in ACTIVATIONS),
+    *(
+        ("crosscoder", {"activation": activation, "gate": gate, "pre_bias": gate == "sum"})
+        for activation in ACTIVATIONS
+        for gate in ("joint", "sum")
+    ),
+    ("crosscoder", {"activation": "relu", "unit_norm_decoder": False}),
+    ("crosscoder", {"places": (Sites(("a",), ("b", "c")), SiteWidths((6,), (5, 8))), "gate": "sum"}),
+    *(
+        ("clt", {"activation": activation, "k_scope": scope})
+        for activation in ("topk", "batchtopk")
+        for scope in ("all", "layer")
+    ),
+    ("clt", {"activation": "relu", "penalty": "l1", "unit_norm_decoder": False}),
+    ("clt", {"activation": "jumprelu"}),
+    ("clt", {"activation": "jumprelu", "penalty": "tanh", "unit_norm_decoder": False}),
+    ("clt", {"activation": "jumprelu", "penalty": "l0"}),
+    ("skip_transcoder", {"skip_init": "ridge", "normalisation": "scale"}),
+]
+
+
+@pytest.mark.parametrize(("kind", "given"), CASES, ids=lambda value: value if isinstance(value, str) else str(value))
+def test_value_and_every_gradient(kind: str, given: dict[str, Any]) -> None:
+    objective = make(kind, torch.float64, auxk_alpha=0.5, **given)
+    made = objective.dictionary
+    x_ND, y_ND = batch(objective)
+    initialise(objective, None, x_ND, None, y_ND)
+    with torch.no_grad():  # where the start leaves nothing to learn a gradient would be 0
+        for number, parameter in enumerate(made.parameters()):
+            noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number), dtype=parameter.dtype)
+            parameter.add_(0.05 * noise)
+    dead_F = torch.arange(made.config.d_latent) % 7 == 0
+    losses = objective.losses(x_ND, y_ND, StepInputs(dead=dead_F))
+    expected = dense_loss(made, objective.learning, x_ND, y_ND, dead_F)
+    assert losses.metrics["auxk"] > 0
+    torch.testing.assert_close(losses.total, expected, rtol=1e-10, atol=0)
+    names = dict(made.named_parameters())
+    found = torch.autograd.grad(losses.total, list(names.values()))
+    wanted = torch.autograd.grad(expected, list(names.values()))
+    for name, one, other in zip(names, found, wanted, strict=True):
+        assert float((one - other).norm()) <= 1e-5 * float(other.norm()), name
+        assert float(other.norm()) > 0, name

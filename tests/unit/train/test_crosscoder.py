@@ -1,0 +1,50 @@
+"""Crosscoders by the configuration's own words: over layers of one store, and over a pair of stores."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from shared.basics.errors import GranaryError
+from shared.basics.metrics_file import read_metrics
+from shared.sae import Crosscoder, load
+from shared.sae.folder import describe
+from shared.sae.sites import Sites
+from tests.training import Runs, assert_same_run
+
+ONE, TWO = "layers.1.resid_post", "layers.2.resid_post"
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory, train_configs: None, planted_store: Any) -> Runs:
+    folder = tmp_path_factory.mktemp("crosscoder")
+    planted_store(folder / "store", hooks=(ONE, TWO))
+    planted_store(folder / "chat", hooks=(ONE,))
+    return Runs(folder, "variant=crosscoder", "sae.expansion=4", "schedule.tokens=1_000")
+
+
+@pytest.mark.parametrize("sae", ["topk", "jumprelu"])
+def test_over_layers(runs: Runs, sae: str) -> None:
+    k = [] if sae == "topk" else ["sae.k=null"]
+    out = runs(sae, f"sae={sae}", *k, "reads=layers.*.resid_post", "variant.gate=sum")
+    made = load(out)
+    assert isinstance(made, Crosscoder)
+    assert made.sites == Sites.of(ONE, TWO)
+    assert made.config.gate == "sum"
+    assert made.config.d_latent == 96
+    lines = read_metrics(out)
+    assert lines[-1]["fvu"] < 0.9 * lines[0]["fvu"]
+
+
+def test_over_models_stopped_and_continued(runs: Runs) -> None:
+    words = (f"reads=[{ONE},chat:{ONE}]", f"store.beside=[{{name:chat,url:{runs.folder / 'chat'}}}]")
+    straight = runs("pair", *words)
+    assert describe(straight).sites == Sites.of(ONE, f"chat:{ONE}")
+    runs.stopped("broken", *words, step=25)
+    assert_same_run(straight, runs("broken", *words))
+
+
+def test_a_store_of_other_tokens_is_refused(runs: Runs, planted_store: Any, tmp_path: Path) -> None:
+    planted_store(tmp_path / "other", hooks=(ONE,), seed=1)
+    with pytest.raises(GranaryError, match=r"holds other contexts than .*their mask differ"):
+        runs("bad", f"reads=[{ONE},x:{ONE}]", f"store.beside=[{{name:x,url:{tmp_path / 'other'}}}]")

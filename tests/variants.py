@@ -1,0 +1,66 @@
+"""Small dictionaries of every kind in learning, and activations for them."""
+
+from dataclasses import fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shared.sae.learn.config import learning_of
+from shared.sae.learn.objective import Objective
+from shared.sae.sites import Sites, SiteWidths
+from shared.sae.variants import VARIANTS
+
+IN, OUT = "layers.2.mlp_in", "layers.2.mlp_out"
+ACTIVATIONS: dict[str, dict[str, Any]] = {
+    "topk": {"k": 4},
+    "batchtopk": {"k": 4},
+    "relu": {"penalty": "tanh", "penalty_weight": 0.1},
+    "jumprelu": {"penalty": "tanh", "penalty_weight": 0.1, "bandwidth": 1.0},
+    "gated": {"penalty": "l1", "penalty_weight": 0.1},
+}
+PLACES: dict[str, tuple[Sites, SiteWidths]] = {
+    "sae": (Sites.of(OUT), SiteWidths((9,), (9,))),
+    "transcoder": (Sites((IN,), (OUT,)), SiteWidths((9,), (7,))),
+    "skip_transcoder": (Sites((IN,), (OUT,)), SiteWidths((9,), (7,))),
+    "clt": (
+        Sites(
+            ("layers.0.mlp_in", "layers.1.mlp_in", "layers.2.mlp_in"), tuple(f"layers.{n}.mlp_out" for n in range(3))
+        ),
+        SiteWidths((9, 6, 5), (7, 4, 8)),
+    ),
+    "crosscoder": (Sites.of(IN, OUT), SiteWidths((9, 4), (9, 4))),
+}
+"""Where each kind reads and writes, of unequal widths."""
+
+
+def make(kind: str, dtype: torch.dtype = torch.float32, seed: int = 0, **given: Any) -> Objective:
+    """One of this kind, random; `given` are fields of its config and of its learning."""
+    sites, widths = given.pop("places", None) or PLACES[kind]
+    given = {
+        "d_latent": 60 if kind == "clt" else 40,
+        "activation": "topk",
+        "pre_bias": sites is None or sites.is_autoencoder,
+        **given,
+    }
+    given = {**ACTIVATIONS[given["activation"]], **given}
+    how = learning_of(kind)
+    taught = {field.name for field in fields(how)}
+    made = VARIANTS[kind]
+    config = made.config_class.of(widths, {name: one for name, one in given.items() if name not in taught}, sites)
+    dictionary = made(config, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    return Objective(dictionary, how(**{name: one for name, one in given.items() if name in taught}))
+
+
+def batch(objective: Objective, rows: int = 32, seed: int = 1) -> tuple[Tensor, Tensor]:
+    """What is read, of a mean, and what must be written, by some map of it; the same for an autoencoder."""
+    made = objective.dictionary
+    generator = torch.Generator().manual_seed(seed)
+    dtype = made.b_dec.dtype
+    x_ND = torch.randn(rows, made.widths.d_in, generator=generator, dtype=dtype) * 3 + 1
+    if made.config.is_autoencoder:
+        return x_ND, x_ND
+    map_DD = torch.randn(
+        made.widths.d_in, made.widths.d_out, generator=torch.Generator().manual_seed(5), dtype=torch.float64
+    )
+    return x_ND, torch.relu(x_ND @ map_DD.to(dtype)) + 2
