@@ -80,6 +80,8 @@ def intervene(graph: Graph, values: Mapping[str, float] | Sequence[Change], mode
             raise GranaryError(f"no dictionary stands in for layer {change.layer}")
         by_layer.setdefault(change.layer, []).append(change)
 
+    pending: dict[int, Tensor] = {}  # what changed latents add, by the layer whose MLP they write
+
     def change_mlp(layer: int, added_TD: Tensor, sites: dict[HookPoint, Tensor]) -> Tensor:
         stand_in = session.replacement.layers[layer]
         if mode is Mode.constrained:
@@ -89,8 +91,9 @@ def intervene(graph: Graph, values: Mapping[str, float] | Sequence[Change], mode
                 added_TD = added_TD + (sites[read] - session.recording.sites[read]) @ stand_in.skip.T
         if layer in by_layer:
             present = stand_in.latents if mode is Mode.constrained else None
-            added_TD = added_TD + _added(session, layer, by_layer[layer], sites, present)
-        return added_TD
+            for target, more_TD in _added(session, layer, by_layer[layer], sites, present).items():
+                pending[target] = pending.get(target, 0) + more_TD
+        return added_TD + pending[layer] if layer in pending else added_TD
 
     sites = [layer.latents.read for layer in session.replacement.layers]
     frozen = None if mode is Mode.open else session.recording
@@ -152,24 +155,25 @@ def _added(
     changes: Sequence[Change],
     sites: Mapping[HookPoint, Tensor],
     present: LayerLatents | None,
-) -> Tensor:
-    """[T, D]: what the changes add to the MLP's output; `present` None: latents are encoded again."""
-    source = session.sources[layer]
-    dictionary = source.open()
-    x_TD = sites[source.place.read]
+) -> dict[int, Tensor]:
+    """[T, D] by layer: what the changes add to MLP outputs; `present` None: latents are encoded again."""
+    source, number = session.sources[layer]
+    dictionary, place = source.open(), source.places[number]
+    x_TD = sites[place.read]
     if present is None:
-        present = active(dictionary, source.place.read, x_TD, session.replacement.fixed_T)
-    folded = Folded.of(dictionary, x_TD)
-    (group,) = dictionary.groups
-    added_TD = torch.zeros_like(x_TD)
+        present = active(dictionary, number, place, x_TD, session.replacement.fixed_T)
+    folded = Folded.of(dictionary, number, x_TD)
+    group = dictionary.groups[number]
+    added = {target: torch.zeros_like(x_TD) for target in place.layers}
     for change in changes:
         if not (0 <= change.latent < group.num_latents and 0 <= change.position < len(x_TD)):
             raise GranaryError(f"layer {layer} has no latent {change.latent} at position {change.position}")
         is_it = (present.position_N == change.position) & (present.latent_N == change.latent)
         value = float(present.value_N[is_it].sum())
-        row_D = group.W_dec[change.latent].to(x_TD) / folded.output_scale
-        added_TD[change.position] += (change.value - value) * row_D
-    return added_TD
+        rows = (group.W_dec[change.latent].to(x_TD) / folded.output_scale).split(x_TD.shape[1])
+        for target, row_D in zip(place.layers, rows, strict=True):
+            added[target][change.position] += (change.value - value) * row_D
+    return added
 
 
 def _chosen(graph: Graph, session: Session) -> Tensor:

@@ -66,7 +66,8 @@ def trace_text(cfg: TraceSchema) -> None:
 def summary(graph: AttributionGraph, sources: list[Source]) -> list[str]:
     """What the graph is of, whether it adds up, and its scores."""
     strict, theirs = graph.scores["strict"], graph.scores["circuit-tracer"]
-    missing = [layer for layer in range(graph.columns.num_layers) if layer not in {s.place.layer for s in sources}]
+    taken = {place.layers[0] for source in sources for place in source.places}
+    missing = [layer for layer in range(graph.columns.num_layers) if layer not in taken]
     said = ", ".join(f"{node.text!r} {node.probability:.1%}" for node in graph.logits[:4])
     lines = [
         f"says         {said}",

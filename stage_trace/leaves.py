@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stage_trace.replacement import Replacement
+from stage_trace.replacement import LayerLatents, Replacement
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,12 +71,9 @@ class Rows:
         """Enter what the output of an MLP contributes, from the gradient there."""
         stand_in, columns, rows = self.replacement.layers[layer], self.columns, self.values_BS
         T = g_BTD.shape[1]
-        latents, start = stand_in.latents, self.starts[layer]
-        for position, part in latents.by_position():
-            if position < T:
-                columns_of = slice(start + part.start, start + part.stop)
-                scaled_ND = latents.value_N[part, None] * latents.decoder_ND[part]
-                rows[:, columns_of] = g_BTD[:, position] @ scaled_ND.T
+        for source, start in zip(self.replacement.layers, self.starts, strict=True):
+            if layer in source.latents.layers:
+                self._add_features(source.latents, start, layer, g_BTD)
         errors = columns.errors.start + layer * columns.num_positions
         rows[:, errors : errors + T] = torch.einsum("btd,td->bt", g_BTD, stand_in.error_TD[:T])
         outputs = columns.fixed_outputs.start + layer * len(columns.fixed)
@@ -85,6 +82,13 @@ class Rows:
                 rows[:, outputs + index] = g_BTD[:, position] @ stand_in.rest_TD[position]
         free_T = self.replacement.free[:T].to(g_BTD)
         rows[:, columns.biases.start + layer] += torch.einsum("btd,t,d->b", g_BTD, free_T, stand_in.bias_D)
+
+    def _add_features(self, latents: LayerLatents, start: int, layer: int, g_BTD: Tensor) -> None:
+        decoder_ND = latents.decoder(layer)
+        for position, part in latents.by_position():
+            if position < g_BTD.shape[1]:
+                scaled_ND = latents.value_N[part, None] * decoder_ND[part]
+                self.values_BS[:, start + part.start : start + part.stop] += g_BTD[:, position] @ scaled_ND.T
 
     def at_biases(self, bias_BL: Tensor) -> None:
         """Add the biases of norms and attention, [B, L + 1]."""

@@ -15,6 +15,7 @@ from typing import Any
 
 from shared.basics.units import human_bytes
 from shared.lm import load_config, resolve_model
+from shared.sae.config import DictionaryConfig
 from shared.sae.folder import describe, locate
 from shared.sae.loading import KINDS
 from stage_trace.config import TraceSchema
@@ -56,9 +57,13 @@ def plan(path: str, revision: str | None, sources: Sequence[Source], num_tokens:
     recorded = of_type * (L * H * T * T + (3 * L + 2) * T * D)
 
     configs = [describe(locate(source.name)).config(KINDS) for source in sources]
-    latents = sum((one.k or L0_GUESS) * T for one in configs)
-    one_dictionary = max(4 * one.d_latent * one.widths.d_in for one in configs)
-    stand_ins = of_type * (2 * L * T * D + 2 * latents * D)
+    firing = {source.name: _firing(one) * T for source, one in zip(sources, configs, strict=True)}
+    latents = sum(firing.values())
+    one_dictionary = max(4 * one.d_latent * one.widths.d_in // one.num_groups for one in configs)
+    written = sum(
+        firing[source.name] * len(place.layers) // len(source.places) for source in sources for place in source.places
+    )
+    stand_ins = of_type * (2 * L * T * D + (latents + written) * D)
     kept = min(latents, cfg.max_features)
     rows, others = kept + cfg.logits.most, (2 * L + 1) * T
     # All columns while rows are made, and beside them the rows in order, of the columns that are kept.
@@ -78,6 +83,14 @@ def plan(path: str, revision: str | None, sources: Sequence[Source], num_tokens:
         latents,
         any(one.activation != "topk" for one in configs),
     )
+
+
+def _firing(config: DictionaryConfig) -> int:
+    """Latents per token of a whole dictionary."""
+    if config.k is None:
+        return L0_GUESS * config.num_groups
+    is_each = getattr(config, "k_scope", "all") == "layer"
+    return config.k * (config.num_groups if is_each else 1)
 
 
 def _parameters(file: Path) -> int:

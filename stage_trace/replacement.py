@@ -1,11 +1,12 @@
 """The local replacement model of one prompt: what stands in for each MLP's output, position by position.
 
-    mlp_out_l[p] = sum_i f_i d_i + b_l + W_skip,l x_l[p] + error_l[p]       p: free positions
-    mlp_out_l[p] = rest_l[p] + W_skip,l x_l[p]                              p: positions that no dictionary was taught
+    mlp_out_t[p] = sum_i f_i d_i,t + b_t + W_skip,t x_t[p] + error_t[p]       p: free positions
+    mlp_out_t[p] = rest_t[p] + W_skip,t x_t[p]                                p: positions that no dictionary was taught
 
-f_i are active latents, d_i their decoder rows, all in the units of raw activations: a dictionary's normalisation is
-folded into its weights. Everything but the skip, which is connected everywhere, is a leaf of the graph; f_i is also a
-row, since it reads the stream:
+f_i are active latents, d_i,t their decoder rows for layer t, all in the units of raw activations: a dictionary's
+normalisation is folded into its weights. A transcoder's latents write the MLP of their own layer, those of a CLT the
+later ones too. Everything but the skip, which is connected everywhere, is a leaf of the graph; f_i is also a row, since
+it reads the stream:
 
     f_i = e_i . x_l[p] + c_i
 
@@ -13,7 +14,7 @@ Only the rows of active latents are read from a dictionary's file, never all of 
 Shapes: N active latents, T positions, D width of the stream, L layers.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,7 +24,8 @@ from shared.basics.errors import GranaryError
 from shared.lm.frozen import Recording
 from shared.lm.hookpoint import HookPoint
 from shared.sae.activations import Gated
-from shared.sae.sites import Sites
+from shared.sae.config import DictionaryConfig
+from shared.sae.groups import LatentGroup
 from shared.sae.variants import Dictionary
 from shared.sae.variants.base import per_column
 
@@ -32,31 +34,41 @@ READABLE = ("mlp_in", "resid_mid", "resid_pre")
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a dictionary reads and which MLP it stands in for."""
+    """Where one group of latents reads, and for the MLPs of which layers it stands in."""
 
     read: HookPoint
-    layer: int
+    layers: tuple[int, ...]
 
-    @classmethod
-    def of(cls, sites: Sites | None, name: str) -> "Place":
-        """From the sites it records; raises GranaryError, naming `name`, for anything but an MLP's stand-in."""
-        if sites is None:
-            raise GranaryError(f"{name} does not record where it reads and writes: graphs need a transcoder that does")
-        if len(sites.reads) != 1 or len(sites.writes) != 1:
-            raise GranaryError(f"{name} has {sites}: graphs know dictionaries that read one site and write one")
-        read, write = HookPoint.parse(sites.reads[0]), HookPoint.parse(sites.writes[0])
-        if write.site != "mlp_out" or read.site not in READABLE or read.layer != write.layer:
-            raise GranaryError(
-                f"{name} has {sites}: graphs need transcoders of an MLP, such as layers.2.mlp_in -> layers.2.mlp_out"
-            )
-        return cls(read, write.layer)
+
+def places_of(config: DictionaryConfig, name: str) -> tuple[Place, ...]:
+    """Of each group; raises GranaryError, naming `name`, for anything but stand-ins of MLPs."""
+    sites = config.sites
+    if sites is None:
+        raise GranaryError(f"{name} does not record where it reads and writes: graphs need a transcoder that does")
+    if config.num_groups > 1 and not config.follows_depth:
+        raise GranaryError(
+            f"{name} takes the k largest of all layers, so that later layers decide what earlier ones fire: use batchtopk"
+        )
+    groups = config.num_groups
+    if len(sites.reads) == groups == len(sites.writes):
+        reads = [HookPoint.parse(one) for one in sites.reads]
+        writes = [HookPoint.parse(one) for one in sites.writes]
+        layers = [one.layer for one in writes]
+        in_order = [one.layer for one in reads] == layers == sorted(set(layers))
+        if in_order and all(one.site in READABLE for one in reads) and {one.site for one in writes} == {"mlp_out"}:
+            return tuple(Place(read, tuple(layers[number:])) for number, read in enumerate(reads))
+    raise GranaryError(
+        f"{name} has {sites}: graphs need transcoders of MLPs, such as layers.2.mlp_in -> layers.2.mlp_out, or a CLT"
+    )
 
 
 @dataclass(frozen=True, slots=True)
 class LayerLatents:
-    """The active latents of one dictionary, sorted by position and latent, in raw units."""
+    """The active latents that read at one layer, sorted by position and latent, in raw units."""
 
     read: HookPoint
+    layers: tuple[int, ...]
+    """Whose MLPs they write."""
     position_N: Tensor
     latent_N: Tensor
     value_N: Tensor
@@ -64,6 +76,12 @@ class LayerLatents:
     """What a value holds beside what it reads: ``value = encoder . x + constant``."""
     encoder_ND: Tensor
     decoder_ND: Tensor
+    """[N, D times number of `layers`]."""
+
+    def decoder(self, layer: int) -> Tensor:
+        """Rows [N, D] for the MLP of `layer`, one of `layers`."""
+        D, at = self.encoder_ND.shape[1], self.layers.index(layer)
+        return self.decoder_ND[:, at * D : (at + 1) * D]
 
     def by_position(self) -> Iterator[tuple[int, slice]]:
         """Every position with latents, and where they lie."""
@@ -77,7 +95,7 @@ class LayerLatents:
 
 @dataclass(frozen=True, slots=True)
 class LayerStandIn:
-    """What stands in for the MLP of one layer."""
+    """What stands in for the MLP of one layer, beside latents, and the latents that read there."""
 
     latents: LayerLatents
     bias_D: Tensor
@@ -108,63 +126,85 @@ class Replacement:
         return ~self.fixed_T
 
 
-def read_sites(places: Sequence[Place]) -> list[HookPoint]:
-    """What a recording must hold for `replace`."""
-    return [place.read for place in places]
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What one group of a dictionary gives: its latents, and the bias and skip of its own layer's MLP."""
+
+    latents: LayerLatents
+    bias_D: Tensor
+    skip: Tensor | None
 
 
 def check_places(places: Sequence[tuple[str, Place]], num_layers: int) -> None:
     """Raise GranaryError where two dictionaries stand in for one MLP, or one for an MLP that the model lacks."""
     taken: dict[int, str] = {}
     for name, place in places:
-        if place.layer >= num_layers:
-            raise GranaryError(f"{name} stands in for layer {place.layer}, and the model has {num_layers} layers")
-        if place.layer in taken:
-            raise GranaryError(f"{taken[place.layer]} and {name} both write layers.{place.layer}.mlp_out: give one")
-        taken[place.layer] = name
+        layer = place.layers[0]
+        if place.layers[-1] >= num_layers:
+            raise GranaryError(f"{name} stands in for layer {place.layers[-1]}, and the model has {num_layers} layers")
+        if layer in taken:
+            raise GranaryError(f"{taken[layer]} and {name} both write layers.{layer}.mlp_out: give one")
+        taken[layer] = name
 
 
 @torch.no_grad()
-def replace_layer(dictionary: Dictionary, place: Place, recording: Recording, fixed_T: Tensor) -> LayerStandIn:
-    """The stand-in that `dictionary` is for the MLP of its layer; computed in the type of the recording."""
-    x_TD = recording.sites[place.read]
-    output_TD = recording.mlp_out(place.layer)
-    latents = active(dictionary, place.read, x_TD, fixed_T)
-    folded = Folded.of(dictionary, x_TD)
-    bias_D = dictionary.b_dec.to(x_TD) / folded.output_scale + dictionary.output_mean.to(x_TD)
-    skip: Tensor | None = getattr(dictionary, "W_skip", None)
-    skip_DD = None
-    if skip is not None:
-        skip_DD = skip.to(x_TD) * folded.input_scale / folded.output_scale[..., None]
-        bias_D = bias_D - skip_DD @ folded.input_mean
-    rest_TD = output_TD if skip_DD is None else output_TD - x_TD @ skip_DD.T
-    made_TD = bias_D.expand_as(output_TD).clone()
-    made_TD.index_add_(0, latents.position_N, latents.value_N[:, None] * latents.decoder_ND)
-    error_TD = (rest_TD - made_TD).masked_fill(fixed_T[:, None], 0)
-    return LayerStandIn(latents, bias_D, skip_DD, error_TD, rest_TD.masked_fill(~fixed_T[:, None], 0))
+def read_parts(
+    dictionary: Dictionary, places: Sequence[Place], recording: Recording, fixed_T: Tensor
+) -> dict[int, Part]:
+    """What `dictionary` gives to each layer that it reads; computed in the type of the recording."""
+    found = {}
+    for number, place in enumerate(places):
+        x_TD = recording.sites[place.read]
+        layer = place.layers[0]
+        latents = active(dictionary, number, place, x_TD, fixed_T)
+        folded = Folded.of(dictionary, number, x_TD)
+        D = x_TD.shape[1]
+        own = dictionary.places[number][1]
+        bias_D = (dictionary.b_dec.to(x_TD)[own] / folded.output_scale + dictionary.output_mean.to(x_TD)[own])[:D]
+        skip: Tensor | None = getattr(dictionary, "W_skip", None)
+        if skip is not None:
+            skip = skip.to(x_TD) * folded.input_scale / folded.output_scale[..., None]
+            bias_D = bias_D - skip @ folded.input_mean
+        found[layer] = Part(latents, bias_D, skip)
+    return found
 
 
 @torch.no_grad()
-def without_dictionary(layer: int, recording: Recording, fixed_T: Tensor) -> LayerStandIn:
-    """For a layer that no dictionary stands in for: its whole output is error."""
+def stand_in(parts: Mapping[int, Part], layer: int, recording: Recording, fixed_T: Tensor) -> LayerStandIn:
+    """The stand-in for one MLP out of all parts; where none reads there, the whole output is error."""
     output_TD = recording.mlp_out(layer)
+    part = parts.get(layer) or _nothing(layer, output_TD)
+    rest_TD = output_TD
+    if part.skip is not None:
+        rest_TD = output_TD - recording.sites[part.latents.read] @ part.skip.T
+    made_TD = part.bias_D.expand_as(output_TD).clone()
+    for source in parts.values():
+        if layer in source.latents.layers:
+            scaled_ND = source.latents.value_N[:, None] * source.latents.decoder(layer)
+            made_TD.index_add_(0, source.latents.position_N, scaled_ND)
+    error_TD = (rest_TD - made_TD).masked_fill(fixed_T[:, None], 0)
+    return LayerStandIn(part.latents, part.bias_D, part.skip, error_TD, rest_TD.masked_fill(~fixed_T[:, None], 0))
+
+
+def _nothing(layer: int, output_TD: Tensor) -> Part:
     D = output_TD.shape[1]
-    none, rows = fixed_T.new_zeros(0, dtype=torch.int64), output_TD.new_zeros(0, D)
-    nothing = LayerLatents(HookPoint(layer, "mlp_in"), none, none, rows.sum(1), rows.sum(1), rows, rows)
-    error_TD, rest_TD = output_TD.masked_fill(fixed_T[:, None], 0), output_TD.masked_fill(~fixed_T[:, None], 0)
-    return LayerStandIn(nothing, output_TD.new_zeros(D), None, error_TD, rest_TD)
+    none, rows = output_TD.new_zeros(0, dtype=torch.int64), output_TD.new_zeros(0, D)
+    latents = LayerLatents(HookPoint(layer, "mlp_in"), (layer,), none, none, rows.sum(1), rows.sum(1), rows, rows)
+    return Part(latents, output_TD.new_zeros(D), None)
 
 
-def active(dictionary: Dictionary, read: HookPoint, x_TD: Tensor, fixed_T: Tensor) -> LayerLatents:
-    """Which latents fire, by the dictionary itself; their values from the folded rows, in the type of x."""
-    (group,) = dictionary.groups
-    indices_TK = dictionary.encode(x_TD).indices
+def active(dictionary: Dictionary, number: int, place: Place, x_TD: Tensor, fixed_T: Tensor) -> LayerLatents:
+    """Which latents of a group fire, by the group itself; their values from the folded rows, in the type of x."""
+    group: LatentGroup = dictionary.groups[number]
+    folded = Folded.of(dictionary, number, x_TD)
+    dtype = dictionary.b_dec.dtype
+    normal_TD = (x_TD.to(dtype) - folded.input_mean.to(dtype)) * folded.input_scale.to(dtype)
+    _, indices_TK = group.fire(normal_TD)
     position_N, slot_N = torch.nonzero((indices_TK >= 0) & ~fixed_T[:, None], as_tuple=True)
     latent_N = indices_TK[position_N, slot_N]
     order = torch.argsort(position_N * group.num_latents + latent_N)
     position_N, latent_N = position_N[order], latent_N[order]
 
-    folded = Folded.of(dictionary, x_TD)
     encoder_ND = group.W_enc[latent_N].to(x_TD) * folded.input_scale
     bias_N = group.b_enc[latent_N].to(x_TD)
     if isinstance(group.activation, Gated):
@@ -173,24 +213,24 @@ def active(dictionary: Dictionary, read: HookPoint, x_TD: Tensor, fixed_T: Tenso
     constant_N = bias_N - encoder_ND @ folded.input_mean
     value_N = (encoder_ND * x_TD[position_N]).sum(1) + constant_N
     decoder_ND = group.W_dec[latent_N].to(x_TD) / folded.output_scale
-    return LayerLatents(read, position_N, latent_N, value_N, constant_N, encoder_ND, decoder_ND)
+    return LayerLatents(place.read, place.layers, position_N, latent_N, value_N, constant_N, encoder_ND, decoder_ND)
 
 
 @dataclass(frozen=True, slots=True)
 class Folded:
-    """The normalisation of both sides, in the type of the stream; one scale per column."""
+    """The normalisation of what a group reads and writes, in the type of the stream; one scale per column."""
 
     input_mean: Tensor
     input_scale: Tensor
     output_scale: Tensor
 
     @classmethod
-    def of(cls, dictionary: Dictionary, like: Tensor) -> "Folded":
-        """A dictionary's, whose input is as it is where it has no normalisation."""
+    def of(cls, dictionary: Dictionary, number: int, like: Tensor) -> "Folded":
+        """Of group `number`, whose input is as it is where the dictionary has no normalisation."""
+        reads, writes = dictionary.places[number]
         widths = dictionary.widths
-        output_scale = per_column(dictionary.output_scale.to(like), widths.writes)
+        output_scale = per_column(dictionary.output_scale.to(like), widths.writes).expand(widths.d_out)[writes]
+        mean, scale = dictionary.input_mean.to(like), per_column(dictionary.input_scale.to(like), widths.reads)
         if dictionary.config.normalisation == "none":
-            return cls(like.new_zeros(widths.d_in), like.new_ones(()), output_scale)
-        return cls(
-            dictionary.input_mean.to(like), per_column(dictionary.input_scale.to(like), widths.reads), output_scale
-        )
+            mean, scale = torch.zeros_like(mean), torch.ones_like(scale)
+        return cls(mean[reads], scale.expand(widths.d_in)[reads], output_scale)

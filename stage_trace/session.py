@@ -13,13 +13,7 @@ from shared.lm.hookpoint import HookPoint
 from shared.lm.linear_parts import LinearParts, linear_parts
 from shared.sae.variants import Dictionary
 from stage_trace.leaves import Columns
-from stage_trace.replacement import (
-    Place,
-    Replacement,
-    check_places,
-    replace_layer,
-    without_dictionary,
-)
+from stage_trace.replacement import Part, Place, Replacement, check_places, read_parts, stand_in
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +21,7 @@ class Source:
     """A dictionary that is opened when its layer's turn comes, so that no two lie in memory at once."""
 
     name: str
-    place: Place
+    places: tuple[Place, ...]
     open: Callable[[], Dictionary]
 
 
@@ -40,8 +34,8 @@ class Session:
     tokens_T: Tensor
     recording: Recording
     replacement: Replacement
-    sources: dict[int, Source]
-    """By layer."""
+    sources: dict[int, tuple[Source, int]]
+    """By the layer that they read: a dictionary, and which of its groups."""
 
     @property
     def columns(self) -> Columns:
@@ -58,17 +52,15 @@ def record(model: PreTrainedModel, sources: Sequence[Source], tokens_T: Tensor, 
     """
     parts = linear_parts(model)
     depth = len(parts.layers)
-    check_places([(source.name, source.place) for source in sources], depth)
+    check_places([(source.name, place) for source in sources for place in source.places], depth)
     if bool(fixed_T.all()):
         raise GranaryError("the prompt has no token that a dictionary was taught: give it some text")
-    by_layer = {source.place.layer: source for source in sources}
-    reads = [source.place.read for source in sources]
+    reads = [place.read for source in sources for place in source.places]
     recording = run(model, parts, tokens_T, [*reads, *(HookPoint(layer, "attn_in") for layer in range(depth))])
-    layers = []
-    for layer in range(depth):
-        source = by_layer.get(layer)
-        if source is None:
-            layers.append(without_dictionary(layer, recording, fixed_T))
-        else:
-            layers.append(replace_layer(source.open(), source.place, recording, fixed_T))
+    found: dict[int, Part] = {}
+    by_layer = {}
+    for source in sources:
+        found |= read_parts(source.open(), source.places, recording, fixed_T)
+        by_layer |= {place.layers[0]: (source, number) for number, place in enumerate(source.places)}
+    layers = [stand_in(found, layer, recording, fixed_T) for layer in range(depth)]
     return Session(model, parts, tokens_T, recording, Replacement(layers, fixed_T), by_layer)

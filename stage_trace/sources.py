@@ -14,7 +14,7 @@ from shared.sae.folder import describe, locate
 from shared.sae.for_store import check_whole
 from shared.sae.loading import KINDS, load
 from shared.sae.variants import Dictionary
-from stage_trace.replacement import Place
+from stage_trace.replacement import places_of
 from stage_trace.session import Source
 
 
@@ -32,18 +32,18 @@ def find_sources(
             folder = locate(name)
             check_whole(name, folder)
             description = describe(folder)
-            description.config(KINDS)
+            config = description.config(KINDS)
             if model is not None:
                 taught = description.provenance.get("model") or {}
                 check_same_model(name, taught, "the graph", {**model})
-            found[name] = Source(name, Place.of(description.sites, name), partial(load, folder, device=device))
+            found[name] = Source(name, places_of(config, name), partial(load, folder, device=device))
     return list(found.values())
 
 
 def of_dictionary(dictionary: Dictionary) -> Source:
     """One that is loaded."""
     name = f"the {dictionary.config.kind} of {dictionary.sites}"
-    return Source(name, Place.of(dictionary.sites, name), lambda: dictionary)
+    return Source(name, places_of(dictionary.config, name), lambda: dictionary)
 
 
 def need_any(sources: Sequence[Source]) -> None:

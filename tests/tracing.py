@@ -1,19 +1,23 @@
 """A small random model of every family that graphs know, with a transcoder of each of its layers."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from shared.lm.frozen import Recording, run
-from shared.lm.hookpoint import HookPoint
-from shared.lm.linear_parts import LINEAR_PATHS, LinearParts, linear_parts
-from shared.sae import Transcoder
+from shared.lm.frozen import Recording
+from shared.lm.linear_parts import LINEAR_PATHS, LinearParts
+from shared.sae import CLT, Dictionary, Transcoder
 from shared.sae.sites import Sites
+from shared.sae.variants.clt import CLTConfig
+from shared.sae.variants.skip_transcoder import SkipTranscoder, SkipTranscoderConfig
 from shared.sae.variants.transcoder import TranscoderConfig
 from stage_trace.leaves import Columns
-from stage_trace.replacement import Place, Replacement, replace_layer
+from stage_trace.replacement import Replacement, places_of
+from stage_trace.session import Source, record
 from tests.families import FAMILIES
 
 TRACED = tuple(FAMILIES)
@@ -38,10 +42,11 @@ def make_transcoder(
     generator = torch.Generator().manual_seed(layer)
     sites = Sites((f"layers.{layer}.{read}",), (f"layers.{layer}.mlp_out",))
     k = K if activation in ("topk", "batchtopk") else None
-    config = TranscoderConfig(
+    kind, config_kind = (SkipTranscoder, SkipTranscoderConfig) if skip else (Transcoder, TranscoderConfig)
+    config = config_kind(
         d_in=width, d_out=width, d_latent=latents, k=k, activation=activation, pre_bias=False, sites=sites
     )
-    made = Transcoder(config, generator=generator)
+    made = kind(config, generator=generator)
 
     def draw(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator)
@@ -55,8 +60,30 @@ def make_transcoder(
         made.output_scale.fill_(0.6)
         for name, value in made.activation.state_dict().items():
             value.copy_(torch.tensor(0.9) if name == "threshold" else 0.1 * draw(*value.shape))
-    if skip:
-        made.register_buffer("W_skip", 0.2 * draw(width, width))
+        if isinstance(made, SkipTranscoder):
+            made.W_skip.copy_(0.2 * draw(width, width))
+    return made.requires_grad_(False)
+
+
+def make_clt(layers: int, *, activation: str = "batchtopk", width: int = D, latents: int = 16) -> CLT:
+    """A random CLT of a model's first layers, `latents` in each."""
+    names = range(layers)
+    sites = Sites(tuple(f"layers.{n}.mlp_in" for n in names), tuple(f"layers.{n}.mlp_out" for n in names))
+    each = (width,) * layers
+    config = CLTConfig(
+        read_widths=each, write_widths=each, d_latent=layers * latents, k=K if activation == "batchtopk" else None,
+        activation=activation, pre_bias=False, sites=sites,
+    )  # fmt: skip
+    generator = torch.Generator().manual_seed(3)
+    made = CLT(config, generator=generator)
+    with torch.no_grad():
+        for name, value in made.state_dict().items():
+            if name.endswith("threshold"):
+                value.fill_(1.0)
+            elif "scale" in name:
+                value.copy_(torch.rand(value.shape, generator=generator) + 0.7)
+            elif not name.endswith("W_enc"):
+                value.copy_(0.4 * torch.randn(value.shape, generator=generator))
     return made.requires_grad_(False)
 
 
@@ -70,24 +97,28 @@ class Traced:
     recording: Recording
     replacement: Replacement
     columns: Columns
-    dictionaries: list[Transcoder]
+    dictionaries: list[Dictionary]
 
 
-def make_traced(family: str, dtype: torch.dtype = torch.float64, *, length: int = T, **kwargs: object) -> Traced:
-    """The first position is fixed; `kwargs` are those of `make_transcoder`."""
+def make_traced(family: str, dtype: torch.dtype = torch.float64, **kwargs: object) -> Traced:
+    """With a transcoder of every layer, made by `make_transcoder` with `kwargs`."""
     model = make_model(family, dtype)
-    parts = linear_parts(model)
-    depth = len(parts.layers)
-    tokens_T = torch.randint(3, 50, (length,), generator=torch.Generator().manual_seed(1))
-    dictionaries = [make_transcoder(layer, **kwargs) for layer in range(depth)]  # type: ignore[arg-type]
-    places = [Place.of(one.sites, "it") for one in dictionaries]
-    sites = [place.read for place in places] + [HookPoint(layer, "attn_in") for layer in range(depth)]
-    with torch.no_grad():
-        recording = run(model, parts, tokens_T, sites)
-    fixed_T = torch.arange(length) == 0
-    layers = [replace_layer(one, place, recording, fixed_T) for one, place in zip(dictionaries, places, strict=True)]
-    replacement = Replacement(layers, fixed_T)
-    return Traced(model, parts, tokens_T, recording, replacement, Columns.of(replacement), dictionaries)
+    depth = int(model.config.num_hidden_layers)
+    return of_dictionaries(model, [make_transcoder(layer, **kwargs) for layer in range(depth)])  # type: ignore[arg-type]
+
+
+def of_dictionaries(model: PreTrainedModel, dictionaries: Sequence[Dictionary]) -> Traced:
+    """A prompt of six tokens, of which the first is fixed."""
+    tokens_T = torch.randint(3, 50, (T,), generator=torch.Generator().manual_seed(1))
+    sources = [Source("it", places_of(one.config, "it"), partial(_itself, one)) for one in dictionaries]
+    session = record(model, sources, tokens_T, torch.arange(T) == 0)
+    return Traced(
+        model, session.parts, tokens_T, session.recording, session.replacement, session.columns, list(dictionaries)
+    )
+
+
+def _itself(dictionary: Dictionary) -> Dictionary:
+    return dictionary
 
 
 assert {FAMILIES[name]().model_type for name in TRACED} <= set(LINEAR_PATHS)

@@ -54,7 +54,7 @@ def export(dictionaries: list[Transcoder], folder: Path) -> None:
     folder.mkdir(parents=True)
     for layer, one in enumerate(dictionaries):
         like = torch.zeros(())
-        folded = Folded.of(one, like)
+        folded = Folded.of(one, 0, like)
         W_enc = one.W_enc * folded.input_scale
         b_dec = one.b_dec / folded.output_scale + one.output_mean
         tensors = {

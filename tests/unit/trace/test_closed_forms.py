@@ -4,13 +4,11 @@ import pytest
 import torch
 
 from shared.lm.frozen import run
-from shared.lm.hookpoint import HookPoint
 from shared.lm.linear_parts import linear_parts
 from stage_trace.leaves import Columns
-from stage_trace.replacement import Place, Replacement, replace_layer, without_dictionary
 from stage_trace.sweep import sweep
 from stage_trace.targets import Logits, feature_targets, logit_targets
-from tests.tracing import Traced, make_model, make_traced
+from tests.tracing import Traced, make_model, make_traced, of_dictionaries
 
 
 def rows_of(traced: Traced, *, logits: bool = False) -> torch.Tensor:
@@ -24,15 +22,7 @@ def without_attention(traced: Traced) -> Traced:
     model = traced.model
     for layer in traced.parts.layers:
         layer.heads.output.weight.data.zero_()
-    parts = linear_parts(model)
-    sites = [layer.latents.read for layer in traced.replacement.layers]
-    sites += [HookPoint(layer, "attn_in") for layer in range(len(parts.layers))]
-    with torch.no_grad():
-        recording = run(model, parts, traced.tokens_T, sites)
-    fixed_T = traced.replacement.fixed_T
-    layers = [replace_layer(one, Place.of(one.sites, "it"), recording, fixed_T) for one in traced.dictionaries]
-    replacement = Replacement(layers, fixed_T)
-    return Traced(model, parts, traced.tokens_T, recording, replacement, Columns.of(replacement), traced.dictionaries)
+    return of_dictionaries(model, traced.dictionaries)
 
 
 def test_an_edge_of_two_layers_is_a_product_of_rows() -> None:
@@ -57,10 +47,8 @@ def test_without_branches_a_logit_is_its_token_alone() -> None:
     for layer, block in zip(traced.parts.layers, traced.model.model.layers, strict=True):
         layer.heads.output.weight.data.zero_()
         block.mlp.down_proj.weight.data.zero_()
-    with torch.no_grad():
-        recording = run(traced.model, traced.parts, traced.tokens_T, [HookPoint(n, "attn_in") for n in range(3)])
-    fixed_T = traced.replacement.fixed_T
-    replacement = Replacement([without_dictionary(n, recording, fixed_T) for n in range(3)], fixed_T)
+    bare = of_dictionaries(traced.model, [])
+    recording, replacement = bare.recording, bare.replacement
     columns = Columns.of(replacement)
     targets = logit_targets(Logits.choose(recording.logits_V, 1.0, 3), traced.parts, recording)
     rows = sweep(traced.parts, recording, replacement, columns, targets).rows_BS
@@ -74,11 +62,7 @@ def test_error_is_output_minus_everything() -> None:
     for skip in (False, True):
         traced = make_traced("llama", torch.float32, skip=skip)
         layer, made = traced.replacement.layers[1], traced.dictionaries[1]
-        x = traced.recording.sites[layer.latents.read]
-        expected = traced.recording.mlp_out(1) - made.decode(made.encode(x))
-        if skip:
-            normal = (x - made.input_mean) * made.input_scale
-            expected = expected - normal @ made.W_skip.T / made.output_scale  # type: ignore[operator, union-attr]
+        expected = traced.recording.mlp_out(1) - made(traced.recording.sites[layer.latents.read]).x_hat
         expected[0] = 0  # a fixed position has no error
         torch.testing.assert_close(layer.error_TD, expected, rtol=1e-4, atol=1e-4)
 
