@@ -170,8 +170,8 @@ def _added(
             raise GranaryError(f"layer {layer} has no latent {change.latent} at position {change.position}")
         is_it = (present.position_N == change.position) & (present.latent_N == change.latent)
         value = float(present.value_N[is_it].sum())
-        rows = (group.W_dec[change.latent].to(x_TD) / folded.output_scale).split(x_TD.shape[1])
-        for target, row_D in zip(place.layers, rows, strict=True):
+        row = group.W_dec[change.latent].to(x_TD) / folded.output_scale
+        for target, row_D in zip(place.layers, row.view(len(place.layers), -1), strict=True):
             added[target][change.position] += (change.value - value) * row_D
     return added
 

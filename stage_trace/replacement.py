@@ -47,7 +47,7 @@ def places_of(config: DictionaryConfig, name: str) -> tuple[Place, ...]:
         raise GranaryError(f"{name} does not record where it reads and writes: graphs need a transcoder that does")
     if config.num_groups > 1 and not config.follows_depth:
         raise GranaryError(
-            f"{name} takes the k largest of all layers, so that later layers decide what earlier ones fire: use batchtopk"
+            f"{name} takes the k largest of all layers, so that later ones decide what earlier ones fire: use batchtopk"
         )
     groups = config.num_groups
     if len(sites.reads) == groups == len(sites.writes):

@@ -58,7 +58,7 @@ def record(model: PreTrainedModel, sources: Sequence[Source], tokens_T: Tensor, 
     reads = [place.read for source in sources for place in source.places]
     recording = run(model, parts, tokens_T, [*reads, *(HookPoint(layer, "attn_in") for layer in range(depth))])
     found: dict[int, Part] = {}
-    by_layer = {}
+    by_layer: dict[int, tuple[Source, int]] = {}
     for source in sources:
         found |= read_parts(source.open(), source.places, recording, fixed_T)
         by_layer |= {place.layers[0]: (source, number) for number, place in enumerate(source.places)}

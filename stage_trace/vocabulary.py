@@ -35,7 +35,7 @@ class Words:
             rows = {latent: row for row, latent in enumerate(latents.latent_N.tolist()) if latent in wanted}
             if not rows:
                 continue
-            all_FTD = latents.decoder_ND[list(rows.values())].float().unflatten(1, (len(latents.layers), -1))
+            all_FTD = latents.decoder_ND[list(rows.values())].float().reshape(len(rows), len(latents.layers), -1)
             decoder_FD = all_FTD.sum(1)  # on the direct path it makes no difference which MLP adds it
             logits_FV = _direct(decoder_FD, norm.weight_D.float(), W_U_VD)
             for latent, high, low in zip(
