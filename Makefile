@@ -57,13 +57,16 @@ $(VENV_PEERS)/.installed: pyproject.toml constraints-peers.txt
 	@test -x $(VENV_PEERS)/bin/python || $(PYTHON) -m venv $(VENV_PEERS)
 	@$(VENV_PEERS)/bin/python -m pip install -q --disable-pip-version-check -c constraints-peers.txt -e . \
 	  sae-lens eai-sparsify dictionary-learning pytest pytest-xdist
+	@# Of SAEDashboard one module is used; its own pins do not go with the others'.
+	@$(VENV_PEERS)/bin/python -m pip install -q --disable-pip-version-check --no-deps -c constraints-peers.txt sae-dashboard
 	@$(VENV_PEERS)/bin/python -m pip uninstall -q -y torchvision
 	@touch $@
 
-demo: setup ## text to a scored SAE: harvest, train, evaluate the bundled LLaMA (2 to 6 minutes, 2 cores)
+demo: setup ## text to a scored SAE and what its latents do: harvest, train, evaluate, inspect (2 to 6 minutes, 2 cores)
 	@$(BIN)/python -m stage_harvest $(ARGS)
 	@$(BIN)/python -m stage_train
 	@$(BIN)/python -m stage_eval
+	@$(BIN)/python -m stage_inspect
 
 harvest: setup ## run a LLaMA over a corpus and write its activations to a store
 	@$(STAGE) stage_harvest $(ARGS)

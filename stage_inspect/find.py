@@ -89,8 +89,8 @@ def find(arguments: argparse.Namespace) -> None:
             )
     Console(soft_wrap=True).print(table, markup=False)
     record = {name: [asdict(one) for one in matches] for name, matches in found.items()}
-    for name, matches in record.items():
-        result = {"split": arguments.split, "contexts": len(contexts), "latents": matches}
+    for name, rows in record.items():
+        result = {"split": arguments.split, "contexts": len(contexts), "latents": rows}
         if latents.notes.writable:
             latents.notes.add_concept(name, concepts.definitions[name], result)
     if arguments.json is not None:

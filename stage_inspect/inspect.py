@@ -1,18 +1,22 @@
 """An inspection from configuration to folder: check, pass over the store, merge, look at the weights, write."""
 
 import logging
+import os
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 
 from tqdm import tqdm
 
 from shared.basics.errors import GranaryError
+from shared.basics.files import lock_folder, make_folders
 from shared.basics.units import human_bytes, human_time
 from shared.basics.waiting import wait_until
 from shared.latents.layout import META, NOTES
 from shared.latents.meta import Meta
 from shared.launch import commands
-from shared.parallel import barrier, init_world
+from shared.parallel import World, barrier, init_world
 from shared.sae.variants import Dictionary
 from shared.store.io.base import ObjectIO
 from shared.store.io.local import LocalIO
@@ -37,13 +41,22 @@ def inspect(cfg: InspectSchema) -> None:
     settings = job.settings(dictionary)
     identity = job.identity(settings)
     io = open_io(cfg.latents.url)
-    if world.is_main:
-        if not cfg.dry_run:
-            prepare(io, identity, overwrite=cfg.latents.overwrite)
-        announce(job, dictionary, settings)
     if cfg.dry_run:
+        if world.is_main:
+            announce(job, dictionary, settings)
         return
-    barrier()
+    with alone(io) if world.is_main else nullcontext():
+        if world.is_main:
+            prepare(io, identity, overwrite=cfg.latents.overwrite)
+            announce(job, dictionary, settings)
+        barrier()
+        work(io, job, dictionary, settings, identity, world)
+
+
+def work(
+    io: ObjectIO, job: InspectJob, dictionary: Dictionary, settings: Settings, identity: str, world: World
+) -> None:
+    """This process's share of the parts; the main one then finishes the folder."""
     if is_finished(io, identity):
         if world.is_main:
             log.info("done      %s is finished already", io.url)
@@ -79,11 +92,7 @@ def announce(job: InspectJob, dictionary: Dictionary, settings: Settings) -> Non
 
 
 def prepare(io: ObjectIO, identity: str, *, overwrite: bool) -> None:
-    """Take the folder; raises GranaryError where it holds the latents of other inputs, or another job works on it."""
-    if isinstance(io, LocalIO):
-        io.root.mkdir(parents=True, exist_ok=True)
-    if not io.claim(exclusive=True):
-        raise GranaryError(f"another inspection is writing {io.url}: let it finish, or stop it")
+    """Make the folder ready; raises GranaryError where it holds the latents of other inputs."""
     if io.size(META) is not None and not is_finished(io, identity):
         if not overwrite:
             raise GranaryError(
@@ -99,6 +108,22 @@ def prepare(io: ObjectIO, identity: str, *, overwrite: bool) -> None:
         if not overwrite:
             raise
         parts.remove(io)
+
+
+@contextmanager
+def alone(io: ObjectIO) -> Iterator[None]:
+    """Hold a folder of this machine; raises GranaryError while another inspection does."""
+    if not isinstance(io, LocalIO):
+        yield
+        return
+    make_folders(io.root)
+    held = lock_folder(io.root)
+    if held is None:
+        raise GranaryError(f"another inspection is writing {io.url}: let it finish, or stop it")
+    try:
+        yield
+    finally:
+        os.close(held)
 
 
 def keep_notes(io: ObjectIO) -> None:

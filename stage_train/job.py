@@ -15,11 +15,11 @@ from typing import Any
 import torch
 
 from shared.basics.errors import GranaryError
-from shared.basics.run_folder import RunFolder
 from shared.basics.units import GIB
 from shared.kernels import resolve
-from shared.parallel import World, init_world, shutdown, telling_lost_contact
+from shared.parallel import World, broadcast_object, init_world, shutdown, telling_lost_contact
 from shared.parallel.stop import StopRequest
+from shared.sae.loading import is_intact
 from stage_train.config import TrainSchema, as_dict
 from stage_train.data.inputs import PinnedTokens, TrainingInputs, order_of
 from stage_train.data.sites import resolve_sites
@@ -91,7 +91,7 @@ class Job:
         pairs = list(zip(self.specs, self.starts, strict=True))
         learning = [(spec, start) for spec, start in pairs if start.step < spec.length.steps]
         # As of now: a folder may hold an older export.
-        unfinished = [pair for pair in pairs if pair in learning or not RunFolder(pair[0].folder).has_dictionary]
+        unfinished = [pair for pair in pairs if pair in learning or not self._is_exported(pair[0])]
         inputs = self.open_inputs()
         # A store with a window may still hold blocks that a run which is trained has passed.
         failed = self._train(inputs, learning) if learning or inputs.blocks is not None else set()
@@ -233,6 +233,11 @@ class Job:
             self._tell_stopped(stopped, runs)
             sys.exit(INTERRUPTED if stopped == "SIGINT" else 0)
         return {run.spec.folder for run in runs if run in loop.failed}
+
+    def _is_exported(self, spec: RunSpec) -> bool:
+        """Whether the dictionary of a run is in its folder, and intact; on all ranks the same."""
+        intact: bool = broadcast_object(is_intact(spec.folder) if self.world.is_main else False)
+        return intact
 
     def _progress_bar(self, runs: Sequence[Run]) -> ProgressBar:
         """Over the longest run, from where the first batch is."""

@@ -18,6 +18,9 @@ NOT_RUN = {
     "hydra/launcher=slurm": "needs Slurm: tests/cluster runs harvest, train and eval so",
     "RDZV=": "needs a second machine: tests/distributed runs two agents on one",
     "pip install": "needs the network",
+    "make explore": "needs a latents folder, and serves until it is stopped: tests/pipeline/test_explore.py runs it",
+    "granary trace": "needs a transcoder of each layer: tests/pipeline/test_trace.py runs it",
+    "granary explore": "needs a latents folder, and serves until it is stopped: tests/pipeline/test_explore.py runs it",
 }
 
 # Words of a command that stand for something large or for something of the reader's own; "" leaves the word out.
@@ -38,8 +41,10 @@ SMALL = {
     "stage_harvest": ("name=demo", "debug=tiny_harvest"),
     "stage_train": ("name=demo", "debug=tiny_train", "schedule.tokens=2_000"),
     "stage_eval": ("name=demo", "debug=tiny_eval"),
+    "stage_inspect": ("name=demo", "contexts=2"),
 }
-STAGES = {"harvest": "stage_harvest", "train": "stage_train", "eval": "stage_eval"}
+STAGES = {"harvest": "stage_harvest", "train": "stage_train", "eval": "stage_eval", "inspect": "stage_inspect"}
+TOOLS = ("find", "export", "import")  # of granary inspect: they take no keys
 
 
 @dataclass(frozen=True)
@@ -104,7 +109,7 @@ def calls(command: str) -> Iterator[tuple[str, list[str]]]:
             assert (Path(python).name, flag) == ("python", "-m"), line
             yield module, made_small(module, arguments)
     elif words[0] == "granary":
-        stage = STAGES.get(words[1], words[1])
+        stage = "" if words[2:3] and words[2] in TOOLS else STAGES.get(words[1], words[1])
         yield "granary", [words[1], *made_small(stage, words[2:])]
     else:
         assert words[0] == "python", command

@@ -1,4 +1,4 @@
-"""The explorer's real server in a thread of this process, and a plain client for it."""
+"""The explorer's real server in a thread of this process, a plain client for it, and something small to show."""
 
 import gzip
 import http.client
@@ -7,14 +7,25 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
+import torch
 import uvicorn
 
+from shared.latents import Latents
+from shared.sae import SAE
+from shared.sae.config import SAEConfig
+from shared.sae.for_store import weights_sha256
+from shared.sae.sites import Sites
 from stage_inspect.explorer.__main__ import bind
 from stage_inspect.explorer.guard import HOST
 from stage_inspect.explorer.server import Run, make_app
+from tests.latents import synthetic_latents
+
+HOOK = "layers.2.resid_post"
+LATENTS = 64
 
 
 @dataclass(frozen=True)
@@ -87,3 +98,23 @@ def serving(runs: Sequence[Run]) -> Iterator[Client]:
         server.should_exit = True
         thread.join()
         listening.close()
+
+
+def small_study(folder: Path) -> Path:
+    """A random SAE of the bundled model in ``sae``, and beside it a made-up folder of as many latents."""
+    generator = torch.Generator().manual_seed(0)
+    config = SAEConfig(
+        d_model=128, d_latent=LATENTS, activation="topk", k=6, normalisation="none", sites=Sites.of(HOOK)
+    )
+    SAE(config, generator=generator).save_pretrained(folder / "sae", {"model": {"id": "bundled"}, "hook": HOOK})
+    synthetic_latents(folder / "latents", LATENTS)
+    return folder
+
+
+def opened_study(folder: Path, **changes: Any) -> Latents:
+    """Its latents as if they were those of the SAE beside them; `changes` of what the folder records."""
+    latents = Latents.open(folder / "latents")
+    made_of = {**latents.meta.dictionary, "path": str(folder / "sae"), "sha256": weights_sha256(folder / "sae")}
+    made_of |= changes.pop("dictionary", {})
+    meta = replace(latents.meta, dictionary=made_of, **{"model": {"id": "bundled"}, "tokenizer": {}, **changes})
+    return Latents(latents.io, meta)

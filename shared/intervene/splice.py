@@ -14,6 +14,7 @@ forward, K slots.
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from inspect import signature
 from types import TracebackType
 from typing import Any, Self
 from weakref import WeakKeyDictionary
@@ -24,29 +25,17 @@ from transformers import PreTrainedModel
 
 from shared.basics.errors import GranaryError
 from shared.intervene.edits import Edit, apply_edits, apply_edits_by_eviction, check_edits
+from shared.intervene.padding import padding_of
+from shared.intervene.record import Features, Part, Record, widen
 from shared.lm import splice_through
 from shared.lm.hookpoint import HookPoint
-from shared.sae.latents import SparseLatents
+from shared.lm.places import trunk, without_wrappers
 from shared.sae.sites import Sites
 from shared.sae.variants.base import Dictionary
 
-# Prompt lengths [B] of the models that generate now, for all of the SAEs that are spliced into them.
+# Padding masks [B, T] of the prompts of the models that generate now, and the SAEs that are spliced into each.
 _PROMPTS: WeakKeyDictionary[PreTrainedModel, Tensor] = WeakKeyDictionary()
-
-
-@dataclass(frozen=True)
-class Features:
-    """Latents of every token of the last sequence that the model processed, [B, T, K] in order of position.
-
-    After ``generate`` that is the prompt, then one row per generated token but the last, which is never fed back.
-    """
-
-    before: SparseLatents
-    """As encoded."""
-    after: SparseLatents
-    """After the edits; equal to `before` where none applied."""
-    applied: Tensor
-    """bool [B, T]: where the SAE acted. Elsewhere the model's activation was left alone."""
+_SPLICED: WeakKeyDictionary[PreTrainedModel, "list[SplicedModel]"] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -63,6 +52,8 @@ class TokenPlaces:
 
 class SplicedModel:
     """A transformers model with a dictionary at its sites; a context manager around any number of calls.
+
+    The model may be wrapped by peft.
 
     What an edited token has at a written site, y, becomes ``y + (decode(f') - decode(f))``, f' being the edited
     latents; without edits that is y, bit for bit. With ``keep_error=False`` it becomes ``decode(f')`` alone. Of a CLT,
@@ -92,6 +83,7 @@ class SplicedModel:
         contradict one another.
         """
         self.model, self.sae = model, sae
+        self.inner = check_model(model)
         self.sites = sites_of(sae, hook)
         self.edits = list(edits)
         self.keep_error = keep_error and not opensae_compat
@@ -100,18 +92,20 @@ class SplicedModel:
         self.include_bos = include_bos or opensae_compat
         self.opensae_compat = opensae_compat
         check_edits(self.edits, sae.config.d_latent)
-        width = model.config.get_text_config().hidden_size
+        width = self.inner.config.get_text_config().hidden_size
         for verb, widths in (("reads", sae.widths.reads), ("writes", sae.widths.writes)):
             for own in widths:
                 if own != width:
                     raise GranaryError(f"the SAE {verb} activations of width {own}, the model has {width}")
-        if sae.b_dec.device.type != model.device.type:
-            raise GranaryError(f"the SAE is on {sae.b_dec.device}, the model on {model.device}: move one with .to()")
+        if sae.b_dec.device.type != self.inner.device.type:
+            raise GranaryError(
+                f"the SAE is on {sae.b_dec.device}, the model on {self.inner.device}: move one with .to()"
+            )
         self._stack: ExitStack | None = None
         self._place: TokenPlaces | None = None
-        self._recorded: list[Features] = []
-        self._begins = True
-        """Whether nothing of the present forward has been recorded."""
+        self._is_inside = False
+        """Whether a forward of the trunk is under way."""
+        self._record = Record()
 
     def __enter__(self) -> Self:
         if self._stack is not None:
@@ -121,11 +115,16 @@ class SplicedModel:
             widths, in_order = self.sae.widths, self.sae.config.follows_depth
             stack.enter_context(
                 splice_through(
-                    self.model, reads, writes, self._edit, where=self._acting, widths=widths.writes,
+                    self.inner, reads, writes, self._edit, where=self._acting, widths=widths.writes,
                     read_widths=widths.reads if in_order else None, adds=self.keep_error,
                 )
             )  # fmt: skip
-            stack.callback(self.model.base_model.register_forward_pre_hook(self._locate, with_kwargs=True).remove)
+            body = trunk(self.inner)
+            stack.callback(body.register_forward_pre_hook(self._locate, with_kwargs=True).remove)
+            stack.callback(body.register_forward_hook(self._leave).remove)
+            spliced = _SPLICED.setdefault(self.inner, [])
+            spliced.append(self)
+            stack.callback(spliced.remove, self)
             self._stack = stack.pop_all()
         return self
 
@@ -139,6 +138,11 @@ class SplicedModel:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The model's forward, spliced; all of its tokens count as prompt unless they continue a cache."""
         if self._stack is None:
+            if torch.is_grad_enabled() and self.inner.training and self.inner.is_gradient_checkpointing:
+                raise GranaryError(
+                    "gradient checkpointing runs layers again in the backward pass, when this call's splice is gone: "
+                    "put `with SplicedModel(...) as spliced:` around both"
+                )
             with self:
                 return self(*args, **kwargs)
         return self.model(*args, **kwargs)
@@ -151,23 +155,45 @@ class SplicedModel:
                 return self.generate(input_ids, attention_mask, **kwargs)
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
-        _PROMPTS[self.model] = attention_mask.sum(1)
+        _PROMPTS[self.inner] = attention_mask
         try:
-            return self.model.generate(input_ids, attention_mask=attention_mask, **kwargs)  # type: ignore[operator]
+            made = self.model.generate(  # type: ignore[operator]
+                input_ids=input_ids, attention_mask=attention_mask, **kwargs
+            )
+            config = kwargs.get("generation_config") or self.inner.generation_config
+            has_beams = (kwargs.get("num_beams") or config.num_beams or 1) > 1
+            self._follow(made if isinstance(made, Tensor) else made.sequences, attention_mask, anew=has_beams)
+            return made
         finally:
-            del _PROMPTS[self.model]
+            del _PROMPTS[self.inner]
+
+    def _follow(self, tokens_BL: Tensor, prompt_mask: Tensor, *, anew: bool) -> None:
+        """Make what is on record that of the sequences that were returned, the last token aside.
+
+        Candidates that were processed in vain are dropped. Where rows have gone over into one another, as those of
+        beams do, the sequences are processed `anew`.
+        """
+        spliced, length = _SPLICED[self.inner], tokens_BL.shape[1] - 1
+        for one in spliced:
+            one._record.keep(length)
+        if not anew and all(one._record.is_of(tokens_BL[:, :length]) for one in spliced):
+            return
+        new = length - prompt_mask.shape[1]
+        if new < 0:  # nothing was generated, or embeddings were given
+            return
+        mask = prompt_mask.repeat_interleave(len(tokens_BL) // len(prompt_mask), dim=0)
+        inputs = {"attention_mask": torch.nn.functional.pad(mask, (0, new), value=1), "use_cache": False}
+        if "position_ids" in signature(self.inner.forward).parameters:  # as generate counts them
+            inputs["position_ids"] = (inputs["attention_mask"].cumsum(1) - 1).clamp_min(0)
+        self.model(input_ids=tokens_BL[:, :length], **inputs)
 
     @property
     def features(self) -> Features:
         """Latents since the last forward that began a sequence; raises GranaryError before the first."""
-        if not self._recorded:
+        found = self._record.features()
+        if found is None:
             raise GranaryError("no features yet: run the spliced model first")
-        parts = self._recorded
-        return Features(
-            before=join([part.before for part in parts]),
-            after=join([part.after for part in parts]),
-            applied=torch.cat([part.applied for part in parts], dim=1),
-        )
+        return found
 
     def _locate(self, _module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before each forward of the trunk: note where its tokens are."""
@@ -175,33 +201,45 @@ class SplicedModel:
         inputs: Tensor | None = tokens if tokens is not None else kwargs.get("inputs_embeds")
         if inputs is None:
             raise GranaryError("the model was called without input_ids or inputs_embeds")
-        shape, device, length = inputs.shape[:2], inputs.device, inputs.shape[1]
+        shape, device = inputs.shape[:2], inputs.device
         cache = kwargs.get("past_key_values")
-        self._begins = True
         past = int(cache.get_seq_length()) if cache is not None else 0
-        if past == 0:
-            self._recorded.clear()  # a new sequence
-        mask: Tensor | None = kwargs.get("attention_mask")
-        if mask is not None and mask.dim() == 2:
-            seen = mask[:, : past + length].long()
-            position_BT = (seen.cumsum(1) - 1)[:, -length:].clamp_min(0)
-            is_padding_BT = seen[:, -length:] == 0
+        prompt = _PROMPTS.get(self.inner)
+        if prompt is not None:  # beams and several sequences per prompt repeat the rows
+            rows = prompt.to(device).repeat_interleave(shape[0] // len(prompt), dim=0)
+            mask: Any = torch.nn.functional.pad(rows, (0, max(0, past + shape[1] - rows.shape[1])), value=1)
         else:
-            given = kwargs.get("position_ids")
-            counted = torch.arange(past, past + length, device=device)
-            position_BT = (given if given is not None else counted).expand(shape)
-            is_padding_BT = torch.zeros(shape, dtype=torch.bool, device=device)
-        bos = self.model.config.bos_token_id
+            mask = kwargs.get("attention_mask")
+        is_padding_BT = padding_of(mask, past, shape, device)
+        part = Part(tokens, is_padding_BT)
+        self._record.begin(part, past)
+        self._is_inside = True
+        bos = self.inner.config.bos_token_id
         is_bos_BT = tokens == bos if tokens is not None and bos is not None else torch.zeros_like(is_padding_BT)
         self._place = TokenPlaces(
-            position_BT, is_padding_BT, is_bos_BT, self._prompt_lengths(shape, past, is_padding_BT)
+            self._positions(part, past, kwargs.get("position_ids")),
+            is_padding_BT,
+            is_bos_BT,
+            self._prompt_lengths(prompt, past, is_padding_BT),
         )
 
-    def _prompt_lengths(self, shape: torch.Size, past: int, is_padding_BT: Tensor) -> Tensor:
+    def _leave(self, _module: Any, _args: Any, _output: Any) -> None:
+        """After each forward of the trunk."""
+        self._is_inside = False
+
+    def _positions(self, part: Part, past: int, given: Tensor | None) -> Tensor:
+        """int64 [B, T]: of each token in its row, padding not counted."""
+        real_B = self._record.real_tokens()
+        if real_B is not None:
+            now_BT = (~part.is_padding_BT).long()
+            return (real_B[:, None] - now_BT.sum(1, keepdim=True) + now_BT.cumsum(1) - 1).clamp_min(0)
+        counted_T = torch.arange(past, past + part.is_padding_BT.shape[1], device=part.is_padding_BT.device)
+        return (given if given is not None else counted_T).expand(part.is_padding_BT.shape)
+
+    def _prompt_lengths(self, prompt: Tensor | None, past: int, is_padding_BT: Tensor) -> Tensor:
         """[B]: what `generate` was given; in a plain call, all tokens that are not padding."""
-        prompt_B = _PROMPTS.get(self.model)
-        if prompt_B is not None:  # beams and several sequences per prompt repeat the rows
-            return prompt_B.to(is_padding_BT.device).repeat_interleave(shape[0] // len(prompt_B))
+        if prompt is not None:
+            return prompt.sum(1).to(is_padding_BT.device).repeat_interleave(len(is_padding_BT) // len(prompt))
         if past and (self.prompt_only or (self.positions is not None and bool((self.positions < 0).any()))):
             raise GranaryError("prompt_only and negative positions need spliced.generate(...), which knows the prompt")
         return (~is_padding_BT).sum(1)
@@ -240,10 +278,8 @@ class SplicedModel:
             values=torch.where(acts_BT[..., None], edited.values, widen(before.values, width, 0)),
             indices=torch.where(acts_BT[..., None], edited.indices, widen(before.indices, width, -1)),
         )
-        if not self._begins:  # a further site of one forward, with more of what is read
-            self._recorded.pop()
-        self._begins = False
-        self._recorded.append(Features(before, after, acts_BT))
+        if self._is_inside:  # else gradient checkpointing runs the layer again
+            self._record.fill(Features(before, after, acts_BT))
         result_BTD = self.sae.decode(edited)
         return result_BTD - self.sae.decode(before) if self.keep_error else result_BTD
 
@@ -260,23 +296,14 @@ def sites_of(dictionary: Dictionary, hook: HookPoint | str | None) -> Sites:
     return Sites.of(str(hook if isinstance(hook, HookPoint) else HookPoint.parse(hook)))
 
 
-def widen(values: Tensor, width: int, fill: int) -> Tensor:
-    """Append slots up to `width`."""
-    return torch.nn.functional.pad(values, (0, width - values.shape[-1]), value=fill)
-
-
-def join(parts: Sequence[SparseLatents]) -> SparseLatents:
-    """Latents of consecutive positions as one, [B, sum of T, largest K]."""
-    width = max(part.values.shape[-1] for part in parts)
-
-    def cat(name: str) -> Tensor | None:
-        tensors = [getattr(part, name) for part in parts]
-        return None if tensors[0] is None else torch.cat(tensors, dim=1)
-
-    return SparseLatents(
-        torch.cat([widen(part.values, width, 0) for part in parts], dim=1),
-        torch.cat([widen(part.indices, width, -1) for part in parts], dim=1),
-        cat("token_mean"),
-        cat("token_scale"),
-        cat("skipped"),
-    )
+def check_model(model: Any) -> PreTrainedModel:
+    """The transformers model in `model`, which may be wrapped; raises GranaryError where there is none."""
+    inner = without_wrappers(model)
+    if not isinstance(inner, PreTrainedModel):
+        raise GranaryError(f"{type(model).__name__} is no transformers model: give one, or peft's wrapper of one")
+    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+        raise GranaryError(
+            "this peft model learns a prompt, which puts tokens before those that are given: positions would be "
+            "others; splice into model.get_base_model(), or one with LoRA"
+        )
+    return inner

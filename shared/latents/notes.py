@@ -112,7 +112,10 @@ class Notes:
         """Those of a latent, or all; the oldest first."""
         where, values = ("WHERE latent = ?", (latent,)) if latent is not None else ("", ())
         rows = self._read(f"SELECT id, latent, text, method, author, created, details FROM explanation {where}", values)
-        return [Explanation(*row[:-1], json.loads(row[-1])) for row in rows]
+        return [
+            Explanation(number, of, text, method, author, created, json.loads(details))
+            for number, of, text, method, author, created, details in rows
+        ]
 
     def add_score(
         self,
@@ -133,7 +136,10 @@ class Notes:
         """Scores of an explanation; the oldest first."""
         columns = "explanation, scorer, value, low, high, created, details"
         rows = self._read(f"SELECT {columns} FROM score WHERE explanation = ? ORDER BY id", (explanation,))
-        return [Score(*row[:-1], json.loads(row[-1])) for row in rows]
+        return [
+            Score(of, scorer, value, low, high, created, json.loads(details))
+            for of, scorer, value, low, high, created, details in rows
+        ]
 
     # What a person writes
 

@@ -37,7 +37,7 @@ def load_head(path: str, revision: str | None = None, *, device: torch.device | 
     config = copy.deepcopy(load_config(path, revision))
     truncate_config(config, 1)
     model = load_part(AutoModelForCausalLM, path, config, "float32", revision, "eager")
-    W_VD = model.get_output_embeddings().weight.detach().float()  # type: ignore[no-untyped-call]
+    W_VD = model.get_output_embeddings().weight.detach().float()
     holder = final_norm(model)
     gain_D, is_centred = torch.ones(W_VD.shape[1]), False
     if holder is not None:

@@ -41,7 +41,7 @@ def needed_depth(hooks: Sequence[HookPoint]) -> tuple[int, bool]:
 def check_hooks(config: PretrainedConfig, hooks: Sequence[HookPoint]) -> None:
     """Raise GranaryError if a model of this configuration lacks one of `hooks`; allocates no weights."""
     with torch.device("meta"):
-        model = AutoModel.from_config(config)
+        model = AutoModel.from_config(config, trust_remote_code=False)
     for hook in hooks:
         locate(model, hook)
 

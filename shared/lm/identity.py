@@ -81,7 +81,7 @@ def load_config(path: str, revision: str | None = None) -> PretrainedConfig:
     """The transformers configuration of a text decoder; raises GranaryError for any other kind of model."""
     folder = resolve_model(path, revision)
     try:
-        config = AutoConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (ValueError, OSError, KeyError) as error:
         raise GranaryError(f"model {path}: transformers can't read its config.json: {first_line(error)}") from error
     is_decoder = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not getattr(

@@ -130,6 +130,7 @@ def load_part(
                 dtype=DTYPES[dtype] if isinstance(dtype, str) else dtype,
                 attn_implementation=attn_implementation,
                 use_safetensors=True,
+                trust_remote_code=False,
                 output_loading_info=True,
                 **extra,
             )

@@ -81,7 +81,18 @@ def known_family(config: PretrainedConfig, hook: HookPoint) -> Family:
 
 def trunk(model: nn.Module) -> nn.Module:
     """The model without its head."""
+    model = without_wrappers(model)
     return model.base_model if isinstance(model, PreTrainedModel) else model
+
+
+def without_wrappers(model: nn.Module) -> nn.Module:
+    """The model itself, of one that peft or torch.compile has put another module around."""
+    while True:
+        base = getattr(model, "get_base_model", None)  # of peft
+        inner = base() if callable(base) else getattr(model, "_orig_mod", None)
+        if not isinstance(inner, nn.Module) or inner is model:
+            return model
+        model = inner
 
 
 def _find_blocks(model: nn.Module) -> tuple[nn.Module, str]:

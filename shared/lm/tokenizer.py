@@ -43,7 +43,7 @@ def load_tokenizer(path: str, revision: str | None = None) -> PreTrainedTokenize
         )
     with quiet_transformers():
         try:
-            tokenizer = AutoTokenizer.from_pretrained(folder)
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         except Exception as error:  # of several libraries, from files that may hold anything
             told = " ".join(str(error).split())[:200] or type(error).__name__
             raise GranaryError(f"model {path} has no tokenizer that loads: {told}") from error

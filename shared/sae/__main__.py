@@ -13,7 +13,8 @@ CONVERT = """\
 Read an SAE folder of any known format and write it as another.
 
 The source's format is found from its files. Input normalisation (scale, centre and scale) is folded into the
-weights, and every latent keeps its value; what a format can't express is refused with the reason.
+weights, and every latent keeps its value; what a format can't express is refused with the reason. So is a key or a
+tensor of SRC that is not known and may change what the SAE computes; --ignore KEY leaves it out.
 
   format               files                                              read  written
   granary              config.json, sae.safetensors                       yes   yes
@@ -54,11 +55,14 @@ def main(argv: list[str] | None = None) -> None:
     command.add_argument(
         "--to", required=True, metavar="FORMAT", help="granary, saelens, sparsify, dictionary_learning or opensae"
     )
+    command.add_argument(
+        "--ignore", action="append", default=[], metavar="KEY", help="leave out a key or tensor of SRC; may be repeated"
+    )
     arguments = parser.parse_args(argv)
     from shared.sae.loading import convert
 
     try:
-        found = convert(arguments.source, arguments.target, arguments.to)
+        found = convert(arguments.source, arguments.target, arguments.to, arguments.ignore)
     except GranaryError as error:
         fail(str(error))
     Console(soft_wrap=True).print(f"{arguments.target}: {found} to {arguments.to}", highlight=False, markup=False)

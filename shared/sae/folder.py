@@ -4,7 +4,8 @@
      "sites": {"reads": [...], "writes": [...], "unit": "token"} or null, "widths": {"reads": [...], "writes": [...]},
      "d_latent": ..., "activation": {"name": ..., "k": ...}, "normalisation": {"name": ..., "shift_back": ...},
      "pre_bias": ..., "unit_norm_decoder": ..., "options": {what only this kind has},
-     "training": {a record of how it was learnt}, "provenance": {where it comes from}}
+     "training": {a record of how it was learnt}, "provenance": {where it comes from},
+     "sha256": {digest of each tensor}}
 
 All before ``training`` is what encoding and decoding need. Version 1, of SAEs alone, held one flat ``config`` for both.
 The safetensors file carries the same JSON in its metadata, so that a save which died between the two files is noticed
@@ -25,10 +26,12 @@ from shared.basics.files import replacing
 from shared.basics.run_folder import CONFIG_FILE, WEIGHTS_FILE, RunFolder
 from shared.sae.config import DictionaryConfig
 from shared.sae.sites import Sites, SiteWidths
-from shared.sae.weights_file import write_weights
+from shared.sae.weights_file import Digests, digest_of, write_weights
 
 FORMAT = "granary-sae"
 VERSION = 2
+# Weights up to this size are compared with their digests in less than a second.
+QUICK_BYTES = 1 << 29
 # What an SAE at the top of a hub repository may consist of, in this format or another that shared.sae.formats reads.
 HUB_FILES = (
     CONFIG_FILE,
@@ -71,6 +74,8 @@ class Description:
     provenance: dict[str, Any]
     text: str
     """The JSON itself."""
+    digests: Digests | None = None
+    """Of each tensor, as `shared.sae.weights_file.digest_of` gives it; None in folders from before there were any."""
 
     def config(self, kinds: Sequence[type[DictionaryConfig]]) -> DictionaryConfig:
         """The config, of one of `kinds`; raises GranaryError for another kind, and for fields that make no sense."""
@@ -103,11 +108,17 @@ def save(
 
     With `fetch` the tensors give names, shapes and types alone, and it gives each one's values when it is its turn.
     """
-    text = json.dumps(to_document(config, training, provenance), indent=2, sort_keys=True)
+    document = to_document(config, training, provenance)
+
+    def text(digests: Digests) -> str:
+        return json.dumps({**document, "sha256": digests}, indent=2, sort_keys=True)
+
     files = RunFolder(folder)
     with replacing(files.config) as config_file, replacing(files.weights) as weights_file:  # the weights go first
-        config_file.write(f"{text}\n".encode())
-        write_weights(weights_file, tensors, fetch or tensors.__getitem__, {"granary": text})
+        digests = write_weights(
+            weights_file, tensors, fetch or tensors.__getitem__, lambda digests: {"granary": text(digests)}
+        )
+        config_file.write(f"{text(digests)}\n".encode())
 
 
 def to_document(config: DictionaryConfig, training: Mapping[str, Any], provenance: Mapping[str, Any]) -> dict[str, Any]:
@@ -179,6 +190,7 @@ def _from_version_2(document: dict[str, Any], text: str) -> Description:
         training=dict(document["training"]),
         provenance=dict(document["provenance"]),
         text=text,
+        digests=dict(document["sha256"]) if "sha256" in document else None,
     )
 
 
@@ -213,10 +225,17 @@ def _sites(reads: Any, writes: Any, unit: Any) -> Sites:
     return Sites(tuple(reads), tuple(writes), unit)
 
 
-def read_weights(folder: Path, kinds: Sequence[type[DictionaryConfig]], device: str | torch.device = "cpu") -> Weights:
+def read_weights(
+    folder: Path,
+    kinds: Sequence[type[DictionaryConfig]],
+    device: str | torch.device = "cpu",
+    *,
+    verify: bool | None = None,
+) -> Weights:
     """Config, of one of `kinds`, and tensors of a folder of this project's format or a foreign one.
 
-    Raises GranaryError when a file is missing, torn or foreign, or the dictionary is of another kind.
+    `verify`: compare every tensor with its digest; None: where that takes less than a second. Raises GranaryError when
+    a file is missing, torn, damaged or foreign, or the dictionary is of another kind.
     """
     if not is_own(folder):
         for read in FOREIGN_READERS:
@@ -233,9 +252,14 @@ def read_weights(folder: Path, kinds: Sequence[type[DictionaryConfig]], device: 
         with safe_open(weights, framework="pt", device=str(device)) as file:
             if (file.metadata() or {}).get("granary") != found.text:
                 raise GranaryError(f"{folder}: {CONFIG_FILE} and {WEIGHTS_FILE} are of different saves; export again")
-            return config, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     except SafetensorError as error:
         raise GranaryError(f"{weights} is damaged ({error}); export the SAE again") from None
+    if found.digests is not None and (weights.stat().st_size <= QUICK_BYTES if verify is None else verify):
+        wrong = [name for name, tensor in tensors.items() if digest_of(tensor) != found.digests.get(name)]
+        if wrong:
+            raise GranaryError(f"{weights} is damaged in {wrong[0]}; export the SAE again")
+    return config, tensors
 
 
 def load_provenance(folder: str | Path) -> dict[str, Any]:

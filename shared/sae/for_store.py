@@ -38,8 +38,13 @@ class DictionaryFolder:
 
     def sha256(self) -> str:
         """Hash of its weights file."""
-        with (self.folder / WEIGHTS_FILE).open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return weights_sha256(self.folder)
+
+
+def weights_sha256(folder: Path) -> str:
+    """Hash of the weights file of a dictionary in this project's format."""
+    with (folder / WEIGHTS_FILE).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def open_folder(path: str, store: Store, hook: str | None) -> DictionaryFolder:

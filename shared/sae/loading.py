@@ -1,5 +1,6 @@
 """Loading a dictionary of any kind and of any project's format, and converting between formats."""
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from shared.basics.errors import GranaryError
 from shared.sae import folder as on_disk
 from shared.sae.config import DictionaryConfig
 from shared.sae.formats import FORMATS, foreign
+from shared.sae.formats import load as load_foreign
 from shared.sae.formats.raw import RawSAE
 from shared.sae.variants import SAE, VARIANTS, Dictionary
 
@@ -16,14 +18,24 @@ GRANARY = "granary"
 KINDS = [made.config_class for made in VARIANTS.values()]
 
 
-def load(path_or_hub_id: str | Path, *, device: str | torch.device = "cpu") -> Dictionary:
+def load(path_or_hub_id: str | Path, *, device: str | torch.device = "cpu", verify: bool | None = None) -> Dictionary:
     """A dictionary of any kind, from a local folder or a hub repository (owner/name, hf://owner/name/folder).
 
-    Reads every format of ``shared.sae.formats``. Raises GranaryError when the folder is missing, torn, or of a format
-    that is not known.
+    Reads every format of ``shared.sae.formats``. `verify`: compare every tensor with its digest in ``config.json``;
+    None: where that takes less than a second. Raises GranaryError when the folder is missing, torn, damaged, or of a
+    format that is not known.
     """
-    config, tensors = on_disk.read_weights(on_disk.locate(path_or_hub_id), KINDS, device)
+    config, tensors = on_disk.read_weights(on_disk.locate(path_or_hub_id), KINDS, device, verify=verify)
     return VARIANTS[config.kind].from_tensors(config, tensors, str(path_or_hub_id))
+
+
+def is_intact(folder: Path) -> bool:
+    """Whether a folder of this project's format loads, every tensor as its digest says."""
+    try:
+        load(folder, verify=True)
+    except GranaryError:
+        return False
+    return on_disk.is_own(folder)
 
 
 def load_config(folder: str | Path) -> DictionaryConfig:
@@ -39,19 +51,26 @@ def detect(folder: Path) -> str:
     return name
 
 
-def load_any(path_or_hub_id: str | Path) -> tuple[Dictionary, dict[str, Any]]:
-    """(dictionary, provenance) of a folder of any known format, or of a hub repository."""
+def load_any(path_or_hub_id: str | Path, ignore: Collection[str] = ()) -> tuple[Dictionary, dict[str, Any]]:
+    """(dictionary, provenance) of a folder of any known format, or of a hub repository.
+
+    `ignore` names keys and tensors of another project's folder that are to be left out.
+    """
     folder = on_disk.locate(path_or_hub_id)
     name = detect(folder)
     if name == GRANARY:
-        return load(folder), on_disk.load_provenance(folder)
-    raw: RawSAE = FORMATS[name].load(folder)
+        if ignore:
+            raise GranaryError(f"--ignore is for folders of other projects, {folder} is of this one")
+        return load(folder, verify=True), on_disk.load_provenance(folder)
+    raw = load_foreign(name, folder, ignore)
     config, tensors = raw.to_checkpoint()
     return SAE.from_tensors(config, tensors, str(folder)), raw.provenance
 
 
-def convert(source: str | Path, target: Path, to: str) -> str:
+def convert(source: str | Path, target: Path, to: str, ignore: Collection[str] = ()) -> str:
     """Write the SAE in the folder or hub repository `source` as format `to` into `target`; returns the source's format.
+
+    `ignore` names keys and tensors of another project's folder that are to be left out.
 
     Raises GranaryError for a target that holds files, and for a dictionary that the format can't express.
     """
@@ -62,7 +81,7 @@ def convert(source: str | Path, target: Path, to: str) -> str:
         raise GranaryError(f"{target} is not empty: choose another folder")
     folder = on_disk.locate(source)
     found = detect(folder)
-    made, provenance = load_any(folder)
+    made, provenance = load_any(folder, ignore)
     if to == GRANARY:
         training = on_disk.describe(folder).training if found == GRANARY else {}
         made.save_pretrained(target, provenance, training)
@@ -75,7 +94,7 @@ def convert(source: str | Path, target: Path, to: str) -> str:
 
 def _read_foreign(folder: Path) -> on_disk.Weights | None:
     name = foreign(folder)
-    return None if name is None else FORMATS[name].load(folder).to_checkpoint()
+    return None if name is None else load_foreign(name, folder).to_checkpoint()
 
 
 on_disk.FOREIGN_READERS.append(_read_foreign)

@@ -1,10 +1,12 @@
-"""Writing safetensors one tensor at a time, so that no more than one needs to be in memory.
+"""Writing safetensors one tensor at a time, with a digest of each, so that no more than one needs to be in memory.
 
 The format: 8 bytes with the header's length (little endian), the header as JSON, the tensors' bytes in turn.
 """
 
+import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from hashlib import sha256
 from typing import BinaryIO
 
 import torch
@@ -12,22 +14,111 @@ from torch import Tensor
 
 from shared.basics.errors import GranaryError
 
-DTYPES = {torch.float32: "F32", torch.float64: "F64", torch.bfloat16: "BF16", torch.float16: "F16"}
+DTYPES = {
+    torch.float32: "F32", torch.float64: "F64", torch.bfloat16: "BF16", torch.float16: "F16", torch.bool: "BOOL",
+    torch.uint8: "U8", torch.int8: "I8", torch.int16: "I16", torch.int32: "I32", torch.int64: "I64",
+}  # fmt: skip
 # Bytes that a write hands over at a time.
 CHUNK_BYTES = 1 << 26
+READ_BYTES = 1 << 20
+# As safetensors itself allows.
+MAX_HEADER_BYTES = 100_000_000
+# As long as a digest, where there is none yet.
+NO_DIGEST = "0" * 64
+
+Digests = Mapping[str, str]
+"""SHA-256 by name of a tensor; see ``digest_of``."""
 
 
 def write_weights(
-    file: BinaryIO, shapes: Mapping[str, Tensor], fetch: Callable[[str], Tensor], metadata: Mapping[str, str]
-) -> None:
-    """Fill an empty `file`. `shapes` may lie on the meta device; `fetch` gives a tensor's values when it is its turn.
+    file: BinaryIO,
+    shapes: Mapping[str, Tensor],
+    fetch: Callable[[str], Tensor],
+    metadata: Callable[[Digests], Mapping[str, str]],
+) -> dict[str, str]:
+    """Fill an empty `file`; returns the digests of its tensors.
 
-    Raises GranaryError for a tensor of another type or shape than announced.
+    `shapes` may lie on the meta device; `fetch` gives a tensor's values when it is its turn. `metadata` is asked for
+    twice, before the tensors with `NO_DIGEST` for each and after them; both answers must be equally long. Raises
+    GranaryError for a tensor of another type or shape than announced.
     """
     names = sorted(shapes)
+    header = _header(shapes, metadata(dict.fromkeys(names, NO_DIGEST)))
+    file.write(header)
+    digests = {}
+    for name in names:
+        tensor = fetch(name).detach().cpu().contiguous()
+        if tensor.shape != shapes[name].shape or tensor.dtype != shapes[name].dtype:
+            raise GranaryError(f"{name} is {tensor.dtype} {list(tensor.shape)}, not as announced")
+        digest = _begun(DTYPES[tensor.dtype], tensor.shape)
+        for piece in _pieces(tensor):
+            digest.update(piece)
+            file.write(piece)
+        digests[name] = digest.hexdigest()
+        del tensor
+    final = _header(shapes, metadata(digests))
+    assert len(final) == len(header)
+    if final != header:
+        file.seek(0)
+        file.write(final)
+    return digests
+
+
+def digest_of(tensor: Tensor) -> str:
+    """SHA-256, in hexadecimal, of a tensor's type, shape and bytes."""
+    tensor = tensor.detach().cpu().contiguous()
+    digest = _begun(DTYPES[tensor.dtype], tensor.shape)
+    for piece in _pieces(tensor):
+        digest.update(piece)
+    return digest.hexdigest()
+
+
+def header_digest(file: BinaryIO) -> str:
+    """SHA-256, in hexadecimal, of all before the tensors. Raises ValueError where a file holds no such thing."""
+    file.seek(0)
+    return sha256(_read_header(file)).hexdigest()
+
+
+def digests_in(file: BinaryIO) -> Iterator[tuple[str, str]]:
+    """(name, digest) of each tensor of a file, read in pieces. Raises ValueError where a file holds no such thing."""
+    file.seek(0)
+    header = json.loads(_read_header(file)[8:])
+    first = file.tell()
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        begin, end = entry["data_offsets"]
+        file.seek(first + begin)
+        digest = _begun(entry["dtype"], entry["shape"])
+        for start in range(begin, end, READ_BYTES):
+            digest.update(file.read(min(READ_BYTES, end - start)))
+        yield name, digest.hexdigest()
+
+
+def _read_header(file: BinaryIO) -> bytes:
+    """The length of the header and the header."""
+    length = file.read(8)
+    size = int.from_bytes(length, "little")
+    if size > MAX_HEADER_BYTES:
+        raise ValueError(f"a header of {size} bytes")
+    return length + file.read(size)
+
+
+def _begun(dtype: str, shape: Sequence[int]) -> "hashlib._Hash":
+    return sha256(f"{dtype} {list(shape)}\n".encode())
+
+
+def _pieces(tensor: Tensor) -> Iterator[memoryview]:
+    flat = tensor.reshape(-1).view(torch.uint8).numpy()
+    for start in range(0, len(flat), CHUNK_BYTES):
+        yield flat[start : start + CHUNK_BYTES].data
+
+
+def _header(shapes: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+    """The length of the header and the header."""
     header: dict[str, object] = {"__metadata__": dict(metadata)}
     end = 0
-    for name in names:
+    for name in sorted(shapes):
         tensor = shapes[name]
         begin, end = end, end + tensor.numel() * tensor.element_size()
         header[name] = {
@@ -37,13 +128,4 @@ def write_weights(
         }
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the tensors begin at a multiple of 8
-    file.write(len(text).to_bytes(8, "little"))
-    file.write(text)
-    for name in names:
-        tensor = fetch(name).detach().cpu().contiguous()
-        if tensor.shape != shapes[name].shape or tensor.dtype != shapes[name].dtype:
-            raise GranaryError(f"{name} is {tensor.dtype} {list(tensor.shape)}, not as announced")
-        flat = tensor.reshape(-1).view(torch.uint8).numpy()
-        for start in range(0, len(flat), CHUNK_BYTES):
-            file.write(flat[start : start + CHUNK_BYTES].data)
-        del tensor, flat
+    return len(text).to_bytes(8, "little") + text

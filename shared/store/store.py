@@ -21,7 +21,7 @@ from shared.store.format import layout
 from shared.store.format.dtypes import storage_type
 from shared.store.format.extent import Extent, put_same, read_extents, write_extent
 from shared.store.format.layout import StorePlan
-from shared.store.format.manifest import DamagedObjectError, ShardRecord, seal, unseal
+from shared.store.format.manifest import DamagedObjectError, ShardRecord, reading, seal, unseal
 from shared.store.io.base import ObjectIO
 from shared.store.io.open import open_io
 from shared.store.reader import TOKEN_TYPES, ContextReader, read_dtype_error, read_moments, read_token_rows
@@ -176,7 +176,9 @@ class Store:
         finished = [extent for extent in extents if io.size(layout.extent_tokens_key(extent.first_shard)) is not None]
         if extents[0] not in finished:
             raise GranaryError(f"the store at {io.url} has no tokens yet: run its harvest again to complete it")
-        return cls(io, finished, Window.find(io))
+        for extent in finished:
+            extent.check_backing(io)
+        return cls(io, finished, Window.find(io, finished[0].plan))
 
     def check_plan(self, plan: StorePlan, window_bytes: int | None) -> None:
         """Raise GranaryError, naming the fields that differ, unless `plan` made this store; writes nothing."""
@@ -255,7 +257,12 @@ class Store:
 
     def summary(self) -> dict[str, Any]:
         """Content of ``_COMPLETE.json``; raises ObjectMissingError before `finalize`."""
-        return unseal(self.io.get(layout.COMPLETE), layout.COMPLETE)
+        data = self.io.get(layout.COMPLETE)
+        with reading(layout.COMPLETE):
+            summary = unseal(data, layout.COMPLETE)
+            if summary["shards"] not in range(self.num_shards + 1):
+                raise ValueError(f"it counts {summary['shards']} shards")
+            return summary
 
     def sweep(self) -> list[str]:
         """Remove the temporary files of writers that no longer live; returns their keys."""
@@ -268,8 +275,8 @@ class Store:
 
     def committed(self) -> dict[int, ShardRecord]:
         """Commit records by shard, ascending, from a fresh listing."""
-        names = (key.removeprefix("manifest/").removesuffix(".json") for key in self.io.listing("manifest"))
-        shards = sorted(int(name) for name in names if name.isdigit())
+        found_shards = map(layout.shard_of_manifest, self.io.listing("manifest"))
+        shards = sorted(shard for shard in found_shards if shard is not None)
         with self._lock:
             unknown = [shard for shard in shards if shard not in self._records]
         found = self._run(self._load_record, unknown)
@@ -376,10 +383,11 @@ class Store:
 
     def _load_record(self, shard: int) -> ShardRecord:
         key = layout.manifest_key(shard)
-        record = ShardRecord.from_bytes(self.io.get(key), key)
-        plan_hash = self.extent_of(shard).plan.hash()
-        if record.plan_hash != plan_hash or record.shard != shard:
-            raise DamagedObjectError(f"{key} of {self.url} belongs to another store or shard", key=key, shard=shard)
+        try:
+            record = ShardRecord.from_bytes(self.io.get(key), key)
+            record.check(self.extent_of(shard).plan, shard, self.shard_contexts(shard), key)
+        except DamagedObjectError as error:
+            raise DamagedObjectError(f"{self.url}: {error}", key=key, shard=shard) from error
         return record
 
     def _record(self, shard: int) -> ShardRecord:

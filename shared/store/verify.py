@@ -4,7 +4,7 @@ A store is right when: its plan, its zarr.json files and its token objects are a
 record that passes its own checksum; every chunk and index of every object a record names matches it.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from hashlib import sha256
@@ -121,14 +121,14 @@ def _plan_checks(
     checks: list[Check] = []
     known = set(filter(_is_extent_key, sizes))
     for extent in extents:
-        checks += _token_checks(io, extent, report, known)
+        checks += _token_checks(io, sizes, extent, report, known)
     documents = {key: text for extent in extents for key, text in extent.documents.items()}
     for key, text in documents.items():
         known.add(key)
         checks.append((-1, key, len(text), _bytes_check(io, key, text.encode())))
     passed = _window_checks(io, sizes, extents, report, checks, known)
-    planned = {shard: extent for extent in extents for shard in range(extent.first_shard, extent.end_shard)}
-    report.num_shards = len(planned)
+    planned = {shard: extent for extent in extents for shard in _shards(extent, sizes)}
+    report.num_shards = sum(extent.plan.num_shards for extent in extents)
     for shard in sorted(planned):
         key = layout.manifest_key(shard)
         known.add(key)
@@ -136,13 +136,12 @@ def _plan_checks(
             report.missing.append(shard)
             continue
         try:
+            plan = planned[shard].plan
             record = ShardRecord.from_bytes(io.get(key), key)
+            record.check(plan, shard, planned[shard].contexts(shard), key)
         except DamagedObjectError as error:
             report.problems.append(Problem(shard, key, str(error)))
             continue
-        plan = planned[shard].plan
-        if record.plan_hash != plan.hash() or record.shard != shard:
-            report.problems.append(Problem(shard, key, "belongs to another store or shard"))
         slots = plan.shard_contexts * plan.chunks_per_context
         for path, array in record.arrays.items():
             if shard in passed and array.key in data_keys(record):
@@ -151,12 +150,20 @@ def _plan_checks(
                 known.add(array.key)
                 continue
             known.add(array.key)
-            in_shards = None if path.startswith("statistics/") else slots
+            in_shards = None if layout.is_moments(path) else slots
             checks.append((shard, array.key, array.num_bytes, _array_check(io, array, in_shards)))
     known.add(layout.COMPLETE)
     if layout.COMPLETE in sizes:
         checks.append((-1, layout.COMPLETE, sizes[layout.COMPLETE], _complete_check(io, report)))
     return checks, known
+
+
+def _shards(extent: Extent, sizes: Mapping[str, int]) -> Iterable[int]:
+    """Those of an extent; of one whose token record is missing or too small for them, those that are committed."""
+    shards = range(extent.first_shard, extent.end_shard)
+    if sizes.get(layout.extent_tokens_key(extent.first_shard), 0) >= extent.least_record_bytes:
+        return shards
+    return sorted(shard for key in sizes if (shard := layout.shard_of_manifest(key)) is not None and shard in shards)
 
 
 def _window_checks(
@@ -172,26 +179,37 @@ def _window_checks(
     known.update(keys)
     bad = {key: wrong for key in keys if (wrong := object_check(key, io.get(key))) is not None}
     report.problems += [Problem(-1, key, wrong) for key, wrong in bad.items()]
-    if bad or not extents or (window := Window.find(io)) is None:
+    if bad or not extents or (window := Window.find(io, extents[0].plan)) is None:
         return frozenset()
     passed = window.passed_shards(extents[0].heldout)
     report.passed = sorted(passed)
     return passed
 
 
-def _token_checks(io: ObjectIO, extent: Extent, report: VerifyReport, known: set[str]) -> Iterator[Check]:
+def _token_keys(extent: Extent, sizes: Iterable[str]) -> list[str]:
+    """Of `sizes` the keys of the extent's tokens, masks and segments."""
+    shards = range(extent.first_shard, extent.end_shard)
+    found = ((key, layout.shard_of_key(key, TOKEN_TYPES, 2)) for key in sizes)
+    return [key for key, shard in found if shard is not None and shard in shards]
+
+
+def _token_checks(
+    io: ObjectIO, sizes: Collection[str], extent: Extent, report: VerifyReport, known: set[str]
+) -> Iterator[Check]:
     key = layout.extent_tokens_key(extent.first_shard)
     known.add(key)
     shards = range(extent.first_shard, extent.end_shard)
-    known.update(layout.object_key(name, shard, 2) for name in TOKEN_TYPES for shard in shards)
-    size = io.size(key)
-    if size is None:
+    known.update(_token_keys(extent, sizes))
+    if key not in sizes:
         report.problems.append(Problem(-1, key, "is missing: the harvest was stopped while it wrote its tokens"))
         return
     try:
         record = TokenRecord.from_bytes(io.get(key), key)
     except DamagedObjectError as error:
         report.problems.append(Problem(-1, key, str(error)))
+        return
+    if any(len(sizes) != len(shards) for part in (record.sizes, record.sha256) for sizes in part.values()):
+        report.problems.append(Problem(-1, key, f"is not of {len(shards):,} shards"))
         return
     for name, token_sizes in record.sizes.items():
         for shard, num_bytes, digest in zip(shards, token_sizes, record.sha256[name], strict=True):
@@ -225,16 +243,20 @@ def _array_check(io: ObjectIO, array: ArrayRecord, num_slots: int | None) -> Cal
 def _complete_check(io: ObjectIO, report: VerifyReport) -> Callable[[], str | None]:
     def check() -> str | None:
         try:
-            summary = unseal(io.get(layout.COMPLETE), layout.COMPLETE)
+            unseal(io.get(layout.COMPLETE), layout.COMPLETE)
         except DamagedObjectError as error:
             return str(error)
         if any(problem.key.startswith(("manifest/", "extents/")) for problem in report.problems) or report.missing:
             return None  # those are reported; the digest cannot be computed
         try:
-            digest = Store.open(io.url).digest(range(summary["shards"]))
+            store = Store.open(io.url)
+            summary = store.summary()
+            digest = store.digest(range(summary["shards"]))
         except GranaryError as error:
             return f"cannot be compared: {error}"
-        return None if digest == summary["digest"] else "has another digest than the commit records it was written for"
+        return (
+            None if digest == summary.get("digest") else "has another digest than the commit records it was written for"
+        )
 
     return check
 
@@ -292,8 +314,7 @@ def _drop_unfinished_extensions(io: ObjectIO, existing: set[str]) -> list[str]:
         put_same(io, key, text.encode(), replace=True)
     keys = [layout.extent_key(extent.first_shard) for extent in unfinished]
     for extent in unfinished:
-        shards = range(extent.first_shard, extent.end_shard)
-        keys += [layout.object_key(name, shard, 2) for name in TOKEN_TYPES for shard in shards]
+        keys += _token_keys(extent, existing)
     return keys
 
 

@@ -24,8 +24,8 @@ from typing import Self
 
 from shared.basics.errors import GranaryError
 from shared.store.capacity import shard_bytes
-from shared.store.format.layout import StorePlan
-from shared.store.format.manifest import DamagedObjectError, ShardRecord, seal, unseal
+from shared.store.format.layout import StorePlan, is_moments
+from shared.store.format.manifest import DamagedObjectError, ShardRecord, reading, seal, unseal
 from shared.store.io.base import ObjectIO
 
 FOLDER = "window"
@@ -72,8 +72,12 @@ class WindowPlan:
     @classmethod
     def from_bytes(cls, data: bytes, key: str) -> Self:
         """Raises DamagedObjectError."""
-        record = unseal(data, key)
-        return cls(record["window_bytes"], tuple(record["ends"]))
+        with reading(key):
+            record = unseal(data, key)
+            plan = cls(record["window_bytes"], tuple(record["ends"]))
+            if sorted(set(plan.ends)) != list(plan.ends) or plan.ends[0] < 1:
+                raise ValueError(f"the ends of its blocks are {plan.ends}")
+            return plan
 
 
 def mark_key(folder: str, block: int) -> str:
@@ -98,7 +102,7 @@ class Window:
         """Put the window of a store that is being made (`fresh`), or compare it with the one it was made with."""
         if fresh and window_bytes is not None:
             io.put(PLAN, [WindowPlan.of(plan, window_bytes).to_bytes()])
-        found = cls.find(io)
+        found = cls.find(io, plan)
         existing = None if found is None else found.plan.window_bytes
         if existing != window_bytes:
             names = ["null" if value is None else f"{value:,} bytes" for value in (existing, window_bytes)]
@@ -108,11 +112,17 @@ class Window:
         return found
 
     @classmethod
-    def find(cls, io: ObjectIO) -> "Window | None":
-        """The window of the store behind `io`; None where it has none."""
+    def find(cls, io: ObjectIO, plan: StorePlan) -> "Window | None":
+        """The window of the store of `plan` behind `io`; None where it has none.
+
+        Raises DamagedObjectError for blocks that are not all of the store's shards.
+        """
         if io.size(PLAN) is None:
             return None
-        return cls(io, WindowPlan.from_bytes(io.get(PLAN), PLAN))
+        found = WindowPlan.from_bytes(io.get(PLAN), PLAN)
+        if found.ends[-1] != plan.num_shards:
+            raise DamagedObjectError(f"{PLAN} is not of this store: it has {plan.num_shards} shards", key=PLAN)
+        return cls(io, found)
 
     # The harvest's side
 
@@ -133,10 +143,13 @@ class Window:
         wanted = seal({"run": run, "folder": folder})
         if self.io.put(READER, [wanted]):
             return
-        reader = unseal(self.io.get(READER), READER)
-        if reader["run"] != run:
+        data = self.io.get(READER)
+        with reading(READER):
+            reader = unseal(data, READER)
+            other, where = reader["run"], reader["folder"]
+        if other != run:
             raise GranaryError(
-                f"{self.io.url} has store.window and is being read by the run in {reader['folder']}: one run can read "
+                f"{self.io.url} has store.window and is being read by the run in {where}: one run can read "
                 f"it; harvest without a window for several, or delete {READER} there if that run is gone for good"
             )
 
@@ -146,7 +159,7 @@ class Window:
 
     def passed_shards(self, heldout: Set[int]) -> frozenset[int]:
         """The training shards of the passed blocks: their activations need not be there."""
-        blocks = [self.plan.shards(block) for block in range(self.passed())]
+        blocks = [self.plan.shards(block) for block in range(min(self.passed(), self.plan.num_blocks))]
         return frozenset(shard for block in blocks for shard in block) - heldout
 
     def release(self, block: int, records: Iterable[ShardRecord]) -> None:
@@ -175,7 +188,7 @@ class Window:
 
 def data_keys(record: ShardRecord) -> list[str]:
     """The large objects of a shard: activations and scales, not its statistics."""
-    return [array.key for path, array in record.arrays.items() if not path.startswith("statistics/")]
+    return [array.key for path, array in record.arrays.items() if not is_moments(path)]
 
 
 def object_check(key: str, data: bytes) -> str | None:

@@ -46,6 +46,11 @@ DOWNSTREAM_ROWS = (
     ("top1_agreement", "Top-1 agreement", "predictions whose most likely token is unchanged"),
 )
 
+INSPECTION = (
+    "What each latent fires on, the tokens it raises and its neighbours: granary inspect finds them, granary explore"
+    " shows them, a page for each latent."
+)
+
 
 def render(report: Evaluation) -> str:
     """The page of an evaluation."""
@@ -82,6 +87,7 @@ def render(report: Evaluation) -> str:
                 densest_rows(report.latents.densest),
                 *map(page.figure, pick(plots, "training")),
             ),
+            f'<div style="margin-top:12px">{page.paragraph(INSPECTION)}</div>',
         ),
         *(
             page.section(

@@ -258,7 +258,7 @@ class Documents:
     def _origin(self) -> list[tuple[str, str]]:
         meta = self.latents.meta
         counts = meta.counts
-        settings = ", ".join(f"{key} {value}" for key, value in meta.settings.items())
+        settings = ", ".join(f"{key} {value}" for key, value in meta.settings.items() if key != "identity")
         rows = [
             ("Dictionary", f"{meta.dictionary.get('path', '')} · sha256 {meta.dictionary.get('sha256', '')}"),
             ("Store", f"{meta.store.get('url', '')} · digest {meta.store.get('digest', '')}"),

@@ -22,7 +22,9 @@ from shared.intervene.splice import SplicedModel
 from shared.latents import Latents
 from shared.lm import capture, load_causal_lm, load_tokenizer, model_identity, tokenizer_hash
 from shared.lm.hookpoint import HookPoint
-from shared.sae.loading import load_any
+from shared.lm.recorded import check_same_model
+from shared.sae.for_store import check_whole, weights_sha256
+from shared.sae.loading import load
 from shared.sae.sites import side_by_side
 from shared.sae.variants import SAE, Dictionary
 from stage_inspect.explorer.documents import short
@@ -43,20 +45,18 @@ class LiveSettings:
     @classmethod
     def find(cls, latents: Latents, model: str | None, dictionary: Path | None) -> "LiveSettings":
         """From the command line, else from the folder's records. Raises GranaryError for what is not here."""
-        recorded, made_of = latents.meta.model, latents.meta.dictionary
-        folder = dictionary or Path(str(made_of.get("path", "")))
-        if not folder.is_dir():
-            raise GranaryError(f"the dictionary was at {folder}, which is not here: give --dictionary FOLDER")
-        path = model or next((str(recorded[key]) for key in ("path", "id") if recorded.get(key)), None)
+        recorded, was_at = latents.meta.model, Path(str(latents.meta.dictionary.get("path", "")))
+        # A run folder that was moved, or is looked at from elsewhere, has it beside the latents.
+        places = [dictionary] if dictionary else [was_at, Path(latents.url).parent / was_at.name]
+        folder = next((place for place in places if place.is_dir()), None)
+        if folder is None:
+            raise GranaryError(f"the dictionary was at {places[0]}, which is not here: give --dictionary FOLDER")
+        revision = None if model else recorded.get("revision")
+        is_named = revision or recorded.get("id") == "bundled"  # not a folder that lay somewhere
+        path = model or (recorded.get("id") if is_named else recorded.get("path"))
         if path is None:
             raise GranaryError("the latents folder does not record its model: give --model PATH")
-        revision = None if model else recorded.get("revision")
-        return cls(
-            folder,
-            "bundled" if recorded.get("id") == "bundled" and not model else path,
-            revision,
-            str(recorded.get("dtype", "float32")),
-        )
+        return cls(folder, str(path), revision, str(recorded.get("dtype", "float32")))
 
 
 class Live:
@@ -69,13 +69,11 @@ class Live:
     @cached_property
     def dictionary(self) -> Dictionary:
         """Raises GranaryError where it is another one than the folder's."""
-        loaded, _ = load_any(self.settings.dictionary)
-        if loaded.config.d_latent != self.latents.num_latents:
-            raise GranaryError(
-                f"{self.settings.dictionary} has {loaded.config.d_latent} latents, the latents folder"
-                f" {self.latents.num_latents}: it is of another dictionary"
-            )
-        return loaded.eval()
+        folder = self.settings.dictionary
+        check_whole(str(folder), folder)
+        if weights_sha256(folder) != self.latents.meta.dictionary["sha256"]:
+            raise GranaryError(f"{folder} is not the dictionary that {self.latents.url} was made of: inspect it anew")
+        return load(folder).eval()
 
     @cached_property
     def reads(self) -> tuple[str, ...]:
@@ -88,9 +86,7 @@ class Live:
         asked = self.settings
         recorded = self.latents.meta.model
         identity = model_identity(asked.model, asked.revision, asked.dtype)
-        for key in ("config_hash", "weights_hash"):
-            if key in recorded and recorded[key] != identity[key]:  # type: ignore[literal-required]
-                raise GranaryError(f"{asked.model} is not the model that was harvested: give --model PATH")
+        check_same_model(asked.model, {**identity}, "the latents folder", recorded)
         return load_causal_lm(asked.model, asked.dtype, revision=asked.revision)
 
     @cached_property
@@ -146,7 +142,7 @@ class Live:
             ids, is_cut = self._encode(prompt)
             if is_cut:
                 raise GranaryError(f"the prompt has more than {TEXT_TOKENS} tokens")
-            edit = Edit([latent], mode, strength)  # type: ignore[arg-type]
+            edit = Edit([latent], mode, strength)
             spliced = [SplicedModel(self.model, self._sae(), self.reads[0], edits=edits) for edits in ([], [edit])]
             texts = [self._continue(one, ids, tokens) for one in spliced]
             with torch.no_grad():

@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from safetensors.torch import save_file
 
@@ -42,7 +43,9 @@ def write(latents: Latents, folder: Path, chosen: str | None, model_id: str, sou
 
 def write_file(latents: Latents, home: Path, numbers: list[int], first: int, last: int, width: int) -> None:
     """One file: locations (row, position, latent - first), activations, and the rows' tokens."""
-    rows, locations, values = [], [], []
+    rows: list[npt.NDArray[np.int64]] = []
+    locations: list[npt.NDArray[np.int64]] = []
+    values: list[npt.NDArray[np.float32]] = []
     for number in numbers:
         seen: set[tuple[int, int]] = set()
         for one in latents.top(number) + latents.sample(number):

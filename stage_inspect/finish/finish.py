@@ -151,7 +151,7 @@ def describe(
     }
     counts: dict[str, Any] = totals | {
         "tokens_train": totals["tokens"] - totals["tokens_heldout"],
-        "tokens_by_position": sum(one["tokens_by_position"] for one in whole).tolist(),
+        "tokens_by_position": np.sum([one["tokens_by_position"] for one in whole], axis=0).tolist(),
         "dead": dead,
     }
     provenance = job.store.plan.provenance

@@ -55,7 +55,8 @@ def principal_plane(W_FD: Tensor) -> Tensor:
         plane = torch.cat([plane, torch.zeros_like(plane)], 1)
     largest = plane.abs().argmax(0)
     plane = plane * torch.sign(plane[largest, torch.arange(2)])
-    return (unit @ plane).float()
+    projected: Tensor = unit @ plane
+    return projected.float()
 
 
 @torch.inference_mode()

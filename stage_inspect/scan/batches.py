@@ -63,7 +63,7 @@ class BatchReader:
         """Indices and values [N, K] of raw activations; index -1 is padding."""
         device = self.dictionary.b_dec.device
         rows = max(1, ENCODE_ELEMENTS // self.dictionary.config.d_latent)
-        parts = [self.dictionary.encode(part.to(device)) for part in x_ND.split(rows)] if len(x_ND) else []
+        parts = [self.dictionary.encode(part.to(device)) for part in torch.split(x_ND, rows)] if len(x_ND) else []
         width = max((part.indices.shape[-1] for part in parts), default=0)
         indices_NK = np.full((len(x_ND), width), -1, np.int64)
         values_NK = np.zeros((len(x_ND), width), np.float32)

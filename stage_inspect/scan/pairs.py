@@ -60,10 +60,9 @@ def peaks(value: Floats, starts: Ints) -> Ints:
     """Index of the first of the largest values of each run."""
     if not len(starts):
         return starts
-    largest = np.repeat(np.maximum.reduceat(value, starts), lengths(starts, len(value)))
-    hits = np.flatnonzero(value == largest)
-    run = np.searchsorted(starts, hits, side="right")
-    return hits[np.flatnonzero(np.diff(run, prepend=-1))]
+    run = np.repeat(np.arange(len(starts)), lengths(starts, len(value)))
+    hits = np.flatnonzero(value == np.maximum.reduceat(value, starts)[run])
+    return hits[np.flatnonzero(np.diff(run[hits], prepend=-1))]
 
 
 def bins(value: Floats, origin: int) -> Ints:
@@ -88,4 +87,5 @@ def falling(value: Floats) -> npt.NDArray[np.uint32]:
 def ragged(first: Ints, count: Ints) -> Ints:
     """first[0], first[0] + 1 ... (count[0] of them), first[1] ..."""
     ends = np.cumsum(count)
-    return np.arange(ends[-1] if len(ends) else 0) + np.repeat(first - (ends - count), count)
+    found: Ints = np.arange(ends[-1] if len(ends) else 0) + np.repeat(first - (ends - count), count)
+    return found

@@ -1,9 +1,9 @@
-"""Training state on disk: tensors by torch.distributed.checkpoint, the rest as JSON; atomic, in the background.
+"""Training state on disk: tensors as safetensors, the rest as JSON; atomic, in the background.
 
     checkpoints/step-00001000/      one folder per kept step
-        .metadata, *.distcp         tensors, readable under any layout and number of processes
+        tensors-*.safetensors       readable under any layout and number of processes; see `tensor_files`
         training.json               all that is not a tensor
-        digests.json                what the files are, so that damage is found
+        digests.json                what the files and tensors are, so that damage is found
     checkpoints/latest              the name of the newest complete folder
 
 A folder is written under another name, flushed to disk, renamed, and only then pointed to: whatever is killed when,
@@ -13,8 +13,8 @@ A folder is written under another name, flushed to disk, renamed, and only then 
 
 import json
 import logging
+import re
 import shutil
-import warnings
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -22,33 +22,20 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemWriter
-from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import AsyncSaveResponse, async_save
-from torch.distributed.tensor import DTensor
 
 from shared.basics.errors import GranaryError
 from shared.basics.files import sync_folder, write_text
 from shared.basics.run_folder import RunFolder
 from shared.parallel import World, barrier, broadcast_object
-from stage_train.state.integrity import fault_of, write_digests
+from stage_train.state.integrity import PICKLED, STATE, fault_of
+from stage_train.state.tensor_files import TensorWriter, expect_one_process, load_tensors, reason
 
 log = logging.getLogger(__name__)
 
 POINTER = "latest"
-STATE = "training.json"
 PARTIAL = ".partial"
-
-
-class StagingWriter(FileSystemWriter):
-    """A writer that copies the state to host memory once, and holds nothing but that copy.
-
-    torch's own staging copies every DTensor twice, and the second copies live until the garbage collector runs.
-    """
-
-    def stage(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        """Called by async_save: tensors on the host, which share no memory with `state_dict`."""
-        return {name: _host_copy(tensor) for name, tensor in state_dict.items()}
+STEP = re.compile(r"step-\d{8,}")
 
 
 class Checkpoints:
@@ -99,11 +86,10 @@ class Checkpoints:
             partial.mkdir(parents=True)
             write_text(partial / STATE, json.dumps(state, indent=1))
         barrier()
-        writer = StagingWriter(partial, single_file_per_rank=True, sync_files=True)
         alone = self._group is None
         if alone:
-            _expect_one_process()
-        future = async_save(tensors, storage_writer=writer, process_group=self._group, no_dist=alone)
+            expect_one_process()
+        future = async_save(tensors, storage_writer=TensorWriter(partial), process_group=self._group, no_dist=alone)
         if isinstance(future, AsyncSaveResponse):
             future = future.upload_completion
         self._pending = self._publisher.submit(self._publish, future, partial, final)
@@ -116,7 +102,7 @@ class Checkpoints:
         try:
             pending.result()
         except (CheckpointException, OSError, RuntimeError) as error:
-            why = _reason(error)
+            why = reason(error)
             if self.world.is_main:  # what is cut off would take the room of the next one
                 for leftover in self.folder.glob(f"*{PARTIAL}"):
                     shutil.rmtree(leftover, ignore_errors=True)
@@ -146,7 +132,6 @@ class Checkpoints:
         written.result()
         if not self.world.is_main:
             return
-        write_digests(partial)
         sync_folder(partial)
         partial.rename(final)
         sync_folder(self.folder)
@@ -159,19 +144,17 @@ class Checkpoints:
         shutil.rmtree(self.discarded, ignore_errors=True)
 
 
-def _host_copy(tensor: Tensor) -> Tensor:
-    if not isinstance(tensor, DTensor):
-        return tensor.detach().to("cpu", copy=True)
-    placed: Any = tensor.detach()  # shares memory, and has the placement that the planner of a save reads
-    placed._local_tensor = tensor.to_local().detach().to("cpu", copy=True)
-    staged: Tensor = placed
-    return staged
-
-
 def newest_checkpoint(folder: Path) -> Path | None:
     """The newest complete checkpoint in a folder, or None."""
     pointer = folder / POINTER
-    return folder / pointer.read_text().strip() if pointer.is_file() else None
+    if not pointer.is_file():
+        return None
+    name = pointer.read_bytes()[:100].decode(errors="replace").strip()
+    if STEP.fullmatch(name):
+        return folder / name
+    steps = [path for path in folder.glob("step-*") if STEP.fullmatch(path.name)]
+    log.warning("%s names no checkpoint: using the newest", pointer)
+    return max(steps, default=None)
 
 
 def intact_checkpoint(folder: Path, up_to: int | None = None) -> Path | None:
@@ -183,7 +166,7 @@ def intact_checkpoint(folder: Path, up_to: int | None = None) -> Path | None:
     if newest is None:
         return None
     older = sorted((path for path in folder.glob("step-*") if path.name < newest.name), reverse=True)
-    paths = [newest, *(path for path in older if PARTIAL not in path.name)]
+    paths = [newest, *(path for path in older if STEP.fullmatch(path.name))]
     if up_to is not None:
         paths = [path for path in paths if path.name <= f"step-{up_to:08d}"]
         if not paths:
@@ -196,6 +179,11 @@ def intact_checkpoint(folder: Path, up_to: int | None = None) -> Path | None:
                 log.warning("checkpoint %s is damaged (%s): using %s", *damaged, path)
             return path
         faults.append((path, fault))
+    if (paths[0] / PICKLED).exists():
+        raise GranaryError(
+            f"checkpoint {paths[0]} is of an older layout whose index is a pickle: it is not read, as it could run "
+            "code; finish it with the version that began it, or begin anew with checkpoint.resume=never"
+        )
     raise GranaryError(
         f"checkpoint {paths[0]} is damaged ({faults[0][1]}), and no older one is intact: put it back from a copy, or "
         "give checkpoint.resume=never to begin anew (checkpoint.keep=2 keeps an older one)"
@@ -211,32 +199,3 @@ def read_state(path: Path) -> dict[str, Any]:
             f"checkpoint {path} cannot be read ({error}): put it back from a copy, or begin anew with "
             "checkpoint.resume=never"
         ) from error
-
-
-def load_tensors(path: Path, tensors: dict[str, Tensor], group: dist.ProcessGroup | None = None) -> None:
-    """Fill `tensors` in place: on the ranks of `group` together, or without one on this process alone.
-
-    Raises GranaryError when the checkpoint does not hold them.
-    """
-    if group is None:
-        _expect_one_process()
-    try:
-        load(tensors, checkpoint_id=path, process_group=group, no_dist=group is None)
-    except (CheckpointException, OSError, RuntimeError, ValueError) as error:
-        why = _reason(error)
-        raise GranaryError(
-            f"checkpoint {path} cannot be loaded ({why}): put it back from a copy, or begin anew with "
-            "checkpoint.resume=never"
-        ) from error
-
-
-def _expect_one_process() -> None:
-    """DCP warns at every call that it runs in one process: true, and meant."""
-    warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
-
-
-def _reason(error: BaseException) -> str:
-    """The first failing rank's own error, without the traceback that DCP puts around it."""
-    if isinstance(error, CheckpointException) and error.failures:
-        return str(next(iter(error.failures.values()))[0])
-    return str(error)

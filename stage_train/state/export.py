@@ -20,7 +20,8 @@ from shared.sae.loading import KINDS
 from shared.sae.sites import Sites
 from shared.sae.variants import VARIANTS
 from stage_train.data.stores import PinnedStore
-from stage_train.state.checkpoint import intact_checkpoint, load_tensors, read_state
+from stage_train.state.checkpoint import intact_checkpoint, read_state
+from stage_train.state.tensor_files import load_tensors
 
 log = logging.getLogger(__name__)
 

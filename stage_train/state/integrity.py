@@ -1,46 +1,85 @@
-"""Whether a checkpoint is as it was written: digests of its files, made when it is, looked at before it is used."""
+"""Whether a checkpoint is as it was written: digests made while it is, looked at before it is used."""
 
 import hashlib
 import json
 from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from shared.sae.weights_file import Digests, digests_in, header_digest
+
+STATE = "training.json"
 DIGESTS = "digests.json"
+PICKLED = ".metadata"
+"""The index of the layout that torch.distributed.checkpoint has by itself."""
 
 
-def write_digests(folder: Path) -> None:
-    """Note the size and SHA-256 of every file of a folder in it."""
-    files = {path.name: _digest(path) for path in sorted(folder.iterdir()) if path.name != DIGESTS}
+@dataclass(frozen=True)
+class TensorsDigest:
+    """What a file of tensors is."""
+
+    bytes: int
+    header: str
+    tensors: Digests
+
+
+def write_digests(folder: Path, tensors: Mapping[str, TensorsDigest]) -> None:
+    """Note what the files of a folder are in it: those of tensors by name, and ``training.json``."""
+    files = {STATE: _digest(folder / STATE), **{name: asdict(digest) for name, digest in sorted(tensors.items())}}
     (folder / DIGESTS).write_text(json.dumps({"files": files, "sha256": _digest_of(files)}, indent=1))
 
 
 def fault_of(folder: Path) -> str | None:
-    """What is wrong with a folder, in a few words; None where all is as it was written.
-
-    A folder without digests, from before there were any, is taken as it is.
-    """
+    """What is wrong with a checkpoint, in a few words; None where all is as it was written."""
     if not folder.is_dir():
         return "it is gone"
-    noted = folder / DIGESTS
-    if not noted.is_file():
-        return None
-    try:
-        record = json.loads(noted.read_bytes())
-        files = dict(record["files"])
-        intact = record["sha256"] == _digest_of(files)
-    except (OSError, ValueError, TypeError, KeyError):
-        intact = False
-    if not intact:
+    if (folder / PICKLED).exists():
+        return f"it has a pickle, {PICKLED}, which could run code"
+    if not (folder / DIGESTS).is_file():
+        return f"it has no {DIGESTS}"
+    files = _noted(folder)
+    if files is None:
         return f"{DIGESTS} is damaged"
-    for name, wanted in files.items():
-        path = folder / Path(name).name
-        try:
-            if _digest(path) != wanted:
-                return f"{path.name} is damaged"
-        except OSError:
-            return f"{path.name} can't be read"
-    return None
+    others = sorted({path.name for path in folder.iterdir()} - {DIGESTS, *files})
+    if others:
+        return f"{others[0]} is none of its files"
+    faults = (_fault_in(folder / name, noted) for name, noted in files.items())
+    return next((fault for fault in faults if fault is not None), None)
+
+
+def state_is_intact(folder: Path) -> bool:
+    """Whether ``training.json`` of a checkpoint is as it was written; one without digests is taken as it is."""
+    if not (folder / DIGESTS).is_file():
+        return True
+    files = _noted(folder)
+    return files is not None and _fault_in(folder / STATE, files[STATE]) is None
+
+
+def _noted(folder: Path) -> dict[str, Any] | None:
+    """What the digests say of each file; None where they are damaged themselves."""
+    try:
+        record = json.loads((folder / DIGESTS).read_bytes())
+        files = dict(record["files"])
+        return files if record["sha256"] == _digest_of(files) and STATE in files else None
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        return None
+
+
+def _fault_in(path: Path, noted: Any) -> str | None:
+    """What is wrong with a file of a checkpoint."""
+    try:
+        if path.name == STATE:
+            return None if _digest(path) == noted else f"{STATE} is damaged"
+        if path.stat().st_size != noted["bytes"]:
+            return f"{path.name} has another size than it had"
+        with path.open("rb") as file:
+            if header_digest(file) != noted["header"]:
+                return f"{path.name} is damaged in its header"
+            wrong = next((name for name, digest in digests_in(file) if digest != noted["tensors"].get(name)), None)
+        return None if wrong is None else f"{path.name} is damaged in {wrong}"
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        return f"{path.name} can't be read ({error})"
 
 
 def _digest_of(files: Mapping[str, Any]) -> str:

@@ -5,6 +5,7 @@ import json
 import logging
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,9 @@ from omegaconf import OmegaConf
 from shared.basics.run_folder import RunFolder
 from shared.parallel import World, broadcast_object
 from stage_train.config import Resume, TrainSchema, as_dict
-from stage_train.state.checkpoint import STATE
 from stage_train.state.export import digest
 from stage_train.state.identity import changes, identity, is_extension
+from stage_train.state.integrity import STATE, state_is_intact
 
 log = logging.getLogger(__name__)
 
@@ -68,10 +69,10 @@ def _continues(held: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
 def identity_in(folder: Path) -> Mapping[str, Any] | None:
     """Of the run that a folder holds a checkpoint or an exported SAE of; None without either."""
     for state in sorted(folder.glob(f"checkpoints/step-*/{STATE}"), reverse=True):
-        try:
+        if not state_is_intact(state.parent):
+            continue  # one before it tells as well
+        with suppress(OSError, ValueError, TypeError, KeyError):
             return dict(json.loads(state.read_bytes())["identity"])
-        except (OSError, ValueError, TypeError, KeyError):
-            continue  # damaged: one before it tells as well
     if not RunFolder(folder).has_dictionary:
         return None
     try:

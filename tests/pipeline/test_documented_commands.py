@@ -31,6 +31,7 @@ def study(stages: ForkServer, tmp_path_factory: pytest.TempPathFactory) -> Path:
         ["stage_harvest", "debug=tiny_harvest", "name=llama31", "hooks.layers=[1,2]"],
         train,
         [*train, "-m", "sae.k=4,8", "packed=true"],
+        ["stage_inspect", "name=demo", "contexts=2"],
     ):
         done = here.run(*arguments)
         assert done.code == 0, done.stderr

@@ -19,7 +19,8 @@ from stage_train.estimate.__main__ import training_config
 from stage_train.estimate.config import PlanSchema
 from stage_train.estimate.job import find_data, make_job
 from stage_train.estimate.memory import Memory, find_memory
-from stage_train.state.checkpoint import load_tensors, newest_checkpoint, read_state
+from stage_train.state.checkpoint import newest_checkpoint, read_state
+from stage_train.state.tensor_files import load_tensors
 from tests.harvesting import ENVIRONMENT
 from tests.synthetic import synthetic_plan, synthetic_store
 

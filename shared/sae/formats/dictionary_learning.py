@@ -12,21 +12,30 @@ encoder.weight is [F, D], decoder.weight [D, F].
 """
 
 import json
-import pickle
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from shared.basics.errors import GranaryError
-from shared.sae.formats.files import read_json, take
+from shared.sae.formats.files import read_pickled
 from shared.sae.formats.raw import RawSAE
+from shared.sae.formats.source import Document, Source, Tensors
 
 CONFIG, WEIGHTS = "config.json", "ae.pt"
-Tensors = dict[str, Tensor]
+# Of the trainer: how it was trained. The threshold, norm_factor among them, is in the weights when they are saved.
+HARMLESS = (
+    "activation_dim", "aux_loss_type", "auxk_alpha", "bandwidth", "buffer", "ctx_len", "decay_end", "decay_start",
+    "device", "dict_size", "dtype", "ghost_threshold", "group_fractions", "group_sizes", "group_weights",
+    "initial_sparsity_penalty", "io", "k_anneal_steps", "l1_penalty", "l1_warmup_steps", "layer", "lm_name", "lr",
+    "n_sparsity_updates", "norm_factor", "p_end", "p_start", "resample_steps", "seed", "sparsity_loss_type",
+    "sparsity_norm", "sparsity_penalty", "sparsity_queue_length", "sparsity_warmup_steps", "steps", "submodule_name",
+    "target_l0", "threshold_beta", "threshold_start_step", "top_k_aux", "total_steps", "trainer_class",
+    "use_auxk", "wandb_name", "warmup_steps", "k",
+)  # fmt: skip
 Weights = tuple[Tensor, Tensor, Tensor, Tensor]
 """W_enc [F, D], b_enc, W_dec [F, D], b_dec."""
 
@@ -36,85 +45,101 @@ def matches(folder: Path) -> bool:
     return (folder / CONFIG).is_file() and (folder / WEIGHTS).is_file()
 
 
-def load(folder: Path) -> RawSAE:
-    """Raises GranaryError for a dictionary class that is not known. Reads tensors only, no pickled code."""
-    trainer = read_json(folder / CONFIG).get("trainer", {})
-    name = trainer.get("dict_class")
+def read(source: Source) -> RawSAE:
+    """Raises GranaryError for a dictionary class that is not known."""
+    config = source.json(CONFIG, ("buffer",))
+    trainer = source.document(config.mapping("trainer"), source.folder / CONFIG, HARMLESS)
+    name = trainer.text("dict_class")
     if name not in READERS:
-        raise GranaryError(f"{folder} holds a {name}: {', '.join(READERS)} can be read")
-    try:
-        tensors = torch.load(folder / WEIGHTS, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise GranaryError(f"{folder / WEIGHTS} can't be read as tensors: {str(error).splitlines()[0]}") from None
-    tensors = {key: value.float() if value.is_floating_point() else value for key, value in tensors.items()}
-    record = {key: trainer[key] for key in ("lm_name", "layer", "submodule_name") if key in trainer}
-    raw = READERS[name](tensors, trainer, folder)
-    return replace(raw, provenance={"converted_from": "dictionary_learning", "source": record})
+        raise GranaryError(f"{source.folder} holds a {name}: {', '.join(map(str, READERS))} can be read")
+    raw = READERS[name](weights_of(source), trainer)
+    record = {key: trainer.content[key] for key in ("lm_name", "layer", "submodule_name") if key in trainer.content}
+    return replace(raw, provenance={"converted_from": "dictionary_learning", "source": record, **hook_of(trainer)})
 
 
-def linear(tensors: Tensors, folder: Path, encoder_bias: str | None, decoder_bias: str) -> Weights:
+def weights_of(source: Source) -> Tensors:
+    """Those of the file, which may lie under ``state_dict`` in it beside settings; these are refused by name."""
+    found = read_pickled(source.folder / WEIGHTS)
+    if isinstance(found.get("state_dict"), dict):
+        source.document(found, source.folder / WEIGHTS, ("state_dict",))
+        found = found["state_dict"]
+    named = {name: value for name, value in found.items() if isinstance(value, Tensor)}
+    source.document({name: value for name, value in found.items() if name not in named}, source.folder / WEIGHTS)
+    return source.tensors(named, ("k", "threshold", "group_sizes"))
+
+
+def hook_of(trainer: Document) -> dict[str, str]:
+    """The hook: this project writes it as the submodule's name, dictionary_learning the layer whose output it is."""
+    name, layer = trainer.content.get("submodule_name"), trainer.content.get("layer")
+    if isinstance(name, str) and re.fullmatch(r"layers\.\d+\.\w+", name):
+        return {"hook": name}
+    if isinstance(layer, int) and layer >= 0 and name in (f"resid_post_layer_{layer}", f"model.layers.{layer}"):
+        return {"hook": f"layers.{layer}.resid_post"}
+    return {}
+
+
+def linear(tensors: Tensors, encoder_bias: str | None, decoder_bias: str) -> Weights:
     """W_enc [F, D], b_enc, W_dec [F, D], b_dec of the classes made of two linear layers."""
-    f, d = tensors["encoder.weight"].shape if "encoder.weight" in tensors else (0, 0)
-    shapes = {"encoder.weight": (f, d), "decoder.weight": (d, f), decoder_bias: (d,)}
-    W_enc_FD, W_dec_DF, b_dec_D = take(tensors, shapes, folder)
-    (b_enc_F,) = take(tensors, {encoder_bias: (f,)}, folder) if encoder_bias else (torch.zeros(f),)
+    f, d = tensors.matrix("encoder.weight")
+    W_enc_FD, W_dec_DF, b_dec_D = tensors.take({"encoder.weight": (f, d), "decoder.weight": (d, f), decoder_bias: (d,)})
+    (b_enc_F,) = tensors.take({encoder_bias: (f,)}) if encoder_bias else (torch.zeros(f),)
     return W_enc_FD, b_enc_F, W_dec_DF.T, b_dec_D
 
 
-def matrices(tensors: Tensors, folder: Path) -> Weights:
+def matrices(tensors: Tensors) -> Weights:
     """The same of the classes with W_enc [D, F] and W_dec [F, D]."""
-    d, f = tensors["W_enc"].shape if "W_enc" in tensors else (0, 0)
-    W_enc_DF, b_enc_F, W_dec_FD, b_dec_D = take(
-        tensors, {"W_enc": (d, f), "b_enc": (f,), "W_dec": (f, d), "b_dec": (d,)}, folder
+    d, f = tensors.matrix("W_enc")
+    W_enc_DF, b_enc_F, W_dec_FD, b_dec_D = tensors.take(
+        {"W_enc": (d, f), "b_enc": (f,), "W_dec": (f, d), "b_dec": (d,)}
     )
     return W_enc_DF.T, b_enc_F, W_dec_FD, b_dec_D
 
 
-def read_relu(tensors: Tensors, trainer: dict[str, Any], folder: Path) -> RawSAE:
+def read_relu(tensors: Tensors, trainer: Document) -> RawSAE:
     """AutoEncoder."""
-    return RawSAE(*linear(tensors, folder, "encoder.bias", "bias"), pre_bias=True, activation="relu")
+    return RawSAE(*linear(tensors, "encoder.bias", "bias"), pre_bias=True, activation="relu")
 
 
-def read_new(tensors: Tensors, trainer: dict[str, Any], folder: Path) -> RawSAE:
+def read_new(tensors: Tensors, trainer: Document) -> RawSAE:
     """AutoEncoderNew."""
-    return RawSAE(*linear(tensors, folder, "encoder.bias", "decoder.bias"), pre_bias=False, activation="relu")
+    return RawSAE(*linear(tensors, "encoder.bias", "decoder.bias"), pre_bias=False, activation="relu")
 
 
-def read_topk(tensors: Tensors, trainer: dict[str, Any], folder: Path) -> RawSAE:
+def read_topk(tensors: Tensors, trainer: Document) -> RawSAE:
     """AutoEncoderTopK."""
-    return RawSAE(*linear(tensors, folder, "encoder.bias", "b_dec"), pre_bias=True, k=picks(tensors, trainer))
+    return RawSAE(*linear(tensors, "encoder.bias", "b_dec"), pre_bias=True, k=picks(tensors, trainer))
 
 
-def read_batchtopk(tensors: Tensors, trainer: dict[str, Any], folder: Path) -> RawSAE:
+def read_batchtopk(tensors: Tensors, trainer: Document) -> RawSAE:
     """BatchTopKSAE."""
-    weights = linear(tensors, folder, "encoder.bias", "b_dec")
-    return thresholded(RawSAE(*weights, pre_bias=True, k=picks(tensors, trainer)), tensors, folder)
+    raw = RawSAE(*linear(tensors, "encoder.bias", "b_dec"), pre_bias=True, k=picks(tensors, trainer))
+    return thresholded(raw, tensors)
 
 
-def read_matryoshka(tensors: Tensors, trainer: dict[str, Any], folder: Path) -> RawSAE:
+def read_matryoshka(tensors: Tensors, trainer: Document) -> RawSAE:
     """MatryoshkaBatchTopKSAE, all of its groups."""
-    raw = RawSAE(*matrices(tensors, folder), pre_bias=True, k=picks(tensors, trainer))
-    return thresholded(raw, tensors, folder)
+    return thresholded(RawSAE(*matrices(tensors), pre_bias=True, k=picks(tensors, trainer)), tensors)
 
 
-def read_jumprelu(tensors: Tensors, trainer: dict[str, Any], folder: Path) -> RawSAE:
+def read_jumprelu(tensors: Tensors, trainer: Document) -> RawSAE:
     """JumpReluAutoEncoder."""
-    weights = matrices(tensors, folder)
-    (threshold_F,) = take(tensors, {"threshold": (len(weights[1]),)}, folder)
+    weights = matrices(tensors)
+    trainer.must_be("apply_b_dec_to_input", False, None, what="JumpReLU SAEs that read raw activations")
+    (threshold_F,) = tensors.take({"threshold": (len(weights[1]),)})
     return RawSAE(*weights, pre_bias=False, activation="jumprelu", threshold_F=threshold_F)
 
 
-def read_gated(tensors: Tensors, trainer: dict[str, Any], folder: Path) -> RawSAE:
+def read_gated(tensors: Tensors, trainer: Document) -> RawSAE:
     """GatedAutoEncoder."""
-    W_enc_FD, _, W_dec_FD, b_dec_D = linear(tensors, folder, None, "decoder_bias")
+    W_enc_FD, _, W_dec_FD, b_dec_D = linear(tensors, None, "decoder_bias")
     f = len(W_enc_FD)
-    gate_F, r_mag_F, b_mag_F = take(tensors, {"gate_bias": (f,), "r_mag": (f,), "mag_bias": (f,)}, folder)
+    gate_F, r_mag_F, b_mag_F = tensors.take({"gate_bias": (f,), "r_mag": (f,), "mag_bias": (f,)})
     return RawSAE(
         W_enc_FD, gate_F, W_dec_FD, b_dec_D, pre_bias=True, activation="gated", r_mag_F=r_mag_F, b_mag_F=b_mag_F
     )
 
 
-READERS: dict[str, Callable[[Tensors, dict[str, Any], Path], RawSAE]] = {
+READERS: dict[str | None, Callable[[Tensors, Document], RawSAE]] = {
     "AutoEncoder": read_relu,
     "AutoEncoderNew": read_new,
     "AutoEncoderTopK": read_topk,
@@ -125,14 +150,14 @@ READERS: dict[str, Callable[[Tensors, dict[str, Any], Path], RawSAE]] = {
 }
 
 
-def picks(tensors: Tensors, trainer: dict[str, Any]) -> int:
+def picks(tensors: Tensors, trainer: Document) -> int:
     """k, from the tensors of newer versions or the config."""
-    return int(tensors["k"]) if "k" in tensors else int(trainer["k"])
+    return int(tensors.scalar("k")) if "k" in tensors else trainer.whole("k")
 
 
-def thresholded(raw: RawSAE, tensors: Tensors, folder: Path) -> RawSAE:
+def thresholded(raw: RawSAE, tensors: Tensors) -> RawSAE:
     """The BatchTopK SAE with the scalar threshold of the file; -1, as in one that was never trained, counts as 0."""
-    (threshold,) = take(tensors, {"threshold": ()}, folder)
+    (threshold,) = tensors.take({"threshold": ()})
     return replace(raw, activation="batchtopk", threshold_F=threshold.clamp_min(0).expand(len(raw.b_enc_F)))
 
 
@@ -164,7 +189,7 @@ WRITERS = {
 }
 
 
-def state(raw: RawSAE) -> Tensors:
+def state(raw: RawSAE) -> dict[str, Tensor]:
     """The state dict of the class that holds this activation."""
     raw = raw.with_pre_bias(raw.activation != "jumprelu")
     if raw.activation == "jumprelu":

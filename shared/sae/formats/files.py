@@ -1,7 +1,9 @@
 """Reading other projects' folders: JSON, one or several safetensors files, and clear errors."""
 
 import json
-from collections.abc import Mapping
+import pickle
+import warnings
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from shared.basics.errors import GranaryError
+from shared.basics.inside import file_in
+
+# How many times its size a packed file of weights may unpack to, beyond what is small anyway.
+MOST_UNPACKED = 20
+SMALL_BYTES = 1 << 20
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -18,7 +25,7 @@ def read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise GranaryError(f"{path.parent} has no {path.name}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise GranaryError(f"{path} is not JSON: {error}") from None
     if not isinstance(content, dict):
         raise GranaryError(f"{path} does not hold a JSON object")
@@ -26,30 +33,49 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_tensors(folder: Path, name: str) -> dict[str, torch.Tensor]:
-    """All tensors of ``<name>.safetensors``, or of the files that ``<name>.safetensors.index.json`` lists; float32."""
+    """All tensors of ``<name>.safetensors``, or of the files that ``<name>.safetensors.index.json`` lists."""
     index = folder / f"{name}.safetensors.index.json"
     if index.is_file():
-        files = sorted(set(read_json(index)["weight_map"].values()))
+        listed = read_json(index).get("weight_map")
+        if not isinstance(listed, dict):
+            raise GranaryError(f"{index} has no weight_map")
+        files = sorted(set(map(str, listed.values())))
     else:
-        files = [f"{name}.safetensors"]
+        files = [f"{name}.safetensors".rpartition("/")[2]]
     tensors: dict[str, torch.Tensor] = {}
     for file in files:
-        if not (folder / file).is_file():
+        path = file_in((folder / name).parent, file)
+        if not path.is_file():
             raise GranaryError(f"{folder} has no {file}")
         try:
-            tensors |= load_file(folder / file)
+            tensors |= load_file(path)
         except SafetensorError as error:
-            raise GranaryError(f"{folder / file} is damaged: {error}") from None
-    return {key: tensor.float() if tensor.is_floating_point() else tensor for key, tensor in tensors.items()}
+            raise GranaryError(f"{path} is damaged: {error}") from None
+    return tensors
 
 
-def take(tensors: Mapping[str, torch.Tensor], shapes: Mapping[str, tuple[int, ...]], where: Path) -> list[torch.Tensor]:
-    """The named tensors in order; raises GranaryError for one that is missing or of another shape."""
-    taken = []
-    for name, shape in shapes.items():
-        if name not in tensors:
-            raise GranaryError(f"{where} lacks the tensor {name}")
-        if tuple(tensors[name].shape) != shape:
-            raise GranaryError(f"{where}: {name} has shape {tuple(tensors[name].shape)}, not {shape}")
-        taken.append(tensors[name])
-    return taken
+def read_pickled(path: Path) -> dict[str, Any]:
+    """What torch saved of a dictionary, read by torch's reader of tensors alone: no other code of the file runs.
+
+    Raises GranaryError for anything else than tensors and plain values in it.
+    """
+    try:
+        check_unpacked(path)
+        with warnings.catch_warnings(action="ignore"):  # of a pickle that torch did not write
+            found = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, LookupError, TypeError, OSError) as error:
+        told = (str(error).splitlines() or [type(error).__name__])[0]
+        raise GranaryError(f"{path} can't be read as tensors: {told}") from None
+    if not isinstance(found, dict) or not all(isinstance(key, str) for key in found):
+        raise GranaryError(f"{path} holds no dictionary of tensors")
+    return found
+
+
+def check_unpacked(path: Path) -> None:
+    """Raise GranaryError for a packed file that holds far more than its size: weights don't get smaller by packing."""
+    if not zipfile.is_zipfile(path):
+        return
+    with zipfile.ZipFile(path) as archive:
+        unpacked = sum(member.file_size for member in archive.infolist())
+    if unpacked > MOST_UNPACKED * path.stat().st_size + SMALL_BYTES:
+        raise GranaryError(f"{path} would unpack to {unpacked:,} bytes: these are no weights")

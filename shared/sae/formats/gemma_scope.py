@@ -15,10 +15,12 @@ import torch
 from torch import Tensor
 
 from shared.basics.errors import GranaryError
-from shared.sae.formats.files import read_json, read_tensors, take
+from shared.sae.formats.files import check_unpacked
 from shared.sae.formats.raw import RawSAE
+from shared.sae.formats.source import Source
 
 NPZ, WEIGHTS, CONFIG = "params.npz", "params", "config.json"
+HARMLESS = ("l0", "model_name", "type", "width")
 SITES = {"res": "resid_post", "resid_post": "resid_post", "mlp": "mlp_out", "mlp_out": "mlp_out"}
 
 
@@ -27,20 +29,26 @@ def matches(folder: Path) -> bool:
     return (folder / NPZ).is_file() or (folder / f"{WEIGHTS}.safetensors").is_file()
 
 
-def load(folder: Path) -> RawSAE:
+def read(source: Source) -> RawSAE:
     """Raises GranaryError for transcoders, skip connections and rescaled fine-tunes."""
-    tensors = read_npz(folder / NPZ) if (folder / NPZ).is_file() else read_tensors(folder, WEIGHTS)
-    tensors = {name.replace("w_", "W_", 1) if name.startswith("w_") else name: x for name, x in tensors.items()}
-    config = read_json(folder / CONFIG) if (folder / CONFIG).is_file() else {}
-    place, target = config.get("hf_hook_point_in"), config.get("hf_hook_point_out")
+    folder = source.folder
+    is_npz = (folder / NPZ).is_file()
+    tensors = source.tensors(read_npz(folder / NPZ)) if is_npz else source.safetensors(WEIGHTS)
+    capital = {"W" + name[1:] if name.startswith("w_") else name: tensor for name, tensor in tensors.found.items()}
+    tensors.found = capital
+    config = source.json(CONFIG, HARMLESS) if (folder / CONFIG).is_file() else source.document({}, folder)
+    place, target = config.text("hf_hook_point_in"), config.text("hf_hook_point_out")
     if place != target or "affine_skip_connection" in tensors:
         raise GranaryError(f"{folder} maps {place} to {target}: a transcoder, not an SAE")
-    scaling = tensors.get("scaling_factor")
-    if scaling is not None and not torch.allclose(scaling, torch.ones_like(scaling)):
-        raise GranaryError(f"{folder} has a scaling_factor, which only its fine-tuned SAEs have: they can't be read")
-    d, f = tensors["W_enc"].shape if "W_enc" in tensors else (0, 0)
+    config.must_be("architecture", "jump_relu", "jumprelu", what="JumpReLU SAEs alone")
+    config.must_be("affine_connection", False, None, what="SAEs without a skip connection")
+    d, f = tensors.matrix("W_enc")
+    if "scaling_factor" in tensors:
+        (scaling,) = tensors.take({"scaling_factor": tuple(tensors.found["scaling_factor"].shape)})
+        if not torch.allclose(scaling, torch.ones_like(scaling)):
+            raise GranaryError(f"{folder} has a scaling_factor, as fine-tuned SAEs do: they can't be read")
     shapes = {"W_enc": (d, f), "b_enc": (f,), "W_dec": (f, d), "b_dec": (d,), "threshold": (f,)}
-    W_enc_DF, b_enc_F, W_dec_FD, b_dec_D, threshold_F = take(tensors, shapes, folder)
+    W_enc_DF, b_enc_F, W_dec_FD, b_dec_D, threshold_F = tensors.take(shapes)
     return RawSAE(
         W_enc_DF.T,
         b_enc_F,
@@ -49,17 +57,28 @@ def load(folder: Path) -> RawSAE:
         pre_bias=False,
         activation="jumprelu",
         threshold_F=threshold_F,
-        provenance={"converted_from": "gemma_scope", "source": config, **hook_of(folder)},
+        provenance={
+            "converted_from": "gemma_scope",
+            "source": config.content,
+            **(hook_of_place(place) or hook_of(folder)),
+        },
     )
 
 
 def read_npz(path: Path) -> dict[str, Tensor]:
     """All arrays of the file, float32."""
     try:
+        check_unpacked(path)
         with np.load(path, allow_pickle=False) as file:
             return {name: torch.from_numpy(np.asarray(file[name], np.float32)) for name in file.files}
-    except (ValueError, OSError, zipfile.BadZipFile) as error:
+    except (ValueError, TypeError, OSError, MemoryError, zipfile.BadZipFile) as error:
         raise GranaryError(f"{path} is damaged: {error}") from None
+
+
+def hook_of_place(place: str | None) -> dict[str, str]:
+    """The hook of ``model.layers.9.output``, where the file says it."""
+    layer = re.fullmatch(r"model\.layers\.(\d+)\.output", place or "")
+    return {"hook": f"layers.{layer[1]}.resid_post"} if layer else {}
 
 
 def hook_of(folder: Path) -> dict[str, str]:

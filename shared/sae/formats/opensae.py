@@ -17,11 +17,18 @@ from pathlib import Path
 from safetensors.torch import save_file
 
 from shared.basics.errors import GranaryError
-from shared.sae.formats.files import read_json, read_tensors, take
+from shared.sae.formats.files import read_json
 from shared.sae.formats.raw import RawSAE
+from shared.sae.formats.source import Source
 
 CONFIG, WEIGHTS = "config.json", "model"
 ARCHITECTURE = "OpenSae"
+HARMLESS = (
+    "_name_or_path", "architectures", "auxk_alpha", "decoder_impl", "dtype", "jumprelu_theta", "k_experts", "l1_coef",
+    "model_name", "model_type", "moe_loss_coef", "multi_topk", "normalize_decoder", "torch_dtype",
+    "transformers_version",
+)  # fmt: skip
+EPS = 1e-5
 
 
 def matches(folder: Path) -> bool:
@@ -30,34 +37,35 @@ def matches(folder: Path) -> bool:
     return path.is_file() and ARCHITECTURE in (read_json(path).get("architectures") or [])
 
 
-def load(folder: Path) -> RawSAE:
-    """Raises GranaryError for an activation other than topk and a hook pair of two different places."""
-    config = read_json(folder / CONFIG)
-    if config.get("activation") != "topk":
-        raise GranaryError(f"{folder} has activation={config.get('activation')}: TopK SAEs alone can be read yet")
-    place, target = config.get("input_hookpoint"), config.get("output_hookpoint")
+def read(source: Source) -> RawSAE:
+    """Raises GranaryError for an activation other than topk, experts, and a hook pair of two different places."""
+    config = source.json(CONFIG, HARMLESS)
+    config.must_be("activation", "topk", what="TopK SAEs alone")
+    config.must_be("num_experts", 1, None, what="SAEs without a router to experts")
+    place, target = config.text("input_hookpoint"), config.text("output_hookpoint")
     if place != target:
-        raise GranaryError(f"{folder} maps {place} to {target}: a transcoder, not an SAE")
-    d, f = config["hidden_size"], config["feature_size"]
+        raise GranaryError(f"{source.folder} maps {place} to {target}: a transcoder, not an SAE")
+    d, f = config.whole("hidden_size"), config.whole("feature_size")
     shapes = {"encoder.weight": (f, d), "encoder.bias": (f,), "W_dec": (f, d), "b_dec": (d,)}
-    W_enc_FD, b_enc_F, W_dec_FD, b_dec_D = take(read_tensors(folder, WEIGHTS), shapes, folder)
+    W_enc_FD, b_enc_F, W_dec_FD, b_dec_D = source.safetensors(WEIGHTS).take(shapes)
     layer = re.fullmatch(r"(?:model\.)?layers\.(\d+)", place or "")
     raw = RawSAE(
         W_enc_FD,
         b_enc_F,
         W_dec_FD,
         b_dec_D,
-        k=config["k"],
+        k=config.whole("k"),
         pre_bias=True,
         provenance={
             "converted_from": "opensae",
-            "source": config,
+            "source": config.content,
             **({"hook": f"layers.{layer[1]}.resid_post"} if layer else {}),
         },
     )
-    if not config.get("input_normalize", True):
+    normalises, shift_back = config.flag("input_normalize", True), config.flag("normalize_shift_back", False)
+    config.must_be("input_normalize_eps", EPS, None, what=f"a per-token normalisation with eps {EPS}")
+    if not normalises:
         return raw
-    shift_back = bool(config.get("normalize_shift_back", False))
     scaled = raw.from_sample_std(scale_output=shift_back)
     return replace(scaled, layer_norm=True, shift_back=shift_back)
 
@@ -80,7 +88,7 @@ def save(raw: RawSAE, folder: Path) -> None:
         "input_hookpoint": place,
         "output_hookpoint": place,
         "input_normalize": raw.layer_norm,
-        "input_normalize_eps": 1e-5,
+        "input_normalize_eps": EPS,
         "k": raw.k,
         "model_name": (raw.provenance.get("model") or {}).get("id"),
         "multi_topk": None,

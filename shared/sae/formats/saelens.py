@@ -3,7 +3,7 @@
 Tensors: W_enc [D, F], b_enc, W_dec [F, D], b_dec; z = (x - b_dec) W_enc + b_enc, the subtraction if
 ``apply_b_dec_to_input``. Architectures:
 
-    standard    relu(z)
+    standard    relu(z); up to version 5 also a TopK, with the activation topk
     topk        relu of the k largest z, of z |W_dec| if ``rescale_acts_by_decoder_norm``
     jumprelu    relu(z) where z > threshold [F]; what SAELens makes of a trained batchtopk
     gated       relu((x - b_dec) (W_enc exp(r_mag)) + b_mag) where z > 0, z with b_gate in place of b_enc
@@ -19,11 +19,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save_file
+from torch import Tensor
 
 from shared.basics.errors import GranaryError
-from shared.sae.formats.files import read_json, read_tensors, take
 from shared.sae.formats.raw import RawSAE
+from shared.sae.formats.source import Document, Source, Tensors
 
 CONFIG, WEIGHTS = "cfg.json", "sae_weights"
 # The version whose format this is; loaders of SAELens migrate files without it as if they were from before 6.0.
@@ -40,6 +42,35 @@ ARCHITECTURES = {
     "gated": "gated",
 }
 TRAINING = ("batchtopk", "matryoshka_batchtopk")
+ACTIVATION_KEYS = ("activation_fn", "activation_fn_str")
+# Of the model, the data and the training. Before version 6 all of it lay beside what the SAE is.
+HARMLESS = (
+    # the SAE
+    "activation_fn_kwargs", "device", "dtype", "metadata", "neuronpedia_id", "noise_scale", "sae_lens_version",
+    "sae_lens_training_version",
+    # the model and the data
+    "autocast_lm", "cached_activations_path", "compile_llm", "context_size", "dataset_path",
+    "dataset_trust_remote_code", "disable_concat_sequences", "exclude_special_tokens", "from_pretrained_path",
+    "hook_eval", "hook_head_index", "hook_layer", "hook_name", "hook_point", "hook_point_head_index",
+    "hook_point_layer", "is_dataset_tokenized", "llm_compilation_mode", "model_class_name",
+    "model_from_pretrained_kwargs", "model_kwargs", "model_name", "n_batches_in_buffer", "prepend_bos",
+    "sequence_separator_token", "seqpos_slice", "store_batch_size", "store_batch_size_prompts", "streaming",
+    "tokens_per_buffer", "train_batch_size", "train_batch_size_tokens", "training_tokens", "total_training_tokens",
+    "use_cached_activations",
+    # the training
+    "act_store_device", "adam_beta1", "adam_beta2", "autocast", "aux_loss_coefficient", "b_dec_init_method",
+    "checkpoint_path", "compile_sae", "dead_feature_threshold", "dead_feature_window", "decoder_heuristic_init",
+    "decoder_heuristic_init_norm", "decoder_init_norm", "decoder_orthogonal_init", "eval_batch_size_prompts",
+    "eval_every_n_wandb_logs", "expansion_factor", "feature_sampling_window", "init_encoder_as_decoder_transpose",
+    "jumprelu_bandwidth", "jumprelu_init_threshold", "jumprelu_sparsity_loss_mode", "jumprelu_tanh_scale",
+    "l0_coefficient", "l0_warm_up_steps", "l1_coefficient", "l1_warm_up_steps", "log_to_wandb", "lp_norm", "lr",
+    "lr_decay_steps", "lr_end", "lr_scheduler_name", "lr_warm_up_steps", "matryoshka_widths",
+    "mse_loss_normalization", "n_checkpoints", "n_eval_batches", "n_restart_cycles", "normalize_sae_decoder",
+    "pre_act_loss_coefficient", "resume", "run_name", "sae_compilation_mode",
+    "scale_sparsity_penalty_by_decoder_norm", "seed", "topk_threshold_lr", "use_ghost_grads",
+    "use_matryoshka_aux_loss", "use_sparse_activations", "verbose", "wandb_entity", "wandb_id",
+    "wandb_log_frequency", "wandb_project",
+)  # fmt: skip
 
 HOOKS = {
     "resid_pre": "hook_resid_pre",
@@ -54,67 +85,102 @@ def matches(folder: Path) -> bool:
     return (folder / CONFIG).is_file() and (folder / f"{WEIGHTS}.safetensors").is_file()
 
 
-def load(folder: Path) -> RawSAE:
+def read(source: Source) -> RawSAE:
     """Raises GranaryError for transcoders and other architectures, and for normalisations that can't be folded."""
-    cfg = read_json(folder / CONFIG)
-    architecture = str(cfg.get("architecture"))
-    if architecture not in (*ARCHITECTURES.values(), *TRAINING):
-        known = ", ".join(dict.fromkeys([*ARCHITECTURES.values(), *TRAINING]))
-        raise GranaryError(f"{folder} holds a {architecture} SAE: {known} can be read")
-    if cfg.get("reshape_activations", "none") != "none":
-        raise GranaryError(f"{folder} is for attention heads (reshape_activations): not an SAE of one stream")
-    raw = read_weights(folder, cfg, architecture)
-    if cfg.get("rescale_acts_by_decoder_norm", False):  # its latents are then scaled by the norm, and back in decode
+    cfg = source.json(CONFIG, HARMLESS)
+    cfg.must_be("reshape_activations", "none", None, what="SAEs of one stream, not of attention heads,")
+    raw = read_weights(source, cfg, architecture_of(cfg))
+    if cfg.flag("rescale_acts_by_decoder_norm", False):  # its latents are then scaled by the norm, and back in decode
         raw = raw.with_unit_scores()
-    match cfg.get("normalize_activations", "none"):
-        case "none" | None:
+    match cfg.get("normalize_activations"):
+        case "none" | None | False:
             return raw
         case "layer_norm":
             return replace(raw.from_sample_std(scale_output=True), layer_norm=True)
-        case "expected_average_only_in":
-            return raw.with_input_scale(training_scale(folder, cfg))
+        case "expected_average_only_in" | True:
+            return raw.with_input_scale(training_scale(source, cfg))
         case other:
-            raise GranaryError(f"{folder}: normalize_activations={other}: fold it into the weights with SAELens first")
+            raise GranaryError(
+                f"{source.folder}: normalize_activations={other}: fold it into the weights with SAELens first"
+            )
 
 
-def read_weights(folder: Path, cfg: dict[str, Any], architecture: str) -> RawSAE:
+def architecture_of(cfg: Document) -> str:
+    """Its name; before there were architectures, and up to version 5, the activation could make another of it."""
+    architecture = cfg.text("architecture") or "standard"
+    if architecture not in (*ARCHITECTURES.values(), *TRAINING):
+        known = ", ".join(dict.fromkeys([*ARCHITECTURES.values(), *TRAINING]))
+        raise GranaryError(f"{cfg.where} holds a {architecture} SAE: {known} can be read")
+    named = {name for key in ACTIVATION_KEYS if (name := cfg.text(key)) is not None}
+    if not named <= {"relu"} and (architecture not in ("standard", "topk") or named != {"topk"}):
+        raise GranaryError(
+            f"{cfg.where} has a {architecture} SAE with the activation {', '.join(sorted(named))}: relu and topk can "
+            "be read"
+        )
+    return "topk" if named == {"topk"} else architecture
+
+
+def read_weights(source: Source, cfg: Document, architecture: str) -> RawSAE:
     """The weights as they are in the file."""
-    d, f = cfg["d_in"], cfg["d_sae"]
+    d, f = cfg.whole("d_in"), cfg.whole("d_sae")
     bias = "b_gate" if architecture == "gated" else "b_enc"
-    tensors = read_tensors(folder, WEIGHTS)
+    tensors = source.safetensors(WEIGHTS)
     shapes = {"W_enc": (d, f), bias: (f,), "W_dec": (f, d), "b_dec": (d,)}
-    W_enc_DF, b_enc_F, W_dec_FD, b_dec_D = take(tensors, shapes, folder)
-    metadata = cfg.get("metadata") or {}
+    W_enc_DF, b_enc_F, W_dec_FD, b_dec_D = tensors.take(shapes)
+    metadata = cfg.mapping("metadata")
+    hook = metadata.get("hook_name") or cfg.text("hook_name") or cfg.text("hook_point")
     raw = RawSAE(
         W_enc_DF.T,
         b_enc_F,
-        W_dec_FD,
+        W_dec_FD * finetuning_scale(tensors, cfg, f)[:, None],
         b_dec_D,
-        pre_bias=bool(cfg.get("apply_b_dec_to_input", True)),
+        pre_bias=cfg.flag("apply_b_dec_to_input", True),
         activation={"standard": "relu"}.get(architecture, architecture),
-        provenance={**hook_record(metadata.get("hook_name")), "converted_from": "saelens", "metadata": metadata},
+        provenance={**hook_record(hook), "converted_from": "saelens", "metadata": metadata or cfg.content},
     )
     if architecture == "topk":
-        return replace(raw, k=cfg["k"])
+        return replace(raw, k=picks(cfg))
     if architecture == "jumprelu":
-        return replace(raw, threshold_F=take(tensors, {"threshold": (f,)}, folder)[0])
+        return replace(raw, threshold_F=tensors.take({"threshold": (f,)})[0])
     if architecture in TRAINING:
-        (threshold,) = take(tensors, {"topk_threshold": ()}, folder)
-        return replace(raw, activation="batchtopk", k=round(cfg["k"]), threshold_F=threshold.expand(f))
+        (threshold,) = tensors.take({"topk_threshold": ()})
+        return replace(raw, activation="batchtopk", k=round(cfg.number("k")), threshold_F=threshold.expand(f))
     if architecture == "gated":
-        r_mag_F, b_mag_F = take(tensors, {"r_mag": (f,), "b_mag": (f,)}, folder)
+        r_mag_F, b_mag_F = tensors.take({"r_mag": (f,), "b_mag": (f,)})
         return replace(raw, r_mag_F=r_mag_F, b_mag_F=b_mag_F)
     return raw
 
 
-def training_scale(folder: Path, cfg: dict[str, Any]) -> float:
+def picks(cfg: Document) -> int:
+    """k, which up to version 5 was an argument of the activation."""
+    if cfg.get("k") is not None:
+        return cfg.whole("k")
+    arguments = Document(cfg.mapping("activation_fn_kwargs"), f"{cfg.where}: activation_fn_kwargs", ())
+    k = arguments.whole("k")
+    arguments.close()
+    return k
+
+
+def finetuning_scale(tensors: Tensors, cfg: Document, f: int) -> Tensor:
+    """[F]: what each latent is multiplied by before the decoder; ones where it was not fine-tuned."""
+    is_tuned = cfg.flag("finetuning_scaling_factor", False) or cfg.flag("uses_scaling_factor", False)
+    for name in ("scaling_factor", "finetuning_scaling_factor"):
+        if name in tensors:
+            (scale_F,) = tensors.take({name: (f,)})
+            if not is_tuned and not torch.equal(scale_F, torch.ones(f)):
+                raise GranaryError(f"{cfg.where}: there is a {name}, but finetuning_scaling_factor is not set")
+            return scale_F
+    return torch.ones(f)
+
+
+def training_scale(source: Source, cfg: Document) -> float:
     """The factor on activations that SAELens keeps beside a training checkpoint, and folds at the end of training."""
-    path = folder / SCALER
-    scale = read_json(path).get("scaling_factor") if path.is_file() else cfg.get("norm_scaling_factor")
-    if not isinstance(scale, int | float) or scale <= 0:
+    given = cfg.get("norm_scaling_factor")
+    scale = source.json(SCALER).get("scaling_factor") if (source.folder / SCALER).is_file() else given
+    if not isinstance(scale, int | float) or not scale > 0:
         raise GranaryError(
-            f"{folder}: normalize_activations=expected_average_only_in, and no {SCALER} says by which factor:"
-            " take the folder that SAELens writes when training ends"
+            f"{source.folder}: normalize_activations={cfg.content['normalize_activations']}, and no {SCALER} says by "
+            "which factor: take the folder that SAELens writes when training ends"
         )
     return float(scale)
 
@@ -167,8 +233,8 @@ def saelens_metadata(provenance: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def hook_record(name: str | None) -> dict[str, str]:
+def hook_record(name: object) -> dict[str, str]:
     """``{"hook": "layers.3.resid_post"}`` for a TransformerLens name of a known site, else nothing."""
-    match = re.fullmatch(r"blocks\.(\d+)\.(\w+)", name or "")
+    match = re.fullmatch(r"blocks\.(\d+)\.(\w+)", name if isinstance(name, str) else "")
     sites = {theirs: ours for ours, theirs in HOOKS.items()}
     return {"hook": f"layers.{match[1]}.{sites[match[2]]}"} if match and match[2] in sites else {}

@@ -9,13 +9,17 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
-from shared.basics.errors import GranaryError
-from shared.sae.formats.files import read_json, read_tensors, take
 from shared.sae.formats.raw import RawSAE
+from shared.sae.formats.source import Source
 
 CONFIG, WEIGHTS = "cfg.json", "sae"
 # Options that change the function, and the value that leaves it a plain TopK SAE.
-PLAIN = {"activation": "topk", "signed": False, "transcode": False, "skip_connection": False}
+PLAIN = {
+    "activation": "topk", "signed": False, "transcode": False, "skip_connection": False, "embed_skip": False,
+    "gram_lookup": False,
+}  # fmt: skip
+SITES = {"": "resid_post", ".mlp": "mlp_out", ".self_attn": "attn_out"}
+HARMLESS = ("normalize_decoder", "multi_topk", "lookup_max_order", "gram_table_hash")
 
 
 def matches(folder: Path) -> bool:
@@ -23,28 +27,29 @@ def matches(folder: Path) -> bool:
     return (folder / CONFIG).is_file() and (folder / f"{WEIGHTS}.safetensors").is_file()
 
 
-def load(folder: Path) -> RawSAE:
+def read(source: Source) -> RawSAE:
     """Raises GranaryError for transcoders, skip connections, signed latents and GroupMax."""
-    cfg = read_json(folder / CONFIG)
+    cfg = source.json(CONFIG, HARMLESS)
     for name, plain in PLAIN.items():
-        if cfg.get(name, plain) != plain:
-            raise GranaryError(f"{folder} has {name}={cfg[name]}: plain TopK SAEs alone can be read")
-    d = cfg["d_in"]
-    f = cfg.get("num_latents") or d * cfg["expansion_factor"]
+        cfg.must_be(name, plain, what="plain TopK SAEs alone")
+    d = cfg.whole("d_in")
+    expansion = cfg.get("expansion_factor")
+    f = cfg.whole("num_latents") if cfg.get("num_latents") or expansion is None else d * cfg.whole("expansion_factor")
     shapes = {"encoder.weight": (f, d), "encoder.bias": (f,), "W_dec": (f, d), "b_dec": (d,)}
-    W_enc_FD, b_enc_F, W_dec_FD, b_dec_D = take(read_tensors(folder, WEIGHTS), shapes, folder)
-    layer = re.search(r"(?:^|\.)layers\.(\d+)$", folder.name)  # the folder is named after the module, its output
+    W_enc_FD, b_enc_F, W_dec_FD, b_dec_D = source.safetensors(WEIGHTS).take(shapes)
+    # The folder is named after the module whose output is read.
+    module = re.search(r"(?:^|\.)layers\.(\d+)(|\.mlp|\.self_attn)$", source.folder.name)
     return RawSAE(
         W_enc_FD,
         b_enc_F,
         W_dec_FD,
         b_dec_D,
-        k=cfg["k"],
+        k=cfg.whole("k"),
         pre_bias=True,
         provenance={
             "converted_from": "sparsify",
-            "source": cfg,
-            **({"hook": f"layers.{layer[1]}.resid_post"} if layer else {}),
+            "source": cfg.content,
+            **({"hook": f"layers.{module[1]}.{SITES[module[2]]}"} if module else {}),
         },
     )
 

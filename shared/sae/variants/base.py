@@ -208,13 +208,17 @@ class Dictionary(Computing):
         on_disk.save(Path(folder), self.config, self.state_dict(), training or {}, provenance or {})
 
     @classmethod
-    def from_pretrained(cls, path_or_hub_id: str | Path, *, device: str | torch.device = "cpu") -> Self:
+    def from_pretrained(
+        cls, path_or_hub_id: str | Path, *, device: str | torch.device = "cpu", verify: bool | None = None
+    ) -> Self:
         """Load a local folder or a Hugging Face hub repository (owner/name, hf://owner/name/folder).
 
-        It needs no GPU and no triton, and reads every format of ``shared.sae.formats``. Raises GranaryError when the
-        folder is missing, torn, of a format that is not known, or holds a dictionary of another kind.
+        It needs no GPU and no triton, and reads every format of ``shared.sae.formats``. `verify`: compare every tensor
+        with its digest in ``config.json``; None: where that takes less than a second. Raises GranaryError when the
+        folder is missing, torn, damaged, of a format that is not known, or holds a dictionary of another kind.
         """
-        config, tensors = on_disk.read_weights(on_disk.locate(path_or_hub_id), [cls.config_class], device)
+        folder = on_disk.locate(path_or_hub_id)
+        config, tensors = on_disk.read_weights(folder, [cls.config_class], device, verify=verify)
         return cls.from_tensors(config, tensors, str(path_or_hub_id))
 
     @classmethod

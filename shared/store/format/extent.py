@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from hashlib import sha256
+from itertools import pairwise
 from typing import Any, Self
 
 import numpy as np
@@ -17,17 +18,19 @@ import numpy.typing as npt
 from shared.basics.errors import GranaryError
 from shared.store.buffers import Buffer
 from shared.store.format import layout
+from shared.store.format.checksum import CRC_BYTES
 from shared.store.format.integrity import object_sha256
 from shared.store.format.layout import StorePlan
-from shared.store.format.manifest import seal, unseal
-from shared.store.format.metadata import metadata_documents
-from shared.store.format.shard import encode_chunks, encode_index
+from shared.store.format.manifest import DamagedObjectError, reading, seal, unseal
+from shared.store.format.metadata import document_keys, metadata_documents
+from shared.store.format.shard import encode_chunks, encode_index, index_bytes
 from shared.store.io.base import BusyObjectError, ObjectIO
-from shared.store.reader import TOKEN_TYPES
+from shared.store.reader import TOKEN_TYPES, damaged
 
 TOKEN_THREADS = 4
 # How long a small object that another process is writing is waited for.
 BUSY_SECONDS = 10.0
+DIGEST_CHARACTERS = 64
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -82,12 +85,46 @@ class Extent:
     @classmethod
     def from_bytes(cls, data: bytes, key: str) -> Self:
         """Raises DamagedObjectError, or GranaryError for a format this version does not know."""
-        record = unseal(data, key)
-        if record["format"] > layout.FORMAT_VERSION:
+        with reading(key):
+            record = unseal(data, key)
+            version = record["format"]
+            if not isinstance(version, int):
+                raise ValueError(f"its format is {version!r}")
+        if version > layout.FORMAT_VERSION:
             raise GranaryError(
-                f"the store has format {record['format']}, this Granary reads up to {layout.FORMAT_VERSION}: upgrade it"
+                f"the store has format {version}, this Granary reads up to {layout.FORMAT_VERSION}: upgrade it"
             )
-        return cls(record["first_shard"], StorePlan.from_json(record["plan"]), record["documents"])
+        with reading(key):
+            extent = cls(record["first_shard"], StorePlan.from_json(record["plan"]), dict(record["documents"]))
+            if type(extent.first_shard) is not int or layout.extent_key(extent.first_shard) != key:
+                raise ValueError(f"it begins at shard {extent.first_shard}")
+            if extent.documents.keys() != document_keys(extent.plan):
+                raise ValueError("it holds other documents than its plan")
+            if not all(isinstance(text, str) for text in extent.documents.values()):
+                raise ValueError("a document is no text")
+            return extent
+
+    @property
+    def least_record_bytes(self) -> int:
+        """What the digests of its tokens take at least in their record."""
+        return len(TOKEN_TYPES) * DIGEST_CHARACTERS * self.plan.num_shards
+
+    def check_backing(self, io: ObjectIO) -> None:
+        """Raise DamagedObjectError where the plan is for more than is there.
+
+        The tokens of all contexts are written before anything else, so what they take bounds every number of shards,
+        contexts and positions that a plan may name.
+        """
+        key = layout.extent_tokens_key(self.first_shard)
+        if (io.size(key) or 0) < self.least_record_bytes:
+            raise DamagedObjectError(f"{io.url}: {key} is too small for {self.plan.num_shards:,} shards", key=key)
+        tokens = layout.object_key(layout.TOKENS, self.first_shard, 2)
+        rows = min(self.plan.num_contexts, self.plan.shard_contexts)
+        row_bytes = self.plan.seq_len * TOKEN_TYPES[layout.TOKENS].itemsize + CRC_BYTES
+        wanted, found = rows * row_bytes + index_bytes(self.plan.shard_contexts), io.size(tokens)
+        if found != wanted:
+            has = "is missing" if found is None else f"has {found:,} bytes, the plan says {wanted:,}"
+            raise damaged(io.url, tokens, self.first_shard, has)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -102,7 +139,11 @@ class TokenRecord:
 
     @classmethod
     def from_bytes(cls, data: bytes, key: str) -> Self:
-        return cls(**unseal(data, key))
+        with reading(key):
+            record = unseal(data, key)
+            names = list(TOKEN_TYPES)
+            sizes, digests = ({name: list(record[part][name]) for name in names} for part in ("sizes", "sha256"))
+            return cls(sizes, digests)
 
 
 def write_extent(io: ObjectIO, extent: Extent, tokens: Any, mask: Any, segments: Any) -> None:
@@ -175,4 +216,9 @@ def put_same(io: ObjectIO, key: str, data: bytes, *, replace: bool = False) -> N
 def read_extents(io: ObjectIO) -> list[Extent]:
     """All extents in shard order; empty where the URL holds no store."""
     keys = [key for key in sorted(io.listing("extents")) if not key.endswith(".tokens.json")]
-    return [Extent.from_bytes(io.get(key), key) for key in keys]
+    extents = [Extent.from_bytes(io.get(key), key) for key in keys]
+    for before, extent in pairwise(extents):
+        if extent.first_shard != before.end_shard:
+            key = layout.extent_key(extent.first_shard)
+            raise DamagedObjectError(f"{io.url}: {key} does not follow the shards before it", key=key)
+    return extents

@@ -7,6 +7,7 @@ array covers the same contexts. A chunk, the unit of checksum and codec, is `chu
 import hashlib
 import json
 import math
+import re
 from collections.abc import Collection
 from dataclasses import asdict, dataclass, fields
 from functools import cache
@@ -22,6 +23,8 @@ TOKENS, MASK, SEGMENTS = "tokens", "mask", "segments"
 COMPLETE = "_COMPLETE.json"
 CODECS = ("none", "lz4", "zstd")
 PLACEMENTS = ("spread", "last")
+MAX_SIZE = 2**40
+_NUMBER = re.compile(r"\d{1,16}", re.ASCII)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,15 +55,13 @@ class StorePlan:
 
     def __post_init__(self) -> None:
         for name in ("num_contexts", "seq_len", "shard_contexts", "chunk_tokens"):
-            if getattr(self, name) < 1:
-                raise GranaryError(f"a store needs {name} >= 1, not {getattr(self, name)}")
+            check_size(f"a store needs {name}", getattr(self, name))
         if not self.hooks:
             raise GranaryError("a store needs at least one hook")
         storage_type(self.dtype)
         check_sites(self.hooks, scaled=self.dtype == "int8")
         for hook, d_model in self.hooks.items():
-            if d_model < 1:
-                raise GranaryError(f"hook {hook} has d_model {d_model}: it must be at least 1")
+            check_size(f"hook {hook} needs d_model", d_model)
         if self.codec not in CODECS:
             raise GranaryError(f"store codec {self.codec!r} is not known: choose from {', '.join(CODECS)}")
         if self.heldout_placement not in PLACEMENTS:
@@ -133,9 +134,18 @@ class StorePlan:
         return self.seq_len * row
 
 
+def check_size(needs: str, value: object) -> None:
+    """Raise GranaryError unless a size is a number that something can be counted with."""
+    if type(value) is not int or value < 1:
+        raise GranaryError(f"{needs} >= 1, not {value}")
+    if value > MAX_SIZE:
+        raise GranaryError(f"{needs} <= {MAX_SIZE:,}, not {value:,}")
+
+
 @cache
 def _nearest_divisor(number: int, wish: int) -> int:
-    divisors = [n for n in range(1, number + 1) if number % n == 0]
+    small = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
+    divisors = {divisor for n in small for divisor in (n, number // n)}
     return min(divisors, key=lambda n: (abs(math.log(n / wish)), -n))
 
 
@@ -185,10 +195,29 @@ def statistics_path(site: str) -> str:
     return f"statistics/{site_path(site)}"
 
 
+def is_moments(path: str) -> bool:
+    """Whether a Zarr path is a `statistics_path`."""
+    return path.startswith("statistics/")
+
+
+def chunk_bytes(plan: StorePlan) -> dict[str, int]:
+    """Zarr paths of all arrays that grow shard by shard as the harvest goes, to the bytes of a chunk before any codec.
+
+    They are [S, T, D], scales [S, T, G], and moments [shards, 2, D], one chunk each.
+    """
+    itemsize = storage_type(plan.dtype).numpy.itemsize
+    found = {}
+    for site, d_model in plan.hooks.items():
+        found[site_path(site)] = plan.chunk_rows * d_model * itemsize
+        found[statistics_path(site)] = 2 * 8 * d_model
+        if plan.dtype == "int8":
+            found[scale_path(site)] = plan.chunk_rows * scales_per_row(d_model) * 2
+    return found
+
+
 def shard_arrays(plan: StorePlan) -> set[str]:
-    """Zarr paths of all arrays that grow shard by shard as the harvest goes: [S, T, D], and [shards, 2, D]."""
-    paths = {path(site) for site in plan.hooks for path in (site_path, statistics_path)}
-    return paths | ({scale_path(site) for site in plan.hooks} if plan.dtype == "int8" else set())
+    """Zarr paths of all arrays that grow shard by shard as the harvest goes."""
+    return set(chunk_bytes(plan))
 
 
 def object_key(path: str, shard: int, ndim: int) -> str:
@@ -196,16 +225,24 @@ def object_key(path: str, shard: int, ndim: int) -> str:
     return "/".join([path, CHUNKS, str(shard), *["0"] * (ndim - 1)])
 
 
-def shard_of_key(key: str, arrays: Collection[str]) -> int | None:
-    """Inverse of `object_key` for three-dimensional `arrays`; None for a key that is no object of theirs."""
+def shard_of_key(key: str, arrays: Collection[str], ndim: int = 3) -> int | None:
+    """Inverse of `object_key` for `arrays` of `ndim` dimensions; None for a key that is no object of theirs."""
     path, _, numbers = key.rpartition(f"/{CHUNKS}/")
-    shard = numbers.removesuffix("/0/0")
-    return int(shard) if path in arrays and shard.isdecimal() and object_key(path, int(shard), 3) == key else None
+    shard = numbers.removesuffix("/0" * (ndim - 1))
+    if path not in arrays or not _NUMBER.fullmatch(shard) or object_key(path, int(shard), ndim) != key:
+        return None
+    return int(shard)
 
 
 def manifest_key(shard: int) -> str:
     """Key of the commit record of a shard."""
     return f"manifest/{shard:08d}.json"
+
+
+def shard_of_manifest(key: str) -> int | None:
+    """Inverse of `manifest_key`; None for a key that is none."""
+    number = key.removeprefix("manifest/").removesuffix(".json")
+    return int(number) if _NUMBER.fullmatch(number) and manifest_key(int(number)) == key else None
 
 
 def extent_key(first_shard: int) -> str:

@@ -5,13 +5,16 @@ time), so that a store made in one go and one made in ten are equal byte for byt
 """
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Any, NoReturn, Self
 
 from shared.basics.errors import GranaryError
-from shared.store.format.checksum import crc32c
-from shared.store.format.layout import canonical_json
-from shared.store.format.shard import ArrayRecord
+from shared.store.format import layout
+from shared.store.format.checksum import CRC_BYTES, crc32c
+from shared.store.format.layout import StorePlan, canonical_json
+from shared.store.format.shard import BLOSC_OVERHEAD, ArrayRecord, index_bytes
 from shared.store.statistics import NormFigures
 
 
@@ -35,11 +38,25 @@ def unseal(data: bytes, key: str) -> dict[str, Any]:
         sealed = json.loads(data)
         record: dict[str, Any] = sealed["record"]
         intact = seal(record) == data
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         intact = False
-    if not intact:
+    if not intact or not isinstance(record, dict):
         raise DamagedObjectError(f"{key} is damaged: it fails its own checksum", key=key)
     return record
+
+
+@contextmanager
+def reading(key: str) -> Iterator[None]:
+    """Turn what a sealed record of another form makes Python raise into DamagedObjectError.
+
+    A checksum tells that a record is what somebody wrote, not that it was this program.
+    """
+    try:
+        yield
+    except DamagedObjectError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError, OverflowError, GranaryError) as error:
+        raise DamagedObjectError(f"{key} is not a record of this format: {error}", key=key) from error
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -85,14 +102,45 @@ class ShardRecord:
 
     @classmethod
     def from_bytes(cls, data: bytes, key: str) -> Self:
-        """Read a sealed record; raises DamagedObjectError."""
-        record = unseal(data, key)
-        return cls(
-            shard=record["shard"],
-            first_context=record["first_context"],
-            plan_hash=record["plan_hash"],
-            trainable=tuple(record["trainable"]),
-            arrays={path: ArrayRecord.from_json(array) for path, array in record["arrays"].items()},
-            norms={hook: NormFigures.from_json(norms) for hook, norms in record["norms"].items()},
-            crc=crc32c(data),
-        )
+        """Read a sealed record; raises DamagedObjectError. `check` says whether it is of a plan."""
+        with reading(key):
+            record = unseal(data, key)
+            return cls(
+                shard=record["shard"],
+                first_context=record["first_context"],
+                plan_hash=record["plan_hash"],
+                trainable=tuple(record["trainable"]),
+                arrays={path: ArrayRecord.from_json(array) for path, array in record["arrays"].items()},
+                norms={hook: NormFigures.from_json(norms) for hook, norms in record["norms"].items()},
+                crc=crc32c(data),
+            )
+
+    def check(self, plan: StorePlan, shard: int, contexts: range, key: str) -> None:
+        """Raise DamagedObjectError unless all that it names, and how large that is, is as `plan` has it for `shard`.
+
+        Keys and sizes are then a pure function of the plan, whoever wrote the record.
+        """
+
+        def refuse(what: str) -> NoReturn:
+            raise DamagedObjectError(f"{key} {what}", key=key, shard=shard)
+
+        if self.plan_hash != plan.hash() or self.shard != shard or self.first_context != contexts.start:
+            refuse("belongs to another store or shard")
+        positions = range(plan.seq_len + 1)
+        if len(self.trainable) != len(contexts) or not all(type(n) is int and n in positions for n in self.trainable):
+            refuse("counts other contexts than the plan")
+        if self.arrays.keys() != layout.shard_arrays(plan) or self.norms.keys() != plan.hooks.keys():
+            refuse("names other arrays than the plan")
+        for path, raw in layout.chunk_bytes(plan).items():
+            array, sizes = self.arrays[path], self.arrays[path].chunk_bytes
+            if array.key != layout.object_key(path, shard, 3):
+                refuse(f"names {array.key!r} as an object of {path}")
+            moments = layout.is_moments(path)
+            compressed = plan.codec != "none" and not moments
+            least, most = (1, raw + BLOSC_OVERHEAD) if compressed else (raw, raw)
+            chunks = 1 if moments else len(contexts) * plan.chunks_per_context
+            if sizes.shape != (chunks,) or sizes.min() < least + CRC_BYTES or sizes.max() > most + CRC_BYTES:
+                refuse(f"gives {path} chunks of other sizes than the plan")
+            index = 0 if moments else index_bytes(plan.shard_contexts * plan.chunks_per_context)
+            if array.num_bytes != int(sizes.sum()) + index:
+                refuse(f"gives {path} another size than its chunks have")

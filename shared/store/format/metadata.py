@@ -75,6 +75,13 @@ def metadata_documents(plans: Sequence[StorePlan], num_contexts: int, num_shards
     return documents
 
 
+def document_keys(plan: StorePlan) -> set[str]:
+    """The keys of `metadata_documents` of a store of `plan`."""
+    arrays = {layout.TOKENS, layout.MASK, layout.SEGMENTS, *layout.shard_arrays(plan)}
+    groups = {path.rsplit("/", depth)[0] for path in arrays for depth in range(1, path.count("/") + 1)}
+    return {"zarr.json", *(f"{path}/zarr.json" for path in arrays | groups)}
+
+
 def group_attributes(plans: Sequence[StorePlan]) -> dict[str, Any]:
     """What the root group says of the store: the identity, the versions, the plan's hash, and the extensions."""
     plan, *extensions = plans

@@ -22,6 +22,7 @@ BLOSC: dict[str, tuple[Literal["lz4", "zstd"], int]] = {
     "lz4": ("lz4", 5),
     "zstd": ("zstd", 1),
 }  # name, level; higher levels cost time and gain nothing
+BLOSC_OVERHEAD = 16  # bytes that a compressed chunk may have beyond its own
 
 
 @cache

@@ -14,6 +14,7 @@ from typing import Any
 
 from shared.basics.errors import GranaryError
 from shared.basics.files import is_abandoned, is_temporary, lock, make_folders, open_alone, sync_folder, temporary
+from shared.basics.inside import checked_key
 from shared.store.buffers import Buffer, byte_view
 from shared.store.format.checksum import crc32c
 from shared.store.io.base import BusyObjectError, ObjectMissingError, ObjectShortError
@@ -37,7 +38,7 @@ class LocalIO:
         self._claim: int | None = None
 
     def put(self, key: str, parts: Iterable[Buffer], *, replace: bool = False) -> bool:
-        final = self.root / key
+        final = self._place(key, changes=True)
         temp = temporary(final)
         with explained(self.url, key, "write"):
             make_folders(final.parent)
@@ -65,12 +66,12 @@ class LocalIO:
         return stored
 
     def get(self, key: str) -> bytes:
-        with explained(self.url, key, "read"):
-            return (self.root / key).read_bytes()
+        with explained(self.url, key, "read"), open(self._open(key), "rb") as file:
+            return file.read()
 
     def read_into(self, key: str, offset: int, buffers: Sequence[memoryview]) -> None:
         with explained(self.url, key, "read"):
-            fd = os.open(self.root / key, os.O_RDONLY)
+            fd = self._open(key)
             try:
                 for start in range(0, len(buffers), MAX_BUFFERS):
                     offset = _read_all(fd, offset, list(buffers[start : start + MAX_BUFFERS]), key)
@@ -80,7 +81,7 @@ class LocalIO:
     def read_checked(self, key: str, offset: int, buffers: Sequence[memoryview]) -> list[int]:
         crcs = [0] * len(buffers)
         with explained(self.url, key, "read"):
-            fd = os.open(self.root / key, os.O_RDONLY)
+            fd = self._open(key)
             try:
                 for pieces in in_pieces(buffers, PIECE_BYTES):
                     offset = _read_all(fd, offset, [piece for _, piece in pieces], key)
@@ -92,7 +93,7 @@ class LocalIO:
 
     def size(self, key: str) -> int | None:
         try:
-            return (self.root / key).stat().st_size
+            return self._place(key).stat().st_size
         except (FileNotFoundError, NotADirectoryError):
             return None
 
@@ -100,9 +101,10 @@ class LocalIO:
         return {key: size for key, size in self._walk(prefix) if not _is_temporary(key)}
 
     def delete(self, key: str) -> None:
+        path = self._place(key, changes=True)
         with explained(self.url, key, "delete"), suppress(FileNotFoundError):
-            os.unlink(self.root / key)
-            sync_folder((self.root / key).parent)
+            os.unlink(path)
+            sync_folder(path.parent)
 
     def leftovers(self) -> list[str]:
         return [key for key, _ in self._walk("") if _is_temporary(key) and is_abandoned(self.root / key)]
@@ -120,6 +122,17 @@ class LocalIO:
                 self._claim = os.open(self.root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             weakref.finalize(self, os.close, self._claim)
         return lock(self._claim, exclusive=exclusive)
+
+    def _place(self, key: str, *, changes: bool = False) -> Path:
+        """Where an object lies. What `changes` one must not do it through a link to elsewhere."""
+        path = self.root / checked_key(key)
+        if changes and not path.parent.resolve().is_relative_to(self.root.resolve()):
+            raise GranaryError(f"{self.url}/{key} lies behind a link out of the store: nothing is changed there")
+        return path
+
+    def _open(self, key: str) -> int:
+        """For reading; a pipe in place of a file reads as an empty one, where it would be waited for."""
+        return os.open(self._place(key), os.O_RDONLY | os.O_NONBLOCK)
 
     def _walk(self, prefix: str) -> Iterator[tuple[str, int]]:
         pending = [self.root / prefix if prefix else self.root]

@@ -17,6 +17,7 @@ from itertools import pairwise
 from typing import Protocol, TypeVar
 
 from shared.basics.errors import GranaryError
+from shared.basics.inside import checked_key
 from shared.store.buffers import Buffer, byte_view
 from shared.store.format.checksum import crc32c
 from shared.store.io.base import ObjectMissingError, ObjectShortError
@@ -160,6 +161,8 @@ class RemoteIO:
             ) from error
 
     def _retry(self, verb: str, key: str, request: Callable[[], T]) -> T:
+        if key:  # the listing of all has none
+            checked_key(key)
         deadline = time.monotonic() + self.retry_seconds
         pause = FIRST_PAUSE
         while True:

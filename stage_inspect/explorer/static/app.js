@@ -43,10 +43,13 @@ async function start() {
   const shown = PAGES.filter(({ needs }) => !needs || source.meta[needs]);
   help = helpDialog(shown);
   replace(body,
-    h("a.skip", { href: "#main", onclick: (event) => { event.preventDefault(); view.focus(); } }, "Skip to the content"),
+    h("a.skip", { href: "#main", onclick: (event) => { event.preventDefault(); view.focus(); } },
+      "Skip to the content"),
     h("header.bar", {},
-      h("a.brand", { href: "#/overview", title: source.meta.title }, h("span.grain", { "aria-hidden": "true" }), "Granary", h("small", {}, source.meta.title)),
-      h("nav", { "aria-label": "Pages" }, shown.map(({ path, name }) => h("a", { href: `#/${path}`, "data-path": path }, name))),
+      h("a.brand", { href: "#/overview", title: source.meta.title }, h("span.grain", { "aria-hidden": "true" }),
+        "Granary", h("small", {}, source.meta.title)),
+      h("nav", { "aria-label": "Pages" },
+        shown.map(({ path, name }) => h("a", { href: `#/${path}`, "data-path": path }, name))),
       finder()),
     view,
     h("footer.foot", {},
@@ -80,7 +83,8 @@ async function show() {
     if (!make) throw new Error("There is no such page.");
     page = await make(source, rest.map(decodeURIComponent), new URLSearchParams(query));
   } catch (error) {
-    page = { title: "Not found", content: [h("h1", {}, "Not found"), h("p", {}, error.message), h("p", {}, h("a", { href: "#/overview" }, "Overview"))] };
+    const back = h("p", {}, h("a", { href: "#/overview" }, "Overview"));
+    page = { title: "Not found", content: [h("h1", {}, "Not found"), h("p", {}, error.message), back] };
   }
   if (mine !== turn) return page.leave?.();
   document.title = `${page.title} · ${source.meta.title}`;
@@ -94,7 +98,10 @@ async function show() {
 
 /** The box in the bar: a number goes to that latent, words to the table. */
 function finder() {
-  const input = h("input", { type: "search", placeholder: "Latent or words", "aria-label": "Go to a latent by number, or find one by words", id: "finder", autocomplete: "off" });
+  const input = h("input", {
+    type: "search", id: "finder", autocomplete: "off", placeholder: "Latent or words",
+    "aria-label": "Go to a latent by number, or find one by words",
+  });
   return h("form.finder", {
     role: "search",
     onsubmit: (event) => {

@@ -9,7 +9,8 @@ import { hide, show_tip } from "./tokens.js";
  * Bars over `edges` (one more than `counts`), which lie on a logarithmic axis unless `linear`. `marks` are values to
  * tick under the axis; `choose(low, high)` is called for a bar that is clicked.
  */
-export function histogram({ edges, counts, label, unit, linear = false, marks = [], width = 320, height = 130, choose, tone }) {
+export function histogram({ edges, counts, label, unit, linear = false, marks = [], width = 320, height = 130, choose,
+    tone }) {
   const [pad, foot, top] = [4, 30, 8];
   const place = linear ? (value) => value : Math.log10;
   const [low, high] = [place(edges[0]), place(edges[edges.length - 1])];
@@ -33,10 +34,12 @@ export function histogram({ edges, counts, label, unit, linear = false, marks = 
   const ticks = (linear ? linearTicks(low, high) : logTicks(low, high)).map((value) =>
     s("g", {},
       s("line.tick", { x1: x(value), x2: x(value), y1: base, y2: base + 4 }),
-      s("text", { x: x(value), y: base + 17, "text-anchor": anchor(x(value), width) }, linear ? number(value) : decade(value))));
+      s("text", { x: x(value), y: base + 17, "text-anchor": anchor(x(value), width) },
+        linear ? number(value) : decade(value))));
   const ticked = marks.filter((value) => linear || value > 0).map((value) =>
     s("line.mark", { x1: x(value), x2: x(value), y1: base + 1, y2: base + 6 }));
-  const summary = `${label}: ${count(counts.reduce((sum, value) => sum + value, 0))} ${unit} from ${number(edges[0])} to ${number(edges[edges.length - 1])}`;
+  const total = counts.reduce((sum, value) => sum + value, 0);
+  const summary = `${label}: ${count(total)} ${unit} from ${number(edges[0])} to ${number(edges.at(-1))}`;
   return s("svg.chart", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": summary, class: tone },
     bars, s("line.axis", { x1: pad, x2: width - pad, y1: base, y2: base }), ticked, ticks);
 }
@@ -67,20 +70,25 @@ export function linearTicks(low, high) {
   const size = 10 ** Math.floor(Math.log10(rough));
   const step = [1, 2, 5, 10].map((factor) => factor * size).find((value) => value >= rough);
   const found = [];
-  for (let value = Math.ceil(low / step) * step; value <= high + step * 1e-6; value += step) found.push(Number(value.toPrecision(12)));
+  for (let value = Math.ceil(low / step) * step; value <= high + step * 1e-6; value += step) {
+    found.push(Number(value.toPrecision(12)));
+  }
   return found;
 }
 
 /** A power of ten as one, other values short. */
 export function decade(value) {
   const power = Math.log10(value);
-  if (Math.abs(power - Math.round(power)) > 1e-9 || (value >= 0.01 && value < 1000)) return value < 1 ? number(value, 2) : brief(value);
-  const raised = [...String(Math.round(power))].map((digit) => (digit === "-" ? "⁻" : "⁰¹²³⁴⁵⁶⁷⁸⁹"[Number(digit)])).join("");
+  if (Math.abs(power - Math.round(power)) > 1e-9 || (value >= 0.01 && value < 1000)) return value < 1 ? number(value,
+    2) : brief(value);
+  const raised = [...String(Math.round(power))].map((digit) => (digit === "-" ? "⁻"
+        : "⁰¹²³⁴⁵⁶⁷⁸⁹"[Number(digit)])).join("");
   return `10${raised}`;
 }
 
 /** Rows of a label and a bar for its value, a full one for `most`: the largest of them where it isn't given. */
 export function barList(rows, { tone, most = Math.max(...rows.map(([, value]) => Math.abs(value)), 1e-12) } = {}) {
   return h("ol.bars", { class: tone }, rows.map(([label, value, shown]) =>
-    h("li", { "--w": Math.min(1, Math.abs(value) / most).toFixed(3) }, h("span.name", {}, label), h("span.num", {}, shown ?? figure(value)))));
+    h("li", { "--w": Math.min(1, Math.abs(value) / most).toFixed(3) }, h("span.name", {}, label),
+      h("span.num", {}, shown ?? figure(value)))));
 }

@@ -114,7 +114,8 @@ function fetched(base) {
     } catch {
       throw new Error("The data cannot be read: is the server still running?");
     }
-    if (!answer.ok) throw new Error(answer.status === 404 ? "There is no such page." : `The data cannot be read (${answer.status}).`);
+    if (!answer.ok) throw new Error(answer.status === 404 ? "There is no such page."
+        : `The data cannot be read (${answer.status}).`);
     return unpacked(new Uint8Array(await answer.arrayBuffer()));
   };
 }

@@ -20,9 +20,11 @@ export function examplesPanel(source, latent) {
     const shown = all ? group.examples : group.examples.slice(0, FIRST);
     const largest = latent.numbers.max || 1;
     list.classList.toggle("laid-out", remembered.lines === "lines");
-    replace(list, shown.map((example, rank) => row(example, rank, remembered.scale === "own" ? example.value || 1 : largest)));
+    replace(list, shown.map((example, rank) => row(example, rank,
+          remembered.scale === "own" ? example.value || 1 : largest)));
     const more = group.total - shown.length;
-    if (more > 0 && (shown.length < group.examples.length || !source.meta.chunk)) list.append(h("li.more", {}, h("button", { type: "button", onclick: showAll }, `Show ${count(more)} more`)));
+    if (more > 0 && (shown.length < group.examples.length || !source.meta.chunk)) list.append(h("li.more", {},
+        h("button", { type: "button", onclick: showAll }, `Show ${count(more)} more`)));
     replace(told, group.note);
   }
 
@@ -40,8 +42,12 @@ export function examplesPanel(source, latent) {
     all = false;
     draw();
   });
-  const pickScale = choice("Colour scale", [["shared", "one scale", "full colour is the latent's maximum"], ["own", "own scale", "full colour is each example's maximum"]], remembered.scale, (scale) => { remembered.scale = scale; draw(); });
-  const pickLines = choice("Line breaks", [["flowing", "flowing"], ["lines", "lines"]], remembered.lines, (lines) => { remembered.lines = lines; draw(); });
+  const pickScale = choice("Colour scale",
+    [["shared", "one scale", "full colour is the latent's maximum"],
+      ["own", "own scale", "full colour is each example's maximum"]], remembered.scale,
+        (scale) => { remembered.scale = scale; draw(); });
+  const pickLines = choice("Line breaks", [["flowing", "flowing"], ["lines", "lines"]], remembered.lines,
+    (lines) => { remembered.lines = lines; draw(); });
   draw();
   return h("section.panel.wide", {},
     h("div.head", {}, h("h2", {}, "Examples"), pickGroup, h("span.grow"), pickScale, pickLines), told, list);
@@ -50,8 +56,10 @@ export function examplesPanel(source, latent) {
 /** One example: its value, its text, where it is from. */
 function row(example, rank, scale) {
   const peak = example.pieces[example.peak];
-  const told = `Example ${rank + 1}, ${example.value ? `maximum ${number(example.value)} at ${JSON.stringify(peak ?? "")}` : "silent"}`;
-  const from = [`context ${count(example.context)}, token ${count(example.start + example.peak)}`, example.rank].filter(Boolean);
+  const what = example.value ? `maximum ${number(example.value)} at ${JSON.stringify(peak ?? "")}` : "silent";
+  const told = `Example ${rank + 1}, ${what}`;
+  const from = [`context ${count(example.context)}, token ${count(example.start + example.peak)}`,
+    example.rank].filter(Boolean);
   return h("li", { "--v": Math.min(1, example.value / scale).toFixed(3) },
     h("span.peak-value", {}, example.value ? figure(example.value) : "–"),
     tokenLine(example, scale, told),

@@ -34,7 +34,8 @@ export function share(value) {
 /** 1.2 × 10⁻⁵ */
 function power(value, digits) {
   const [mantissa, exponent] = value.toExponential(digits).split("e");
-  const raised = [...String(Number(exponent))].map((digit) => (digit === "-" ? "⁻" : "⁰¹²³⁴⁵⁶⁷⁸⁹"[Number(digit)])).join("");
+  const raised = [...String(Number(exponent))].map((digit) => (digit === "-" ? "⁻"
+        : "⁰¹²³⁴⁵⁶⁷⁸⁹"[Number(digit)])).join("");
   return `${Number(mantissa)}×10${raised}`.replace(/^-/, "−");
 }
 

@@ -16,9 +16,11 @@ const LATENT = [
 
 /** A dialog; `showModal` opens it. */
 export function helpDialog(pages) {
-  const section = (title, keys) => [h("h3", {}, title), h("dl.keys", {}, keys.map(([key, told]) => h("div", {}, h("dt", {}, h("kbd", {}, key)), h("dd", {}, told))))];
+  const section = (title, keys) => [h("h3", {}, title),
+    h("dl.keys", {}, keys.map(([key, told]) => h("div", {}, h("dt", {}, h("kbd", {}, key)), h("dd", {}, told))))];
   const dialog = h("dialog.help", { "aria-label": "Keys" },
-    h("h2", {}, "Keys"), section("Everywhere", EVERYWHERE), section("Pages", pages.map(({ key, name }) => [key, name])), section("On a latent", LATENT),
+    h("h2", {}, "Keys"), section("Everywhere", EVERYWHERE), section("Pages", pages.map(({ key, name }) => [key, name])),
+      section("On a latent", LATENT),
     h("form", { method: "dialog" }, h("button", {}, "Close")));
   dialog.addEventListener("click", (event) => event.target === dialog && dialog.close());
   return dialog;

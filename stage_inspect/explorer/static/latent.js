@@ -16,7 +16,8 @@ export async function latentPage(source, [argument]) {
   const [before, after] = [beside(source, index, -1), beside(source, index, 1)];
   return {
     title: `Latent ${index}`,
-    content: [heading(source, latent, before, after), latent.numbers.fired ? body(source, latent) : dead(source, latent)],
+    content: [heading(source, latent, before, after),
+      latent.numbers.fired ? body(source, latent) : dead(source, latent)],
     shown: () => [before, after].forEach((other) => other !== null && source.latent(other).catch(() => {})),
   };
 }
@@ -54,7 +55,8 @@ function dead(source, latent) {
 function body(source, latent) {
   return h("div.latent", {}, facts(source, latent),
     h("div.reading", {}, examplesPanel(source, latent)),
-    h("div.rest", {}, activations(latent), logits(latent), firesOn(latent), neighbours(source, latent), together(source, latent), notesPanel(source, latent)));
+    h("div.rest", {}, activations(latent), logits(latent), firesOn(latent), neighbours(source, latent),
+      together(source, latent), notesPanel(source, latent)));
 }
 
 function facts(source, { numbers }) {
@@ -64,8 +66,10 @@ function facts(source, { numbers }) {
     ["Documents", count(numbers.documents), `of ${count(source.meta.documents)}, ${count(numbers.windows)} windows`],
     ["Skew", number(numbers.skew), `excess kurtosis ${number(numbers.kurtosis)}`],
   ];
-  if (numbers.encoder_decoder_cosine !== undefined) rows.push(["Encoder · decoder", number(numbers.encoder_decoder_cosine), "cosine of its two directions"]);
-  return h("dl.numbers", {}, rows.map(([name, value, more]) => h("div", {}, h("dt", {}, name), h("dd", {}, value, h("small", {}, more)))));
+  if (numbers.encoder_decoder_cosine !== undefined) rows.push(["Encoder · decoder",
+      number(numbers.encoder_decoder_cosine), "cosine of its two directions"]);
+  return h("dl.numbers", {},
+    rows.map(([name, value, more]) => h("div", {}, h("dt", {}, name), h("dd", {}, value, h("small", {}, more)))));
 }
 
 function activations(latent) {
@@ -86,7 +90,8 @@ function logits({ logits: found }) {
   const shown = h("div.pair", {},
     h("div", {}, h("h3", {}, "Raises"), barList(rows(found.top), { tone: "good" })),
     h("div", {}, h("h3", {}, "Lowers"), barList(rows(found.bottom), { tone: "bad" })));
-  return panel("Next token", shown, h("p.caption", {}, "Logit weights: what it adds to a token's logit per unit of activation, before the final norm divides."));
+  return panel("Next token", shown,
+    h("p.caption", {}, "Logit weights: what a unit of activation adds to a logit, before the final norm divides."));
 }
 
 function firesOn({ tokens }) {
@@ -100,7 +105,8 @@ function firesOn({ tokens }) {
 
 /** Another latent as a link with its name, or with what it fires on. */
 export function latentLink(source, index, name, tokens = []) {
-  const label = [h("b", {}, String(index)), " ", name ?? h("span.dim", {}, tokens.slice(0, 4).map((token) => [chip(token), " "]))];
+  const label = [h("b", {}, String(index)), " ",
+    name ?? h("span.dim", {}, tokens.slice(0, 4).map((token) => [chip(token), " "]))];
   return source.has(index) ? h("a", { href: `#/latent/${index}` }, label) : h("span", {}, label);
 }
 
@@ -121,7 +127,8 @@ function together(source, { together: found, together_tokens: tokens }) {
   const there = MEASURES.filter(([measure]) => found[measure].length);
   if (!there.length) return null;
   const list = h("div");
-  const show = (measure) => replace(list, barList(found[measure].map(([index, value, ...told]) => [latentLink(source, index, ...told), value]), { most: 1 }));
+  const show = (measure) => replace(list,
+    barList(found[measure].map(([index, value, ...told]) => [latentLink(source, index, ...told), value]), { most: 1 }));
   show(there[0][0]);
   return panel("Fires together with", choice("Measure", there, there[0][0], show), list,
     h("p.caption", {}, `Among all latents, on a sample of ${count(tokens)} tokens.`));

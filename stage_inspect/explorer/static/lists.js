@@ -27,10 +27,15 @@ export async function listsPage(source) {
     title: "Lists",
     stay: true,
     content: [
-      h("div.title", {}, h("div", {}, h("h1", {}, "Lists"), h("p.lead", {}, "Latents to come back to. They are kept in the latents folder, beside the notes.")),
+      h("div.title", {}, h("div", {}, h("h1", {}, "Lists"),
+          h("p.lead", {}, "Latents to come back to. They are kept in the latents folder, beside the notes.")),
         h("form.row.actions", { onsubmit: add },
-          h("label", {}, h("span", {}, "List"), h("input", { name: "list", value: STARRED, required: true, maxlength: "80", list: "list-names" }), h("datalist", { id: "list-names" }, names.map((name) => h("option", { value: name })))),
-          h("label", {}, h("span", {}, "Latent"), h("input", { name: "latent", type: "number", min: "0", max: String(source.meta.d_latent - 1), required: true })),
+          h("label", {}, h("span", {}, "List"),
+            h("input", { name: "list", value: STARRED, required: true, maxlength: "80", list: "list-names" }),
+              h("datalist", { id: "list-names" }, names.map((name) => h("option", { value: name })))),
+          h("label", {}, h("span", {}, "Latent"),
+            h("input", { name: "latent", type: "number", min: "0", max: String(source.meta.d_latent - 1),
+                required: true })),
           h("button", {}, "Add"), told)),
       names.length ? null : h("p.remark", {}, "No list yet: star a latent on its page, or add one here."),
       h("div.stack", {}, names.map((name) => list(source, name, lists[name], change))),
@@ -46,7 +51,9 @@ function list(source, name, latents, change) {
       replace(told, named && h("span", {}, named, " "), tokens.map((token) => [chip(token), " "]));
     }).catch(() => {});
     return h("li", {}, h("a", { href: `#/latent/${latent}` }, h("b", {}, String(latent))), told,
-      h("button.plain", { type: "button", "aria-label": `Take ${latent} off ${name}`, onclick: () => change({ list: name, latent, on: false }) }, "✕"));
+      h("button.plain", { type: "button", "aria-label": `Take ${latent} off ${name}`,
+          onclick: () => change({ list: name, latent, on: false }) }, "✕"));
   });
-  return h("section.panel", {}, h("h2", {}, name, h("span.dim", {}, ` · ${count(latents.length)}`)), h("ol.kept", {}, rows));
+  return h("section.panel", {}, h("h2", {}, name, h("span.dim", {}, ` · ${count(latents.length)}`)),
+    h("ol.kept", {}, rows));
 }

@@ -9,9 +9,12 @@ export const STARRED = "starred";
 export function notesPanel(source, latent) {
   const index = latent.latent;
   const explanations = latent.explanations.map(({ text, method, author, scores }) =>
-    h("li", {}, h("p", {}, text), h("p.dim", {}, [author, method, ...scores.map(scored)].filter(Boolean).join(" · "))));
+    h("li", {}, h("p", {}, text),
+      h("p.dim", {}, [author, method, ...scores.map(scored)].filter(Boolean).join(" · "))));
   const told = h("span.dim", { role: "status" });
-  const text = h("textarea", { rows: "3", placeholder: "A name for it, or what you found", "aria-label": "Note", maxlength: "2000" }, latent.note ?? "");
+  const text = h("textarea",
+    { rows: "3", placeholder: "A name for it, or what you found", "aria-label": "Note", maxlength: "2000" },
+      latent.note ?? "");
   const save = async (event) => {
     event.preventDefault();
     try {
@@ -23,9 +26,11 @@ export function notesPanel(source, latent) {
       replace(told, error.message);
     }
   };
-  const form = source.meta.writable && h("form.stack", { onsubmit: save }, text, h("div.row", {}, h("button", {}, "Save the note"), told));
+  const form = source.meta.writable && h("form.stack", { onsubmit: save }, text,
+    h("div.row", {}, h("button", {}, "Save the note"), told));
   if (!form && !explanations.length && !latent.note) return null;
-  return h("section.panel", {}, h("h2", {}, "Notes"), explanations.length > 0 && h("ul.told", {}, explanations), form || (latent.note && h("p", {}, latent.note)));
+  return h("section.panel", {}, h("h2", {}, "Notes"), explanations.length > 0 && h("ul.told", {}, explanations),
+    form || (latent.note && h("p", {}, latent.note)));
 }
 
 function scored([name, value, low, high]) {
@@ -35,8 +40,10 @@ function scored([name, value, low, high]) {
 
 /** A button that puts a latent on the list of starred ones, or takes it off. */
 export function starButton(source, index) {
-  const button = h("button.star", { type: "button", "aria-pressed": "false", title: "Put it on the list of starred latents" }, "Star");
-  source.ask("lists").then(({ lists }) => button.setAttribute("aria-pressed", String(lists[STARRED]?.includes(index) ?? false))).catch(() => {});
+  const button = h("button.star",
+    { type: "button", "aria-pressed": "false", title: "Put it on the list of starred latents" }, "Star");
+  source.ask("lists").then(({ lists }) => button.setAttribute("aria-pressed",
+      String(lists[STARRED]?.includes(index) ?? false))).catch(() => {});
   button.addEventListener("click", async () => {
     const on = button.getAttribute("aria-pressed") !== "true";
     try {

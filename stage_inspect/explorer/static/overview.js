@@ -21,7 +21,8 @@ export async function overviewPage(source) {
   const middle = Float32Array.from(alive, (index) => density[index]).sort()[Math.floor(alive.length / 2)] ?? 0;
   const cards = [
     ["Latents", count(total), meta.only ? `of ${count(meta.d_latent)} in the dictionary` : meta.kind],
-    ["Dead", count(dead), h("a", { href: "#/latents?density=0..0" }, dead ? share(dead / total) : "none"), " fired on no token"],
+    ["Dead", count(dead), h("a", { href: "#/latents?density=0..0" }, dead ? share(dead / total) : "none"),
+      " fired on no token"],
     ["Dense", count(dense), h("a", { href: `#/latents?density=${DENSE}..` }, `above ${share(DENSE)}`)],
     ["Median firing", share(middle), "of the tokens, among those that fire"],
     meta.only ? null : ["Per token", number(l0, 3), "latents that fire, on average"],
@@ -30,16 +31,19 @@ export async function overviewPage(source) {
   return {
     title: "Overview",
     content: [
-      h("div.title", {}, h("div", {}, h("p.kicker", {}, meta.kind), h("h1", {}, meta.title), h("p.lead", {}, meta.about))),
-      h("dl.numbers", {}, cards.map(([name, value, ...more]) => h("div", {}, h("dt", {}, name), h("dd", {}, value, h("small", {}, more))))),
+      h("div.title", {}, h("div", {}, h("p.kicker", {}, meta.kind), h("h1", {}, meta.title),
+          h("p.lead", {}, meta.about))),
+      h("dl.numbers", {}, cards.map(([name, value, ...more]) => h("div", {}, h("dt", {}, name),
+            h("dd", {}, value, h("small", {}, more))))),
       h("div.overview", {},
         panel("How often latents fire", densities(alive, density),
-          h("p.caption", {}, "Latents by the share of tokens on which they fire. A bar opens the table of its latents.")),
+          h("p.caption", {}, "Latents by the share of tokens on which they fire. A bar opens the table of these.")),
         panel("How often and how strongly", scatter({
           label: "Each latent by how often it fires and its strongest activation",
           indices: alive, x: density, y: max, xLabel: "share of tokens", yLabel: "maximum", logarithmic: true,
           tell: (index) => `latent ${index}: ${share(density[index])}, maximum ${number(max[index])}`,
-        }), h("p.caption", {}, "A point is a latent; it opens its page. With the keyboard: arrows go from point to point, Enter opens."))),
+        }), h("p.caption", {},
+          "A point is a latent; it opens its page. With the keyboard: arrows go from point to point, Enter opens."))),
       provenance(meta),
     ],
   };
@@ -57,7 +61,8 @@ function densities(alive, density) {
   const first = Math.floor(Math.log10(low) * perDecade);
   const bins = Math.max(1, Math.floor(Math.log10(high) * perDecade) - first + 1);
   const counts = new Array(bins).fill(0);
-  for (const index of alive) counts[Math.min(bins - 1, Math.max(0, Math.floor(Math.log10(density[index]) * perDecade) - first))] += 1;
+  for (const index of alive) counts[Math.min(bins - 1,
+      Math.max(0, Math.floor(Math.log10(density[index]) * perDecade) - first))] += 1;
   const edges = Array.from({ length: bins + 1 }, (_, bin) => 10 ** ((first + bin) / perDecade));
   const short = (value) => Number(value.toPrecision(3));
   return histogram({

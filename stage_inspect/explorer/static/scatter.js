@@ -11,8 +11,11 @@ const REACH = 14;
  * A scatter plot of `indices` at x[index], y[index]. `tell` gives the sentence on one point; choosing a point opens its
  * latent. Without labels there are no axes.
  */
-export function scatter({ label, indices, x, y, xLabel, yLabel, logarithmic = false, tell, ratio = 0.58, marked = [] }) {
-  const canvas = h("canvas", { tabindex: "0", role: "application", "aria-roledescription": "scatter plot", "aria-label": `${label}. Arrow keys go from point to point, Enter opens one.` });
+export function scatter({ label, indices, x, y, xLabel, yLabel, logarithmic = false, tell, ratio = 0.58,
+    marked = [] }) {
+  const canvas = h("canvas",
+    { tabindex: "0", role: "application", "aria-roledescription": "scatter plot",
+      "aria-label": `${label}. Arrow keys go from point to point, Enter opens one.` });
   const box = h("div.plot", {}, canvas);
   const spot = h("span.spot", { "aria-hidden": "true" });
   box.append(spot);
@@ -47,7 +50,8 @@ export function scatter({ label, indices, x, y, xLabel, yLabel, logarithmic = fa
     pen.fillStyle = colour("--dot");
     pen.globalAlpha = Math.max(0.12, Math.min(0.75, 900 / shown.length + 0.1));
     const size = shown.length > 20000 ? 2 : 3;
-    for (let point = 0; point < shown.length; point += 1) pen.fillRect(px(xs[point]) - size / 2, py(ys[point]) - size / 2, size, size);
+    for (let point = 0; point < shown.length; point += 1) pen.fillRect(px(xs[point]) - size / 2,
+      py(ys[point]) - size / 2, size, size);
     pen.globalAlpha = 1;
     pen.fillStyle = colour("--fire-edge");
     for (let point = 0; point < shown.length; point += 1) {

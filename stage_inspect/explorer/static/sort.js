@@ -1,9 +1,9 @@
-// Sorting and filtering a quarter of a million rows between two frames: radix sort of typed arrays, one pass per filter.
+// Sorting and filtering a quarter of a million rows between two frames: radix sort of typed arrays, one pass to filter.
 
 const FLIP = new Uint32Array(1);
 const AS_FLOAT = new Float32Array(FLIP.buffer);
 
-/** Keys whose order as unsigned integers is that of the values; what is no number comes last, whichever the direction. */
+/** Keys whose order as unsigned integers is that of the values; what is no number comes last in both directions. */
 function keys(column, descending) {
   const found = new Uint32Array(column.length);
   if (column instanceof Uint32Array) {

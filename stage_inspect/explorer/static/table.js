@@ -21,7 +21,9 @@ export async function tablePage(source, _, query) {
   };
   const table = new Table(source, state);
   await table.update();
-  return { title: "Latents", wide: true, content: table.content(), shown: () => table.shown(), leave: () => table.leave() };
+  return {
+    title: "Latents", wide: true, content: table.content(), shown: () => table.shown(), leave: () => table.leave(),
+  };
 }
 
 class Table {
@@ -38,13 +40,15 @@ class Table {
       h("div.inner", {}, this.header(), this.sheet));
     this.grid.addEventListener("scroll", () => requestAnimationFrame(() => this.draw()), { passive: true });
     const words = h("input", {
-      type: "search", value: this.state.words, placeholder: "words, or a token", "aria-label": "Words of a name, or a token",
+      type: "search", value: this.state.words, placeholder: "words, or a token",
+      "aria-label": "Words of a name, or a token",
       oninput: (event) => { this.state.words = event.target.value; this.refresh(); },
     });
     return [
       h("div.title", {},
         h("div", {}, h("h1", {}, "Latents"), this.told),
-        h("div.actions", {}, h("label", {}, words), this.columnMenu(), h("button", { type: "button", onclick: () => { location.hash = "#/latents"; } }, "Clear"))),
+        h("div.actions", {}, h("label", {}, words), this.columnMenu(),
+          h("button", { type: "button", onclick: () => { location.hash = "#/latents"; } }, "Clear"))),
       this.grid,
     ];
   }
@@ -57,8 +61,10 @@ class Table {
     const head = (name, title, hint, figure) => {
       const [column, descending] = [this.state.sort.replace(/^-/, ""), this.state.sort.startsWith("-")];
       const sorted = column === name;
-      return h(`div${figure ? ".figure" : ".first"}`, { role: "columnheader", "aria-sort": sorted ? (descending ? "descending" : "ascending") : null },
-        h("button", { type: "button", title: hint, onclick: () => this.sortBy(name) }, title, sorted ? (descending ? " ↓" : " ↑") : ""),
+      return h(`div${figure ? ".figure" : ".first"}`,
+        { role: "columnheader", "aria-sort": sorted ? (descending ? "descending" : "ascending") : null },
+        h("button", { type: "button", title: hint, onclick: () => this.sortBy(name) }, title,
+          sorted ? (descending ? " ↓" : " ↑") : ""),
         figure && this.range(name, title));
     };
     const row = h("div.top", { role: "row" }, head("latent", "Latent", "by number", false),
@@ -71,13 +77,16 @@ class Table {
 
   range(name, title) {
     const [low, high] = (this.state.bounds.get(name) ?? "..").split("..");
+    const change = () => {
+      const [from, to] = inputs.map((input) => input.value.trim());
+      if (from || to) this.state.bounds.set(name, `${from}..${to}`);
+      else this.state.bounds.delete(name);
+      this.refresh();
+    };
     const inputs = [["from", low ?? ""], ["to", high ?? low ?? ""]].map(([what, value]) =>
-      h("input", { type: "text", inputmode: "decimal", value, placeholder: what, "aria-label": `${title} ${what}`, oninput: () => {
-        const [from, to] = inputs.map((input) => input.value.trim());
-        if (from || to) this.state.bounds.set(name, `${from}..${to}`);
-        else this.state.bounds.delete(name);
-        this.refresh();
-      } }));
+      h("input", {
+        type: "text", inputmode: "decimal", value, placeholder: what, "aria-label": `${title} ${what}`, oninput: change,
+      }));
     return h("div.range", {}, inputs);
   }
 
@@ -99,7 +108,7 @@ class Table {
   }
 
   async sortBy(name) {
-    const first = name === "latent" ? name : `-${name}`; // numbers of latents begin with the least, all else with the most
+    const first = name === "latent" ? name : `-${name}`; // figures begin with the largest
     this.state.sort = this.state.sort !== first ? first : first === name ? `-${name}` : name;
     await this.update();
     const fresh = this.header();
@@ -131,7 +140,9 @@ class Table {
     }
     this.address();
     const all = this.source.meta.only?.length ?? this.source.meta.d_latent;
-    replace(this.told, this.error ?? (this.rows.length === all ? `${count(all)} latents` : `${count(this.rows.length)} of ${count(all)} latents`));
+    replace(this.told, this.error
+        ?? (this.rows.length === all ? `${count(all)} latents`
+            : `${count(this.rows.length)} of ${count(all)} latents`));
   }
 
   async ordered(sort) {
@@ -203,7 +214,8 @@ class Table {
     const index = this.rows[place];
     const cells = this.state.columns.map(({ kind }, column) => {
       const value = values[column][index];
-      return h("div.figure", { role: "gridcell" }, kind === "count" ? count(value) : kind === "share" ? share(value) : figure(value));
+      return h("div.figure", { role: "gridcell" },
+        kind === "count" ? count(value) : kind === "share" ? share(value) : figure(value));
     });
     const name = h("div.names", { role: "gridcell" });
     const row = h("a", {
@@ -223,7 +235,8 @@ class Table {
     for (const row of rows) {
       this.source.rows(Math.floor(row.index / block)).then((found) => {
         const [name, tokens] = found[String(row.index)] ?? [null, []];
-        replace(row.querySelector(".names"), name && h("span", {}, name, " "), tokens.map((token) => [chip(token), " "]));
+        replace(row.querySelector(".names"), name && h("span", {}, name, " "),
+          tokens.map((token) => [chip(token), " "]));
       }).catch(() => {});
     }
   }
@@ -240,7 +253,8 @@ class Table {
     const head = this.top.offsetHeight;
     const [top, bottom] = [this.active * HEIGHT, (this.active + 1) * HEIGHT];
     if (top < this.grid.scrollTop) this.grid.scrollTop = top;
-    if (bottom + head > this.grid.scrollTop + this.grid.clientHeight) this.grid.scrollTop = bottom + head - this.grid.clientHeight;
+    const end = bottom + head - this.grid.clientHeight;
+    if (end > this.grid.scrollTop) this.grid.scrollTop = end;
     this.draw(true);
   }
 }

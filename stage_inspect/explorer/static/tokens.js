@@ -36,7 +36,8 @@ function token(piece, first, next, values, peak, special, scale) {
   }
   const strength = Math.min(1, Math.abs(value) / scale);
   const holdsPeak = peak >= first && peak < next;
-  const names = ["t", value && "on", strength > 0.55 && "high", value < 0 && "below", holdsPeak && "peak", special && "special"];
+  const names = ["t", value && "on", strength > 0.55 && "high", value < 0 && "below", holdsPeak && "peak",
+    special && "special"];
   const span = h("span", { class: names.filter(Boolean).join(" "), "--a": value ? strength.toFixed(3) : null });
   span.first = first;
   span.next = next;
@@ -45,7 +46,7 @@ function token(piece, first, next, values, peak, special, scale) {
   return span;
 }
 
-/** The text of a token such that a style can show it in one flow, or with the line breaks and the indentation it has. */
+/** The text of a token such that a style can show it in one flow, or with its own line breaks and indentation. */
 function laidOut(piece) {
   return piece.split(/(\n| {2,})/).filter((part) => part !== "").map((part) => {
     if (part === "\n") return [h("span.break", {}, "↵"), h("span.newline", {}, "\n")];
@@ -79,7 +80,8 @@ function show(span) {
   const { example } = span.parentElement;
   const pieces = example.pieces.slice(span.first, span.next);
   const parts = [];
-  for (let offset = span.first; offset < span.next; offset += 1) parts.push(span.values.has(offset) ? figure(span.values.get(offset)) : "0");
+  for (let offset = span.first; offset < span.next; offset += 1) parts.push(span.values.has(offset)
+      ? figure(span.values.get(offset)) : "0");
   const place = example.start === undefined ? null : `token ${example.start + span.first}`;
   show_tip(span, [
     h("b", {}, quoted(pieces.join(""))), " ", h("span.value", {}, parts.join(" + ")),
@@ -96,7 +98,9 @@ export function show_tip(anchor, content) {
   replace(tip, content);
   tip.classList.add("shown");
   const box = (anchor.getClientRects?.()[0]) ?? anchor.getBoundingClientRect();
-  const left = Math.max(8, Math.min(box.left + box.width / 2 - tip.offsetWidth / 2, document.documentElement.clientWidth - tip.offsetWidth - 8));
+  const left = Math.max(8,
+    Math.min(box.left + box.width / 2 - tip.offsetWidth / 2,
+      document.documentElement.clientWidth - tip.offsetWidth - 8));
   const above = box.top - tip.offsetHeight - 6;
   tip.style.left = `${left + window.scrollX}px`;
   tip.style.top = `${(above > 4 ? above : box.bottom + 6) + window.scrollY}px`;

@@ -1,6 +1,5 @@
 """The pass against a slow reference that holds everything, for every activation; and what may not change a byte."""
 
-import gc
 import itertools
 from collections import Counter
 from collections.abc import Iterator
@@ -223,7 +222,6 @@ def test_no_order_and_no_kill_changes_a_byte(store: Store, tmp_path: Path, monke
         place = {"latents.url": tmp_path / f"killed-{kill_at}"}
         with suppress(Killed):
             inspect(inspect_config(tmp_path, **url, **place))
-        gc.collect()  # the traceback holds the folder, as no killed process would
         monkeypatch.setattr(LocalIO, "put", put)
         inspect(inspect_config(tmp_path, **url, **place))
         assert content(place["latents.url"]) == whole, kill_at

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pytest
 import zarr
@@ -133,3 +134,15 @@ def test_there_is_no_folder_before_its_last_file(tmp_path: Path) -> None:
     (tmp_path / "meta.json").unlink()
     with pytest.raises(GranaryError, match="no latents folder at"):
         Latents.open(tmp_path)
+
+
+def test_at_a_url_it_is_read_by_ranges(latents: Latents) -> None:
+    latents.notes.set_note(1, "from here")
+    fsspec.filesystem("memory").put(latents.url, "/folder", recursive=True)
+    there = Latents.open("memory://folder")
+    assert [one.marked for one in there.top(1)] == [one.marked for one in latents.top(1)]
+    assert there.latent(1).numbers == latents.latent(1).numbers
+    assert there.notes.note(1) == "from here"
+    with pytest.raises(GranaryError, match="copy the latents folder"):
+        there.notes.set_note(1, "x")
+    latents.notes.set_note(1, "")

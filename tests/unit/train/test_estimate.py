@@ -24,7 +24,7 @@ from stage_train.estimate.__main__ import training_config
 from stage_train.estimate.config import PlanSchema
 from stage_train.estimate.job import Data, find_data, make_job
 from stage_train.estimate.memory import Phase, find_memory, resident
-from stage_train.state.checkpoint import StagingWriter
+from stage_train.state.tensor_files import TensorWriter
 from tests.cli import ForkServer
 
 # Per rank of 8: a dictionary of 2 GiB in weights, planned without a store.
@@ -100,7 +100,7 @@ def test_small_blocks_of_a_process_stay_and_large_ones_go() -> None:
 
 def test_a_staged_state_is_a_copy_on_the_host(tmp_path: Path) -> None:
     state = {"a": torch.arange(4.0), "b": torch.zeros((), dtype=torch.int64)}
-    staged = StagingWriter(tmp_path).stage(state)
+    staged = TensorWriter(tmp_path).stage(state)
     state["a"].zero_()
     assert staged["a"].tolist() == [0, 1, 2, 3]
     assert staged["b"].dtype == torch.int64

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from omegaconf import OmegaConf
-from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
 from shared.basics.errors import GranaryError
 from shared.basics.metrics_file import read_metrics
@@ -20,6 +19,7 @@ from shared.sae.learn.objective import Objective
 from shared.store import Store
 from stage_train.state.checkpoint import newest_checkpoint
 from stage_train.state.export import export
+from stage_train.state.tensor_files import TensorWriter
 from tests.closeness import REORDERED, SAME_RUN, assert_close_in_norm
 from tests.training import Runs, assert_same_run, assert_same_weights, timeless, watching, weights
 
@@ -241,7 +241,7 @@ def test_a_checkpoint_torn_while_being_written_is_ignored(train: Runs) -> None:
     out = train.stopped("a", step=9)
     partial = out / "checkpoints/step-00000020.partial"
     partial.mkdir()
-    (partial / "__0_0.distcp").write_bytes(b"torn")
+    (partial / "tensors-00000.safetensors").write_bytes(b"torn")
     train("a")
     assert_same_weights(straight, out)
     assert not partial.exists()
@@ -269,9 +269,9 @@ def test_training_goes_on_while_a_checkpoint_is_written(
 ) -> None:
     """The writer waits for a later step, and writes the weights of the step that was saved."""
     stopped = train.stopped("stopped", step=10)
-    later, write = threading.Event(), FileSystemWriter.write_data
+    later, write = threading.Event(), TensorWriter.write_data
 
-    def waiting(self: FileSystemWriter, *args: Any) -> Any:
+    def waiting(self: TensorWriter, *args: Any) -> Any:
         assert later.wait(timeout=60)
         return write(self, *args)
 
@@ -280,7 +280,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(
             assert newest_checkpoint(tmp_path / "a/checkpoints") is None
             later.set()
 
-    monkeypatch.setattr(FileSystemWriter, "write_data", waiting)
+    monkeypatch.setattr(TensorWriter, "write_data", waiting)
     with watching(after=after):
         out = train("a", "checkpoint.every=10", "checkpoint.keep=9")
     for folder in (out, stopped):

@@ -1,6 +1,5 @@
 """The model on the spot: what it says of a text is what the model and the dictionary give, and it refuses others."""
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,43 +8,23 @@ import pytest
 import torch
 
 from shared.basics.errors import GranaryError
-from shared.latents import Latents
 from shared.lm import load_causal_lm, load_tokenizer, model_identity
 from shared.sae import SAE
-from shared.sae.config import SAEConfig
-from shared.sae.sites import Sites
 from stage_inspect.explorer.limits import GENERATED_TOKENS, TEXT_CHARACTERS, TEXT_TOKENS
 from stage_inspect.explorer.live import Live, LiveSettings
-from tests.latents import synthetic_latents
+from tests.exploring import LATENTS, opened_study, small_study
 
-HOOK = "layers.2.resid_post"
-LATENTS = 64
 TEXT = "def read(self, path):\n    return open(path).read()  # 日本 😀\n"
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("live")
-    generator = torch.Generator().manual_seed(0)
-    config = SAEConfig(
-        d_model=128, d_latent=LATENTS, activation="topk", k=6, normalisation="none", sites=Sites.of(HOOK)
-    )
-    SAE(config, generator=generator).save_pretrained(folder / "sae", {"model": {"id": "bundled"}, "hook": HOOK})
-    synthetic_latents(folder / "latents", LATENTS)
-    return folder
-
-
-def opened(folder: Path, **changes: Any) -> Latents:
-    """The made-up folder as if it were of the SAE beside it."""
-    latents = Latents.open(folder / "latents")
-    made_of = {**latents.meta.dictionary, "path": str(folder / "sae"), **changes.pop("dictionary", {})}
-    meta = replace(latents.meta, dictionary=made_of, **{"model": {"id": "bundled"}, "tokenizer": {}, **changes})
-    return Latents(latents.io, meta)
+    return small_study(tmp_path_factory.mktemp("live"))
 
 
 @pytest.fixture(scope="module")
 def live(folder: Path) -> Live:
-    latents = opened(folder, model=dict(model_identity("bundled")))
+    latents = opened_study(folder, model=dict(model_identity("bundled")))
     return Live(latents, LiveSettings.find(latents, None, None))
 
 
@@ -108,23 +87,23 @@ def test_what_cannot_be_steered_is_told(live: Live, changes: dict[str, Any], tol
         live.steer(**asked)
 
 
-def test_another_model_tokenizer_or_dictionary_is_refused(folder: Path, tmp_path: Path) -> None:
-    latents = opened(folder, tokenizer={"hash": "0" * 64})
+def test_another_model_tokenizer_or_dictionary_is_refused(folder: Path) -> None:
+    latents = opened_study(folder, tokenizer={"hash": "0" * 64})
     with pytest.raises(GranaryError, match="is not that of the harvest"):
         Live(latents, LiveSettings.find(latents, None, None)).read(TEXT)
-    latents = opened(folder, model={"id": "bundled", "weights_hash": "0" * 64})
-    with pytest.raises(GranaryError, match="is not the model that was harvested"):
+    latents = opened_study(folder, model={"id": "bundled", "weights_hash": "0" * 64})
+    with pytest.raises(GranaryError, match="the models' weights differ"):
         Live(latents, LiveSettings.find(latents, None, None)).read(TEXT)
-    synthetic_latents(tmp_path / "latents", 12)
-    latents = opened(folder)
-    other = Latents(Latents.open(tmp_path / "latents").io, replace(latents.meta, num_latents=12))
-    with pytest.raises(GranaryError, match="is of another dictionary"):
-        Live(other, LiveSettings.find(other, None, None)).read(TEXT)
-    latents = opened(folder, dictionary={"path": "/nowhere"})
+    latents = opened_study(folder, dictionary={"sha256": "0" * 64})
+    with pytest.raises(GranaryError, match="is not the dictionary that"):
+        Live(latents, LiveSettings.find(latents, None, None)).read(TEXT)
+    latents = opened_study(folder, dictionary={"path": "elsewhere/sae"})  # the run folder was moved
+    assert LiveSettings.find(latents, None, None).dictionary == folder / "sae"
+    latents = opened_study(folder, dictionary={"path": "/nowhere"})
     with pytest.raises(GranaryError, match="give --dictionary FOLDER"):
         LiveSettings.find(latents, None, None)
 
 
 def test_what_is_no_autoencoder_is_not_steered(folder: Path) -> None:
-    latents = opened(folder, dictionary={"kind": "transcoder", "writes": ["layers.2.mlp_out"]})
+    latents = opened_study(folder, dictionary={"kind": "transcoder", "writes": ["layers.2.mlp_out"]})
     assert not Live(latents, LiveSettings.find(latents, None, None)).can_steer

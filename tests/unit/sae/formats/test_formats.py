@@ -253,7 +253,7 @@ def test_what_cannot_be_read_is_refused(tmp_path: Path) -> None:
         "transcoder": "holds a transcoder SAE",
         "rescaled": "constant_norm_rescale: fold it into the weights with SAELens first",
         "whitened": "covariance_whitening: fold it into the weights with SAELens first",
-        "heads": "for attention heads",
+        "heads": "reshape_activations=hook_z: SAEs of one stream, not of attention heads",
         "width": r"W_enc has shape \(12, 40\), not \(13, 40\)",
         "jump": "activation=jumprelu",
         "coder": "a transcoder, not an SAE",

@@ -19,7 +19,7 @@ from tests.synthetic import synthetic_plan
         ({"codec": "gzip"}, "gzip"),
         ({"hooks": {}}, "at least one hook"),
         ({"hooks": {"layers.2..resid": 8}}, "a part of it is empty"),
-        ({"hooks": {"layers.2.resid_post": 0}}, "d_model 0"),
+        ({"hooks": {"layers.2.resid_post": 0}}, "d_model >= 1, not 0"),
         ({"num_contexts": 0}, "num_contexts"),
         ({"shard_contexts": 0}, "shard_contexts"),
         ({"heldout_fraction": 1.0}, "heldout_fraction"),

@@ -10,16 +10,20 @@ import torch.distributed.checkpoint.state_dict_saver as dcp
 
 from shared.sae import SAE, SAEConfig, load_provenance
 from shared.sae.folder import to_document
-from stage_train.state.checkpoint import POINTER, STATE
+from stage_train.state.checkpoint import POINTER
 from stage_train.state.export import main
+from stage_train.state.integrity import STATE
+from stage_train.state.tensor_files import TensorWriter
 
 
 def test_the_newest_checkpoint_is_exported(tmp_path: Path) -> None:
     sae = SAE(SAEConfig(d_model=6, d_latent=12, k=2))
     step = tmp_path / "checkpoints/step-00000007"
-    warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-    dcp.save({f"sae.{name}": tensor for name, tensor in sae.state_dict().items()}, checkpoint_id=step, no_dist=True)
+    step.mkdir(parents=True)
     (step / STATE).write_text(json.dumps({"sae": to_document(sae.config, {}, {}), "provenance": {"steps": 7}}))
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+    tensors = {f"sae.{name}": tensor for name, tensor in sae.state_dict().items()}
+    dcp.save(tensors, storage_writer=TensorWriter(step), no_dist=True)
     (step.parent / POINTER).write_text(step.name)
     main([str(tmp_path), str(tmp_path / "out")])
     loaded = SAE.from_pretrained(tmp_path / "out")

@@ -1,0 +1,157 @@
+"""Tensors of a training state by torch.distributed.checkpoint, in safetensors files: reading them back runs no code.
+
+    tensors-00000.safetensors      what rank 0 held: parts of tensors, with their places in the whole in the metadata
+
+torch's own storage keeps its index as a pickle. Its writer of safetensors makes each file in memory before the disk
+sees it; this one hands it one tensor at a time, and notes the digest of each as it does.
+"""
+
+import json
+import os
+import warnings
+from dataclasses import dataclass, replace
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
+from torch.distributed.checkpoint.staging import BlockingAsyncStager
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
+from torch.distributed.tensor import DTensor
+from torch.futures import Future
+
+from shared.basics.errors import GranaryError
+from shared.sae.weights_file import header_digest, write_weights
+from stage_train.state.integrity import TensorsDigest, write_digests
+
+PLACES = "DCP_SHARDING_INFO"
+"""Key of a file's metadata under which torch looks for where each part begins in the whole."""
+
+
+@dataclass(frozen=True)
+class _Written:
+    """What a rank tells the coordinator of a tensor that it wrote: all there is to say of the file, with each."""
+
+    file: str
+    digest: TensorsDigest
+
+
+class TensorWriter(BlockingAsyncStager, StorageWriter):
+    """Writes a file per rank into a folder, and when all have, the digests of the folder's files.
+
+    It copies the state to host memory once, and holds nothing but that copy: torch's own staging copies every DTensor
+    twice, and the second copies live until the garbage collector runs.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.folder = folder
+
+    def stage(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """Called by async_save: tensors on the host, which share no memory with `state_dict`."""
+        return {name: _host_copy(tensor) for name, tensor in state_dict.items()}
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        """This rank's parts; a rank that holds none writes no file."""
+        items = {item.index.fqn: item for item in plan.items}
+        assert len(items) == len(plan.items), "a rank holds one part of a tensor"
+        future: Future[list[WriteResult]] = Future()
+        future.set_result([])
+        if not items:
+            return future
+        parts = {name: planner.resolve_data(item) for name, item in items.items()}
+        places = {
+            name: {"saved_offsets": list(item.tensor_data.chunk.offsets) if item.tensor_data else []}
+            for name, item in items.items()
+        }
+        path = self.folder / f"tensors-{plan.storage_data:05d}.safetensors"
+        with path.open("w+b") as file:
+            digests = write_weights(file, parts, parts.__getitem__, lambda _: {PLACES: json.dumps(places)})
+            file.flush()
+            os.fsync(file.fileno())
+            file.seek(0, os.SEEK_END)
+            written = _Written(path.name, TensorsDigest(file.tell(), header_digest(file), digests))
+        results = [WriteResult(item.index, parts[name].nbytes, written) for name, item in items.items()]
+        future = Future()
+        future.set_result(results)
+        return future
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        """On the coordinator, when all ranks have written."""
+        files = [result[0].storage_data for result in results if result]
+        write_digests(self.folder, {written.file: written.digest for written in files})
+
+    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
+        """Number the ranks, whose files are named by it."""
+        return [replace(plan, storage_data=rank) for rank, plan in enumerate(plans)]
+
+    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
+        """As it is."""
+        return plan
+
+    def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+        """The folder is there."""
+
+    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
+        """A writer is for one checkpoint."""
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
+        """It is given a folder when it is made."""
+        return False
+
+
+class TensorReader(HuggingFaceStorageReader):
+    """torch's reader, which refuses a checkpoint that lacks parts of a tensor: it would leave them as they are."""
+
+    def read_metadata(self) -> Metadata:
+        """From the headers of all files of the folder. Raises ValueError naming a tensor that is not whole."""
+        metadata: Metadata = super().read_metadata()
+        for name, tensor in metadata.state_dict_metadata.items():
+            assert isinstance(tensor, TensorStorageMetadata)
+            if sum(prod(part.sizes) for part in tensor.chunks) != prod(tensor.size):
+                raise ValueError(f"{name} is not whole")
+        return metadata
+
+
+def load_tensors(path: Path, tensors: dict[str, Tensor], group: dist.ProcessGroup | None = None) -> None:
+    """Fill `tensors` in place: on the ranks of `group` together, or without one on this process alone.
+
+    Raises GranaryError when the checkpoint does not hold them.
+    """
+    if group is None:
+        expect_one_process()
+    try:
+        load(tensors, storage_reader=TensorReader(str(path)), process_group=group, no_dist=group is None)
+    except (CheckpointException, OSError, RuntimeError, ValueError) as error:
+        raise GranaryError(
+            f"checkpoint {path} cannot be loaded ({reason(error)}): put it back from a copy, or begin anew with "
+            "checkpoint.resume=never"
+        ) from error
+
+
+def expect_one_process() -> None:
+    """DCP warns at every call that it runs in one process: true, and meant."""
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+
+
+def reason(error: BaseException) -> str:
+    """The first failing rank's own error, without the traceback that DCP puts around it, on one line."""
+    if isinstance(error, CheckpointException) and error.failures:
+        error = next(iter(error.failures.values()))[0]
+    return " ".join(f"{error}".split()) or type(error).__name__
+
+
+def _host_copy(tensor: Tensor) -> Tensor:
+    if not isinstance(tensor, DTensor):
+        return tensor.detach().to("cpu", copy=True)
+    placed: Any = tensor.detach()  # shares memory, and has the placement that the planner of a save reads
+    placed._local_tensor = tensor.to_local().detach().to("cpu", copy=True)
+    staged: Tensor = placed
+    return staged

@@ -1,0 +1,74 @@
+"""``granary explore``: it serves until Ctrl-C, writes files, and tells in a line what is wrong."""
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from urllib.request import urlopen
+
+import pytest
+
+from stage_inspect.explorer.__main__ import main
+from tests.cli import environment
+from tests.latents import synthetic_latents
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("explore")
+    synthetic_latents(folder / "latents", 30)
+    return folder
+
+
+def test_it_serves_until_it_is_interrupted(study: Path) -> None:
+    command = [sys.executable, "-m", "stage_inspect.explorer", str(study), "--port", "0", "--no-model"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment())
+    try:
+        assert process.stdout is not None
+        told = process.stdout.readline()
+        assert told.startswith(f"{study.name}: http://127.0.0.1:")
+        url = told.split()[1]
+        with urlopen(f"{url}data/meta.json", timeout=60) as answer:
+            assert json.load(answer)["d_latent"] == 30
+        process.send_signal(signal.SIGINT)
+        output, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
+        process.communicate()
+    assert (output, errors) == ("", "")
+    assert process.returncode in (0, 130)
+
+
+def test_it_writes_files(study: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = ("--folder", tmp_path / "site", "--html", tmp_path / "a.html", "--latents", "1,5")
+    main([str(study / "latents"), *map(str, files)])
+    told = capsys.readouterr().out
+    assert "30 latents in" in told
+    assert "2 latents in" in told
+    assert (tmp_path / "site" / "data" / "meta.json").is_file()
+    assert (tmp_path / "a.html").read_text().startswith("<!doctype html>")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["{study}/nowhere"], "no latents folder at"),
+        (["{study}", "--html", "{study}/x.html", "--latents", "1,b"], "give numbers separated by commas"),
+        (["{study}", "--html", "{study}/x.html", "--latents", "30"], "the latents are 0 to 29"),
+        (["{study}", "--folder", "{study}"], "holds other files"),
+        (["{study}", "--dictionary", "/nowhere"], "the dictionary was at /nowhere"),
+        (["{study}", "--no-model", "--port", "99999"], "port 99999 can't be had: choose another with --port"),
+    ],
+)
+def test_what_is_wrong_is_one_line(
+    study: Path, arguments: list[str], told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([argument.format(study=study) for argument in arguments])
+    output, errors = capsys.readouterr()
+    assert ended.value.code == 2
+    assert errors.startswith("error: ")
+    assert told in errors
+    assert (output, len(errors.splitlines())) == ("", 1)
+    assert {path.name for path in study.iterdir()} == {"latents"}
