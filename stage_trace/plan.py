@@ -69,7 +69,7 @@ def plan(path: str, revision: str | None, sources: Sequence[Source], num_tokens:
     # All columns while rows are made, and beside them the rows in order, of the columns that are kept.
     matrix, final = of_type * rows * (latents + others), of_type * rows * (kept + others)
     batch = min(cfg.batch, rows)
-    sweep = of_type * batch * (latents + others + T * (5 * D + 3 * H * E))
+    sweep = of_type * batch * (latents + others + T * 5 * (D + H * E))  # what lies in memory at once, as measured
     masks = 2 * rows * (kept + others)
 
     base = weights + recorded + stand_ins
