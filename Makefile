@@ -57,8 +57,8 @@ $(VENV_PEERS)/.installed: pyproject.toml constraints-peers.txt
 	@test -x $(VENV_PEERS)/bin/python || $(PYTHON) -m venv $(VENV_PEERS)
 	@$(VENV_PEERS)/bin/python -m pip install -q --disable-pip-version-check -c constraints-peers.txt -e . \
 	  sae-lens eai-sparsify dictionary-learning pytest pytest-xdist
-	@# Of SAEDashboard one module is used; its own pins do not go with the others'.
-	@$(VENV_PEERS)/bin/python -m pip install -q --disable-pip-version-check --no-deps -c constraints-peers.txt sae-dashboard
+	@# Of these one module each is used; their own pins do not go with the others'.
+	@$(VENV_PEERS)/bin/python -m pip install -q --disable-pip-version-check --no-deps -c constraints-peers.txt circuit-tracer sae-dashboard
 	@$(VENV_PEERS)/bin/python -m pip uninstall -q -y torchvision
 	@touch $@
 

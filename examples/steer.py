@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from shared.basics.errors import GranaryError
 from shared.intervene.edits import Edit
 from shared.intervene.splice import SplicedModel
-from shared.launch.stage import fail
+from shared.launch.outcome import ending_in_one_line
 from shared.lm import load_causal_lm, load_tokenizer
 from shared.sae import SAE
 from shared.sae.loading import load_any
@@ -32,10 +32,8 @@ SHOWN = 8
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the example; a wrong input is one line on stderr and status 2."""
     arguments = parse(argv)
-    try:
+    with ending_in_one_line():
         run(arguments, Console(soft_wrap=True, highlight=False))
-    except GranaryError as error:
-        fail(str(error))
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:

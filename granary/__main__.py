@@ -18,18 +18,19 @@ usage: granary COMMAND [key=value ...]
 granary COMMAND --help tells more of one; granary --version. Every key: docs/config.md.
 """
 
+TOLD = dict.fromkeys(("-h", "--help", "help"), "usage") | dict.fromkeys(("-V", "--version", "version"), "version")
+
 
 def main() -> None:
     """Run one subcommand as ``python -m`` would run its module; status 2 and one line for one that there is not."""
     arguments = sys.argv[1:]
     name = arguments[0] if arguments else "--help"
-    if name in ("-h", "--help", "help"):
-        print(usage(), end="")  # noqa: T201
-        return
-    if name in ("-V", "--version", "version"):
+    if name in TOLD:
         from shared.basics.versions import granary_version
+        from shared.launch.outcome import ending_in_one_line
 
-        print(f"granary {granary_version()}")  # noqa: T201
+        with ending_in_one_line():
+            print(usage() if TOLD[name] == "usage" else f"granary {granary_version()}\n", end="")  # noqa: T201
         return
     command = COMMANDS.get(name)
     if command is None:

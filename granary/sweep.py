@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
+from shared.launch.outcome import ending_in_one_line
 from shared.launch.stage import run_child
 
 HELP = """\
@@ -56,9 +57,10 @@ def main() -> None:
     if any(argument in ("-h", "--help") for argument in arguments):
         print(HELP.format(grid=" ".join(GRID)), end="")  # noqa: T201
         return
-    train, evaluate = commands(arguments)
-    run_child([sys.executable, "-m", "stage_train", *train])
-    run_child([sys.executable, "-m", "stage_eval", *evaluate])
+    with ending_in_one_line():
+        train, evaluate = commands(arguments)
+        run_child([sys.executable, "-m", "stage_train", *train])
+        run_child([sys.executable, "-m", "stage_eval", *evaluate])
 
 
 if __name__ == "__main__":

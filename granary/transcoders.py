@@ -13,7 +13,8 @@ from pathlib import Path
 from granary.sweep import is_grid, shared_arguments
 from shared.basics.errors import GranaryError
 from shared.basics.run_folder import RunFolder
-from shared.launch.stage import fail, run_child
+from shared.launch.outcome import ending_in_one_line
+from shared.launch.stage import run_child
 
 HELP = """\
 usage: granary transcoders [key=value ...]
@@ -48,9 +49,10 @@ def commands(arguments: Sequence[str], layers: Sequence[int]) -> tuple[list[str]
         "hydra.sweep.subdir='layer_${at_layer}'",
         *taught,
     ]
-    paths = ",".join(f"'{folder}/layer_{layer}'" for layer in layers)
+    # By the last sweep, not by the folders' names: where they hold another set, this one lies beside it.
+    where = [f"sae.path='{folder}'", "sae.last_grid=true", f"out_dir='{folder}'"]
     joint = [f"joint={'true' if len(layers) > 1 else 'false'}", f"sae.per_pass={len(layers)}"]
-    return train, [*shared_arguments(taught), *evaluated, f"sae.path=[{paths}]", f"out_dir='{folder}'", *joint]
+    return train, [*shared_arguments(taught), *evaluated, *where, *joint]
 
 
 def layers_of(hooks: Sequence[str]) -> list[int]:
@@ -86,14 +88,12 @@ def main() -> None:
     if any(argument in ("-h", "--help") for argument in arguments):
         print(HELP, end="")  # noqa: T201
         return
-    try:
+    with ending_in_one_line():
         if is_grid([argument for argument in arguments if not argument.startswith("layer=")]):
             raise GranaryError("granary transcoders trains one set: give each key one value, and each set its name")
         train, evaluate = commands(arguments, chosen_layers(arguments))
-    except GranaryError as error:
-        fail(str(error))
-    run_child([sys.executable, "-m", "stage_train", *train])
-    run_child([sys.executable, "-m", "stage_eval", *evaluate])
+        run_child([sys.executable, "-m", "stage_train", *train])
+        run_child([sys.executable, "-m", "stage_eval", *evaluate])
 
 
 if __name__ == "__main__":

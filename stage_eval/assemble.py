@@ -9,12 +9,13 @@ from typing import Self
 
 import torch
 
-from shared.basics.metrics_file import read_metrics
+from shared.basics.metrics_file import read_columns
 from shared.basics.versions import software_versions
 from shared.sae.sites import slices
 from stage_eval.config import EvalSchema
 from stage_eval.measure.activations import ActivationSums, activation_figures
 from stage_eval.measure.breakdown import Grouping
+from stage_eval.measure.diffing import DiffSums, diff_figures
 from stage_eval.measure.downstream import DownstreamSums, downstream_figures, loss_breakdown
 from stage_eval.measure.passes import ablated
 from stage_eval.measure.reconstruction import fvu_breakdown, latent_figures, reconstruction_figures
@@ -94,6 +95,7 @@ class Measured:
     """By written site."""
     losses: DownstreamSums | None
     decoder: DecoderFigures | None
+    differences: DiffSums | None = None
 
 
 def assemble(measured: Measured, session: Session, facts: RunFacts) -> Evaluation:
@@ -132,6 +134,9 @@ def assemble(measured: Measured, session: Session, facts: RunFacts) -> Evaluatio
         ),
         activations=next(iter(described.values())) if is_one else None,
         activations_by_site=None if is_one else described,
+        differences=None
+        if measured.differences is None
+        else diff_figures(measured.differences, sums.added["firings_F"] > 0, written),
         training=training_curve(folder.folder),
         provenance=Provenance(
             **vars(facts.provenance),
@@ -177,13 +182,10 @@ def hardware() -> str:
 
 def training_curve(folder: Path) -> TrainingCurve | None:
     """Tokens and FVU along the training run, where its metrics.jsonl lies beside the SAE; else None."""
-    points: dict[float, float] = {}
-    for record in read_metrics(folder):
-        if "tokens" in record and "fvu" in record:
-            points[record["tokens"]] = record["fvu"]  # a resumed run logs some steps twice
-    ordered = sorted(points.items())
+    columns = read_columns(folder, ["tokens", "fvu"])
+    ordered = sorted(dict(zip(columns["tokens"], columns["fvu"], strict=True)).items())  # some are logged twice
     if len(ordered) < 2:
         return None
     step = max(1, len(ordered) // CURVE_POINTS)
     thinned = ordered[::-step][::-1]
-    return TrainingCurve(tokens=[tokens for tokens, _ in thinned], fvu=[fvu for _, fvu in thinned])
+    return TrainingCurve(tokens=[int(tokens) for tokens, _ in thinned], fvu=[fvu for _, fvu in thinned])

@@ -9,9 +9,10 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from omegaconf import OmegaConf
+from hydra.errors import HydraException
 
 from shared.basics.errors import GranaryError
+from shared.basics.yaml_file import read_yaml
 
 SWEEP_RECORD, RUN_RECORD = "multirun.yaml", ".hydra/overrides.yaml"
 
@@ -27,7 +28,12 @@ def last_grid(folder: Path) -> set[frozenset[str]]:
             f"{folder} has no {SWEEP_RECORD}, so it is not the folder of a sweep: leave out sae.last_grid"
         )
     choices: dict[str, list[str]] = {}
-    for override in OverridesParser.create().parse_overrides(list(OmegaConf.load(record).hydra.overrides.task)):
+    try:
+        task = read_yaml(record)["hydra"]["overrides"]["task"]
+        given = OverridesParser.create().parse_overrides([str(one) for one in task])
+    except (TypeError, KeyError, HydraException) as error:
+        raise GranaryError(f"{record} does not say what the sweep was: leave out sae.last_grid") from error
+    for override in given:
         key = override.get_key_element()
         values = (
             override.sweep_string_iterator() if override.is_sweep_override() else [override.get_value_element_as_str()]
@@ -39,7 +45,10 @@ def last_grid(folder: Path) -> set[frozenset[str]]:
 def is_of_grid(folder: Path, grid: set[frozenset[str]]) -> bool:
     """Whether the run in `folder` is one of `grid`."""
     record = folder / RUN_RECORD
-    return record.is_file() and frozenset(without_processes(map(str, OmegaConf.load(record)))) in grid
+    try:
+        return record.is_file() and frozenset(without_processes(map(str, read_yaml(record)))) in grid
+    except (GranaryError, TypeError):  # torn, or not Hydra's: no run of the sweep that can be told
+        return False
 
 
 def without_processes(overrides: Iterable[str]) -> list[str]:

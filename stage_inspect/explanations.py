@@ -9,7 +9,7 @@ from typing import Any
 
 from shared.basics.errors import GranaryError
 from shared.launch.commands import program
-from shared.launch.stage import fail
+from shared.launch.outcome import ending_in_one_line
 from stage_inspect.find import latents_url
 
 Row = tuple[int, str, str, str, dict[str, Any]]
@@ -22,11 +22,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("run", metavar="RUN", help="a run's folder, or a latents folder")
     parser.add_argument("files", metavar="FILE", nargs="+", type=Path, help="JSON lines, or a JSON list; also gzipped")
     arguments = parser.parse_args(argv)
-    try:
+    with ending_in_one_line():
         count = take(arguments.run, arguments.files)
-    except GranaryError as error:
-        fail(str(error))
-    print(f"{count} explanations taken")  # noqa: T201
+        print(f"{count} explanations taken")  # noqa: T201
 
 
 def take(run: str, paths: list[Path]) -> int:

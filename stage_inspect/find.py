@@ -10,7 +10,8 @@ from shared.basics.config import Split
 from shared.basics.errors import GranaryError
 from shared.basics.run_folder import RunFolder
 from shared.launch.commands import program
-from shared.launch.stage import fail
+from shared.launch.outcome import ending_in_one_line
+from shared.launch.terminal import ShownConsole
 
 FIND = """\
 Which latents stand for a concept. A concept is a regular expression, a set of tokens, or one of Python source, whose
@@ -36,10 +37,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--store", metavar="URL", help="the store, where it has moved")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the result here")
     arguments = parser.parse_args(argv)
-    try:
+    with ending_in_one_line():
         find(arguments)
-    except GranaryError as error:
-        fail(str(error))
 
 
 def latents_url(run: str) -> str:
@@ -56,7 +55,6 @@ def latents_url(run: str) -> str:
 
 def find(arguments: argparse.Namespace) -> None:
     """Search, show and keep; raises GranaryError for every wrong input before the pass."""
-    from rich.console import Console
     from rich.table import Table
     from tqdm import tqdm
 
@@ -87,7 +85,7 @@ def find(arguments: argparse.Namespace) -> None:
                 f"{one.recall:.3f}",
                 f"{one.auroc:.3f}",
             )
-    Console(soft_wrap=True).print(table, markup=False)
+    ShownConsole(soft_wrap=True).print(table)
     record = {name: [asdict(one) for one in matches] for name, matches in found.items()}
     for name, rows in record.items():
         result = {"split": arguments.split, "contexts": len(contexts), "latents": rows}

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from shared.basics.disk import telling_disk_errors
 from shared.basics.errors import GranaryError
 from shared.basics.units import GIB
 from shared.kernels import resolve
@@ -27,7 +28,6 @@ from stage_train.data.stores import PinnedStore, pin, repin
 from stage_train.run import Run, eval_command, finish, write_config
 from stage_train.show.progress import ProgressBar
 from stage_train.spec import RunSpec, on_device
-from stage_train.state.disk import telling_disk_errors
 from stage_train.state.export import digest
 from stage_train.state.identity import shared_keys
 from stage_train.state.lock import only_run_in

@@ -13,7 +13,6 @@ nothing heavy until then.
 import argparse
 import logging
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,12 +22,16 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from shared.basics.errors import GranaryError
+from shared.basics.files import write_text
 from shared.basics.run_folder import RunFolder
+from shared.basics.yaml_file import read_yaml
 from shared.launch import commands
 from shared.launch.config_errors import describe_config_error
 from shared.launch.orphans import end_with_starter
+from shared.launch.outcome import ending_in_one_line
 from shared.launch.schema import fill
-from shared.launch.stage import fail, python_module, run_child
+from shared.launch.stage import python_module, run_child
+from shared.launch.terminal import LogFile, ShownFormatter
 from stage_train.config import TrainSchema, as_dict
 
 _gathered: dict[Path, list[TrainSchema]] = {}
@@ -50,21 +53,24 @@ def train_gathered() -> None:
     """Train what was noted, if anything was, in a child process or several."""
     for folder, cfgs in _gathered.items():
         path = RunFolder(folder).packed_list
-        OmegaConf.save(OmegaConf.create([as_dict(cfg) for cfg in cfgs]), path)
+        write_text(path, OmegaConf.to_yaml(OmegaConf.create([as_dict(cfg) for cfg in cfgs])))
         run_child([*python_module(cfgs[0].nproc), "stage_train.packed", str(path)])
 
 
 def read_list(path: Path) -> list[TrainSchema]:
     """The configurations in a file: a YAML list whose entries are as ``train.yaml`` in a run's folder.
 
-    Raises GranaryError for a file that is missing or not such a list, and Hydra's errors for a wrong key or value.
+    Raises GranaryError for a file that is missing or not such a list, and for a wrong key or value in it.
     """
     if not path.is_file():
         raise GranaryError(f"{path} is not there: give the packed.yaml of a sweep, or a list of train.yaml contents")
-    entries = OmegaConf.load(path)
-    if not OmegaConf.is_list(entries) or not len(entries):
+    entries = read_yaml(path)
+    if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
         raise GranaryError(f"{path} is not a list of configurations: begin each with '- ' and the keys of a train.yaml")
-    return [fill(OmegaConf.merge(OmegaConf.structured(TrainSchema), entry)) for entry in entries]
+    try:
+        return [fill(OmegaConf.merge(OmegaConf.structured(TrainSchema), entry)) for entry in entries]
+    except (ValueError, TypeError, OmegaConfBaseException) as error:
+        raise GranaryError(f"{path}: {describe_config_error(error)}") from error
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -75,18 +81,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("file", type=Path, help="packed.yaml of a sweep with packed=true")
     path: Path = parser.parse_args(arguments).file
     end_with_starter()
-    try:
+    with ending_in_one_line(on_interrupt=None):  # the command that the user gave says what to do
         cfgs = read_list(path)
         _log_to(path.with_suffix(".log"))
         from stage_train.job import train
 
         train(cfgs)
-    except GranaryError as error:
-        fail(str(error))
-    except OmegaConfBaseException as error:
-        fail(f"{path}: {describe_config_error(error)}")
-    except KeyboardInterrupt:
-        sys.exit(130)  # the command that the user gave says what to do
 
 
 def _log_to(file: Path) -> None:
@@ -94,12 +94,12 @@ def _log_to(file: Path) -> None:
     rank = os.environ.get("RANK", "0")
     console = logging.StreamHandler()
     if rank != "0":
-        console.setFormatter(logging.Formatter(f"rank {rank}: %(message)s"))
+        console.setFormatter(ShownFormatter(f"rank {rank}: %(message)s"))
         logging.basicConfig(level=logging.WARNING, handlers=[console])
         return
-    console.setFormatter(logging.Formatter("%(message)s"))
-    timed = logging.FileHandler(file)
-    timed.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    console.setFormatter(ShownFormatter("%(message)s"))
+    timed = LogFile(str(file))
+    timed.setFormatter(ShownFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logging.basicConfig(level=logging.INFO, handlers=[console, timed])
 
 

@@ -207,6 +207,7 @@ def finish(spec: RunSpec, checkpoints: Checkpoints, world: World) -> None:
     newest = checkpoints.latest()
     assert newest is not None
     if world.is_main:
+        checkpoints.prune(newest)  # a disk that failed may have left older ones
         export(newest, spec.folder)
         if spec.cfg.logger.curves:
             draw_curves(spec.folder)

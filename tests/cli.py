@@ -12,7 +12,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -130,7 +131,8 @@ class Child:
 
     def send_signal(self, number: int) -> None:
         if self.poll() is None:
-            os.kill(self.pid, number)
+            with suppress(ProcessLookupError):  # it has ended, and how is not written down yet
+                os.kill(self.pid, number)
 
     def kill(self) -> None:
         self.send_signal(signal.SIGKILL)
@@ -147,8 +149,9 @@ class Child:
 class ForkServer:
     """A context manager; `run` is ``python -m module arguments...`` in `folder`."""
 
-    def __init__(self, folder: Path, preload: Iterable[str]) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, preload: Iterable[str], library: Path | None = None) -> None:
+        """`preload` are modules; `library` is a shared object that comes before libc, in the commands too."""
+        self.folder, self.library = folder, library
         self._calls = folder / "calls"
         self._calls.mkdir()
         self._numbers, self._children = itertools.count(), list[Child]()
@@ -156,7 +159,7 @@ class ForkServer:
             [sys.executable, "-c", SERVER, json.dumps(list(preload))],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            env=environment(),
+            env=environment() | ({} if library is None else {"LD_PRELOAD": str(library)}),
             cwd=folder,
             text=True,
         )
@@ -172,11 +175,16 @@ class ForkServer:
         """Run a stage to its end."""
         return self.start(module, *arguments).finish()
 
-    def start(self, module: str, *arguments: str, session: bool = False) -> Child:
-        """Begin to run a stage, or a script by its path ending in .py; with `session` in a process group of its own."""
+    def start(
+        self, module: str, *arguments: str, session: bool = False, variables: Mapping[str, str] | None = None
+    ) -> Child:
+        """Begin to run a stage, or a script by its path ending in .py; with `session` in a process group of its own.
+
+        `variables` are put into its environment.
+        """
         call = {"module": module, "arguments": arguments, "folder": str(self.folder), "session": session}
         files = self._calls / str(next(self._numbers))
-        call |= {"files": str(files), "environment": environment()}
+        call |= {"files": str(files), "environment": environment() | dict(variables or {})}
         assert self.process.stdin is not None
         self.process.stdin.write(json.dumps(call) + "\n")
         self.process.stdin.flush()

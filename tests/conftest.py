@@ -91,8 +91,10 @@ def train_configs() -> Iterator[None]:
 def stages(tmp_path_factory: pytest.TempPathFactory) -> Iterator["ForkServer"]:
     """``stages.at(folder).run("stage_train", ...)``: the stages' command lines, with the imports done once."""
     from tests.cli import STAGES, ForkServer
+    from tests.disk import failing_disk_library
 
-    with ForkServer(tmp_path_factory.mktemp("stages"), STAGES) as server:
+    folder = tmp_path_factory.mktemp("stages")
+    with ForkServer(folder, STAGES, failing_disk_library(folder)) as server:
         yield server
 
 

@@ -25,10 +25,8 @@ WIDTH, LATENTS = 24, 40
 
 def small_store(folder: Path, num_contexts: int = 21, seq_len: int = 64, **changes: Any) -> Store:
     """Seven shards of three contexts, one of them held out; two or three documents in each context."""
-    plan = synthetic_plan(
-        num_contexts=num_contexts, seq_len=seq_len, d_model=WIDTH, shard_contexts=3, heldout_fraction=0.15, **changes
-    )
-    return synthetic_store(folder, plan)
+    fields = {"num_contexts": num_contexts, "seq_len": seq_len, "shard_contexts": 3, "heldout_fraction": 0.15}
+    return synthetic_store(folder, synthetic_plan(**{**fields, "d_model": WIDTH, **changes}))
 
 
 def small_sae(folder: Path, activation: str = "topk", *, seed: int = 0, **changes: Any) -> SAE:

@@ -1,4 +1,4 @@
-"""Files that are whole or not there, also after a power cut; folders that last; locks that die with their process.
+"""Files and folders that are whole or not there, also after a power cut; locks that die with their process.
 
 A file is written beside its place under one fixed name, flushed to disk, renamed, and the folder flushed. The writer
 holds a lock on it meanwhile, which the kernel drops with its process: two writers of one file take turns, and what a
@@ -8,6 +8,7 @@ killed one left is taken over by the next.
 import errno
 import fcntl
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -32,12 +33,40 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(fd)
             os.replace(temp, path)
-        except BaseException:
-            temp.unlink(missing_ok=True)
+        except BaseException as error:
+            with suppress(OSError):
+                temp.unlink(missing_ok=True)
             with suppress(OSError):
                 file.close()
+            if isinstance(error, OSError) and error.filename is None:
+                error.filename = str(path)  # a failed write does not say where
             raise
     sync_folder(path.parent)
+
+
+@contextmanager
+def making_folder(folder: Path) -> Iterator[Path]:
+    """A folder to fill beside `folder`; when the block ends it is `folder`, on disk, where nothing or no file was.
+
+    After an error in the block, or a full disk, nothing of it is left. Raises OSError.
+    """
+    final = Path(os.path.realpath(folder))
+    make_folders(final.parent)
+    temp = temporary(final)
+    shutil.rmtree(temp, ignore_errors=True)
+    temp.mkdir()
+    made = temp
+    try:
+        yield temp
+        for path in temp.rglob("*"):
+            _flush(path)
+        sync_folder(temp)
+        os.replace(temp, final)
+        made = final
+        sync_folder(final.parent)
+    except BaseException:
+        shutil.rmtree(made, ignore_errors=True)
+        raise
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -142,7 +171,12 @@ def make_folders(folder: Path) -> None:
 
 def sync_folder(folder: Path) -> None:
     """Flush the names in a folder to disk."""
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    _flush(folder, os.O_DIRECTORY)
+
+
+def _flush(path: Path, kind: int = 0) -> None:
+    """Flush a file's content, or the names in a folder, to disk."""
+    fd = os.open(path, os.O_RDONLY | kind)
     try:
         os.fsync(fd)
     finally:

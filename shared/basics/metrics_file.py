@@ -1,6 +1,9 @@
-"""Reading ``metrics.jsonl``: one JSON object per logging step of a training run."""
+"""Reading ``metrics.jsonl``: one JSON object per logging step of a training run. It may be long, and it may be torn."""
 
 import json
+import math
+from array import array
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,29 +15,52 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     return [metrics for metrics in map(_parse, _lines(folder)) if metrics is not None]
 
 
-def lines_up_to(folder: Path, step: int) -> list[bytes]:
+def read_columns(folder: Path, names: Sequence[str]) -> dict[str, "array[float]"]:
+    """The values of `names` by name, of the lines in which each is a number; 8 bytes for each, however long the run."""
+    columns = {name: array("d") for name in names}
+    for line in _lines(folder):
+        metrics = _parse(line)
+        values = [] if metrics is None else [metrics.get(name) for name in names]
+        if values and all(map(_is_number, values)):
+            for name, value in zip(names, values, strict=True):
+                columns[name].append(value)  # type: ignore[arg-type]
+    return columns
+
+
+def lines_up_to(folder: Path, step: int) -> Iterator[bytes]:
     """The lines up to a step, byte for byte; damaged ones between them as they are."""
-    kept: list[bytes] = []
     damaged: list[bytes] = []
     for line in _lines(folder):
         metrics = _parse(line)
         if metrics is None:
             damaged.append(line)
         elif metrics["step"] <= step:
-            kept += [*damaged, line]
+            yield from damaged
+            yield line
             damaged = []
-    return kept
 
 
-def _lines(folder: Path) -> list[bytes]:
+def _lines(folder: Path) -> Iterator[bytes]:
     path = RunFolder(folder).metrics
-    return path.read_bytes().splitlines() if path.is_file() else []
+    if path.is_file():
+        with path.open("rb") as file:
+            for line in file:
+                yield line.rstrip(b"\r\n")
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:
     """The metrics of a line; None for a damaged one."""
     try:
         metrics = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
-    return metrics if isinstance(metrics, dict) and isinstance(metrics.get("step"), int) else None
+    is_metrics = isinstance(metrics, dict) and type(metrics.get("step")) is int
+    return metrics if is_metrics else None
+
+
+def _is_number(value: object) -> bool:
+    """Whether it can be drawn: no text, no NaN, and not too large for a float."""
+    try:
+        return isinstance(value, int | float) and math.isfinite(value)
+    except OverflowError:
+        return False

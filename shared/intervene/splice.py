@@ -182,9 +182,10 @@ class SplicedModel:
         if new < 0:  # nothing was generated, or embeddings were given
             return
         mask = prompt_mask.repeat_interleave(len(tokens_BL) // len(prompt_mask), dim=0)
-        inputs = {"attention_mask": torch.nn.functional.pad(mask, (0, new), value=1), "use_cache": False}
+        mask = torch.nn.functional.pad(mask, (0, new), value=1)
+        inputs: dict[str, Any] = {"attention_mask": mask, "use_cache": False}
         if "position_ids" in signature(self.inner.forward).parameters:  # as generate counts them
-            inputs["position_ids"] = (inputs["attention_mask"].cumsum(1) - 1).clamp_min(0)
+            inputs["position_ids"] = (mask.cumsum(1) - 1).clamp_min(0)
         self.model(input_ids=tokens_BL[:, :length], **inputs)
 
     @property

@@ -5,6 +5,7 @@ from dataclasses import is_dataclass
 from importlib import resources
 from pathlib import Path
 
+from hydra.errors import OverrideParseException
 from omegaconf.errors import OmegaConfBaseException
 
 from shared.launch.schema import suggestion
@@ -32,11 +33,17 @@ def describe_config_error(error: Exception) -> str:
     if ambiguous:
         key, values = ambiguous.groups()
         return f"{key}={values} is a sweep: add -m, or write {key}=[{values}] for a list"
+    if isinstance(error, OverrideParseException):
+        return (
+            f'{error.override} can\'t be read: write key=value, text with special signs as key="..." in single quotes'
+        )
     option = re.search(r"Could not find '([^']+)'", text) or re.search(r"Could not load '([^']+)'", text)
     if option and option[1].startswith("hydra/launcher/submitit"):
         return "hydra/launcher=slurm needs submitit: pip install 'granary-sae[slurm]'"
     if option:
-        group, _, name = option[1].rpartition("/")
+        parts = option[1].split("/")
+        depth = max((n for n in range(1, len(parts)) if group_options("/".join(parts[:n]))), default=len(parts) - 1)
+        group, name = "/".join(parts[:depth]), "/".join(parts[depth:])
         return f"no option {name!r} in group {group!r}: choose from {', '.join(group_options(group))}"
     prefix = f"{full_key}: " if full_key and full_key not in text else ""
     return f"{prefix}{text}"

@@ -9,6 +9,9 @@ import re
 from collections.abc import Sequence
 from importlib import resources
 
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+
 from shared.launch import commands
 
 # Groups that also take the value of one of their keys.
@@ -32,6 +35,30 @@ def expand_shorthands(overrides: Sequence[str]) -> list[str]:
             override = f"{group}=[{value}]"
         expanded.append(override)
     return expanded
+
+
+def quote_text(overrides: Sequence[str]) -> list[str]:
+    """Quote the values that Hydra's grammar can't read, such as ``corpus.separator=<|endoftext|>``: they are text.
+
+    Where the key is no text, what refuses the value then names the key.
+    """
+    parser = OverridesParser.create()
+
+    def is_read(override: str) -> bool:
+        try:
+            parser.parse_overrides([override])
+        except HydraException:
+            return False
+        return True
+
+    def settled(override: str) -> str:
+        key, equals, value = override.partition("=")
+        if not equals or override.startswith("-") or is_read(override):
+            return override
+        quoted = commands.override(key, value)
+        return quoted if is_read(quoted) else override
+
+    return [settled(override) for override in overrides]
 
 
 def expand_launcher(arguments: Sequence[str]) -> list[str]:

@@ -5,22 +5,19 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
 from omegaconf import DictConfig
-from omegaconf.errors import OmegaConfBaseException
 
-from shared.basics.errors import GranaryError
+from shared.basics.display import refuse_password
 from shared.launch import slurm
-from shared.launch.config_errors import describe_config_error
 from shared.launch.counts import expand_counts
 from shared.launch.orphans import environment_of_child
-from shared.launch.overrides import expand_launcher, expand_shorthands, rank_overrides
+from shared.launch.outcome import ending_in_one_line, fail
+from shared.launch.overrides import expand_launcher, expand_shorthands, quote_text, rank_overrides
 from shared.launch.schema import fill, schema_of
 
 # Logger, and a part of the message.
@@ -40,7 +37,7 @@ def run_stage(task: Callable[[Any], None], config_name: str, afterwards: Callabl
     In a sweep that is once per job; `afterwards` is called when all are done. A packed job (``packed=true``) is not
     started in processes of its own: its task only takes note of it.
 
-    Exits with status 2 and one line on stderr for a wrong configuration or a GranaryError, 130 on Ctrl-C.
+    Exits as ``shared.launch.outcome`` says: with status 2 and one line on stderr for what a user can mend.
     """
     os.environ["HYDRA_FULL_ERROR"] = "1"  # raise, so that the line below is ours and not Hydra's multi-line one
     os.environ.update(slurm.CHOICE_OF_WARNING)
@@ -53,29 +50,22 @@ def run_stage(task: Callable[[Any], None], config_name: str, afterwards: Callabl
         if cfg.get("nproc", 1) > 1 and "RANK" not in os.environ and not cfg.get("packed", False):
             run_child(child_command(f"stage_{config_name}", cfg.nproc, ["--standalone"]))
             return
-        try:
+        with ending_in_one_line():  # here as well: on its way out Hydra would add a line of its own
             task(fill(cfg))
-        except GranaryError as error:
-            fail(str(error))  # here: on its way out Hydra would add a line of its own
 
-    try:
-        arguments = expand_counts(expand_shorthands(sys.argv[1:]), schema_of(config_name))
+    submitted = any(argument.startswith("hydra/launcher=") for argument in sys.argv)
+    on_interrupt = ["its jobs stay in the queue (squeue, scancel)"] if submitted else []
+    with ending_in_one_line(*on_interrupt):
+        refuse_password(*sys.argv[1:])
+        arguments = expand_counts(expand_shorthands(quote_text(sys.argv[1:])), schema_of(config_name))
         sys.argv[1:] = expand_launcher(arguments) + rank_overrides()
-        hydra.main(version_base="1.3", config_path="pkg://conf", config_name=config_name)(run)()
+        try:
+            hydra.main(version_base="1.3", config_path="pkg://conf", config_name=config_name)(run)()
+        except Exception as error:
+            if not is_failed_job(error):
+                raise
+            fail(f"a Slurm job failed: {str(error).strip().splitlines()[-1]}")
         afterwards()
-    except GranaryError as error:
-        fail(str(error))
-    except (HydraException, OmegaConfBaseException) as error:
-        fail(describe_config_error(error))
-    except Exception as error:
-        if not is_failed_job(error):
-            raise
-        fail(f"a Slurm job failed: {str(error).strip().splitlines()[-1]}")
-    except KeyboardInterrupt:
-        submitted = any(argument.startswith("hydra/launcher=") for argument in sys.argv)
-        what = "its jobs stay in the queue (squeue, scancel)" if submitted else "run the same command again to continue"
-        print(f"interrupted; {what}", file=sys.stderr)  # noqa: T201
-        sys.exit(130)
 
 
 def drop_chatter() -> None:
@@ -87,16 +77,6 @@ def drop_chatter() -> None:
 def without(text: str) -> Callable[[logging.LogRecord], bool]:
     """A filter of log records: those with `text` in their message are left out."""
     return lambda record: text not in record.getMessage()
-
-
-def fail(message: str) -> NoReturn:
-    """Print one line on stderr and exit with status 2."""
-    rank = os.environ.get("RANK", "0")
-    if rank != "0":
-        time.sleep(2)  # a fault all ranks share is told once: rank 0's exit makes torchrun end this one first
-    where = f" (rank {rank})" if rank != "0" else ""
-    print(f"error{where}: {' '.join(message.split())}", file=sys.stderr, flush=True)  # noqa: T201
-    sys.exit(2)
 
 
 def run_child(command: Sequence[str]) -> None:

@@ -6,7 +6,9 @@ from typing import Any
 
 import torch
 
+from shared.basics.disk import telling_disk_errors
 from shared.basics.errors import GranaryError
+from shared.basics.files import making_folder
 from shared.sae import folder as on_disk
 from shared.sae.config import DictionaryConfig
 from shared.sae.formats import FORMATS, foreign
@@ -77,19 +79,31 @@ def convert(source: str | Path, target: Path, to: str, ignore: Collection[str] =
     writable = [GRANARY, *(name for name, module in FORMATS.items() if hasattr(module, "save"))]
     if to not in writable:
         raise GranaryError(f"format {to!r} can't be written: choose from {', '.join(writable)}")
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise GranaryError(f"{target} is not empty: choose another folder")
+    check_new(target)
     folder = on_disk.locate(source)
     found = detect(folder)
     made, provenance = load_any(folder, ignore)
+    if to != GRANARY and not isinstance(made, SAE):
+        raise GranaryError(f"{source} is a {made.config.kind}: the {to} format is written for SAEs alone")
+    with telling_disk_errors(target), making_folder(target) as filled:
+        _write(made, provenance, folder if found == GRANARY else None, to, filled)
+    return found
+
+
+def _write(made: Dictionary, provenance: dict[str, Any], own: Path | None, to: str, target: Path) -> None:
+    """Write `made` as format `to` into a folder; `own` is the source where it is of this project's format."""
     if to == GRANARY:
-        training = on_disk.describe(folder).training if found == GRANARY else {}
+        training = on_disk.describe(own).training if own is not None else {}
         made.save_pretrained(target, provenance, training)
     else:
-        if not isinstance(made, SAE):
-            raise GranaryError(f"{source} is a {made.config.kind}: the {to} format is written for SAEs alone")
+        assert isinstance(made, SAE)
         FORMATS[to].save(RawSAE.from_checkpoint(made.config, made.state_dict(), provenance), target)
-    return found
+
+
+def check_new(target: Path) -> None:
+    """Raise GranaryError for a folder that holds files."""
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise GranaryError(f"{target} is not empty: choose another folder")
 
 
 def _read_foreign(folder: Path) -> on_disk.Weights | None:

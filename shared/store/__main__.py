@@ -7,14 +7,13 @@ import argparse
 import math
 import sys
 
-from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from shared.basics.errors import GranaryError
 from shared.basics.units import human_bytes, spans
 from shared.launch.commands import program
-from shared.launch.stage import fail
+from shared.launch.outcome import ending_in_one_line
+from shared.launch.terminal import ShownConsole
 from shared.store.format.layout import FORMAT_VERSION
 from shared.store.statistics import OUTLIER_RATIO, PERCENTILES, HookStatistics
 from shared.store.store import Store
@@ -41,25 +40,29 @@ def main(argv: list[str] | None = None) -> int:
                 "--damaged", action="store_true", help="verify first, and drop damaged shards for the next harvest too"
             )
     arguments = parser.parse_args(argv)
-    console = Console(soft_wrap=True)
-    try:
-        if arguments.command == "info":
-            return show_info(Store.open(arguments.url), console)
-        if arguments.command == "ls":
-            return show_shards(Store.open(arguments.url), console)
-        if arguments.command == "verify":
-            return show_report(verify_with_bar(arguments.url), console)
-        report = verify_with_bar(arguments.url) if arguments.damaged else None
-        dropped = drop_incomplete(arguments.url, report)
-        for key in dropped:
-            console.print(f"dropped {key}", highlight=False)
-        console.print(f"{len(dropped)} objects dropped" if dropped else "nothing to drop")
-    except GranaryError as error:
-        fail(str(error))
+    status = 0
+    with ending_in_one_line():
+        status = run(arguments, ShownConsole(soft_wrap=True))
+    return status
+
+
+def run(arguments: argparse.Namespace, console: ShownConsole) -> int:
+    """Carry out one command; returns the exit status."""
+    if arguments.command == "info":
+        return show_info(Store.open(arguments.url), console)
+    if arguments.command == "ls":
+        return show_shards(Store.open(arguments.url), console)
+    if arguments.command == "verify":
+        return show_report(verify_with_bar(arguments.url), console)
+    report = verify_with_bar(arguments.url) if arguments.damaged else None
+    dropped = drop_incomplete(arguments.url, report)
+    for key in dropped:
+        console.print(f"dropped {key}")
+    console.print(f"{len(dropped)} objects dropped" if dropped else "nothing to drop")
     return 0
 
 
-def show_info(store: Store, console: Console) -> int:
+def show_info(store: Store, console: ShownConsole) -> int:
     """Two columns: property, value; then one line per hook."""
     records = store.committed()
     plan = store.plan
@@ -111,7 +114,7 @@ def show_info(store: Store, console: Console) -> int:
     return 0
 
 
-def show_norms(hook: str, figures: HookStatistics, seq_len: int, console: Console) -> None:
+def show_norms(hook: str, figures: HookStatistics, seq_len: int, console: ShownConsole) -> None:
     """Norm percentiles along the context, and the dimensions that tower over the others."""
     table = Table(title=f"{hook}: norms by position (training shards)", title_justify="left")
     for name in ("positions", "tokens", *(f"{percent} %" for percent in PERCENTILES)):
@@ -126,7 +129,6 @@ def show_norms(hook: str, figures: HookStatistics, seq_len: int, console: Consol
     more = f" and {len(outliers) - SHOWN_DIMENSIONS} more" if len(outliers) > SHOWN_DIMENSIONS else ""
     console.print(
         f"outlier dimensions (RMS at least {OUTLIER_RATIO:.0f} times the median's): {shown or 'none'}{more}\n",
-        highlight=False,
     )
 
 
@@ -137,7 +139,7 @@ def flat(value: object, prefix: str = "") -> list[tuple[str, str]]:
     return [(prefix, str(value))]
 
 
-def show_shards(store: Store, console: Console) -> int:
+def show_shards(store: Store, console: ShownConsole) -> int:
     """One line per planned shard."""
     records, passed = store.committed(), store.passed_shards()
     table = Table(title=store.url, title_justify="left")
@@ -169,23 +171,22 @@ def verify_with_bar(url: str) -> VerifyReport:
         return verify(url, progress)
 
 
-def show_report(report: VerifyReport, console: Console) -> int:
+def show_report(report: VerifyReport, console: ShownConsole) -> int:
     """Name every bad and missing shard; returns 1 where there is one."""
     for problem in report.problems:
         where = f"shard {problem.shard}: " if problem.shard >= 0 else ""
-        console.print(f"[red]damaged[/red] {where}{problem.key} {problem.what}", highlight=False)
+        console.print(f"damaged {where}{problem.key} {problem.what}", style="red")
     if report.missing:
-        console.print(f"[yellow]missing[/yellow] shards {spans(report.missing)}", highlight=False)
+        console.print(f"missing shards {spans(report.missing)}", style="yellow")
     for key in report.leftovers + report.uncommitted:
-        console.print(f"leftover {key}", highlight=False)
+        console.print(f"leftover {key}")
     for key in report.foreign:
-        console.print(f"not part of the store: {key}", highlight=False)
+        console.print(f"not part of the store: {key}")
     if report.passed:
-        console.print(f"passed by training and deleted (store.window): shards {spans(report.passed)}", highlight=False)
+        console.print(f"passed by training and deleted (store.window): shards {spans(report.passed)}")
     console.print(
         f"{report.num_objects} objects, {human_bytes(report.num_bytes)} checked: "
         f"{len(report.problems)} damaged, {len(report.missing)} of {report.num_shards} shards missing",
-        highlight=False,
     )
     return 0 if report.intact else 1
 

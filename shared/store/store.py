@@ -9,6 +9,7 @@ import os
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from typing import Any, Literal, Self
 
 import numpy as np
@@ -92,7 +93,7 @@ class Store:
         """Dtype of `read_context` for a site."""
         return self.read_dtype
 
-    @property
+    @cached_property
     def heldout_shards(self) -> frozenset[int]:
         """Shards that training never reads."""
         return frozenset().union(*(extent.heldout for extent in self.extents))
@@ -216,9 +217,8 @@ class Store:
         is committed then.
         """
         extent = self.extent_of(shard)
-        done = self.committed().get(shard)
-        if done is not None:
-            return done
+        if self.io.size(layout.manifest_key(shard)) is not None:
+            return self._record(shard)
         contexts = extent.contexts(shard)
         record = self._writer(extent).write(shard, contexts.start, self.mask(contexts), activations)
         with self._lock:
@@ -394,9 +394,11 @@ class Store:
         with self._lock:
             record = self._records.get(shard)
         if record is None:
-            record = self.committed().get(shard)
-        if record is None:
-            raise GranaryError(f"shard {shard} of {self.url} is not committed yet: let the harvest reach it")
+            if self.io.size(layout.manifest_key(shard)) is None:
+                raise GranaryError(f"shard {shard} of {self.url} is not committed yet: let the harvest reach it")
+            record = self._load_record(shard)
+            with self._lock:
+                self._records[shard] = record
         return record
 
     def _token_rows(self, name: str, contexts: Iterable[int]) -> npt.NDArray[Any]:

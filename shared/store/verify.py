@@ -278,11 +278,12 @@ def drop_incomplete(url: str, report: VerifyReport | None = None) -> list[str]:
     doomed: list[str] = []
     if report is not None and report.problems:
         doomed.append(layout.COMPLETE)
+        token_records = [key for key in sizes if key.endswith(".tokens.json")]
         for problem in report.problems:
             if problem.shard >= 0 and not problem.key.startswith(tuple(TOKEN_TYPES)):
                 doomed.append(layout.manifest_key(problem.shard))
             else:  # what `create` writes: without the token record it looks at each object again
-                doomed += [key for key in sizes if key.endswith(".tokens.json")]
+                doomed += token_records
                 doomed.append(problem.key)
     _delete(io, doomed)
     unfinished = _drop_unfinished_extensions(io, sizes.keys() - set(doomed))

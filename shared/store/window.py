@@ -96,6 +96,7 @@ class Window:
     def __init__(self, io: ObjectIO, plan: WindowPlan) -> None:
         self.io = io
         self.plan = plan
+        self._in_a_row = {PASSED: 0, FREED: 0}
 
     @classmethod
     def settle(cls, io: ObjectIO, plan: StorePlan, window_bytes: int | None, *, fresh: bool) -> "Window | None":
@@ -178,12 +179,10 @@ class Window:
         self.io.put(FINISHED, [seal({})])
 
     def _prefix(self, folder: str) -> int:
-        """Marks in a row, from block 0 on."""
-        marks = self.io.listing(folder)
-        block = 0
-        while mark_key(folder, block) in marks:
-            block += 1
-        return block
+        """Marks in a row, from block 0 on; one that is there stays, so a later look begins behind it."""
+        while self.io.size(mark_key(folder, self._in_a_row[folder])) is not None:
+            self._in_a_row[folder] += 1
+        return self._in_a_row[folder]
 
 
 def data_keys(record: ShardRecord) -> list[str]:

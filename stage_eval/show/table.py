@@ -3,10 +3,9 @@
 from collections.abc import Sequence
 
 from rich import box
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
+from shared.launch.terminal import ShownConsole
 from stage_eval.results.evaluation import Evaluation
 from stage_eval.results.figures import Downstream, JointDownstream
 from stage_eval.show.text import differing, middle_cut, number, percent, small_sample
@@ -20,7 +19,7 @@ def print_tables(evaluations: Sequence[Evaluation], joint: JointDownstream | Non
 
     Where all were spliced in at once, a single table: one row for each replaced alone, the last for all.
     """
-    console = Console()
+    console = ShownConsole()
     console.width = max(console.width, 80)  # a log file or a pipe has no width of its own
     if joint is not None:
         console.print(joint_table(evaluations, joint))
@@ -28,10 +27,10 @@ def print_tables(evaluations: Sequence[Evaluation], joint: JointDownstream | Non
         print_by_site(console, evaluations)
     remark = small_sample(evaluations[0].n_tokens, evaluations[0].reconstruction.n_contexts)
     if remark:
-        console.print(f"  {remark}", highlight=False)
+        console.print(f"  {remark}")
 
 
-def print_by_site(console: Console, evaluations: Sequence[Evaluation]) -> None:
+def print_by_site(console: ShownConsole, evaluations: Sequence[Evaluation]) -> None:
     """A table for each site."""
     for hook in dict.fromkeys(one.sae.hook for one in evaluations):
         here = [one for one in evaluations if one.sae.hook == hook]
@@ -42,14 +41,13 @@ def print_by_site(console: Console, evaluations: Sequence[Evaluation]) -> None:
                 f"  CE clean {number(first.ce_clean, 4)}, mean-ablated {number(first.ce_mean, 4)},"
                 f" zero-ablated {number(first.ce_zero, 4)} nats;"
                 f" {first.downstream.n_predictions:,} predictions",
-                highlight=False,
             )
 
 
 def results_table(hook: str, evaluations: Sequence[Evaluation], *, wide: bool) -> Table:
     """The figures of the SAEs of one site; all of them where the terminal is `wide`."""
     table = Table(
-        title=f"{escape(hook)}: {evaluations[0].n_tokens:,} tokens",
+        title=f"{hook}: {evaluations[0].n_tokens:,} tokens",
         title_justify="left",
         box=box.SIMPLE_HEAD,
         pad_edge=False,
@@ -60,7 +58,7 @@ def results_table(hook: str, evaluations: Sequence[Evaluation], *, wide: bool) -
         table.add_column(heading, justify="right", no_wrap=True)
     names = differing([one.sae.name for one in evaluations])
     for name, row in zip(names, rows, strict=True):
-        table.add_row(escape(middle_cut(name)), *row.values())
+        table.add_row(middle_cut(name), *row.values())
     return table
 
 
@@ -74,13 +72,13 @@ def joint_table(evaluations: Sequence[Evaluation], joint: JointDownstream) -> Ta
         box=box.SIMPLE_HEAD,
         pad_edge=False,
     )
-    table.add_column("replaced", overflow="fold")
+    table.add_column("replaced", no_wrap=True)
     for heading in ("L0", "FVU", "dead", "CE", "recovered", "KL", "top-1"):
         table.add_column(heading, justify="right", no_wrap=True)
     for one in evaluations:
         own = (number(one.l0), number(one.fvu, 4), percent(one.dead_fraction))
         assert one.downstream is not None
-        table.add_row(escape(", ".join(one.sae.writes or [one.sae.hook])), *own, *losses(one.downstream))
+        table.add_row(", ".join(one.sae.writes or [one.sae.hook]), *own, *losses(one.downstream))
     total = sum(one.l0 for one in evaluations if one.l0 is not None)
     table.add_row("all at once", number(total), "", "", *losses(joint))
     return table

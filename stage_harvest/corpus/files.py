@@ -15,11 +15,13 @@ import fsspec
 from fsspec.core import url_to_fs
 from fsspec.utils import infer_compression
 
+from shared.basics.display import refuse_password
 from shared.basics.errors import GranaryError, first_line
 
 # Up to this many bytes a corpus is hashed whole; above, the beginning of each file and its size.
 FULL_HASH_BYTES = 64 << 20
 HEAD_BYTES = 64 << 10
+MOST_DOCUMENT_BYTES = 1 << 30
 # What reading raises where a file is torn or gone, or its place does not answer.
 UNREADABLE = (OSError, EOFError, zlib.error, lzma.LZMAError)
 
@@ -61,8 +63,10 @@ def find_files(pattern: str, suffixes: tuple[str, ...] = ()) -> list[SourceFile]
     A path that is there is that path, whatever signs it holds. Of a folder the files that end in `suffixes` (compressed
     or not) are taken, all of them where none does; hidden files and a README only where a pattern names them.
 
-    Raises GranaryError when there are none, when all of them are empty, or when the place can't be reached.
+    Raises GranaryError when there are none, when all of them are empty, when the place can't be reached, or for a URL
+    with a password.
     """
+    refuse_password(pattern)
     try:
         fs, path = url_to_fs(pattern)
         is_pattern = any(sign in path for sign in "*?[") and not fs.exists(path)
@@ -86,6 +90,28 @@ def find_files(pattern: str, suffixes: tuple[str, ...] = ()) -> list[SourceFile]
     ]
 
 
+def read_whole(stream: IO[bytes], file: SourceFile) -> bytes:
+    """All of `stream`, which is one document; raises GranaryError where that is more than `MOST_DOCUMENT_BYTES`."""
+    data = stream.read(MOST_DOCUMENT_BYTES + 1)
+    check_document(len(data), file)
+    return data
+
+
+def lines_of(stream: IO[bytes], file: SourceFile) -> Iterator[bytes]:
+    """The lines of `stream` with their ends; raises GranaryError for one of more than `MOST_DOCUMENT_BYTES`."""
+    while line := stream.readline(MOST_DOCUMENT_BYTES + 1):
+        check_document(len(line), file)
+        yield line
+
+
+def check_document(num_bytes: int, file: SourceFile) -> None:
+    """Raise GranaryError for a document that no memory should be asked to hold: a few kB can decompress to it."""
+    if num_bytes > MOST_DOCUMENT_BYTES:
+        raise GranaryError(
+            f"{file.path} holds a document of more than {MOST_DOCUMENT_BYTES:,} bytes: split it, or leave the file out"
+        )
+
+
 def _corpus_files(infos: list[Any], folder: str, suffixes: tuple[str, ...]) -> list[Any]:
     """Of the files of `folder` those that are meant to be read."""
 
@@ -93,6 +119,7 @@ def _corpus_files(infos: list[Any], folder: str, suffixes: tuple[str, ...]) -> l
         parts = name.removeprefix(folder.rstrip("/") + "/").split("/")
         return any(part.startswith(".") for part in parts) or parts[-1].upper().startswith("README")
 
+    infos = [info for info in infos if info["type"] == "file"]  # no pipe, which would be waited for
     open_infos = [info for info in infos if not is_aside(str(info["name"]))]
     chosen = [info for info in open_infos if _uncompressed(str(info["name"])).endswith(suffixes)] if suffixes else []
     return chosen or open_infos

@@ -7,7 +7,15 @@ from typing import Any
 
 from shared.basics.errors import GranaryError, first_line
 from stage_harvest.corpus.base import CorpusSource, Document
-from stage_harvest.corpus.files import SourceFile, describe_files, find_files, fingerprint_files, ordered, reading
+from stage_harvest.corpus.files import (
+    SourceFile,
+    describe_files,
+    find_files,
+    fingerprint_files,
+    lines_of,
+    ordered,
+    reading,
+)
 from stage_harvest.corpus.rows import as_content, field_value
 from stage_harvest.corpus.text import decode
 
@@ -36,7 +44,7 @@ class JsonlFiles(CorpusSource):
     def _read(self, file: SourceFile) -> Iterator[Document]:
         start = 0
         with file.open() as stream:
-            for number, line in enumerate(stream, 1):
+            for number, line in enumerate(lines_of(stream, file), 1):
                 text = decode(line, file, start)
                 start += len(line)
                 if not text.strip():

@@ -5,7 +5,17 @@ from collections.abc import Iterator
 
 from shared.basics.errors import GranaryError
 from stage_harvest.corpus.base import CorpusSource, Document
-from stage_harvest.corpus.files import SourceFile, describe_files, find_files, fingerprint_files, ordered, reading
+from stage_harvest.corpus.files import (
+    SourceFile,
+    check_document,
+    describe_files,
+    find_files,
+    fingerprint_files,
+    lines_of,
+    ordered,
+    read_whole,
+    reading,
+)
 
 
 class TextFiles(CorpusSource):
@@ -33,13 +43,14 @@ class TextFiles(CorpusSource):
         separator = None if self.separator is None else self.separator.encode()
         with file.open() as stream:
             if separator is None:
-                yield Document(decode(stream.read(), file, 0), file.path)
+                yield Document(decode(read_whole(stream, file), file, 0), file.path)
                 return
             start, end, first, lines = 0, 0, 1, list[bytes]()
-            for number, line in enumerate(stream, 1):
+            for number, line in enumerate(lines_of(stream, file), 1):
                 end += len(line)
                 if line.rstrip(b"\r\n") != separator:
                     lines.append(line)
+                    check_document(end - start, file)
                     continue
                 yield Document(decode(b"".join(lines), file, start).strip("\r\n"), f"{file.path} line {first}")
                 start, first, lines = end, number + 1, []

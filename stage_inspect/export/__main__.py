@@ -6,7 +6,7 @@ from pathlib import Path
 
 from shared.basics.errors import GranaryError
 from shared.launch.commands import program
-from shared.launch.stage import fail
+from shared.launch.outcome import ending_in_one_line
 from stage_inspect.find import latents_url
 
 FORMATS = ("neuronpedia", "saedashboard", "delphi", "parquet")
@@ -34,10 +34,8 @@ def main(argv: list[str] | None = None) -> None:
         "--source", metavar="ID", help="LAYER-SET, what it calls the dictionary; default: from the hook"
     )
     arguments = parser.parse_args(argv)
-    try:
+    with ending_in_one_line():
         export(arguments)
-    except GranaryError as error:
-        fail(str(error))
 
 
 def export(arguments: argparse.Namespace) -> None:

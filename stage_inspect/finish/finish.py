@@ -17,7 +17,14 @@ from shared.store.io.base import ObjectIO
 from stage_inspect.finish.merge import merge_block, record_columns, table_columns, window_starts
 from stage_inspect.finish.silent import choose_pool, silent_columns
 from stage_inspect.finish.together import together
-from stage_inspect.finish.weights import MOST_COMPARED, logit_columns, neighbour_columns, stream_rows, weight_columns
+from stage_inspect.finish.weights import (
+    MOST_COMPARED,
+    decoder_rows,
+    logit_columns,
+    neighbour_columns,
+    stream_rows,
+    weight_columns,
+)
 from stage_inspect.finish.windows import window_rows
 from stage_inspect.job import InspectJob
 from stage_inspect.scan import parts
@@ -110,13 +117,13 @@ def write_blocks(writer: LatentsWriter, merged: Iterator[Columns], windows: Ints
 
 
 def write_weights(writer: LatentsWriter, job: InspectJob, dictionary: Dictionary) -> None:
-    """Norms, map, neighbours, logit weights; what the dictionary's kind does not have is left out."""
-    writer.append_all(weight_columns(dictionary))
-    decoder = dictionary.latent_rows("decoder")
-    if decoder is not None and (len(decoder) <= MOST_COMPARED or decoder.is_cuda):
+    """Norms, map, neighbours, logit weights; the last only where what is written is in the residual stream."""
+    decoder = decoder_rows(dictionary)
+    writer.append_all(weight_columns(dictionary, decoder))
+    if len(decoder) <= MOST_COMPARED or decoder.is_cuda:
         for rows in neighbour_columns(decoder):
             writer.append_all(rows)
-    stream = stream_rows(dictionary, job.folder.sites, job.folder.widths)
+    stream = stream_rows(dictionary, decoder, job.folder.sites, job.folder.widths)
     if job.model is None or stream is None:
         return
     for rows in logit_columns(stream, load_head(job.model.path, job.model.revision, device=stream.device)):

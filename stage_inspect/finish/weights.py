@@ -21,27 +21,37 @@ BLOCK_ELEMENTS = 1 << 24
 IN_THE_STREAM = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")
 
 
+def decoder_rows(dictionary: Dictionary) -> Tensor:
+    """One row per latent over all that is written, [F, D]; 0 where its group does not write."""
+    if len(dictionary.groups) == 1:
+        return dictionary.groups[0].W_dec.detach()
+    rows = []
+    for group, (_, writes) in zip(dictionary.groups, dictionary.places, strict=True):
+        W_FD = group.W_dec.new_zeros(group.num_latents, dictionary.widths.d_out)
+        W_FD[:, writes] = group.W_dec.detach()
+        rows.append(W_FD)
+    return torch.cat(rows)
+
+
 @torch.inference_mode()
-def weight_columns(dictionary: Dictionary) -> Columns:
-    """Columns of ``table/`` that norms and angles give; a dictionary without such matrices gives zeros."""
-    encoder, decoder = dictionary.latent_rows("encoder"), dictionary.latent_rows("decoder")
-    F = dictionary.config.d_latent
-    nothing = torch.zeros(F)
-    bias = torch.cat([group.b_enc for group in dictionary.groups]) if encoder is not None else nothing
-    same = encoder is not None and decoder is not None and encoder.shape == decoder.shape
-    cosine = (
-        torch.cosine_similarity(encoder, decoder, dim=1)
-        if encoder is not None and decoder is not None and same
-        else nothing
-    )
+def weight_columns(dictionary: Dictionary, decoder: Tensor) -> Columns:
+    """Columns of ``table/`` that norms and angles give; `decoder` is from `decoder_rows`.
+
+    The cosine of encoder and decoder is 0 where one reads another place than the other writes.
+    """
+    groups = dictionary.groups
+    cosine = torch.zeros(len(decoder))
+    if dictionary.config.is_autoencoder and len(groups) == 1:
+        cosine = torch.cosine_similarity(groups[0].W_enc, decoder, dim=1)
+    xy = principal_plane(decoder)
     columns = {
-        "encoder_norm": nothing if encoder is None else encoder.norm(dim=1),
-        "decoder_norm": nothing if decoder is None else decoder.norm(dim=1),
+        "encoder_norm": torch.cat([group.W_enc.norm(dim=1) for group in groups]),
+        "decoder_norm": decoder.norm(dim=1),
         "encoder_decoder_cosine": cosine,
-        "bias": bias,
+        "bias": torch.cat([group.b_enc for group in groups]),
+        "map_x": xy[:, 0],
+        "map_y": xy[:, 1],
     }
-    xy = torch.zeros(F, 2) if decoder is None else principal_plane(decoder)
-    columns |= {"map_x": xy[:, 0], "map_y": xy[:, 1]}
     return {f"table/{name}": column.float().cpu().numpy() for name, column in columns.items()}
 
 
@@ -81,15 +91,14 @@ def neighbour_columns(W_FD: Tensor) -> Iterator[Columns]:
         yield {"neighbours/latent": found, "neighbours/cosine": shown}
 
 
-def stream_rows(dictionary: Dictionary, sites: Sites, widths: SiteWidths) -> Tensor | None:
-    """What a unit of each latent adds to the residual stream, [F, d_model], at the last site that it writes.
+def stream_rows(dictionary: Dictionary, decoder: Tensor, sites: Sites, widths: SiteWidths) -> Tensor | None:
+    """What a unit of each latent adds to the residual stream, [F, d_model], at the last site that is written.
 
     In the units of raw activations; under layer_norm in units of the token's own scale. None where what is written is
     not in the stream.
     """
-    decoder = dictionary.latent_rows("decoder")
     name = sites.writes[-1]
-    if decoder is None or name.rpartition(".")[2] not in IN_THE_STREAM:
+    if name.rpartition(".")[2] not in IN_THE_STREAM:
         return None
     rows = decoder[:, slices(sites.writes, widths.writes)[name]]
     if dictionary.config.normalisation in ("none", "layer_norm"):

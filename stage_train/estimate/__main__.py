@@ -8,16 +8,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hydra import compose, initialize_config_module
-from hydra.errors import HydraException
-from omegaconf.errors import OmegaConfBaseException
 
+from shared.basics.display import refuse_password, shown
 from shared.basics.errors import GranaryError
 from shared.launch.commands import program
-from shared.launch.config_errors import describe_config_error
 from shared.launch.counts import expand_counts
-from shared.launch.overrides import expand_shorthands
+from shared.launch.outcome import ending_in_one_line
+from shared.launch.overrides import expand_shorthands, quote_text
 from shared.launch.schema import fill
-from shared.launch.stage import fail
 from stage_train.config import TrainSchema, register
 from stage_train.estimate.config import PlanSchema, help_text, split_overrides
 
@@ -62,14 +60,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(help_text(program("plan")))  # noqa: T201
         return
     register()
-    try:
-        with initialize_config_module("conf", version_base="1.3"):
-            options, overrides = split_overrides(given)
-            run(options, overrides)
-    except GranaryError as error:
-        fail(str(error))
-    except (HydraException, OmegaConfBaseException) as error:
-        fail(describe_config_error(error))
+    with ending_in_one_line(), initialize_config_module("conf", version_base="1.3"):
+        refuse_password(*given)
+        options, overrides = split_overrides(quote_text(given))
+        run(options, overrides)
 
 
 def run(options: PlanSchema, overrides: Sequence[str]) -> None:
@@ -88,9 +82,9 @@ def run(options: PlanSchema, overrides: Sequence[str]) -> None:
     job = make_job(cfg, options, data)
     plan = Plan(job=job, memory=find_memory(job), pace=find_pace(cfg, options, job), fixed=0 if job.cuda else fixed)
     if options.json:
-        print(json.dumps(as_json(plan)))  # noqa: T201
+        print(shown(json.dumps(as_json(plan))))  # noqa: T201
     else:
-        print(table(plan, options.memory_gib, options.disk_mb_s))  # noqa: T201
+        print(shown(table(plan, options.memory_gib, options.disk_mb_s)))  # noqa: T201
     if options.memory_gib is None or plan.total <= options.memory_gib * GIB:
         return
 

@@ -63,8 +63,9 @@ def find_pace(cfg: TrainSchema, options: PlanSchema, job: PlannedRun) -> Pace:
             raise GranaryError(f"{name}={value}: must be above 0, or null")
     config, widths = job.spec.dictionary, job.spec.widths
     # The encoder's product; the dense losses have a decoder's too, and two gradients of each.
-    sparse = ACTIVATION_KINDS[config.activation].fixes_l0
-    flop = config.d_latent * (2 * widths.d_in if sparse else 6 * (widths.d_in + widths.d_out))
+    # Several groups have no dense decoder, and each reads its own sites alone.
+    sparse = ACTIVATION_KINDS[config.activation].fixes_l0 or config.num_groups > 1
+    flop = config.d_latent * (2 * widths.d_in / config.num_groups if sparse else 6 * (widths.d_in + widths.d_out))
     speed, basis = options.tokens_per_s, "as given"
     if speed is None and options.measure:
         speed = cfg.stream.batch_size / measured_seconds(job)

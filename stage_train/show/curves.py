@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from shared.basics.files import replacing
-from shared.basics.metrics_file import read_metrics
+from shared.basics.metrics_file import read_columns
 from shared.basics.run_folder import RunFolder
 
 PANELS = {
@@ -18,26 +18,29 @@ PANELS = {
     "wait_share": "share of time waiting for data",
 }
 LOGARITHMIC = {"loss", "fvu", "grad_norm"}
+MOST_POINTS = 4000  # beyond what a picture shows
 SHARES = {"dead_fraction", "wait_share"}
 
 
 def draw_curves(folder: Path) -> Path | None:
     """Draw the curves of a run folder and return the picture; None with fewer than two logging steps."""
-    lines = read_metrics(folder)
-    if len(lines) < 2:
+    columns = read_columns(folder, ["tokens", *PANELS])
+    every = max(1, len(columns["tokens"]) // MOST_POINTS)
+    # From the end: the last point is where the run stands.
+    values = {name: column[::-every][::-1].tolist() for name, column in columns.items()}
+    if len(values["tokens"]) < 2:
         return None
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(15, 6), layout="constrained")
     FigureCanvasAgg(figure)
-    tokens = [line["tokens"] for line in lines]
     for axes, (name, title) in zip(figure.subplots(2, 4).flat, PANELS.items(), strict=True):
-        axes.plot(tokens, [line[name] for line in lines], linewidth=1.2)
+        axes.plot(values["tokens"], values[name], linewidth=1.2)
         axes.set_title(title)
         axes.set_xlabel("tokens")
         axes.grid(alpha=0.3)
-        _scale(axes, name, [line[name] for line in lines])
+        _scale(axes, name, values[name])
     path = RunFolder(folder).curves
     with replacing(path) as file:
         figure.savefig(file, dpi=110, format="png")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from shared.basics.errors import GranaryError
-from shared.basics.files import write_bytes
+from shared.basics.files import replacing
 from shared.basics.metrics_file import lines_up_to
 from shared.basics.run_folder import RunFolder
 from stage_train.config import LoggerKind, LoggerSchema
@@ -35,7 +35,9 @@ class JsonlLogger:
         A damaged line among those that stay is left as it is.
         """
         path = RunFolder(folder).metrics
-        write_bytes(path, b"".join(line + b"\n" for line in lines_up_to(folder, first_step)) if first_step else b"")
+        with replacing(path) as kept:
+            for line in lines_up_to(folder, first_step) if first_step else ():
+                kept.write(line + b"\n")
         self._file = path.open("a")
 
     def write(self, metrics: Metrics) -> None:

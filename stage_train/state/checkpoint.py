@@ -136,8 +136,12 @@ class Checkpoints:
         partial.rename(final)
         sync_folder(self.folder)
         write_text(self.folder / POINTER, final.name)
+        self.prune(final)
+
+    def prune(self, newest: Path) -> None:
+        """Remove what `newest`, which is pointed to, makes superfluous: on the main rank, when nothing is pending."""
         steps = sorted(path for path in self.folder.glob("step-*") if PARTIAL not in path.name)
-        kept = [path for path in steps if path <= final][-self.keep :]
+        kept = [path for path in steps if path <= newest][-self.keep :]
         for other in steps:  # a later one is damaged, or of a run that went on from before it
             if other not in kept:
                 shutil.rmtree(other, ignore_errors=True)

@@ -14,7 +14,8 @@ from shared.basics.errors import GranaryError
 from shared.basics.run_folder import RunFolder
 from shared.basics.versions import software_versions
 from shared.launch import commands
-from shared.launch.stage import fail
+from shared.launch.outcome import ending_in_one_line
+from shared.launch.terminal import ShownFormatter
 from shared.sae import folder as on_disk
 from shared.sae.loading import KINDS
 from shared.sae.sites import Sites
@@ -86,7 +87,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("run", type=Path, help="out_dir of a training run")
     parser.add_argument("target", type=Path, nargs="?", help="where to write; default: the run's folder")
     options = parser.parse_args(arguments)
-    try:
+    console = logging.StreamHandler()
+    console.setFormatter(ShownFormatter("%(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[console])
+    with ending_in_one_line():
         newest = intact_checkpoint(RunFolder(options.run).checkpoints)
         if newest is None:
             raise GranaryError(
@@ -94,10 +98,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             )
         target = options.target or options.run
         export(newest, target)
-    except GranaryError as error:
-        fail(str(error))
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    log.info("exported %s to %s", newest, target)
+        log.info("exported %s to %s", newest, target)
 
 
 if __name__ == "__main__":

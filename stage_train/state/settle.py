@@ -10,9 +10,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
+from shared.basics.errors import GranaryError
 from shared.basics.run_folder import RunFolder
+from shared.basics.yaml_file import read_yaml
 from shared.parallel import World, broadcast_object
 from stage_train.config import Resume, TrainSchema, as_dict
 from stage_train.state.export import digest
@@ -76,8 +76,8 @@ def identity_in(folder: Path) -> Mapping[str, Any] | None:
     if not RunFolder(folder).has_dictionary:
         return None
     try:
-        config = OmegaConf.to_container(OmegaConf.load(RunFolder(folder).train_config))
-    except Exception:  # an SAE from elsewhere, or a file that YAML does not understand
+        config = read_yaml(RunFolder(folder).train_config)
+    except GranaryError:  # an SAE from elsewhere, or a file that YAML does not understand
         return {}
     return identity({str(key): value for key, value in config.items()}) if isinstance(config, dict) else {}
 

@@ -65,7 +65,11 @@ class TensorWriter(BlockingAsyncStager, StorageWriter):
         future.set_result([])
         if not items:
             return future
-        parts = {name: planner.resolve_data(item) for name, item in items.items()}
+        parts: dict[str, Tensor] = {}
+        for name, item in items.items():
+            part = planner.resolve_data(item)
+            assert isinstance(part, Tensor)
+            parts[name] = part
         places = {
             name: {"saved_offsets": list(item.tensor_data.chunk.offsets) if item.tensor_data else []}
             for name, item in items.items()

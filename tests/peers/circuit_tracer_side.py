@@ -1,4 +1,4 @@
-"""What circuit-tracer makes of a folder, run by the Python of an environment that has it: see test_circuit_tracer.
+"""What circuit-tracer makes of a folder, run by the Python of an environment that has it: see test_attribution_graphs.
 
 python circuit_tracer_side.py attribute MODEL CACHE NAME IDS OUT     its graph -> safetensors
 python circuit_tracer_side.py score MATRIX OUT                       its scores and masks of a matrix

@@ -1,183 +1,64 @@
-"""Attribution graphs against circuit-tracer 0.5.0, which runs in an environment of its own: make test-peers.
+"""circuit-tracer's own loaders encode and reconstruct, from what is written here, as what was trained.
 
-It needs nnsight 0.6.0 and transformers 4, which this project does not work with: hence a process of its own, and files
-between the two.
+Only its transcoder modules are imported: the rest needs packages of other pins than this environment's.
 """
 
-import json
-import os
-import shutil
-import subprocess
+import importlib.util
+import sys
+import types
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-import yaml
-from safetensors.torch import load_file, save_file
 
-from shared.bundled import MODEL_DIR
-from shared.sae import Transcoder
-from stage_trace.graph import Graph
-from stage_trace.influence import influence, prune
-from stage_trace.replacement import Folded
-from stage_trace.trace import TraceSettings, trace
-from tests.tracing import bundled_transcoder
+from shared.sae.sets import convert_set
+from shared.sae.sites import Sites
+from tests.circuits import LAYERS, PROVENANCE, READS, WRITES, D, assert_same, save_set, started
 
 pytestmark = [pytest.mark.peers, pytest.mark.filterwarnings("ignore")]
 
-ROOT = Path(__file__).resolve().parents[2]
-PYTHON = ROOT / os.environ.get("VENV_TRACER", ".venv-tracer") / "bin" / "python"
-if not PYTHON.exists():
-    pytest.skip("circuit-tracer is not there: make test-peers", allow_module_level=True)
-
-TEXT = "def read(self, path):\n    with open("
-PROMPT = [0, 330, 1421, 12, 260, 402, 93, 12, 77]  # begins with BOS
-OFFLINE = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "2", "PYTHONPATH": ""}
+if importlib.util.find_spec("circuit_tracer") is None:
+    pytest.skip("circuit-tracer is not in this environment: make test-peers", allow_module_level=True)
+utils: Any = types.ModuleType("circuit_tracer.utils")
+utils.get_default_device = lambda: torch.device("cpu")
+sys.modules.setdefault("circuit_tracer.utils", utils)
 
 
-def side(*arguments: object) -> str:
-    """Run the other side; its stdout."""
-    script = Path(__file__).with_name("circuit_tracer_side.py")
-    done = subprocess.run(
-        [str(PYTHON), str(script), *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, **OFFLINE},
-        check=False,
+@pytest.mark.parametrize("kind", ["transcoder", "skip_transcoder"])
+@pytest.mark.parametrize("activation", ["batchtopk", "jumprelu", "relu"])
+def test_a13_a_set_of_transcoders(tmp_path: Path, kind: str, activation: str) -> None:
+    from circuit_tracer.transcoder.single_layer_transcoder import load_transcoder_set
+
+    made, x = save_set(tmp_path / "ours", kind, activation=activation)
+    convert_set(tmp_path / "ours", tmp_path / "theirs", "circuit_tracer")
+    loaded = load_transcoder_set(
+        {layer: str(tmp_path / "theirs" / f"layer_{layer}.safetensors") for layer in range(LAYERS)},
+        scan="test",
+        feature_input_hook="mlp.hook_in",
+        feature_output_hook="mlp.hook_out",
+        device=torch.device("cpu"),
+        dtype=torch.float32,
+        lazy_encoder=False,
+        lazy_decoder=False,
     )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+    with torch.no_grad():
+        for layer in range(LAYERS):
+            one = loaded[layer]
+            latents = one.encode(x[layer])
+            assert_same(made[layer], x[layer], latents.double(), one.decode(latents, x[layer]).double())
 
 
-def export(dictionaries: list[Transcoder], folder: Path) -> None:
-    """A set as circuit-tracer reads it, normalisation folded."""
-    folder.mkdir(parents=True)
-    for layer, one in enumerate(dictionaries):
-        like = torch.zeros(())
-        folded = Folded.of(one, 0, like)
-        W_enc = one.W_enc * folded.input_scale
-        b_dec = one.b_dec / folded.output_scale + one.output_mean
-        tensors = {
-            "W_enc": W_enc,
-            "b_enc": one.b_enc - W_enc @ folded.input_mean,
-            "W_dec": one.W_dec / folded.output_scale,
-            "activation_function.threshold": one.activation.threshold.expand(len(W_enc)),
-        }
-        skip = getattr(one, "W_skip", None)
-        if skip is not None:
-            tensors["W_skip"] = skip * folded.input_scale / folded.output_scale[..., None]
-            b_dec = b_dec - tensors["W_skip"] @ folded.input_mean
-        save_file(
-            {name: value.contiguous().clone() for name, value in {**tensors, "b_dec": b_dec}.items()},
-            folder / f"layer_{layer}.safetensors",
-        )
-    config = {
-        "model_name": "bundled",
-        "model_kind": "transcoder_set",
-        "feature_input_hook": "mlp.hook_in",
-        "feature_output_hook": "hook_mlp_out",
-        "scan": "granary/test",
-    }
-    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+@pytest.mark.parametrize("activation", ["batchtopk", "jumprelu", "relu"])
+def test_a13_a_clt(tmp_path: Path, activation: str) -> None:
+    from circuit_tracer.transcoder.cross_layer_transcoder import load_clt
 
-
-@pytest.fixture(scope="module")
-def old_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The bundled model with the tokenizer class that transformers 4 knows."""
-    folder = tmp_path_factory.mktemp("model") / "bundled"
-    shutil.copytree(MODEL_DIR, folder)
-    config = json.loads((folder / "tokenizer_config.json").read_text())
-    config["tokenizer_class"] = "PreTrainedTokenizerFast"
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    return folder
-
-
-def in_its_order(graph: Graph) -> torch.Tensor:
-    """The square matrix of circuit-tracer's nodes: features, errors, tokens, logits; rows are targets."""
-    columns, n = graph.columns, len(graph.logits)
-    kept = torch.cat([torch.arange(columns.errors.stop), torch.arange(columns.tokens.start, columns.tokens.stop)])
-    square = torch.zeros(len(kept) + n, len(kept) + n)
-    square[: columns.num_features, : len(kept)] = graph.rows_RS[: columns.num_features, kept]
-    square[-n:, : len(kept)] = graph.rows_RS[columns.num_features :, kept]
-    return square
-
-
-@pytest.mark.parametrize("skip", [False, True], ids=["plain", "skip"])
-def test_its_adjacency_from_the_same_transcoders_is_ours(tmp_path: Path, old_model: Path, skip: bool) -> None:
-    """A13, A14. Also F51: the prompt is given as ids, since it takes an id of 0 for no BOS."""
-    made = [bundled_transcoder(layer, skip=skip, threshold=0.8) for layer in range(4)]
-    export(made, tmp_path / "cache" / "granary" / "set")
-    side("attribute", old_model, tmp_path / "cache", "granary/set", json.dumps(PROMPT), tmp_path / "theirs")
-    theirs = load_file(tmp_path / "theirs")
-    graph = trace("bundled", made, PROMPT, settings=TraceSettings())
-    features = [(node.layer, node.position, node.number) for node in graph.sources if node.activation is not None]
-    assert len(features) > 30
-    assert features == [tuple(one) for one in theirs["active"].tolist()]
-    torch.testing.assert_close(
-        torch.tensor([node.activation for node in graph.sources if node.activation is not None]),
-        theirs["values"], rtol=1e-4, atol=1e-4,
-    )  # fmt: skip
-    assert [node.number for node in graph.logits] == theirs["logits"].tolist()
-    ours = in_its_order(graph)
-    difference = (ours - theirs["adjacency"]).abs().max(1).values / ours.abs().max(1).values.clamp_min(1e-12)
-    assert float(difference.max()) < 1e-3
-    print(f"worst difference {float(difference.max()):.1e} of a row's maximum, {len(features)} features")  # noqa: T201
-
-
-@pytest.fixture(scope="module")
-def graph() -> Graph:
-    """Of random transcoders."""
-    return trace("bundled", [bundled_transcoder(layer, threshold=0.8) for layer in range(4)], TEXT)
-
-
-@pytest.mark.parametrize(("node_share", "edge_share"), [(0.8, 0.98), (0.5, 0.9), (0.95, 0.99), (0.0, 0.5)])
-def test_scores_and_masks_are_its_own_on_one_matrix(
-    tmp_path: Path, graph: Graph, node_share: float, edge_share: float
-) -> None:
-    """F36, A14."""
-    square = in_its_order(graph)
-    num_features, n = graph.columns.num_features, len(graph.logits)
-    probabilities = torch.tensor([node.probability for node in graph.logits])
-    save_file(
-        {
-            "adjacency": square,
-            "tokens": torch.tensor(graph.prompt.ids),
-            "logits": torch.arange(n),
-            "probabilities": probabilities,
-            "num_features": torch.tensor(num_features),
-            "num_layers": torch.tensor(graph.columns.num_layers),
-            "node_share": torch.tensor(node_share, dtype=torch.float64),
-            "edge_share": torch.tensor(edge_share, dtype=torch.float64),
-        },
-        tmp_path / "matrix",
-    )
-    side("score", tmp_path / "matrix", tmp_path / "scores")
-    theirs = load_file(tmp_path / "scores")
-    ours = graph.scores["circuit-tracer"]
-    torch.testing.assert_close(
-        torch.tensor([ours.replacement, ours.completeness]), theirs["scores"], rtol=1e-5, atol=1e-5
-    )
-    # Its nodes alone, as rows and columns of ours.
-    rows = torch.cat([square[:num_features], square[-n:]])[:, : len(square) - n]
-    from dataclasses import replace
-
-    may_drop = torch.ones(rows.shape[1], dtype=torch.bool)
-    may_drop[-len(graph.prompt.ids) :] = False
-    wires = replace(graph.wiring, may_drop_S=may_drop)
-    torch.testing.assert_close(
-        influence(rows, wires).float(), theirs["influence"][: len(square) - n], rtol=1e-4, atol=1e-6
-    )
-    kept = prune(rows, wires, node_share, edge_share)
-    assert torch.equal(kept.nodes_S, theirs["nodes"][: len(square) - n])
-    edges = torch.cat([theirs["edges"][:num_features], theirs["edges"][-n:]])[:, : len(square) - n]
-    assert torch.equal(kept.edges_RS, edges)
-
-
-def test_its_models_and_its_server_read_our_files(tmp_path: Path, graph: Graph) -> None:
-    """F40, A15."""
-    graph.prune().save(tmp_path / "out")
-    shown = json.loads((tmp_path / "out" / "graph.json").read_text())
-    parsed = json.loads(side("parse", tmp_path / "out" / "graph.json"))
-    assert parsed == {"nodes": len(shown["nodes"]), "unique": len(shown["nodes"]), "links": len(shown["links"])}
-    served = json.loads(side("serve", tmp_path / "out", "graph"))
-    assert served == {"nodes": len(shown["nodes"]), "slugs": ["graph"]}
+    made, x_ND = started("clt", Sites(READS, WRITES), activation=activation)
+    made.save_pretrained(tmp_path / "ours", PROVENANCE)
+    convert_set(tmp_path / "ours", tmp_path / "theirs", "circuit_tracer")
+    loaded = load_clt(str(tmp_path / "theirs"), device=torch.device("cpu"), dtype=torch.float32, lazy_decoder=False)
+    x_LND = torch.stack(x_ND.split(D, dim=1))
+    with torch.no_grad():
+        latents_LNF = loaded.encode(x_LND)
+        y_LND = loaded.decode(latents_LNF)
+    assert_same(made, x_ND, torch.cat(list(latents_LNF), 1).double(), torch.cat(list(y_LND), 1).double())

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from stage_inspect.job import PART_TOKENS
 from tests.cli import ForkServer, environment
 from tests.inspection import content, small_sae, small_store
 
@@ -83,8 +84,10 @@ def test_processes_and_kills_change_no_byte(study: Path, tmp_path: Path) -> None
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_ranks_change_no_byte(study: Path, tmp_path: Path, ranks: int) -> None:
+    store = small_store(tmp_path / "store", num_contexts=1200, seq_len=512, shard_contexts=40)
+    assert store.num_contexts * store.seq_len > 2 * PART_TOKENS  # each rank has a part
     for name, nproc in (("one", 1), ("many", ranks)):
-        arguments = [f"store.url={study / 'store'}", f"sae.path={study / 'sae'}", f"nproc={nproc}"]
+        arguments = [f"store.url={store.url}", f"sae.path={study / 'sae'}", f"nproc={nproc}"]
         command = [sys.executable, "-m", "stage_inspect", *SMALL, *arguments, f"latents.url={tmp_path / name}"]
         done = subprocess.run(command, env=environment(), cwd=tmp_path, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr

@@ -167,7 +167,8 @@ def save(raw: RawSAE, folder: Path) -> None:
     f, d = raw.W_enc_FD.shape
     name, trainer_class = WRITERS[raw.activation]
     folder.mkdir(parents=True, exist_ok=True)
-    torch.save({key: tensor.contiguous() for key, tensor in state(raw).items()}, folder / WEIGHTS)
+    with (folder / WEIGHTS).open("wb") as file:  # a full disk is an OSError then
+        torch.save({key: tensor.contiguous() for key, tensor in state(raw).items()}, file)
     trainer = {
         "trainer_class": trainer_class,
         "dict_class": name,

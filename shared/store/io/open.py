@@ -3,6 +3,7 @@
 import importlib.util
 import os
 
+from shared.basics.display import refuse_password
 from shared.store.io.base import ObjectIO
 from shared.store.io.fsspec import FsspecClient
 from shared.store.io.local import LocalIO
@@ -11,8 +12,12 @@ from shared.store.io.remote import RemoteIO
 
 
 def open_io(url: str | os.PathLike[str]) -> ObjectIO:
-    """Give the storage at `url`: a local path, ``file://``, or any other URL that fsspec knows."""
+    """Give the storage at `url`: a local path, ``file://``, or any other URL that fsspec knows.
+
+    Raises GranaryError for a URL with a password in it.
+    """
     text = os.fspath(url)
+    refuse_password(text)
     protocol, separator, rest = text.partition("://")
     if not separator:
         return LocalIO(text)

@@ -135,6 +135,11 @@ class TrainingData:
                 chosen.append(rows[order[: round(fraction * len(rows))]])
         return np.sort(np.concatenate(chosen)) if chosen else np.empty(0, np.int64)
 
+    @property
+    def epochs_alike(self) -> bool:
+        """Whether every epoch reads the same rows; only their order differs then."""
+        return self.blocks is None and all(float(part.weight).is_integer() for part in self.slices)
+
     def _block_row(self, block: int) -> int:
         assert self.blocks is not None
         firsts = self.blocks.firsts

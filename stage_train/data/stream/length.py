@@ -6,6 +6,9 @@ from shared.basics.errors import GranaryError
 from stage_train.data.stream.data import TrainingData
 from stage_train.data.stream.epoch import EpochPlan, StreamOrder
 
+# A longer run is a slip of the pen: a day of epochs of a second each is 86,400 of them.
+MOST_EPOCHS = 100_000
+
 
 @dataclass(frozen=True, slots=True)
 class StreamLength:
@@ -24,7 +27,8 @@ def stream_length(
 ) -> StreamLength:
     """The fewest whole batches that hold `tokens` tokens, or `epochs` passes over the data.
 
-    Raises GranaryError unless exactly one of the two is given and positive, and for more than data in blocks hold.
+    Raises GranaryError unless exactly one of the two is given and positive, for more than data in blocks hold, and for
+    more than `MOST_EPOCHS` passes.
     """
     if (tokens is None) == (epochs is None):
         raise GranaryError("give one of schedule.tokens and schedule.epochs, and set the other to null")
@@ -41,15 +45,24 @@ def stream_length(
                 f"{data.num_tokens:,}: lower schedule.tokens, or set schedule.epochs=1 and schedule.tokens=null"
             )
     steps = seen = epoch = 0
+    plan = None
     while True:
         if data.num_blocks == epoch:  # drop_last left out a few
             return StreamLength(steps, seen, (epoch, 0))
-        plan = EpochPlan(data.counts, data.rows_of_epoch(order.seed, epoch), order, epoch)
+        if plan is None or not data.epochs_alike:
+            plan = EpochPlan(data.counts, data.rows_of_epoch(order.seed, epoch), order, epoch)
         given = min(plan.num_batches * order.batch_size, plan.num_tokens)
         if not plan.num_batches:
             raise GranaryError(
                 f"an epoch has {plan.num_tokens} tokens, fewer than one batch of {order.batch_size}: "
                 "use a smaller stream.batch_size or stream.drop_last=false"
+            )
+        passes = epochs if tokens is None else tokens / given
+        assert passes is not None
+        if passes > MOST_EPOCHS:
+            raise GranaryError(
+                f"schedule.{'epochs' if tokens is None else 'tokens'}={asked:,} is {passes:,.0f} passes over the "
+                f"store's {data.num_tokens:,} training tokens: lower it to {MOST_EPOCHS:,} passes at most"
             )
         if tokens is not None:
             wanted = min(tokens - seen, given)

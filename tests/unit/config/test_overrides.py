@@ -4,6 +4,8 @@ import re
 
 import pytest
 from hydra import compose
+from hydra.errors import HydraException
+from omegaconf.errors import OmegaConfBaseException
 
 import stage_eval.config
 import stage_harvest.config
@@ -11,8 +13,9 @@ import stage_inspect.config
 from shared.basics.config import marks
 from shared.basics.errors import GranaryError
 from shared.basics.numbers import parse_count
+from shared.launch.config_errors import describe_config_error
 from shared.launch.counts import expand_counts
-from shared.launch.overrides import expand_launcher, expand_shorthands
+from shared.launch.overrides import expand_launcher, expand_shorthands, quote_text
 from shared.launch.peer_names import KEYS, SITES, site_of
 from shared.launch.schema import fill, schema_of, suggestion, unknown_keys
 from shared.lm.hookpoint import SITES as OUR_SITES
@@ -57,6 +60,31 @@ def test_counts_are_expanded_where_a_key_counts_and_nowhere_else() -> None:
 
 def test_groups_take_the_value_of_their_key() -> None:
     assert expand_shorthands(["device=cpu", "device=auto"]) == ["device.name=cpu", "device=auto"]
+
+
+@pytest.mark.parametrize(
+    ("given", "value"),
+    [("<|endoftext|>", "<|endoftext|>"), ("a|b", "a|b"), ('he said "x|"', 'he said "x|"'), ("a|b\\", "a|b\\")],
+)
+def test_text_that_hydra_can_not_read_is_taken_as_it_is(given: str, value: str) -> None:
+    overrides = quote_text(["corpus=text", "corpus.files=a", f"corpus.separator={given}", "-m", "hooks.layers=[1,2]"])
+    assert overrides[3:] == ["-m", "hooks.layers=[1,2]"]
+    assert compose("harvest", overrides=[*overrides[:3], overrides[4]]).corpus.separator == value
+
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        ("sae=[a/k=2,b]", "no option '[a/k=2,b]' in group 'sae': choose from batchtopk, "),
+        ("sae=", "no option '' in group 'sae': choose from batchtopk, "),
+        ("sae=a/b", "no option 'a/b' in group 'sae': choose from batchtopk, "),
+        ("schedule.tokens=<|5|>", "schedule.tokens: Value '<|5|>' of type 'str' could not be converted to Integer"),
+    ],
+)
+def test_what_is_no_value_names_its_key(override: str, line: str) -> None:
+    with pytest.raises((HydraException, OmegaConfBaseException)) as caught:
+        compose("train", overrides=quote_text([override]))
+    assert describe_config_error(caught.value).startswith(line)
 
 
 @pytest.mark.parametrize("stage", ["harvest", "train", "eval", "inspect"])

@@ -31,7 +31,8 @@ def test_training_and_scoring_are_told_the_same() -> None:
     assert evaluate == [
         "name=x",
         "contexts=8",
-        "sae.path=['${run_dir}/transcoders/layer_9','${run_dir}/transcoders/layer_10']",
+        "sae.path='${run_dir}/transcoders'",
+        "sae.last_grid=true",
         "out_dir='${run_dir}/transcoders'",
         "joint=true",
         "sae.per_pass=2",
@@ -41,7 +42,7 @@ def test_training_and_scoring_are_told_the_same() -> None:
 def test_another_kind_and_a_single_layer() -> None:
     train, evaluate = commands(["variant=skip_transcoder", "set=skip"], [3])
     assert "hydra.sweep.dir='${run_dir}/skip'" in train
-    assert "sae.path=['${run_dir}/skip/layer_3']" in evaluate
+    assert "sae.path='${run_dir}/skip'" in evaluate
     assert "variant=skip_transcoder" in train
     assert "variant=transcoder" not in train
     assert "joint=false" in evaluate

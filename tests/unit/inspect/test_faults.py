@@ -10,14 +10,18 @@ import torch
 from shared.basics.errors import GranaryError
 from shared.latents.folder import Latents
 from shared.sae.loading import load
+from shared.sae.sites import side_by_side
+from shared.sae.variants import VARIANTS
 from shared.store import Store
 from stage_inspect import job as jobs
+from stage_inspect.finish.weights import decoder_rows
 from stage_inspect.inspect import inspect
 from stage_inspect.scan.places import Places
 from stage_inspect.scan.settings import Settings
 from stage_inspect.scan.state import PartState, Wanted
 from tests.inspection import HOOK, LATENTS, WIDTH, content, inspect_config, small_sae, small_store
 from tests.synthetic import synthetic_plan, synthetic_shard, synthetic_tokens
+from tests.variants import PLACES, make
 
 
 def padded_store(folder: Path, *, hole: bool = False) -> Store:
@@ -142,19 +146,26 @@ def test_values_are_those_that_encode_gives(tmp_path: Path, normalisation: str) 
     assert value.item() == pytest.approx(one.value, rel=1e-6)
 
 
-def test_a_transcoder_is_inspected_too(tmp_path: Path) -> None:
-    from shared.sae.sites import Sites
-    from shared.sae.variants import Transcoder
-
-    hooks = {"layers.2.mlp_in": WIDTH, "layers.2.mlp_out": 10}
-    small_store(tmp_path / "store", hooks=hooks)
-    config = Transcoder.config_class(
-        d_in=WIDTH, d_out=10, d_latent=30, k=4, normalisation="none", pre_bias=False,
-        sites=Sites(("layers.2.mlp_in",), ("layers.2.mlp_out",)),
-    )  # fmt: skip
-    Transcoder(config, generator=torch.Generator().manual_seed(0)).save_pretrained(tmp_path / "sae")
+@pytest.mark.parametrize("kind", [kind for kind in VARIANTS if kind != "sae"])
+def test_every_kind_of_dictionary(tmp_path: Path, kind: str) -> None:
+    dictionary = make(kind).dictionary
+    sites, widths = PLACES[kind]
+    hooks = dict(zip(sites.reads, widths.reads, strict=True)) | dict(zip(sites.writes, widths.writes, strict=True))
+    store = small_store(tmp_path / "store", hooks=hooks)
+    dictionary.save_pretrained(tmp_path / "sae")
     inspect(inspect_config(tmp_path))
     latents = Latents.open(tmp_path / "latents")
-    assert latents.meta.dictionary["writes"] == ["layers.2.mlp_out"]
-    assert latents.top(int(latents.table["fired"].argmax()))
-    assert not latents.table["encoder_decoder_cosine"].any()
+    assert latents.meta.dictionary["writes"] == list(sites.writes)
+    latent = int(latents.table["fired"].argmax())
+    one = latents.top(latent)[0]
+    x = side_by_side({site: store.read_context(site, one.context) for site in sites.reads}, sites.reads)
+    encoded = load(tmp_path / "sae").encode(x[one.position][None])
+    assert encoded.values[0][encoded.indices[0] == latent].item() == pytest.approx(one.value, rel=1e-5)
+    rows = torch.cat([group.W_dec.norm(dim=1) for group in dictionary.groups])
+    assert np.allclose(latents.table["decoder_norm"], rows.detach().numpy(), rtol=1e-5)
+    near = latents.neighbours(latent)[0]
+    cosines = torch.nn.functional.normalize(decoder_rows(dictionary), dim=1) @ torch.nn.functional.normalize(
+        decoder_rows(dictionary)[latent], dim=0
+    )
+    cosines[latent] = -2
+    assert near.latent == int(cosines.argmax())

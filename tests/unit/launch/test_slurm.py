@@ -89,7 +89,7 @@ def test_the_stage_saves_before_the_job_is_requeued(
 
 
 def test_what_the_stage_said_becomes_the_jobs_error(tmp_path: Path) -> None:
-    with start(tmp_path, "from shared.launch.stage import fail\nfail('the disk is full: free some')") as process:
+    with start(tmp_path, "from shared.launch.outcome import fail\nfail('the disk is full: free some')") as process:
         out, err = process.communicate(timeout=30)
     assert out == "told: Slurm job 12_3 failed: the disk is full: free some\n"
     assert err == "error: the disk is full: free some\n"

@@ -11,7 +11,7 @@ from shared.launch.torchrun import threads_per_rank
 REPOSITORY = Path(__file__).resolve().parents[3]
 
 FAILING = """
-from shared.launch.stage import fail
+from shared.launch.outcome import fail
 fail("the disk is full: free some")
 """
 
