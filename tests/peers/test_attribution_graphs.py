@@ -12,16 +12,16 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file, save_file
 
 from shared.bundled import MODEL_DIR
-from shared.sae import Transcoder
+from shared.lm import model_identity
+from shared.sae import Dictionary
+from shared.sae.sets import convert_set
 from stage_trace.graph import Graph
 from stage_trace.influence import influence, prune
-from stage_trace.replacement import Folded
 from stage_trace.trace import TraceSettings, trace
-from tests.tracing import bundled_transcoder
+from tests.tracing import bundled_transcoder, make_clt
 
 pytestmark = [pytest.mark.peers, pytest.mark.filterwarnings("ignore")]
 
@@ -49,36 +49,13 @@ def side(*arguments: object) -> str:
     return done.stdout
 
 
-def export(dictionaries: list[Transcoder], folder: Path) -> None:
-    """A set as circuit-tracer reads it, normalisation folded."""
-    folder.mkdir(parents=True)
+def export(dictionaries: list[Dictionary], folder: Path, where: Path) -> None:
+    """A set, or a CLT, as circuit-tracer reads it."""
+    provenance = {"model": model_identity("bundled")}
     for layer, one in enumerate(dictionaries):
-        like = torch.zeros(())
-        folded = Folded.of(one, 0, like)
-        W_enc = one.W_enc * folded.input_scale
-        b_dec = one.b_dec / folded.output_scale + one.output_mean
-        tensors = {
-            "W_enc": W_enc,
-            "b_enc": one.b_enc - W_enc @ folded.input_mean,
-            "W_dec": one.W_dec / folded.output_scale,
-            "activation_function.threshold": one.activation.threshold.expand(len(W_enc)),
-        }
-        skip = getattr(one, "W_skip", None)
-        if skip is not None:
-            tensors["W_skip"] = skip * folded.input_scale / folded.output_scale[..., None]
-            b_dec = b_dec - tensors["W_skip"] @ folded.input_mean
-        save_file(
-            {name: value.contiguous().clone() for name, value in {**tensors, "b_dec": b_dec}.items()},
-            folder / f"layer_{layer}.safetensors",
-        )
-    config = {
-        "model_name": "bundled",
-        "model_kind": "transcoder_set",
-        "feature_input_hook": "mlp.hook_in",
-        "feature_output_hook": "hook_mlp_out",
-        "scan": "granary/test",
-    }
-    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+        one.save_pretrained(where if len(dictionaries) == 1 else where / f"layer_{layer}", provenance)
+    folder.parent.mkdir(parents=True)
+    convert_set(where, folder, "circuit_tracer")
 
 
 @pytest.fixture(scope="module")
@@ -102,11 +79,13 @@ def in_its_order(graph: Graph) -> torch.Tensor:
     return square
 
 
-@pytest.mark.parametrize("skip", [False, True], ids=["plain", "skip"])
-def test_its_adjacency_from_the_same_transcoders_is_ours(tmp_path: Path, old_model: Path, skip: bool) -> None:
+@pytest.mark.parametrize("kind", ["plain", "skip", "clt"])
+def test_its_adjacency_from_the_same_transcoders_is_ours(tmp_path: Path, old_model: Path, kind: str) -> None:
     """A13, A14. Also F51: the prompt is given as ids, since it takes an id of 0 for no BOS."""
-    made = [bundled_transcoder(layer, skip=skip, threshold=0.8) for layer in range(4)]
-    export(made, tmp_path / "cache" / "granary" / "set")
+    made: list[Dictionary] = [bundled_transcoder(layer, skip=kind == "skip", threshold=0.8) for layer in range(4)]
+    if kind == "clt":
+        made = [make_clt(4, width=128, latents=64)]
+    export(made, tmp_path / "cache" / "granary" / "set", tmp_path / "ours")
     side("attribute", old_model, tmp_path / "cache", "granary/set", json.dumps(PROMPT), tmp_path / "theirs")
     theirs = load_file(tmp_path / "theirs")
     graph = trace("bundled", made, PROMPT, settings=TraceSettings())
