@@ -15,7 +15,7 @@ from shared.store.format.dtypes import scales_per_row, storage_type
 from stage_train.config import BufferPlace, TrainSchema
 from stage_train.data.inputs import order_of
 from stage_train.data.sites import resolve_sites, site_formats
-from stage_train.data.stores import pin
+from stage_train.data.stores import beside_of, pin, urls_of
 from stage_train.data.stream import TrainingData
 from stage_train.data.stream.length import StreamLength, stream_length
 from stage_train.data.stream.permutation import lanes_per_rank
@@ -170,10 +170,8 @@ def find_data(cfg: TrainSchema, options: PlanSchema) -> Data:
         sites = Sites(reads, _names(cfg.writes) or reads)
         widths = dict.fromkeys(sites.names, options.d_model)
         return Data(sites=sites, widths=widths, seq_len=options.seq_len, dtype=options.store_dtype, training=None)
-    urls = [(cfg.store.url, cfg.store.weight), *((other.url, other.weight) for other in cfg.store.others)]
     try:
-        beside = [(other.name, other.url) for other in cfg.store.beside]
-        stores = pin(urls, World(0, 1, 0, torch.device("cpu")), beside)
+        stores = pin(urls_of(cfg), World(0, 1, 0, torch.device("cpu")), beside_of(cfg))
     except GranaryError as error:
         raise GranaryError(f"{error}; or plan without a store: give d_model=... (and seq_len=...)") from error
     sites = resolve_sites(cfg, stores)
