@@ -56,8 +56,8 @@ $(VENV_PEERS)/.installed: pyproject.toml constraints-peers.txt
 	@test -x $(VENV_PEERS)/bin/python || $(PYTHON) -m venv $(VENV_PEERS)
 	@$(VENV_PEERS)/bin/python -m pip install -q --disable-pip-version-check -c constraints-peers.txt -e . \
 	  sae-lens eai-sparsify dictionary-learning pytest pytest-xdist
-	@# Of SAEDashboard one module is used; its own pins do not go with the others'.
-	@$(VENV_PEERS)/bin/python -m pip install -q --disable-pip-version-check --no-deps -c constraints-peers.txt sae-dashboard
+	@# Of these one module each is used; their own pins do not go with the others'.
+	@$(VENV_PEERS)/bin/python -m pip install -q --disable-pip-version-check --no-deps -c constraints-peers.txt circuit-tracer sae-dashboard
 	@$(VENV_PEERS)/bin/python -m pip uninstall -q -y torchvision
 	@touch $@
 
@@ -65,7 +65,7 @@ demo: setup ## text to a scored SAE and what its latents do: harvest, train, eva
 	@$(BIN)/python -m stage_harvest $(ARGS)
 	@$(BIN)/python -m stage_train
 	@$(BIN)/python -m stage_eval
-	@$(BIN)/python -m stage_inspect
+	@$(BIN)/python -m stage_inspect latents.overwrite=true
 
 harvest: setup ## run a LLaMA over a corpus and write its activations to a store
 	@$(STAGE) stage_harvest $(ARGS)

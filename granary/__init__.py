@@ -108,6 +108,10 @@ def __getattr__(name: str) -> Any:
     home = _HOMES.get(name)
     if home is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}{_suggestion(name)}")
+    from granary.neighbours import shadowed
+
+    if (problem := shadowed()) is not None:
+        raise ImportError(problem)
     value = getattr(importlib.import_module(home), name)
     globals()[name] = value  # the next use does not come here
     return value

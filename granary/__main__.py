@@ -4,6 +4,12 @@ import difflib
 import runpy
 import sys
 
+from granary.neighbours import shadowed
+
+if (problem := shadowed()) is not None:  # before anything of ours is imported
+    print(f"error: {problem}", file=sys.stderr)  # noqa: T201
+    sys.exit(2)
+
 from shared.launch.commands import COMMANDS, use_program
 
 USAGE = """\

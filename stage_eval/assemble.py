@@ -15,6 +15,7 @@ from shared.sae.sites import slices
 from stage_eval.config import EvalSchema
 from stage_eval.measure.activations import ActivationSums, activation_figures
 from stage_eval.measure.breakdown import Grouping
+from stage_eval.measure.diffing import DiffSums, diff_figures
 from stage_eval.measure.downstream import DownstreamSums, downstream_figures, loss_breakdown
 from stage_eval.measure.passes import ablated
 from stage_eval.measure.reconstruction import fvu_breakdown, latent_figures, reconstruction_figures
@@ -94,6 +95,7 @@ class Measured:
     """By written site."""
     losses: DownstreamSums | None
     decoder: DecoderFigures | None
+    differences: DiffSums | None = None
 
 
 def assemble(measured: Measured, session: Session, facts: RunFacts) -> Evaluation:
@@ -132,6 +134,9 @@ def assemble(measured: Measured, session: Session, facts: RunFacts) -> Evaluatio
         ),
         activations=next(iter(described.values())) if is_one else None,
         activations_by_site=None if is_one else described,
+        differences=None
+        if measured.differences is None
+        else diff_figures(measured.differences, sums.added["firings_F"] > 0, written),
         training=training_curve(folder.folder),
         provenance=Provenance(
             **vars(facts.provenance),

@@ -148,14 +148,14 @@ def measure(
     conditions = conditions_for(loaded, session) if model is not None else []
     if model is not None:
         check_splices(model, conditions)
-    sums, described = reconstruction_pass(loaded, session)
+    sums, described, diffs = reconstruction_pass(loaded, session)
     losses = downstream_pass(model, conditions, session) if model is not None else None
     if not session.world.is_main:
         return
-    for folder, one, summed in zip(folders, loaded, sums, strict=True):
-        measured = Measured(folder, summed, described, losses, decoder_of(one, seed))
+    for folder, one, summed, diff in zip(folders, loaded, sums, diffs, strict=True):
+        measured = Measured(folder, summed, described, losses, decoder_of(one, seed), diff)
         results.evaluations.append(assemble(measured, session, facts))
-        results.per_latent.append(per_latent_figures(summed))
+        results.per_latent.append(per_latent_figures(summed) | ({} if diff is None else diff.per_latent()))
     if losses is not None and session.settings.joint:
         results.joint = joint_figures(losses, [str(folder.sites) for folder in folders])
 

@@ -24,7 +24,7 @@ from shared.sae.loading import is_intact
 from stage_train.config import TrainSchema, as_dict
 from stage_train.data.inputs import PinnedTokens, TrainingInputs, order_of
 from stage_train.data.sites import resolve_sites
-from stage_train.data.stores import PinnedStore, pin, repin
+from stage_train.data.stores import PinnedStore, beside_of, pin, repin, urls_of
 from stage_train.run import Run, eval_command, finish, write_config
 from stage_train.show.progress import ProgressBar
 from stage_train.spec import RunSpec, on_device
@@ -45,7 +45,7 @@ INTERRUPTED = 130
 def train(cfgs: Sequence[TrainSchema]) -> None:
     """Train one SAE for each configuration, or continue where an earlier call with the same ones stopped."""
     world = init_world(cfgs[0].device.name, cfgs[0].device.threads)
-    cfgs = [settled(on_device(cfg, world.device), world) for cfg in cfgs]
+    cfgs = [settled(cfg, world) for cfg in cfgs]
     with telling_lost_contact(), telling_disk_errors(), ExitStack() as stack:
         for folder in sorted({cfg.out_dir for cfg in cfgs}):
             stack.enter_context(only_run_in(Path(folder), world))
@@ -109,9 +109,7 @@ class Job:
 
     def _pin_stores(self, cfgs: Sequence[TrainSchema]) -> list[PinnedStore]:
         """As they are, or as they were when the checkpoints' runs began."""
-        cfg = cfgs[0]
-        urls = [(cfg.store.url, cfg.store.weight), *((other.url, other.weight) for other in cfg.store.others)]
-        beside = [(other.name, other.url) for other in cfg.store.beside]
+        urls, beside = urls_of(cfgs[0]), beside_of(cfgs[0])
         begun = [(one, start) for one, start in zip(cfgs, self.starts, strict=True) if start.checkpoint is not None]
         if not begun:
             return pin(urls, self.world, beside)

@@ -2,7 +2,7 @@
 
 from shared.kernels.adam_step import AdamStep
 from shared.kernels.autograd import attach_encoder, sparse_decode, sparse_reconstruction, take_rows
-from shared.kernels.auxk import DeadRows, Holders, auxk_error
+from shared.kernels.auxk import DeadRows, LatentRanks, auxk_error
 from shared.kernels.compute import COMPUTE_DTYPES, Compute
 from shared.kernels.decode import decode, dot_picks
 from shared.kernels.dispatch import KERNELS, resolve
@@ -21,7 +21,7 @@ __all__ = [
     "AdamStep",
     "Compute",
     "DeadRows",
-    "Holders",
+    "LatentRanks",
     "PairGradient",
     "PairGradients",
     "PairOrder",

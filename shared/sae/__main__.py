@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from shared.basics.errors import GranaryError
 from shared.launch.commands import program
 from shared.launch.outcome import ending_in_one_line
 from shared.launch.terminal import ShownConsole
@@ -22,10 +23,12 @@ tensor of SRC that is not known and may change what the SAE computes; --ignore K
   opensae              config.json, model*.safetensors                    yes   TopK
   llama_scope          hyperparams.json, checkpoints/final.safetensors    yes   no
   gemma_scope          params.npz or params.safetensors                   yes   no
+  circuit_tracer       config.yaml, layer_*.safetensors or W_dec_*        no    transcoders of all layers, CLT
 """
 EXAMPLES = """\
 examples:
   {convert} runs/demo/sae exported --to saelens
+  {convert} runs/mine/transcoders exported --to circuit_tracer
   {convert} downloaded/layer_20/width_16k/average_l0_71 runs/gemma/sae --to granary
 """
 
@@ -51,7 +54,10 @@ def main(argv: list[str] | None = None) -> None:
     command.add_argument("source", metavar="SRC", help="folder of an SAE in any of these formats, or a hub id")
     command.add_argument("target", metavar="DST", type=Path, help="new or empty folder")
     command.add_argument(
-        "--to", required=True, metavar="FORMAT", help="granary, saelens, sparsify, dictionary_learning or opensae"
+        "--to",
+        required=True,
+        metavar="FORMAT",
+        help="granary, saelens, sparsify, dictionary_learning, opensae or circuit_tracer",
     )
     command.add_argument(
         "--ignore", action="append", default=[], metavar="KEY", help="leave out a key or tensor of SRC; may be repeated"
@@ -59,8 +65,14 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     with ending_in_one_line():
         from shared.sae.loading import convert
+        from shared.sae.sets import SET_FORMATS, convert_set
 
-        found = convert(arguments.source, arguments.target, arguments.to, arguments.ignore)
+        if arguments.to in SET_FORMATS:
+            if arguments.ignore:
+                raise GranaryError(f"--ignore is for folders of other projects: {arguments.to} is written from ours")
+            found = convert_set(arguments.source, arguments.target, arguments.to)
+        else:
+            found = convert(arguments.source, arguments.target, arguments.to, arguments.ignore)
         ShownConsole(soft_wrap=True).print(f"{arguments.target}: {found} to {arguments.to}")
 
 

@@ -60,11 +60,9 @@ class LatentScaling:
             self.parts_FD = [first_FD.contiguous(), second_FD.contiguous()]
             self.owner_F = crosscoder.site_norms().argmax(0)
             self.rows_FD = torch.where(self.owner_F[:, None] == 0, first_FD, second_FD)
-        sums = torch.zeros(2, len(self.owner_F), dtype=torch.float64, device=self.owner_F.device)
-        self.reconstruction_SF, self.error_SF = sums, sums.clone()
-        """sum_n f_nj <d_j, y_n> of each site."""
-        self.square_F = sums[0].clone()
-        """sum_n f_nj^2."""
+        zeros_SF = torch.zeros(2, len(self.owner_F), dtype=torch.float64, device=self.owner_F.device)
+        self.sums = {"reconstruction_SF": zeros_SF, "error_SF": zeros_SF.clone(), "square_F": zeros_SF[0].clone()}
+        """sum_n f_nj <d_j, y_n> of each site for both y, and sum_n f_nj^2: those of parts of the data add up."""
 
     @torch.no_grad()
     def add(self, x_ND: Tensor, y_ND: Tensor, latents: SparseLatents) -> None:
@@ -78,22 +76,23 @@ class LatentScaling:
         chosen_P = indices_NK[kept]
         for site, (target_ND, part_FD, bias_D) in enumerate(zip(targets, self.parts_FD, biases, strict=True)):
             hat_ND = decode(values_NK, indices_NK, part_FD, kernels=made.kernels) + bias_D
-            for sums_SF, y in ((self.reconstruction_SF, hat_ND), (self.error_SF, target_ND - hat_ND)):
+            for name, y in (("reconstruction_SF", hat_ND), ("error_SF", target_ND - hat_ND)):
                 dots_NK = dot_picks(y.contiguous(), indices_NK, self.rows_FD, kernels=made.kernels)
-                sums_SF[site].index_add_(0, chosen_P, (values_NK * dots_NK)[kept].double())
-        self.square_F.index_add_(0, chosen_P, values_NK[kept].double().square())
+                self.sums[name][site].index_add_(0, chosen_P, (values_NK * dots_NK)[kept].double())
+        self.sums["square_F"].index_add_(0, chosen_P, values_NK[kept].double().square())
 
     def betas(self) -> tuple[Tensor, Tensor]:
         """beta of reconstruction and of error, [2, F] each; NaN for latents that never fired."""
-        rows_FD = self.rows_FD.double()
-        scale_F = rows_FD.square().sum(1) * self.square_F
-        own_SF = torch.stack([(rows_FD * part_FD.double()).sum(1) * self.square_F for part_FD in self.parts_FD])
+        square_F = self.sums["square_F"]
+        rows_FD = self.rows_FD.double().to(square_F.device)
+        scale_F = rows_FD.square().sum(1) * square_F
+        own_SF = torch.stack([(rows_FD * part_FD.to(rows_FD)).sum(1) * square_F for part_FD in self.parts_FD])
         scale_F = torch.where(scale_F > 0, scale_F, torch.nan)
-        return self.reconstruction_SF / scale_F, (self.error_SF + own_SF) / scale_F
+        return self.sums["reconstruction_SF"] / scale_F, (self.sums["error_SF"] + own_SF) / scale_F
 
     def nus(self) -> tuple[Tensor, Tensor]:
         """nu of reconstruction and of error, [F]: near 0 for a latent of one site alone, near 1 for a shared one."""
-        place_1F = self.owner_F[None]
+        place_1F = self.owner_F[None].to(self.sums["square_F"].device)
         reconstruction, error = (
             (beta_SF.gather(0, 1 - place_1F) / beta_SF.gather(0, place_1F))[0] for beta_SF in self.betas()
         )

@@ -6,10 +6,10 @@ written once, against this interface.
 
 from torch import Tensor
 
-from shared.kernels import Holders
+from shared.kernels import LatentRanks
 
 
-class LatentShard(Holders):
+class LatentShard(LatentRanks):
     """The whole dictionary in one process."""
 
     first = 0

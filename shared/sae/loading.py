@@ -79,8 +79,7 @@ def convert(source: str | Path, target: Path, to: str, ignore: Collection[str] =
     writable = [GRANARY, *(name for name, module in FORMATS.items() if hasattr(module, "save"))]
     if to not in writable:
         raise GranaryError(f"format {to!r} can't be written: choose from {', '.join(writable)}")
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise GranaryError(f"{target} is not empty: choose another folder")
+    check_new(target)
     folder = on_disk.locate(source)
     found = detect(folder)
     made, provenance = load_any(folder, ignore)
@@ -99,6 +98,12 @@ def _write(made: Dictionary, provenance: dict[str, Any], own: Path | None, to: s
     else:
         assert isinstance(made, SAE)
         FORMATS[to].save(RawSAE.from_checkpoint(made.config, made.state_dict(), provenance), target)
+
+
+def check_new(target: Path) -> None:
+    """Raise GranaryError for a folder that holds files."""
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise GranaryError(f"{target} is not empty: choose another folder")
 
 
 def _read_foreign(folder: Path) -> on_disk.Weights | None:

@@ -2,15 +2,17 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from shared.basics.errors import GranaryError
 from shared.basics.numbers import natural_key
 from shared.lm.hookpoint import HookPoint
-from shared.sae.folder import is_own
-from shared.sae.loading import load
-from shared.sae.variants import Dictionary
+from shared.sae.folder import is_own, load_provenance
+from shared.sae.formats.folded import Folded
+from shared.sae.loading import check_new, load
+from shared.sae.variants import CLT, Dictionary
 
 
 def load_set(where: str | Path | Sequence[str | Path], *, device: str | torch.device = "cpu") -> dict[int, Dictionary]:
@@ -40,3 +42,31 @@ def folders_of(where: str | Path) -> list[Path]:
         return [Path(where)]
     inside = Path(where).iterdir() if Path(where).is_dir() else ()
     return sorted((folder for folder in inside if is_own(folder)), key=lambda folder: natural_key(folder.name))
+
+
+SET_FORMATS = ("circuit_tracer",)
+"""Formats of other projects that hold all layers in one folder."""
+
+
+def convert_set(source: str | Path, target: Path, to: str) -> str:
+    """Write a set of transcoders, a folder with one per layer, or a CLT as format `to`; returns what it was.
+
+    Raises GranaryError for a target that holds files, and for what the format can't express.
+    """
+    if to not in SET_FORMATS:
+        raise GranaryError(f"format {to!r} can't be written for a set: choose from {', '.join(SET_FORMATS)}")
+    from shared.sae.formats import circuit_tracer  # needs omegaconf, which loading does not
+
+    check_new(target)
+    if is_own(Path(source)) and isinstance(made := load(source), CLT):
+        circuit_tracer.save_clt(folded(made, load_provenance(source)), target)
+        return "granary clt"
+    first = next(iter(folders_of(source)), None)
+    provenance = {} if first is None else load_provenance(first)  # the model is that of all layers
+    circuit_tracer.save_set({layer: folded(one, provenance) for layer, one in load_set(source).items()}, target)
+    return "granary set"
+
+
+def folded(made: Dictionary, provenance: dict[str, Any]) -> Folded:
+    """On raw activations, as circuit-tracer reads it."""
+    return Folded.of(made.config, made.state_dict(), made.places, provenance, SET_FORMATS[0])

@@ -173,7 +173,9 @@ class Store:
         if not extents:
             if is_foreign(io):
                 raise GranaryError(f"{io.url} holds a Zarr group that is not a Granary store: check store.url")
-            raise GranaryError(f"no activation store at {io.url}: run stage_harvest first, or check store.url")
+            raise GranaryError(
+                f"no activation store at {io.url}: make one with {commands.program('harvest')}, or check store.url"
+            )
         finished = [extent for extent in extents if io.size(layout.extent_tokens_key(extent.first_shard)) is not None]
         if extents[0] not in finished:
             raise GranaryError(f"the store at {io.url} has no tokens yet: run its harvest again to complete it")

@@ -19,6 +19,7 @@ from shared.sae.sites import Sites
 from shared.sae.variants import Dictionary
 from stage_eval.measure.activations import ActivationSums
 from stage_eval.measure.data import read_ahead
+from stage_eval.measure.diffing import DiffSums
 from stage_eval.measure.downstream import (
     CLEAN,
     Condition,
@@ -40,13 +41,14 @@ SAE_ROWS = 4096
 @torch.inference_mode()
 def reconstruction_pass(
     loaded: Sequence[Loaded], session: Session
-) -> tuple[list[ReconstructionSums], dict[str, ActivationSums]]:
-    """Sums of each dictionary, and of each written site, over the stored activations.
+) -> tuple[list[ReconstructionSums], dict[str, ActivationSums], list[DiffSums | None]]:
+    """Sums of each dictionary, of each written site, and of differences, over the stored activations.
 
     A context is read once for all dictionaries of the same sites.
     """
     data, device = session.data, session.world.device
     sums = [new_sums(one, session) for one in loaded]
+    diffs = [DiffSums.of(one.dictionary) for one in loaded]
     wanted = list(dict.fromkeys(one.sites for one in loaded))
     describes = first_to_write(wanted)
     described = {
@@ -67,17 +69,17 @@ def reconstruction_pass(
                     described[site].add_bos(at_bos[site])
             x_ND, y_ND = sites.pick(at_tokens)
             bos_x_MD, bos_y_MD = sites.pick(at_bos)
-            for one, total in zip(loaded, sums, strict=True):
+            for one, total, diff in zip(loaded, sums, diffs, strict=True):
                 if one.sites == sites:
-                    add_tokens(one.dictionary, x_ND, y_ND, rows, total)
+                    add_tokens(one.dictionary, x_ND, y_ND, rows, total, diff)
                     if len(bos_x_MD):
                         total.add_bos(bos_y_MD, one.dictionary(bos_x_MD).x_hat)
             bar.update(len(mask_1T[0]))
-    everything: list[Sums] = [*sums, *described.values()]
+    everything: list[Sums] = [*sums, *described.values(), *(diff for diff in diffs if diff is not None)]
     for part in everything:
         part.all_reduce()
         part.to_cpu()
-    return sums, described
+    return sums, described, diffs
 
 
 def new_sums(one: Loaded, session: Session) -> ReconstructionSums:
@@ -96,13 +98,17 @@ def first_to_write(wanted: Sequence[Sites]) -> dict[str, Sites]:
     return {site: sites for sites in reversed(wanted) for site in sites.writes}
 
 
-def add_tokens(dictionary: Dictionary, x_ND: Tensor, y_ND: Tensor, rows: Rows, total: ReconstructionSums) -> None:
+def add_tokens(
+    dictionary: Dictionary, x_ND: Tensor, y_ND: Tensor, rows: Rows, total: ReconstructionSums, diff: DiffSums | None
+) -> None:
     """Add what a dictionary makes of x to produce y, a bounded number of rows at a time; for an SAE y is x."""
     for start in range(0, len(x_ND), SAE_ROWS):
         part = slice(start, start + SAE_ROWS)
         latents = dictionary.encode(x_ND[part])
         chunk = Rows(rows.context_N[part], rows.position_N[part], rows.frequency_N[part])
         total.add(y_ND[part], dictionary.decode(latents), latents.values, latents.indices, chunk)
+        if diff is not None:
+            diff.add(x_ND[part], y_ND[part], latents)
 
 
 @torch.inference_mode()

@@ -54,7 +54,8 @@ class Sums:
 
     def to_cpu(self) -> None:
         """Move the tensors to host memory, where results are computed."""
-        self.added = {name: tensor.cpu() for name, tensor in self.added.items()}
+        for name, tensor in self.added.items():  # in place: their owner may hold the dictionary too
+            self.added[name] = tensor.cpu()
         self.maxed = {name: tensor.cpu() for name, tensor in self.maxed.items()}
 
 

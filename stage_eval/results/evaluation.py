@@ -6,6 +6,7 @@ from stage_eval.results.figures import (
     ActivationFigures,
     Breakdown,
     DecoderFigures,
+    DiffFigures,
     Downstream,
     Figure,
     LatentFigures,
@@ -151,6 +152,8 @@ class Evaluation(Record):
     activations: ActivationFigures | None
     """Of the site that is written; None where there are several."""
     activations_by_site: dict[str, ActivationFigures] | None = field(default=None, metadata=OPTIONAL)
+    differences: DiffFigures | None = field(default=None, metadata=OPTIONAL)
+    """Of a crosscoder of two sites of one width."""
     training: TrainingCurve | None
     provenance: Provenance
     settings: Settings

@@ -137,6 +137,32 @@ class JointDownstream(Downstream):
 
 
 @dataclass(frozen=True, kw_only=True)
+class DiffFigures(Record):
+    """What a crosscoder's latents say of the difference of its two sites, over the latents that fired."""
+
+    first: str
+    second: str
+    alive: int
+    only_first: int
+    """Relative norm below the first of `cuts`."""
+    only_second: int
+    """Above the last."""
+    shared: int
+    """Between the two in the middle."""
+    between: int
+    specific_first: int
+    """Of the first site by latent scaling: the other's shares lie below both bounds."""
+    specific_second: int
+    cuts: list[float]
+    most_nu_reconstruction: float
+    most_nu_error: float
+    shared_cosine_mean: Figure
+    edges: list[float]
+    latents: list[int]
+    """Latents by relative norm: those from ``edges[i]`` up to ``edges[i + 1]``."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class GroupFigures(Record):
     """Figures of every group of tokens; group i reaches from ``edges[i]`` up to ``edges[i + 1]``."""
 

@@ -7,6 +7,7 @@ from stage_eval.results.evaluation import Evaluation
 from stage_eval.results.figures import (
     ActivationFigures,
     DenseLatent,
+    DiffFigures,
     Downstream,
     MassiveDimension,
     Reconstruction,
@@ -74,6 +75,7 @@ def render(report: Evaluation) -> str:
             bos_sentence(reconstruction),
             site_rows(reconstruction),
         ),
+        *([] if report.differences is None else [differences(report.differences)]),
         page.section(
             "Where it errs",
             page.figures(
@@ -199,6 +201,44 @@ def bos_sentence(reconstruction: Reconstruction) -> str:
             f" the reconstruction misses {percent(bos.bos_fvu_uncentred)} of the squared norm."
         )
         + "</div>"
+    )
+
+
+def differences(found: DiffFigures) -> str:
+    """Whose the latents of a crosscoder are."""
+    low, start, stop, high = found.cuts
+    classes = (
+        (f"{found.first} alone", found.only_first, found.specific_first, f"relative norm below {low:g}"),
+        (f"{found.second} alone", found.only_second, found.specific_second, f"above {high:g}"),
+        ("shared", found.shared, None, f"{start:g} to {stop:g}"),
+        ("between", found.between, None, "the rest"),
+    )
+    rows = [
+        (
+            text(name),
+            f"{count:,}",
+            percent(count / max(found.alive, 1)),
+            "-" if own is None else f"{own:,}",
+            text(meaning),
+        )
+        for name, count, own, meaning in classes
+    ]
+    bins = [
+        (text(f"{edge:.2f} to {found.edges[place + 1]:.2f}"), f"{count:,}")
+        for place, (edge, count) in enumerate(zip(found.edges, found.latents, strict=False))
+    ]
+    return page.section(
+        f"What {found.first} and {found.second} have in common",
+        page.paragraph(
+            f"Of {found.alive:,} latents that fired, by the norm of their decoder rows at the two sites. Specific by"
+            f" latent scaling: the other site's share of the reconstruction is below {found.most_nu_reconstruction:g}"
+            f" of the owner's, and of the error below {found.most_nu_error:g}. The rows of shared latents have a mean"
+            f" cosine of {number(found.shared_cosine_mean)}."
+        ),
+        page.columns(
+            page.table(("latents", "number", "share", "specific by scaling", "meaning"), rows),
+            page.table(("relative norm", "latents"), bins),
+        ),
     )
 
 

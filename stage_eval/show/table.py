@@ -72,7 +72,7 @@ def joint_table(evaluations: Sequence[Evaluation], joint: JointDownstream) -> Ta
         box=box.SIMPLE_HEAD,
         pad_edge=False,
     )
-    table.add_column("replaced", overflow="fold")
+    table.add_column("replaced", no_wrap=True)
     for heading in ("L0", "FVU", "dead", "CE", "recovered", "KL", "top-1"):
         table.add_column(heading, justify="right", no_wrap=True)
     for one in evaluations:

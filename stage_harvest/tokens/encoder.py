@@ -68,7 +68,7 @@ class TextEncoder:
 
         def finished() -> tuple[T, list[list[TokenIds]]]:
             given, made = running.popleft()
-            return given, [split_packed(ids.result() if isinstance(ids, Task) else ids) for ids in made]
+            return given, [from_array(ids.result() if isinstance(ids, Task) else ids) for ids in made]
 
         for given, sets in batches:
             in_worker = self.workers > 0 and characters > OWN_CHARACTERS
@@ -93,7 +93,7 @@ class TextEncoder:
                 self._pool = WorkerPool(self.workers, _start_worker, self._tokenizer, _encode_in_worker)
             return self._pool.submit(texts, path)
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-        packed = encode_packed(self._own_tokenizer, texts)
+        packed = to_array(self._own_tokenizer, texts)
         if path is not None:
             keep(path, packed)
         return packed
@@ -121,7 +121,7 @@ class TextEncoder:
             self._pool.close()
 
 
-def encode_packed(tokenizer: Tokenizer, texts: Texts) -> TokenIds:
+def to_array(tokenizer: Tokenizer, texts: Texts) -> TokenIds:
     """Number of strings, the length of each one's ids, then all ids: one int32 array."""
     tokenizer.no_truncation()
     tokenizer.no_padding()
@@ -132,8 +132,8 @@ def encode_packed(tokenizer: Tokenizer, texts: Texts) -> TokenIds:
     return np.fromiter(itertools.chain(head, *encoded), np.int32, count=len(head) + sum(head[1:]))
 
 
-def split_packed(packed: TokenIds) -> list[TokenIds]:
-    """Inverse of `encode_packed`: ids per string."""
+def from_array(packed: TokenIds) -> list[TokenIds]:
+    """Inverse of `to_array`: ids per string."""
     count = int(packed[0])
     if count == 0:
         return []
@@ -170,7 +170,7 @@ def _start_worker(tokenizer: str) -> None:
 
 def _encode_in_worker(texts: Texts, path: Path | None) -> TokenIds:
     assert _worker_tokenizer is not None
-    packed = encode_packed(_worker_tokenizer, texts)
+    packed = to_array(_worker_tokenizer, texts)
     if path is not None:
         keep(path, packed)
     return packed

@@ -15,6 +15,7 @@ from shared.basics.run_folder import RunFolder
 from shared.launch.commands import program
 from shared.launch.outcome import ending_in_one_line
 from shared.launch.stage import drop_chatter
+from stage_inspect.find import latents_url
 
 if TYPE_CHECKING:
     from stage_inspect.explorer.documents import Documents
@@ -68,15 +69,14 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def open_run(url: str) -> "Documents":
-    """The latents folder of a run folder, or the one at `url`. Raises GranaryError."""
+    """The latents folder of a run, or the one at `url`, called by the run's name. Raises GranaryError."""
     from shared.latents import Latents
     from stage_inspect.explorer.documents import Documents
 
-    local = Path(url)
-    inside = RunFolder(local).latents
-    path = str(inside) if inside.is_dir() else url
-    name = local.name if inside.is_dir() else "/".join(path.rstrip("/").split("/")[-2:])
-    return Documents(Latents.open(path), name)
+    path = latents_url(url)
+    parts = [part for part in path.rstrip("/").split("/") if part not in ("", ".")]
+    is_of_a_run = len(parts) > 1 and parts[-1] == RunFolder(Path()).latents.name
+    return Documents(Latents.open(path), parts[-2] if is_of_a_run else parts[-1])
 
 
 def serve(opened: "list[Documents]", arguments: argparse.Namespace) -> None:

@@ -21,6 +21,7 @@ TOP, PER_DECILE, SILENT = 24, 3, 6  # examples of each kind that a page begins w
 RELATED, LISTED = 10, 8  # latents and tokens listed beside them
 BLOCK = 64  # latents whose names and tokens come together
 STRONGEST_TOKENS = 6
+SCORES = ("f1", "low", "high", "precision", "recall", "auroc")  # of a latent as the detector of a concept
 
 
 class Documents:
@@ -29,6 +30,8 @@ class Documents:
     def __init__(self, latents: Latents, title: str) -> None:
         self.latents, self.title = latents, title
         self.columns = [column for column in COLUMNS if column.name in latents.table]
+        self.dtypes = {column.name: self._stored(column).dtype.str[1:] for column in self.columns}
+        """How a column's numbers are sent: u4 or f4."""
 
     # The folder
 
@@ -57,11 +60,12 @@ class Documents:
                     "kind": one.kind,
                     "shown": one.shown,
                     "listed": one.listed,
-                    "dtype": self.dtype(one),
+                    "dtype": self.dtypes[one.name],
                 }
                 for one in self.columns
             ],
             "map": any(one.name == "map_x" for one in self.columns),
+            "concepts": len(self.latents.notes.concepts()),
             "origin": self._origin(),
             **capabilities,
         }
@@ -83,7 +87,7 @@ class Documents:
     def named(self, latents: Sequence[int]) -> dict[str, tuple[str | None, list[str]]]:
         """Name and strongest tokens of these latents, by latent."""
         names = self.names(latents)
-        tokens = self.latents.array("tokens/firing").take(np.asarray(latents))[:, :STRONGEST_TOKENS]
+        tokens = self.latents.array("tokens/firing").take(np.asarray(latents, np.int64))[:, :STRONGEST_TOKENS]
         return {
             str(latent): (names.get(latent), [self._text(token) for token in row if token >= 0])
             for latent, row in zip(latents, tokens.tolist(), strict=True)
@@ -98,6 +102,29 @@ class Documents:
             found += [hit.latent for hit in self.latents.find(token=query, limit=TOKEN_HITS)]
         unique = list(dict.fromkeys(found))
         return {"latents": unique, "total": len(unique)}
+
+    def concepts(self) -> list[dict[str, Any]]:
+        """The newest result for each concept that was searched for, by name, with what its latents fire on."""
+        newest: dict[str, dict[str, Any]] = {}
+        for found in self.latents.notes.concepts():
+            newest.setdefault(found["name"], found)
+        shown = []
+        for name, found in sorted(newest.items()):
+            result = found["result"] if isinstance(found["result"], dict) else {}
+            rows = [row for row in result.get("latents", []) if self._is_match(row)]
+            told = self.named([row["latent"] for row in rows])
+            shown.append(
+                {
+                    "name": name,
+                    "definition": found["definition"],
+                    "split": str(result.get("split", "")),
+                    "latents": [
+                        [row["latent"], *told[str(row["latent"])], *(short(row[score]) for score in SCORES)]
+                        for row in rows
+                    ],
+                }
+            )
+        return shown
 
     # One latent
 
@@ -242,14 +269,19 @@ class Documents:
             edges[-1] = max(largest, edges[-2] * 2 ** (1 / 3))
         return {"edges": [float(f"{edge:.6g}") for edge in edges], "counts": counts[first : last + 1].tolist()}
 
-    def dtype(self, column: Column) -> str:
-        """How its numbers are sent: u4 or f4."""
-        return self._stored(column).dtype.str[1:]
-
     def _stored(self, column: Column) -> npt.NDArray[Any]:
         values = self.latents.table[column.name]
         is_count = column.kind == "count" and (not len(values) or int(values.max()) < 1 << 32)
         return values.astype("<u4" if is_count else "<f4")
+
+    def _is_match(self, row: Any) -> bool:
+        """Whether a row of a stored result is of a latent that is here, with all its scores."""
+        if not isinstance(row, dict) or not isinstance(row.get("latent"), int):
+            return False
+        scores = [row.get(score) for score in SCORES]
+        return 0 <= row["latent"] < self.latents.num_latents and all(
+            isinstance(score, int | float) and np.isfinite(score) for score in scores
+        )
 
     def _text(self, token: int) -> str:
         vocabulary = self.latents.vocabulary

@@ -76,7 +76,7 @@ def documents_of(documents: Documents, latents: Sequence[int], chunk: int) -> It
     for column in documents.columns:
         stored = np.frombuffer(documents.column(column.name), "<u4")  # as bits: those of other latents become 0
         yield (
-            f"column/{column.name}.{documents.dtype(column)}.gz",
+            f"column/{column.name}.{documents.dtypes[column.name]}.gz",
             packed(np.where(held, stored, 0).astype("<u4").tobytes()),
         )
     names: list[tuple[int, str]] = []
@@ -85,6 +85,7 @@ def documents_of(documents: Documents, latents: Sequence[int], chunk: int) -> It
         names += [(latent, " ".join([named[str(latent)][0] or "", *named[str(latent)][1]])) for latent in group]
         yield f"rows/{block}.json.gz", packed(encoded(named))
     yield "names.json.gz", packed(encoded(names))
+    yield "concepts.json.gz", packed(encoded(documents.concepts()))
     for number, group in grouped(latents, chunk):
         yield (
             f"latents/{number if chunk > 1 else group[0]}.json.gz",

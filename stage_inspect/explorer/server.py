@@ -79,15 +79,6 @@ def routes(run: Run, siblings: list[dict[str, Any]]) -> list[Route]:
     """All of one run."""
     documents, notes = run.documents, run.documents.latents.notes
     live = {"characters": TEXT_CHARACTERS, "generated": GENERATED_TOKENS} if run.live is not None else None
-    meta = encoded(
-        documents.meta(
-            live=live,
-            why_not=run.why_not,
-            steer=run.live is not None and run.live.can_steer,
-            writable=notes.writable,
-            siblings=siblings,
-        )
-    )
 
     async def page(_: Request) -> Response:
         return Response(static_files()["index.html"], media_type="text/html")
@@ -98,8 +89,19 @@ def routes(run: Run, siblings: list[dict[str, Any]]) -> list[Route]:
             return missing(request, None)
         return Response(static_files()[name], media_type=TYPES[name[name.rindex(".") :]])
 
-    async def get_meta(_: Request) -> Response:
-        return answer(meta)
+    def meta(_: Request) -> Response:
+        return answer(
+            documents.meta(
+                live=live,
+                why_not=run.why_not,
+                steer=run.live is not None and run.live.can_steer,
+                writable=notes.writable,
+                siblings=siblings,
+            )
+        )
+
+    def concepts(_: Request) -> Response:
+        return answer(documents.concepts())
 
     def column(request: Request) -> Response:
         name = request.path_params["name"].rpartition(".")[0]
@@ -154,7 +156,8 @@ def routes(run: Run, siblings: list[dict[str, Any]]) -> list[Route]:
     return [
         Route("/", page),
         Route("/static/{name}", static),
-        Route("/data/meta.json", get_meta),
+        Route("/data/meta.json", meta),
+        Route("/data/concepts.json", concepts),
         Route("/data/column/{name}", column),
         Route("/data/latent/{index:int}.json", latent),
         Route("/data/more/{index:int}.json", more),

@@ -118,7 +118,7 @@ def drop_outliers(
     others found. `skip_damaged` passes over contexts that cannot be read.
     """
     first_row, dropped_of = 0, []
-    keep = np.full_like(data.packed_mask, 0xFF)
+    keep = np.full_like(data.mask_bits, 0xFF)
     for part in stores:
         rows = range(first_row, first_row + len(part.slice.contexts))
         mine = _search(data, part, bounds, names, first_row, world, skip_damaged)

@@ -8,9 +8,11 @@ from typing import Any
 import numpy as np
 
 from shared.basics.errors import GranaryError
+from shared.launch.commands import program
 from shared.parallel import World, broadcast_object
 from shared.store import HookStatistics, Store
 from shared.store.beside import open_beside
+from stage_train.config import TrainSchema
 from stage_train.data.stream import StoreSlice
 
 
@@ -56,6 +58,16 @@ Beside = Sequence[tuple[str, str]]
 """(Name, URL) of stores of other models on the first one's tokens."""
 
 
+def urls_of(cfg: TrainSchema) -> list[tuple[str, float]]:
+    """URL and weight of every store that a configuration names."""
+    return [(cfg.store.url, cfg.store.weight), *((other.url, other.weight) for other in cfg.store.others)]
+
+
+def beside_of(cfg: TrainSchema) -> Beside:
+    """Name and URL of every store beside the first."""
+    return [(other.name, other.url) for other in cfg.store.beside]
+
+
 def open_all(urls: Sequence[tuple[str, float]], beside: Beside) -> list[Store]:
     """The stores, the first with those beside it. Raises GranaryError where several stores would each need others."""
     if beside and len(urls) > 1:
@@ -79,7 +91,8 @@ def pin(urls: Sequence[tuple[str, float]], world: World, beside: Beside = ()) ->
         shards = broadcast_object(mine)
         if not shards:
             raise GranaryError(
-                f"the store at {url} has no committed training shard yet: run stage_harvest, or wait for its first one"
+                f"the store at {url} has no committed training shard yet: go on with {program('harvest')}, or "
+                "wait for its first one"
             )
         pinned.append(PinnedStore(store, weight, shards))
     return pinned

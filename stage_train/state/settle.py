@@ -15,6 +15,7 @@ from shared.basics.run_folder import RunFolder
 from shared.basics.yaml_file import read_yaml
 from shared.parallel import World, broadcast_object
 from stage_train.config import Resume, TrainSchema, as_dict
+from stage_train.spec import on_device
 from stage_train.state.export import digest
 from stage_train.state.identity import changes, identity, is_extension
 from stage_train.state.integrity import STATE, state_is_intact
@@ -32,7 +33,8 @@ def settled(cfg: TrainSchema, world: World) -> TrainSchema:
     """
     if cfg.checkpoint.resume is not Resume.auto:
         return cfg
-    folder: str = broadcast_object(_find(Path(cfg.out_dir), identity(as_dict(cfg))) if world.is_main else "")
+    wanted = identity(as_dict(on_device(cfg, world.device)))
+    folder: str = broadcast_object(_find(Path(cfg.out_dir), wanted) if world.is_main else "")
     if folder == cfg.out_dir:
         return cfg
     _log_into(Path(folder), Path(cfg.out_dir))

@@ -21,13 +21,17 @@ from tests.latents import HOSTILE, synthetic_latents
 
 pytestmark = pytest.mark.browser
 NAME = HOSTILE[0]
-PAGES = ["overview", "latents", "latent/5", "latent/3", "compare/5/6", "map", "lists"]
+PAGES = ["overview", "latents", "latent/5", "latent/3", "compare/5/6", "concepts", "map", "lists"]
+SCORES = {"f1": 0.5, "low": 0.4, "high": 0.6, "precision": 0.7, "recall": 0.39, "auroc": 0.98}
 
 
 @pytest.fixture(scope="module")
 def latents(tmp_path_factory: pytest.TempPathFactory) -> Latents:
     made = synthetic_latents(tmp_path_factory.mktemp("browser") / "latents", 400, top=30, sample=30)
     made.notes.add_explanation(5, NAME, method="rule", author='"><b>nobody</b>')
+    made.notes.add_concept(
+        NAME, f"regex {NAME}", {"split": NAME, "latents": [{"latent": 5, **SCORES}, {"latent": 9, **SCORES}]}
+    )
     made.notes.set_note(7, "seven: \u202e turned &amp; \0 nul")
     return made
 
@@ -124,7 +128,7 @@ def test_text_stands_out_from_its_colour(browser: Browser, place: Place, dark: b
 def test_hostile_text_is_text(browser: Browser, place: Place) -> None:
     browser.go(f"{place.url}#/latent/5")
     assert browser.text(".name").startswith(NAME)
-    for page in ("latents?q=img", "latent/7", "compare/5/7"):
+    for page in ("latents?q=img", "latent/7", "compare/5/7", "concepts"):
         browser.go(f"{place.url}#/{page}")
     assert browser.run(
         "return [document.images.length, document.querySelectorAll('main script, main b b').length]"

@@ -38,7 +38,7 @@ def test_an_unfinished_run_is_left_out_of_a_sweep(store: Path, tmp_path: Path) -
     (sweep / "k=8/train.yaml").write_text("sae: {}\n")
     torn = save_sae(sweep / "k=16", plain_sae(16, 4)) / "sae.safetensors"
     torn.write_bytes(torn.read_bytes()[:-10])
-    for name, spec in (("folder", f"{sweep}"), ("glob", f"{sweep}/*")):
+    for name, spec in (("folder", str(sweep)), ("glob", f"{sweep}/*")):
         done = run(f"run_dir={tmp_path / name}", f"sae={spec}", f"store.url={store}", *QUICK)
         assert done.returncode == 0, done.stderr
         comparison = json.loads((tmp_path / name / "comparison.json").read_text())

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from shared.kernels.auxk.holders import DeadRows, Holders
+from shared.kernels.auxk.ranks import DeadRows, LatentRanks
 from shared.kernels.linear import linear
 
 # Elements of one [rows, R] block; a few such blocks are alive at once.
@@ -25,7 +25,7 @@ class _AuxKError(torch.autograd.Function):
         b_enc_R: torch.Tensor,
         W_dec_RD: torch.Tensor,
         num_aux: int,
-        holders: Holders,
+        ranks: LatentRanks,
         num_dead: int,
         compute_dtype: str,
     ) -> torch.Tensor:
@@ -34,14 +34,14 @@ class _AuxKError(torch.autograd.Function):
         W_enc, W_dec = W_enc_RD.to(dtype), W_dec_RD.to(dtype)
         grads = [torch.zeros_like(weight) for weight in (W_enc_RD, b_enc_R, W_dec_RD)]
         total = residual_ND.new_zeros(())
-        rows = max(1, BLOCK_ELEMENTS // max(1, num_dead))  # equally many for all holders
+        rows = max(1, BLOCK_ELEMENTS // max(1, num_dead))  # equally many on all ranks
         for start in range(0, num_rows, rows):
             residual, centred = residual_ND[start : start + rows], centred_ND[start : start + rows].to(dtype)
             z = _product(centred, W_enc, b_enc_R).relu_()
             if num_dead > num_aux:
-                z.masked_fill_(z < holders.kth_largest(z, num_aux), 0)
+                z.masked_fill_(z < ranks.kth_largest(z, num_aux), 0)
             energy = residual.square().sum(1, keepdim=True).clamp_min_(torch.finfo(residual.dtype).tiny)
-            error = holders.sum_forward(_product(z.to(dtype), W_dec.T).to(residual.dtype)) - residual
+            error = ranks.sum_forward(_product(z.to(dtype), W_dec.T).to(residual.dtype)) - residual
             total += (error.square().sum(1, keepdim=True) / energy).sum()
             grad = (error * (2 / num_rows / energy)).to(dtype)
             dz = _product(grad, W_dec).masked_fill_(z == 0, 0)
@@ -71,11 +71,11 @@ def auxk_error(
     centred_ND: torch.Tensor,
     dead: DeadRows,
     num_aux: int,
-    holders: Holders,
+    ranks: LatentRanks,
     compute_dtype: str,
 ) -> torch.Tensor:
     """See ``shared.kernels.auxk.auxk_error``."""
     result: torch.Tensor = _AuxKError.apply(
-        residual_ND, centred_ND, dead.W_enc_RD, dead.b_enc_R, dead.W_dec_RD, num_aux, holders, dead.count, compute_dtype
+        residual_ND, centred_ND, dead.W_enc_RD, dead.b_enc_R, dead.W_dec_RD, num_aux, ranks, dead.count, compute_dtype
     )
     return result

@@ -53,7 +53,7 @@ def auxk_loss(
     latents' rows and encoder biases alone: pass `centred_ND`, the encoder's input, detached. ``dead.count`` is
     of all parts, R those given here. See ``shared.kernels.auxk_error`` for `compute`.
     """
-    error = auxk_error(residual_ND, centred_ND, dead, num_aux, compute=compute, holders=shard)
+    error = auxk_error(residual_ND, centred_ND, dead, num_aux, compute=compute, ranks=shard)
     return min(dead.count / num_aux, 1.0) * error
 
 

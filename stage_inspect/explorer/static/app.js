@@ -11,6 +11,7 @@ import { steerPage } from "./steer.js";
 import { comparePage } from "./compare.js";
 import { listsPage } from "./lists.js";
 import { mapPage } from "./map.js";
+import { conceptsPage } from "./concepts.js";
 import { helpDialog } from "./help.js";
 import { randomLatent } from "./random.js";
 
@@ -20,6 +21,7 @@ const PAGES = [
   { path: "text", name: "Text", key: "x", page: textPage, needs: "live" },
   { path: "steer", name: "Steer", key: "s", page: steerPage, needs: "steer" },
   { path: "compare", name: "Compare", key: "c", page: comparePage },
+  { path: "concepts", name: "Concepts", key: "p", page: conceptsPage, needs: "concepts" },
   { path: "map", name: "Map", key: "m", page: mapPage, needs: "map" },
   { path: "lists", name: "Lists", key: "l", page: listsPage, needs: "writable" },
 ];

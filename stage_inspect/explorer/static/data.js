@@ -52,6 +52,11 @@ class Source {
     return this.json(`more/${index}.json`);
   }
 
+  /** Concepts that were searched for, with their latents. */
+  async concepts() {
+    return JSON.parse(text(await this.read(`concepts.json${this.meta.chunk ? ".gz" : ""}`)));
+  }
+
   /** Latents whose names or explanations have the words of `query`, best first. */
   async search(query) {
     if (!this.meta.chunk) return this.ask(`search?q=${encodeURIComponent(query)}`);

@@ -73,8 +73,8 @@ class TrainingData:
             raise GranaryError(f"the stores have different context lengths {sorted(lengths)}: train on one length")
         (self.seq_len,) = lengths
         self._first_row = np.cumsum([0, *(len(part.contexts) for part in self.slices)])
-        packed = [_packed_mask(part) for part in self.slices]
-        self.packed_mask: NDArray[np.uint8] = np.concatenate(packed)
+        packed = [_mask_bits(part) for part in self.slices]
+        self.mask_bits: NDArray[np.uint8] = np.concatenate(packed)
         if not self.num_tokens:
             raise GranaryError("the store holds no committed token to train on: harvest first, or wait for a shard")
 
@@ -91,18 +91,18 @@ class TrainingData:
     @cached_property
     def counts(self) -> NDArray[np.int64]:
         """Trainable tokens of every context, int64 [C]."""
-        return np.asarray(np.bitwise_count(self.packed_mask).sum(axis=1), np.int64)
+        return np.asarray(np.bitwise_count(self.mask_bits).sum(axis=1), np.int64)
 
     def restrict(self, keep: NDArray[np.uint8]) -> None:
-        """Drop the positions whose bit is not set in `keep`, packed as packed_mask is."""
-        self.packed_mask &= keep
+        """Drop the positions whose bit is not set in `keep`, packed as mask_bits is."""
+        self.mask_bits &= keep
         del self.__dict__["counts"]
         if not self.num_tokens:
             raise GranaryError("stream.max_norm_multiple leaves no token to train on: raise it")
 
     def positions(self, row: int) -> NDArray[np.int64]:
         """The trainable positions of a context, ascending."""
-        return np.flatnonzero(np.unpackbits(self.packed_mask[row], count=self.seq_len))
+        return np.flatnonzero(np.unpackbits(self.mask_bits[row], count=self.seq_len))
 
     def read(self, row: int, site: str, out: torch.Tensor) -> None:
         """Read a context's activations into `out` [T, d]. Raises GranaryError naming a torn shard."""
@@ -155,7 +155,7 @@ class TrainingData:
         return min(len(self.rows_of_epoch(seed, epoch)) for epoch in range(self.num_blocks or 1))
 
 
-def _packed_mask(part: StoreSlice) -> NDArray[np.uint8]:
+def _mask_bits(part: StoreSlice) -> NDArray[np.uint8]:
     """The mask of a slice's contexts at one bit per position: uint8 [n, ceil(T / 8)]."""
     blocks = [
         np.packbits(part.store.mask(part.contexts[start : start + MASK_BLOCK]), axis=1)

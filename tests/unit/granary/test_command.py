@@ -1,11 +1,14 @@
 """The command line of ``granary``: what it shows, what it refuses, what a sweep makes of its arguments."""
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from granary import __main__, __version__, sweep
+from granary.neighbours import COMMON
 from shared.launch.commands import COMMANDS
 
 
@@ -25,13 +28,38 @@ def test_help_fits_a_screen(arguments: tuple[str, ...]) -> None:
     assert all(any(line.split()[:1] == [name] for line in lines) for name in COMMANDS)
 
 
+@pytest.mark.parametrize("name", COMMON)
+@pytest.mark.parametrize("theirs", ["{}/__init__.py", "{}.py"])
+def test_another_package_of_our_name_is_one_line(tmp_path: Path, name: str, theirs: str) -> None:
+    file = tmp_path / theirs.format(name)
+    file.parent.mkdir(exist_ok=True)
+    file.touch()
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(Path(__file__).parents[3])])}
+    for script in (
+        "import granary.__main__",
+        "import granary\ntry: granary.SAE\nexcept ImportError as e: exit(f'{e}')",
+    ):
+        done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=env, capture_output=True, text=True)
+        assert done.returncode != 0
+        assert f"Python finds another {name!r} before Granary's own: {file}:" in done.stderr
+        assert len(done.stderr.splitlines()) == 1
+
+
+def test_ours_are_found(tmp_path: Path) -> None:
+    (tmp_path / "conf").mkdir()  # a folder that is no package: Python takes it where there is no other
+    assert subprocess.run([sys.executable, "-m", "granary", "--version"], cwd=tmp_path).returncode == 0
+
+
 def test_version() -> None:
     assert call("--version").stdout == f"granary {__version__}\n"
 
 
 @pytest.mark.parametrize(
     ("name", "hint"),
-    [("trian", "did you mean train?"), ("qqq", "choose from harvest, train, eval, sweep, transcoders")],
+    [
+        ("trian", "did you mean train?"),
+        ("qqq", "choose from harvest, train, eval, inspect, explore, sweep, transcoders"),
+    ],
 )
 def test_an_unknown_command_is_one_line(name: str, hint: str) -> None:
     done = call(name, "sae.k=8")

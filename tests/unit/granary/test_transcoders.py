@@ -1,8 +1,11 @@
 """``granary transcoders``: which layers it takes, and what it makes of its arguments."""
 
-import pytest
+from pathlib import Path
 
-from granary.transcoders import chosen_layers, commands, layers_of
+import pytest
+from omegaconf import OmegaConf
+
+from granary.transcoders import check_same_set, chosen_layers, commands, layers_of
 from shared.basics.errors import GranaryError
 
 
@@ -45,3 +48,14 @@ def test_another_kind_and_a_single_layer() -> None:
     assert "variant=skip_transcoder" in train
     assert "variant=transcoder" not in train
     assert "joint=false" in evaluate
+
+
+def test_a_folder_is_of_one_set(tmp_path: Path) -> None:
+    """Other layers of it, or other processes, are the same set; other settings are not."""
+    train, _ = commands(["name=x", "sae.k=16"], [0, 1])
+    check_same_set(tmp_path, train)
+    task = [word for word in train if not word.startswith(("-m", "hydra."))]
+    OmegaConf.save(OmegaConf.create({"hydra": {"overrides": {"task": task}}}), tmp_path / "multirun.yaml")
+    check_same_set(tmp_path, commands(["name=x", "sae.k=16", "nproc=2"], [2])[0])
+    with pytest.raises(GranaryError, match=r"other settings \(sae\.k=16, sae\.k=32\): name this one by set=NAME"):
+        check_same_set(tmp_path, commands(["name=x", "sae.k=32"], [0, 1])[0])

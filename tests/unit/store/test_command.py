@@ -87,7 +87,7 @@ def test_no_store_is_one_line_and_status_2(tmp_path, capsys, command):
         main([command, str(tmp_path / "none")])
     assert caught.value.code == 2
     assert capsys.readouterr().err.splitlines() == [
-        f"error: no activation store at {tmp_path / 'none'}: run stage_harvest first, or check store.url"
+        f"error: no activation store at {tmp_path / 'none'}: make one with python -m stage_harvest, or check store.url"
     ]
 
 

@@ -188,7 +188,7 @@ def test_tokens_that_do_not_fit_are_refused(tmp_path, change, named):
 
 
 def test_opening_what_is_no_store_says_so(tmp_path):
-    with pytest.raises(GranaryError, match=r"no activation store at .*: run stage_harvest first"):
+    with pytest.raises(GranaryError, match=r"no activation store at .*: make one with python -m stage_harvest"):
         Store.open(tmp_path / "nothing")
     (tmp_path / "zarr.json").write_text('{"zarr_format": 3, "node_type": "group", "attributes": {}}')
     for action in (Store.open, lambda url: Store.create(url, synthetic_plan(), *synthetic_tokens(synthetic_plan()))):

@@ -1,9 +1,13 @@
 """Crosscoders by the configuration's own words: over layers of one store, and over a pair of stores."""
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file
 
 from shared.basics.errors import GranaryError
 from shared.basics.metrics_file import read_metrics
@@ -48,3 +52,28 @@ def test_a_store_of_other_tokens_is_refused(runs: Runs, planted_store: Any, tmp_
     planted_store(tmp_path / "other", hooks=(ONE,), seed=1)
     with pytest.raises(GranaryError, match=r"holds other contexts than .*their mask differ"):
         runs("bad", f"reads=[{ONE},x:{ONE}]", f"store.beside=[{{name:x,url:{tmp_path / 'other'}}}]")
+
+
+@pytest.mark.slow
+def test_scored_with_what_the_pair_has_in_common(runs: Runs) -> None:
+    """The page and the figures of the difference, and figures of each latent; without a language model."""
+    out = runs(
+        "scored", f"reads=[{ONE},chat:{ONE}]", f"store.beside=[{{name:chat,url:{runs.folder / 'chat'}}}]", "sae.k=4"
+    )
+    command = [
+        sys.executable, "-m", "stage_eval", f"sae.path={out}", f"out_dir={out}", f"store.url={runs.folder / 'store'}",
+        f"store.beside=[{{name:chat,url:{runs.folder / 'chat'}}}]",
+    ]  # fmt: skip
+    done = subprocess.run([*command, "downstream=false"], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    figures = json.loads((out / "eval.json").read_text())
+    found = figures["differences"]
+    assert (found["first"], found["second"]) == (ONE, f"chat:{ONE}")
+    assert sum(found["latents"]) == found["alive"] > 10
+    # Both stores hold the same activations: what is one's is the other's.
+    assert found["specific_first"] == found["specific_second"] == 0
+    assert found["only_first"] + found["only_second"] <= 0.05 * found["alive"]
+    assert set(figures["reconstruction"]["sites"]) == {ONE, f"chat:{ONE}"}
+    latents = load_file(out / "latents.safetensors")
+    assert latents["relative_norm"].shape == latents["nu_error"].shape == (96,)
+    assert "have in common" in (out / "report.html").read_text()

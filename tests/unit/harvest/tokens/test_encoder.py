@@ -13,7 +13,7 @@ import pytest
 from shared.basics.errors import GranaryError
 from shared.lm import load_tokenizer
 from stage_harvest.corpus import Chat, Document
-from stage_harvest.tokens.encoder import TextEncoder, Texts, encode_packed, split_packed
+from stage_harvest.tokens.encoder import TextEncoder, Texts, from_array, to_array
 from stage_harvest.tokens.template import ChatRenderer
 from stage_harvest.tokens.tokenise import Tokeniser
 
@@ -70,7 +70,7 @@ def test_packed_ids_split_again() -> None:
     for strings in ([], [""], ["", "one", ""], TEXTS):
         texts = Texts(strings, True)
         wanted = [tokenizer.encode(string, add_special_tokens=False).ids for string in strings]
-        assert [ids.tolist() for ids in split_packed(encode_packed(tokenizer, texts))] == wanted
+        assert [ids.tolist() for ids in from_array(to_array(tokenizer, texts))] == wanted
 
 
 def test_a_worker_that_is_killed_is_one_line() -> None:

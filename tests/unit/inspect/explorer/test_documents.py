@@ -78,6 +78,30 @@ def test_names_are_what_was_said_last(documents: Documents) -> None:
     assert [said["text"] for said in documents.latent(5)["explanations"]] == [HOSTILE[0], "the second"]
 
 
+def test_concepts_are_those_of_the_newest_search(documents: Documents) -> None:
+    notes = documents.latents.notes
+    assert documents.concepts() == []
+    scores = {"f1": 0.5, "low": 0.4, "high": 0.6, "precision": 0.7, "recall": 0.39, "auroc": 0.98765}
+    notes.add_concept("self", "regex self", {"split": "all", "latents": [{"latent": 1, **scores}]})
+    notes.add_concept("self", "regex self", {"split": "heldout", "latents": [{"latent": 9, **scores}]})
+    strange = [
+        {"latent": 80, **scores},
+        {"latent": -1, **scores},
+        {"latent": 5},
+        "five",
+        {"latent": 6, **scores, "f1": None},
+    ]
+    notes.add_concept("a stranger's", HOSTILE[0], {"latents": strange})
+    notes.add_concept("nothing", "", {})
+    found = documents.concepts()
+    assert [(one["name"], len(one["latents"])) for one in found] == [("a stranger's", 0), ("nothing", 0), ("self", 1)]
+    assert found[2]["split"] == "heldout"
+    latent, name, tokens, *rest = found[2]["latents"][0]
+    assert (latent, name, len(tokens) > 0) == (9, None, True)
+    assert rest == [0.5, 0.4, 0.6, 0.7, 0.39, 0.9877]
+    assert documents.meta()["concepts"] == 4
+
+
 def test_there_are_no_others(documents: Documents) -> None:
     for ask in (
         lambda: documents.rows(80 // BLOCK + 1),

@@ -42,6 +42,7 @@ def test_documents_are_served(client: Client, latents: Latents) -> None:
     assert np.array_equal(fired, latents.table["fired"])
     assert client.get("/data/latent/5.json").json() == json.loads(json.dumps(Documents(latents, "").latent(5)))
     assert set(client.get("/data/rows/2.json").json()) == {"128", "129"}
+    assert client.get("/data/concepts.json").json() == []
 
 
 def test_every_answer_carries_the_policy(client: Client) -> None:

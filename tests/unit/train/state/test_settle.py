@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 
 from stage_train.job import train as train_command
-from stage_train.spec import on_device
 from stage_train.state.settle import difference, settled
 from tests.training import WORLD, Runs, assert_same_run
 
@@ -15,7 +14,7 @@ pytestmark = pytest.mark.usefixtures("train_configs")
 
 def folder_of(train: Runs, *overrides: str) -> str:
     """Where a run goes that is asked to go to ``sae``."""
-    return Path(settled(on_device(train.cfg("sae", *overrides), WORLD.device), WORLD).out_dir).name
+    return Path(settled(train.cfg("sae", *overrides), WORLD).out_dir).name
 
 
 def files_of(folder: Path) -> dict[Path, bytes]:

@@ -38,7 +38,7 @@ class TornStore:
         assert out is not None
         out.fill_(torch.nan)
         if context in self.torn:
-            raise DamagedObjectError(f"shard {context // 3} is damaged", key=f"{context // 3}", shard=context // 3)
+            raise DamagedObjectError(f"shard {context // 3} is damaged", key=str(context // 3), shard=context // 3)
         out[:, 0] = context
         out[:, 1] = torch.arange(self.seq_len)
         return out

@@ -1,4 +1,4 @@
-"""Who holds the dead latents, and their rows."""
+"""The dead latents' rows, and the ranks that hold them."""
 
 from dataclasses import dataclass
 from typing import Self
@@ -14,7 +14,7 @@ class DeadRows:
     b_enc_R: torch.Tensor
     W_dec_RD: torch.Tensor
     count: int
-    """Those of all holders together."""
+    """Those of all ranks together."""
 
     @classmethod
     def alone(cls, W_enc_RD: torch.Tensor, b_enc_R: torch.Tensor, W_dec_RD: torch.Tensor) -> Self:
@@ -22,11 +22,11 @@ class DeadRows:
         return cls(W_enc_RD, b_enc_R, W_dec_RD, W_enc_RD.shape[0])
 
 
-class Holders:
-    """The processes that hold the dead latents among them, all with the same rows: here, one."""
+class LatentRanks:
+    """The ranks that hold the latents among them, all with the same rows of a batch: here, one."""
 
     def sum_forward(self, partial: torch.Tensor) -> torch.Tensor:
-        """The sum of each one's part, for a loss that all then compute alike: gradients pass as they are."""
+        """The sum of each rank's part, for a loss that all then compute alike: gradients pass as they are."""
         return partial
 
     def kth_largest(self, values_NR: torch.Tensor, k: int) -> torch.Tensor:
@@ -34,4 +34,4 @@ class Holders:
         return values_NR.topk(k, dim=1, sorted=False).values.amin(dim=1, keepdim=True)
 
 
-ALONE = Holders()
+ALONE = LatentRanks()
