@@ -65,7 +65,7 @@ demo: setup ## text to a scored SAE and what its latents do: harvest, train, eva
 	@$(BIN)/python -m stage_harvest $(ARGS)
 	@$(BIN)/python -m stage_train
 	@$(BIN)/python -m stage_eval
-	@$(BIN)/python -m stage_inspect
+	@$(BIN)/python -m stage_inspect latents.overwrite=true
 
 harvest: setup ## run a LLaMA over a corpus and write its activations to a store
 	@$(STAGE) stage_harvest $(ARGS)

@@ -13,6 +13,7 @@ from pathlib import Path
 from granary.sweep import is_grid, shared_arguments
 from shared.basics.errors import GranaryError
 from shared.basics.run_folder import RunFolder
+from shared.basics.yaml_file import read_yaml
 from shared.launch.outcome import ending_in_one_line
 from shared.launch.stage import run_child
 
@@ -27,6 +28,8 @@ contexts=N.
 FOLDER = "transcoders"
 READS, WRITES = "layers.{}.mlp_in", "layers.{}.mlp_out"
 OWN = ("layer=", "set=")
+FREE = ("-m", "hydra.", "at_layer=", "nproc=")
+"""What may differ between the parts of one set."""
 OF_EVALUATION = ("contexts=", "split=")
 """What evaluation is told, and training does not know."""
 
@@ -36,8 +39,7 @@ def commands(arguments: Sequence[str], layers: Sequence[int]) -> tuple[list[str]
     given = [argument for argument in arguments if argument not in ("-m", "--multirun")]
     evaluated = [argument for argument in given if argument.startswith(OF_EVALUATION)]
     taught = [argument for argument in given if argument not in evaluated and not argument.startswith(OWN)]
-    name = next((argument[4:] for argument in given if argument.startswith("set=")), FOLDER)
-    folder = f"${{run_dir}}/{name}"
+    folder = f"${{run_dir}}/{set_of(given)}"
     train = [
         "-m",
         "packed=true",
@@ -49,10 +51,24 @@ def commands(arguments: Sequence[str], layers: Sequence[int]) -> tuple[list[str]
         "hydra.sweep.subdir='layer_${at_layer}'",
         *taught,
     ]
-    # By the last sweep, not by the folders' names: where they hold another set, this one lies beside it.
-    where = [f"sae.path='{folder}'", "sae.last_grid=true", f"out_dir='{folder}'"]
+    paths = ",".join(f"'{folder}/layer_{layer}'" for layer in layers)
+    where = [f"sae.path=[{paths}]", f"out_dir='{folder}'"]
     joint = [f"joint={'true' if len(layers) > 1 else 'false'}", f"sae.per_pass={len(layers)}"]
     return train, [*shared_arguments(taught), *evaluated, *where, *joint]
+
+
+def check_same_set(folder: Path, train: Sequence[str]) -> None:
+    """Raise GranaryError where `folder` holds a set that other words trained: its folders would be taken for this."""
+    record = folder / "multirun.yaml"
+    if not record.is_file():
+        return
+    recorded = read_yaml(record)["hydra"]["overrides"]["task"]
+    before, wanted = ({str(one) for one in words if not str(one).startswith(FREE)} for words in (recorded, train))
+    if before != wanted:
+        raise GranaryError(
+            f"{folder} holds a set that was trained with other settings ({', '.join(sorted(before ^ wanted))}): name "
+            "this one by set=NAME"
+        )
 
 
 def layers_of(hooks: Sequence[str]) -> list[int]:
@@ -71,8 +87,7 @@ def chosen_layers(arguments: Sequence[str]) -> list[int]:
             raise GranaryError(f"layer={values['layer']}: numbers of layers, such as layer=0,3") from None
     from shared.store import Store
 
-    run_dir = values.get("run_dir", f"runs/{values.get('name', 'demo')}").strip("'\"")
-    url = values.get("store.url", "").strip("'\"") or str(RunFolder(Path(run_dir)).store)
+    url = values.get("store.url", "").strip("'\"") or str(RunFolder(run_dir_of(arguments)).store)
     store = Store.open(url)
     layers = layers_of(store.hooks)
     if not layers:
@@ -80,6 +95,17 @@ def chosen_layers(arguments: Sequence[str]) -> list[int]:
             f"the store at {store.url} has no layer with mlp_in and mlp_out: harvest with hooks.sites=[mlp_in,mlp_out]"
         )
     return layers
+
+
+def run_dir_of(arguments: Sequence[str]) -> Path:
+    """Folder of the study."""
+    values = dict(argument.split("=", 1) for argument in arguments if "=" in argument)
+    return Path(values.get("run_dir", f"runs/{values.get('name', 'demo')}").strip("'\""))
+
+
+def set_of(arguments: Sequence[str]) -> str:
+    """Name of the set's folder in it."""
+    return next((argument.removeprefix("set=") for argument in arguments if argument.startswith("set=")), FOLDER)
 
 
 def main() -> None:
@@ -92,6 +118,7 @@ def main() -> None:
         if is_grid([argument for argument in arguments if not argument.startswith("layer=")]):
             raise GranaryError("granary transcoders trains one set: give each key one value, and each set its name")
         train, evaluate = commands(arguments, chosen_layers(arguments))
+        check_same_set(run_dir_of(arguments) / set_of(arguments), train)
         run_child([sys.executable, "-m", "stage_train", *train])
         run_child([sys.executable, "-m", "stage_eval", *evaluate])
 

@@ -31,7 +31,7 @@ def test_only_the_runs_of_the_last_sweep_are_its_grid(tmp_path: Path) -> None:
     with pytest.raises(GranaryError, match=r"has no multirun.yaml.*leave out sae.last_grid"):
         last_grid(tmp_path / "sweep")
     sweep(tmp_path, "sae.k=2,4", "sae.expansion=8", "seed=1")
-    sweep(tmp_path, "sae.k=4,8", "sae.expansion=8,16")
+    sweep(tmp_path, "sae.k=4,8", "sae.expansion=8,16", "at_layer=1", "reads='layers.${at_layer}.mlp_in'")
     folder = tmp_path / "sweep"
     grid = last_grid(folder)
     runs = sorted(path for path in folder.iterdir() if path.is_dir())

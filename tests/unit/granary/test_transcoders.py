@@ -1,8 +1,11 @@
 """``granary transcoders``: which layers it takes, and what it makes of its arguments."""
 
-import pytest
+from pathlib import Path
 
-from granary.transcoders import chosen_layers, commands, layers_of
+import pytest
+from omegaconf import OmegaConf
+
+from granary.transcoders import check_same_set, chosen_layers, commands, layers_of
 from shared.basics.errors import GranaryError
 
 
@@ -31,8 +34,7 @@ def test_training_and_scoring_are_told_the_same() -> None:
     assert evaluate == [
         "name=x",
         "contexts=8",
-        "sae.path='${run_dir}/transcoders'",
-        "sae.last_grid=true",
+        "sae.path=['${run_dir}/transcoders/layer_9','${run_dir}/transcoders/layer_10']",
         "out_dir='${run_dir}/transcoders'",
         "joint=true",
         "sae.per_pass=2",
@@ -42,7 +44,18 @@ def test_training_and_scoring_are_told_the_same() -> None:
 def test_another_kind_and_a_single_layer() -> None:
     train, evaluate = commands(["variant=skip_transcoder", "set=skip"], [3])
     assert "hydra.sweep.dir='${run_dir}/skip'" in train
-    assert "sae.path='${run_dir}/skip'" in evaluate
+    assert "sae.path=['${run_dir}/skip/layer_3']" in evaluate
     assert "variant=skip_transcoder" in train
     assert "variant=transcoder" not in train
     assert "joint=false" in evaluate
+
+
+def test_a_folder_is_of_one_set(tmp_path: Path) -> None:
+    """Other layers of it, or other processes, are the same set; other settings are not."""
+    train, _ = commands(["name=x", "sae.k=16"], [0, 1])
+    check_same_set(tmp_path, train)
+    task = [word for word in train if not word.startswith(("-m", "hydra."))]
+    OmegaConf.save(OmegaConf.create({"hydra": {"overrides": {"task": task}}}), tmp_path / "multirun.yaml")
+    check_same_set(tmp_path, commands(["name=x", "sae.k=16", "nproc=2"], [2])[0])
+    with pytest.raises(GranaryError, match=r"other settings \(sae\.k=16, sae\.k=32\): name this one by set=NAME"):
+        check_same_set(tmp_path, commands(["name=x", "sae.k=32"], [0, 1])[0])

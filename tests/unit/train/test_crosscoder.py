@@ -54,6 +54,7 @@ def test_a_store_of_other_tokens_is_refused(runs: Runs, planted_store: Any, tmp_
         runs("bad", f"reads=[{ONE},x:{ONE}]", f"store.beside=[{{name:x,url:{tmp_path / 'other'}}}]")
 
 
+@pytest.mark.slow
 def test_scored_with_what_the_pair_has_in_common(runs: Runs) -> None:
     """The page and the figures of the difference, and figures of each latent; without a language model."""
     out = runs(
