@@ -305,8 +305,8 @@ class Documents:
         return [(name, value) for name, value in rows if value]
 
 
-NUMBERS = ("fired", "density", "max", "mean", "std", "skew", "kurtosis", "windows", "contexts", "documents",
-           "encoder_decoder_cosine", "decoder_norm", "logit_sd", "logit_skew", "logit_kurtosis")  # fmt: skip
+NUMBERS = ("fired", "density", "max", "mean", "std", "skew", "kurtosis", "windows", "documents",
+           "encoder_decoder_cosine")  # fmt: skip
 
 
 def short(value: float) -> float:

@@ -93,7 +93,6 @@ def routes(run: Run, siblings: list[dict[str, Any]]) -> list[Route]:
         return answer(
             documents.meta(
                 live=live,
-                why_not=run.why_not,
                 steer=run.live is not None and run.live.can_steer,
                 writable=notes.writable,
                 siblings=siblings,

@@ -32,6 +32,7 @@ def latents(tmp_path_factory: pytest.TempPathFactory) -> Latents:
     made.notes.add_concept(
         NAME, f"regex {NAME}", {"split": NAME, "latents": [{"latent": 5, **SCORES}, {"latent": 9, **SCORES}]}
     )
+    made.notes.set_labels(5, [NAME])
     made.notes.set_note(7, "seven: \u202e turned &amp; \0 nul")
     return made
 
@@ -128,6 +129,7 @@ def test_text_stands_out_from_its_colour(browser: Browser, place: Place, dark: b
 def test_hostile_text_is_text(browser: Browser, place: Place) -> None:
     browser.go(f"{place.url}#/latent/5")
     assert browser.text(".name").startswith(NAME)
+    assert browser.text(".label-chip") == NAME
     for page in ("latents?q=img", "latent/7", "compare/5/7", "concepts"):
         browser.go(f"{place.url}#/{page}")
     assert browser.run(

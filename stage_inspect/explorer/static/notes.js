@@ -28,8 +28,10 @@ export function notesPanel(source, latent) {
   };
   const form = source.meta.writable && h("form.stack", { onsubmit: save }, text,
     h("div.row", {}, h("button", {}, "Save the note"), told));
-  if (!form && !explanations.length && !latent.note) return null;
-  return h("section.panel", {}, h("h2", {}, "Notes"), explanations.length > 0 && h("ul.told", {}, explanations),
+  const labels = latent.labels.map((label) => [h("span.label-chip", {}, label), " "]);
+  if (!form && !explanations.length && !labels.length && !latent.note) return null;
+  return h("section.panel", {}, h("h2", {}, "Notes"), labels.length > 0 && h("p.told", {}, labels),
+    explanations.length > 0 && h("ul.told", {}, explanations),
     form || (latent.note && h("p", {}, latent.note)));
 }
 

@@ -14,6 +14,7 @@ from shared.basics.errors import GranaryError
 from stage_inspect.explorer import publish
 from stage_inspect.explorer.bundle import bundle
 from stage_inspect.explorer.documents import Documents
+from stage_inspect.explorer.guard import POLICY
 from stage_inspect.explorer.server import static_files
 from tests.latents import HOSTILE, synthetic_latents
 
@@ -39,6 +40,10 @@ def test_a_folder_holds_every_document(documents: Documents, tmp_path: Path) -> 
         packed = (folder / "data" / "column" / f"{column['name']}.{column['dtype']}.gz").read_bytes()
         assert gzip.decompress(packed) == documents.column(column["name"])
     assert unpack((folder / "data" / "rows" / "1.json.gz").read_bytes()) == json.loads(json.dumps(documents.rows(1)))
+    policy = re.search(r'Security-Policy" content="([^"]*)"', (folder / "index.html").read_text())[1]
+    assert set(policy.split("; ")) == set(POLICY.split("; ")) - {
+        "frame-ancestors 'none'"
+    }  # which only a header may say
     served = {path.name for path in (folder / "static").iterdir()} | {"index.html"}
     assert served == set(static_files())
     publish.write_folder(documents, folder)  # again, in place
