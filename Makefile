@@ -7,6 +7,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 VENV_PEERS ?= .venv-peers
+VENV_TRACER ?= .venv-tracer
 ARGS ?=
 NPROC ?= 1
 NNODES ?= 1
@@ -29,7 +30,7 @@ endif
 
 LOCKED := $(if $(shell command -v flock),flock pyproject.toml)
 
-.PHONY: help setup setup-peers demo harvest plan train eval inspect explore sweep transcoders check compile-kernels docs-config bench
+.PHONY: help setup setup-peers demo harvest plan train eval inspect explore trace sweep transcoders check compile-kernels docs-config bench
 .PHONY: bench-gpu clean bit-identical test test-all test-browser test-processors test-s3 test-peers test-quantised
 .PHONY: test-cluster
 
@@ -48,7 +49,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	  $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[dev]"; \
 	  touch $@'
 
-setup-peers: $(VENV_PEERS)/.installed ## a second environment with SAELens, sparsify and dictionary_learning
+setup-peers: $(VENV_PEERS)/.installed $(VENV_TRACER)/.installed ## environments with SAELens and others, and with circuit-tracer
 
 # torchvision comes with nnsight, is used by nothing here, and its PyPI build does not load beside a CPU torch.
 $(VENV_PEERS)/.installed: pyproject.toml constraints-peers.txt
@@ -65,7 +66,7 @@ demo: setup ## text to a scored SAE and what its latents do: harvest, train, eva
 	@$(BIN)/python -m stage_harvest $(ARGS)
 	@$(BIN)/python -m stage_train
 	@$(BIN)/python -m stage_eval
-	@$(BIN)/python -m stage_inspect
+	@$(BIN)/python -m stage_inspect latents.overwrite=true
 
 harvest: setup ## run a LLaMA over a corpus and write its activations to a store
 	@$(STAGE) stage_harvest $(ARGS)
@@ -78,6 +79,9 @@ train: setup ## train a sparse autoencoder from a store
 
 eval: setup ## score a trained SAE: FVU, L0, loss recovered, plots, report
 	@$(STAGE) stage_eval $(ARGS)
+
+trace: setup ## an attribution graph of a text: ARGS="runs/NAME text='...'"
+	@$(BIN)/python -m stage_trace $(ARGS)
 
 inspect: setup ## what each latent of a trained SAE does: a pass over the store, to runs/NAME/latents
 	@$(STAGE) stage_inspect $(ARGS)
@@ -113,11 +117,18 @@ test-processors: setup ## the default tests as on processors with fewer instruct
 	  echo "== $$processor"; env $$processor $(MAKE) --no-print-directory test || status=$$?; \
 	done; exit $$status
 
+# circuit-tracer needs an nnsight and a transformers that neither this project nor the other peers work with.
+$(VENV_TRACER)/.installed: constraints-tracer.txt
+	@echo "installing circuit-tracer into $(VENV_TRACER)"
+	@test -x $(VENV_TRACER)/bin/python || $(PYTHON) -m venv $(VENV_TRACER)
+	@$(VENV_TRACER)/bin/python -m pip install -q --disable-pip-version-check -c constraints-tracer.txt circuit-tracer
+	@touch $@
+
 test-browser: setup ## the explorer in a real Chromium; on Debian: apt-get install chromium chromium-driver
 	@command -v chromedriver > /dev/null || { echo "error: no chromedriver: on Debian, apt-get install chromium chromium-driver" >&2; exit 1; }
 	@$(PYTEST_ALONE) -m browser tests/browser $(ARGS)
 
-test-peers: setup-peers ## the formats against the real SAELens, sparsify and dictionary_learning
+test-peers: setup-peers ## formats and graphs against the real SAELens, sparsify, dictionary_learning, circuit-tracer
 	@OMP_NUM_THREADS=1 $(VENV_PEERS)/bin/python -m pytest -q -m peers tests/peers
 
 test-quantised: setup ## harvests with quantised weights; installs bitsandbytes and torchao
@@ -147,7 +158,7 @@ check: setup ## lint, types, and composing every config
 	@$(BIN)/python -m pytest -q tests/unit/config/test_composition.py
 
 docs-config: setup ## docs/config.md: every key, from the schemas and conf/
-	@$(BIN)/python -m shared.basics.config_page stage_harvest stage_train stage_eval stage_inspect > docs/config.md.new
+	@$(BIN)/python -m shared.basics.config_page stage_harvest stage_train stage_eval stage_inspect stage_trace > docs/config.md.new
 	@mv docs/config.md.new docs/config.md
 
 compile-kernels: setup ## compile every Triton kernel for sm_80 and sm_90 (no GPU needed)
@@ -161,4 +172,4 @@ bench: setup ## every benchmark, quick form
 	@for script in $$(grep -l -- '"--quick"' benchmarks/*.py); do echo "== $$script"; $(BIN)/python $$script --quick; done
 
 clean: ## remove the virtual environment and caches (runs/ stays)
-	rm -rf $(VENV) $(VENV_PEERS) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV_PEERS) $(VENV_TRACER) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

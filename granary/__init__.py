@@ -29,12 +29,15 @@ if TYPE_CHECKING:
     from shared.sae.loading import convert
     from shared.sae.sites import Sites
     from shared.store import Store, StorePlan
+    from stage_trace.attribution import AttributionGraph
+    from stage_trace.trace import TraceSettings, trace
     from stage_train.data.stream import StoreSlice, StreamOrder, TokenStream, TrainingData
 
     __version__: str
 
 # What there is, and where it lives.
 _HOMES = {
+    "AttributionGraph": "stage_trace.attribution",
     "CLT": "shared.sae",
     "SAE": "shared.sae",
     "Crosscoder": "shared.sae",
@@ -55,6 +58,7 @@ _HOMES = {
     "StoreSlice": "stage_train.data.stream",
     "StreamOrder": "stage_train.data.stream",
     "TokenStream": "stage_train.data.stream",
+    "TraceSettings": "stage_trace.trace",
     "TrainingData": "stage_train.data.stream",
     "Transcoder": "shared.sae",
     "convert": "shared.sae.loading",
@@ -64,11 +68,13 @@ _HOMES = {
     "load_provenance": "shared.sae",
     "load_set": "shared.sae",
     "load_tokenizer": "shared.lm",
+    "trace": "stage_trace.trace",
 }
 
 __all__ = [
     "CLT",
     "SAE",
+    "AttributionGraph",
     "Crosscoder",
     "Dictionary",
     "DictionaryConfig",
@@ -87,6 +93,7 @@ __all__ = [
     "StoreSlice",
     "StreamOrder",
     "TokenStream",
+    "TraceSettings",
     "TrainingData",
     "Transcoder",
     "__version__",
@@ -97,6 +104,7 @@ __all__ = [
     "load_provenance",
     "load_set",
     "load_tokenizer",
+    "trace",
 ]
 
 

@@ -207,8 +207,8 @@ def finish(spec: RunSpec, checkpoints: Checkpoints, world: World) -> None:
     newest = checkpoints.latest()
     assert newest is not None
     if world.is_main:
-        checkpoints.prune(newest)  # a disk that failed may have left older ones
         export(newest, spec.folder)
+        checkpoints.prune(newest)  # a disk that failed may have left older ones
         if spec.cfg.logger.curves:
             draw_curves(spec.folder)
     barrier()

@@ -27,6 +27,7 @@ STAGES = (
     "stage_train.job",
     "stage_eval.evaluate",
     "stage_inspect.inspect",
+    "stage_trace.job",
     "transformers.models.llama.modeling_llama",
 )
 

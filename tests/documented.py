@@ -19,6 +19,7 @@ NOT_RUN = {
     "RDZV=": "needs a second machine: tests/distributed runs two agents on one",
     "pip install": "needs the network",
     "make explore": "needs a latents folder, and serves until it is stopped: tests/pipeline/test_explore.py runs it",
+    "granary trace": "needs a transcoder of each layer: tests/pipeline/test_trace.py runs it",
     "granary explore": "needs a latents folder, and serves until it is stopped: tests/pipeline/test_explore.py runs it",
 }
 

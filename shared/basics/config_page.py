@@ -22,7 +22,7 @@ from shared.basics.field_docs import annotations, docs
 
 INTRODUCTION = """# Configuration
 
-Every key of the three stages: its type, its default, what it means. This page is generated (`make docs-config`) from
+Every key of all stages: its type, its default, what it means. This page is generated (`make docs-config`) from
 the schemas in `stage_*/config.py` and the values in `conf/`.
 
 A key is given as `key=value`, an option of a group as `group=option`; `-m` with `key=a,b` makes a sweep. Where the type

@@ -15,9 +15,10 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from shared.kernels.storages import Storages
 
 DEVICE = "meta"
 # What waits where a tensor of the host is among its arguments.
@@ -46,7 +47,7 @@ class FakeCuda(TorchDispatchMode):
         """Names and bytes of what runs beside the kernels; views are left out."""
         self.syncs: list[str] = []
         self.peak_bytes = 0
-        self._alive: dict[int, tuple[StorageWeakRef, int]] = {}
+        self._storages = Storages()
         self._run: Callable[..., Any] | None = None
 
     def __enter__(self) -> Self:
@@ -100,18 +101,11 @@ class FakeCuda(TorchDispatchMode):
         from_host = [t for t in given if t.device.type == "cpu"]
         if from_host and func.overloadpacket in COPIES and any(t.device.type == self.device for t in (*given, *made)):
             self.syncs.append(f"{func} of {tuple(from_host[0].shape)} from the host")
-        self._count(made)
+        if self._storages.follow(tensor for tensor in made if tensor.device.type == self.device):
+            self.peak_bytes = max(self.peak_bytes, self.alive_bytes)
         return result
-
-    def _count(self, made: list[torch.Tensor]) -> None:
-        for tensor in made:
-            storage = tensor.untyped_storage()
-            if tensor.device.type == self.device and storage._cdata not in self._alive:
-                self._alive[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
-        self._alive = {key: entry for key, entry in self._alive.items() if not entry[0].expired()}
-        self.peak_bytes = max(self.peak_bytes, self.alive_bytes)
 
     @property
     def alive_bytes(self) -> int:
         """Memory of the tensors that exist at this moment."""
-        return sum(size for _, size in self._alive.values())
+        return sum(size for _, size in self._storages.alive())

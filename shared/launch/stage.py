@@ -47,7 +47,7 @@ def run_stage(task: Callable[[Any], None], config_name: str, afterwards: Callabl
         if slurm.in_submitted_job():
             slurm.supervise(child_command(f"stage_{config_name}", cfg.nproc, slurm.rendezvous()))
             return
-        if cfg.nproc > 1 and "RANK" not in os.environ and not cfg.get("packed", False):
+        if cfg.get("nproc", 1) > 1 and "RANK" not in os.environ and not cfg.get("packed", False):
             run_child(child_command(f"stage_{config_name}", cfg.nproc, ["--standalone"]))
             return
         with ending_in_one_line():  # here as well: on its way out Hydra would add a line of its own

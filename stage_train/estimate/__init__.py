@@ -1,6 +1,6 @@
 """What a training run will need, before it is started: memory per rank, bytes to read, time.
 
-    job         the run as a rank sees it, from its configuration and, where there is one, its store
+    data, job   what is read, and the run as a rank sees it
     memory      what a rank holds: training's own code, followed on tensors without memory
     pace        tokens per second, time, bytes to read
     report      the table and the JSON

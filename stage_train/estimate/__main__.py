@@ -1,8 +1,7 @@
 """``python -m stage_train.plan d_model=4096 nproc=8 sae.k=64 ...``: what the run with these overrides will need."""
 
-import importlib
 import json
-import re
+import resource
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,38 +18,29 @@ from shared.launch.schema import fill
 from stage_train.config import TrainSchema, register
 from stage_train.estimate.config import PlanSchema, help_text, split_overrides
 
-# Tried in this order where a plan does not fit.
+# Tried in this order where a plan does not fit: micro-batches of a half, a quarter, ... of the rows come first.
 ALTERNATIVES = (
     ["optim.moments=bfloat16"],
     ["parallel=latent"],
     ["parallel=fsdp"],
     ["parallel=latent", "optim.moments=bfloat16"],
 )
-# What training imports while it runs, beside stage_train.job.
-LATER_IMPORTS = ("stage_train.step.layouts.fsdp", "stage_train.step.layouts.latent")
+LEAST_ROWS = 128
 
 
 def training_config(overrides: Sequence[str]) -> TrainSchema:
     """As ``python -m stage_train`` composes it."""
     # Hydra's own node, which names the output folder, is not there: nothing is written.
     given = expand_counts(expand_shorthands(overrides), TrainSchema)
-    cfg = compose("train", overrides=["out_dir=${run_dir}/sae", *given])
-    filled = fill(cfg)
+    filled = fill(compose("train", overrides=["out_dir=${run_dir}/sae", *given]))
     assert isinstance(filled, TrainSchema)
     return filled
 
 
 def resident_bytes() -> int:
     """Memory of this process, which has imported what training imports."""
-    status = Path("/proc/self/status")
-    found = re.search(r"VmRSS:\s+(\d+) kB", status.read_text()) if status.is_file() else None
-    return int(found[1]) * 1024 if found else 0
-
-
-def smaller_batches(rows: int) -> list[list[str]]:
-    """Micro-batches of a half, a quarter, ... of the rows."""
-    sizes = [rows >> halvings for halvings in range(1, 8)]
-    return [[f"optim.micro_batch={size}"] for size in sizes if size >= 128]
+    status = Path("/proc/self/statm")
+    return int(status.read_text().split()[1]) * resource.getpagesize() if status.is_file() else 0
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -62,49 +52,42 @@ def main(arguments: Sequence[str] | None = None) -> None:
     register()
     with ending_in_one_line(), initialize_config_module("conf", version_base="1.3"):
         refuse_password(*given)
-        options, overrides = split_overrides(quote_text(given))
-        run(options, overrides)
+        run(*split_overrides(quote_text(given)))
 
 
 def run(options: PlanSchema, overrides: Sequence[str]) -> None:
     """`overrides` are training's."""
     cfg = training_config(overrides)
+    import stage_train.step.layouts.fsdp
+    import stage_train.step.layouts.latent  # noqa: F401 (both, so that alternatives find them measured)
     from shared.basics.units import GIB
-    from stage_train.estimate.job import find_data, make_job  # torch, and all that training imports
+    from stage_train.estimate.data import find_data
+    from stage_train.estimate.job import make_job
     from stage_train.estimate.memory import find_memory
     from stage_train.estimate.pace import find_pace
-    from stage_train.estimate.report import Plan, as_json, table
+    from stage_train.estimate.report import as_json, table
 
-    for name in LATER_IMPORTS:
-        importlib.import_module(name)
-    fixed = resident_bytes()
+    libraries = resident_bytes()
     data = find_data(cfg, options)
     job = make_job(cfg, options, data)
-    plan = Plan(job=job, memory=find_memory(job), pace=find_pace(cfg, options, job), fixed=0 if job.cuda else fixed)
-    if options.json:
-        print(shown(json.dumps(as_json(plan))))  # noqa: T201
-    else:
-        print(shown(table(plan, options.memory_gib, options.disk_mb_s)))  # noqa: T201
-    if options.memory_gib is None or plan.total <= options.memory_gib * GIB:
+    memory = find_memory(job, libraries)
+    pace = find_pace(options, job, memory.flop)
+    text = json.dumps(as_json(job, memory, pace)) if options.json else table(job, memory, pace, options)
+    print(shown(text))  # noqa: T201
+    if options.memory_gib is None or memory.total <= options.memory_gib * GIB:
         return
-
-    def bytes_with(changes: Sequence[str]) -> int | None:
-        """Of the same plan with other overrides; None where they make no sense."""
-        try:
-            other = make_job(training_config([*overrides, *changes]), options, data)
-        except GranaryError:
-            return None
-        return find_memory(other, start=not other.cuda).total + plan.fixed
-
+    sizes = [job.rows >> halvings for halvings in range(1, 8)]
     advice = "take more ranks, fewer latents, or a larger memory"
-    for changes in [*smaller_batches(job.rows), *ALTERNATIVES]:
-        needed = bytes_with(changes)
-        if needed is not None and needed <= options.memory_gib * GIB:
+    for changes in [*([f"optim.micro_batch={size}"] for size in sizes if size >= LEAST_ROWS), *ALTERNATIVES]:
+        try:
+            needed = find_memory(make_job(training_config([*overrides, *changes]), options, data), libraries).total
+        except GranaryError:  # makes no sense here
+            continue
+        if needed <= options.memory_gib * GIB:
             advice = f"{' '.join(changes)} takes {needed / GIB:.2f} GiB"
             break
     raise GranaryError(
-        f"a rank needs {plan.total / GIB:.2f} GiB, memory_gib={options.memory_gib:g} "
-        f"(peak: {plan.memory.peak.name}): {advice}"
+        f"a rank needs {memory.total / GIB:.2f} GiB, memory_gib={options.memory_gib:g} (peak: {memory.peak}): {advice}"
     )
 
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass, fields
 
 from omegaconf import OmegaConf
 
+from shared.basics.errors import GranaryError
 from shared.basics.field_docs import docs
 
 
@@ -38,25 +39,34 @@ class PlanSchema:
 
 
 NAMES = frozenset(field.name for field in fields(PlanSchema))
+HELP = """\
+usage: {program} key=value ...
+
+What the training run with these overrides will need, on every rank: memory, reading, time. Nothing is
+trained or written. Beside training's own keys:
+
+"""
 
 
 def help_text(program: str) -> str:
     """The options with their meanings and defaults; `program` is how the plan is started."""
     meanings = docs(PlanSchema)
-    options = "\n".join(f"  {field.name:<15} {meanings[field.name]} [{field.default}]" for field in fields(PlanSchema))
-    return (
-        f"usage: {program} key=value ...\n\n"
-        "What the training run with these overrides will need, on every rank: memory, reading, time. Nothing is\n"
-        "trained or written. Beside training's own keys:\n\n"
-        f"{options}"
-    )
+    lines = (f"  {field.name:<15} {meanings[field.name]} [{field.default}]" for field in fields(PlanSchema))
+    return HELP.format(program=program) + "\n".join(lines)
 
 
 def split_overrides(arguments: list[str]) -> tuple[PlanSchema, list[str]]:
-    """The plan's own options, and what is left: overrides of training. Hydra's own keys say nothing about a run."""
+    """The plan's own options, and what is left: overrides of training. Hydra's own keys say nothing about a run.
+
+    Raises GranaryError for a number that makes no sense.
+    """
     own = [argument for argument in arguments if argument.partition("=")[0].lstrip("+") in NAMES]
     others = [argument for argument in arguments if argument not in own and not argument.startswith("hydra")]
-    merged = OmegaConf.merge(OmegaConf.structured(PlanSchema), OmegaConf.from_dotlist(own))
-    options = OmegaConf.to_object(merged)
+    options = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(PlanSchema), OmegaConf.from_dotlist(own)))
     assert isinstance(options, PlanSchema)
+    if not 0 <= options.dead_fraction <= 1:
+        raise GranaryError(f"dead_fraction={options.dead_fraction}: a share of the latents, between 0 and 1")
+    for name, value in vars(options).items():
+        if type(value) in (int, float) and not value > 0 and name != "dead_fraction":
+            raise GranaryError(f"{name}={value}: must be above 0")
     return options, others

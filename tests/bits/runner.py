@@ -13,7 +13,7 @@ from pathlib import Path
 
 from tests.bits.matrix import STAGES, Case
 
-PACKAGES = ("shared", "stage_harvest", "stage_train", "stage_eval")
+PACKAGES = ("shared", "stage_harvest", "stage_train", "stage_eval", "stage_trace")
 SECONDS = 900  # a case takes a few, on a machine with nothing else to do
 STOP_AFTER = 200
 """Lines of metrics, one a step, after which a run is stopped."""

@@ -129,7 +129,7 @@ def make(server: ForkServer, planted_store: Callable[..., object], tmp_path: Pat
 def test_a_disk_that_fails(make: Callable[[str], Stage], name: str, error: int) -> None:
     stage = make(name)
     assert len(stage.calls) > 10
-    for call in spread(stage.calls, 5)[1:4]:
+    for call in spread(stage.calls, 3)[1:2]:
         stage.fail_and_run_again(call, error)
 
 

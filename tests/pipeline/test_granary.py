@@ -15,7 +15,7 @@ import pytest
 from tests.cli import REPOSITORY, ForkServer
 
 # What a wheel is built from.
-SOURCES = ("conf", "granary", "shared", "stage_eval", "stage_harvest", "stage_inspect", "stage_train")
+SOURCES = ("conf", "granary", "shared", "stage_eval", "stage_harvest", "stage_inspect", "stage_trace", "stage_train")
 FILES = ("pyproject.toml", "README.md", "LICENSE")
 
 

@@ -53,6 +53,12 @@ def scales_per_row(d_model: int) -> int:
     return math.ceil(d_model / INT8_BLOCK)
 
 
+def row_bytes(dtype: str, d_model: int) -> int:
+    """Bytes of one activation in a store of `dtype`, scales of int8 included, before any codec."""
+    scales = 2 * scales_per_row(d_model) if dtype == "int8" else 0
+    return d_model * storage_type(dtype).numpy.itemsize + scales
+
+
 @dataclass(frozen=True, kw_only=True)
 class BFloat16Bits(ZDType[np.dtypes.UInt16DType, np.uint16], HasEndianness, HasItemSize):
     """Zarr's ``bfloat16``, in memory the uint16 bit pattern.

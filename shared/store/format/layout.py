@@ -14,7 +14,7 @@ from functools import cache
 from typing import Any, Self
 
 from shared.basics.errors import GranaryError
-from shared.store.format.dtypes import scales_per_row, storage_type
+from shared.store.format.dtypes import row_bytes, scales_per_row, storage_type
 from shared.store.format.site_path import CHUNKS, check_sites, scale_path, site_path
 
 FORMAT_VERSION = 1
@@ -127,11 +127,7 @@ class StorePlan:
 
     def context_bytes(self, hook: str) -> int:
         """Bytes of one context of one hook before any codec, scales of int8 included, checksums not."""
-        d_model = self.hooks[hook]
-        row = d_model * storage_type(self.dtype).numpy.itemsize
-        if self.dtype == "int8":
-            row += 2 * scales_per_row(d_model)
-        return self.seq_len * row
+        return self.seq_len * row_bytes(self.dtype, self.hooks[hook])
 
 
 def check_size(needs: str, value: object) -> None:

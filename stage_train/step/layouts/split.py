@@ -33,10 +33,3 @@ def latents_of_shard(d_latent: int, world: int) -> int:
             f"{d_latent} latents do not divide among {world} processes: change sae.expansion, or use parallel=ddp"
         )
     return d_latent // world
-
-
-def latents_per_rank(d_latent: int, cfg: ParallelSchema, world: int) -> int:
-    """Latents whose weights and moments a rank holds. Raises GranaryError when they do not divide."""
-    if world > 1 and cfg.layout is LayoutKind.fsdp:
-        return latents_of_shard(d_latent, world)
-    return latents_of_part(d_latent, latent_parts(cfg, world))

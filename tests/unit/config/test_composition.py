@@ -13,12 +13,13 @@ from omegaconf.errors import OmegaConfBaseException
 import stage_eval.config
 import stage_harvest.config
 import stage_inspect.config
+import stage_trace.config
 import stage_train.config
 from shared.launch.config_errors import describe_config_error
 from shared.launch.overrides import expand_shorthands
 
 CONF = Path(__file__).resolve().parents[3] / "conf"
-STAGES = ("harvest", "train", "eval", "inspect")
+STAGES = ("harvest", "train", "eval", "inspect", "trace")
 GLOBAL_GROUPS = ("experiment", "debug")
 
 
@@ -53,6 +54,7 @@ def _hydra() -> Iterator[None]:
     stage_train.config.register()
     stage_eval.config.register()
     stage_inspect.config.register()
+    stage_trace.config.register()
     with initialize_config_module("conf", version_base="1.3"):
         yield
 
@@ -78,20 +80,25 @@ def test_every_option_composes(stage: str, group: str, name: str) -> None:
     compose(stage, overrides=[f"{group}={name}"])
 
 
+WHOLE_NUMBER = {"harvest": "seed", "train": "seed", "eval": "seed", "inspect": "seed", "trace": "batch"}
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_an_unknown_key_is_named(stage: str) -> None:
+    known = WHOLE_NUMBER[stage]
+    mistyped = known.replace("e", "", 1) if "e" in known else known[:-1]
     with pytest.raises((HydraException, OmegaConfBaseException)) as caught:
-        compose(stage, overrides=["sed=3"])
+        compose(stage, overrides=[f"{mistyped}=3"])
     line = describe_config_error(caught.value)
-    assert line == "unknown configuration key 'sed' (did you mean 'seed'?)"
+    assert line == f"unknown configuration key {mistyped!r} (did you mean {known!r}?)"
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_wrong_type_is_named(stage: str) -> None:
     with pytest.raises((HydraException, OmegaConfBaseException)) as caught:
-        compose(stage, overrides=["seed=early"])
+        compose(stage, overrides=[f"{WHOLE_NUMBER[stage]}=early"])
     line = describe_config_error(caught.value)
-    assert "seed" in line
+    assert WHOLE_NUMBER[stage] in line
     assert "early" in line
     assert "\n" not in line
 

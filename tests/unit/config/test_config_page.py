@@ -15,7 +15,7 @@ REPOSITORY = Path(__file__).resolve().parents[3]
 
 @pytest.fixture(scope="module")
 def text() -> str:
-    return page(["stage_harvest", "stage_train", "stage_eval", "stage_inspect"])
+    return page(["stage_harvest", "stage_train", "stage_eval", "stage_inspect", "stage_trace"])
 
 
 def test_the_page_is_current(text: str) -> None:

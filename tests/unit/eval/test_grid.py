@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from shared.basics.errors import GranaryError
+from shared.sae.finding import expand
 from stage_eval.grid import is_of_grid, last_grid
-from stage_eval.sae_folders import expand, of_last_grid
+from stage_eval.sae_folders import of_last_grid
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 # Training's configuration and names of folders without its work.

@@ -56,7 +56,10 @@ def test_version() -> None:
 
 @pytest.mark.parametrize(
     ("name", "hint"),
-    [("trian", "did you mean train?"), ("qqq", "choose from harvest, train, eval, sweep, transcoders")],
+    [
+        ("trian", "did you mean train or trace?"),
+        ("qqq", "choose from harvest, train, eval, inspect, explore, trace, sweep, transcoders"),
+    ],
 )
 def test_an_unknown_command_is_one_line(name: str, hint: str) -> None:
     done = call(name, "sae.k=8")

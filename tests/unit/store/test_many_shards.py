@@ -89,7 +89,7 @@ def test_each_shard_costs_the_same(tmp_path: Path) -> None:
 def test_a_window_looks_behind_the_blocks_that_it_knows(tmp_path: Path) -> None:
     plan = synthetic_plan(num_contexts=128, seq_len=8, d_model=16, shard_contexts=1, chunk_tokens=8)
     store = Store.create(tmp_path / "store", plan, *synthetic_tokens(plan), window_bytes=6000)
-    window = Window.find(store.io)
+    window = Window.find(store.io, plan)
     assert window is not None
     blocks = window.plan.num_blocks
     assert blocks > 8

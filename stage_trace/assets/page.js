@@ -1,0 +1,415 @@
+"use strict";
+// Everything that comes from data enters the page as text: no markup is ever made of it.
+const data = JSON.parse(document.getElementById("data").textContent);
+const $ = (id) => document.getElementById(id);
+const svg = $("graph");
+const shape = (name, attributes = {}) => {
+  const element = document.createElementNS(svg.namespaceURI, name);
+  for (const [key, value] of Object.entries(attributes)) element.setAttribute(key, value);
+  return element;
+};
+const make = (name, className, ...children) => {
+  const element = document.createElement(name);
+  if (className) element.className = className;
+  element.append(...children.filter((child) => child !== null));
+  return element;
+};
+const button = (text, onClick, className = "button") => {
+  const element = make("button", className, text);
+  element.type = "button";
+  element.addEventListener("click", onClick);
+  return element;
+};
+const visible = (text) => text.replace(/\n/g, "↵").replace(/\t/g, "⇥").replace(text.trim() ? /^ | $/g : / /g, "␣") || "∅";
+const percent = (share) => (share === null ? "–" : `${(100 * share).toFixed(share < 0.0995 ? 1 : 0)} %`);
+const figure = (value) => (Math.abs(value) >= 1000 || (value && Math.abs(value) < 0.001) ? value.toExponential(1) : value.toFixed(3));
+
+// The graph as read: nodes by number, each with the links that enter and leave it.
+const nodes = data.nodes;
+nodes.forEach((node, number) => Object.assign(node, { number, inputs: [], outputs: [] }));
+const links = data.links.map(([source, target, weight]) => ({ source: nodes[source], target: nodes[target], weight }));
+links.forEach((link) => { link.target.inputs.push(link); link.source.outputs.push(link); });
+for (const node of nodes) {
+  const total = node.inputs.reduce((sum, link) => sum + Math.abs(link.weight), 0);
+  node.inputs.forEach((link) => { link.share = Math.abs(link.weight) / total; });
+  node.inputs.sort((a, b) => Math.abs(b.weight) - Math.abs(a.weight));
+}
+nodes.forEach((node) => node.outputs.sort((a, b) => b.share - a.share));
+const byId = new Map(nodes.map((node) => [node.id, node]));
+const state = { selected: null, pinned: new Set(data.pinned), groups: data.supernodes.map(([name, ...ids]) => ({ name, ids })), chosen: new Set() };
+
+// Places: positions from left to right, layers upwards, biases in a column of their own.
+const STEP = 17, GUTTER = 62, LEAST = 46;
+const pieces = data.pieces.map(visible);
+const textWidth = (text, size = 7.3) => [...text].length * size + 16;
+const isInner = (node) => !["token", "logit"].includes(node.kind);
+const cellOf = (node) => `${node.layer}/${node.kind === "bias" ? "bias" : node.position}`;
+
+function layout(width) {
+  const cells = new Map();
+  nodes.filter(isInner).forEach((node) => {
+    const key = cellOf(node);
+    cells.set(key, [...(cells.get(key) ?? []), node]);
+  });
+  const perRow = 6;
+  const rowsOf = Array(data.layers + 1).fill(1), widthOf = pieces.map((piece) => Math.max(LEAST, Math.min(textWidth(piece), 150)));
+  for (const [key, held] of cells) {
+    const [layer, position] = key.split("/");
+    rowsOf[layer] = Math.max(rowsOf[layer], Math.ceil(held.length / perRow));
+    if (position !== "bias") widthOf[position] = Math.max(widthOf[position], Math.min(held.length, perRow) * STEP + 16);
+  }
+  const hasBias = nodes.some((node) => node.kind === "bias");
+  const left = GUTTER + (hasBias ? 40 : 0);
+  const natural = left + widthOf.reduce((a, b) => a + b, 0) + 14;
+  const spread = Math.max(0, width - natural) / pieces.length;
+  const columns = [];
+  let x = left;
+  widthOf.forEach((w) => { columns.push({ x, width: w + spread, centre: x + (w + spread) / 2 }); x += w + spread; });
+  const total = Math.max(width, x + 14);
+
+  const logits = nodes.filter((node) => node.kind === "logit");
+  let row = 0, right = total - 14;
+  for (const node of logits) {
+    node.text_shown = `${visible(node.text)}  ${percent(node.probability)}`;
+    const w = textWidth(node.text_shown, 7);
+    if (right - w < left) { row += 1; right = total - 14; }
+    Object.assign(node, { x: right - w / 2, y: 26 + 32 * row, width: w });
+    right -= w + 8;
+  }
+  const bands = [];
+  let y = 26 + 32 * row + 34;
+  for (let layer = data.layers; layer >= 0; layer--) {
+    if (layer === data.layers && ![...cells.keys()].some((key) => key.startsWith(`${layer}/`))) continue;
+    const height = rowsOf[layer] * STEP + 22;
+    bands.push({ layer, y, height });
+    y += height + 8;
+  }
+  const bandOf = new Map(bands.map((band) => [band.layer, band]));
+  for (const [key, held] of cells) {
+    const [layer, position] = key.split("/");
+    const centre = position === "bias" ? GUTTER + 12 : columns[position].centre;
+    held.sort((a, b) => b.influence - a.influence).forEach((node, index) => {
+      const inRow = Math.min(perRow, held.length - perRow * Math.floor(index / perRow));
+      node.x = centre + ((index % perRow) - (inRow - 1) / 2) * STEP;
+      node.y = bandOf.get(+layer).y + 11 + STEP / 2 + STEP * Math.floor(index / perRow);
+    });
+  }
+  nodes.filter((node) => node.kind === "token").forEach((node) => {
+    Object.assign(node, { x: columns[node.position].centre, y: y + 20, width: columns[node.position].width - 6 });
+  });
+  return { total, height: y + 48, bands, columns };
+}
+
+const radius = (node) => 3.6 + 4.4 * Math.sqrt(Math.min(1, (node.influence ?? 0) / largest));
+const largest = Math.max(1e-9, ...nodes.filter((node) => node.kind === "feature").map((node) => node.influence));
+function mark(node) {
+  if (node.kind === "token" || node.kind === "logit") {
+    return shape("rect", { class: "mark", x: node.x - node.width / 2, y: node.y - 12, width: node.width, height: 24, rx: 6 });
+  }
+  const r = radius(node);
+  if (node.kind === "feature" || node.kind === "bias") return shape("circle", { class: "mark", cx: node.x, cy: node.y, r });
+  const side = r * 1.6;
+  const turned = node.kind === "error" ? `rotate(45 ${node.x} ${node.y})` : "";
+  return shape("rect", { class: "mark", x: node.x - side / 2, y: node.y - side / 2, width: side, height: side, rx: 1, transform: turned });
+}
+
+function curve(link) {
+  const from = link.source, to = link.target;
+  const y0 = from.y - (isInner(from) ? 0 : 12), y1 = to.y + (isInner(to) ? 0 : 12), bend = (y0 - y1) * 0.45;
+  return `M${from.x.toFixed(1)} ${y0.toFixed(1)}C${from.x.toFixed(1)} ${(y0 - bend).toFixed(1)} ${to.x.toFixed(1)} ${(y1 + bend).toFixed(1)} ${to.x.toFixed(1)} ${y1.toFixed(1)}`;
+}
+const drawn = (link, opacity) => shape("path", {
+  class: link.weight < 0 ? "link minus" : "link", d: curve(link), "stroke-width": (0.6 + 5 * link.share).toFixed(2), opacity: opacity.toFixed(2),
+});
+
+let layers = null;
+function draw() {
+  const { total, height, bands, columns } = layout($("scroll").clientWidth || 900);
+  svg.replaceChildren();
+  svg.setAttribute("width", total);
+  svg.setAttribute("height", height);
+  svg.setAttribute("viewBox", `0 0 ${total} ${height}`);
+  const names = shape("g");
+  for (const band of bands) {
+    svg.append(shape("rect", { class: "band", x: 8, y: band.y, width: total - 16, height: band.height, rx: 7 }));
+    const text = shape("text", { x: 18, y: band.y + band.height / 2 + 4 });
+    text.textContent = band.layer === data.layers ? "norm" : `L${band.layer}`;
+    names.append(shape("rect", { class: "tab", x: 8, y: band.y, width: 38, height: band.height, rx: 7 }), text);
+  }
+  columns.slice(1).forEach((column) => svg.append(shape("line", { class: "column", x1: column.x, x2: column.x, y1: bands[0].y, y2: height - 46 })));
+  const under = shape("g"), over = shape("g");
+  svg.append(under, over, names);
+  layers = { under, names };
+  follow();
+  for (const node of nodes) {
+    const group = shape("g", { class: `node ${node.kind}`, tabindex: "0", role: "button", "aria-label": `${node.label}${isInner(node) && node.kind !== "bias" ? ` at ${pieces[node.position]}` : ""}` });
+    group.append(shape("circle", { class: "ring", cx: node.x, cy: node.y, r: radius(node) + 4 }), mark(node));
+    if (isInner(node)) group.append(shape("circle", { class: "hit", cx: node.x, cy: node.y, r: STEP / 2 }));
+    else {
+      const special = data.fixed.includes(node.position) && node.kind === "token";
+      const text = shape("text", { class: special ? "piece quiet" : "piece", x: node.x, y: node.y + 4, "text-anchor": "middle" });
+      const room = Math.floor((node.width - 8) / 7.3), said = node.kind === "logit" ? node.text_shown : pieces[node.position];
+      text.textContent = node.kind === "token" && [...said].length > room ? `${[...said].slice(0, Math.max(1, room - 1)).join("")}…` : said;
+      group.append(text);
+    }
+    group.addEventListener("click", () => select(node === state.selected ? null : node));
+    group.addEventListener("keydown", (event) => { if (event.key === "Enter" || event.key === " ") { event.preventDefault(); select(node); } });
+    group.addEventListener("pointerenter", (event) => tell(node, event));
+    group.addEventListener("pointerleave", () => { $("tip").hidden = true; });
+    over.append(group);
+    node.group = group;
+  }
+  refresh();
+}
+
+// The names of the layers stay in sight when the graph is scrolled.
+function follow() { layers.names.setAttribute("transform", `translate(${$("scroll").scrollLeft} 0)`); }
+
+// Shown without a selection: the strongest inputs of the nodes that matter.
+const backbone = links.filter((link) => link.share > 0.02)
+  .sort((a, b) => b.share * weightOf(b.target) - a.share * weightOf(a.target)).slice(0, 220);
+function weightOf(node) { return node.kind === "logit" ? node.probability : node.influence ?? 0; }
+
+function refresh() {
+  const node = state.selected;
+  const shown = node ? [...node.inputs, ...node.outputs] : backbone;
+  const near = new Set(shown.flatMap((link) => [link.source, link.target]));
+  layers.under.replaceChildren(...shown.map((link) => drawn(link, node ? 0.35 + 0.6 * link.share : 0.1 + 0.5 * link.share)));
+  svg.classList.toggle("dim", Boolean(node));
+  for (const one of nodes) {
+    one.group.classList.toggle("selected", one === node);
+    one.group.classList.toggle("near", near.has(one));
+    one.group.classList.toggle("pinned", state.pinned.has(one.id));
+  }
+  detail();
+  pins();
+}
+
+function select(node) {
+  state.selected = node;
+  refresh();
+  if (node) $("scroll").scrollTo({ left: node.x - $("scroll").clientWidth / 2 });
+  $("detail").scrollTop = 0;
+}
+
+function tell(node, event) {
+  const lines = [make("b", "", title(node))];
+  if (isInner(node) && node.kind !== "bias") lines.push(make("span", "", `at “${pieces[node.position]}” (${node.position})`));
+  if (node.influence !== null) lines.push(make("br"), make("span", "", `${percent(node.influence)} of the influence`));
+  const tip = $("tip");
+  tip.replaceChildren(...lines);
+  tip.hidden = false;
+  tip.style.left = `${Math.min(event.clientX + 14, innerWidth - 270)}px`;
+  tip.style.top = `${Math.min(event.clientY + 14, innerHeight - 80)}px`;
+}
+
+const KINDS = { feature: "Feature", error: "Error", fixed: "Fixed position", bias: "Biases", token: "Token", logit: "Next token" };
+const ABOUT = {
+  error: "What the MLP adds here beside the active latents: what its transcoder does not explain.",
+  fixed: "The whole output of the MLP here: no dictionary was taught at this position.",
+  bias: "All that this layer adds whatever it reads: biases of its norms, its attention and its transcoder.",
+  token: "The embedding of this token.",
+};
+const title = (node) => (node.kind === "token" || node.kind === "logit" ? visible(node.text) : node.label);
+const NAMES = { feature: (node) => `L${node.layer}/${node.latent}`, error: (node) => `L${node.layer} error`, fixed: (node) => `L${node.layer} MLP` };
+const short = (node) => (NAMES[node.kind] ? `${NAMES[node.kind](node)}  ${pieces[node.position]}` : node.kind === "bias" ? node.label : `${node.kind === "token" ? "token" : "says"}  ${title(node)}`);
+
+// What a node's details are made of, in this order; each gives an element or null.
+const SECTIONS = [where, numbers, words, ablation, (node) => feeds("What feeds it", node.inputs, "source"), (node) => feeds("What it feeds", node.outputs, "target"), command];
+
+function detail() {
+  const node = state.selected, box = $("detail");
+  if (!node) { box.replaceChildren(...overview()); return; }
+  const pinned = state.pinned.has(node.id);
+  const parts = [
+    make("span", `badge ${node.kind}`, KINDS[node.kind]), make("h3", "", title(node)),
+    make("div", "actions", button(pinned ? "Unpin" : "Pin", () => pin(node, !pinned), pinned ? "button on" : "button"), button("Close", () => select(null))),
+    ABOUT[node.kind] ? make("p", "quiet", ABOUT[node.kind]) : null, ...SECTIONS.map((section) => section(node)),
+  ];
+  box.replaceChildren(...parts.filter((part) => part !== null));
+}
+
+function overview() {
+  const top = nodes.filter((node) => node.kind === "feature").sort((a, b) => b.influence - a.influence).slice(0, 14);
+  const most = top.length ? top[0].influence : 1;
+  return [
+    make("h2", "", "Most influential features"),
+    make("p", "quiet", "Choose one, here or in the graph, to see what feeds it and what it feeds. Larger marks matter more."),
+    make("ul", "feeds", ...top.map((node) => line(node, node.influence / most, percent(node.influence), false))),
+  ];
+}
+
+function where(node) {
+  if (node.kind === "bias") return null;
+  const box = make("div", "where");
+  data.pieces.forEach((piece, position) => box.append(position === node.position && node.kind !== "logit" ? make("mark", "", piece.trim() ? piece : visible(piece)) : piece));
+  if (node.kind === "logit") box.append(make("mark", "", visible(node.text)));
+  return box;
+}
+
+function numbers(node) {
+  const rows = [["Probability", node.kind === "logit" ? percent(node.probability) : null], ["Activation", node.activation === null ? null : figure(node.activation)],
+    ["Influence", node.influence === null ? null : percent(node.influence)], ["Token", isInner(node) || node.kind === "token" ? (node.kind === "bias" ? null : String(node.position)) : null]];
+  const kept = rows.filter(([, value]) => value !== null);
+  return make("dl", "pairs", ...kept.map(([name, value]) => make("div", "", make("dt", "", name), make("dd", "", value))));
+}
+
+function words(node) {
+  if (!node.promotes) return null;
+  const list = (texts, className) => make("div", `words ${className}`, ...texts.map((text) => make("code", "", visible(text))));
+  return make("div", "", make("h4", "", "Writes for, by its direct path"), list(node.promotes, "up"), make("h4", "", "and against"), list(node.suppresses, "down"));
+}
+
+function ablation(node) {
+  const row = data.certificate?.ablations.find((one) => one.node_id === node.id);
+  if (!row) return null;
+  const cells = [["predicted", row.predicted], ["attention held", row.frozen], ["all free", row.open]];
+  return make("div", "", make("h4", "", `Without it, the logit of “${visible(byId.get(data.certificate.logit).text)}”`),
+    make("dl", "pairs", ...cells.map(([name, value]) => make("div", "", make("dt", "", name), make("dd", "", figure(value))))));
+}
+
+function line(node, share, text, isMinus) {
+  const fill = make("i");
+  fill.style.width = `${Math.max(2, 100 * share).toFixed(1)}%`;
+  const row = button("", () => select(node), isMinus ? "minus" : "");
+  row.append(make("span", "name", short(node)), make("span", "track", fill), make("span", "num", text));
+  row.title = short(node);
+  return make("li", "", row);
+}
+
+function feeds(name, held, end) {
+  if (!held.length) return null;
+  const most = held[0].share;
+  const rows = held.slice(0, 10).map((link) => line(link[end], link.share / most, figure(link.weight), link.weight < 0));
+  const more = held.length > 10 ? make("p", "quiet", `and ${held.length - 10} more`) : null;
+  return make("div", "", make("h4", "", name), make("ul", "feeds", ...rows), more);
+}
+
+function command(node) {
+  if (node.kind !== "feature") return null;
+  return make("div", "", make("h4", "", "Steer it, in Python"), make("pre", "snippet", `graph.intervene({"${node.id}": 0.0})`));
+}
+
+// Pinned nodes, and groups of them that count as one.
+function pin(node, on) {
+  if (on) state.pinned.add(node.id); else { state.pinned.delete(node.id); state.chosen.delete(node.id); state.groups.forEach((group) => { group.ids = group.ids.filter((id) => id !== node.id); }); }
+  state.groups = state.groups.filter((group) => group.ids.length);
+  refresh();
+}
+function units() {
+  const grouped = new Set(state.groups.flatMap((group) => group.ids));
+  const alone = [...state.pinned].filter((id) => byId.has(id) && !grouped.has(id)).map((id) => ({ name: short(byId.get(id)), ids: [id] }));
+  return [...state.groups, ...alone].map((unit) => ({ ...unit, nodes: unit.ids.filter((id) => byId.has(id)).map((id) => byId.get(id)) })).filter((unit) => unit.nodes.length);
+}
+function pins() {
+  const box = $("pinned"), held = units();
+  if (!held.length) {
+    box.replaceChildren(make("p", "", "Pin nodes to keep them together, group those that mean the same, and save both with the graph."));
+    return;
+  }
+  const grouped = new Set(state.groups.flatMap((group) => group.ids));
+  const chips = [...state.pinned].filter((id) => byId.has(id) && !grouped.has(id)).map((id) => {
+    const pick = button(short(byId.get(id)), () => { state.chosen[state.chosen.has(id) ? "delete" : "add"](id); pins(); }, "pick");
+    pick.setAttribute("aria-pressed", state.chosen.has(id));
+    return make("span", state.chosen.has(id) ? "chip chosen" : "chip", pick, close(`unpin ${short(byId.get(id))}`, () => pin(byId.get(id), false)));
+  });
+  const groups = state.groups.map((group, index) => make("span", "chip chosen", make("b", "", group.name), ` ${group.ids.length} nodes`, close(`ungroup ${group.name}`, () => { state.groups.splice(index, 1); pins(); })));
+  const name = make("input");
+  name.placeholder = "Name of the group";
+  name.setAttribute("aria-label", "Name of the group");
+  const form = make("form", "group-form", name, make("button", "button", `Group ${state.chosen.size} chosen`), button("Save graph.json", download));
+  form.querySelector("button").disabled = state.chosen.size < 2;
+  form.addEventListener("submit", (event) => {
+    event.preventDefault();
+    state.groups.push({ name: name.value.trim() || `group ${state.groups.length + 1}`, ids: [...state.chosen] });
+    state.chosen.clear();
+    pins();
+  });
+  const share = held.flatMap((unit) => unit.nodes).reduce((sum, node) => sum + (node.influence ?? 0), 0);
+  box.replaceChildren(make("div", "chips", ...groups, ...chips), form, make("p", "", `They hold ${percent(share)} of the influence. Choose chips to group them.`), subgraph(held));
+}
+function close(label, onClick) {
+  const made = button("×", onClick, "");
+  made.setAttribute("aria-label", label);
+  return made;
+}
+function subgraph(held) {
+  const mean = (unit, of) => unit.nodes.reduce((sum, node) => sum + of(node), 0) / unit.nodes.length;
+  const height = (unit) => mean(unit, (node) => (node.kind === "bias" ? node.layer : node.layer));
+  const levels = [...new Set(held.map((unit) => Math.round(height(unit))))].sort((a, b) => b - a);
+  const width = Math.max(320, $("pinned").clientWidth), box = shape("svg", { width: "100%", viewBox: `0 0 ${width} ${levels.length * 58 + 8}` });
+  const place = new Map();
+  levels.forEach((level, row) => {
+    const level_units = held.filter((unit) => Math.round(height(unit)) === level).sort((a, b) => mean(a, (node) => node.position) - mean(b, (node) => node.position));
+    level_units.forEach((unit, index) => place.set(unit, { x: (width * (index + 0.5)) / level_units.length, y: 24 + 58 * row, w: Math.min(176, width / level_units.length - 8) }));
+  });
+  const sums = [];
+  for (const target of held) for (const source of held) {
+    if (source === target) continue;
+    let weight = 0, share = 0;
+    for (const node of target.nodes) for (const link of node.inputs) if (source.nodes.includes(link.source)) { weight += link.weight; share += link.share / target.nodes.length; }
+    if (share) sums.push({ source, target, weight, share });
+  }
+  for (const { source, target, weight, share } of sums) {
+    const a = place.get(source), b = place.get(target);
+    box.append(shape("path", { class: weight < 0 ? "link minus" : "link", d: `M${a.x} ${a.y - 15}C${a.x} ${a.y - 34} ${b.x} ${b.y + 34} ${b.x} ${b.y + 15}`, "stroke-width": 0.8 + 6 * share, opacity: 0.4 + 0.5 * Math.min(1, share) }));
+  }
+  for (const unit of held) {
+    const { x, y, w } = place.get(unit), group = shape("g", { class: `node ${unit.nodes.length > 1 ? "logit" : unit.nodes[0].kind === "logit" ? "logit" : "token"}` });
+    group.append(shape("rect", { class: "mark", x: x - w / 2, y: y - 15, width: w, height: 30, rx: 7 }));
+    const text = shape("text", { x, y: y + 4, "text-anchor": "middle" }), room = Math.floor(w / 6.3);
+    text.textContent = [...unit.name].length > room ? `${[...unit.name].slice(0, room - 1).join("")}…` : unit.name;
+    group.append(text);
+    group.addEventListener("click", () => select(unit.nodes[0]));
+    box.append(group);
+  }
+  return box;
+}
+function download() {
+  const saved = structuredClone(data.document);
+  saved.qParams.pinnedIds = [...state.pinned];
+  saved.qParams.supernodes = state.groups.map((group) => [group.name, ...group.ids]);
+  const anchor = make("a");
+  anchor.href = URL.createObjectURL(new Blob([JSON.stringify(saved)], { type: "application/json" }));
+  anchor.download = "graph.json";
+  anchor.click();
+  URL.revokeObjectURL(anchor.href);
+}
+
+function search() {
+  const wanted = $("search").value.trim().toLowerCase();
+  svg.classList.toggle("searching", Boolean(wanted));
+  for (const node of nodes) {
+    const text = [node.label, node.id, node.text, pieces[node.position], ...(node.promotes ?? [])].join(" ").toLowerCase();
+    node.group.classList.toggle("found", wanted !== "" && text.includes(wanted));
+  }
+}
+
+function header() {
+  const heading = $("prompt"), logit = nodes.find((node) => node.kind === "logit");
+  heading.append(data.prompt);
+  if (logit) heading.append(make("span", "said", visible(logit.text), make("small", "", percent(logit.probability))));
+  document.title = `${data.prompt.slice(0, 60)} – attribution graph`;
+  for (const [name, value, about] of data.facts) $("facts").append(make("div", "", make("dt", "", name), make("dd", "", value, make("small", "", about))));
+  $("footer").textContent = data.footer;
+}
+
+function certificate() {
+  const box = $("certificate"), held = data.certificate;
+  if (!held) { box.hidden = true; return; }
+  box.append(make("p", "", data.certificate_text));
+  const head = ["Ablated", "predicted", "attention held", "all free"];
+  const rows = held.ablations.map((one) => make("tr", "", make("td", "", byId.has(one.node_id) ? button(short(byId.get(one.node_id)), () => { select(byId.get(one.node_id)); $("scroll").scrollIntoView({ block: "center" }); }, "") : one.node_id),
+    ...[one.predicted, one.frozen, one.open].map((value) => make("td", "", figure(value)))));
+  box.append(make("div", "scroll", make("table", "", make("thead", "", make("tr", "", ...head.map((name) => make("th", "", name)))), make("tbody", "", ...rows))));
+}
+
+header();
+certificate();
+draw();
+$("scroll").scrollLeft = $("scroll").scrollWidth; // what is said stands above the last token
+$("scroll").addEventListener("scroll", follow, { passive: true });
+$("search").addEventListener("input", search);
+addEventListener("keydown", (event) => { if (event.key === "Escape") select(null); });
+let resizing = 0;
+addEventListener("resize", () => { clearTimeout(resizing); resizing = setTimeout(() => { draw(); search(); }, 120); });

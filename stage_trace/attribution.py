@@ -1,0 +1,31 @@
+"""What ``trace`` gives: a graph with all that can be done with it."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from stage_trace.certificate import Certificate, certify
+from stage_trace.files import save
+from stage_trace.graph import Graph
+from stage_trace.intervene import Change, Mode, Outcome, intervene, predict
+
+
+@dataclass(frozen=True)
+class AttributionGraph(Graph):
+    """``nodes``, ``edges``, ``scores`` and ``prune`` of a graph, interventions on its model, and its files."""
+
+    def intervene(self, values: Mapping[str, float] | Sequence[Change], mode: Mode | str = Mode.open) -> Outcome:
+        """Set features, by their nodes' ids, and run the model on: see ``stage_trace.intervene``."""
+        return intervene(self, values, mode)
+
+    def predict(self, values: Mapping[str, float], *, direct: bool = False) -> Outcome:
+        """What the edges say of the same, over paths of every length or over single edges."""
+        return predict(self, values, direct=direct)
+
+    def certify(self, most: int = 10) -> Certificate:
+        """Ablate the most influential features, predicted against actual."""
+        return certify(self, most)
+
+    def save(self, folder: str | Path, *, certificate: Certificate | None = None) -> list[Path]:
+        """Write ``graph.json``, its index and ``graph.html``; returns where they are."""
+        return save(self, Path(folder), certificate)

@@ -1,0 +1,122 @@
+"""One graph from a configuration: find, check, plan, trace, prune, certify, save, and say what came of it."""
+
+import logging
+import math
+from pathlib import Path
+
+from shared.basics.errors import GranaryError
+from shared.basics.units import human_bytes
+from shared.lm import load_causal_lm, load_tokenizer, model_identity
+from shared.parallel import init_world
+from shared.sae.folder import load_provenance, locate
+from stage_trace.attribution import AttributionGraph
+from stage_trace.certificate import Certificate
+from stage_trace.config import TracedModel, TraceSchema
+from stage_trace.intervene import Mode
+from stage_trace.nodes import Kind
+from stage_trace.plan import plan
+from stage_trace.prompt import encode
+from stage_trace.session import Source
+from stage_trace.sources import find_sources, need_any
+from stage_trace.trace import TraceSettings, trace_sources
+
+log = logging.getLogger(__name__)
+
+
+def trace_text(cfg: TraceSchema) -> None:
+    """Trace ``cfg.text`` and write the files; with ``dry_run``, only say what memory that needs."""
+    _check(cfg)
+    device = init_world(cfg.device.name, cfg.device.threads).device
+    given = cfg.dictionaries if isinstance(cfg.dictionaries, list) else [cfg.dictionaries]
+    path, revision = _model(cfg.model, given)
+    identity = None if cfg.model.allow_other else model_identity(path, revision, cfg.model.dtype.value)
+    sources = find_sources(list(map(str, given)), device, identity)
+    need_any(sources)
+    tokenizer = load_tokenizer(path, revision)
+    ids, _ = encode(cfg.text, tokenizer)
+    estimate = plan(path, revision, sources, len(ids), cfg)
+    for line in estimate.lines():
+        log.info("%s", line)
+    if cfg.dry_run:
+        return
+    model = load_causal_lm(path, cfg.model.dtype.value, device=device, revision=revision)
+    settings = TraceSettings(
+        logit_mass=cfg.logits.mass,
+        max_logits=cfg.logits.most,
+        max_features=cfg.max_features,
+        batch=cfg.batch,
+        engine=cfg.engine.value,
+        fixed=cfg.fixed,
+    )
+    graph = trace_sources(model, sources, cfg.text, tokenizer, settings)
+    for line in summary(graph, sources):
+        log.info("%s", line)
+    certificate = graph.certify(cfg.ablations) if cfg.ablations else None
+    if certificate is not None:
+        for line in _certified(certificate):
+            log.info("%s", line)
+    pruned = graph.prune(cfg.prune.nodes, cfg.prune.edges)
+    shown = sum(node.kind is Kind.feature for node in pruned.nodes)
+    log.info("shown        %d features, %d nodes, %d edges", shown, len(pruned.nodes), len(pruned.edges))
+    written = pruned.save(Path(cfg.out_dir), certificate=certificate)
+    page = written[-1]
+    log.info("open %s (%s)", page, human_bytes(page.stat().st_size))
+
+
+def summary(graph: AttributionGraph, sources: list[Source]) -> list[str]:
+    """What the graph is of, whether it adds up, and its scores."""
+    strict, theirs = graph.scores["strict"], graph.scores["circuit-tracer"]
+    taken = {place.layers[0] for source in sources for place in source.places}
+    missing = [layer for layer in range(graph.columns.num_layers) if layer not in taken]
+    said = ", ".join(f"{node.text!r} {node.probability:.1%}" for node in graph.logits[:4])
+    lines = [
+        f"says         {said}",
+        f"graph        {graph.columns.num_features:,} features, {len(graph.rows_RS):,} rows, every one adds up to"
+        f" {graph.worst_gap:.0e}",
+        f"replacement  {strict.replacement:.3f} strict, {theirs.replacement:.3f} by circuit-tracer's rule",
+        f"completeness {strict.completeness:.3f} strict, {theirs.completeness:.3f} by circuit-tracer's rule",
+    ]
+    if missing:
+        lines.insert(0, f"no transcoder stands in for layers {', '.join(map(str, missing))}: their MLPs are all error")
+    return lines
+
+
+def _certified(certificate: Certificate) -> list[str]:
+    held, free = certificate.rank_correlation(Mode.frozen), certificate.rank_correlation(Mode.open)
+    if held is None or free is None:
+        return ["certificate  too few features to rank"]
+    return [
+        f"certificate  {len(certificate.ablations)} features ablated: rank correlation of predicted and actual change"
+        f" {held:.2f} with attention held, {free:.2f} all free"
+    ]
+
+
+def _check(cfg: TraceSchema) -> None:
+    if not cfg.text.strip():
+        raise GranaryError('give text="...", the prompt that the graph is of')
+    for name, value, least in (
+        ("logits.most", cfg.logits.most, 1),
+        ("max_features", cfg.max_features, 1),
+        ("batch", cfg.batch, 1),
+        ("ablations", cfg.ablations, 0),
+    ):
+        if value < least:
+            raise GranaryError(f"{name}={value}: must be at least {least}")
+    for name, share in (
+        ("logits.mass", cfg.logits.mass),
+        ("prune.nodes", cfg.prune.nodes),
+        ("prune.edges", cfg.prune.edges),
+    ):
+        if not (math.isfinite(share) and 0 <= share <= 1):
+            raise GranaryError(f"{name}={share}: a share lies between 0 and 1")
+
+
+def _model(cfg: TracedModel, given: list[str]) -> tuple[str, str | None]:
+    """What is configured, else what the first dictionary records."""
+    if cfg.path is not None:
+        return cfg.path, cfg.revision
+    for source in find_sources(list(map(str, given))):
+        recorded = load_provenance(locate(source.name)).get("model") or {}
+        if recorded.get("id"):
+            return recorded["id"], cfg.revision or recorded.get("revision")
+    raise GranaryError("the dictionaries do not record their model: give model=PATH")

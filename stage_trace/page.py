@@ -1,0 +1,126 @@
+"""A graph as one HTML page that opens anywhere: style, code and data inside it, nothing fetched.
+
+Data enters as JSON in a script element of its own, with every character escaped that could end it; the page's code puts
+it into the document as text alone, so that no token of a prompt can become markup.
+"""
+
+import json
+from importlib.resources import files
+from typing import Any
+
+from stage_trace.certificate import Certificate
+from stage_trace.graph import Graph
+from stage_trace.intervene import Mode
+from stage_trace.nodes import Kind, Node
+from stage_trace.vocabulary import Words
+
+ESCAPES = {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026", "\u2028": "\\u2028", "\u2029": "\\u2029"}
+
+
+def page(graph: Graph, document: dict[str, Any], certificate: Certificate | None, words: Words | None) -> str:
+    """The whole page; `document` is what ``graph.json`` holds, which the page gives back with a reader's groups."""
+    assets = files("stage_trace") / "assets"
+    parts = {name: (assets / f"page.{name}").read_text(encoding="utf-8") for name in ("html", "css", "js")}
+    data = in_script(_data(graph, document, certificate, words))
+    return parts["html"] % {"css": parts["css"], "js": parts["js"], "data": data}
+
+
+def in_script(value: Any) -> str:
+    """JSON that may stand in a script element, whatever texts are in it."""
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    for character, escape in ESCAPES.items():
+        text = text.replace(character, escape)
+    return text
+
+
+def _data(
+    graph: Graph, document: dict[str, Any], certificate: Certificate | None, words: Words | None
+) -> dict[str, Any]:
+    number_of = {node.id: number for number, node in enumerate(graph.nodes)}
+    return {
+        "prompt": graph.prompt.text,
+        "pieces": graph.prompt.pieces,
+        "fixed": graph.prompt.fixed,
+        "layers": graph.columns.num_layers,
+        "nodes": [_node(graph, node, words) for node in graph.nodes],
+        "links": [
+            [number_of[edge.source.id], number_of[edge.target.id], float(f"{edge.weight:.5g}")]
+            for edge in graph.edges
+            if edge.source.id in number_of and edge.target.id in number_of
+        ],
+        "pinned": graph.pinned,
+        "supernodes": graph.supernodes,
+        "facts": _facts(graph, certificate),
+        "certificate": None if certificate is None else certificate.to_dict(),
+        "certificate_text": None if certificate is None else _told(certificate),
+        "footer": _footer(graph),
+        "document": document,
+    }
+
+
+def _node(graph: Graph, node: Node, words: Words | None) -> dict[str, Any]:
+    made: dict[str, Any] = {
+        "id": node.id,
+        "kind": node.kind.value,
+        "layer": node.layer,
+        "position": node.position,
+        "latent": node.number if node.kind is Kind.feature else None,
+        "label": node.label,
+        "text": node.text,
+        "activation": node.activation,
+        "probability": node.probability,
+        "influence": node.influence,
+    }
+    if words is not None and graph.decode is not None and node.kind is Kind.feature:
+        for name, held in (("promotes", words.promotes), ("suppresses", words.suppresses)):
+            made[name] = [graph.decode([token]) for token in held[node.layer, node.number]]
+    return made
+
+
+def _facts(graph: Graph, certificate: Certificate | None) -> list[tuple[str, str, str]]:
+    """(name, value, what it means) of the figures at the top."""
+    strict, theirs = graph.scores["strict"], graph.scores["circuit-tracer"]
+    facts = [
+        (
+            "Replacement",
+            f"{strict.replacement:.2f}",
+            f"of the influence goes back to tokens, not errors; {theirs.replacement:.2f} by circuit-tracer's rule",
+        ),
+        (
+            "Completeness",
+            f"{strict.completeness:.2f}",
+            f"of nodes' inputs is no error; {theirs.completeness:.2f} by circuit-tracer's rule",
+        ),
+        ("Rows add up", f"{graph.worst_gap:.0e}", "worst gap between a row's sum and what it explains"),
+    ]
+    if certificate is not None:
+        held, free = certificate.rank_correlation(Mode.frozen), certificate.rank_correlation(Mode.open)
+        if held is not None and free is not None:
+            facts.append(
+                ("Agrees with the model", f"{held:.2f}", f"rank correlation with attention held; {free:.2f} all free")
+            )
+    shown = sum(node.kind is Kind.feature for node in graph.nodes)
+    facts.append(("Shown", f"{shown:,} features", f"of {graph.columns.num_features:,}; {len(graph.edges):,} edges"))
+    return facts
+
+
+def _told(certificate: Certificate) -> str:
+    held, free = certificate.rank_correlation(Mode.frozen), certificate.rank_correlation(Mode.open)
+    said = (
+        "The most influential features, each set to zero: what the graph's edges predict for the logit of "
+        f"“{certificate.logit.text}”, against what the model does with attention patterns and norms held, and with "
+        "everything free to respond."
+    )
+    if held is None or free is None:
+        return f"{said} Too few features for a rank correlation."
+    return f"{said} Rank correlation {held:.2f} held, {free:.2f} free."
+
+
+def _footer(graph: Graph) -> str:
+    share = graph.node_share
+    shown = "" if share is None else f" Shown are the nodes that make up {share:.0%} of the influence."
+    return (
+        "An edge is what its source adds to a latent's pre-activation, or to a logit less the mean of all logits, with"
+        " this prompt's attention patterns and norm factors held. All sources of a row, biases and fixed positions"
+        f" too, add up to what it explains.{shown} Dictionaries: {', '.join(graph.names)}."
+    )

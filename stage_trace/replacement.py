@@ -1,0 +1,236 @@
+"""The local replacement model of one prompt: what stands in for each MLP's output, position by position.
+
+    mlp_out_t[p] = sum_i f_i d_i,t + b_t + W_skip,t x_t[p] + error_t[p]       p: free positions
+    mlp_out_t[p] = rest_t[p] + W_skip,t x_t[p]                                p: positions that no dictionary was taught
+
+f_i are active latents, d_i,t their decoder rows for layer t, all in the units of raw activations: a dictionary's
+normalisation is folded into its weights. A transcoder's latents write the MLP of their own layer, those of a CLT the
+later ones too. Everything but the skip, which is connected everywhere, is a leaf of the graph; f_i is also a row, since
+it reads the stream:
+
+    f_i = e_i . x_l[p] + c_i
+
+Only the rows of active latents are read from a dictionary's file, never all of W_dec.
+Shapes: N active latents, T positions, D width of the stream, L layers.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from shared.basics.errors import GranaryError
+from shared.lm.frozen import Recording
+from shared.lm.hookpoint import HookPoint
+from shared.sae.activations import Gated
+from shared.sae.config import DictionaryConfig
+from shared.sae.groups import LatentGroup
+from shared.sae.variants import Dictionary
+from shared.sae.variants.base import per_column
+
+READABLE = ("mlp_in", "resid_mid", "resid_pre")
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where one group of latents reads, and for the MLPs of which layers it stands in."""
+
+    read: HookPoint
+    layers: tuple[int, ...]
+
+
+def places_of(config: DictionaryConfig, name: str) -> tuple[Place, ...]:
+    """Of each group; raises GranaryError, naming `name`, for anything but stand-ins of MLPs."""
+    sites = config.sites
+    if sites is None:
+        raise GranaryError(f"{name} does not record where it reads and writes: graphs need a transcoder that does")
+    if config.num_groups > 1 and not config.follows_depth:
+        raise GranaryError(
+            f"{name} takes the k largest of all layers, so that later ones decide what earlier ones fire: use batchtopk"
+        )
+    groups = config.num_groups
+    if len(sites.reads) == groups == len(sites.writes):
+        reads = [HookPoint.parse(one) for one in sites.reads]
+        writes = [HookPoint.parse(one) for one in sites.writes]
+        layers = [one.layer for one in writes]
+        in_order = [one.layer for one in reads] == layers == sorted(set(layers))
+        if in_order and all(one.site in READABLE for one in reads) and {one.site for one in writes} == {"mlp_out"}:
+            return tuple(Place(read, tuple(layers[number:])) for number, read in enumerate(reads))
+    raise GranaryError(
+        f"{name} has {sites}: graphs need transcoders of MLPs, such as layers.2.mlp_in -> layers.2.mlp_out, or a CLT"
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class LayerLatents:
+    """The active latents that read at one layer, sorted by position and latent, in raw units."""
+
+    read: HookPoint
+    layers: tuple[int, ...]
+    """Whose MLPs they write."""
+    position_N: Tensor
+    latent_N: Tensor
+    value_N: Tensor
+    constant_N: Tensor
+    """What a value holds beside what it reads: ``value = encoder . x + constant``."""
+    encoder_ND: Tensor
+    decoder_ND: Tensor
+    """[N, D times number of `layers`]."""
+
+    def decoder(self, layer: int) -> Tensor:
+        """Rows [N, D] for the MLP of `layer`, one of `layers`."""
+        D, at = self.encoder_ND.shape[1], self.layers.index(layer)
+        return self.decoder_ND[:, at * D : (at + 1) * D]
+
+    def by_position(self) -> Iterator[tuple[int, slice]]:
+        """Every position with latents, and where they lie."""
+        counts = torch.bincount(self.position_N).tolist()
+        start = 0
+        for position, count in enumerate(counts):
+            if count:
+                yield position, slice(start, start + count)
+            start += count
+
+
+@dataclass(frozen=True, slots=True)
+class LayerStandIn:
+    """What stands in for the MLP of one layer, beside latents, and the latents that read there."""
+
+    latents: LayerLatents
+    bias_D: Tensor
+    skip: Tensor | None
+    """W_skip [D, D] in raw units, from what `latents` reads."""
+    error_TD: Tensor
+    """0 at fixed positions."""
+    rest_TD: Tensor
+    """What the MLP adds beside the skip; 0 at free positions."""
+
+
+@dataclass(frozen=True, slots=True)
+class Replacement:
+    """All layers of one prompt."""
+
+    layers: list[LayerStandIn]
+    fixed_T: Tensor
+    """bool [T]: positions at which an MLP's output is one leaf."""
+
+    @property
+    def num_latents(self) -> int:
+        """Active latents of all layers."""
+        return sum(len(layer.latents.value_N) for layer in self.layers)
+
+    @property
+    def free(self) -> Tensor:
+        """bool [T]: the other positions."""
+        return ~self.fixed_T
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What one group of a dictionary gives: its latents, and the bias and skip of its own layer's MLP."""
+
+    latents: LayerLatents
+    bias_D: Tensor
+    skip: Tensor | None
+
+
+def check_places(places: Sequence[tuple[str, Place]], num_layers: int) -> None:
+    """Raise GranaryError where two dictionaries stand in for one MLP, or one for an MLP that the model lacks."""
+    taken: dict[int, str] = {}
+    for name, place in places:
+        layer = place.layers[0]
+        if place.layers[-1] >= num_layers:
+            raise GranaryError(f"{name} stands in for layer {place.layers[-1]}, and the model has {num_layers} layers")
+        if layer in taken:
+            raise GranaryError(f"{taken[layer]} and {name} both write layers.{layer}.mlp_out: give one")
+        taken[layer] = name
+
+
+@torch.no_grad()
+def read_parts(
+    dictionary: Dictionary, places: Sequence[Place], recording: Recording, fixed_T: Tensor
+) -> dict[int, Part]:
+    """What `dictionary` gives to each layer that it reads; computed in the type of the recording."""
+    found = {}
+    for number, place in enumerate(places):
+        x_TD = recording.sites[place.read]
+        layer = place.layers[0]
+        latents = active(dictionary, number, place, x_TD, fixed_T)
+        folded = Folded.of(dictionary, number, x_TD)
+        D = x_TD.shape[1]
+        own = dictionary.places[number][1]
+        bias_D = (dictionary.b_dec.to(x_TD)[own] / folded.output_scale + dictionary.output_mean.to(x_TD)[own])[:D]
+        skip: Tensor | None = getattr(dictionary, "W_skip", None)
+        if skip is not None:
+            skip = skip.to(x_TD) * folded.input_scale / folded.output_scale[..., None]
+            bias_D = bias_D - skip @ folded.input_mean
+        found[layer] = Part(latents, bias_D, skip)
+    return found
+
+
+@torch.no_grad()
+def stand_in(parts: Mapping[int, Part], layer: int, recording: Recording, fixed_T: Tensor) -> LayerStandIn:
+    """The stand-in for one MLP out of all parts; where none reads there, the whole output is error."""
+    output_TD = recording.mlp_out(layer)
+    part = parts.get(layer) or _nothing(layer, output_TD)
+    rest_TD = output_TD
+    if part.skip is not None:
+        rest_TD = output_TD - recording.sites[part.latents.read] @ part.skip.T
+    made_TD = part.bias_D.expand_as(output_TD).clone()
+    for source in parts.values():
+        if layer in source.latents.layers:
+            scaled_ND = source.latents.value_N[:, None] * source.latents.decoder(layer)
+            made_TD.index_add_(0, source.latents.position_N, scaled_ND)
+    error_TD = (rest_TD - made_TD).masked_fill(fixed_T[:, None], 0)
+    return LayerStandIn(part.latents, part.bias_D, part.skip, error_TD, rest_TD.masked_fill(~fixed_T[:, None], 0))
+
+
+def _nothing(layer: int, output_TD: Tensor) -> Part:
+    D = output_TD.shape[1]
+    none, rows = output_TD.new_zeros(0, dtype=torch.int64), output_TD.new_zeros(0, D)
+    latents = LayerLatents(HookPoint(layer, "mlp_in"), (layer,), none, none, rows.sum(1), rows.sum(1), rows, rows)
+    return Part(latents, output_TD.new_zeros(D), None)
+
+
+def active(dictionary: Dictionary, number: int, place: Place, x_TD: Tensor, fixed_T: Tensor) -> LayerLatents:
+    """Which latents of a group fire, by the group itself; their values from the folded rows, in the type of x."""
+    group: LatentGroup = dictionary.groups[number]
+    folded = Folded.of(dictionary, number, x_TD)
+    dtype = dictionary.b_dec.dtype
+    normal_TD = (x_TD.to(dtype) - folded.input_mean.to(dtype)) * folded.input_scale.to(dtype)
+    _, indices_TK = group.fire(normal_TD)
+    position_N, slot_N = torch.nonzero((indices_TK >= 0) & ~fixed_T[:, None], as_tuple=True)
+    latent_N = indices_TK[position_N, slot_N]
+    order = torch.argsort(position_N * group.num_latents + latent_N)
+    position_N, latent_N = position_N[order], latent_N[order]
+
+    encoder_ND = group.W_enc[latent_N].to(x_TD) * folded.input_scale
+    bias_N = group.b_enc[latent_N].to(x_TD)
+    if isinstance(group.activation, Gated):
+        gain_N = torch.exp(group.activation.r_mag[latent_N].to(x_TD))
+        encoder_ND, bias_N = encoder_ND * gain_N[:, None], group.activation.b_mag[latent_N].to(x_TD)
+    constant_N = bias_N - encoder_ND @ folded.input_mean
+    value_N = (encoder_ND * x_TD[position_N]).sum(1) + constant_N
+    decoder_ND = group.W_dec[latent_N].to(x_TD) / folded.output_scale
+    return LayerLatents(place.read, place.layers, position_N, latent_N, value_N, constant_N, encoder_ND, decoder_ND)
+
+
+@dataclass(frozen=True, slots=True)
+class Folded:
+    """The normalisation of what a group reads and writes, in the type of the stream; one scale per column."""
+
+    input_mean: Tensor
+    input_scale: Tensor
+    output_scale: Tensor
+
+    @classmethod
+    def of(cls, dictionary: Dictionary, number: int, like: Tensor) -> "Folded":
+        """Of group `number`, whose input is as it is where the dictionary has no normalisation."""
+        reads, writes = dictionary.places[number]
+        widths = dictionary.widths
+        output_scale = per_column(dictionary.output_scale.to(like), widths.writes).expand(widths.d_out)[writes]
+        mean, scale = dictionary.input_mean.to(like), per_column(dictionary.input_scale.to(like), widths.reads)
+        if dictionary.config.normalisation == "none":
+            mean, scale = torch.zeros_like(mean), torch.ones_like(scale)
+        return cls(mean[reads], scale.expand(widths.d_in)[reads], output_scale)

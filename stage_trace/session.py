@@ -1,0 +1,66 @@
+"""One prompt, recorded once: what its rows, its nodes and its interventions are computed from."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from shared.basics.errors import GranaryError
+from shared.lm.frozen import Recording, run
+from shared.lm.hookpoint import HookPoint
+from shared.lm.linear_parts import LinearParts, linear_parts
+from shared.sae.variants import Dictionary
+from stage_trace.leaves import Columns
+from stage_trace.replacement import Part, Place, Replacement, check_places, read_parts, stand_in
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A dictionary that is opened when its layer's turn comes, so that no two lie in memory at once."""
+
+    name: str
+    places: tuple[Place, ...]
+    open: Callable[[], Dictionary]
+
+
+@dataclass(frozen=True, slots=True)
+class Session:
+    """A prompt and its local replacement model."""
+
+    model: PreTrainedModel
+    parts: LinearParts
+    tokens_T: Tensor
+    recording: Recording
+    replacement: Replacement
+    sources: dict[int, tuple[Source, int]]
+    """By the layer that they read: a dictionary, and which of its groups."""
+
+    @property
+    def columns(self) -> Columns:
+        """Of all active features."""
+        return Columns.of(self.replacement)
+
+
+@torch.no_grad()
+def record(model: PreTrainedModel, sources: Sequence[Source], tokens_T: Tensor, fixed_T: Tensor) -> Session:
+    """One forward pass of `model` over `tokens_T`, and what each of `sources` makes of it.
+
+    `fixed_T`, bool [T], are the positions that no dictionary was taught. Raises GranaryError for a model or sources
+    that graphs do not know, and for a prompt without a free position.
+    """
+    parts = linear_parts(model)
+    depth = len(parts.layers)
+    check_places([(source.name, place) for source in sources for place in source.places], depth)
+    if bool(fixed_T.all()):
+        raise GranaryError("the prompt has no token that a dictionary was taught: give it some text")
+    reads = [place.read for source in sources for place in source.places]
+    recording = run(model, parts, tokens_T, [*reads, *(HookPoint(layer, "attn_in") for layer in range(depth))])
+    found: dict[int, Part] = {}
+    by_layer: dict[int, tuple[Source, int]] = {}
+    for source in sources:
+        found |= read_parts(source.open(), source.places, recording, fixed_T)
+        by_layer |= {place.layers[0]: (source, number) for number, place in enumerate(source.places)}
+    layers = [stand_in(found, layer, recording, fixed_T) for layer in range(depth)]
+    return Session(model, parts, tokens_T, recording, Replacement(layers, fixed_T), by_layer)

@@ -1,0 +1,85 @@
+"""What the rows of a graph explain: active latents, and logits at the last position."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from shared.basics.errors import GranaryError
+from shared.lm.frozen import Recording
+from shared.lm.hookpoint import HookPoint
+from shared.lm.linear_parts import LinearParts
+from stage_trace.replacement import Replacement
+
+
+@dataclass(frozen=True, slots=True)
+class Targets:
+    """Linear readings of the stream, one per row, and what each row must sum to."""
+
+    layer_B: Tensor
+    """int64; the number of layers stands for the logits, which read the final norm's output."""
+    position_B: Tensor
+    vector_BD: Tensor
+    goal_B: Tensor
+
+    def __len__(self) -> int:
+        return len(self.layer_B)
+
+    def __getitem__(self, rows: Tensor | slice) -> "Targets":
+        return Targets(self.layer_B[rows], self.position_B[rows], self.vector_BD[rows], self.goal_B[rows])
+
+
+def feature_targets(replacement: Replacement) -> Targets:
+    """Every active latent, in the order of the columns."""
+    latents = [layer.latents for layer in replacement.layers]
+    return Targets(
+        torch.cat([torch.full_like(one.position_N, layer) for layer, one in enumerate(latents)]),
+        torch.cat([one.position_N for one in latents]),
+        torch.cat([one.encoder_ND for one in latents]),
+        torch.cat([one.value_N - one.constant_N for one in latents]),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Logits:
+    """The logits that a graph explains, the likeliest first."""
+
+    tokens: Tensor
+    """int64 [n]."""
+    probabilities: Tensor
+    """[n], of the softmax over the whole vocabulary."""
+
+    @classmethod
+    def choose(cls, logits_V: Tensor, mass: float, most: int, tokens: Sequence[int] | None = None) -> "Logits":
+        """The fewest tokens with a probability of `mass` together, at most `most`; or the `tokens` that are given."""
+        probabilities_V = torch.softmax(logits_V.to(torch.promote_types(logits_V.dtype, torch.float32)), -1)
+        if tokens is not None:
+            outside = [token for token in tokens if not 0 <= token < len(logits_V)]
+            if outside or not tokens:
+                raise GranaryError(f"token {outside or 'list'} is not in the vocabulary of {len(logits_V)}")
+            chosen = torch.tensor(list(tokens), device=logits_V.device)
+            return cls(chosen, probabilities_V[chosen])
+        likeliest = torch.topk(probabilities_V, min(most, len(probabilities_V)))
+        before = torch.cumsum(likeliest.values, 0) - likeliest.values
+        count = int((before < mass).sum())
+        return cls(likeliest.indices[:count], likeliest.values[:count])
+
+
+def logit_targets(logits: Logits, parts: LinearParts, recording: Recording) -> Targets:
+    """One row per logit, less the mean logit of the vocabulary; before a softcap, which is not linear."""
+    final_TD = recording.final_TD
+    vector_BD = parts.logit_vectors(logits.tokens, final_TD.dtype)
+    T = len(final_TD)
+    return Targets(
+        torch.full_like(logits.tokens, len(parts.layers)),
+        torch.full_like(logits.tokens, T - 1),
+        vector_BD,
+        vector_BD @ final_TD[-1],
+    )
+
+
+def site_of(targets: Targets, replacement: Replacement, row: int) -> HookPoint | None:
+    """Where a row reads; None for a logit."""
+    layer = int(targets.layer_B[row])
+    return replacement.layers[layer].latents.read if layer < len(replacement.layers) else None

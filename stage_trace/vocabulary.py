@@ -1,0 +1,52 @@
+"""Which tokens a latent writes for and reads for, straight from the weights: no activations are needed.
+
+The direct path alone, through the final norm's weight for what a latent writes; what later layers make of it is what
+the graph's edges say.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from stage_trace.nodes import Kind, Node
+from stage_trace.session import Session
+
+MOST = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Words:
+    """Token ids of some features, by their layer and latent: those it makes likelier and those it makes less likely."""
+
+    promotes: dict[tuple[int, int], list[int]]
+    suppresses: dict[tuple[int, int], list[int]]
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, session: Session, nodes: Sequence[Node]) -> "Words":
+        """Of every feature among `nodes`, a layer at a time."""
+        promotes, suppresses = {}, {}
+        norm, W_U_VD = session.parts.final_norm, session.parts.W_U_VD.float()
+        for layer, stand_in in enumerate(session.replacement.layers):
+            wanted = {node.number for node in nodes if node.kind is Kind.feature and node.layer == layer}
+            latents = stand_in.latents
+            rows = {latent: row for row, latent in enumerate(latents.latent_N.tolist()) if latent in wanted}
+            if not rows:
+                continue
+            all_FTD = latents.decoder_ND[list(rows.values())].float().reshape(len(rows), len(latents.layers), -1)
+            decoder_FD = all_FTD.sum(1)  # on the direct path it makes no difference which MLP adds it
+            logits_FV = _direct(decoder_FD, norm.weight_D.float(), W_U_VD)
+            for latent, high, low in zip(
+                rows,
+                logits_FV.topk(MOST).indices.tolist(),
+                (-logits_FV).topk(MOST).indices.tolist(),
+                strict=True,
+            ):
+                promotes[layer, latent], suppresses[layer, latent] = high, low
+        return cls(promotes, suppresses)
+
+
+def _direct(decoder_FD: Tensor, weight_D: Tensor, W_U_VD: Tensor) -> Tensor:
+    return (decoder_FD * weight_D) @ W_U_VD.T
