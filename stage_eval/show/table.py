@@ -76,7 +76,7 @@ def joint_table(evaluations: Sequence[Evaluation], joint: JointDownstream) -> Ta
     for heading in ("L0", "FVU", "dead", "CE", "recovered", "KL", "top-1"):
         table.add_column(heading, justify="right", no_wrap=True)
     for one in evaluations:
-        own = (number(one.l0), number(one.fvu, 4), percent(one.dead_fraction))
+        own = (number(one.l0), number(one.fvu, 4), number(one.dead_fraction))
         assert one.downstream is not None
         table.add_row(", ".join(one.sae.writes or [one.sae.hook]), *own, *losses(one.downstream))
     total = sum(one.l0 for one in evaluations if one.l0 is not None)
@@ -90,7 +90,7 @@ def losses(downstream: Downstream) -> tuple[str, ...]:
         number(downstream.ce_spliced, 4),
         number(downstream.loss_recovered, 4),
         number(downstream.kl, 4),
-        percent(downstream.top1_agreement),
+        number(downstream.top1_agreement),
     )
 
 
