@@ -151,7 +151,8 @@ def make_trainer(
         raise failure or GranaryError(line)
     if objective is None:
         objective = make_objective(spec, inputs, torch.device("meta"), begins=False)
-    return put_together(spec, layout.distribute(objective, has_values=begins), stream, layout)
+    objective = layout.distribute(objective, has_values=begins)  # and the whole is let go
+    return put_together(spec, objective, stream, layout)
 
 
 def make_objective(spec: RunSpec, inputs: TrainingInputs, device: torch.device, *, begins: bool) -> Objective:
