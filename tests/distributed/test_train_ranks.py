@@ -183,7 +183,7 @@ def test_four_processes_and_a_mesh(runs: Runs) -> None:
 @pytest.mark.parametrize(("number", "name"), [(signal.SIGUSR1, "SIGUSR1"), (signal.SIGINT, "Ctrl-C")])
 def test_a_signal_to_the_command_reaches_the_ranks(runs: Runs, number: signal.Signals, name: str) -> None:
     """SIGUSR1 to ``python -m stage_train nproc=2``, as Slurm sends it, or Ctrl-C: all ranks save and end."""
-    job = runs.job(name, f"run_dir={runs.folder}", "nproc=2", "schedule.tokens=100_000_000")
+    job = runs.job(name, f"run_dir={runs.folder}", "nproc=2", "schedule.tokens=20_000_000")
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
         [sys.executable, "-m", "stage_train", *job["overrides"]],

@@ -1,5 +1,6 @@
 """Every command in README.md and docs/ runs, in a folder with a small study of the bundled model."""
 
+import json
 import shlex
 import shutil
 from pathlib import Path
@@ -39,6 +40,9 @@ def study(stages: ForkServer, tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(folder / "runs/demo/sae", folder / "runs/llama31/sae")
     shutil.copytree(folder / "runs/demo/sae", folder / "runs/other")
     convert(folder / "runs/demo/sae", folder / "downloaded", "saelens")
+    shutil.copytree(folder / "downloaded", folder / "odd")
+    odd = folder / "odd" / "cfg.json"
+    odd.write_text(json.dumps(json.loads(odd.read_text()) | {"mean_subtracted": True}))
     (folder / "data").mkdir()
     (folder / "data" / "a.txt").write_text("<|endoftext|>".join([TEXT * 20] * 40))
     return folder

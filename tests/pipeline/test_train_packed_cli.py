@@ -105,7 +105,7 @@ def test_two_processes_share_every_sae(sweeps: Sweeps, layout: str) -> None:
 @pytest.mark.parametrize("nproc", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_signal_saves_all_of_them(sweeps: Sweeps, nproc: int) -> None:
     name = f"signalled{nproc}"
-    process = sweeps.start(name, *SWEEP, "packed=true", f"nproc={nproc}", "schedule.tokens=100_000_000")
+    process = sweeps.start(name, *SWEEP, "packed=true", f"nproc={nproc}", "schedule.tokens=20_000_000")
     wait_for(process, sweeps.folder / name, lines=1)
     process.send_signal(signal.SIGTERM)
     result = process.finish()
