@@ -217,7 +217,10 @@ def test_the_table_names_peak_total_and_what_is_assumed(server: ForkServer) -> N
             [*LARGE, "sae.d_latent=32768", "memory_gib=0.9", "device.name=cuda"],
             r"a rank needs \d+.* memory_gib=0\.9 .*: parallel=latent takes",
         ),
-        ([*LARGE, "memory_gib=0.1", "device.name=cuda"], "take more ranks, fewer latents, or a larger memory"),
+        (
+            [*LARGE, "sae.d_latent=8192", "memory_gib=0.01", "device.name=cuda"],
+            "take more ranks, fewer latents, or a larger memory",
+        ),
         ([*LARGE, "sae.k=300000"], "sae.k=300000 is more than the 262144 latents"),
         ([*LARGE, "parallel=latent", "sae.d_latent=262142"], "262142 latents do not divide among parallel.latent=8"),
         ([*LARGE, "parallel=fsdp", "sae.d_latent=262142"], "262142 latents do not divide among 8 processes"),
