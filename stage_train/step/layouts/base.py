@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from shared.parallel import World, all_reduce_sum
 from shared.sae.config import DictionaryConfig
@@ -120,6 +120,14 @@ def on_device(objective: Objective, device: torch.device) -> None:
         if tensor.device.type == "meta"
     }
     objective.dictionary.load_state_dict(unset, assign=True, strict=False)
+
+
+def take(module: nn.Module, name: str) -> Tensor:
+    """A parameter or buffer out of the module, so that its memory is free as soon as the caller is done with it."""
+    owner, leaf = module.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
+    tensor = (owner._parameters if leaf in owner._parameters else owner._buffers).pop(leaf)
+    assert tensor is not None
+    return tensor.detach()
 
 
 def scatter_rows(whole: Tensor, part: Tensor, parts: int) -> None:

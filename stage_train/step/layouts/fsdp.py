@@ -19,7 +19,7 @@ from shared.sae.learn.inputs import Losses, StepInputs
 from shared.sae.learn.objective import Objective
 from shared.sae.optim import Optimiser, OptimiserConfig, RowShare, make_optimiser
 from shared.sae.roles import Role
-from stage_train.step.layouts.base import Layout, joint_norm, on_device, scatter_rows
+from stage_train.step.layouts.base import Layout, joint_norm, on_device, scatter_rows, take
 from stage_train.step.layouts.split import latents_of_shard
 
 
@@ -72,14 +72,14 @@ class FullySharded(Layout):
         return sharded
 
     def _fill(self, held: nn.Module, whole: nn.Module) -> None:
-        """Hand every rank its rows of rank 0's `whole`."""
-        wholes = whole.state_dict()
+        """Hand every rank its rows of rank 0's `whole`, which is empty afterwards."""
         for name, tensor in held.state_dict().items():
-            sharded, part = isinstance(tensor, DTensor), tensor.to_local() if isinstance(tensor, DTensor) else tensor
-            if sharded and wholes[name].shape[0] % self.world.size == 0:
-                scatter_rows(wholes[name], part, self.world.size)
+            given, sharded = take(whole, name), isinstance(tensor, DTensor)
+            part = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+            if sharded and given.shape[0] % self.world.size == 0:
+                scatter_rows(given, part, self.world.size)
                 continue
-            values = wholes[name].detach() if self.world.is_main else torch.empty_like(wholes[name], device=part.device)
+            values = given if self.world.is_main else torch.empty_like(given, device=part.device)
             dist.broadcast(values, src=0)
             part.copy_(distribute_tensor(values, self.mesh, [Shard(0)]).to_local() if sharded else values)
 

@@ -25,7 +25,7 @@ from shared.sae.latent_shard import LatentShard
 from shared.sae.learn.inputs import BatchFacts, Losses, StepInputs
 from shared.sae.learn.objective import Objective
 from shared.sae.optim import Optimiser, OptimiserConfig, RowShare, make_optimiser
-from stage_train.step.layouts.base import Layout, gradients, joint_norm, on_device, scatter_rows, sum_over
+from stage_train.step.layouts.base import Layout, gradients, joint_norm, on_device, scatter_rows, sum_over, take
 from stage_train.step.layouts.split import latents_of_part
 
 
@@ -166,13 +166,14 @@ class LatentParallel(Layout):
         return latents_of_part(d_latent, self.latent)
 
     def distribute(self, objective: Objective, *, has_values: bool = True) -> Objective:
-        """The rank's own latents: no other rank than the first has more at any time."""
+        """The rank's own latents, taken out of the whole; no other rank than the first has more at any time."""
         self._roles = objective.dictionary.roles()
         own = shard(objective, self.latent_rank, self.latent_group)
         on_device(own, self.world.device)
         if has_values:
             parts = own.dictionary.state_dict()
-            for name, whole in objective.dictionary.state_dict().items():
+            for name in parts:
+                whole = take(objective.dictionary, name)
                 if self.is_whole(name):
                     if self.world.is_main:
                         parts[name].copy_(whole)
