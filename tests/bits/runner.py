@@ -41,8 +41,12 @@ class Side:
     running: "list[subprocess.Popen[bytes]]" = field(default_factory=list)
 
     def check(self) -> None:
-        """Raise RuntimeError unless it is this tree's packages that are imported: the venv knows another tree's."""
-        code = f"import importlib; print(*(importlib.import_module(name).__file__ for name in {PACKAGES!r}), sep='\\n')"
+        """Raise RuntimeError unless it is this tree's packages that are imported: the venv knows another tree's.
+
+        Those that an older tree does not have are not asked for.
+        """
+        names = [name for name in PACKAGES if (self.tree / name).is_dir()]
+        code = f"import importlib; print(*(importlib.import_module(name).__file__ for name in {names!r}), sep='\\n')"
         found = subprocess.run(
             [sys.executable, "-c", code], cwd=self.folder, env=self._environment(), check=True, capture_output=True
         )
