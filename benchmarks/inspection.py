@@ -108,6 +108,7 @@ def main() -> None:
         print(f"  {name}: D {d_model}, F {latents:,}, k {k}, {tokens:,} tokens: bare {result[name]['bare']:.2f} s, "
               f"inspection {result[name]['inspection']:.2f} s, ratio {result[name]['ratio']:.2f}")  # fmt: skip
     d_model, latents, k, full, quick = MEMORY_SHAPE
+    latents = 32_768 if options.quick else latents
     with tempfile.TemporaryDirectory() as folder:
         make(Path(folder), d_model, latents, k, quick if options.quick else full)
         result["memory"] = memory(Path(folder))
