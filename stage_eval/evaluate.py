@@ -14,6 +14,7 @@ from urllib.parse import quote
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from shared.basics.config import named_urls
 from shared.basics.errors import GranaryError
 from shared.basics.run_folder import RunFolder
 from shared.lm import load_causal_lm
@@ -59,7 +60,7 @@ class Results:
 def evaluate(cfg: EvalSchema) -> None:
     """Run the stage; raises GranaryError for every wrong input before any long work."""
     world = init_world(cfg.device.name, cfg.device.threads)
-    store = open_beside(cfg.store.url, [(one.name, one.url) for one in cfg.store.beside])
+    store = open_beside(cfg.store.url, named_urls(cfg.store.beside))
     found = find_saes(cfg.sae, store, cfg.hook)
     check_settings(cfg, found.folders)
     choice = choose_model(cfg.model, store) if cfg.downstream else None

@@ -61,7 +61,7 @@ def work(
         if world.is_main:
             log.info("done      %s is finished already", io.url)
         return
-    reader = BatchReader(job.store, dictionary, job.folder.sites, settings.window, job.isolated)
+    reader = BatchReader(job.store, dictionary, job.folder.sites, settings.window, job.store.isolated)
     missing = missing_parts(io, job, identity)
     tokens = sum(len(job.parts[number]) for number in missing) * job.store.seq_len
     start = time.monotonic()

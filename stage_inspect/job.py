@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from shared.basics.config import named_urls
 from shared.basics.errors import GranaryError
 from shared.basics.versions import software_versions
 from shared.latents.layout import BINS, BINS_PER_OCTAVE
@@ -49,7 +50,7 @@ class InspectJob:
     def from_config(cls, cfg: InspectSchema) -> "InspectJob":
         """Raises GranaryError for the first input that is wrong; reads no activation."""
         check_settings(cfg)
-        store = open_beside(cfg.store.url, [(one.name, one.url) for one in cfg.store.beside])
+        store = open_beside(cfg.store.url, named_urls(cfg.store.beside))
         folder = open_folder(cfg.sae.path, store, cfg.hook)
         if folder.sites.unit != "token":
             raise GranaryError(f"{cfg.sae.path} reads whole sequences: only dictionaries of tokens can be inspected")
@@ -81,11 +82,6 @@ class InspectJob:
             found[-1].append(one)
             tokens += len(one) * seq_len
         return [np.concatenate(part) for part in found]
-
-    @property
-    def isolated(self) -> bool:
-        """Whether each document has the activations it has alone, and positions from its own start."""
-        return bool(self.store.plan.provenance.get("packing", {}).get("mode", "isolated") == "isolated")
 
     def settings(self, dictionary: Dictionary) -> Settings:
         """All of them; the histogram's origin comes from the first activations."""

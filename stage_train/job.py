@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from shared.basics.config import named_urls
 from shared.basics.disk import telling_disk_errors
 from shared.basics.errors import GranaryError
 from shared.basics.units import GIB
@@ -24,7 +25,7 @@ from shared.sae.loading import is_intact
 from stage_train.config import TrainSchema, as_dict
 from stage_train.data.inputs import PinnedTokens, TrainingInputs, order_of
 from stage_train.data.sites import resolve_sites
-from stage_train.data.stores import PinnedStore, beside_of, pin, repin, urls_of
+from stage_train.data.stores import PinnedStore, pin, repin, urls_of
 from stage_train.run import Run, eval_command, finish, write_config
 from stage_train.show.progress import ProgressBar
 from stage_train.spec import RunSpec, on_device
@@ -109,7 +110,7 @@ class Job:
 
     def _pin_stores(self, cfgs: Sequence[TrainSchema]) -> list[PinnedStore]:
         """As they are, or as they were when the checkpoints' runs began."""
-        urls, beside = urls_of(cfgs[0]), beside_of(cfgs[0])
+        urls, beside = urls_of(cfgs[0]), named_urls(cfgs[0].store.beside)
         begun = [(one, start) for one, start in zip(cfgs, self.starts, strict=True) if start.checkpoint is not None]
         if not begun:
             return pin(urls, self.world, beside)

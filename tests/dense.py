@@ -12,6 +12,16 @@ from shared.sae.learn.config import LearningConfig
 from shared.sae.variants import Dictionary
 
 
+def assert_same_gradients(made: Dictionary, loss: Tensor, expected: Tensor) -> None:
+    """Every parameter's gradient of both losses, none of them 0."""
+    names = dict(made.named_parameters())
+    found = torch.autograd.grad(loss, list(names.values()))
+    wanted = torch.autograd.grad(expected, list(names.values()))
+    for name, one, other in zip(names, found, wanted, strict=True):
+        assert float((one - other).norm()) <= 1e-5 * float(other.norm()), name
+        assert float(other.norm()) > 0, name
+
+
 def dense_loss(made: Dictionary, learning: LearningConfig, x_ND: Tensor, y_ND: Tensor, dead_F: Tensor) -> Tensor:
     """The total loss; `dead_F` is bool over all latents, group after group."""
     normal_ND = (x_ND - made.input_mean) * columns(made.input_scale, made.widths.reads)

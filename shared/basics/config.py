@@ -5,7 +5,7 @@ to look. What else is to be known of a key stands beside its field too, by ``key
 ``stage_*/config.py``; the SAE's own configuration, which lives in checkpoints, is ``shared.sae.SAEConfig``.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from enum import Enum
 from typing import Any
@@ -100,6 +100,11 @@ class StoreBeside:
     """What its sites are called by: ``chat`` for chat:layers.8.resid_post."""
     url: str = MISSING
     """Folder or fsspec URL of an activation store."""
+
+
+def named_urls(beside: Sequence[StoreBeside]) -> list[tuple[str, str]]:
+    """Name and URL of each, as ``shared.store.beside`` takes them."""
+    return [(one.name, one.url) for one in beside]
 
 
 @dataclass(kw_only=True)

@@ -81,6 +81,11 @@ class Store:
         return self.plan.seq_len
 
     @property
+    def isolated(self) -> bool:
+        """Whether each document has the activations it has alone, and positions from its own start."""
+        return bool(self.plan.provenance.get("packing", {}).get("mode", "isolated") == "isolated")
+
+    @property
     def read_dtype(self) -> torch.dtype:
         """Dtype of `read_context`: the stored one; bfloat16 for int8 stores."""
         return storage_type(self.plan.dtype).read

@@ -86,12 +86,10 @@ def load_data(store: Store, split: Split, limit: int | None) -> EvaluationData:
     tokens_CT, mask_CT, segments_CT = store.tokens(contexts), store.mask(contexts), store.segments(contexts)
     if not mask_CT.any():
         raise GranaryError(f"no trainable position in the {split.value} contexts of {store.url}: nothing to evaluate")
-    provenance = store.plan.provenance
-    isolated = provenance.get("packing", {}).get("mode", "isolated") == "isolated"
-    bos = provenance.get("tokenizer", {}).get("special_ids", {}).get("bos")
+    bos = store.plan.provenance.get("tokenizer", {}).get("special_ids", {}).get("bos")
     bos_CT = (tokens_CT == bos) & (segments_CT >= 0) if bos is not None else np.zeros_like(mask_CT)
     segments = torch.from_numpy(segments_CT.astype(np.int64))
-    positions_CT = segment_positions(segments) if isolated else torch.arange(store.seq_len).expand(segments.shape)
+    positions_CT = segment_positions(segments) if store.isolated else torch.arange(store.seq_len).expand(segments.shape)
     return EvaluationData(
         contexts=contexts,
         tokens_CT=torch.from_numpy(tokens_CT.astype(np.int64)),
@@ -99,7 +97,7 @@ def load_data(store: Store, split: Split, limit: int | None) -> EvaluationData:
         bos_CT=torch.from_numpy(bos_CT),
         segments_CT=segments,
         positions_CT=positions_CT,
-        isolated=isolated,
+        isolated=store.isolated,
         position_groups=position_groups(store.seq_len),
         frequency_groups=frequency_groups(),
         frequency_V=token_frequencies(tokens_CT, mask_CT),

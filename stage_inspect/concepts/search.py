@@ -58,9 +58,8 @@ def search(
     F, names = meta.num_latents, concepts.names
     groups = max(1, min(GROUPS, TALLY_BYTES // ((len(names) + 1) * F * 64 * 4)))
     tally = Tally.empty(len(names), groups, F)
-    isolated = store.plan.provenance.get("packing", {}).get("mode", "isolated") == "isolated"
     dictionary = inspected.folder.load(torch.device("cpu"))
-    reader = BatchReader(store, dictionary, inspected.folder.sites, meta.window, isolated)
+    reader = BatchReader(store, dictionary, inspected.folder.sites, meta.window, store.isolated)
     for some in neighbours(contexts):
         first = int(some[0]) * T
         marks = np.zeros((len(names), len(some) * T), bool)

@@ -63,11 +63,6 @@ def urls_of(cfg: TrainSchema) -> list[tuple[str, float]]:
     return [(cfg.store.url, cfg.store.weight), *((other.url, other.weight) for other in cfg.store.others)]
 
 
-def beside_of(cfg: TrainSchema) -> Beside:
-    """Name and URL of every store beside the first."""
-    return [(other.name, other.url) for other in cfg.store.beside]
-
-
 def open_all(urls: Sequence[tuple[str, float]], beside: Beside) -> list[Store]:
     """The stores, the first with those beside it. Raises GranaryError where several stores would each need others."""
     if beside and len(urls) > 1:

@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from shared.basics.config import named_urls
 from shared.basics.errors import GranaryError
 from shared.parallel import World
 from shared.sae.sites import Sites
@@ -17,7 +18,7 @@ from shared.store.format.dtypes import row_bytes, storage_type
 from stage_train.config import TrainSchema
 from stage_train.data.inputs import SAMPLE_TOKENS, order_of
 from stage_train.data.sites import resolve_sites, site_formats
-from stage_train.data.stores import beside_of, pin, urls_of
+from stage_train.data.stores import pin, urls_of
 from stage_train.data.stream import StoreSlice, TrainingData
 from stage_train.data.stream.length import StreamLength, stream_length
 from stage_train.data.stream.sample import SAMPLE_CONTEXTS
@@ -83,7 +84,7 @@ def find_data(cfg: TrainSchema, options: PlanSchema) -> Data:
     order, tokens, epochs = order_of(cfg), cfg.schedule.tokens, cfg.schedule.epochs
     if options.d_model is None:
         try:
-            stores = pin(urls_of(cfg), World(0, 1, 0, torch.device("cpu")), beside_of(cfg))
+            stores = pin(urls_of(cfg), World(0, 1, 0, torch.device("cpu")), named_urls(cfg.store.beside))
         except GranaryError as error:
             raise GranaryError(f"{error}; or plan without a store: give d_model=... (and seq_len=...)") from error
         sites, data = resolve_sites(cfg, stores), TrainingData([part.slice for part in stores])

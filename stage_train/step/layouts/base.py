@@ -51,7 +51,7 @@ class Layout:
 
         Rank 0's has values, the others' are on the meta device; without `has_values` all are, and the result is unset.
         """
-        on_device(objective, self.world.device)
+        give_memory(objective, self.world.device)
         if has_values and self.world.size > 1:
             for tensor in objective.dictionary.state_dict().values():
                 dist.broadcast(tensor, src=0)
@@ -112,7 +112,7 @@ class Layout:
         return dict(tensors)
 
 
-def on_device(objective: Objective, device: torch.device) -> None:
+def give_memory(objective: Objective, device: torch.device) -> None:
     """Memory for what is on the meta device, which leaves it unset; all else stays as it is."""
     unset = {
         name: torch.empty_like(tensor, device=device)

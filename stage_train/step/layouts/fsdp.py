@@ -19,7 +19,7 @@ from shared.sae.learn.inputs import Losses, StepInputs
 from shared.sae.learn.objective import Objective
 from shared.sae.optim import Optimiser, OptimiserConfig, RowShare, make_optimiser
 from shared.sae.roles import Role
-from stage_train.step.layouts.base import Layout, joint_norm, on_device, scatter_rows, take
+from stage_train.step.layouts.base import Layout, give_memory, joint_norm, scatter_rows, take
 from stage_train.step.layouts.split import latents_of_shard
 
 
@@ -60,7 +60,7 @@ class FullySharded(Layout):
             held = type(whole)(whole.config, kernels=whole.kernels, compute_dtype=whole.compute_dtype)
             sharded = Objective(held, objective.learning)
         fully_shard(sharded, mesh=self.mesh)
-        on_device(sharded, self.world.device)
+        give_memory(sharded, self.world.device)
         if has_values:
             self._fill(held, whole)
         register_fsdp_forward_method(sharded, "facts")

@@ -25,7 +25,7 @@ from shared.sae.latent_shard import LatentShard
 from shared.sae.learn.inputs import BatchFacts, Losses, StepInputs
 from shared.sae.learn.objective import Objective
 from shared.sae.optim import Optimiser, OptimiserConfig, RowShare, make_optimiser
-from stage_train.step.layouts.base import Layout, gradients, joint_norm, on_device, scatter_rows, sum_over, take
+from stage_train.step.layouts.base import Layout, give_memory, gradients, joint_norm, scatter_rows, sum_over, take
 from stage_train.step.layouts.split import latents_of_part
 
 
@@ -169,7 +169,7 @@ class LatentParallel(Layout):
         """The rank's own latents, taken out of the whole; no other rank than the first has more at any time."""
         self._roles = objective.dictionary.roles()
         own = shard(objective, self.latent_rank, self.latent_group)
-        on_device(own, self.world.device)
+        give_memory(own, self.world.device)
         if has_values:
             parts = own.dictionary.state_dict()
             for name in parts:

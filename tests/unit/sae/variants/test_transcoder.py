@@ -20,6 +20,7 @@ from shared.sae.optim import AdamConfig, make_optimiser
 from shared.sae.sites import Sites
 from shared.sae.variants import SAE
 from shared.sae.variants.transcoder import TranscoderConfig
+from tests.dense import assert_same_gradients, dense_loss
 from tests.learning import LearningSAE
 
 SITES = Sites(("layers.2.mlp_in",), ("layers.2.mlp_out",))
@@ -44,26 +45,6 @@ def pairs(rows: int, dtype: torch.dtype = torch.float32, seed: int = 1) -> tuple
     return x_ND, torch.relu(x_ND @ map_DD) + 2
 
 
-def dense_loss(made: Transcoder, learning: LearningConfig, x_ND: Tensor, y_ND: Tensor, dead_F: Tensor) -> Tensor:
-    """The loss of a topk transcoder by plain autograd over [N, F], from its definition."""
-    normal_ND = (x_ND - made.input_mean) * made.input_scale
-    target_ND = (y_ND - made.output_mean) * made.output_scale
-    z_NF = torch.relu(normal_ND @ made.W_enc.T + made.b_enc)
-
-    def keep(matrix_NF: Tensor, k: int) -> Tensor:
-        kept_NK, indices_NK = matrix_NF.topk(k)
-        return torch.zeros_like(matrix_NF).scatter(1, indices_NK, kept_NK)
-
-    assert made.config.k is not None
-    error_ND = keep(z_NF, made.config.k) @ made.W_dec + made.b_dec - target_ND
-    loss = error_ND.square().sum(1).mean() / made.output_variance.sum()
-    k_aux = min(made.config.d_out // 2, int(dead_F.sum()))
-    residual_ND = -error_ND.detach()
-    aux_ND = residual_ND - keep(z_NF * dead_F, k_aux) @ made.W_dec
-    aux = (aux_ND.square().sum(1) / residual_ND.square().sum(1)).mean()
-    return loss + learning.auxk_alpha * min(int(dead_F.sum()) / (made.config.d_out // 2), 1) * aux
-
-
 def test_value_and_every_gradient() -> None:
     objective = make(dtype=torch.float64, auxk_alpha=0.5)
     made = objective.dictionary
@@ -75,12 +56,7 @@ def test_value_and_every_gradient() -> None:
     expected = dense_loss(made, objective.learning, x_ND, y_ND, dead_F)
     assert losses.metrics["auxk"] > 0
     torch.testing.assert_close(losses.total, expected, rtol=1e-12, atol=0)
-    names = dict(made.named_parameters())
-    found = torch.autograd.grad(losses.total, list(names.values()))
-    wanted = torch.autograd.grad(expected, list(names.values()))
-    for name, one, other in zip(names, found, wanted, strict=True):
-        assert float((one - other).norm()) <= 1e-5 * float(other.norm()), name
-        assert float(other.norm()) > 0, name
+    assert_same_gradients(made, losses.total, expected)
 
 
 def test_every_activation_gives_what_its_decoder_says() -> None:
