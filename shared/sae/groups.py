@@ -3,6 +3,7 @@
 Shapes: D_in sum of the widths that the group reads, D_out of those that it writes, F latents held here.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -136,6 +137,14 @@ def random_unit_rows(W_FD: Tensor, generator: torch.Generator | None = None) -> 
 
 def draw_in_blocks(W_FD: Tensor, generator: torch.Generator) -> None:
     """``random_unit_rows`` with no more than BLOCK_ROWS rows on the generator's device."""
-    for block_RD in W_FD.split(BLOCK_ROWS):
-        drawn_RD = torch.empty(block_RD.shape, device=generator.device).normal_(generator=generator)
-        block_RD.copy_(drawn_RD.div_(drawn_RD.norm(dim=1, keepdim=True)))
+    for start, drawn_RD in unit_blocks(*W_FD.shape, generator):
+        W_FD[start : start + len(drawn_RD)] = drawn_RD
+
+
+def unit_blocks(rows: int, columns: int, generator: torch.Generator | None) -> Iterator[tuple[int, Tensor]]:
+    """The rows that ``random_unit_rows`` fills a matrix of this shape with, block by block: first row, and [R, D]."""
+    device = None if generator is None else generator.device
+    for start in range(0, rows, BLOCK_ROWS):
+        size = min(BLOCK_ROWS, rows - start)
+        drawn_RD = torch.empty(size, columns, device=device).normal_(generator=generator)
+        yield start, drawn_RD.div_(drawn_RD.norm(dim=1, keepdim=True))

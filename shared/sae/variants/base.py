@@ -86,6 +86,11 @@ class Dictionary(Computing):
         raise NotImplementedError
 
     @property
+    def decoders(self) -> list[tuple[nn.Parameter, slice]]:
+        """Every W_dec, and the columns that it writes."""
+        return [(group.W_dec, writes) for group, (_, writes) in zip(self.groups, self.places, strict=True)]
+
+    @property
     def sites(self) -> Sites | None:
         """Where it reads and writes, where that is known."""
         return self.config.sites
@@ -98,7 +103,7 @@ class Dictionary(Computing):
     @property
     def written_sites(self) -> tuple[str, ...]:
         """Names of the written sites; where they are not known, their numbers."""
-        return tuple(map(str, range(len(self.widths.writes)))) if self.sites is None else self.sites.writes
+        return tuple(map(str, range(len(self.config.widths.writes)))) if self.sites is None else self.sites.writes
 
     @property
     def target_variance(self) -> Tensor:

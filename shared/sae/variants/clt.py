@@ -109,14 +109,15 @@ class CLT(Dictionary):
         """`num_latents`: all of the config's, or None: its layers are not cut."""
         super().__init__(config, kernels=kernels, compute_dtype=compute_dtype)
         assert num_latents in (None, config.d_latent)
-        self.layers = nn.ModuleList(self._make_layer(reads, writes, generator) for reads, writes in self._sizes())
+        self.layers = nn.ModuleList(self._make_layer(reads, writes, generator) for reads, writes in self.sizes())
         self.b_dec = nn.Parameter(torch.zeros(self.widths.d_out))
         self.make_normalisation()
 
-    def _sizes(self) -> list[tuple[int, int]]:
+    def sizes(self) -> list[tuple[int, int]]:
         """Widths that each layer reads and writes."""
-        written = list(accumulate(reversed(self.widths.writes)))[::-1]
-        return list(zip(self.widths.reads, written, strict=True))
+        whole = self.config.widths
+        written = list(accumulate(reversed(whole.writes)))[::-1]
+        return list(zip(whole.reads, written, strict=True))
 
     def _make_layer(self, d_in: int, d_out: int, generator: torch.Generator | None) -> LatentGroup:
         layer = LatentGroup(self.choice)
