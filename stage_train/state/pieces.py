@@ -20,26 +20,28 @@ class Pieces(Tensor):
     """Stands for the whole, and has the memory of `local`, its pieces side by side."""
 
     local: Tensor
-    offsets: list[tuple[int, ...]]
+    cut: Cut
     pieces: list[Tensor]
+    offsets: list[tuple[int, ...]]
+    """Where each begins in the whole."""
 
     @staticmethod
     def __new__(cls, local: Tensor, cut: Cut) -> "Pieces":
         """`cut` says where the pieces lie."""
         made: Pieces = Tensor._make_wrapper_subclass(cls, cut.shape, dtype=local.dtype, device=local.device)
         made.local, made.cut = local, cut
-        made.pieces = list(local.split([length for _, length in cut.spans], cut.axis))
+        made.pieces = list(torch.split(local, [length for _, length in cut.spans], cut.axis))
         made.offsets = [tuple(first if axis == cut.axis else 0 for axis in range(local.ndim)) for first, _ in cut.spans]
         return made
-
-    cut: Cut
 
     def copied_to(self, device: str) -> Self:
         """With memory of its own."""
         return type(self)(self.local.detach().to(device, copy=True), self.cut)
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
         raise NotImplementedError(f"{func} of a tensor in pieces")
 
     def __create_write_items__(self, fqn: str, _: Tensor) -> list[WriteItem]:

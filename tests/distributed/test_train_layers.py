@@ -17,12 +17,14 @@ FIXED = shlex.split(
 LAYERED = "parallel=layers"
 SHARED = ["parallel=layers", "parallel.latent=2"]
 JUMPRELU = ["sae=jumprelu", "sae.k=null", "sae.penalty=tanh", "sae.penalty_weight=1e-3", "sae.bandwidth=0.5"]
+SIDES = (("reads", "mlp_in"), ("writes", "mlp_out"))
 CHOICES = {
     "topk": ["sae=topk"],
     "topk_each": ["sae=topk", "variant.k_scope=layer", "sae.k=2"],
     "each": ["variant.k_scope=layer", "sae.k=2", "optim=signum"],
     "jumprelu": [*JUMPRELU, "sae.unit_norm_decoder=false", "sae.preact_weight=1e-2"],
     "l0": [*JUMPRELU, "sae.penalty=l0", "sae.bias_init=geometric_median"],
+    "three": [f"{side}=[{','.join(f'layers.{n}.{site}' for n in range(3))}]" for side, site in SIDES],
     "relu": ["sae=relu", "sae.k=null", "sae.penalty=l1", "sae.penalty_weight=1e-2", "optim.ema_decay=0.9"],
 }
 ROWS, K = 64, 6
@@ -84,7 +86,6 @@ def test_every_choice_of_latents_on_two_and_four_processes(runs: Runs) -> None:
         runs.job("four_shared", *SHARED),
         runs.job("to_four", *SHARED),
         runs.job("four_jumprelu", *SHARED, *CHOICES["jumprelu"]),
-        runs.job("three", LAYERED, "reads=layers.[012].mlp_in", "writes=layers.[012].mlp_out"),
     )
     for name in ("to_two", "from_two", "to_four", "shared", "four", "four_shared"):
         assert runs.ends[name] == {"done"}

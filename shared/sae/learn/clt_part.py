@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from shared.kernels import PairOrder, product, sparse_decode, take_rows
+from shared.kernels import PairOrder, decode, product, sparse_decode, take_rows
 from shared.sae.activations import TopK
 from shared.sae.learn.activations import TopKRule
 from shared.sae.learn.batch_facts import Reduce, alone
@@ -85,6 +85,13 @@ class PartTerms(LossTerms):
         part = self.part
         first, _ = part.share.span(part.config.per_layer)
         return Exchange(self.ranks, indices, [first] * len(indices), len(part.decoders))
+
+    def decoded(self, picks: Sequence[Picks]) -> Tensor:
+        part = self.part
+        y_ND = picks[0][0].new_zeros(len(picks[0][0]), len(part.b_dec))
+        for (W_dec, writes), one in zip(part.decoders, picks, strict=True):
+            y_ND[:, writes] += decode(*one, W_dec, kernels=part.kernels)
+        return y_ND
 
     def sum_over_columns(self, parts: Tensor) -> Tensor:
         self.ranks.sum(parts)
@@ -203,7 +210,7 @@ class PartOfGroups(ManyGroups):
             for (W_dec, writes), dead_R in zip(part.decoders, ranks.dead, strict=False)
         ]
         tensors = [tensor for one in (*own, *decoders) for tensor in one]
-        total: Tensor = _AuxK.apply(ranks, aux, len(own), *tensors)  # type: ignore[no-untyped-call]
+        total: Tensor = _AuxK.apply(ranks, aux, len(own), *tensors)
         return total
 
     def _dead_of_groups(self, dead: Tensor) -> list[Tensor]:

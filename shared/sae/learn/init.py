@@ -222,8 +222,7 @@ def start_decoder_from_data(objective: Objective, x_MD: Tensor, y_MD: Tensor) ->
             own_MD, order = wanted_MD[part, writes].contiguous(), PairOrder(picks[1], len(W_dec))
             found.append(row_grad(*picks, own_MD, len(W_dec), order, kernels=dictionary.kernels))
         sums = [before_FD.add_(rows_FD) for before_FD, rows_FD in zip(sums, found, strict=True)] if sums else found
-    for (W_dec, _), sum_FD, norm_F1 in zip(dictionary.decoders, sums, objective.terms.row_norms(sums), strict=True):
-        W_dec.copy_(torch.where(norm_F1 > 0, sum_FD / norm_F1.clamp_min(1e-30), W_dec))
+    dictionary.start_decoders(sums, objective.terms.row_norms(sums))
 
 
 def parts_of_sample(objective: Objective, count: int) -> list[slice]:
@@ -238,7 +237,8 @@ def set_scale(objective: Objective, x_MD: Tensor, y_MD: Tensor) -> None:
     if not rule.looks_at_all:
         x_MD, y_MD = x_MD[:SEARCH_TOKENS], y_MD[:SEARCH_TOKENS]  # half of all latents may fire
     encoders = [(group.W_enc, group.W_enc.clone()) for group in dictionary.groups]
-    decoders = [(W_dec, W_dec.clone()) for W_dec, _ in dictionary.decoders]
+    searches_norms = learning.encoder_init == "norm_search"  # else the decoders stay as they are
+    decoders = [(W_dec, W_dec.clone()) for W_dec, _ in dictionary.decoders] if searches_norms else []
     centred_MD, target_MD, _, _ = terms.prepare(x_MD, y_MD)
     wanted_MD = terms.wanted(target_MD, centred_MD) - dictionary.b_dec
     weight_D = terms.loss_weight()
@@ -257,7 +257,7 @@ def set_scale(objective: Objective, x_MD: Tensor, y_MD: Tensor) -> None:
 
     if learning.encoder_init == "transpose":
         rule.fit_to_sample(centred_MD)
-    elif learning.encoder_init == "norm_search":
+    elif searches_norms:
         norm = grid_search(lambda norm: loss_with(norm, norm), NORMS, steps=20)
         decoded_with(norm, norm)
     elif rule.scale_search == "grid":

@@ -196,7 +196,7 @@ class _Meet(torch.autograd.Function):
 def meet(exchange: Exchange, own: Sequence[Tensor], decoders: Sequence[Tensor]) -> tuple[list[Picks], Tensor | None]:
     """Picks of all layers with gradients for the `own` values; and where there are `decoders`, the pieces of rows that
     are here, the norms [L, F] of the whole rows with gradients for them."""
-    found = _Meet.apply(exchange, bool(decoders), len(own), *own, *decoders)  # type: ignore[no-untyped-call]
+    found = _Meet.apply(exchange, bool(decoders), len(own), *own, *decoders)
     layers = len(exchange.indices)
     picks = list(zip(found[:layers], exchange.indices, strict=True))
     return picks, found[layers] if len(found) > layers else None

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from shared.kernels import PairOrder, attach_encoder, product, sparse_decode, take_rows
+from shared.kernels import PairOrder, attach_encoder, product, take_rows
 from shared.sae.activations import TopK, encode_above
 from shared.sae.learn import batch_facts
 from shared.sae.learn.activations import RULES, BatchTopKRule, Rule, TopKRule
@@ -107,12 +107,9 @@ class ManyGroups:
     def _decode(self, firing: Sequence["Firing"]) -> list[Tensor]:
         """What each decoder writes, from what the groups fire."""
         return [
-            sparse_decode(
-                fired.values_NK, fired.indices_NK, rule.own.group.W_dec, fired.order,
-                compute=rule.own.group.compute, sink=rule.own.sink("W_dec"),
-            )
+            rule.own.group.write(fired.values_NK, fired.indices_NK, fired.order, rule.own.sink("W_dec"))
             for rule, fired in zip(self.rules, firing, strict=True)
-        ]  # fmt: skip
+        ]
 
     def _lowest(self, own: GroupTerms) -> Tensor | float:
         """Below which a pre-activation neither fires nor teaches its threshold: 0, or the rectangle's lower end."""

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from shared.kernels import DeadRows, PairGradient, PairGradients, decode, take_rows
+from shared.kernels import DeadRows, PairGradient, PairGradients, take_rows
 from shared.sae.groups import LatentGroup
 from shared.sae.latent_shard import WHOLE, LatentShard
 from shared.sae.learn.config import LearningConfig
@@ -48,10 +48,10 @@ class LossTerms:
         """What they decode to, without b_dec, [N, D_out] in the decoder's units."""
         dictionary = self.dictionary
         if len(picks) == 1:
-            return decode(*picks[0], dictionary.decoders[0][0], kernels=dictionary.kernels)
+            return dictionary.groups[0].written(*picks[0])
         y_ND = picks[0][0].new_zeros(len(picks[0][0]), dictionary.b_dec.shape[0])
-        for (W_dec, writes), one in zip(dictionary.decoders, picks, strict=True):
-            y_ND[:, writes] += decode(*one, W_dec, kernels=dictionary.kernels)
+        for group, (_, writes), one in zip(dictionary.groups, dictionary.places, picks, strict=True):
+            y_ND[:, writes] += group.written(*one)
         return y_ND
 
     def sum_over_columns(self, parts: Tensor) -> Tensor:
@@ -134,7 +134,7 @@ class GroupTerms:
     def sink(self, name: str) -> PairGradient | None:
         """Where the gradient of one of its matrices goes instead of ``.grad``; None: nowhere else."""
         gradients = self.whole.pair_gradients
-        return None if gradients is None else gradients[f"{self.prefix}{name}"]
+        return None if gradients is None else gradients.get(f"{self.prefix}{name}")
 
     def auxk(self, residual_ND: Tensor, centred_ND: Tensor, dead: Tensor | None) -> Tensor | None:
         """The AuxK loss of its dead latents, by their own numbers; None where it is off or nothing is dead."""
@@ -151,10 +151,10 @@ class GroupTerms:
             DeadRows(
                 take_rows(group.W_enc, dead_R, self.sink("W_enc")),
                 group.b_enc.index_select(0, dead_R),
-                take_rows(group.W_dec, dead_R, self.sink("W_dec")),
+                group.decoder_rows(dead_R, self.sink("W_dec")),
                 num_dead,
             ),
-            self.learning.num_aux(group.W_dec.shape[1]),
+            self.learning.num_aux(residual_ND.shape[1]),
             shard=self.whole.shard,
             compute=group.compute,
         )

@@ -210,8 +210,9 @@ class Optimiser:
         along = {}
         for name in names:
             weight = self.parameters[name]
-            grad = weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
-            along[name] = torch.einsum("fd,fd->f", grad, weight)
+            if weight.grad is None:
+                weight.grad = torch.zeros_like(weight)
+            along[name] = torch.einsum("fd,fd->f", weight.grad, weight)
         self.rows.over_columns(along)
         for name, along_F in along.items():
             grad = self.parameters[name].grad

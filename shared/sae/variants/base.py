@@ -6,6 +6,7 @@ Sites lie side by side along the last axis. Letters: D_in sum of the widths that
 N tokens, F latents, K picks per token.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -185,6 +186,12 @@ class Dictionary(Computing):
     def decoded(self, values_NK: Tensor, indices_NK: Tensor) -> Tensor:
         """What they decode to, without b_dec, [N, D_out] in the decoder's units."""
         raise NotImplementedError
+
+    @torch.no_grad()
+    def start_decoders(self, rows: Sequence[Tensor], norms: Sequence[Tensor]) -> None:
+        """Give each decoder these rows, made unit by their `norms` [F, 1]; latents whose row is 0 keep theirs."""
+        for (W_dec, _), rows_FD, norm_F1 in zip(self.decoders, rows, norms, strict=True):
+            W_dec.copy_(torch.where(norm_F1 > 0, rows_FD / norm_F1.clamp_min(1e-30), W_dec))
 
     # Inference
 

@@ -91,6 +91,11 @@ class CLTPart(CLT):
         """First weights are those of the whole with the same `generator`. Raises GranaryError for what can't be cut."""
         Dictionary.__init__(self, config, kernels=kernels, compute_dtype=compute_dtype)
         assert isinstance(config, CLTConfig)
+        if config.tying != "none":
+            raise GranaryError(
+                f"variant.tying={config.tying} with parallel=layers: tied decoders are of several targets at once, "
+                "which have other owners; use ddp or fsdp"
+            )
         self.share = share
         for what, counts in (("latents of a layer", (config.per_layer,)), ("columns of a site", config.write_widths)):
             for count in counts:
@@ -134,7 +139,7 @@ class CLTPart(CLT):
         first, rows = self.share.span(self.config.per_layer)
         cuts = self.cuts()
         for layer, (d_in, d_out) in enumerate(self.sizes()):
-            held = self.layers[str(layer)] if layer <= self.share.layers[-1] else None
+            held = self.layers.get_submodule(str(layer)) if layer <= self.share.layers[-1] else None
             for start, block in unit_blocks(self.config.per_layer, d_out, generator):
                 if held is not None:
                     pieces = [block.narrow(1, *span) for span in cuts[f"layers.{layer}.W_dec"].spans]
@@ -148,7 +153,7 @@ class CLTPart(CLT):
     @property
     def groups(self) -> tuple[LatentGroup, ...]:
         """The layers owned here."""
-        return tuple(layer for layer in self.layers.values() if isinstance(layer, LatentGroup))
+        return tuple(layer for layer in self.layers.children() if isinstance(layer, LatentGroup))
 
     @property
     def decoders(self) -> list[tuple[nn.Parameter, slice]]:
@@ -156,7 +161,7 @@ class CLTPart(CLT):
         starts = [0, *accumulate(self.columns)]
         return [
             (module.get_parameter("W_dec"), slice(starts[self._first_target(int(layer))], starts[-1]))
-            for layer, module in self.layers.items()
+            for layer, module in self.layers.named_children()
         ]
 
     @property
@@ -191,7 +196,9 @@ class CLTPart(CLT):
         """As in the whole, for what is here."""
         held, unit = self.state_dict().keys(), self.config.unit_norm_decoder
         shared = LatentGroup.group_roles(self.groups[0], unit_norm_decoder=unit)
-        own = {f"layers.{layer}.{name}": role for layer in self.layers for name, role in shared.items()}
+        own = {
+            f"layers.{layer}.{name}": role for layer, _ in self.layers.named_children() for name, role in shared.items()
+        }
         return {name: role for name, role in {**own, **Dictionary.roles(self)}.items() if name in held}
 
     def cuts(self) -> dict[str, Cut]:
