@@ -22,7 +22,7 @@ from shared.parallel import World
 from shared.sae.learn import init
 from stage_train.estimate.job import PlannedRun
 from stage_train.run import make_objective, put_together
-from stage_train.state.pieces import local_part
+from stage_train.state.staging import local
 from stage_train.step.layouts import make_layout
 
 CPU = torch.device("cpu")
@@ -71,7 +71,7 @@ def find_memory(job: PlannedRun, libraries: int = 0) -> Memory:
         held["stream"] = [torch.empty(job.pool_bytes * job.pool_on_device, dtype=torch.uint8)]
         batch, whole = job.batch(CPU), trainer.tensors()
         held["batch"] = list(batch.activations.values())
-        own = {name: local_part(tensor) for name, tensor in whole.items()}
+        own = {name: local(tensor) for name, tensor in whole.items()}
         for name, tensor in own.items():
             held.setdefault(STATE.get(name.partition(".")[0], "counters"), []).append(tensor)
         meanwhile = 0 < spec.save_every < spec.length.steps

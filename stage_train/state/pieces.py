@@ -5,13 +5,12 @@ by the protocol that DTensors follow there.
 """
 
 from collections.abc import Sequence
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
-from torch.distributed.tensor import DTensor
 
 from shared.sae.variants.clt_part import Cut
 
@@ -33,10 +32,6 @@ class Pieces(Tensor):
         made.pieces = list(torch.split(local, [length for _, length in cut.spans], cut.axis))
         made.offsets = [tuple(first if axis == cut.axis else 0 for axis in range(local.ndim)) for first, _ in cut.spans]
         return made
-
-    def copied_to(self, device: str) -> Self:
-        """With memory of its own."""
-        return type(self)(self.local.detach().to(device, copy=True), self.cut)
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -63,10 +58,3 @@ class Pieces(Tensor):
 
     def __get_tensor_shard__(self, index: MetadataIndex) -> Tensor:
         return self.pieces[self.offsets.index(tuple(index.offset or ()))]
-
-
-def local_part(tensor: Tensor) -> Tensor:
-    """What of it this process holds."""
-    if isinstance(tensor, Pieces):
-        return tensor.local
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

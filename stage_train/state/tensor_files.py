@@ -25,13 +25,12 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteIte
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
-from torch.distributed.tensor import DTensor
 from torch.futures import Future
 
 from shared.basics.errors import GranaryError
 from shared.sae.weights_file import header_digest, write_weights
 from stage_train.state.integrity import TensorsDigest, write_digests
-from stage_train.state.pieces import Pieces
+from stage_train.state.staging import HostCopies
 
 PLACES = "DCP_SHARDING_INFO"
 """Key of a file's metadata under which torch looks for where each part begins in the whole."""
@@ -52,13 +51,13 @@ class TensorWriter(BlockingAsyncStager, StorageWriter):
     twice, and the second copies live until the garbage collector runs.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, copies: HostCopies) -> None:
         super().__init__()
-        self.folder = folder
+        self.folder, self.copies = folder, copies
 
     def stage(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """Called by async_save: tensors on the host, which share no memory with `state_dict`."""
-        return {name: _host_copy(tensor) for name, tensor in state_dict.items()}
+        return self.copies.copy(state_dict)
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         """This rank's parts; a rank that holds none writes no file."""
@@ -166,14 +165,3 @@ def _by_name(items: Sequence[WriteItem]) -> list[dict[str, WriteItem]]:
             found += rounds
         rounds[0][item.index.fqn] = item
     return found
-
-
-def _host_copy(tensor: Tensor) -> Tensor:
-    if isinstance(tensor, Pieces):
-        return tensor.copied_to("cpu")
-    if not isinstance(tensor, DTensor):
-        return tensor.detach().to("cpu", copy=True)
-    placed: Any = tensor.detach()  # shares memory, and has the placement that the planner of a save reads
-    placed._local_tensor = tensor.to_local().detach().to("cpu", copy=True)
-    staged: Tensor = placed
-    return staged

@@ -112,7 +112,7 @@ class Trainer:
         if self.progress.step % DEAD_EVERY == 0:
             self.layout.merge_dead(self.dead.tokens_since_fired)
             self.dead_now_F.copy_(self.dead.mask())
-            self._dead_R = self.layout.look_at_dead(self.objective, self.dead_now_F)
+            self._dead_R = self._look_at_dead(self.progress.step)
         self.layout.zero_gradients(self.optimiser)
         if self.guard is not None:
             self.metrics.mark()
@@ -228,8 +228,11 @@ class Trainer:
         self.metrics.restore(first=self.layout.stream_rank == 0)
         if self.guard is not None:
             self.guard.restore(state["guard"])
-        self._dead_R = self.layout.look_at_dead(self.objective, self.dead_now_F)
+        self._dead_R = self._look_at_dead(max(0, self.progress.step - 1))  # as the last step did
         self.reset_clock()
+
+    def _look_at_dead(self, step: int) -> Tensor:
+        return self.layout.look_at_dead(self.objective, self.dead_now_F, step // DEAD_EVERY)
 
     def _micro_batches(self, batch: Batch) -> list[tuple[Tensor, Tensor]]:
         """What is read and what must be written, by rows; one tensor where that is the same.

@@ -22,6 +22,8 @@ from stage_train.config import TrainSchema
 
 # Tensors up to this size share one message.
 SMALL_ELEMENTS = 1 << 18
+# Of the dead latents' rows in one matrix; AuxK makes about seven copies: 3.8 GB. It is part of what fixes the result.
+DEAD_ELEMENTS = 1 << 27
 
 
 class Layout:
@@ -121,9 +123,9 @@ class Layout:
         if self.world.size > 1:
             dist.all_reduce(tokens_since_fired_F, dist.ReduceOp.MIN)
 
-    def look_at_dead(self, objective: Objective, dead_now_F: Tensor) -> Tensor:
-        """Indices of the dead latents held here. Waits for the device."""
-        return dead_now_F.nonzero().squeeze(1)
+    def look_at_dead(self, objective: Objective, dead_now_F: Tensor, turn: int) -> Tensor:
+        """Indices of the dead latents held here that AuxK has in look number `turn`. Waits for the device."""
+        return in_turn(dead_now_F.nonzero().squeeze(1), most_dead(objective), turn)
 
     def mean_over_latents(self, held: Tensor) -> float:
         """The mean of a number for each latent held here, over all latents."""
@@ -134,6 +136,20 @@ class Layout:
     def as_global(self, objective: Objective, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Tensors of the training state as torch.distributed.checkpoint must see them, sharing their memory."""
         return dict(tensors)
+
+
+def most_dead(objective: Objective) -> int:
+    """How many dead latents AuxK has at a time on one rank: as many as keep what it makes of their rows bounded."""
+    widths = objective.dictionary.config.widths
+    return max(1, DEAD_ELEMENTS // max(widths.d_in, widths.d_out))
+
+
+def in_turn(dead_R: Tensor, most: int, turn: int) -> Tensor:
+    """`most` of them if they are more, others at each turn: after ``ceil(R / most)`` turns each has been there."""
+    num_dead = len(dead_R)
+    if num_dead <= most:
+        return dead_R
+    return dead_R.roll(-(turn * most) % num_dead)[:most]
 
 
 def give_memory(objective: Objective, device: torch.device) -> None:

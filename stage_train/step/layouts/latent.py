@@ -26,7 +26,16 @@ from shared.sae.learn.inputs import BatchFacts, Losses, StepInputs
 from shared.sae.learn.objective import Objective
 from shared.sae.optim import Optimiser, OptimiserConfig, RowShare, make_optimiser
 from stage_train.config import TrainSchema
-from stage_train.step.layouts.base import Layout, give_memory, gradients, joint_norm, scatter_rows, sum_over, take
+from stage_train.step.layouts.base import (
+    Layout,
+    give_memory,
+    gradients,
+    joint_norm,
+    most_dead,
+    scatter_rows,
+    sum_over,
+    take,
+)
 from stage_train.step.layouts.split import latents_of_part
 
 
@@ -233,13 +242,13 @@ class LatentParallel(Layout):
         if self.stream_world > 1:
             dist.all_reduce(tokens_since_fired_F, dist.ReduceOp.MIN, group=self.dp_group)
 
-    def look_at_dead(self, objective: Objective, dead_now_F: Tensor) -> Tensor:
+    def look_at_dead(self, objective: Objective, dead_now_F: Tensor, turn: int) -> Tensor:
         """Also counts the whole group's, so that all its ranks agree whether AuxK is on."""
-        count = dead_now_F.sum()
+        count = dead_now_F.sum().clamp_max(most_dead(objective))
         dist.all_reduce(count, group=self.latent_group)
         assert isinstance(objective.shard, GroupShard)
         objective.shard.num_dead = int(count)
-        return super().look_at_dead(objective, dead_now_F)
+        return super().look_at_dead(objective, dead_now_F, turn)
 
     def mean_over_latents(self, held: Tensor) -> float:
         """All ranks hold equally many."""

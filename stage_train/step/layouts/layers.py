@@ -172,16 +172,17 @@ class LayerParallel(Layout):
     def merge_dead(self, tokens_since_fired_F: Tensor) -> None:
         """No other rank encodes the same latents."""
 
-    def look_at_dead(self, objective: Objective, dead_now_F: Tensor) -> Tensor:
+    def look_at_dead(self, objective: Objective, dead_now_F: Tensor, turn: int) -> Tensor:
         """Also tells every rank which latents of each layer are dead."""
         part, ranks = _part(objective), _ranks(objective)
-        rows = part.groups[0].num_latents
-        dead_RSF = ranks.gather(ranks.padded(list(dead_now_F.view(-1, rows).to(torch.uint8)))).bool()
+        rows, own_R = part.groups[0].num_latents, super().look_at_dead(objective, dead_now_F, turn)
+        mine_F = torch.zeros_like(dead_now_F, dtype=torch.uint8).index_fill_(0, own_R, 1)
+        dead_RSF = ranks.gather(ranks.padded(list(mine_F.view(-1, rows)))).bool()
         ranks.dead = [
             torch.cat([dead_RSF[rank, slot] for rank, slot in ranks.homes(layer)]).nonzero().squeeze(1)
             for layer in range(ranks.num_layers)
         ]
-        return super().look_at_dead(objective, dead_now_F)
+        return own_R
 
     def mean_over_latents(self, held: Tensor) -> float:
         """All ranks together hold each latent once."""
