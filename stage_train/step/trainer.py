@@ -167,6 +167,9 @@ class Trainer:
             "tokens_per_s": (self.progress.tokens - self._stopwatch.tokens) / elapsed,
             "wait_share": waited / self.world.size / elapsed,
         }
+        if names := self.objective.dictionary.group_names:
+            shares = self.layout.means_of_groups(self.objective, self.dead.mask().float())
+            line |= {f"dead_fraction/{name}": share for name, share in zip(names, shares, strict=True)}
         if self.guard is not None:
             line["refused_steps"] = self.guard.refused
         if self.stream.skips_damaged:

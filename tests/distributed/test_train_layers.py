@@ -90,10 +90,11 @@ def test_every_choice_of_latents_on_two_and_four_processes(runs: Runs) -> None:
     for name in ("to_two", "from_two", "to_four", "shared", "four", "four_shared"):
         assert runs.ends[name] == {"done"}
         assert_same_run(runs, "one", name)
-    for name in CHOICES:
-        assert_same_run(runs, f"one_{name}", f"two_{name}")
-        assert_same_run(runs, f"one_{name}", f"shared_{name}")
-    assert_same_run(runs, "one_jumprelu", "four_jumprelu")
+    assert runs.ends["half"] == {"done"}  # rounded at random, other numbers for other pieces
+    for name in CHOICES:  # a pre-activation at a threshold may fall on either side of it
+        assert_same_run(runs, f"one_{name}", f"two_{name}", bound=1e-4)
+        assert_same_run(runs, f"one_{name}", f"shared_{name}", bound=1e-4)
+    assert_same_run(runs, "one_jumprelu", "four_jumprelu", bound=1e-4)
 
 
 @pytest.mark.slow

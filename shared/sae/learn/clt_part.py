@@ -120,6 +120,10 @@ class PartOfGroups(ManyGroups):
         k = self.rules[0].own.k if inputs.k is None else inputs.k
         return chosen(self.terms.ranks, best_of_shares(self.terms.part, given, k), k, together=self.together)
 
+    def _names(self) -> Sequence[str]:
+        part = self.terms.part
+        return [part.group_names[layer] for layer in part.share.layers] if part.group_names else ()
+
     def _penalty(self, own: GroupTerms, fired: Firing) -> Tensor | None:
         """When the norms of whole rows are known."""
         return None

@@ -38,9 +38,11 @@ class Objective(nn.Module):
 
     @property
     def metric_names(self) -> tuple[str, ...]:
-        """Metrics of its losses beside those that all have: FVU at each written site, where there are several."""
+        """Metrics of its losses beside those that all have: FVU at each written site, where there are several, and L0
+        of each group, likewise."""
         names = self.dictionary.written_sites
-        return tuple(f"fvu/{name}" for name in names) if len(names) > 1 else ()
+        fvus = tuple(f"fvu/{name}" for name in names) if len(names) > 1 else ()
+        return (*fvus, *(f"l0/{name}" for name in self.dictionary.group_names))
 
     @property
     def shard(self) -> LatentShard:

@@ -107,6 +107,14 @@ class Dictionary(Computing):
         return tuple(map(str, range(len(self.config.widths.writes)))) if self.sites is None else self.sites.writes
 
     @property
+    def group_names(self) -> tuple[str, ...]:
+        """Of groups that read a site each, its name, or where that is not known its number; empty where one group is
+        all."""
+        if self.config.num_groups == 1:
+            return ()
+        return tuple(map(str, range(self.config.num_groups))) if self.sites is None else self.sites.reads
+
+    @property
     def target_variance(self) -> Tensor:
         """Variance [D_out], over the data set, of what the decoder must give."""
         return self.input_variance if self.config.is_autoencoder else self.output_variance

@@ -131,6 +131,11 @@ class Layout:
         """The mean of a number for each latent held here, over all latents."""
         return float(held.mean())
 
+    def means_of_groups(self, objective: Objective, held: Tensor) -> list[float]:
+        """The same for each group of latents."""
+        means: list[float] = held.view(objective.dictionary.config.num_groups, -1).mean(1).tolist()
+        return means
+
     # Checkpoints
 
     def as_global(self, objective: Objective, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

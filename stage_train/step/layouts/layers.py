@@ -190,6 +190,15 @@ class LayerParallel(Layout):
         all_reduce_sum(sums)
         return float(sums[0] / sums[1])
 
+    def means_of_groups(self, objective: Objective, held: Tensor) -> list[float]:
+        """Of all layers, each of which some rank holds, or several share."""
+        part, ranks = _part(objective), _ranks(objective)
+        sums_L = held.new_zeros(ranks.num_layers)
+        sums_L[list(part.share.layers)] = held.view(len(part.share.layers), -1).sum(1)
+        all_reduce_sum(sums_L)
+        means: list[float] = (sums_L / ranks.per_layer).tolist()
+        return means
+
     def as_global(self, objective: Objective, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Pieces of the whole's tensors."""
         part = _part(objective)
