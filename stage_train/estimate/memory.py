@@ -65,7 +65,7 @@ def find_memory(job: PlannedRun, libraries: int = 0) -> Memory:
         trace.moment = "start"
         held = {"masks of the store": [torch.empty(masks * (not job.cuda), dtype=torch.uint8)]}
         begins = spec.cfg.init_from is None
-        objective = make_objective(spec, job.data, CPU, layout, begins=begins)  # type: ignore[arg-type]
+        objective = make_objective(spec, job.own, CPU, layout, begins=begins)  # type: ignore[arg-type]
         trainer = put_together(spec, layout.distribute(objective), None, layout)  # type: ignore[arg-type]
         del objective
         held["stream"] = [torch.empty(job.pool_bytes * job.pool_on_device, dtype=torch.uint8)]
