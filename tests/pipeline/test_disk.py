@@ -4,6 +4,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from shared.sae import SAE, SAEConfig
@@ -97,7 +98,7 @@ def make(server: ForkServer, planted_store: Callable[..., object], tmp_path: Pat
 
     def stage(name: str) -> Stage:
         if name == "harvest":
-            (tmp_path / "ids.bin").write_bytes(bytes(range(1, 255)) * 8)
+            np.arange(1, 1000, dtype=np.uint16).tofile(tmp_path / "ids.bin")
             arguments = [*HARVEST, f"corpus.files={tmp_path / 'ids.bin'}", f"run_dir={folder}"]
             return Stage(FailingDisk(server, folder, "stage_harvest", *arguments))
         if name == "train":
