@@ -6,7 +6,9 @@ from typing import Any
 
 import torch
 
+from shared.basics.disk import telling_disk_errors
 from shared.basics.errors import GranaryError
+from shared.basics.files import making_folder
 from shared.basics.numbers import natural_key
 from shared.lm.hookpoint import HookPoint
 from shared.sae.folder import is_own, load_provenance
@@ -59,11 +61,15 @@ def convert_set(source: str | Path, target: Path, to: str) -> str:
 
     check_new(target)
     if is_own(Path(source)) and isinstance(made := load(source), CLT):
-        circuit_tracer.save_clt(folded(made, load_provenance(source)), target)
+        clt = folded(made, load_provenance(source))
+        with telling_disk_errors(target), making_folder(target) as filled:
+            circuit_tracer.save_clt(clt, filled, target.name)
         return "granary clt"
     first = next(iter(folders_of(source)), None)
     provenance = {} if first is None else load_provenance(first)  # the model is that of all layers
-    circuit_tracer.save_set({layer: folded(one, provenance) for layer, one in load_set(source).items()}, target)
+    layers = {layer: folded(one, provenance) for layer, one in load_set(source).items()}
+    with telling_disk_errors(target), making_folder(target) as filled:
+        circuit_tracer.save_set(layers, filled, target.name)
     return "granary set"
 
 
