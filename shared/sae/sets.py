@@ -75,4 +75,5 @@ def convert_set(source: str | Path, target: Path, to: str) -> str:
 
 def folded(made: Dictionary, provenance: dict[str, Any]) -> Folded:
     """On raw activations, as circuit-tracer reads it."""
-    return Folded.of(made.config, made.state_dict(), made.places, provenance, SET_FORMATS[0])
+    tensors = made.untied() if isinstance(made, CLT) else made.state_dict()
+    return Folded.of(made.config, tensors, made.places, provenance, SET_FORMATS[0])

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from stage_train.state.pieces import Pieces
+
 
 class HostCopies:
     """Room on the host for a training state that lies on a GPU; a state on the host is copied into new memory."""
@@ -41,12 +43,16 @@ class HostCopies:
 
 def local(tensor: Tensor) -> Tensor:
     """What of a tensor this rank holds, without its history."""
+    if isinstance(tensor, Pieces):
+        return tensor.local.detach()
     tensor = tensor.detach()
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def placed_as(tensor: Tensor, part: Tensor) -> Tensor:
     """`part` in the place that a rank's part of `tensor` has: the planner of a save reads it."""
+    if isinstance(tensor, Pieces):
+        return Pieces(part, tensor.cut)
     if not isinstance(tensor, DTensor):
         return part
     placed: Any = tensor.detach()  # a new object
