@@ -1,4 +1,4 @@
-"""Work with SAE folders: ``python -m shared.sae convert SRC DST --to saelens``."""
+"""Work with folders of dictionaries: ``python -m shared.sae convert SRC DST --to saelens``."""
 
 import argparse
 from pathlib import Path
@@ -7,18 +7,20 @@ from shared.basics.errors import GranaryError
 from shared.launch.commands import program
 from shared.launch.outcome import ending_in_one_line
 from shared.launch.terminal import ShownConsole
+from shared.sae.sites import Sites
 
 CONVERT = """\
-Read an SAE folder of any known format and write it as another.
+Read a folder of a dictionary of any known format and write it as another.
 
 The source's format is found from its files. Input normalisation (scale, centre and scale) is folded into the
 weights, and every latent keeps its value; what a format can't express is refused with the reason. So is a key or a
-tensor of SRC that is not known and may change what the SAE computes; --ignore KEY leaves it out.
+tensor of SRC that is not known and may change what the dictionary computes; --ignore KEY leaves it out.
 
   format               files                                              read  written
   granary              config.json, sae.safetensors                       yes   yes
-  saelens              cfg.json, sae_weights.safetensors                  yes   yes
-  sparsify             cfg.json, sae.safetensors                          yes   TopK
+  saelens              cfg.json, sae_weights.safetensors                  yes   yes; transcoders: by a threshold
+  sparsify             cfg.json, sae.safetensors                          yes   TopK, transcoders among them
+  crosscoder_learning  config.json, final.pt or model.safetensors         yes   crosscoders: batchtopk, relu
   dictionary_learning  config.json, ae.pt                                 yes   yes
   opensae              config.json, model*.safetensors                    yes   TopK
   llama_scope          hyperparams.json, checkpoints/final.safetensors    yes   no
@@ -51,29 +53,44 @@ def main(argv: list[str] | None = None) -> None:
         epilog=examples,
         formatter_class=raw,
     )
-    command.add_argument("source", metavar="SRC", help="folder of an SAE in any of these formats, or a hub id")
+    command.add_argument("source", metavar="SRC", help="folder in any of these formats, or a hub id")
     command.add_argument("target", metavar="DST", type=Path, help="new or empty folder")
     command.add_argument(
         "--to",
         required=True,
         metavar="FORMAT",
-        help="granary, saelens, sparsify, dictionary_learning, opensae or circuit_tracer",
+        help="granary, saelens, sparsify, crosscoder_learning, dictionary_learning, opensae or circuit_tracer",
     )
     command.add_argument(
         "--ignore", action="append", default=[], metavar="KEY", help="leave out a key or tensor of SRC; may be repeated"
     )
+    for side in ("reads", "writes"):
+        command.add_argument(
+            f"--{side}",
+            metavar="SITES",
+            help=f"sites that it {side}, a,b,..., where the files of SRC do not say",
+        )
     arguments = parser.parse_args(argv)
     with ending_in_one_line():
         from shared.sae.loading import convert
         from shared.sae.sets import SET_FORMATS, convert_set
 
+        sites = given_sites(arguments.reads, arguments.writes)
         if arguments.to in SET_FORMATS:
-            if arguments.ignore:
-                raise GranaryError(f"--ignore is for folders of other projects: {arguments.to} is written from ours")
+            if arguments.ignore or sites:
+                given = "--ignore is" if arguments.ignore else "--reads and --writes are"
+                raise GranaryError(f"{given} for folders of other projects: {arguments.to} is written from ours")
             found = convert_set(arguments.source, arguments.target, arguments.to)
         else:
-            found = convert(arguments.source, arguments.target, arguments.to, arguments.ignore)
+            found = convert(arguments.source, arguments.target, arguments.to, arguments.ignore, sites)
         ShownConsole(soft_wrap=True).print(f"{arguments.target}: {found} to {arguments.to}")
+
+
+def given_sites(reads: str | None, writes: str | None) -> Sites | None:
+    """Both sides as they are given, None where they are not; raises GranaryError for one of them alone."""
+    if (reads is None) != (writes is None):
+        raise GranaryError("--reads and --writes go together: give both")
+    return None if reads is None or writes is None else Sites(tuple(reads.split(",")), tuple(writes.split(",")))
 
 
 if __name__ == "__main__":
