@@ -1,6 +1,6 @@
 """Loading a dictionary of any kind and of any project's format, and converting between formats."""
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,8 @@ from shared.sae.variants import VARIANTS, Dictionary
 GRANARY = "granary"
 BY_KIND = {kind: made.config_class for kind, made in VARIANTS.items()}
 KINDS = [*BY_KIND.values()]
+Change = Callable[[str, Dictionary, dict[str, Any]], tuple[Dictionary, dict[str, Any]]]
+"""From where a dictionary lies, itself and its provenance to another with its own."""
 
 
 def load(path_or_hub_id: str | Path, *, device: str | torch.device = "cpu", verify: bool | None = None) -> Dictionary:
@@ -82,11 +84,12 @@ def convert(
     to: str,
     ignore: Collection[str] = (),
     sites: Sites | None = None,
+    change: Change | None = None,
 ) -> str:
     """Write the dictionary in the folder or hub repository `source` as format `to`; returns the source's format.
 
-    `ignore` and `sites` are those of ``load_any``. Raises GranaryError for a target that holds files, and for a
-    dictionary that the format can't express.
+    `ignore` and `sites` are those of ``load_any``; `change` is made before it is written. Raises GranaryError for a
+    target that holds files, and for a dictionary that the format can't express.
     """
     if to not in (GRANARY, *WRITABLE):
         raise GranaryError(f"format {to!r} can't be written: choose from {', '.join([GRANARY, *WRITABLE])}")
@@ -94,6 +97,8 @@ def convert(
     folder = on_disk.locate(source)
     found = detect(folder)
     made, provenance = load_any(folder, ignore, sites)
+    if change is not None:
+        made, provenance = change(str(source), made, provenance)
     with telling_disk_errors(target), making_folder(target) as filled:
         _write(made, provenance, folder if found == GRANARY else None, to, filled)
     return found
