@@ -64,7 +64,7 @@ def placed_as(tensor: Tensor, part: Tensor) -> Tensor:
 def page_locked(shape: torch.Size, dtype: torch.dtype) -> Tensor:
     """Host memory that a GPU can write into by itself; locked where it lies, since torch's own pool rounds sizes up."""
     room = torch.empty(shape, dtype=dtype)
-    runtime: Any = torch.cuda.cudart()
+    runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
     address, size = room.data_ptr(), room.nbytes
     if size and int(runtime.cudaHostRegister(address, size, 0)) == 0:  # without it, copies are slower and as right
         weakref.finalize(room, runtime.cudaHostUnregister, address)
