@@ -57,7 +57,8 @@ def find_memory(job: PlannedRun, libraries: int = 0) -> Memory:
     with one_of(job.ranks), ExitStack() as stack:
         layout = make_layout(spec.cfg.parallel, World(0, job.ranks, 0, CPU))
         latents = layout.num_latents(spec.dictionary)
-        dead = {latents: round(job.dead_fraction * latents)}
+        of_group = spec.dictionary.d_latent // spec.dictionary.num_groups
+        dead = {count: round(job.dead_fraction * count) for count in (latents, of_group)}
         trace = stack.enter_context(Trace(picks=job.picks, lengths=dead, gloo=not job.cuda))
         stack.enter_context(patch.object(init, "grid_search", first_try))
         if triton:
