@@ -18,8 +18,9 @@ HARVEST = (
     "corpus.contexts=1600 run_dir=."
 )
 TRAIN = (
-    "run_dir=. sae=batchtopk sae.expansion=2 schedule.tokens=400_000 logger.progress=false logger.curves=false "
-    "stream.mix_contexts=4 device.threads=1"
+    "run_dir=. sae=batchtopk sae.expansion=2 schedule.tokens=150_000 stream.batch_size=512 stream.lanes=16 "
+    "stream.mix_contexts=2 logger.every=20 logger.progress=false logger.curves=false checkpoint.every=0 "
+    "device.threads=1"
 )
 CLT = "variant=clt reads=layers.*.mlp_in writes=layers.*.mlp_out sae.k=32"
 LAYERS = range(4)
