@@ -6,7 +6,9 @@ from typing import Any
 
 import torch
 
+from shared.basics.disk import telling_disk_errors
 from shared.basics.errors import GranaryError
+from shared.basics.files import making_folder
 from shared.basics.numbers import natural_key
 from shared.lm.hookpoint import HookPoint
 from shared.sae.folder import is_own, load_provenance
@@ -60,14 +62,17 @@ def convert_set(source: str | Path, target: Path, to: str, change: Change | None
 
     check_new(target)
     if is_own(Path(source)) and isinstance(made := load(source), CLT):
-        circuit_tracer.save_clt(folded(made, load_provenance(source), change, str(source)), target)
+        clt = folded(made, load_provenance(source), change, str(source))
+        with telling_disk_errors(target), making_folder(target) as filled:
+            circuit_tracer.save_clt(clt, filled, target.name)
         return "granary clt"
     first = next(iter(folders_of(source)), None)
     provenance = {} if first is None else load_provenance(first)  # the model is that of all layers
     layers = {
         layer: folded(one, provenance, change, f"{source}, layer {layer}") for layer, one in load_set(source).items()
     }
-    circuit_tracer.save_set(layers, target)
+    with telling_disk_errors(target), making_folder(target) as filled:
+        circuit_tracer.save_set(layers, filled, target.name)
     return "granary set"
 
 
@@ -75,4 +80,5 @@ def folded(made: Dictionary, provenance: dict[str, Any], change: Change | None, 
     """On raw activations, as circuit-tracer reads it, once `change` is made."""
     if change is not None:
         made, provenance = change(where, made, provenance)
-    return Folded.of(made.config, made.state_dict(), made.places, provenance, SET_FORMATS[0])
+    tensors = made.untied() if isinstance(made, CLT) else made.state_dict()
+    return Folded.of(made.config, tensors, made.places, provenance, SET_FORMATS[0])
