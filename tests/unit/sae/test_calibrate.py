@@ -64,10 +64,11 @@ KINDS: list[tuple[str, Sites, dict[str, Any]]] = [
     ("skip_transcoder", BETWEEN, {"activation": "batchtopk"}),
     ("crosscoder", Sites.of(*READS[:2]), {"activation": "topk", "pre_bias": False}),
     ("clt", ALL, {"activation": "topk"}),
+    ("clt", ALL, {"activation": "batchtopk", "tying": "per_target"}),
 ]
 
 
-@pytest.mark.parametrize(("kind", "sites", "given"), KINDS, ids=[kind for kind, _, _ in KINDS])
+@pytest.mark.parametrize(("kind", "sites", "given"), KINDS, ids=[f"{kind}-{len(given)}" for kind, _, given in KINDS])
 def test_one_threshold_gives_the_l0_that_is_asked_for(
     store: Store, kind: str, sites: Sites, given: dict[str, Any]
 ) -> None:
