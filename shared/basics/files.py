@@ -45,13 +45,18 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 
 def write_together(folder: Path, texts: Mapping[str, str]) -> None:
-    """Write files that belong to one another: none takes its place before the contents of all are on disk."""
+    """Write files that belong to one another: no former one is ever beside a new one.
+
+    The former ones stay until the contents of all are on disk, then all go and the new ones take their places.
+    """
     with ExitStack() as stack:
         for name, text in texts.items():
             file = stack.enter_context(replacing(folder / name))
             file.write(text.encode())
             file.flush()
             os.fsync(file.fileno())
+        for name in texts:
+            (folder / name).unlink(missing_ok=True)
 
 
 @contextmanager
