@@ -178,14 +178,6 @@ def harvest(bench: Bench, folder: Path) -> Command:
     )
 
 
-def extend(bench: Bench, folder: Path) -> Command:
-    """More contexts in a store that exists."""
-    common = [*HARVEST, f"corpus.files={bench.ids}"]
-    bench.run("stage_harvest", *common, f"run_dir={bench.root / 'begun'}")
-    disk = bench.disk(folder, "stage_harvest", *common, "corpus.contexts=8", f"run_dir={folder}")
-    return Command(disk, lambda place: shutil.copytree(bench.root / "begun/store", place / "store"))
-
-
 def train(bench: Bench, folder: Path) -> Command:
     return Command(bench.disk(folder, "stage_train", *TRAIN, f"run_dir={folder}", f"store.url={bench.store}"))
 
@@ -307,7 +299,7 @@ def drop(bench: Bench, folder: Path) -> Command:
 FORMATS = ("granary", "saelens", "sparsify", "dictionary_learning", "opensae", "circuit_tracer")
 EXPORTS = ("parquet", "neuronpedia", "saedashboard", "delphi")
 COMMANDS: dict[str, Callable[[Bench, Path], Command]] = {
-    **{one.__name__: one for one in (harvest, extend, train, packed, evaluate, compare, export)},
+    **{one.__name__: one for one in (harvest, train, packed, evaluate, compare, export)},
     **{to: converting(to) for to in FORMATS},
     **{to: exporting(to) for to in EXPORTS},
     **{one.__name__: one for one in (inspect, found, notes, site, first_site, page, trace, drop)},

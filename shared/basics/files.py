@@ -115,9 +115,9 @@ def is_temporary(name: str) -> bool:
 
 
 def is_abandoned(temp: Path) -> bool:
-    """True where no living process holds the lock; False where the file system has no locks to tell by."""
+    """Whether no living process holds the lock of a file or folder; False without locks on the file system."""
     try:
-        fd = os.open(temp, os.O_RDWR)
+        fd = os.open(temp, os.O_RDONLY if temp.is_dir() else os.O_RDWR)
     except OSError:
         return False
     try:
