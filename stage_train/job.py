@@ -80,7 +80,7 @@ class Job:
         for one in cfgs:
             with self.blaming(one.out_dir):
                 spec = RunSpec.resolve(one, stores, self.tokens.data)
-                self.layout.check(spec.dictionary)
+                self.layout.check(spec.dictionary, one)
                 self.specs.append(spec)
         if self.tokens.blocks is not None:
             self.tokens.blocks.check(self._reader[0], self._stream)
@@ -127,7 +127,7 @@ class Job:
 
     def open_inputs(self) -> TrainingInputs:
         """Claim what the runs read, and wait until there is some of it."""
-        names = [name for spec in self.specs for name in spec.sites.names]
+        names = [name for spec in self.specs for name in self.layout.sites(spec.sites).names]
         return TrainingInputs.open(
             self.specs[0].cfg, self.world, self.tokens, names, claim=self._reader, stream=self._stream
         )

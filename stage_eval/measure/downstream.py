@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from shared.basics.errors import GranaryError
+from shared.kernels import add_at
 from shared.lm import packed_inputs, splice_through
 from shared.lm.hookpoint import HookPoint
 from shared.lm.packed import document_length
@@ -138,12 +139,12 @@ class DownstreamSums(Sums):
     def add(self, ce_QN: Tensor, kl_QN: Tensor, agrees_QN: Tensor, rows: Rows) -> None:
         """Add N scored positions; `rows.frequency_N` groups by label, `rows.position_N` by where it is predicted."""
         ones_N = torch.ones_like(ce_QN[0])
-        self.added["tokens_C"].index_add_(0, rows.context_N, ones_N)
+        add_at(self.added["tokens_C"], rows.context_N, ones_N)
         for name, scores_QN in (("cross_entropy_CQ", ce_QN), ("kl_CQ", kl_QN), ("agrees_CQ", agrees_QN)):
-            self.added[name].index_add_(0, rows.context_N, scores_QN.T)
+            add_at(self.added[name], rows.context_N, scores_QN.T)
         for name, group_N in (("position", rows.position_N), ("frequency", rows.frequency_N)):
-            self.added[f"{name}_tokens_G"].index_add_(0, group_N, ones_N)
-            self.added[f"{name}_GQ"].index_add_(0, group_N, ce_QN.T)
+            add_at(self.added[f"{name}_tokens_G"], group_N, ones_N)
+            add_at(self.added[f"{name}_GQ"], group_N, ce_QN.T)
 
 
 @torch.inference_mode()

@@ -183,6 +183,13 @@ def describe_difference(existing: dict[str, Any], wanted: dict[str, Any]) -> str
     return "; ".join(parts)
 
 
+def check_same(url: str, existing: StorePlan, wanted: StorePlan) -> None:
+    """Raise GranaryError, naming the fields that differ, unless two plans make the same store."""
+    if existing.hash() != wanted.hash():
+        difference = describe_difference(existing.identity(), wanted.identity())
+        raise GranaryError(f"{url} holds another harvest: {difference}; choose another store.url or the same settings")
+
+
 def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
     if not isinstance(value, dict):
         return {prefix: value}
