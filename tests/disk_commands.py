@@ -5,7 +5,6 @@ import shutil
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -13,7 +12,7 @@ from shared.lm import model_identity
 from shared.sae import SAE, SAEConfig
 from shared.store import Store
 from tests.cli import ForkServer
-from tests.disk import FULL, Call, FailingDisk, check_failure, half_files, leftovers
+from tests.disk import Call, FailingDisk, check_failure, half_files, leftovers
 from tests.inspection import small_sae, small_store
 from tests.latents import synthetic_latents
 from tests.tracing import bundled_transcoder
@@ -173,9 +172,7 @@ class Bench:
 
 
 def harvest(bench: Bench, folder: Path) -> Command:
-    return Command(
-        bench.disk(folder, "stage_harvest", *HARVEST, f"corpus.files={bench.ids}", f"run_dir={folder}"),
-    )
+    return Command(bench.disk(folder, "stage_harvest", *HARVEST, f"corpus.files={bench.ids}", f"run_dir={folder}"))
 
 
 def train(bench: Bench, folder: Path) -> Command:
@@ -309,8 +306,4 @@ COMMANDS: dict[str, Callable[[Bench, Path], Command]] = {
 def reading(bench: Bench) -> list[tuple[str, ...]]:
     """Command lines that only look."""
     plan = ("stage_train.plan", *TRAIN, f"store.url={bench.store}")
-    looks: Any = [("shared.store", look, str(bench.store)) for look in ("info", "ls", "verify")]
-    return [plan, *looks]
-
-
-__all__ = ["COMMANDS", "FULL", "Bench", "Command", "reading"]
+    return [plan, *(("shared.store", look, str(bench.store)) for look in ("info", "ls", "verify"))]
