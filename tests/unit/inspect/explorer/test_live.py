@@ -115,7 +115,9 @@ def test_what_writes_elsewhere_is_steered_where_it_writes(folder: Path, tmp_path
     layers = (1,) if kind == "transcoder" else (1, 2)
     reads, writes = (tuple(f"layers.{layer}.mlp_{way}" for layer in layers) for way in ("in", "out"))
     places = Sites(reads, writes), SiteWidths((128,) * len(layers), (128,) * len(layers))
-    make(kind, places=places, d_latent=LATENTS, normalisation="none").dictionary.save_pretrained(tmp_path / "made")
+    more = {"k_scope": "layer"} if kind == "clt" else {}  # the k largest of all layers need a later layer first
+    made = make(kind, places=places, d_latent=LATENTS, normalisation="none", **more).dictionary
+    made.save_pretrained(tmp_path / "made")
     record: dict[str, Any] = {
         "kind": kind,
         "reads": list(reads),
