@@ -88,7 +88,7 @@ def _pairs_by_sorting(
     starts = starts_of(cell)
     both = lengths(starts, len(cell))
     run = np.repeat(np.arange(len(starts)), both)
-    product = np.bincount(run, weights=value[mine[term]] * value[other[term]], minlength=len(starts))
+    product: Doubles = np.bincount(run, weights=value[mine[term]] * value[other[term]]).astype(np.float64)
     found = cell[starts]
     return found // F + start, found % F, both, product
 

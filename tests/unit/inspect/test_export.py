@@ -2,6 +2,7 @@
 
 import gzip
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +129,21 @@ def test_delphi(latents: Latents, tmp_path: Path) -> None:
     assert there[:, 1].tolist() == np.flatnonzero(strongest.values).tolist()
     values = tensors["activations"][mine & (locations[:, 0] == row)]
     assert np.allclose(values, strongest.values[strongest.values != 0], rtol=1e-3)
+
+
+def test_delphi_fp16_inf(latents: Latents, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What float16 can't hold is its largest number, not infinite."""
+    true = latents.top(1)[0].value
+    examples = Latents.examples
+
+    def strong(self: Latents, records: Any) -> list[Any]:
+        return [replace(one, values=one.values * (70_000 / true)) for one in examples(self, records)]
+
+    monkeypatch.setattr(Latents, "examples", strong)
+    folder = exported(latents, tmp_path, "delphi", "--latents", "1:2") / "latents" / "layers.2.resid_post"
+    values = load_file(next(folder.glob("*.safetensors")))["activations"]
+    assert np.isfinite(values).all()
+    assert values.max() == np.finfo(np.float16).max
 
 
 def test_parquet(latents: Latents, tmp_path: Path) -> None:
