@@ -6,15 +6,16 @@ from pathlib import Path
 
 from shared.basics.errors import GranaryError
 from shared.basics.units import human_bytes
-from shared.lm import load_causal_lm, load_tokenizer, model_identity
+from shared.lm import load_causal_lm, load_config, load_tokenizer, model_identity
 from shared.parallel import init_world
-from shared.sae.folder import load_provenance, locate
+from shared.sae.folder import describe, load_provenance, locate
+from shared.sae.loading import KINDS
 from stage_trace.attribution import AttributionGraph
 from stage_trace.certificate import Certificate
 from stage_trace.config import TracedModel, TraceSchema
 from stage_trace.intervene import Mode
 from stage_trace.nodes import Kind
-from stage_trace.plan import plan
+from stage_trace.plan import ModelShape, plan
 from stage_trace.prompt import encode
 from stage_trace.session import Source
 from stage_trace.sources import find_sources, need_any
@@ -34,8 +35,8 @@ def trace_text(cfg: TraceSchema) -> None:
     need_any(sources)
     tokenizer = load_tokenizer(path, revision)
     ids, _ = encode(cfg.text, tokenizer)
-    estimate = plan(path, revision, sources, len(ids), cfg)
-    for line in estimate.lines():
+    configs = [describe(locate(source.name)).config(KINDS) for source in sources]
+    for line in plan(ModelShape.of(load_config(path, revision)), configs, len(ids), cfg).lines():
         log.info("%s", line)
     if cfg.dry_run:
         return

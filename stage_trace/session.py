@@ -13,7 +13,12 @@ from shared.lm.hookpoint import HookPoint
 from shared.lm.linear_parts import LinearParts, linear_parts
 from shared.sae.variants import Dictionary
 from stage_trace.leaves import Columns
-from stage_trace.replacement import Part, Place, Replacement, check_places, read_parts, stand_in
+from stage_trace.replacement import GroupRows, HeldRows, Part, Place, Replacement, check_places, read_parts, stand_in
+
+
+def held_rows(dictionary: Dictionary) -> list[GroupRows]:
+    """Rows of a dictionary that stays in memory."""
+    return [HeldRows(group) for group in dictionary.groups]
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +28,8 @@ class Source:
     name: str
     places: tuple[Place, ...]
     open: Callable[[], Dictionary]
+    rows: Callable[[Dictionary], Sequence[GroupRows]] = held_rows
+    """Of each group of the dictionary that was opened: from its file, or from its parameters."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +67,9 @@ def record(model: PreTrainedModel, sources: Sequence[Source], tokens_T: Tensor, 
     found: dict[int, Part] = {}
     by_layer: dict[int, tuple[Source, int]] = {}
     for source in sources:
-        found |= read_parts(source.open(), source.places, recording, fixed_T)
+        dictionary = source.open()
+        found |= read_parts(dictionary, source.rows(dictionary), source.places, recording, fixed_T)
+        del dictionary  # before the next one is opened
         by_layer |= {place.layers[0]: (source, number) for number, place in enumerate(source.places)}
     layers = [stand_in(found, layer, recording, fixed_T) for layer in range(depth)]
     return Session(model, parts, tokens_T, recording, Replacement(layers, fixed_T), by_layer)

@@ -1,20 +1,23 @@
 """Which dictionaries a graph is made of, and whether they were taught the model that it is of."""
 
 from collections.abc import Mapping, Sequence
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from shared.basics.errors import GranaryError
+from shared.basics.run_folder import WEIGHTS_FILE
 from shared.lm.recorded import check_same_model
 from shared.sae.finding import expand
 from shared.sae.folder import describe, locate
 from shared.sae.for_store import check_whole
 from shared.sae.loading import KINDS, load
+from shared.sae.rows_file import RowsFile
 from shared.sae.variants import Dictionary
-from stage_trace.replacement import places_of
+from stage_trace.replacement import GroupRows, places_of
 from stage_trace.session import Source
 
 
@@ -36,8 +39,47 @@ def find_sources(
             if model is not None:
                 taught = description.provenance.get("model") or {}
                 check_same_model(name, taught, "the graph", {**model})
-            found[name] = Source(name, places_of(config, name), partial(load, folder, device=device))
+            opened = _Folder(folder, torch.device(device))
+            found[name] = Source(name, places_of(config, name), opened.open, opened.rows)
     return list(found.values())
+
+
+@dataclass(slots=True)
+class _Folder:
+    """A dictionary's folder, of which no more is in memory than what is being looked at."""
+
+    folder: Path
+    device: torch.device
+    is_checked: bool = False
+
+    def open(self) -> Dictionary:
+        """Mapped where it stays on the CPU; compared with its digests once."""
+        made = load(self.folder, device=self.device, verify=False if self.is_checked else None)
+        self.is_checked = True
+        return made
+
+    def rows(self, dictionary: Dictionary) -> list[GroupRows]:
+        """From the weights file."""
+        file = RowsFile(self.folder / WEIGHTS_FILE)
+        prefixes = [""] if "W_enc" in file else [f"layers.{number}." for number in range(len(dictionary.groups))]
+        return [FileRows(file, f"{prefix}W_enc", f"{prefix}W_dec") for prefix in prefixes]
+
+
+@dataclass(frozen=True, slots=True)
+class FileRows:
+    """Rows of a group's matrices in a file."""
+
+    file: RowsFile
+    W_enc: str
+    W_dec: str
+
+    def encoder(self, latents: Tensor) -> Tensor:
+        """Read from the file."""
+        return self.file.rows(self.W_enc, latents)
+
+    def decoder(self, latents: Tensor, columns: slice) -> Tensor:
+        """Read from the file."""
+        return self.file.rows(self.W_dec, latents, columns)
 
 
 def of_dictionary(dictionary: Dictionary) -> Source:

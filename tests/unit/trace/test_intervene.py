@@ -40,7 +40,7 @@ def test_an_open_intervention_is_the_model_with_another_mlp_output(graph: Attrib
     assert session is not None
     latents = session.replacement.layers[1].latents
     at = (latents.position_N == node.position) & (latents.latent_N == node.number)
-    row = latents.value_N[at] * latents.decoder_ND[at][0]
+    row = latents.value_N[at] * latents.decoder(1, at)[0]
 
     def without(x: torch.Tensor) -> torch.Tensor:
         x = x.clone()

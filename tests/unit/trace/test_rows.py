@@ -7,14 +7,14 @@ from shared.lm.frozen import run
 from shared.lm.linear_parts import linear_parts
 from stage_trace.autograd import by_autograd
 from stage_trace.sweep import sweep
-from stage_trace.targets import Logits, Targets, feature_targets, logit_targets
+from stage_trace.targets import Features, Logits, Targets, logit_targets
 from tests.tracing import TRACED, Traced, make_clt, make_model, make_traced, of_dictionaries
 
 
 def all_targets(traced: Traced, every: int = 1) -> Targets:
     """Some of the features and three logits."""
     logits = Logits.choose(traced.recording.logits_V, 1.0, 3)
-    features, last = feature_targets(traced.replacement), logit_targets(logits, traced.parts, traced.recording)
+    features, last = Features.of(traced.replacement), logit_targets(logits, traced.parts, traced.recording)
     some = features[torch.arange(0, len(features), every)]
     return Targets(
         torch.cat([some.layer_B, last.layer_B]),
