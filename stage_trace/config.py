@@ -87,6 +87,9 @@ class TraceSchema:
     fixed: int | None = MISSING
     """Take MLP outputs as they are at this many positions from the start. null: at special tokens, and at the first
     position where there is no BOS, as a harvest leaves them out. Special tokens are fixed either way."""
+    latents: Any = MISSING
+    """Folders of ``granary inspect`` whose examples the page shows; null: those called latents in the dictionaries'
+    folders or beside them."""
     ablations: int = MISSING
     """How many features the certificate ablates; 0 leaves it out."""
     dry_run: bool = MISSING

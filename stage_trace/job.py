@@ -56,10 +56,11 @@ def trace_text(cfg: TraceSchema) -> None:
     if certificate is not None:
         for line in _certified(certificate):
             log.info("%s", line)
+    latents = [cfg.latents] if isinstance(cfg.latents, str) else cfg.latents
     pruned = graph.prune(cfg.prune.nodes, cfg.prune.edges)
     shown = sum(node.kind is Kind.feature for node in pruned.nodes)
     log.info("shown        %d features, %d nodes, %d edges", shown, len(pruned.nodes), len(pruned.edges))
-    written = pruned.save(Path(cfg.out_dir), certificate=certificate)
+    written = pruned.save(Path(cfg.out_dir), certificate=certificate, latents=latents)
     page = written[-1]
     log.info("open %s (%s)", page, human_bytes(page.stat().st_size))
 

@@ -7,6 +7,7 @@ L layers, T positions, H heads of width E, D = d_model; N active latents, R rows
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig
@@ -24,6 +25,8 @@ L0_GUESS = 64
 """Latents per position and layer of an activation without k."""
 ENCODED_AT_ONCE = 1 << 22
 """Pre-activations of one tile of an encoder, as ``shared.kernels`` takes them."""
+TILES = 3
+"""As many as lie in memory while one is looked at."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,10 +98,7 @@ def plan(model: ModelShape, dictionaries: Sequence[DictionaryConfig], num_tokens
     patterns, sites = number * L * H * T * T, number * (3 * L + 2) * T * D
     forward = max(2 * FLOAT32 * H * T * T, 3 * number * T * model.mlp_width) + 4 * number * T * D
     recorded = weights + patterns + sites
-    encoder = max((FLOAT32 * one.d_latent * one.widths.d_in // one.num_groups for one in dictionaries), default=0)
-    a_tile = FLOAT32 * max(
-        (min(ENCODED_AT_ONCE, T * one.d_latent // one.num_groups) for one in dictionaries), default=0
-    )
+    encoding = max(map(partial(_encoding, num_tokens=T), dictionaries), default=0)
     errors = number * L * T * D
     facts = (2 * number + 3 * DOUBLE) * latents  # what is known of each latent beside its rows
     held = recorded + errors + facts
@@ -111,14 +111,21 @@ def plan(model: ModelShape, dictionaries: Sequence[DictionaryConfig], num_tokens
         {
             "model": weights,
             "recording": recorded + forward,
-            "dictionaries": held + encoder + a_tile,
+            "dictionaries": held + encoding,
             "rows": held + matrix + max(final, sweep, in_double),
             "scores": held + 2 * final + in_double,
-            "ablations": held + final + final // number + again + forward + encoder,
+            "ablations": held + final + final // number + again + max(forward, encoding),
         },
         latents,
         any(one.activation != "topk" for one in dictionaries),
     )
+
+
+def _encoding(config: DictionaryConfig, num_tokens: int) -> int:
+    """What encoding takes: the encoders of one dictionary, one of them in bfloat16 too, and tiles of pre-activations."""
+    numbers = config.d_latent * config.widths.d_in // config.num_groups  # of all groups, each reads its own site
+    tile = min(ENCODED_AT_ONCE, num_tokens * config.d_latent // config.num_groups)
+    return FLOAT32 * numbers + 2 * numbers // config.num_groups + TILES * FLOAT32 * tile
 
 
 def _firing(config: DictionaryConfig) -> int:

@@ -210,12 +210,12 @@ const ABOUT = {
   bias: "All that this layer adds whatever it reads: biases of its norms, its attention and its transcoder.",
   token: "The embedding of this token.",
 };
-const title = (node) => (node.kind === "token" || node.kind === "logit" ? visible(node.text) : node.label);
+const title = (node) => (node.kind === "token" || node.kind === "logit" ? visible(node.text) : node.name || node.label);
 const NAMES = { feature: (node) => `L${node.layer}/${node.latent}`, error: (node) => `L${node.layer} error`, fixed: (node) => `L${node.layer} MLP` };
-const short = (node) => (NAMES[node.kind] ? `${NAMES[node.kind](node)}  ${pieces[node.position]}` : node.kind === "bias" ? node.label : `${node.kind === "token" ? "token" : "says"}  ${title(node)}`);
+const short = (node) => (NAMES[node.kind] ? `${NAMES[node.kind](node)}  ${pieces[node.position]}${node.name ? `  ${node.name}` : ""}` : node.kind === "bias" ? node.label : `${node.kind === "token" ? "token" : "says"}  ${title(node)}`);
 
 // What a node's details are made of, in this order; each gives an element or null.
-const SECTIONS = [where, numbers, words, ablation, (node) => feeds("What feeds it", node.inputs, "source"), (node) => feeds("What it feeds", node.outputs, "target"), command];
+const SECTIONS = [where, numbers, examples, words, ablation, (node) => feeds("What feeds it", node.inputs, "source"), (node) => feeds("What it feeds", node.outputs, "target"), command];
 
 function detail() {
   const node = state.selected, box = $("detail");
@@ -254,10 +254,32 @@ function numbers(node) {
   return make("dl", "pairs", ...kept.map(([name, value]) => make("div", "", make("dt", "", name), make("dd", "", value))));
 }
 
+const cardOf = (node) => data.cards[`${node.layer}/${node.latent}`];
+
+function examples(node) {
+  const card = cardOf(node);
+  if (!card) return null;
+  const shown = card.examples.map((example) => {
+    const text = make("div", "example");
+    example.pieces.forEach((piece, index) => {
+      const heat = example.heat[index];
+      if (!heat) { text.append(piece); return; }
+      const mark = make("mark", "", piece);
+      mark.style.setProperty("--heat", `${8 * heat}%`);
+      text.append(mark);
+    });
+    text.title = `activation ${figure(example.value)} at its peak`;
+    return text;
+  });
+  const on = make("div", "words", ...card.tokens.map(([token, share]) => { const code = make("code", "", visible(token)); code.title = percent(share); return code; }));
+  return make("div", "", make("h4", "", `Where it fires most: ${percent(card.fired)} of tokens, up to ${figure(card.max)}`), ...shown, make("h4", "", "Tokens that it fires on"), on);
+}
+
 function words(node) {
-  if (!node.promotes) return null;
+  const card = cardOf(node), up = card?.promoted.length ? card.promoted : node.promotes, down = card?.promoted.length ? card.demoted : node.suppresses;
+  if (!up) return null;
   const list = (texts, className) => make("div", `words ${className}`, ...texts.map((text) => make("code", "", visible(text))));
-  return make("div", "", make("h4", "", "Writes for, by its direct path"), list(node.promotes, "up"), make("h4", "", "and against"), list(node.suppresses, "down"));
+  return make("div", "", make("h4", "", "Writes for, by its direct path"), list(up, "up"), make("h4", "", "and against"), list(down, "down"));
 }
 
 function ablation(node) {
@@ -287,7 +309,9 @@ function feeds(name, held, end) {
 
 function command(node) {
   if (node.kind !== "feature") return null;
-  return make("div", "", make("h4", "", "Steer it, in Python"), make("pre", "snippet", `graph.intervene({"${node.id}": 0.0})`));
+  const card = cardOf(node), quoted = card ? `'${card.folder.replaceAll("'", "'\\''")}'` : null;
+  return make("div", "", make("h4", "", "Steer it: in Python"), make("pre", "snippet", `graph.intervene({"${node.id}": 0.0})`),
+    card ? make("h4", "", `in the explorer, as latent ${card.number}`) : null, card ? make("pre", "snippet", `granary explore ${quoted}`) : null);
 }
 
 // Pinned nodes, and groups of them that count as one.
@@ -368,6 +392,7 @@ function subgraph(held) {
 function download() {
   const saved = structuredClone(data.document);
   saved.qParams.pinnedIds = [...state.pinned];
+  saved.links = links.map((link) => ({ source: link.source.id, target: link.target.id, weight: link.weight }));
   saved.qParams.supernodes = state.groups.map((group) => [group.name, ...group.ids]);
   const anchor = make("a");
   anchor.href = URL.createObjectURL(new Blob([JSON.stringify(saved)], { type: "application/json" }));
@@ -380,7 +405,7 @@ function search() {
   const wanted = $("search").value.trim().toLowerCase();
   svg.classList.toggle("searching", Boolean(wanted));
   for (const node of nodes) {
-    const text = [node.label, node.id, node.text, pieces[node.position], ...(node.promotes ?? [])].join(" ").toLowerCase();
+    const text = [node.label, node.name, node.id, node.text, pieces[node.position], ...(node.promotes ?? [])].join(" ").toLowerCase();
     node.group.classList.toggle("found", wanted !== "" && text.includes(wanted));
   }
 }
