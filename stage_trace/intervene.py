@@ -1,17 +1,18 @@
 """Interventions: set latents of a prompt, run the model on, and see what its logits and other latents do.
 
-A latent's new value adds (value - its present value) times its decoder row to what the MLP adds. Three modes:
+A latent's new value adds (value - its present value) times its decoder row to what the MLP adds. Four modes:
 
     constrained  patterns, norm factors and all MLP outputs are those of the clean run: the direct effect, which is
                  exactly what the graph's edges say
     frozen       patterns and norm factors are those of the clean run, MLPs compute
+    norms        norm factors alone are those of the clean run
     open         everything computes
 
 Shapes: R rows of the graph (features, then logits), D width of the stream.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 
 import torch
@@ -33,6 +34,7 @@ class Mode(Enum):
 
     constrained = "constrained"
     frozen = "frozen"
+    norms = "norms"
     open = "open"
 
 
@@ -98,7 +100,8 @@ def intervene(graph: Graph, values: Mapping[str, float] | Sequence[Change], mode
         return added_TD + pending[layer] if layer in pending else added_TD
 
     sites = [layer.latents.read for layer in session.replacement.layers]
-    frozen = None if mode is Mode.open else session.recording
+    held = {Mode.open: None, Mode.norms: replace(session.recording, patterns=[])}
+    frozen = held.get(mode, session.recording)
     after = run(session.model, session.parts, session.tokens_T, sites, frozen=frozen, change_mlp=change_mlp)
     before = session.recording
     moved = [after.sites[site] - before.sites[site] if site in before.sites else None for site in sites]

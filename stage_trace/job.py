@@ -8,8 +8,6 @@ from shared.basics.errors import GranaryError
 from shared.basics.units import human_bytes
 from shared.lm import load_causal_lm, load_config, load_tokenizer, model_identity
 from shared.parallel import init_world
-from shared.sae.folder import describe, load_provenance, locate
-from shared.sae.loading import KINDS
 from stage_trace.attribution import AttributionGraph
 from stage_trace.certificate import Certificate
 from stage_trace.config import TracedModel, TraceSchema
@@ -35,7 +33,7 @@ def trace_text(cfg: TraceSchema) -> None:
     need_any(sources)
     tokenizer = load_tokenizer(path, revision)
     ids, _ = encode(cfg.text, tokenizer)
-    configs = [describe(locate(source.name)).config(KINDS) for source in sources]
+    configs = [source.config for source in sources if source.config is not None]
     for line in plan(ModelShape.of(load_config(path, revision)), configs, len(ids), cfg).lines():
         log.info("%s", line)
     if cfg.dry_run:
@@ -84,12 +82,13 @@ def summary(graph: AttributionGraph, sources: list[Source]) -> list[str]:
 
 
 def _certified(certificate: Certificate) -> list[str]:
-    held, free = certificate.rank_correlation(Mode.frozen), certificate.rank_correlation(Mode.open)
-    if held is None or free is None:
+    found = [certificate.rank_correlation(mode) for mode in (Mode.frozen, Mode.norms, Mode.open)]
+    if None in found:
         return ["certificate  too few features to rank"]
+    held, norms, free = found
     return [
         f"certificate  {len(certificate.ablations)} features ablated: rank correlation of predicted and actual change"
-        f" {held:.2f} with attention held, {free:.2f} all free"
+        f" {held:.2f} with attention and norms held, {norms:.2f} with norms held, {free:.2f} all free"
     ]
 
 
@@ -118,7 +117,6 @@ def _model(cfg: TracedModel, given: list[str]) -> tuple[str, str | None]:
     if cfg.path is not None:
         return cfg.path, cfg.revision
     for source in find_sources(list(map(str, given))):
-        recorded = load_provenance(locate(source.name)).get("model") or {}
-        if recorded.get("id"):
-            return recorded["id"], cfg.revision or recorded.get("revision")
+        if source.model.get("id"):
+            return str(source.model["id"]), cfg.revision or source.model.get("revision")
     raise GranaryError("the dictionaries do not record their model: give model=PATH")

@@ -15,7 +15,7 @@ import numpy as np
 from shared.basics.errors import GranaryError
 from shared.basics.run_folder import WEIGHTS_FILE
 from shared.latents import Example, Latents
-from shared.sae.folder import is_own, locate
+from shared.sae.folder import is_own
 from shared.sae.for_store import weights_sha256
 from stage_trace.nodes import Kind, Node
 from stage_trace.session import Source
@@ -46,7 +46,7 @@ class Known:
         found: dict[int, tuple[Latents, int]] = {}
         used = set()
         for source in sources if by_hash else []:
-            folder = locate(source.name)
+            folder = Path(source.name)
             latents = by_hash.get(weights_sha256(folder)) if (folder / WEIGHTS_FILE).is_file() else None
             if latents is not None:
                 used.add(latents.url)
@@ -89,7 +89,7 @@ class Known:
 
 def _beside(sources: Sequence[Source]) -> Iterable[Path]:
     """Folders called latents in a dictionary's folder, or beside it."""
-    folders = dict.fromkeys(locate(source.name) for source in sources if is_own(Path(source.name)))
+    folders = dict.fromkeys(Path(source.name) for source in sources if is_own(Path(source.name)))
     places = dict.fromkeys(place / BESIDE for folder in folders for place in (folder, folder.parent))
     return [place for place in places if (place / "meta.json").is_file()]
 

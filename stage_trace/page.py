@@ -8,9 +8,8 @@ import json
 from importlib.resources import files
 from typing import Any
 
-from stage_trace.certificate import Certificate
+from stage_trace.certificate import MEASURED, Certificate
 from stage_trace.graph import Edge, Graph
-from stage_trace.intervene import Mode
 from stage_trace.known import Known
 from stage_trace.nodes import Kind, Node
 from stage_trace.vocabulary import Words
@@ -117,11 +116,10 @@ def _facts(graph: Graph, certificate: Certificate | None) -> list[tuple[str, str
         ("Rows add up", f"{graph.worst_gap:.0e}", "worst gap between a row's sum and what it explains"),
     ]
     if certificate is not None:
-        held, free = certificate.rank_correlation(Mode.frozen), certificate.rank_correlation(Mode.open)
-        if held is not None and free is not None:
-            facts.append(
-                ("Agrees with the model", f"{held:.2f}", f"rank correlation with attention held; {free:.2f} all free")
-            )
+        held, norms, free = (certificate.rank_correlation(mode) for mode in MEASURED)
+        if held is not None and norms is not None and free is not None:
+            told = f"rank correlation with attention and norms held; {norms:.2f} with norms held, {free:.2f} all free"
+            facts.append(("Agrees with the model", f"{held:.2f}", told))
     shown = sum(node.kind is Kind.feature for node in graph.nodes)
     drawn, edges = min(len(graph.edges), MOST_EDGES), len(graph.edges)
     of_all = f"{drawn:,} edges" if drawn == edges else f"the {drawn:,} strongest of {edges:,} edges"
@@ -130,15 +128,15 @@ def _facts(graph: Graph, certificate: Certificate | None) -> list[tuple[str, str
 
 
 def _told(certificate: Certificate) -> str:
-    held, free = certificate.rank_correlation(Mode.frozen), certificate.rank_correlation(Mode.open)
     said = (
         "The most influential features, each set to zero: what the graph's edges predict for the logit of "
-        f"“{certificate.logit.text}”, against what the model does with attention patterns and norms held, and with "
-        "everything free to respond."
+        f"“{certificate.logit.text}”, against what the model does with attention patterns and norm factors held, with "
+        "norm factors alone held, and with everything free to respond."
     )
-    if held is None or free is None:
+    held, norms, free = (certificate.rank_correlation(mode) for mode in MEASURED)
+    if held is None or norms is None or free is None:
         return f"{said} Too few features for a rank correlation."
-    return f"{said} Rank correlation {held:.2f} held, {free:.2f} free."
+    return f"{said} Rank correlation {held:.2f} both held, {norms:.2f} norms held, {free:.2f} free."
 
 
 def _footer(graph: Graph) -> str:

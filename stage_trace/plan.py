@@ -122,7 +122,7 @@ def plan(model: ModelShape, dictionaries: Sequence[DictionaryConfig], num_tokens
 
 
 def _encoding(config: DictionaryConfig, num_tokens: int) -> int:
-    """What encoding takes: the encoders of one dictionary, one of them in bfloat16 too, and tiles of pre-activations."""
+    """What encoding takes: the encoders of a dictionary, one of them in bfloat16 too, and tiles of pre-activations."""
     numbers = config.d_latent * config.widths.d_in // config.num_groups  # of all groups, each reads its own site
     tile = min(ENCODED_AT_ONCE, num_tokens * config.d_latent // config.num_groups)
     return FLOAT32 * numbers + 2 * numbers // config.num_groups + TILES * FLOAT32 * tile

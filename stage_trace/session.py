@@ -1,7 +1,8 @@
 """One prompt, recorded once: what its rows, its nodes and its interventions are computed from."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from shared.basics.errors import GranaryError
 from shared.lm.frozen import Recording, run
 from shared.lm.hookpoint import HookPoint
 from shared.lm.linear_parts import LinearParts, linear_parts
+from shared.sae.config import DictionaryConfig
 from shared.sae.variants import Dictionary
 from stage_trace.leaves import Columns
 from stage_trace.replacement import GroupRows, HeldRows, Part, Place, Replacement, check_places, read_parts, stand_in
@@ -30,6 +32,10 @@ class Source:
     open: Callable[[], Dictionary]
     rows: Callable[[Dictionary], Sequence[GroupRows]] = held_rows
     """Of each group of the dictionary that was opened: from its file, or from its parameters."""
+    config: DictionaryConfig | None = None
+    """Of a dictionary that is not in memory."""
+    model: Mapping[str, Any] = field(default_factory=dict)
+    """What it records of the language model that it was taught."""
 
 
 @dataclass(frozen=True, slots=True)

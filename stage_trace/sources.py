@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,11 @@ from torch import Tensor
 from shared.basics.errors import GranaryError
 from shared.basics.run_folder import WEIGHTS_FILE
 from shared.lm.recorded import check_same_model
+from shared.sae import tracer_sets
 from shared.sae.finding import expand
 from shared.sae.folder import describe, locate
 from shared.sae.for_store import check_whole
+from shared.sae.formats.circuit_tracer_folder import TracerFolder, matches
 from shared.sae.loading import KINDS, load
 from shared.sae.rows_file import RowsFile
 from shared.sae.variants import Dictionary
@@ -31,17 +34,52 @@ def find_sources(
     """
     found: dict[str, Source] = {}
     for path in paths:
+        if matches(Path(path)):
+            found |= {source.name: source for source in _of_circuit_tracer(Path(path), torch.device(device))}
+            continue
         for name in expand(str(path)):
             folder = locate(name)
             check_whole(name, folder)
             description = describe(folder)
-            config = description.config(KINDS)
+            config, taught = description.config(KINDS), description.provenance.get("model") or {}
             if model is not None:
-                taught = description.provenance.get("model") or {}
                 check_same_model(name, taught, "the graph", {**model})
             opened = _Folder(folder, torch.device(device))
-            found[name] = Source(name, places_of(config, name), opened.open, opened.rows)
+            found[name] = Source(name, places_of(config, name), opened.open, opened.rows, config, taught)
     return list(found.values())
+
+
+def _of_circuit_tracer(path: Path, device: torch.device) -> list[Source]:
+    """A transcoder per layer, or a CLT, of a folder in circuit-tracer's format."""
+    folder = TracerFolder.open(path)
+    taught = {} if folder.model is None else {"id": folder.model}
+
+    def rows(layers: Sequence[int], _dictionary: Dictionary) -> list[GroupRows]:
+        pairs = (folder.matrices(layer) for layer in layers)
+        return [
+            FileRows(RowsFile(encoder.file), encoder.name, RowsFile(decoder.file), decoder.name)
+            for encoder, decoder in pairs
+        ]
+
+    made = tracer_sets.configs(folder)
+    if folder.is_clt:
+        (config,) = made
+        name, layers = str(path), range(len(folder.sites))
+        return [
+            Source(
+                name, places_of(config, name), lambda: tracer_sets.clt(folder, config).to(device),
+                partial(rows, layers), config, taught,
+            )
+        ]  # fmt: skip
+
+    def opened(layer: int) -> Dictionary:
+        return tracer_sets.transcoder(folder, made[layer], layer).to(device)
+
+    names = [f"{path}/layer_{layer}" for layer in range(len(made))]
+    return [
+        Source(name, places_of(made[n], name), partial(opened, n), partial(rows, [n]), made[n], taught)
+        for n, name in enumerate(names)
+    ]
 
 
 @dataclass(slots=True)
@@ -62,24 +100,25 @@ class _Folder:
         """From the weights file."""
         file = RowsFile(self.folder / WEIGHTS_FILE)
         prefixes = [""] if "W_enc" in file else [f"layers.{number}." for number in range(len(dictionary.groups))]
-        return [FileRows(file, f"{prefix}W_enc", f"{prefix}W_dec") for prefix in prefixes]
+        return [FileRows(file, f"{prefix}W_enc", file, f"{prefix}W_dec") for prefix in prefixes]
 
 
 @dataclass(frozen=True, slots=True)
 class FileRows:
-    """Rows of a group's matrices in a file."""
+    """Rows of a group's matrices in their files."""
 
-    file: RowsFile
+    encoders: RowsFile
     W_enc: str
+    decoders: RowsFile
     W_dec: str
 
     def encoder(self, latents: Tensor) -> Tensor:
         """Read from the file."""
-        return self.file.rows(self.W_enc, latents)
+        return self.encoders.rows(self.W_enc, latents)
 
     def decoder(self, latents: Tensor, columns: slice) -> Tensor:
         """Read from the file."""
-        return self.file.rows(self.W_dec, latents, columns)
+        return self.decoders.rows(self.W_dec, latents, columns)
 
 
 def of_dictionary(dictionary: Dictionary) -> Source:

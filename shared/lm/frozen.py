@@ -63,7 +63,8 @@ def run(
 ) -> Recording:
     """One forward pass over `tokens_T`; records `sites` beside what it always records.
 
-    frozen      patterns and factors are taken from this recording; they are constants to autograd
+    frozen      patterns and factors are taken from this recording; they are constants to autograd. One without patterns
+                leaves attention free
     change_mlp  what an MLP adds is replaced by what this gives
     embed       what goes into the first layer is replaced by what this makes of it
     gates       [L + 1]: factors of the biases of each layer's norms and attention, and of the final norm's
@@ -85,7 +86,8 @@ class _Attend:
 
     def pattern(self, layer: int, compute: Callable[[], Tensor]) -> Tensor:
         """The pattern [H, T, T] to use, which is recorded."""
-        pattern = compute() if self.frozen is None else self.frozen.patterns[layer]
+        is_free = self.frozen is None or not self.frozen.patterns
+        pattern = compute() if is_free else self.frozen.patterns[layer]
         self.recording.patterns.append(pattern.detach())
         return pattern.detach()
 

@@ -11,7 +11,6 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -67,11 +66,11 @@ class RowsFile:
         matrix = self._matrices[name]
         first, last, _ = columns.indices(matrix.columns)
         size = matrix.dtype.itemsize
-        held = np.empty((len(numbers), (last - first) * size), dtype=np.uint8)
-        for row, number in zip(held, numbers.tolist(), strict=True):
+        held = torch.empty(len(numbers), last - first, dtype=matrix.dtype)
+        for row, number in zip(held.view(torch.uint8).numpy(), numbers.tolist(), strict=True):
             if not 0 <= number < matrix.rows:
                 raise IndexError(f"{name} has {matrix.rows} rows, not {number}")
             at = matrix.start + (number * matrix.columns + first) * size
             if os.preadv(self._file, [row], at) != len(row):
                 raise GranaryError(f"{self.path} ends in the middle of {name}: was it written anew? Export it again")
-        return torch.from_numpy(held).view(matrix.dtype)
+        return held

@@ -285,7 +285,7 @@ function words(node) {
 function ablation(node) {
   const row = data.certificate?.ablations.find((one) => one.node_id === node.id);
   if (!row) return null;
-  const cells = [["predicted", row.predicted], ["attention held", row.frozen], ["all free", row.open]];
+  const cells = [["predicted", row.predicted], ["both held", row.frozen], ["norms held", row.norms], ["all free", row.open]];
   return make("div", "", make("h4", "", `Without it, the logit of “${visible(byId.get(data.certificate.logit).text)}”`),
     make("dl", "pairs", ...cells.map(([name, value]) => make("div", "", make("dt", "", name), make("dd", "", figure(value))))));
 }
@@ -423,9 +423,9 @@ function certificate() {
   const box = $("certificate"), held = data.certificate;
   if (!held) { box.hidden = true; return; }
   box.append(make("p", "", data.certificate_text));
-  const head = ["Ablated", "predicted", "attention held", "all free"];
+  const head = ["Ablated", "predicted", "both held", "norms held", "all free"];
   const rows = held.ablations.map((one) => make("tr", "", make("td", "", byId.has(one.node_id) ? button(short(byId.get(one.node_id)), () => { select(byId.get(one.node_id)); $("scroll").scrollIntoView({ block: "center" }); }, "") : one.node_id),
-    ...[one.predicted, one.frozen, one.open].map((value) => make("td", "", figure(value)))));
+    ...[one.predicted, one.frozen, one.norms, one.open].map((value) => make("td", "", figure(value)))));
   box.append(make("div", "scroll", make("table", "", make("thead", "", make("tr", "", ...head.map((name) => make("th", "", name)))), make("tbody", "", ...rows))));
 }
 
