@@ -34,7 +34,7 @@ class Source:
     """Of each group of the dictionary that was opened: from its file, or from its parameters."""
     config: DictionaryConfig | None = None
     """Of a dictionary that is not in memory."""
-    model: Mapping[str, Any] = field(default_factory=dict)
+    model: Mapping[str, Any] = field(default_factory=dict, compare=False)
     """What it records of the language model that it was taught."""
 
 
