@@ -5,14 +5,15 @@ are nodes of the type of errors, told apart by ``clerp`` and ``granary_kind``. E
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from shared.basics.files import write_text
 from stage_trace.certificate import Certificate
-from stage_trace.graph import Graph
+from stage_trace.graph import Edge, Graph
+from stage_trace.heads import Split, split_edges
 from stage_trace.known import Known
 from stage_trace.nodes import Kind, Node, cantor
 from stage_trace.page import page
@@ -36,13 +37,13 @@ def save(graph: Graph, folder: Path, certificate: Certificate | None = None, kno
     page, are kept as far as their nodes are there.
     """
     known = known or Known({})
-    graph = with_marks(graph, folder / "graph.json")
-    document = to_document(graph, "graph", known.name)
+    graph, heads = with_marks(graph, folder / "graph.json"), split_edges(graph)
+    document = to_document(graph, "graph", known.name, heads)
     words = None if graph.session is None else Words.of(graph.session, graph.nodes)
     files = {
         "graph.json": f"{dumps(document)}\n",
         "graph-metadata.json": f"{dumps({'graphs': [document['metadata']]})}\n",
-        "graph.html": page(graph, document, certificate, words, known),
+        "graph.html": page(graph, document, certificate, words, known, heads),
     }
     for name, text in files.items():
         write_text(folder / name, text)
@@ -66,11 +67,15 @@ def with_marks(graph: Graph, path: Path) -> Graph:
     return replace(graph, pinned=tuple(marked), supernodes=tuple(dict.fromkeys(supernodes)))
 
 
-def to_document(graph: Graph, slug: str, name: Callable[[Node], str] = lambda _: "") -> dict[str, Any]:
+def to_document(
+    graph: Graph, slug: str, name: Callable[[Node], str] = lambda _: "", heads: Split | None = None
+) -> dict[str, Any]:
     """The graph as plain JSON types; of what a pruned graph shows, tokens and logits included.
 
-    `name` gives what a feature is called, empty where it has no name.
+    `name` gives what a feature is called, empty where it has no name; `heads` which attention heads carry an edge, of
+    which links get ``granary_heads``: [layer, head, weight] each.
     """
+    heads = heads or {}
     shown = {node.id for node in graph.nodes}
     return {
         "metadata": {
@@ -91,11 +96,16 @@ def to_document(graph: Graph, slug: str, name: Callable[[Node], str] = lambda _:
         },
         "nodes": [_node(node, name(node)) for node in graph.nodes],
         "links": [
-            {"source": edge.source.id, "target": edge.target.id, "weight": edge.weight}
+            _link(edge, heads.get((edge.source.id, edge.target.id)))
             for edge in graph.edges
             if edge.source.id in shown and edge.target.id in shown
         ],
     }
+
+
+def _link(edge: Edge, heads: Sequence[tuple[int, int, float]] | None) -> dict[str, Any]:
+    link: dict[str, Any] = {"source": edge.source.id, "target": edge.target.id, "weight": edge.weight}
+    return link | {"granary_heads": [list(one) for one in heads]} if heads else link
 
 
 def dumps(document: Any) -> str:

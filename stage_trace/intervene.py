@@ -105,7 +105,8 @@ def intervene(graph: Graph, values: Mapping[str, float] | Sequence[Change], mode
     after = run(session.model, session.parts, session.tokens_T, sites, frozen=frozen, change_mlp=change_mlp)
     before = session.recording
     moved = [after.sites[site] - before.sites[site] if site in before.sites else None for site in sites]
-    features, chosen = Features.of(session.replacement), _chosen(graph, session)
+    features = Features.of(session.replacement)
+    chosen = session.numbers(node for node in graph.targets if node.kind is Kind.feature)
     changed = [before.final_TD.new_zeros(0)]
     for some in chosen.split(ROWS_AT_A_TIME):
         for layer, position, vector_D in _readings(features[some]):
@@ -186,19 +187,3 @@ def _added(
 def _readings(targets: Targets) -> Iterator[tuple[int, int, Tensor]]:
     """Layer, position and vector of each."""
     yield from zip(targets.layer_B.tolist(), targets.position_B.tolist(), targets.vector_BD, strict=True)
-
-
-def _chosen(graph: Graph, session: Session) -> Tensor:
-    """Which of all active features the graph has rows for."""
-    keys = {
-        (layer, position, latent): number
-        for number, (layer, position, latent) in enumerate(
-            (layer, *pair)
-            for layer, one in enumerate(session.replacement.layers)
-            for pair in zip(one.latents.position_N.tolist(), one.latents.latent_N.tolist(), strict=True)
-        )
-    }
-    return torch.tensor(
-        [keys[node.layer, node.position, node.number] for node in graph.targets if node.kind is Kind.feature],
-        dtype=torch.int64,
-    )

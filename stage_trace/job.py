@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 
 from shared.basics.errors import GranaryError
+from shared.basics.memory import return_freed_blocks
 from shared.basics.units import human_bytes
 from shared.lm import load_causal_lm, load_config, load_tokenizer, model_identity
 from shared.parallel import init_world
@@ -25,6 +26,7 @@ log = logging.getLogger(__name__)
 def trace_text(cfg: TraceSchema) -> None:
     """Trace ``cfg.text`` and write the files; with ``dry_run``, only say what memory that needs."""
     _check(cfg)
+    return_freed_blocks()  # the plan counts what is held, not what a heap keeps
     device = init_world(cfg.device.name, cfg.device.threads).device
     given = cfg.dictionaries if isinstance(cfg.dictionaries, list) else [cfg.dictionaries]
     path, revision = _model(cfg.model, given)

@@ -10,6 +10,7 @@ from typing import Any
 
 from stage_trace.certificate import MEASURED, Certificate
 from stage_trace.graph import Edge, Graph
+from stage_trace.heads import Split
 from stage_trace.known import Known
 from stage_trace.nodes import Kind, Node
 from stage_trace.vocabulary import Words
@@ -23,12 +24,17 @@ MOST_CARDS = 200
 
 
 def page(
-    graph: Graph, document: dict[str, Any], certificate: Certificate | None, words: Words | None, known: Known
+    graph: Graph,
+    document: dict[str, Any],
+    certificate: Certificate | None,
+    words: Words | None,
+    known: Known,
+    heads: Split,
 ) -> str:
     """The whole page; `document` is what ``graph.json`` holds, which the page gives back with a reader's groups."""
     assets = files("stage_trace") / "assets"
     parts = {name: (assets / f"page.{name}").read_text(encoding="utf-8") for name in ("html", "css", "js")}
-    data = in_script(_data(graph, document, certificate, words, known))
+    data = in_script(_data(graph, document, certificate, words, known, heads))
     return parts["html"] % {"css": parts["css"], "js": parts["js"], "data": data}
 
 
@@ -41,7 +47,12 @@ def in_script(value: Any) -> str:
 
 
 def _data(
-    graph: Graph, document: dict[str, Any], certificate: Certificate | None, words: Words | None, known: Known
+    graph: Graph,
+    document: dict[str, Any],
+    certificate: Certificate | None,
+    words: Words | None,
+    known: Known,
+    heads: Split,
 ) -> dict[str, Any]:
     number_of = {node.id: number for number, node in enumerate(graph.nodes)}
     edges = [edge for edge in graph.edges if edge.source.id in number_of and edge.target.id in number_of]
@@ -56,7 +67,13 @@ def _data(
         "nodes": [_node(graph, node, words, known) for node in graph.nodes],
         "cards": {name: card for name, card in cards.items() if card is not None},
         "links": [
-            [number_of[edge.source.id], number_of[edge.target.id], edge.weight] for edge in strongest(edges, MOST_EDGES)
+            [
+                number_of[edge.source.id],
+                number_of[edge.target.id],
+                edge.weight,
+                *([found] if (found := heads.get((edge.source.id, edge.target.id))) else []),
+            ]
+            for edge in strongest(edges, MOST_EDGES)
         ],
         "pinned": graph.pinned,
         "supernodes": graph.supernodes,

@@ -1,6 +1,6 @@
 """One prompt, recorded once: what its rows, its nodes and its interventions are computed from."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +15,7 @@ from shared.lm.linear_parts import LinearParts, linear_parts
 from shared.sae.config import DictionaryConfig
 from shared.sae.variants import Dictionary
 from stage_trace.leaves import Columns
+from stage_trace.nodes import Node
 from stage_trace.replacement import GroupRows, HeldRows, Part, Place, Replacement, check_places, read_parts, stand_in
 
 
@@ -54,6 +55,19 @@ class Session:
     def columns(self) -> Columns:
         """Of all active features."""
         return Columns.of(self.replacement)
+
+    def numbers(self, nodes: Iterable[Node]) -> Tensor:
+        """Which of all active features these nodes are, int64."""
+        wanted = [(node.layer, node.position, node.number) for node in nodes]
+        found: dict[tuple[int, int, int], int] = {}
+        start = 0
+        for layer, one in enumerate(self.replacement.layers):
+            latents = one.latents
+            if any(which == layer for which, _, _ in wanted):
+                pairs = zip(latents.position_N.tolist(), latents.latent_N.tolist(), strict=True)
+                found |= {(layer, *pair): start + number for number, pair in enumerate(pairs)}
+            start += len(latents.value_N)
+        return torch.tensor([found[key] for key in wanted], dtype=torch.int64, device=self.tokens_T.device)
 
 
 @torch.no_grad()

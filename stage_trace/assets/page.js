@@ -27,7 +27,7 @@ const figure = (value) => (Math.abs(value) >= 1000 || (value && Math.abs(value) 
 // The graph as read: nodes by number, each with the links that enter and leave it.
 const nodes = data.nodes;
 nodes.forEach((node, number) => Object.assign(node, { number, inputs: [], outputs: [] }));
-const links = data.links.map(([source, target, weight]) => ({ source: nodes[source], target: nodes[target], weight }));
+const links = data.links.map(([source, target, weight, heads]) => ({ source: nodes[source], target: nodes[target], weight, heads: heads ?? [] }));
 links.forEach((link) => { link.target.inputs.push(link); link.source.outputs.push(link); });
 for (const node of nodes) {
   const total = node.inputs.reduce((sum, link) => sum + Math.abs(link.weight), 0);
@@ -290,19 +290,21 @@ function ablation(node) {
     make("dl", "pairs", ...cells.map(([name, value]) => make("div", "", make("dt", "", name), make("dd", "", figure(value))))));
 }
 
-function line(node, share, text, isMinus) {
+const carried = (link) => link.heads.map(([layer, head, weight]) => `L${layer} head ${head} ${figure(weight)}`).join(", ");
+
+function line(node, share, text, isMinus, told = "") {
   const fill = make("i");
   fill.style.width = `${Math.max(2, 100 * share).toFixed(1)}%`;
   const row = button("", () => select(node), isMinus ? "minus" : "");
-  row.append(make("span", "name", short(node)), make("span", "track", fill), make("span", "num", text));
-  row.title = short(node);
+  row.append(make("span", "name", short(node), told ? make("small", "", told) : ""), make("span", "track", fill), make("span", "num", text));
+  row.title = told ? `${short(node)}: carried by ${told}` : short(node);
   return make("li", "", row);
 }
 
 function feeds(name, held, end) {
   if (!held.length) return null;
   const most = held[0].share;
-  const rows = held.slice(0, 10).map((link) => line(link[end], link.share / most, figure(link.weight), link.weight < 0));
+  const rows = held.slice(0, 10).map((link) => line(link[end], link.share / most, figure(link.weight), link.weight < 0, carried(link)));
   const more = held.length > 10 ? make("p", "quiet", `and ${held.length - 10} more`) : null;
   return make("div", "", make("h4", "", name), make("ul", "feeds", ...rows), more);
 }
@@ -392,7 +394,7 @@ function subgraph(held) {
 function download() {
   const saved = structuredClone(data.document);
   saved.qParams.pinnedIds = [...state.pinned];
-  saved.links = links.map((link) => ({ source: link.source.id, target: link.target.id, weight: link.weight }));
+  saved.links = links.map((link) => ({ source: link.source.id, target: link.target.id, weight: link.weight, ...(link.heads.length ? { granary_heads: link.heads } : {}) }));
   saved.qParams.supernodes = state.groups.map((group) => [group.name, ...group.ids]);
   const anchor = make("a");
   anchor.href = URL.createObjectURL(new Blob([JSON.stringify(saved)], { type: "application/json" }));
