@@ -120,12 +120,12 @@ def print_8b() -> None:
     )  # fmt: skip
     model = ModelShape.of(config)
     cfg: TraceSchema = OmegaConf.structured(TraceSchema)
-    cfg.model.dtype, cfg.max_features, cfg.batch, cfg.logits.most = "bfloat16", 4096, 128, 10
+    cfg.max_features, cfg.batch, cfg.logits.most = 4096, 128, 10
     shape = Shape(width=4096, layers=32, latents=131_072, k=64)
     for name, one in (("32 transcoders", shape), ("a CLT", replace(shape, is_clt=True, latents=32_768))):
         configs = [one.config(layer) for layer in range(1 if one.is_clt else one.layers)]
         for tokens in (32, 128, 512):
-            found = plan(model, configs, tokens, cfg)
+            found = plan(model, configs, tokens, "bfloat16", cfg)
             print(f"Llama-3.1-8B, {name}, {tokens} tokens: {human_bytes(found.peak)}")
 
 

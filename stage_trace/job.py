@@ -2,16 +2,20 @@
 
 import logging
 import math
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+from shared.basics.config import ModelInput
 from shared.basics.errors import GranaryError
 from shared.basics.memory import return_freed_blocks
 from shared.basics.units import human_bytes
 from shared.lm import load_causal_lm, load_config, load_tokenizer, model_identity
+from shared.lm.recorded import ModelChoice, check_same_model
 from shared.parallel import init_world
 from stage_trace.attribution import AttributionGraph
 from stage_trace.certificate import Certificate
-from stage_trace.config import TracedModel, TraceSchema
+from stage_trace.config import TraceSchema
 from stage_trace.intervene import Mode
 from stage_trace.nodes import Kind
 from stage_trace.plan import ModelShape, plan
@@ -29,18 +33,22 @@ def trace_text(cfg: TraceSchema) -> None:
     return_freed_blocks()  # the plan counts what is held, not what a heap keeps
     device = init_world(cfg.device.name, cfg.device.threads).device
     given = cfg.dictionaries if isinstance(cfg.dictionaries, list) else [cfg.dictionaries]
-    path, revision = _model(cfg.model, given)
-    identity = None if cfg.model.allow_other else model_identity(path, revision, cfg.model.dtype.value)
-    sources = find_sources(list(map(str, given)), device, identity)
+    sources = find_sources(list(map(str, given)), device)
     need_any(sources)
-    tokenizer = load_tokenizer(path, revision)
+    chosen = _model(cfg.model, sources)
+    if not cfg.model.allow_other:
+        identity = model_identity(chosen.path, chosen.revision, chosen.dtype)
+        for source in sources:
+            check_same_model(source.name, {**source.model}, "the graph", {**identity})
+    tokenizer = load_tokenizer(chosen.path, chosen.revision)
     ids, _ = encode(cfg.text, tokenizer)
     configs = [source.config for source in sources if source.config is not None]
-    for line in plan(ModelShape.of(load_config(path, revision)), configs, len(ids), cfg).lines():
+    shape = ModelShape.of(load_config(chosen.path, chosen.revision))
+    for line in plan(shape, configs, len(ids), chosen.dtype, cfg).lines():
         log.info("%s", line)
     if cfg.dry_run:
         return
-    model = load_causal_lm(path, cfg.model.dtype.value, device=device, revision=revision)
+    model = load_causal_lm(chosen.path, chosen.dtype, device=device, revision=chosen.revision)
     settings = TraceSettings(
         logit_mass=cfg.logits.mass,
         max_logits=cfg.logits.most,
@@ -114,11 +122,12 @@ def _check(cfg: TraceSchema) -> None:
             raise GranaryError(f"{name}={share}: a share lies between 0 and 1")
 
 
-def _model(cfg: TracedModel, given: list[str]) -> tuple[str, str | None]:
+def _model(cfg: ModelInput, sources: list[Source]) -> ModelChoice:
     """What is configured, else what the first dictionary records."""
-    if cfg.path is not None:
-        return cfg.path, cfg.revision
-    for source in find_sources(list(map(str, given))):
-        if source.model.get("id"):
-            return str(source.model["id"]), cfg.revision or source.model.get("revision")
-    raise GranaryError("the dictionaries do not record their model: give model=PATH")
+    recorded: Mapping[str, Any] = next((source.model for source in sources if source.model.get("id")), {})
+    path, revision = cfg.path, cfg.revision
+    if path is None:
+        if not recorded:
+            raise GranaryError("the dictionaries do not record their model: give model=PATH")
+        path, revision = str(recorded["id"]), revision or recorded.get("revision")
+    return ModelChoice(path, revision, recorded.get("dtype", "float32") if cfg.dtype is None else cfg.dtype.value)

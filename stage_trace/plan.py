@@ -84,9 +84,11 @@ class Plan:
         return [f"memory       {human_bytes(self.peak)} at the peak ({held}), for {about} {self.latents:,} features"]
 
 
-def plan(model: ModelShape, dictionaries: Sequence[DictionaryConfig], num_tokens: int, cfg: TraceSchema) -> Plan:
-    """The memory for a prompt of `num_tokens`."""
-    number = BYTES[cfg.model.dtype.value]
+def plan(
+    model: ModelShape, dictionaries: Sequence[DictionaryConfig], num_tokens: int, dtype: str, cfg: TraceSchema
+) -> Plan:
+    """The memory for a prompt of `num_tokens`, with weights, recording and rows of `dtype`."""
+    number = BYTES[dtype]
     L, H, E, D, T = model.layers, model.heads, model.head_width, model.width, num_tokens
     latents = sum(map(_firing, dictionaries)) * T
     kept = min(latents, cfg.max_features)

@@ -1,17 +1,15 @@
 """Which dictionaries a graph is made of, and whether they were taught the model that it is of."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from shared.basics.errors import GranaryError
 from shared.basics.run_folder import WEIGHTS_FILE
-from shared.lm.recorded import check_same_model
 from shared.sae import tracer_sets
 from shared.sae.finding import expand
 from shared.sae.folder import describe, locate
@@ -24,13 +22,10 @@ from stage_trace.replacement import GroupRows, places_of
 from stage_trace.session import Source
 
 
-def find_sources(
-    paths: Sequence[str | Path], device: torch.device | str = "cpu", model: Mapping[str, Any] | None = None
-) -> list[Source]:
+def find_sources(paths: Sequence[str | Path], device: torch.device | str = "cpu") -> list[Source]:
     """The dictionaries that `paths` name: folders, folders of folders, globs, hub ids; none is loaded yet.
 
-    `model`: the identity of the model that the graph is of. Raises GranaryError for a path without dictionaries, for
-    one that is no stand-in of an MLP, and for one that was taught another model.
+    Raises GranaryError for a path without dictionaries, and for one that is no stand-in of an MLP.
     """
     found: dict[str, Source] = {}
     for path in paths:
@@ -42,8 +37,6 @@ def find_sources(
             check_whole(name, folder)
             description = describe(folder)
             config, taught = description.config(KINDS), description.provenance.get("model") or {}
-            if model is not None:
-                check_same_model(name, taught, "the graph", {**model})
             opened = _Folder(folder, torch.device(device))
             found[name] = Source(name, places_of(config, name), opened.open, opened.rows, config, taught)
     return list(found.values())

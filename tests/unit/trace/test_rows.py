@@ -1,4 +1,4 @@
-"""Every row of a graph adds up to what it explains, and two engines that share no code agree on every entry."""
+"""F29: every row of a graph adds up to what it explains, and two engines that share no code agree on every entry."""
 
 import pytest
 import torch
