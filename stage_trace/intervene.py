@@ -108,7 +108,7 @@ def intervene(graph: Graph, values: Mapping[str, float] | Sequence[Change], mode
     features = Features.of(session.replacement)
     chosen = session.numbers(node for node in graph.targets if node.kind is Kind.feature)
     changed = [before.final_TD.new_zeros(0)]
-    for some in chosen.split(ROWS_AT_A_TIME):
+    for some in torch.split(chosen, ROWS_AT_A_TIME):
         for layer, position, vector_D in _readings(features[some]):
             moved_TD = moved[layer]
             assert moved_TD is not None

@@ -48,7 +48,7 @@ class ModelShape:
     def of(cls, config: PretrainedConfig) -> "ModelShape":
         """From a configuration; parameters are counted on a model without memory."""
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
+            model = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
         heads, width = config.num_attention_heads, config.hidden_size
         family, paths = family_of(config), LINEAR_PATHS.get(config.model_type)
         is_parallel = family is not None and family.middle_norm is None

@@ -53,4 +53,4 @@ class Words:
 
 def _direct(decoder_FD: Tensor, weight_D: Tensor, W_U_VD: Tensor) -> Tensor:
     read_FD = decoder_FD * weight_D
-    return torch.cat([read_FD @ some_VD.float().T for some_VD in W_U_VD.split(VOCABULARY_BLOCK)], 1)
+    return torch.cat([read_FD @ some_VD.float().T for some_VD in torch.split(W_U_VD, VOCABULARY_BLOCK)], 1)

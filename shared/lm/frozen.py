@@ -86,8 +86,8 @@ class _Attend:
 
     def pattern(self, layer: int, compute: Callable[[], Tensor]) -> Tensor:
         """The pattern [H, T, T] to use, which is recorded."""
-        is_free = self.frozen is None or not self.frozen.patterns
-        pattern = compute() if is_free else self.frozen.patterns[layer]
+        held = [] if self.frozen is None else self.frozen.patterns
+        pattern = held[layer] if held else compute()
         self.recording.patterns.append(pattern.detach())
         return pattern.detach()
 

@@ -58,7 +58,8 @@ def transcoder(folder: TracerFolder, config: DictionaryConfig, layer: int) -> Di
 
 def clt(folder: TracerFolder, config: DictionaryConfig) -> CLT:
     """All layers. Raises GranaryError for what does not fit."""
-    tensors, b_dec = {}, []
+    tensors: dict[str, Tensor] = {}
+    b_dec = []
     for layer in range(len(folder.sites)):
         held = folder.tensors(layer)
         tensors |= {f"layers.{layer}.{name}": tensor for name, tensor in _group(held).items()}

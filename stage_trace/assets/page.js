@@ -265,7 +265,7 @@ function examples(node) {
       const heat = example.heat[index];
       if (!heat) { text.append(piece); return; }
       const mark = make("mark", "", piece);
-      mark.style.setProperty("--heat", `${8 * heat}%`);
+      mark.style.setProperty("--heat", `${6 * heat}%`);
       text.append(mark);
     });
     text.title = `activation ${figure(example.value)} at its peak`;
