@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from shared.basics.files import write_text
+from shared.basics.files import write_together
 from stage_trace.certificate import Certificate
 from stage_trace.graph import Edge, Graph
 from stage_trace.heads import Split, split_edges
@@ -31,7 +31,7 @@ FEATURE_TYPES = {
 
 
 def save(graph: Graph, folder: Path, certificate: Certificate | None = None, known: Known | None = None) -> list[Path]:
-    """Write all files of `graph` into `folder`; each appears whole or not at all. Returns where they are.
+    """Write all files of `graph` into `folder`; they take their places together. Returns where they are.
 
     Pinned nodes and supernodes of a graph.json of the same prompt that lies there, which a reader has saved from the
     page, are kept as far as their nodes are there.
@@ -45,8 +45,7 @@ def save(graph: Graph, folder: Path, certificate: Certificate | None = None, kno
         "graph-metadata.json": f"{dumps({'graphs': [document['metadata']]})}\n",
         "graph.html": page(graph, document, certificate, words, known, heads),
     }
-    for name, text in files.items():
-        write_text(folder / name, text)
+    write_together(folder, files)
     return [folder / name for name in files]
 
 

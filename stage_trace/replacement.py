@@ -87,8 +87,8 @@ class HeldRows:
         return self.group.W_enc[latents]
 
     def decoder(self, latents: Tensor, columns: slice) -> Tensor:
-        """From the parameter."""
-        return self.group.W_dec[:, columns][latents]
+        """From the parameters, which may be tied."""
+        return self.group.decoder_rows(latents)[:, columns]
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,7 @@ from shared.sae.loading import KINDS, load
 from shared.sae.rows_file import RowsFile
 from shared.sae.variants import Dictionary
 from stage_trace.replacement import GroupRows, places_of
-from stage_trace.session import Source
+from stage_trace.session import Source, held_rows
 
 
 def find_sources(paths: Sequence[str | Path], device: torch.device | str = "cpu") -> list[Source]:
@@ -90,9 +90,11 @@ class _Folder:
         return made
 
     def rows(self, dictionary: Dictionary) -> list[GroupRows]:
-        """From the weights file."""
+        """From the weights file; those of tied decoders, which are made of several, from the dictionary as it is."""
         file = RowsFile(self.folder / WEIGHTS_FILE)
         prefixes = [""] if "W_enc" in file else [f"layers.{number}." for number in range(len(dictionary.groups))]
+        if f"{prefixes[0]}W_dec" not in file:
+            return held_rows(dictionary)
         return [FileRows(file, f"{prefix}W_enc", file, f"{prefix}W_dec") for prefix in prefixes]
 
 

@@ -65,14 +65,16 @@ def make_transcoder(
     return made.requires_grad_(False)
 
 
-def make_clt(layers: int, *, activation: str = "batchtopk", width: int = D, latents: int = 16) -> CLT:
+def make_clt(
+    layers: int, *, activation: str = "batchtopk", width: int = D, latents: int = 16, tying: str = "none"
+) -> CLT:
     """A random CLT of a model's first layers, `latents` in each."""
     names = range(layers)
     sites = Sites(tuple(f"layers.{n}.mlp_in" for n in names), tuple(f"layers.{n}.mlp_out" for n in names))
     each = (width,) * layers
     config = CLTConfig(
         read_widths=each, write_widths=each, d_latent=layers * latents, k=K if activation == "batchtopk" else None,
-        activation=activation, pre_bias=False, sites=sites,
+        activation=activation, pre_bias=False, tying=tying, sites=sites,
     )  # fmt: skip
     generator = torch.Generator().manual_seed(3)
     made = CLT(config, generator=generator)

@@ -65,9 +65,10 @@ def test_rows_add_up_for_every_activation(activation: str) -> None:
     assert gap(swept.rows_BS, targets.goal_B) <= 1e-10
 
 
-def test_rows_of_a_clt_add_up_and_engines_agree() -> None:
+@pytest.mark.parametrize("tying", ["none", "per_source", "per_target"])
+def test_rows_of_a_clt_add_up_and_engines_agree(tying: str) -> None:
     """Latents write later MLPs too; its errors are what the dictionary's own reconstruction leaves."""
-    traced = of_dictionaries(make_model("llama"), [make_clt(3)])
+    traced = of_dictionaries(make_model("llama"), [make_clt(3, tying=tying)])
     assert traced.replacement.num_latents > 10
     targets = all_targets(traced)
     args = (traced.recording, traced.replacement, traced.columns, targets)

@@ -20,8 +20,9 @@ TEXT = "def f(x):"
 def saved(kind: str, folder: Path) -> list[Dictionary]:
     """A set, plain or with skips, or a CLT, in this project's format."""
     provenance = {"model": model_identity("bundled")}
-    if kind == "clt":
-        made: list[Dictionary] = [make_clt(4, width=128, latents=32)]
+    if kind in ("clt", "tied"):
+        tying = "none" if kind == "clt" else "per_source"
+        made: list[Dictionary] = [make_clt(4, width=128, latents=32, tying=tying)]
         made[0].save_pretrained(folder, provenance)
         return made
     made = [bundled_transcoder(layer, skip=kind == "skip", threshold=0.8) for layer in range(2)]
@@ -30,7 +31,7 @@ def saved(kind: str, folder: Path) -> list[Dictionary]:
     return made
 
 
-@pytest.mark.parametrize("kind", ["plain", "skip", "clt"])
+@pytest.mark.parametrize("kind", ["plain", "skip", "clt", "tied"])
 def test_the_same_graph_from_memory_from_files_and_from_circuit_tracers(tmp_path: Path, kind: str) -> None:
     made = saved(kind, tmp_path / "ours")
     convert_set(tmp_path / "ours", tmp_path / "theirs", "circuit_tracer")
