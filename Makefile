@@ -125,7 +125,7 @@ $(VENV_TRACER)/.installed: constraints-tracer.txt
 	@$(VENV_TRACER)/bin/python -m pip install -q --disable-pip-version-check -c constraints-tracer.txt circuit-tracer
 	@touch $@
 
-test-browser: setup ## the explorer in a real Chromium; on Debian: apt-get install chromium chromium-driver
+test-browser: setup ## the explorer and the page of a graph in a real Chromium; on Debian: apt-get install chromium chromium-driver
 	@command -v chromedriver > /dev/null || { echo "error: no chromedriver: on Debian, apt-get install chromium chromium-driver" >&2; exit 1; }
 	@$(PYTEST_ALONE) -m browser tests/browser $(ARGS)
 

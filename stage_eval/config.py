@@ -10,7 +10,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 
 import shared.basics.config
-from shared.basics.config import DeviceSchema, ModelInput, Split, StoreInput, key
+from shared.basics.config import DeviceSchema, EvaluatedModel, Split, StoreInput, key
 
 
 @dataclass(kw_only=True)
@@ -42,7 +42,7 @@ class EvalSchema:
     """Processes on this machine; the same as starting the stage with torchrun."""
     sae: SAEInput = field(default_factory=SAEInput)
     store: StoreInput = field(default_factory=StoreInput)
-    model: ModelInput = field(default_factory=ModelInput)
+    model: EvaluatedModel = field(default_factory=EvaluatedModel)
     device: DeviceSchema = field(default_factory=DeviceSchema)
     hook: str | None = MISSING
     """Which of the store's hooks; null takes the one that each SAE was trained on."""

@@ -9,7 +9,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 
 import shared.basics.config
-from shared.basics.config import DeviceSchema, ModelInput, Split, StoreInput, key
+from shared.basics.config import DeviceSchema, EvaluatedModel, Split, StoreInput, key
 
 
 @dataclass(kw_only=True)
@@ -57,7 +57,7 @@ class InspectSchema:
     sae: DictionaryInput = field(default_factory=DictionaryInput)
     store: StoreInput = field(default_factory=StoreInput)
     latents: LatentsOutput = field(default_factory=LatentsOutput)
-    model: ModelInput = field(default_factory=ModelInput)
+    model: EvaluatedModel = field(default_factory=EvaluatedModel)
     device: DeviceSchema = field(default_factory=DeviceSchema)
     hook: str | None = MISSING
     """Which of the store's hooks, for a dictionary of one site; null takes the one that it was trained on."""

@@ -8,6 +8,7 @@ from stage_trace.certificate import Certificate, certify
 from stage_trace.files import save
 from stage_trace.graph import Graph
 from stage_trace.intervene import Change, Mode, Outcome, intervene, predict
+from stage_trace.known import Known
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,17 @@ class AttributionGraph(Graph):
         """Ablate the most influential features, predicted against actual."""
         return certify(self, most)
 
-    def save(self, folder: str | Path, *, certificate: Certificate | None = None) -> list[Path]:
-        """Write ``graph.json``, its index and ``graph.html``; returns where they are."""
-        return save(self, Path(folder), certificate)
+    def save(
+        self,
+        folder: str | Path,
+        *,
+        certificate: Certificate | None = None,
+        latents: Sequence[str | Path] | None = None,
+    ) -> list[Path]:
+        """Write ``graph.json``, its index and ``graph.html``; returns where they are.
+
+        The page shows examples from `latents`, folders of ``granary inspect``; None: those beside the dictionaries.
+        """
+        sources = [] if self.session is None else list(dict.fromkeys(one for one, _ in self.session.sources.values()))
+        known = Known.find(sources, None if latents is None else list(map(str, latents)))
+        return save(self, Path(folder), certificate, known)

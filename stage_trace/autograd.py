@@ -51,8 +51,9 @@ def by_autograd(
             gates=gates,
         )
     rows = Rows(replacement, columns, len(targets), targets.vector_BD)
-    g_LBTD = targets.vector_BD.new_zeros(depth, len(targets), *embedded_TD.shape)
-    g_BTD, bias_BL = torch.zeros_like(g_LBTD[0]), targets.vector_BD.new_zeros(len(targets), depth + 1)
+    T, D = embedded_TD.shape
+    g_LTBD = targets.vector_BD.new_zeros(depth, T, len(targets), D)
+    g_TBD, bias_BL = torch.zeros_like(g_LTBD[0]), targets.vector_BD.new_zeros(len(targets), depth + 1)
     for row in range(len(targets)):
         site = site_of(targets, replacement, row)
         stream_TD = again.final_TD if site is None else again.sites[site]
@@ -61,13 +62,13 @@ def by_autograd(
         found = torch.autograd.grad(reading, [*outputs, embedded_TD, gates], retain_graph=True, allow_unused=True)
         for layer, g in enumerate(found[:depth]):
             if g is not None:
-                g_LBTD[layer, row] = g
-        g_BTD[row] = found[depth]
+                g_LTBD[layer, :, row] = g
+        g_TBD[:, row] = found[depth]
         if found[depth + 1] is not None:
             bias_BL[row] = found[depth + 1]
     with torch.no_grad():
         for layer in range(depth):
-            rows.at_mlp(layer, g_LBTD[layer])
+            rows.at_mlp(layer, g_LTBD[layer])
         rows.at_biases(bias_BL)
-        rows.at_tokens(g_BTD, embedded_TD)
+        rows.at_tokens(g_TBD, embedded_TD)
     return Swept(rows.values_BS, None)

@@ -1,11 +1,12 @@
 """Whether a graph tells the truth: its most influential features ablated one by one, predicted against actual.
 
-The prediction follows the graph's edges along paths of every length. What the model does is measured twice: with
-attention patterns and norm factors held, which tests the dictionaries and the edges, and with everything free to
-respond, which tests the graph's own premise that patterns and factors may be held.
+The prediction follows the graph's edges along paths of every length. What the model does is measured three times: with
+attention patterns and norm factors held, which tests the dictionaries and the edges; with norm factors alone held; and
+with everything free to respond. The last two test the graph's own premise, that patterns and factors may be held, and
+say which of them may not.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ from stage_trace.nodes import Kind, Node
 
 FEWEST = 3
 """Features for which a rank correlation says something."""
+MEASURED = (Mode.frozen, Mode.norms, Mode.open)
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,8 +28,7 @@ class Ablation:
 
     node: Node
     predicted: float
-    frozen: float
-    open: float
+    actual: Mapping[Mode, float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,13 +42,13 @@ class Certificate:
         """Spearman's, of what was predicted with what happened; None for fewer than `FEWEST` features."""
         if len(self.ablations) < FEWEST:
             return None
-        return spearman(self._column(lambda one: one.predicted), self._column(_in(mode)))
+        return spearman(self._column(lambda one: one.predicted), self._column(lambda one: one.actual[mode]))
 
     def relative_error(self, mode: Mode) -> float | None:
         """Root mean square of the difference over that of what happened."""
         if len(self.ablations) < FEWEST:
             return None
-        actual = self._column(_in(mode))
+        actual = self._column(lambda one: one.actual[mode])
         error = self._column(lambda one: one.predicted) - actual
         return float(error.square().mean().sqrt() / actual.square().mean().sqrt().clamp_min(1e-30))
 
@@ -60,10 +61,14 @@ class Certificate:
                     "rank_correlation": self.rank_correlation(mode),
                     "relative_error": self.relative_error(mode),
                 }
-                for mode in (Mode.frozen, Mode.open)
+                for mode in MEASURED
             },
             "ablations": [
-                {"node_id": one.node.id, "predicted": one.predicted, "frozen": one.frozen, "open": one.open}
+                {
+                    "node_id": one.node.id,
+                    "predicted": one.predicted,
+                    **{mode.value: actual for mode, actual in one.actual.items()},
+                }
                 for one in self.ablations
             ],
         }
@@ -80,8 +85,8 @@ def certify(graph: Graph, most: int = 10) -> Certificate:
 
     def ablate(node: Node) -> Ablation:
         values = {node.id: 0.0}
-        held, free = (intervene(graph, values, mode).of(logit.id) for mode in (Mode.frozen, Mode.open))
-        return Ablation(node, predict(graph, values).of(logit.id), held, free)
+        actual = {mode: intervene(graph, values, mode).of(logit.id) for mode in MEASURED}
+        return Ablation(node, predict(graph, values).of(logit.id), actual)
 
     return Certificate(logit, tuple(map(ablate, features)))
 
@@ -97,7 +102,3 @@ def spearman(x: Tensor, y: Tensor) -> float:
     a, b = ranks(x) - (len(x) - 1) / 2, ranks(y) - (len(y) - 1) / 2
     norm = float(a.square().sum() * b.square().sum()) ** 0.5
     return float((a * b).sum()) / norm if norm else 0.0
-
-
-def _in(mode: Mode) -> Callable[[Ablation], float]:
-    return (lambda one: one.frozen) if mode is Mode.frozen else (lambda one: one.open)

@@ -12,7 +12,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 
 import shared.basics.config
-from shared.basics.config import DeviceSchema, ModelDtype
+from shared.basics.config import DeviceSchema, ModelInput
 from shared.launch.commands import override
 
 
@@ -23,20 +23,6 @@ class Engine(Enum):
     """Layer by layer in reverse, without a tape."""
     autograd = "autograd"
     """PyTorch's own backward pass, one per row: slow, the reference."""
-
-
-@dataclass(kw_only=True)
-class TracedModel:
-    """Which language model; null takes what the dictionaries record."""
-
-    path: str | None = MISSING
-    """Local folder in Hugging Face form, a hub id, or ``bundled``."""
-    revision: str | None = MISSING
-    """Hub revision (branch, tag or commit)."""
-    dtype: ModelDtype = MISSING
-    """Precision of weights, recording and rows."""
-    allow_other: bool = MISSING
-    """Accept a model that the dictionaries were not taught, for example a fine-tuned version of it."""
 
 
 @dataclass(kw_only=True)
@@ -74,7 +60,7 @@ class TraceSchema:
     command line gives without a key stands here."""
     text: str = MISSING
     """The prompt; BOS is put before it."""
-    model: TracedModel = field(default_factory=TracedModel)
+    model: ModelInput = field(default_factory=ModelInput)
     device: DeviceSchema = field(default_factory=DeviceSchema)
     logits: Explained = field(default_factory=Explained)
     prune: Pruning = field(default_factory=Pruning)
@@ -87,6 +73,9 @@ class TraceSchema:
     fixed: int | None = MISSING
     """Take MLP outputs as they are at this many positions from the start. null: at special tokens, and at the first
     position where there is no BOS, as a harvest leaves them out. Special tokens are fixed either way."""
+    latents: Any = MISSING
+    """Folders of ``granary inspect`` whose examples the page shows; null: those called latents in the dictionaries'
+    folders or beside them."""
     ablations: int = MISSING
     """How many features the certificate ablates; 0 leaves it out."""
     dry_run: bool = MISSING

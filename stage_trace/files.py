@@ -5,12 +5,16 @@ are nodes of the type of errors, told apart by ``clerp`` and ``granary_kind``. E
 """
 
 import json
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from shared.basics.files import write_together
 from stage_trace.certificate import Certificate
-from stage_trace.graph import Graph
+from stage_trace.graph import Edge, Graph
+from stage_trace.heads import Split, split_edges
+from stage_trace.known import Known
 from stage_trace.nodes import Kind, Node, cantor
 from stage_trace.page import page
 from stage_trace.vocabulary import Words
@@ -26,21 +30,51 @@ FEATURE_TYPES = {
 }
 
 
-def save(graph: Graph, folder: Path, certificate: Certificate | None = None) -> list[Path]:
-    """Write all files of `graph` into `folder`; they take their places together. Returns where they are."""
-    document = to_document(graph, slug="graph")
+def save(graph: Graph, folder: Path, certificate: Certificate | None = None, known: Known | None = None) -> list[Path]:
+    """Write all files of `graph` into `folder`; they take their places together. Returns where they are.
+
+    Pinned nodes and supernodes of a graph.json of the same prompt that lies there, which a reader has saved from the
+    page, are kept as far as their nodes are there.
+    """
+    known = known or Known({})
+    graph, heads = with_marks(graph, folder / "graph.json"), split_edges(graph)
+    document = to_document(graph, "graph", known.name, heads)
     words = None if graph.session is None else Words.of(graph.session, graph.nodes)
     files = {
         "graph.json": f"{dumps(document)}\n",
         "graph-metadata.json": f"{dumps({'graphs': [document['metadata']]})}\n",
-        "graph.html": page(graph, document, certificate, words),
+        "graph.html": page(graph, document, certificate, words, known, heads),
     }
     write_together(folder, files)
     return [folder / name for name in files]
 
 
-def to_document(graph: Graph, slug: str) -> dict[str, Any]:
-    """The graph as plain JSON types; of what a pruned graph shows, tokens and logits included."""
+def with_marks(graph: Graph, path: Path) -> Graph:
+    """`graph` with the pinned nodes and supernodes of the file at `path`, where that is a graph of the same prompt."""
+    try:
+        held = json.loads(path.read_text(encoding="utf-8"))
+        is_same = held["metadata"]["prompt_tokens"] == list(graph.prompt.pieces)
+        pinned, groups = held["qParams"]["pinnedIds"], held["qParams"]["supernodes"]
+        if not is_same or not all(isinstance(one, str) for one in [*pinned, *(part for one in groups for part in one)]):
+            return graph
+    except (OSError, ValueError, KeyError, TypeError):
+        return graph  # there is none, or it is no graph of ours
+    shown = {node.id for node in graph.nodes}
+    kept = ((name, *(one for one in ids if one in shown)) for name, *ids in groups)
+    supernodes = tuple(one for one in (*graph.supernodes, *kept) if len(one) > 1)
+    marked = dict.fromkeys([*graph.pinned, *(one for one in pinned if one in shown)])
+    return replace(graph, pinned=tuple(marked), supernodes=tuple(dict.fromkeys(supernodes)))
+
+
+def to_document(
+    graph: Graph, slug: str, name: Callable[[Node], str] = lambda _: "", heads: Split | None = None
+) -> dict[str, Any]:
+    """The graph as plain JSON types; of what a pruned graph shows, tokens and logits included.
+
+    `name` gives what a feature is called, empty where it has no name; `heads` which attention heads carry an edge, of
+    which links get ``granary_heads``: [layer, head, weight] each.
+    """
+    heads = heads or {}
     shown = {node.id for node in graph.nodes}
     return {
         "metadata": {
@@ -59,13 +93,18 @@ def to_document(graph: Graph, slug: str) -> dict[str, Any]:
             "clickedId": "",
             "sg_pos": "",
         },
-        "nodes": [_node(node, number, len(graph.prompt.ids)) for number, node in enumerate(graph.nodes)],
+        "nodes": [_node(node, name(node)) for node in graph.nodes],
         "links": [
-            {"source": edge.source.id, "target": edge.target.id, "weight": edge.weight}
+            _link(edge, heads.get((edge.source.id, edge.target.id)))
             for edge in graph.edges
             if edge.source.id in shown and edge.target.id in shown
         ],
     }
+
+
+def _link(edge: Edge, heads: Sequence[tuple[int, int, float]] | None) -> dict[str, Any]:
+    link: dict[str, Any] = {"source": edge.source.id, "target": edge.target.id, "weight": edge.weight}
+    return link | {"granary_heads": [list(one) for one in heads]} if heads else link
 
 
 def dumps(document: Any) -> str:
@@ -73,7 +112,7 @@ def dumps(document: Any) -> str:
     return json.dumps(document, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
 
 
-def _node(node: Node, number: int, length: int) -> dict[str, Any]:
+def _node(node: Node, name: str) -> dict[str, Any]:
     first_logit = node.kind is Kind.logit and node.is_first
     return {
         "node_id": node.id,
@@ -86,7 +125,7 @@ def _node(node: Node, number: int, length: int) -> dict[str, Any]:
         "run_idx": 0,
         "reverse_ctx_idx": 0,
         "jsNodeId": _js_id(node),
-        "clerp": "" if node.kind in (Kind.feature, Kind.error, Kind.token) else node.label,
+        "clerp": name if node.kind in (Kind.feature, Kind.error, Kind.token) else node.label,
         "influence": node.cumulative,
         "activation": node.activation,
         "granary_kind": node.kind.value,

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-ROWS_AT_A_TIME = 256
+ROWS_AT_A_TIME = 64
+"""Rows that are looked at in double precision at once."""
 
 
 @dataclass(frozen=True, slots=True)

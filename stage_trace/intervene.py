@@ -1,17 +1,18 @@
 """Interventions: set latents of a prompt, run the model on, and see what its logits and other latents do.
 
-A latent's new value adds (value - its present value) times its decoder row to what the MLP adds. Three modes:
+A latent's new value adds (value - its present value) times its decoder row to what the MLP adds. Four modes:
 
     constrained  patterns, norm factors and all MLP outputs are those of the clean run: the direct effect, which is
                  exactly what the graph's edges say
     frozen       patterns and norm factors are those of the clean run, MLPs compute
+    norms        norm factors alone are those of the clean run
     open         everything computes
 
 Shapes: R rows of the graph (features, then logits), D width of the stream.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from enum import Enum
 
 import torch
@@ -21,9 +22,11 @@ from shared.basics.errors import GranaryError
 from shared.lm.frozen import run
 from shared.lm.hookpoint import HookPoint
 from stage_trace.graph import Graph
+from stage_trace.influence import ROWS_AT_A_TIME
 from stage_trace.nodes import Kind, Node
 from stage_trace.replacement import Folded, LayerLatents, active
 from stage_trace.session import Session
+from stage_trace.targets import Features, Targets
 
 
 class Mode(Enum):
@@ -31,6 +34,7 @@ class Mode(Enum):
 
     constrained = "constrained"
     frozen = "frozen"
+    norms = "norms"
     open = "open"
 
 
@@ -96,16 +100,20 @@ def intervene(graph: Graph, values: Mapping[str, float] | Sequence[Change], mode
         return added_TD + pending[layer] if layer in pending else added_TD
 
     sites = [layer.latents.read for layer in session.replacement.layers]
-    frozen = None if mode is Mode.open else session.recording
+    held = {Mode.open: None, Mode.norms: replace(session.recording, patterns=[])}
+    frozen = held.get(mode, session.recording)
     after = run(session.model, session.parts, session.tokens_T, sites, frozen=frozen, change_mlp=change_mlp)
     before = session.recording
-    moved = {site: after.sites[site] - before.sites[site] for site in sites if site in before.sites}
-    changed = []
-    for layer in session.replacement.layers:
-        latents = layer.latents
-        if len(latents.value_N):
-            changed.append((moved[latents.read][latents.position_N] * latents.encoder_ND).sum(1))
-    features_N = torch.cat(changed)[_chosen(graph, session)] if changed else before.final_TD.new_zeros(0)
+    moved = [after.sites[site] - before.sites[site] if site in before.sites else None for site in sites]
+    features = Features.of(session.replacement)
+    chosen = session.numbers(node for node in graph.targets if node.kind is Kind.feature)
+    changed = [before.final_TD.new_zeros(0)]
+    for some in torch.split(chosen, ROWS_AT_A_TIME):
+        for layer, position, vector_D in _readings(features[some]):
+            moved_TD = moved[layer]
+            assert moved_TD is not None
+            changed.append((moved_TD[position] @ vector_D)[None])
+    features_N = torch.cat(changed)
     tokens = torch.tensor([node.number for node in graph.logits], device=features_N.device)
     vector_BD = session.parts.logit_vectors(tokens, before.final_TD.dtype)
     logits_B = vector_BD @ (after.final_TD[-1] - before.final_TD[-1])
@@ -118,20 +126,19 @@ def predict(graph: Graph, values: Mapping[str, float], *, direct: bool = False) 
     Other features follow linearly, errors stay.
     """
     column_of = {node.id: column for column, node in enumerate(graph.sources)}
-    rows_RS = graph.rows_RS.double()
-    relative_S = rows_RS.new_zeros(rows_RS.shape[1])
+    relative_S = torch.zeros(graph.rows_RS.shape[1], dtype=torch.float64)
     for name, value in values.items():
         change = _change(graph.node(name), value)
         activation = graph.sources[column_of[name]].activation
         assert activation is not None
         relative_S[column_of[name]] = change.value / activation - 1
     given_S = relative_S.clone()
-    change_R = rows_RS.new_zeros(len(rows_RS))
+    change_R = torch.zeros(len(graph.rows_RS), dtype=torch.float64)
     activation_S = torch.tensor([node.activation or 1.0 for node in graph.sources], dtype=torch.float64)
     layers, columns = graph.wiring.row_layer_R, graph.wiring.row_column_R
     for layer in torch.unique(layers).tolist():
         rows = torch.nonzero(layers == layer).flatten()
-        change_R[rows] = rows_RS[rows] @ (given_S if direct else relative_S)
+        change_R[rows] = graph.rows_RS[rows].double() @ (given_S if direct else relative_S)
         free = rows[(columns[rows] >= 0) & (given_S[columns[rows].clamp_min(0)] == 0)]
         relative_S[columns[free]] = change_R[free] / activation_S[columns[free]]
     return Outcome(graph.targets, change_R)
@@ -159,9 +166,10 @@ def _added(
     """[T, D] by layer: what the changes add to MLP outputs; `present` None: latents are encoded again."""
     source, number = session.sources[layer]
     dictionary, place = source.open(), source.places[number]
+    rows = source.rows(dictionary)
     x_TD = sites[place.read]
     if present is None:
-        present = active(dictionary, number, place, x_TD, session.replacement.fixed_T)
+        present = active(dictionary, rows[number], number, place, x_TD, session.replacement.fixed_T)
     folded = Folded.of(dictionary, number, x_TD)
     group = dictionary.groups[number]
     added = {target: torch.zeros_like(x_TD) for target in place.layers}
@@ -170,23 +178,12 @@ def _added(
             raise GranaryError(f"layer {layer} has no latent {change.latent} at position {change.position}")
         is_it = (present.position_N == change.position) & (present.latent_N == change.latent)
         value = float(present.value_N[is_it].sum())
-        row = group.W_dec[change.latent].to(x_TD) / folded.output_scale
+        (row,) = rows[number].decoder(torch.tensor([change.latent]), slice(None)).to(x_TD) / folded.output_scale
         for target, row_D in zip(place.layers, row.view(len(place.layers), -1), strict=True):
             added[target][change.position] += (change.value - value) * row_D
     return added
 
 
-def _chosen(graph: Graph, session: Session) -> Tensor:
-    """Which of all active features the graph has rows for."""
-    keys = {
-        (layer, position, latent): number
-        for number, (layer, position, latent) in enumerate(
-            (layer, *pair)
-            for layer, one in enumerate(session.replacement.layers)
-            for pair in zip(one.latents.position_N.tolist(), one.latents.latent_N.tolist(), strict=True)
-        )
-    }
-    return torch.tensor(
-        [keys[node.layer, node.position, node.number] for node in graph.targets if node.kind is Kind.feature],
-        dtype=torch.int64,
-    )
+def _readings(targets: Targets) -> Iterator[tuple[int, int, Tensor]]:
+    """Layer, position and vector of each."""
+    yield from zip(targets.layer_B.tolist(), targets.position_B.tolist(), targets.vector_BD, strict=True)

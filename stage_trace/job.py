@@ -2,19 +2,23 @@
 
 import logging
 import math
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+from shared.basics.config import ModelInput
 from shared.basics.errors import GranaryError
+from shared.basics.memory import return_freed_blocks
 from shared.basics.units import human_bytes
-from shared.lm import load_causal_lm, load_tokenizer, model_identity
+from shared.lm import load_causal_lm, load_config, load_tokenizer, model_identity
+from shared.lm.recorded import ModelChoice, check_same_model
 from shared.parallel import init_world
-from shared.sae.folder import load_provenance, locate
 from stage_trace.attribution import AttributionGraph
 from stage_trace.certificate import Certificate
-from stage_trace.config import TracedModel, TraceSchema
+from stage_trace.config import TraceSchema
 from stage_trace.intervene import Mode
 from stage_trace.nodes import Kind
-from stage_trace.plan import plan
+from stage_trace.plan import ModelShape, plan
 from stage_trace.prompt import encode
 from stage_trace.session import Source
 from stage_trace.sources import find_sources, need_any
@@ -26,20 +30,25 @@ log = logging.getLogger(__name__)
 def trace_text(cfg: TraceSchema) -> None:
     """Trace ``cfg.text`` and write the files; with ``dry_run``, only say what memory that needs."""
     _check(cfg)
+    return_freed_blocks()  # the plan counts what is held, not what a heap keeps
     device = init_world(cfg.device.name, cfg.device.threads).device
     given = cfg.dictionaries if isinstance(cfg.dictionaries, list) else [cfg.dictionaries]
-    path, revision = _model(cfg.model, given)
-    identity = None if cfg.model.allow_other else model_identity(path, revision, cfg.model.dtype.value)
-    sources = find_sources(list(map(str, given)), device, identity)
+    sources = find_sources(list(map(str, given)), device)
     need_any(sources)
-    tokenizer = load_tokenizer(path, revision)
+    chosen = _model(cfg.model, sources)
+    if not cfg.model.allow_other:
+        identity = model_identity(chosen.path, chosen.revision, chosen.dtype)
+        for source in sources:
+            check_same_model(source.name, {**source.model}, "the graph", {**identity})
+    tokenizer = load_tokenizer(chosen.path, chosen.revision)
     ids, _ = encode(cfg.text, tokenizer)
-    estimate = plan(path, revision, sources, len(ids), cfg)
-    for line in estimate.lines():
+    configs = [source.config for source in sources if source.config is not None]
+    shape = ModelShape.of(load_config(chosen.path, chosen.revision))
+    for line in plan(shape, configs, len(ids), chosen.dtype, cfg).lines():
         log.info("%s", line)
     if cfg.dry_run:
         return
-    model = load_causal_lm(path, cfg.model.dtype.value, device=device, revision=revision)
+    model = load_causal_lm(chosen.path, chosen.dtype, device=device, revision=chosen.revision)
     settings = TraceSettings(
         logit_mass=cfg.logits.mass,
         max_logits=cfg.logits.most,
@@ -55,10 +64,11 @@ def trace_text(cfg: TraceSchema) -> None:
     if certificate is not None:
         for line in _certified(certificate):
             log.info("%s", line)
+    latents = [cfg.latents] if isinstance(cfg.latents, str) else cfg.latents
     pruned = graph.prune(cfg.prune.nodes, cfg.prune.edges)
     shown = sum(node.kind is Kind.feature for node in pruned.nodes)
     log.info("shown        %d features, %d nodes, %d edges", shown, len(pruned.nodes), len(pruned.edges))
-    written = pruned.save(Path(cfg.out_dir), certificate=certificate)
+    written = pruned.save(Path(cfg.out_dir), certificate=certificate, latents=latents)
     page = written[-1]
     log.info("open %s (%s)", page, human_bytes(page.stat().st_size))
 
@@ -82,12 +92,13 @@ def summary(graph: AttributionGraph, sources: list[Source]) -> list[str]:
 
 
 def _certified(certificate: Certificate) -> list[str]:
-    held, free = certificate.rank_correlation(Mode.frozen), certificate.rank_correlation(Mode.open)
-    if held is None or free is None:
+    found = [certificate.rank_correlation(mode) for mode in (Mode.frozen, Mode.norms, Mode.open)]
+    if None in found:
         return ["certificate  too few features to rank"]
+    held, norms, free = found
     return [
         f"certificate  {len(certificate.ablations)} features ablated: rank correlation of predicted and actual change"
-        f" {held:.2f} with attention held, {free:.2f} all free"
+        f" {held:.2f} with attention and norms held, {norms:.2f} with norms held, {free:.2f} all free"
     ]
 
 
@@ -111,12 +122,12 @@ def _check(cfg: TraceSchema) -> None:
             raise GranaryError(f"{name}={share}: a share lies between 0 and 1")
 
 
-def _model(cfg: TracedModel, given: list[str]) -> tuple[str, str | None]:
+def _model(cfg: ModelInput, sources: list[Source]) -> ModelChoice:
     """What is configured, else what the first dictionary records."""
-    if cfg.path is not None:
-        return cfg.path, cfg.revision
-    for source in find_sources(list(map(str, given))):
-        recorded = load_provenance(locate(source.name)).get("model") or {}
-        if recorded.get("id"):
-            return recorded["id"], cfg.revision or recorded.get("revision")
-    raise GranaryError("the dictionaries do not record their model: give model=PATH")
+    recorded: Mapping[str, Any] = next((source.model for source in sources if source.model.get("id")), {})
+    path, revision = cfg.path, cfg.revision
+    if path is None:
+        if not recorded:
+            raise GranaryError("the dictionaries do not record their model: give model=PATH")
+        path, revision = str(recorded["id"]), revision or recorded.get("revision")
+    return ModelChoice(path, revision, recorded.get("dtype", "float32") if cfg.dtype is None else cfg.dtype.value)

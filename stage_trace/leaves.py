@@ -67,34 +67,35 @@ class Rows:
         counts = [len(layer.latents.value_N) for layer in replacement.layers]
         self.starts = [sum(counts[:layer]) for layer in range(len(counts))]
 
-    def at_mlp(self, layer: int, g_BTD: Tensor) -> None:
+    def at_mlp(self, layer: int, g_TBD: Tensor) -> None:
         """Enter what the output of an MLP contributes, from the gradient there."""
         stand_in, columns, rows = self.replacement.layers[layer], self.columns, self.values_BS
-        T = g_BTD.shape[1]
+        T = len(g_TBD)
         for source, start in zip(self.replacement.layers, self.starts, strict=True):
             if layer in source.latents.layers:
-                self._add_features(source.latents, start, layer, g_BTD)
+                self._add_features(source.latents, start, layer, g_TBD)
         errors = columns.errors.start + layer * columns.num_positions
-        rows[:, errors : errors + T] = torch.einsum("btd,td->bt", g_BTD, stand_in.error_TD[:T])
         outputs = columns.fixed_outputs.start + layer * len(columns.fixed)
-        for index, position in enumerate(columns.fixed):
-            if position < T:
-                rows[:, outputs + index] = g_BTD[:, position] @ stand_in.rest_TD[position]
-        free_T = self.replacement.free[:T].to(g_BTD)
-        rows[:, columns.biases.start + layer] += torch.einsum("btd,t,d->b", g_BTD, free_T, stand_in.bias_D)
+        bias_B = rows[:, columns.biases.start + layer]
+        for position in range(T):
+            rows[:, errors + position] = g_TBD[position] @ stand_in.error_TD[position]
+            if position in columns.fixed:
+                index = columns.fixed.index(position)
+                rows[:, outputs + index] = g_TBD[position] @ stand_in.rest_PD[index]
+            else:
+                bias_B += g_TBD[position] @ stand_in.bias_D
 
-    def _add_features(self, latents: LayerLatents, start: int, layer: int, g_BTD: Tensor) -> None:
-        decoder_ND = latents.decoder(layer)
-        for position, part in latents.by_position():
-            if position < g_BTD.shape[1]:
-                scaled_ND = latents.value_N[part, None] * decoder_ND[part]
-                self.values_BS[:, start + part.start : start + part.stop] += g_BTD[:, position] @ scaled_ND.T
+    def _add_features(self, latents: LayerLatents, start: int, layer: int, g_TBD: Tensor) -> None:
+        for position, some in latents.by_position():
+            if position < len(g_TBD):
+                scaled_nD = latents.value_N[some, None] * latents.decoder(layer, some)
+                self.values_BS[:, start + some.start : start + some.stop] += g_TBD[position] @ scaled_nD.T
 
     def at_biases(self, bias_BL: Tensor) -> None:
         """Add the biases of norms and attention, [B, L + 1]."""
         self.values_BS[:, self.columns.biases] += bias_BL
 
-    def at_tokens(self, g_BTD: Tensor, embedded_TD: Tensor) -> None:
+    def at_tokens(self, g_TBD: Tensor, embedded_TD: Tensor) -> None:
         """Enter the tokens, from the gradient at the first layer's input."""
-        T, start = g_BTD.shape[1], self.columns.tokens.start
-        self.values_BS[:, start : start + T] = torch.einsum("btd,td->bt", g_BTD, embedded_TD[:T])
+        for position, g_BD in enumerate(g_TBD):
+            self.values_BS[:, self.columns.tokens.start + position] = g_BD @ embedded_TD[position]

@@ -8,20 +8,33 @@ import json
 from importlib.resources import files
 from typing import Any
 
-from stage_trace.certificate import Certificate
-from stage_trace.graph import Graph
-from stage_trace.intervene import Mode
+from stage_trace.certificate import MEASURED, Certificate
+from stage_trace.graph import Edge, Graph
+from stage_trace.heads import Split
+from stage_trace.known import Known
 from stage_trace.nodes import Kind, Node
 from stage_trace.vocabulary import Words
 
 ESCAPES = {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026", "\u2028": "\\u2028", "\u2029": "\\u2029"}
 
 
-def page(graph: Graph, document: dict[str, Any], certificate: Certificate | None, words: Words | None) -> str:
+MOST_EDGES = 50_000
+MOST_CARDS = 200
+"""Of a page: a browser draws so many, and the file stays below 3 MB."""
+
+
+def page(
+    graph: Graph,
+    document: dict[str, Any],
+    certificate: Certificate | None,
+    words: Words | None,
+    known: Known,
+    heads: Split,
+) -> str:
     """The whole page; `document` is what ``graph.json`` holds, which the page gives back with a reader's groups."""
     assets = files("stage_trace") / "assets"
     parts = {name: (assets / f"page.{name}").read_text(encoding="utf-8") for name in ("html", "css", "js")}
-    data = in_script(_data(graph, document, certificate, words))
+    data = in_script(_data(graph, document, certificate, words, known, heads))
     return parts["html"] % {"css": parts["css"], "js": parts["js"], "data": data}
 
 
@@ -34,19 +47,33 @@ def in_script(value: Any) -> str:
 
 
 def _data(
-    graph: Graph, document: dict[str, Any], certificate: Certificate | None, words: Words | None
+    graph: Graph,
+    document: dict[str, Any],
+    certificate: Certificate | None,
+    words: Words | None,
+    known: Known,
+    heads: Split,
 ) -> dict[str, Any]:
     number_of = {node.id: number for number, node in enumerate(graph.nodes)}
+    edges = [edge for edge in graph.edges if edge.source.id in number_of and edge.target.id in number_of]
+    features = [node for node in graph.nodes if node.kind is Kind.feature]
+    features.sort(key=lambda node: -(node.influence or 0.0))
+    cards = {f"{node.layer}/{node.number}": known.card(node) for node in features[:MOST_CARDS]}
     return {
         "prompt": graph.prompt.text,
         "pieces": graph.prompt.pieces,
         "fixed": graph.prompt.fixed,
         "layers": graph.columns.num_layers,
-        "nodes": [_node(graph, node, words) for node in graph.nodes],
+        "nodes": [_node(graph, node, words, known) for node in graph.nodes],
+        "cards": {name: card for name, card in cards.items() if card is not None},
         "links": [
-            [number_of[edge.source.id], number_of[edge.target.id], float(f"{edge.weight:.5g}")]
-            for edge in graph.edges
-            if edge.source.id in number_of and edge.target.id in number_of
+            [
+                number_of[edge.source.id],
+                number_of[edge.target.id],
+                edge.weight,
+                *([found] if (found := heads.get((edge.source.id, edge.target.id))) else []),
+            ]
+            for edge in strongest(edges, MOST_EDGES)
         ],
         "pinned": graph.pinned,
         "supernodes": graph.supernodes,
@@ -54,11 +81,22 @@ def _data(
         "certificate": None if certificate is None else certificate.to_dict(),
         "certificate_text": None if certificate is None else _told(certificate),
         "footer": _footer(graph),
-        "document": document,
+        "document": {**document, "links": []},  # the page has them already
     }
 
 
-def _node(graph: Graph, node: Node, words: Words | None) -> dict[str, Any]:
+def strongest(edges: list[Edge], most: int) -> list[Edge]:
+    """The edges that give their targets the largest shares, in their order."""
+    if len(edges) <= most:
+        return edges
+    total: dict[str, float] = {}
+    for edge in edges:
+        total[edge.target.id] = total.get(edge.target.id, 0.0) + abs(edge.weight)
+    order = sorted(range(len(edges)), key=lambda one: -abs(edges[one].weight) / total[edges[one].target.id])
+    return [edges[one] for one in sorted(order[:most])]
+
+
+def _node(graph: Graph, node: Node, words: Words | None, known: Known) -> dict[str, Any]:
     made: dict[str, Any] = {
         "id": node.id,
         "kind": node.kind.value,
@@ -66,6 +104,7 @@ def _node(graph: Graph, node: Node, words: Words | None) -> dict[str, Any]:
         "position": node.position,
         "latent": node.number if node.kind is Kind.feature else None,
         "label": node.label,
+        "name": known.name(node),
         "text": node.text,
         "activation": node.activation,
         "probability": node.probability,
@@ -94,26 +133,27 @@ def _facts(graph: Graph, certificate: Certificate | None) -> list[tuple[str, str
         ("Rows add up", f"{graph.worst_gap:.0e}", "worst gap between a row's sum and what it explains"),
     ]
     if certificate is not None:
-        held, free = certificate.rank_correlation(Mode.frozen), certificate.rank_correlation(Mode.open)
-        if held is not None and free is not None:
-            facts.append(
-                ("Agrees with the model", f"{held:.2f}", f"rank correlation with attention held; {free:.2f} all free")
-            )
+        held, norms, free = (certificate.rank_correlation(mode) for mode in MEASURED)
+        if held is not None and norms is not None and free is not None:
+            told = f"rank correlation with attention and norms held; {norms:.2f} with norms held, {free:.2f} all free"
+            facts.append(("Agrees with the model", f"{held:.2f}", told))
     shown = sum(node.kind is Kind.feature for node in graph.nodes)
-    facts.append(("Shown", f"{shown:,} features", f"of {graph.columns.num_features:,}; {len(graph.edges):,} edges"))
+    drawn, edges = min(len(graph.edges), MOST_EDGES), len(graph.edges)
+    of_all = f"{drawn:,} edges" if drawn == edges else f"the {drawn:,} strongest of {edges:,} edges"
+    facts.append(("Shown", f"{shown:,} features", f"of {graph.columns.num_features:,}; {of_all}"))
     return facts
 
 
 def _told(certificate: Certificate) -> str:
-    held, free = certificate.rank_correlation(Mode.frozen), certificate.rank_correlation(Mode.open)
     said = (
         "The most influential features, each set to zero: what the graph's edges predict for the logit of "
-        f"“{certificate.logit.text}”, against what the model does with attention patterns and norms held, and with "
-        "everything free to respond."
+        f"“{certificate.logit.text}”, against what the model does with attention patterns and norm factors held, with "
+        "norm factors alone held, and with everything free to respond."
     )
-    if held is None or free is None:
+    held, norms, free = (certificate.rank_correlation(mode) for mode in MEASURED)
+    if held is None or norms is None or free is None:
         return f"{said} Too few features for a rank correlation."
-    return f"{said} Rank correlation {held:.2f} held, {free:.2f} free."
+    return f"{said} Rank correlation {held:.2f} both held, {norms:.2f} norms held, {free:.2f} free."
 
 
 def _footer(graph: Graph) -> str:

@@ -1,29 +1,67 @@
-"""The memory that a graph will need, phase by phase, from configurations and file headers alone: nothing is loaded.
+"""The memory that a graph will need, phase by phase, from shapes alone: nothing is loaded.
 
-Each phase holds what the model needs and what came before; the peak is the largest. How many latents fire is known
+Each phase holds what came before and what it needs itself; the peak is the largest. How many latents fire is known
 before the prompt is run only where k says so; otherwise ``L0_GUESS`` stands in. Letters as in ``shared.lm.frozen``:
-L layers, T positions, H heads, D = d_model; N active latents, R rows, S columns, B rows of a sweep.
+L layers, T positions, H heads of width E, D = d_model; N active latents, R rows, S columns, B rows of a sweep.
 """
 
-import json
-import math
-import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from shared.basics.units import human_bytes
-from shared.lm import load_config, resolve_model
+from shared.lm.families import family_of
+from shared.lm.linear_parts import LINEAR_PATHS
 from shared.sae.config import DictionaryConfig
-from shared.sae.folder import describe, locate
-from shared.sae.loading import KINDS
 from stage_trace.config import TraceSchema
-from stage_trace.session import Source
+from stage_trace.influence import ROWS_AT_A_TIME
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+FLOAT32, DOUBLE = 4, 8
 L0_GUESS = 64
 """Latents per position and layer of an activation without k."""
+ENCODED_AT_ONCE = 1 << 22
+"""Pre-activations of one tile of an encoder, as ``shared.kernels`` takes them."""
+TILES = 3
+"""As many as lie in memory while one is looked at."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelShape:
+    """What memory depends on, of a language model."""
+
+    parameters: int
+    layers: int
+    heads: int
+    head_width: int
+    width: int
+    mlp_width: int
+    vocabulary: int
+    states: int
+    """Gradients of the stream that lie in memory at once in the sweep: three where attention's output passes a norm, or
+    the branches are parallel."""
+
+    @classmethod
+    def of(cls, config: PretrainedConfig) -> "ModelShape":
+        """From a configuration; parameters are counted on a model without memory."""
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+        heads, width = config.num_attention_heads, config.hidden_size
+        family, paths = family_of(config), LINEAR_PATHS.get(config.model_type)
+        is_parallel = family is not None and family.middle_norm is None
+        return cls(
+            parameters=sum(one.numel() for one in model.parameters()),  # tied ones are one
+            layers=config.num_hidden_layers,
+            heads=heads,
+            head_width=getattr(config, "head_dim", None) or width // heads,
+            width=width,
+            mlp_width=config.intermediate_size,
+            vocabulary=config.vocab_size,
+            states=3 if is_parallel or (paths is not None and paths.output_norm is not None) else 2,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +70,7 @@ class Plan:
 
     phases: dict[str, int]
     latents: int
-    is_guess: bool
+    is_guess: bool = field(default=False)
 
     @property
     def peak(self) -> int:
@@ -46,43 +84,50 @@ class Plan:
         return [f"memory       {human_bytes(self.peak)} at the peak ({held}), for {about} {self.latents:,} features"]
 
 
-def plan(path: str, revision: str | None, sources: Sequence[Source], num_tokens: int, cfg: TraceSchema) -> Plan:
-    """The memory for a prompt of `num_tokens`."""
-    config = load_config(path, revision)
-    of_type = BYTES[cfg.model.dtype.value]
-    L, H, D = config.num_hidden_layers, config.num_attention_heads, config.hidden_size
-    E = getattr(config, "head_dim", None) or D // H
-    T = num_tokens
-    weights = sum(map(_parameters, resolve_model(path, revision).glob("*.safetensors"))) * of_type
-    recorded = of_type * (L * H * T * T + (3 * L + 2) * T * D)
-
-    configs = [describe(locate(source.name)).config(KINDS) for source in sources]
-    firing = {source.name: _firing(one) * T for source, one in zip(sources, configs, strict=True)}
-    latents = sum(firing.values())
-    one_dictionary = max(4 * one.d_latent * one.widths.d_in // one.num_groups for one in configs)
-    written = sum(
-        firing[source.name] * len(place.layers) // len(source.places) for source in sources for place in source.places
-    )
-    stand_ins = of_type * (2 * L * T * D + (latents + written) * D)
+def plan(
+    model: ModelShape, dictionaries: Sequence[DictionaryConfig], num_tokens: int, dtype: str, cfg: TraceSchema
+) -> Plan:
+    """The memory for a prompt of `num_tokens`, with weights, recording and rows of `dtype`."""
+    number = BYTES[dtype]
+    L, H, E, D, T = model.layers, model.heads, model.head_width, model.width, num_tokens
+    latents = sum(map(_firing, dictionaries)) * T
     kept = min(latents, cfg.max_features)
-    rows, others = kept + cfg.logits.most, (2 * L + 1) * T
-    # All columns while rows are made, and beside them the rows in order, of the columns that are kept.
-    matrix, final = of_type * rows * (latents + others), of_type * rows * (kept + others)
-    batch = min(cfg.batch, rows)
-    sweep = of_type * batch * (latents + others + T * 5 * (D + H * E))  # what lies in memory at once, as measured
-    masks = 2 * rows * (kept + others)
+    R, B = kept + cfg.logits.most, min(cfg.batch, kept + cfg.logits.most)
+    others = (2 * L + 1) * T + L + 1
+    S, final_S = latents + others, kept + others
 
-    base = weights + recorded + stand_ins
+    weights = number * model.parameters
+    patterns, sites = number * L * H * T * T, number * (3 * L + 2) * T * D
+    forward = max(2 * FLOAT32 * H * T * T, 3 * number * T * model.mlp_width) + 4 * number * T * D
+    recorded = weights + patterns + sites
+    encoding = max(map(partial(_encoding, num_tokens=T), dictionaries), default=0)
+    errors = number * L * T * D
+    facts = (2 * number + 3 * DOUBLE) * latents  # what is known of each latent beside its rows
+    held = recorded + errors + facts
+
+    sweep = number * (B * S + T * B * (model.states * D + 4 * E))
+    matrix, final = number * R * S, number * R * final_S
+    in_double = ROWS_AT_A_TIME * S * (2 * number + 3 * DOUBLE)  # the rows taken, their absolute values, their shares
+    again = patterns + sites  # an intervention records too
     return Plan(
         {
             "model": weights,
-            "dictionaries": base + one_dictionary,
-            "rows": base + matrix + max(final, sweep),
-            "ablations": base + final + masks + recorded + one_dictionary,
+            "recording": recorded + forward,
+            "dictionaries": held + encoding,
+            "rows": held + matrix + max(final, sweep, in_double),
+            "scores": held + 2 * final + in_double,
+            "ablations": held + final + final // number + again + max(forward, encoding),
         },
         latents,
-        any(one.activation != "topk" for one in configs),
+        any(one.activation != "topk" for one in dictionaries),
     )
+
+
+def _encoding(config: DictionaryConfig, num_tokens: int) -> int:
+    """What encoding takes: the encoders of a dictionary, one of them in bfloat16 too, and tiles of pre-activations."""
+    numbers = config.d_latent * config.widths.d_in // config.num_groups  # of all groups, each reads its own site
+    tile = min(ENCODED_AT_ONCE, num_tokens * config.d_latent // config.num_groups)
+    return FLOAT32 * numbers + 2 * numbers // config.num_groups + TILES * FLOAT32 * tile
 
 
 def _firing(config: DictionaryConfig) -> int:
@@ -91,10 +136,3 @@ def _firing(config: DictionaryConfig) -> int:
         return L0_GUESS * config.num_groups
     is_each = getattr(config, "k_scope", "all") == "layer"
     return config.k * (config.num_groups if is_each else 1)
-
-
-def _parameters(file: Path) -> int:
-    """Numbers in a safetensors file, from its header."""
-    with file.open("rb") as stream:
-        header: dict[str, Any] = json.loads(stream.read(struct.unpack("<Q", stream.read(8))[0]))
-    return sum(math.prod(one["shape"]) for name, one in header.items() if name != "__metadata__")

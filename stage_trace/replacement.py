@@ -10,12 +10,14 @@ it reads the stream:
 
     f_i = e_i . x_l[p] + c_i
 
-Only the rows of active latents are read from a dictionary's file, never all of W_dec.
-Shapes: N active latents, T positions, D width of the stream, L layers.
+Encoder and decoder rows of active latents are not held: whoever needs them reads them, position by position, from the
+dictionary's file or from a dictionary in memory. Shapes: N active latents, n of a position or of a batch, T positions,
+D width of the stream, L layers.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -62,9 +64,36 @@ def places_of(config: DictionaryConfig, name: str) -> tuple[Place, ...]:
     )
 
 
+class GroupRows(Protocol):
+    """Rows of one group of a dictionary, in its own units and type."""
+
+    def encoder(self, latents: Tensor) -> Tensor:
+        """Rows [n, D] of W_enc."""
+        ...
+
+    def decoder(self, latents: Tensor, columns: slice) -> Tensor:
+        """Some columns of rows of W_dec, [n, width]."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class HeldRows:
+    """Of a group in memory."""
+
+    group: LatentGroup
+
+    def encoder(self, latents: Tensor) -> Tensor:
+        """From the parameter."""
+        return self.group.W_enc[latents]
+
+    def decoder(self, latents: Tensor, columns: slice) -> Tensor:
+        """From the parameters, which may be tied."""
+        return self.group.decoder_rows(latents)[:, columns]
+
+
 @dataclass(frozen=True, slots=True)
 class LayerLatents:
-    """The active latents that read at one layer, sorted by position and latent, in raw units."""
+    """The active latents that read at one layer, sorted by position and latent; rows and values in raw units."""
 
     read: HookPoint
     layers: tuple[int, ...]
@@ -74,14 +103,23 @@ class LayerLatents:
     value_N: Tensor
     constant_N: Tensor
     """What a value holds beside what it reads: ``value = encoder . x + constant``."""
-    encoder_ND: Tensor
-    decoder_ND: Tensor
-    """[N, D times number of `layers`]."""
+    rows: GroupRows
+    input_scale_D: Tensor
+    output_scale: Tensor
+    """[D times number of `layers`]."""
+    gain_N: Tensor | None
+    """A factor of each encoder row, of a gated dictionary."""
 
-    def decoder(self, layer: int) -> Tensor:
-        """Rows [N, D] for the MLP of `layer`, one of `layers`."""
-        D, at = self.encoder_ND.shape[1], self.layers.index(layer)
-        return self.decoder_ND[:, at * D : (at + 1) * D]
+    def encoder(self, some: Tensor | slice) -> Tensor:
+        """Encoder rows [n, D] of `some` of them."""
+        rows_nD = self.rows.encoder(self.latent_N[some]).to(self.input_scale_D) * self.input_scale_D
+        return rows_nD if self.gain_N is None else rows_nD * self.gain_N[some, None]
+
+    def decoder(self, layer: int, some: Tensor | slice) -> Tensor:
+        """Decoder rows [n, D] of `some` of them for the MLP of `layer`, one of `layers`."""
+        D, at = len(self.input_scale_D), self.layers.index(layer)
+        columns = slice(at * D, (at + 1) * D)
+        return self.rows.decoder(self.latent_N[some], columns).to(self.output_scale) / self.output_scale[columns]
 
     def by_position(self) -> Iterator[tuple[int, slice]]:
         """Every position with latents, and where they lie."""
@@ -103,8 +141,8 @@ class LayerStandIn:
     """W_skip [D, D] in raw units, from what `latents` reads."""
     error_TD: Tensor
     """0 at fixed positions."""
-    rest_TD: Tensor
-    """What the MLP adds beside the skip; 0 at free positions."""
+    rest_PD: Tensor
+    """What the MLP adds beside the skip at each of the fixed positions."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,14 +187,14 @@ def check_places(places: Sequence[tuple[str, Place]], num_layers: int) -> None:
 
 @torch.no_grad()
 def read_parts(
-    dictionary: Dictionary, places: Sequence[Place], recording: Recording, fixed_T: Tensor
+    dictionary: Dictionary, rows: Sequence[GroupRows], places: Sequence[Place], recording: Recording, fixed_T: Tensor
 ) -> dict[int, Part]:
-    """What `dictionary` gives to each layer that it reads; computed in the type of the recording."""
+    """What `dictionary`, with the `rows` of its groups, gives to each layer that it reads; in the recording's type."""
     found = {}
     for number, place in enumerate(places):
         x_TD = recording.sites[place.read]
         layer = place.layers[0]
-        latents = active(dictionary, number, place, x_TD, fixed_T)
+        latents = active(dictionary, rows[number], number, place, x_TD, fixed_T)
         folded = Folded.of(dictionary, number, x_TD)
         D = x_TD.shape[1]
         own = dictionary.places[number][1]
@@ -177,23 +215,36 @@ def stand_in(parts: Mapping[int, Part], layer: int, recording: Recording, fixed_
     rest_TD = output_TD
     if part.skip is not None:
         rest_TD = output_TD - recording.sites[part.latents.read] @ part.skip.T
-    made_TD = part.bias_D.expand_as(output_TD).clone()
+    error_TD = rest_TD - part.bias_D
     for source in parts.values():
         if layer in source.latents.layers:
-            scaled_ND = source.latents.value_N[:, None] * source.latents.decoder(layer)
-            made_TD.index_add_(0, source.latents.position_N, scaled_ND)
-    error_TD = (rest_TD - made_TD).masked_fill(fixed_T[:, None], 0)
-    return LayerStandIn(part.latents, part.bias_D, part.skip, error_TD, rest_TD.masked_fill(~fixed_T[:, None], 0))
+            for position, some in source.latents.by_position():
+                error_TD[position] -= source.latents.value_N[some] @ source.latents.decoder(layer, some)
+    error_TD[fixed_T] = 0
+    return LayerStandIn(part.latents, part.bias_D, part.skip, error_TD, rest_TD[fixed_T])
+
+
+class _NoRows:
+    """Of a layer without a dictionary."""
+
+    def encoder(self, latents: Tensor) -> Tensor:
+        raise IndexError(f"there is no latent {latents.tolist()}")
+
+    def decoder(self, latents: Tensor, columns: slice) -> Tensor:
+        raise IndexError(f"there is no latent {latents.tolist()}")
 
 
 def _nothing(layer: int, output_TD: Tensor) -> Part:
     D = output_TD.shape[1]
-    none, rows = output_TD.new_zeros(0, dtype=torch.int64), output_TD.new_zeros(0, D)
-    latents = LayerLatents(HookPoint(layer, "mlp_in"), (layer,), none, none, rows.sum(1), rows.sum(1), rows, rows)
+    none, ones = output_TD.new_zeros(0, dtype=torch.int64), output_TD.new_ones(D)
+    empty = output_TD.new_zeros(0)
+    latents = LayerLatents(HookPoint(layer, "mlp_in"), (layer,), none, none, empty, empty, _NoRows(), ones, ones, None)
     return Part(latents, output_TD.new_zeros(D), None)
 
 
-def active(dictionary: Dictionary, number: int, place: Place, x_TD: Tensor, fixed_T: Tensor) -> LayerLatents:
+def active(
+    dictionary: Dictionary, rows: GroupRows, number: int, place: Place, x_TD: Tensor, fixed_T: Tensor
+) -> LayerLatents:
     """Which latents of a group fire, by the group itself; their values from the folded rows, in the type of x."""
     group: LatentGroup = dictionary.groups[number]
     folded = Folded.of(dictionary, number, x_TD)
@@ -205,15 +256,20 @@ def active(dictionary: Dictionary, number: int, place: Place, x_TD: Tensor, fixe
     order = torch.argsort(position_N * group.num_latents + latent_N)
     position_N, latent_N = position_N[order], latent_N[order]
 
-    encoder_ND = group.W_enc[latent_N].to(x_TD) * folded.input_scale
-    bias_N = group.b_enc[latent_N].to(x_TD)
+    constant_N, gain_N = group.b_enc[latent_N].to(x_TD), None
     if isinstance(group.activation, Gated):
         gain_N = torch.exp(group.activation.r_mag[latent_N].to(x_TD))
-        encoder_ND, bias_N = encoder_ND * gain_N[:, None], group.activation.b_mag[latent_N].to(x_TD)
-    constant_N = bias_N - encoder_ND @ folded.input_mean
-    value_N = (encoder_ND * x_TD[position_N]).sum(1) + constant_N
-    decoder_ND = group.W_dec[latent_N].to(x_TD) / folded.output_scale
-    return LayerLatents(place.read, place.layers, position_N, latent_N, value_N, constant_N, encoder_ND, decoder_ND)
+        constant_N = group.activation.b_mag[latent_N].to(x_TD)
+    constant_N, value_N = constant_N.clone(), torch.empty_like(constant_N)
+    found = LayerLatents(
+        place.read, place.layers, position_N, latent_N, value_N, constant_N,
+        rows, folded.input_scale, folded.output_scale, gain_N,
+    )  # fmt: skip
+    for position, some in found.by_position():
+        encoder_nD = found.encoder(some)
+        constant_N[some] -= encoder_nD @ folded.input_mean
+        value_N[some] = (encoder_nD * x_TD[position]).sum(1) + constant_N[some]
+    return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,4 +289,5 @@ class Folded:
         mean, scale = dictionary.input_mean.to(like), per_column(dictionary.input_scale.to(like), widths.reads)
         if dictionary.config.normalisation == "none":
             mean, scale = torch.zeros_like(mean), torch.ones_like(scale)
-        return cls(mean[reads], scale.expand(widths.d_in)[reads], output_scale)
+        # Copies: a view of one small tensor would keep all of a mapped file in memory.
+        return cls(mean[reads].clone(), scale.expand(widths.d_in)[reads].clone(), output_scale.clone())

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from stage_trace.influence import ROWS_AT_A_TIME, Wiring, influence
 from stage_trace.leaves import Columns
-from stage_trace.targets import Targets
+from stage_trace.targets import Features, Targets
 
 UPDATE_BATCHES = 4
 """Batches of features between two estimates of which matter most."""
@@ -31,7 +31,7 @@ class Matrix:
 
 def build_matrix(
     engine: Engine,
-    features: Targets,
+    features: Features,
     logits: Targets,
     probabilities: Tensor,
     columns: Columns,
@@ -53,13 +53,13 @@ def build_matrix(
     chosen = torch.zeros(total, dtype=torch.bool)
     while len(order) < most:
         if most == total:
-            pending = torch.argsort(features.position_B.cpu(), stable=True)  # short sweeps first
+            pending = torch.argsort(features.position_N.cpu(), stable=True)  # short sweeps first
         else:
             known = _known(rows_RS[: n + len(order)], torch.tensor(order, dtype=torch.int64), features, probabilities)
             ranked = torch.argsort(known, descending=True)
             pending = ranked[~chosen[ranked]][: min(UPDATE_BATCHES * batch, most - len(order))]
         for some in torch.split(pending, batch):
-            targets = features[some.to(features.layer_B.device)]
+            targets = features[some.to(features.layer_N.device)]
             rows_BS = engine(targets).cpu()
             worst = max(worst, gap(rows_BS, targets.goal_B))
             rows_RS[n + len(order) : n + len(order) + len(some)] = rows_BS
@@ -77,11 +77,14 @@ def build_matrix(
 
 def gap(rows_BS: Tensor, goal_B: Tensor) -> float:
     """Worst difference of a row's sum, relative to the larger of its goal and its largest entry; 0 without rows."""
-    if not len(rows_BS):
-        return 0.0
-    wide_BS, goal_B = rows_BS.double(), goal_B.double().to(rows_BS.device)
-    scale_B = torch.maximum(goal_B.abs(), wide_BS.abs().max(1).values).clamp_min(1e-30)
-    return float(((wide_BS.sum(1) - goal_B).abs() / scale_B).max())
+    worst = 0.0
+    for start in range(0, len(rows_BS), ROWS_AT_A_TIME):
+        some = slice(start, start + ROWS_AT_A_TIME)
+        wide_BS, wide_B = rows_BS[some].double(), goal_B[some].to(rows_BS.device).double()
+        scale_B = torch.maximum(wide_B.abs(), wide_BS.abs().amax(1)).clamp_min(1e-30)
+        gap_B = (wide_BS.sum(1) - wide_B).abs() / scale_B
+        worst = max(worst, float(gap_B.nan_to_num(nan=torch.inf).max()))
+    return worst
 
 
 def wiring(row_layers: Tensor, row_columns: Tensor, probabilities: Tensor, columns: Columns) -> Wiring:
@@ -97,10 +100,10 @@ def wiring(row_layers: Tensor, row_columns: Tensor, probabilities: Tensor, colum
     )
 
 
-def _known(rows_RS: Tensor, numbers: Tensor, features: Targets, probabilities: Tensor) -> Tensor:
+def _known(rows_RS: Tensor, numbers: Tensor, features: Features, probabilities: Tensor) -> Tensor:
     """Influence of every feature over the rows that are there: those of the logits, then of the features `numbers`."""
     n = len(probabilities)
-    layers = features.layer_B.cpu()
+    layers = features.layer_N.cpu()
     known = Wiring(
         torch.cat([torch.full((n,), int(layers.max()) + 1), layers[numbers]]),
         torch.cat([torch.full((n,), -1), numbers]),
@@ -111,11 +114,11 @@ def _known(rows_RS: Tensor, numbers: Tensor, features: Targets, probabilities: T
 
 
 def _fold(
-    rows_RS: Tensor, in_order: Tensor, features: Targets, chosen: Tensor, columns: Columns
+    rows_RS: Tensor, in_order: Tensor, features: Features, chosen: Tensor, columns: Columns
 ) -> tuple[Tensor, Columns]:
     """The rows in order, columns of features that are left out added to the error of their layer and position."""
     out, numbers = torch.nonzero(~chosen).flatten(), torch.nonzero(chosen).flatten()
-    layer, position = features.layer_B.cpu()[out], features.position_B.cpu()[out]
+    layer, position = features.layer_N.cpu()[out], features.position_N.cpu()[out]
     kept = torch.cat([numbers, torch.arange(columns.num_features, columns.total)])
     fewer = Columns(len(numbers), columns.num_layers, columns.num_positions, columns.fixed)
     into = fewer.errors.start + layer * columns.num_positions + position

@@ -1,7 +1,8 @@
 """One prompt, recorded once: what its rows, its nodes and its interventions are computed from."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,9 +12,16 @@ from shared.basics.errors import GranaryError
 from shared.lm.frozen import Recording, run
 from shared.lm.hookpoint import HookPoint
 from shared.lm.linear_parts import LinearParts, linear_parts
+from shared.sae.config import DictionaryConfig
 from shared.sae.variants import Dictionary
 from stage_trace.leaves import Columns
-from stage_trace.replacement import Part, Place, Replacement, check_places, read_parts, stand_in
+from stage_trace.nodes import Node
+from stage_trace.replacement import GroupRows, HeldRows, Part, Place, Replacement, check_places, read_parts, stand_in
+
+
+def held_rows(dictionary: Dictionary) -> list[GroupRows]:
+    """Rows of a dictionary that stays in memory."""
+    return [HeldRows(group) for group in dictionary.groups]
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +31,12 @@ class Source:
     name: str
     places: tuple[Place, ...]
     open: Callable[[], Dictionary]
+    rows: Callable[[Dictionary], Sequence[GroupRows]] = held_rows
+    """Of each group of the dictionary that was opened: from its file, or from its parameters."""
+    config: DictionaryConfig | None = None
+    """Of a dictionary that is not in memory."""
+    model: Mapping[str, Any] = field(default_factory=dict, compare=False)
+    """What it records of the language model that it was taught."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +56,19 @@ class Session:
         """Of all active features."""
         return Columns.of(self.replacement)
 
+    def numbers(self, nodes: Iterable[Node]) -> Tensor:
+        """Which of all active features these nodes are, int64."""
+        wanted = [(node.layer, node.position, node.number) for node in nodes]
+        found: dict[tuple[int, int, int], int] = {}
+        start = 0
+        for layer, one in enumerate(self.replacement.layers):
+            latents = one.latents
+            if any(which == layer for which, _, _ in wanted):
+                pairs = zip(latents.position_N.tolist(), latents.latent_N.tolist(), strict=True)
+                found |= {(layer, *pair): start + number for number, pair in enumerate(pairs)}
+            start += len(latents.value_N)
+        return torch.tensor([found[key] for key in wanted], dtype=torch.int64, device=self.tokens_T.device)
+
 
 @torch.no_grad()
 def record(model: PreTrainedModel, sources: Sequence[Source], tokens_T: Tensor, fixed_T: Tensor) -> Session:
@@ -60,7 +87,9 @@ def record(model: PreTrainedModel, sources: Sequence[Source], tokens_T: Tensor, 
     found: dict[int, Part] = {}
     by_layer: dict[int, tuple[Source, int]] = {}
     for source in sources:
-        found |= read_parts(source.open(), source.places, recording, fixed_T)
+        dictionary = source.open()
+        found |= read_parts(dictionary, source.rows(dictionary), source.places, recording, fixed_T)
+        del dictionary  # before the next one is opened
         by_layer |= {place.layers[0]: (source, number) for number, place in enumerate(source.places)}
     layers = [stand_in(found, layer, recording, fixed_T) for layer in range(depth)]
     return Session(model, parts, tokens_T, recording, Replacement(layers, fixed_T), by_layer)

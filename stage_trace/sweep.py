@@ -1,10 +1,12 @@
 """The reverse sweep: gradients of many targets at once, layer by layer from the top, without a tape.
 
 It needs the frozen patterns and norm factors of a recording and the weights of one layer at a time. Within a layer the
-order is: score the MLP's output with the gradient that arrives; the skip; targets that read here; attention.
+order is: score the MLP's output with the gradient that arrives; the skip; targets that read here; attention, head by
+head. Positions come first in every tensor, so that what a pattern does is one product over all targets.
 Shapes: B targets, T positions up to the last target's, D = d_model, H heads, K key/value heads, E head dimension.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -12,10 +14,13 @@ from torch import Tensor
 
 from shared.lm.frozen import Recording
 from shared.lm.hookpoint import HookPoint
-from shared.lm.linear_parts import LinearLayer, LinearParts
+from shared.lm.linear_parts import LinearLayer, LinearParts, Norm
 from stage_trace.leaves import Columns, Rows
-from stage_trace.replacement import Replacement
+from stage_trace.replacement import LayerStandIn, Replacement
 from stage_trace.targets import Targets
+
+SeeHead = Callable[[int, int, Tensor], None]
+"""Of a layer and a head: the gradient of its values [T, B, E]."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,80 +34,115 @@ class Swept:
 
 @torch.no_grad()
 def sweep(
-    parts: LinearParts, recording: Recording, replacement: Replacement, columns: Columns, targets: Targets
+    parts: LinearParts,
+    recording: Recording,
+    replacement: Replacement,
+    columns: Columns,
+    targets: Targets,
+    see_head: SeeHead | None = None,
 ) -> Swept:
-    """The rows of `targets`; the recording must hold ``attn_in`` of every layer."""
+    """The rows of `targets`; the recording must hold ``attn_in`` of every layer. `see_head` is shown every head."""
     B, T = len(targets), int(targets.position_B.max()) + 1
-    vector_BD = targets.vector_BD
-    rows = Rows(replacement, columns, B, vector_BD)
+    rows = Rows(replacement, columns, B, targets.vector_BD)
     depth = len(parts.layers)
-    bias_BL = vector_BD.new_zeros(B, depth + 1)
-    heads = []
+    bias_BL = targets.vector_BD.new_zeros(B, depth + 1)
+    heads_BLH = targets.vector_BD.new_zeros(B, depth, len(parts.layers[0].heads.W_O_HDE))
 
-    g_BTD = _injected(targets, targets.layer_B == depth, T)
-    final = parts.final_norm
-    if final.bias_D is not None:
-        bias_BL[:, depth] = torch.einsum("btd,d->b", g_BTD, final.bias_D.to(g_BTD))
-    g_BTD = final.pull_back(g_BTD, recording.scales[depth, "final"][:T])
+    g_TBD = targets.vector_BD.new_zeros(T, B, targets.vector_BD.shape[1])
+    last = torch.nonzero(targets.layer_B == depth).flatten()
+    if parts.final_norm.bias_D is not None:
+        bias_BL[last, depth] = targets.vector_BD[last] @ parts.final_norm.bias_D.to(g_TBD)
+    _inject(g_TBD, targets, last, parts.final_norm, recording.scales[depth, "final"])
     for layer in reversed(range(depth)):
         part, stand_in = parts.layers[layer], replacement.layers[layer]
-        rows.at_mlp(layer, g_BTD)
-        read = stand_in.latents.read.site
-        read_BTD = _injected(targets, targets.layer_B == layer, T)
-        if stand_in.skip is not None:
-            read_BTD += g_BTD @ stand_in.skip
-        before_BTD = g_BTD
-        if read == "mlp_in":
-            norm = part.mlp_norm
-            if norm.bias_D is not None:
-                bias_BL[:, layer] += torch.einsum("btd,d->b", read_BTD, norm.bias_D.to(g_BTD))
-            read_BTD = norm.pull_back(read_BTD, recording.scales[layer, "mlp"][:T])
+        rows.at_mlp(layer, g_TBD)
         # Where the branches are parallel, what the MLP reads comes before attention; so does resid_pre.
-        is_before = part.is_parallel or read == "resid_pre"
-        if not is_before:
-            before_BTD = g_BTD + read_BTD
-        attended_BTD, bias_B, heads_BH = _through_attention(part, recording, layer, before_BTD)
-        bias_BL[:, layer] += bias_B
-        heads.append(heads_BH)
-        g_BTD = before_BTD + attended_BTD
+        is_before = part.is_parallel or stand_in.latents.read.site == "resid_pre"
+        attended_TBD = None
         if is_before:
-            g_BTD = g_BTD + read_BTD
+            attended_TBD, bias_B = _through_attention(part, recording, layer, g_TBD, heads_BLH[:, layer], see_head)
+            bias_BL[:, layer] += bias_B
+        bias_BL[:, layer] += _to_what_the_mlp_reads(g_TBD, part, stand_in, recording, layer, targets)
+        if attended_TBD is None:
+            attended_TBD, bias_B = _through_attention(part, recording, layer, g_TBD, heads_BLH[:, layer], see_head)
+            bias_BL[:, layer] += bias_B
+        g_TBD += attended_TBD
+        del attended_TBD
     rows.at_biases(bias_BL)
-    rows.at_tokens(g_BTD, recording.sites[HookPoint(0, "resid_pre")])
-    return Swept(rows.values_BS, torch.stack(heads[::-1], 1))
+    rows.at_tokens(g_TBD, recording.sites[HookPoint(0, "resid_pre")])
+    return Swept(rows.values_BS, heads_BLH)
 
 
-def _injected(targets: Targets, chosen_B: Tensor, T: int) -> Tensor:
-    """[B, T, D]: each chosen target's vector at its position."""
-    g_BTD = targets.vector_BD.new_zeros(len(targets), T, targets.vector_BD.shape[1])
-    chosen = torch.nonzero(chosen_B).flatten()
-    g_BTD[chosen, targets.position_B[chosen]] = targets.vector_BD[chosen]
-    return g_BTD
+def _to_what_the_mlp_reads(
+    g_TBD: Tensor, part: LinearLayer, stand_in: LayerStandIn, recording: Recording, layer: int, targets: Targets
+) -> Tensor:
+    """Add to `g_TBD` what reaches the stream by the skip, and the targets that read here; what a norm's bias gives."""
+    norm, scale_T1 = None, None
+    if stand_in.latents.read.site == "mlp_in":
+        norm, scale_T1 = part.mlp_norm, recording.scales[layer, "mlp"]
+    here = torch.nonzero(targets.layer_B == layer).flatten()
+    bias_B = g_TBD.new_zeros(len(targets))
+    read_TBD = None if stand_in.skip is None else g_TBD @ stand_in.skip
+    if norm is not None and norm.bias_D is not None:
+        bias_B[here] += targets.vector_BD[here] @ norm.bias_D.to(g_TBD)
+        if read_TBD is not None:
+            bias_B += read_TBD.sum(0) @ norm.bias_D.to(g_TBD)
+    if read_TBD is not None:
+        g_TBD += read_TBD if norm is None else _pull_back_(norm, read_TBD, scale_T1)
+    _inject(g_TBD, targets, here, norm, scale_T1)
+    return bias_B
+
+
+def _inject(g_TBD: Tensor, targets: Targets, chosen: Tensor, norm: Norm | None, scale_T1: Tensor | None) -> None:
+    """Add each chosen target's vector at its position, through the norm that it reads behind."""
+    vector_BD, position_B = targets.vector_BD[chosen], targets.position_B[chosen]
+    if norm is not None and scale_T1 is not None:
+        vector_BD = norm.pull_back(vector_BD, scale_T1[position_B])
+    g_TBD[position_B, chosen] += vector_BD
+
+
+def _pull_back_(norm: Norm, g_TBD: Tensor, scale_T1: Tensor | None) -> Tensor:
+    """``norm.pull_back`` in place."""
+    assert scale_T1 is not None
+    g_TBD.mul_(norm.weight_D.to(g_TBD)).mul_(scale_T1[: len(g_TBD), :, None].to(g_TBD))
+    if norm.is_centred:
+        g_TBD.sub_(g_TBD.mean(-1, keepdim=True))
+    return g_TBD
 
 
 def _through_attention(
-    part: LinearLayer, recording: Recording, layer: int, g_BTD: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradient at the layer's input by way of attention, what its biases give [B], and what each head gives [B, H]."""
-    T, heads = g_BTD.shape[1], part.heads
+    part: LinearLayer, recording: Recording, layer: int, g_TBD: Tensor, heads_BH: Tensor, see_head: SeeHead | None
+) -> tuple[Tensor, Tensor]:
+    """Gradient at the layer's input by way of attention, and what its biases give [B]; `heads_BH` is filled."""
+    T, B, D = g_TBD.shape
+    heads, norm = part.heads, part.attention_norm
     if part.output_norm is not None:
-        g_BTD = part.output_norm.pull_back(g_BTD, recording.scales[layer, "output"][:T])
-    W_V_KED, W_O_HDE = heads.W_V_KED.to(g_BTD), heads.W_O_HDE.to(g_BTD)
-    pattern_HTT = recording.patterns[layer][:, :T, :T].to(g_BTD)
-    mixed_BHTE = torch.einsum("btd,hde->bhte", g_BTD, W_O_HDE)
-    values_BHTE = torch.einsum("hts,bhte->bhse", pattern_HTT, mixed_BHTE)  # @ would copy the pattern for every target
-    values_BKTE = values_BHTE.reshape(len(g_BTD), -1, heads.per_group, *values_BHTE.shape[2:]).sum(2)
-    inputs_BTD = torch.einsum("bkte,ked->btd", values_BKTE, W_V_KED)
-
-    norm = part.attention_norm
-    bias_B = g_BTD.new_zeros(len(g_BTD))
-    value_KTE = torch.einsum("td,ked->kte", recording.sites[HookPoint(layer, "attn_in")][:T].to(g_BTD), W_V_KED)
-    if heads.b_V_KE is not None:
-        bias_B += torch.einsum("bkte,ke->b", values_BKTE, heads.b_V_KE.to(g_BTD))
-        value_KTE = value_KTE + heads.b_V_KE.to(g_BTD)[:, None]
+        g_TBD = _pull_back_(part.output_norm, g_TBD.clone(), recording.scales[layer, "output"])
+    bias_B = g_TBD.new_zeros(B)
     if heads.b_O_D is not None:
-        bias_B += torch.einsum("btd,d->b", g_BTD, heads.b_O_D.to(g_BTD))
+        bias_B += g_TBD.sum(0) @ heads.b_O_D.to(g_TBD)
+    input_TD = recording.sites[HookPoint(layer, "attn_in")][:T].to(g_TBD)
+    flat_ND, attended_ND = g_TBD.view(T * B, D), g_TBD.new_zeros(T * B, D)
+    for key, W_V_ED in enumerate(heads.W_V_KED.to(g_TBD)):
+        value_TE = input_TD @ W_V_ED.T
+        if heads.b_V_KE is not None:
+            value_TE = value_TE + heads.b_V_KE[key].to(g_TBD)
+        summed_NE = None
+        for head in range(key * heads.per_group, (key + 1) * heads.per_group):
+            mixed_NE = flat_ND @ heads.W_O_HDE[head].to(g_TBD)
+            pattern_TT = recording.patterns[layer][head, :T, :T].to(g_TBD)
+            values_TBE = (pattern_TT.T @ mixed_NE.view(T, -1)).view(T, B, -1)
+            del mixed_NE
+            heads_BH[:, head] = torch.einsum("tbe,te->b", values_TBE, value_TE)
+            if see_head is not None:
+                see_head(layer, head, values_TBE)
+            values_NE = values_TBE.view(T * B, -1)
+            summed_NE = values_NE if summed_NE is None else summed_NE.add_(values_NE)
+        assert summed_NE is not None
+        if heads.b_V_KE is not None:
+            bias_B += summed_NE.view(T, B, -1).sum(0) @ heads.b_V_KE[key].to(g_TBD)
+        attended_ND.addmm_(summed_NE, W_V_ED)
+    attended_TBD = attended_ND.view(T, B, D)
     if norm.bias_D is not None:
-        bias_B += torch.einsum("btd,d->b", inputs_BTD, norm.bias_D.to(g_BTD))
-    heads_BH = torch.einsum("bhte,hte->bh", values_BHTE, value_KTE.repeat_interleave(heads.per_group, 0))
-    return norm.pull_back(inputs_BTD, recording.scales[layer, "attention"][:T]), bias_B, heads_BH
+        bias_B += attended_TBD.sum(0) @ norm.bias_D.to(g_TBD)
+    return _pull_back_(norm, attended_TBD, recording.scales[layer, "attention"]), bias_B

@@ -26,19 +26,41 @@ class Targets:
     def __len__(self) -> int:
         return len(self.layer_B)
 
-    def __getitem__(self, rows: Tensor | slice) -> "Targets":
-        return Targets(self.layer_B[rows], self.position_B[rows], self.vector_BD[rows], self.goal_B[rows])
 
+@dataclass(frozen=True, slots=True)
+class Features:
+    """Every active latent as a target, in the order of the columns; vectors are read for those that are chosen."""
 
-def feature_targets(replacement: Replacement) -> Targets:
-    """Every active latent, in the order of the columns."""
-    latents = [layer.latents for layer in replacement.layers]
-    return Targets(
-        torch.cat([torch.full_like(one.position_N, layer) for layer, one in enumerate(latents)]),
-        torch.cat([one.position_N for one in latents]),
-        torch.cat([one.encoder_ND for one in latents]),
-        torch.cat([one.value_N - one.constant_N for one in latents]),
-    )
+    replacement: Replacement
+    layer_N: Tensor
+    position_N: Tensor
+    goal_N: Tensor
+
+    @classmethod
+    def of(cls, replacement: Replacement) -> "Features":
+        """Of one prompt."""
+        latents = [layer.latents for layer in replacement.layers]
+        return cls(
+            replacement,
+            torch.cat([torch.full_like(one.position_N, layer) for layer, one in enumerate(latents)]),
+            torch.cat([one.position_N for one in latents]),
+            torch.cat([one.value_N - one.constant_N for one in latents]),
+        )
+
+    def __len__(self) -> int:
+        return len(self.layer_N)
+
+    def __getitem__(self, some: Tensor) -> Targets:
+        """Those numbered `some`, int64 [B]."""
+        layer_B, start = self.layer_N[some], 0
+        D = len(self.replacement.layers[0].bias_D)
+        vector_BD = self.goal_N.new_zeros(len(some), D)
+        for layer, stand_in in enumerate(self.replacement.layers):
+            here = torch.nonzero(layer_B == layer).flatten()
+            if len(here):
+                vector_BD[here] = stand_in.latents.encoder(some[here] - start)
+            start += len(stand_in.latents.value_N)
+        return Targets(layer_B, self.position_N[some], vector_BD, self.goal_N[some])
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,7 +23,7 @@ from stage_trace.rows import build_matrix, wiring
 from stage_trace.session import Session, Source, record
 from stage_trace.sources import find_sources, need_any, of_dictionary
 from stage_trace.sweep import sweep
-from stage_trace.targets import Logits, Targets, feature_targets, logit_targets
+from stage_trace.targets import Features, Logits, Targets, logit_targets
 
 log = logging.getLogger(__name__)
 
@@ -106,7 +106,7 @@ def of_session(
 ) -> AttributionGraph:
     """The graph of a recorded prompt."""
     logits = Logits.choose(session.recording.logits_V, settings.logit_mass, settings.max_logits, settings.targets)
-    features = feature_targets(session.replacement)
+    features = Features.of(session.replacement)
     matrix = build_matrix(
         partial(_engine, session, settings.engine),
         features,
@@ -126,7 +126,7 @@ def of_session(
     if kept:
         log.info("%d of %d features have no node: what they give is counted as error", kept, len(features))
     wires = wiring(
-        features.layer_B.cpu()[matrix.chosen], torch.arange(len(matrix.chosen)), logits.probabilities, matrix.columns
+        features.layer_N.cpu()[matrix.chosen], torch.arange(len(matrix.chosen)), logits.probabilities, matrix.columns
     )
     depth, T = matrix.columns.num_layers, len(prompt.ids)
     said = [

@@ -14,6 +14,8 @@ from stage_trace.nodes import Kind, Node
 from stage_trace.session import Session
 
 MOST = 8
+VOCABULARY_BLOCK = 8192
+"""Rows of the unembedding that are made float32 at a time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,15 +30,16 @@ class Words:
     def of(cls, session: Session, nodes: Sequence[Node]) -> "Words":
         """Of every feature among `nodes`, a layer at a time."""
         promotes, suppresses = {}, {}
-        norm, W_U_VD = session.parts.final_norm, session.parts.W_U_VD.float()
+        norm, W_U_VD = session.parts.final_norm, session.parts.W_U_VD
         for layer, stand_in in enumerate(session.replacement.layers):
             wanted = {node.number for node in nodes if node.kind is Kind.feature and node.layer == layer}
             latents = stand_in.latents
             rows = {latent: row for row, latent in enumerate(latents.latent_N.tolist()) if latent in wanted}
             if not rows:
                 continue
-            all_FTD = latents.decoder_ND[list(rows.values())].float().reshape(len(rows), len(latents.layers), -1)
-            decoder_FD = all_FTD.sum(1)  # on the direct path it makes no difference which MLP adds it
+            some = torch.tensor(list(rows.values()), device=latents.latent_N.device)
+            # On the direct path it makes no difference which MLP adds it.
+            decoder_FD = torch.stack([latents.decoder(target, some).float() for target in latents.layers]).sum(0)
             logits_FV = _direct(decoder_FD, norm.weight_D.float(), W_U_VD)
             for latent, high, low in zip(
                 rows,
@@ -49,4 +52,5 @@ class Words:
 
 
 def _direct(decoder_FD: Tensor, weight_D: Tensor, W_U_VD: Tensor) -> Tensor:
-    return (decoder_FD * weight_D) @ W_U_VD.T
+    read_FD = decoder_FD * weight_D
+    return torch.cat([read_FD @ some_VD.float().T for some_VD in torch.split(W_U_VD, VOCABULARY_BLOCK)], 1)

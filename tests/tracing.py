@@ -17,7 +17,7 @@ from shared.sae.variants.skip_transcoder import SkipTranscoder, SkipTranscoderCo
 from shared.sae.variants.transcoder import TranscoderConfig
 from stage_trace.leaves import Columns
 from stage_trace.replacement import Replacement, places_of
-from stage_trace.session import Source, record
+from stage_trace.session import Session, Source, record
 from tests.families import FAMILIES
 
 TRACED = tuple(FAMILIES)
@@ -65,14 +65,16 @@ def make_transcoder(
     return made.requires_grad_(False)
 
 
-def make_clt(layers: int, *, activation: str = "batchtopk", width: int = D, latents: int = 16) -> CLT:
+def make_clt(
+    layers: int, *, activation: str = "batchtopk", width: int = D, latents: int = 16, tying: str = "none"
+) -> CLT:
     """A random CLT of a model's first layers, `latents` in each."""
     names = range(layers)
     sites = Sites(tuple(f"layers.{n}.mlp_in" for n in names), tuple(f"layers.{n}.mlp_out" for n in names))
     each = (width,) * layers
     config = CLTConfig(
         read_widths=each, write_widths=each, d_latent=layers * latents, k=K if activation == "batchtopk" else None,
-        activation=activation, pre_bias=False, sites=sites,
+        activation=activation, pre_bias=False, tying=tying, sites=sites,
     )  # fmt: skip
     generator = torch.Generator().manual_seed(3)
     made = CLT(config, generator=generator)
@@ -91,6 +93,7 @@ def make_clt(layers: int, *, activation: str = "batchtopk", width: int = D, late
 class Traced:
     """A prompt as far as it needs to be for rows."""
 
+    session: Session
     model: PreTrainedModel
     parts: LinearParts
     tokens_T: Tensor
@@ -113,8 +116,9 @@ def of_dictionaries(model: PreTrainedModel, dictionaries: Sequence[Dictionary]) 
     sources = [Source("it", places_of(one.config, "it"), partial(_itself, one)) for one in dictionaries]
     session = record(model, sources, tokens_T, torch.arange(T) == 0)
     return Traced(
-        model, session.parts, tokens_T, session.recording, session.replacement, session.columns, list(dictionaries)
-    )
+        session, model, session.parts, tokens_T, session.recording, session.replacement, session.columns,
+        list(dictionaries),
+    )  # fmt: skip
 
 
 def _itself(dictionary: Dictionary) -> Dictionary:

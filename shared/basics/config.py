@@ -119,7 +119,7 @@ class StoreInput:
 
 @dataclass(kw_only=True)
 class ModelInput:
-    """The language model that was harvested; null takes what the store records."""
+    """The language model that was harvested; null takes what the store, or what was trained from it, records."""
 
     path: str | None = MISSING
     """Local folder in Hugging Face form, a hub id, or ``bundled``."""
@@ -127,10 +127,16 @@ class ModelInput:
     """Hub revision (branch, tag or commit)."""
     dtype: ModelDtype | None = MISSING
     """Precision of weights and arithmetic."""
-    attn_implementation: str = MISSING
-    """Attention kernel as transformers names it."""
     allow_other: bool = MISSING
     """Accept a model that differs from the harvested one, for example a fine-tuned version of it."""
+
+
+@dataclass(kw_only=True)
+class EvaluatedModel(ModelInput):
+    """One that runs as it is."""
+
+    attn_implementation: str = MISSING
+    """Attention kernel as transformers names it."""
 
 
 @dataclass(kw_only=True)

@@ -51,6 +51,16 @@ class Example:
         return [] if self.vocabulary is None else self.vocabulary.pieces(self.tokens)
 
     @property
+    def strings(self) -> list[str]:
+        """One string per token, empty where a character of the one before goes on; ids where there is no vocabulary."""
+        if self.vocabulary is None:
+            return [f"<token {token}> " for token in self.tokens]
+        found = [""] * len(self.tokens)
+        for piece in self.pieces:
+            found[piece.start] = piece.text
+        return found
+
+    @property
     def marked(self) -> str:
         """The text with the pieces above a third of the peak in ``<<`` and ``>>``; runs of them share one pair."""
         found, is_open = "", False

@@ -153,6 +153,13 @@ class Notes:
         rows = self._read("SELECT text FROM note WHERE latent = ?", (latent,))
         return str(rows[0][0]) if rows else ""
 
+    def name(self, latent: int) -> str | None:
+        """The first line of what a person noted on a latent, or its newest explanation; None where there is neither."""
+        if note := self.note(latent):
+            return note.split("\n")[0]
+        said = self.explanations(latent)
+        return said[-1].text if said else None
+
     def set_note(self, latent: int, text: str) -> None:
         """Write the note on a latent; an empty text removes it."""
         with self._writing() as db:

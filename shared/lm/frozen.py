@@ -63,13 +63,16 @@ def run(
 ) -> Recording:
     """One forward pass over `tokens_T`; records `sites` beside what it always records.
 
-    frozen      patterns and factors are taken from this recording; they are constants to autograd
+    frozen      patterns and factors are taken from this recording; they are constants to autograd. One without patterns
+                leaves attention free
     change_mlp  what an MLP adds is replaced by what this gives
     embed       what goes into the first layer is replaced by what this makes of it
     gates       [L + 1]: factors of the biases of each layer's norms and attention, and of the final norm's
     """
     with _hooked(model, parts, sites, frozen, change_mlp, embed, gates) as recording:
-        logits = model(input_ids=tokens_T[None], use_cache=False, frozen_pass=_Attend(recording, frozen)).logits
+        passed = _Attend(recording, frozen)
+        # The logits of the last position alone: of all they may be more than all else together.
+        logits = model(input_ids=tokens_T[None], use_cache=False, logits_to_keep=1, frozen_pass=passed).logits
         recording.logits_V = logits[0, -1]
     return recording
 
@@ -83,7 +86,8 @@ class _Attend:
 
     def pattern(self, layer: int, compute: Callable[[], Tensor]) -> Tensor:
         """The pattern [H, T, T] to use, which is recorded."""
-        pattern = compute() if self.frozen is None else self.frozen.patterns[layer]
+        held = [] if self.frozen is None else self.frozen.patterns
+        pattern = held[layer] if held else compute()
         self.recording.patterns.append(pattern.detach())
         return pattern.detach()
 
@@ -106,11 +110,11 @@ def frozen_attention(
     def compute() -> Tensor:
         keys_HTE = key_BKTE[0].repeat_interleave(groups, 0)
         factor = query_BHTE.shape[-1] ** -0.5 if scaling is None else scaling
-        scores_HTT = query_BHTE[0] @ keys_HTE.transpose(1, 2) * factor
+        scores_HTT = (query_BHTE[0] @ keys_HTE.transpose(1, 2)).mul_(factor)  # in place: T^2 is large
         if softcap is not None:
-            scores_HTT = torch.tanh(scores_HTT / softcap) * softcap
+            scores_HTT = scores_HTT.div_(softcap).tanh_().mul_(softcap)
         if attention_mask is not None:
-            scores_HTT = scores_HTT + attention_mask[0]
+            scores_HTT.add_(attention_mask[0])
         wide = torch.promote_types(scores_HTT.dtype, torch.float32)
         return torch.softmax(scores_HTT, -1, dtype=wide).to(value_BKTE.dtype)
 

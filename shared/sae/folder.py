@@ -26,7 +26,7 @@ from shared.basics.files import replacing
 from shared.basics.run_folder import CONFIG_FILE, WEIGHTS_FILE, RunFolder
 from shared.sae.config import DictionaryConfig
 from shared.sae.sites import Sites, SiteWidths
-from shared.sae.weights_file import Digests, digest_of, write_weights
+from shared.sae.weights_file import Digests, digests_in, write_weights
 
 FORMAT = "granary-sae"
 VERSION = 2
@@ -76,7 +76,7 @@ class Description:
     text: str
     """The JSON itself."""
     digests: Digests | None = None
-    """Of each tensor, as `shared.sae.weights_file.digest_of` gives it; None in folders from before there were any."""
+    """Of each tensor; None in folders from before there were any."""
 
     def config(self, kinds: Sequence[type[DictionaryConfig]]) -> DictionaryConfig:
         """The config, of one of `kinds`; raises GranaryError for another kind, and for fields that make no sense."""
@@ -263,10 +263,16 @@ def read_weights(
     except SafetensorError as error:
         raise GranaryError(f"{weights} is damaged ({error}); export the SAE again") from None
     if found.digests is not None and (weights.stat().st_size <= QUICK_BYTES if verify is None else verify):
-        wrong = [name for name, tensor in tensors.items() if digest_of(tensor) != found.digests.get(name)]
-        if wrong:
-            raise GranaryError(f"{weights} is damaged in {wrong[0]}; export the SAE again")
+        check_digests(weights, found.digests)
     return config, tensors
+
+
+def check_digests(weights: Path, digests: Digests) -> None:
+    """Raise GranaryError for a tensor of the file that is not what was saved; it is read in pieces, not mapped."""
+    with weights.open("rb") as file:
+        for name, digest in digests_in(file):
+            if digest != digests.get(name):
+                raise GranaryError(f"{weights} is damaged in {name}; export the SAE again")
 
 
 def load_provenance(folder: str | Path) -> dict[str, Any]:

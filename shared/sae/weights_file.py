@@ -27,7 +27,7 @@ MAX_HEADER_BYTES = 100_000_000
 NO_DIGEST = "0" * 64
 
 Digests = Mapping[str, str]
-"""SHA-256 by name of a tensor; see ``digest_of``."""
+"""By name of a tensor, the SHA-256, in hexadecimal, of its type, shape and bytes."""
 
 
 def write_weights(
@@ -64,25 +64,16 @@ def write_weights(
     return digests
 
 
-def digest_of(tensor: Tensor) -> str:
-    """SHA-256, in hexadecimal, of a tensor's type, shape and bytes."""
-    tensor = tensor.detach().cpu().contiguous()
-    digest = _begun(DTYPES[tensor.dtype], tensor.shape)
-    for piece in _pieces(tensor):
-        digest.update(piece)
-    return digest.hexdigest()
-
-
 def header_digest(file: BinaryIO) -> str:
     """SHA-256, in hexadecimal, of all before the tensors. Raises ValueError where a file holds no such thing."""
     file.seek(0)
-    return sha256(_read_header(file)).hexdigest()
+    return sha256(read_header(file)).hexdigest()
 
 
 def digests_in(file: BinaryIO) -> Iterator[tuple[str, str]]:
     """(name, digest) of each tensor of a file, read in pieces. Raises ValueError where a file holds no such thing."""
     file.seek(0)
-    header = json.loads(_read_header(file)[8:])
+    header = json.loads(read_header(file)[8:])
     first = file.tell()
     for name, entry in header.items():
         if name == "__metadata__":
@@ -95,8 +86,8 @@ def digests_in(file: BinaryIO) -> Iterator[tuple[str, str]]:
         yield name, digest.hexdigest()
 
 
-def _read_header(file: BinaryIO) -> bytes:
-    """The length of the header and the header."""
+def read_header(file: BinaryIO) -> bytes:
+    """The length of the header and the header; raises ValueError for one that is too long."""
     length = file.read(8)
     size = int.from_bytes(length, "little")
     if size > MAX_HEADER_BYTES:

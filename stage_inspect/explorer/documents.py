@@ -178,29 +178,15 @@ class Documents:
 
     def names(self, latents: Iterable[int]) -> dict[int, str]:
         """What a person noted on a latent, or its newest explanation; those without either are left out."""
-        notes = self.latents.notes
-        found = {}
-        for latent in latents:
-            note = notes.note(latent)
-            if note:
-                found[latent] = note.split("\n")[0]
-            elif said := notes.explanations(latent):
-                found[latent] = said[-1].text
-        return found
+        found = ((latent, self.latents.notes.name(latent)) for latent in latents)
+        return {latent: name for latent, name in found if name is not None}
 
     def example(self, one: Example, rank: str | None = None) -> dict[str, Any]:
         """An example with its text in pieces: one string per token, empty where a character of before goes on."""
-        pieces = [""] * len(one.tokens)
-        special = []
-        for piece in one.pieces:
-            pieces[piece.start] = piece.text
-            if piece.is_special:
-                special.append(piece.start)
-        if one.vocabulary is None:
-            pieces = [f"<token {token}> " for token in one.tokens]
+        special = [piece.start for piece in one.pieces if piece.is_special]
         at = np.flatnonzero(one.values)
         found: dict[str, Any] = {
-            "pieces": pieces,
+            "pieces": one.strings,
             "at": at.tolist(),
             "a": [short(value) for value in one.values[at]],
             "peak": one.peak,

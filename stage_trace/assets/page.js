@@ -27,7 +27,7 @@ const figure = (value) => (Math.abs(value) >= 1000 || (value && Math.abs(value) 
 // The graph as read: nodes by number, each with the links that enter and leave it.
 const nodes = data.nodes;
 nodes.forEach((node, number) => Object.assign(node, { number, inputs: [], outputs: [] }));
-const links = data.links.map(([source, target, weight]) => ({ source: nodes[source], target: nodes[target], weight }));
+const links = data.links.map(([source, target, weight, heads]) => ({ source: nodes[source], target: nodes[target], weight, heads: heads ?? [] }));
 links.forEach((link) => { link.target.inputs.push(link); link.source.outputs.push(link); });
 for (const node of nodes) {
   const total = node.inputs.reduce((sum, link) => sum + Math.abs(link.weight), 0);
@@ -210,12 +210,12 @@ const ABOUT = {
   bias: "All that this layer adds whatever it reads: biases of its norms, its attention and its transcoder.",
   token: "The embedding of this token.",
 };
-const title = (node) => (node.kind === "token" || node.kind === "logit" ? visible(node.text) : node.label);
+const title = (node) => (node.kind === "token" || node.kind === "logit" ? visible(node.text) : node.name || node.label);
 const NAMES = { feature: (node) => `L${node.layer}/${node.latent}`, error: (node) => `L${node.layer} error`, fixed: (node) => `L${node.layer} MLP` };
-const short = (node) => (NAMES[node.kind] ? `${NAMES[node.kind](node)}  ${pieces[node.position]}` : node.kind === "bias" ? node.label : `${node.kind === "token" ? "token" : "says"}  ${title(node)}`);
+const short = (node) => (NAMES[node.kind] ? `${NAMES[node.kind](node)}  ${pieces[node.position]}${node.name ? `  ${node.name}` : ""}` : node.kind === "bias" ? node.label : `${node.kind === "token" ? "token" : "says"}  ${title(node)}`);
 
 // What a node's details are made of, in this order; each gives an element or null.
-const SECTIONS = [where, numbers, words, ablation, (node) => feeds("What feeds it", node.inputs, "source"), (node) => feeds("What it feeds", node.outputs, "target"), command];
+const SECTIONS = [where, numbers, examples, words, ablation, (node) => feeds("What feeds it", node.inputs, "source"), (node) => feeds("What it feeds", node.outputs, "target"), command];
 
 function detail() {
   const node = state.selected, box = $("detail");
@@ -254,40 +254,66 @@ function numbers(node) {
   return make("dl", "pairs", ...kept.map(([name, value]) => make("div", "", make("dt", "", name), make("dd", "", value))));
 }
 
+const cardOf = (node) => data.cards[`${node.layer}/${node.latent}`];
+
+function examples(node) {
+  const card = cardOf(node);
+  if (!card) return null;
+  const shown = card.examples.map((example) => {
+    const text = make("div", "example");
+    example.pieces.forEach((piece, index) => {
+      const heat = example.heat[index];
+      if (!heat) { text.append(piece); return; }
+      const mark = make("mark", "", piece);
+      mark.style.setProperty("--heat", `${6 * heat}%`);
+      text.append(mark);
+    });
+    text.title = `activation ${figure(example.value)} at its peak`;
+    return text;
+  });
+  const on = make("div", "words", ...card.tokens.map(([token, share]) => { const code = make("code", "", visible(token)); code.title = percent(share); return code; }));
+  return make("div", "", make("h4", "", `Where it fires most: ${percent(card.fired)} of tokens, up to ${figure(card.max)}`), ...shown, make("h4", "", "Tokens that it fires on"), on);
+}
+
 function words(node) {
-  if (!node.promotes) return null;
+  const card = cardOf(node), up = card?.promoted.length ? card.promoted : node.promotes, down = card?.promoted.length ? card.demoted : node.suppresses;
+  if (!up) return null;
   const list = (texts, className) => make("div", `words ${className}`, ...texts.map((text) => make("code", "", visible(text))));
-  return make("div", "", make("h4", "", "Writes for, by its direct path"), list(node.promotes, "up"), make("h4", "", "and against"), list(node.suppresses, "down"));
+  return make("div", "", make("h4", "", "Writes for, by its direct path"), list(up, "up"), make("h4", "", "and against"), list(down, "down"));
 }
 
 function ablation(node) {
   const row = data.certificate?.ablations.find((one) => one.node_id === node.id);
   if (!row) return null;
-  const cells = [["predicted", row.predicted], ["attention held", row.frozen], ["all free", row.open]];
+  const cells = [["predicted", row.predicted], ["both held", row.frozen], ["norms held", row.norms], ["all free", row.open]];
   return make("div", "", make("h4", "", `Without it, the logit of “${visible(byId.get(data.certificate.logit).text)}”`),
     make("dl", "pairs", ...cells.map(([name, value]) => make("div", "", make("dt", "", name), make("dd", "", figure(value))))));
 }
 
-function line(node, share, text, isMinus) {
+const carried = (link) => link.heads.map(([layer, head, weight]) => `L${layer} head ${head} ${figure(weight)}`).join(", ");
+
+function line(node, share, text, isMinus, told = "") {
   const fill = make("i");
   fill.style.width = `${Math.max(2, 100 * share).toFixed(1)}%`;
   const row = button("", () => select(node), isMinus ? "minus" : "");
-  row.append(make("span", "name", short(node)), make("span", "track", fill), make("span", "num", text));
-  row.title = short(node);
+  row.append(make("span", "name", short(node), told ? make("small", "", told) : ""), make("span", "track", fill), make("span", "num", text));
+  row.title = told ? `${short(node)}: carried by ${told}` : short(node);
   return make("li", "", row);
 }
 
 function feeds(name, held, end) {
   if (!held.length) return null;
   const most = held[0].share;
-  const rows = held.slice(0, 10).map((link) => line(link[end], link.share / most, figure(link.weight), link.weight < 0));
+  const rows = held.slice(0, 10).map((link) => line(link[end], link.share / most, figure(link.weight), link.weight < 0, carried(link)));
   const more = held.length > 10 ? make("p", "quiet", `and ${held.length - 10} more`) : null;
   return make("div", "", make("h4", "", name), make("ul", "feeds", ...rows), more);
 }
 
 function command(node) {
   if (node.kind !== "feature") return null;
-  return make("div", "", make("h4", "", "Steer it, in Python"), make("pre", "snippet", `graph.intervene({"${node.id}": 0.0})`));
+  const card = cardOf(node), quoted = card ? `'${card.folder.replaceAll("'", "'\\''")}'` : null;
+  return make("div", "", make("h4", "", "Steer it: in Python"), make("pre", "snippet", `graph.intervene({"${node.id}": 0.0})`),
+    card ? make("h4", "", `in the explorer, as latent ${card.number}`) : null, card ? make("pre", "snippet", `granary explore ${quoted}`) : null);
 }
 
 // Pinned nodes, and groups of them that count as one.
@@ -368,6 +394,7 @@ function subgraph(held) {
 function download() {
   const saved = structuredClone(data.document);
   saved.qParams.pinnedIds = [...state.pinned];
+  saved.links = links.map((link) => ({ source: link.source.id, target: link.target.id, weight: link.weight, ...(link.heads.length ? { granary_heads: link.heads } : {}) }));
   saved.qParams.supernodes = state.groups.map((group) => [group.name, ...group.ids]);
   const anchor = make("a");
   anchor.href = URL.createObjectURL(new Blob([JSON.stringify(saved)], { type: "application/json" }));
@@ -380,7 +407,7 @@ function search() {
   const wanted = $("search").value.trim().toLowerCase();
   svg.classList.toggle("searching", Boolean(wanted));
   for (const node of nodes) {
-    const text = [node.label, node.id, node.text, pieces[node.position], ...(node.promotes ?? [])].join(" ").toLowerCase();
+    const text = [node.label, node.name, node.id, node.text, pieces[node.position], ...(node.promotes ?? [])].join(" ").toLowerCase();
     node.group.classList.toggle("found", wanted !== "" && text.includes(wanted));
   }
 }
@@ -398,9 +425,9 @@ function certificate() {
   const box = $("certificate"), held = data.certificate;
   if (!held) { box.hidden = true; return; }
   box.append(make("p", "", data.certificate_text));
-  const head = ["Ablated", "predicted", "attention held", "all free"];
+  const head = ["Ablated", "predicted", "both held", "norms held", "all free"];
   const rows = held.ablations.map((one) => make("tr", "", make("td", "", byId.has(one.node_id) ? button(short(byId.get(one.node_id)), () => { select(byId.get(one.node_id)); $("scroll").scrollIntoView({ block: "center" }); }, "") : one.node_id),
-    ...[one.predicted, one.frozen, one.open].map((value) => make("td", "", figure(value)))));
+    ...[one.predicted, one.frozen, one.norms, one.open].map((value) => make("td", "", figure(value)))));
   box.append(make("div", "scroll", make("table", "", make("thead", "", make("tr", "", ...head.map((name) => make("th", "", name)))), make("tbody", "", ...rows))));
 }
 

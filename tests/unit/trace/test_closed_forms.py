@@ -7,13 +7,18 @@ from shared.lm.frozen import run
 from shared.lm.linear_parts import linear_parts
 from stage_trace.leaves import Columns
 from stage_trace.sweep import sweep
-from stage_trace.targets import Logits, feature_targets, logit_targets
+from stage_trace.targets import Features, Logits, Targets, logit_targets
 from tests.tracing import Traced, make_model, make_traced, of_dictionaries
+
+
+def all_features(traced: Traced) -> Targets:
+    features = Features.of(traced.replacement)
+    return features[torch.arange(len(features))]
 
 
 def rows_of(traced: Traced, *, logits: bool = False) -> torch.Tensor:
     last = Logits.choose(traced.recording.logits_V, 1.0, 3)
-    targets = logit_targets(last, traced.parts, traced.recording) if logits else feature_targets(traced.replacement)
+    targets = logit_targets(last, traced.parts, traced.recording) if logits else all_features(traced)
     return sweep(traced.parts, traced.recording, traced.replacement, traced.columns, targets).rows_BS
 
 
@@ -30,14 +35,15 @@ def test_an_edge_of_two_layers_is_a_product_of_rows() -> None:
     traced = without_attention(make_traced("llama"))
     rows = rows_of(traced)
     zero, one = (traced.replacement.layers[layer].latents for layer in (0, 1))
+    encoder_ND, decoder_ND = one.encoder(slice(None)), zero.decoder(0, slice(None))
     scale = traced.recording.scales[1, "mlp"]
     weight = traced.parts.layers[1].mlp_norm.weight_D.double()
     start = len(zero.value_N)
     for i in range(len(one.value_N)):
         for j in range(len(zero.value_N)):
             same = one.position_N[i] == zero.position_N[j]
-            read = one.encoder_ND[i] * weight * scale[one.position_N[i]]
-            expected = float(zero.value_N[j] * (read @ zero.decoder_ND[j])) if same else 0.0
+            read = encoder_ND[i] * weight * scale[one.position_N[i]]
+            expected = float(zero.value_N[j] * (read @ decoder_ND[j])) if same else 0.0
             assert float(rows[start + i, j]) == pytest.approx(expected, abs=1e-12)
 
 
@@ -80,7 +86,7 @@ def test_values_are_the_dictionarys_own() -> None:
 def test_rows_read_no_later_position_and_no_later_layer() -> None:
     """F34: rows are targets; a source lies at or before its target, in an earlier layer."""
     traced = make_traced("qwen2")
-    rows, targets = rows_of(traced), feature_targets(traced.replacement)
+    rows, targets = rows_of(traced), all_features(traced)
     early = targets.position_B[:, None] < targets.position_B[None, :]
     not_below = targets.layer_B[:, None] <= targets.layer_B[None, :]
     features = rows[:, : len(targets)]
@@ -106,7 +112,7 @@ def test_the_softcap_of_logits_is_outside_and_that_of_scores_inside() -> None:
 def test_grouped_heads_are_heads_of_their_own() -> None:
     """GQA: what the value heads give, and what passes through each query head adds up over heads."""
     traced = make_traced("llama")
-    targets = feature_targets(traced.replacement)
+    targets = all_features(traced)
     swept = sweep(traced.parts, traced.recording, traced.replacement, traced.columns, targets)
     assert swept.heads_BLH is not None
     reads_1 = targets.layer_B == 1

@@ -1,9 +1,13 @@
 """Interventions: the direct effect is the edge, and an open run is the model with a changed MLP output."""
 
+from dataclasses import replace
+from itertools import pairwise
+
 import pytest
 import torch
 
 from shared.basics.errors import GranaryError
+from shared.lm.frozen import run
 from shared.lm.hookpoint import HookPoint
 from shared.lm.hooks import attach
 from shared.lm.places import locate
@@ -40,7 +44,7 @@ def test_an_open_intervention_is_the_model_with_another_mlp_output(graph: Attrib
     assert session is not None
     latents = session.replacement.layers[1].latents
     at = (latents.position_N == node.position) & (latents.latent_N == node.number)
-    row = latents.value_N[at] * latents.decoder_ND[at][0]
+    row = latents.value_N[at] * latents.decoder(1, at)[0]
 
     def without(x: torch.Tensor) -> torch.Tensor:
         x = x.clone()
@@ -59,11 +63,24 @@ def test_an_open_intervention_is_the_model_with_another_mlp_output(graph: Attrib
 
 def test_modes_hold_more_and_more(graph: AttributionGraph) -> None:
     node = features(graph)[0]
-    outcomes = [graph.intervene({node.id: 0.0}, mode).change_R for mode in ("constrained", "frozen", "open")]
-    assert not torch.allclose(outcomes[0], outcomes[1])
-    assert not torch.allclose(outcomes[1], outcomes[2])
+    outcomes = [graph.intervene({node.id: 0.0}, mode).change_R for mode in Mode]
+    for one, other in pairwise(outcomes):
+        assert not torch.allclose(one, other)
     nothing = graph.intervene({node.id: float(node.activation or 0)}, "open").change_R
     assert float(nothing.abs().max()) < 1e-4
+
+
+def test_norms_alone_are_held(graph: AttributionGraph) -> None:
+    """Mode norms: attention answers, and no norm's factor moves."""
+    session, node = graph.session, features(graph)[0]
+    assert session is not None
+    held = replace(session.recording, patterns=[])
+    same = run(session.model, session.parts, session.tokens_T, frozen=held)
+    torch.testing.assert_close(torch.stack(same.patterns), torch.stack(session.recording.patterns))
+    bigger = run(session.model, session.parts, session.tokens_T, frozen=held, change_mlp=lambda _, x, __: 2 * x)
+    assert not torch.allclose(torch.stack(bigger.patterns), torch.stack(session.recording.patterns))
+    assert all(torch.equal(scale, session.recording.scales[key]) for key, scale in bigger.scales.items())
+    assert graph.intervene({node.id: 0.0}, "norms").of(graph.logits[0].id) != 0
 
 
 def test_a_latent_that_does_not_fire_can_be_set(graph: AttributionGraph) -> None:
@@ -78,7 +95,7 @@ def test_a_latent_that_does_not_fire_can_be_set(graph: AttributionGraph) -> None
 def test_what_is_no_feature_is_refused(graph: AttributionGraph) -> None:
     with pytest.raises(GranaryError, match="is no feature"):
         graph.intervene({graph.logits[0].id: 0.0})
-    with pytest.raises(GranaryError, match="choose from constrained, frozen, open"):
+    with pytest.raises(GranaryError, match="choose from constrained, frozen, norms, open"):
         graph.intervene({features(graph)[0].id: 0.0}, "closed")
 
 
@@ -89,9 +106,9 @@ def test_a_certificate_compares_prediction_and_model(graph: AttributionGraph) ->
     assert held is not None
     assert -1 <= held <= 1
     first = certificate.ablations[0]
-    assert first.open == graph.intervene({first.node.id: 0.0}, Mode.open).of(certificate.logit.id)
+    assert first.actual[Mode.open] == graph.intervene({first.node.id: 0.0}, Mode.open).of(certificate.logit.id)
     assert certify(graph, 2).rank_correlation(Mode.open) is None
-    assert set(certificate.to_dict()) == {"logit", "frozen", "open", "ablations"}
+    assert set(certificate.to_dict()) == {"logit", "frozen", "norms", "open", "ablations"}
 
 
 def test_rank_correlation() -> None:

@@ -1,4 +1,4 @@
-"""Every row of a graph adds up to what it explains, and two engines that share no code agree on every entry."""
+"""F29: every row of a graph adds up to what it explains, and two engines that share no code agree on every entry."""
 
 import pytest
 import torch
@@ -7,14 +7,14 @@ from shared.lm.frozen import run
 from shared.lm.linear_parts import linear_parts
 from stage_trace.autograd import by_autograd
 from stage_trace.sweep import sweep
-from stage_trace.targets import Logits, Targets, feature_targets, logit_targets
+from stage_trace.targets import Features, Logits, Targets, logit_targets
 from tests.tracing import TRACED, Traced, make_clt, make_model, make_traced, of_dictionaries
 
 
 def all_targets(traced: Traced, every: int = 1) -> Targets:
     """Some of the features and three logits."""
     logits = Logits.choose(traced.recording.logits_V, 1.0, 3)
-    features, last = feature_targets(traced.replacement), logit_targets(logits, traced.parts, traced.recording)
+    features, last = Features.of(traced.replacement), logit_targets(logits, traced.parts, traced.recording)
     some = features[torch.arange(0, len(features), every)]
     return Targets(
         torch.cat([some.layer_B, last.layer_B]),
@@ -65,9 +65,10 @@ def test_rows_add_up_for_every_activation(activation: str) -> None:
     assert gap(swept.rows_BS, targets.goal_B) <= 1e-10
 
 
-def test_rows_of_a_clt_add_up_and_engines_agree() -> None:
+@pytest.mark.parametrize("tying", ["none", "per_source", "per_target"])
+def test_rows_of_a_clt_add_up_and_engines_agree(tying: str) -> None:
     """Latents write later MLPs too; its errors are what the dictionary's own reconstruction leaves."""
-    traced = of_dictionaries(make_model("llama"), [make_clt(3)])
+    traced = of_dictionaries(make_model("llama"), [make_clt(3, tying=tying)])
     assert traced.replacement.num_latents > 10
     targets = all_targets(traced)
     args = (traced.recording, traced.replacement, traced.columns, targets)

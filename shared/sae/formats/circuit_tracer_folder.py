@@ -1,0 +1,129 @@
+"""Reading circuit-tracer 0.5's folders, of transcoders and of cross-layer transcoders: see ``circuit_tracer``.
+
+The tensors keep their place in the files: what is float32 is mapped, and single rows can be read by name.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from shared.basics.errors import GranaryError
+from shared.basics.yaml_file import read_yaml
+from shared.sae.formats.circuit_tracer import PLACES
+from shared.sae.sites import Sites
+
+SITES = {name: place for place, name in PLACES.items()} | {"hook_mlp_out": "mlp_out"}
+KINDS = ("transcoder_set", "cross_layer_transcoder")
+THRESHOLD = "activation_function.threshold"
+
+
+def matches(folder: Path) -> bool:
+    """Whether the files are circuit-tracer's."""
+    files = (folder / "layer_0.safetensors", folder / "W_enc_0.safetensors")
+    return (folder / "config.yaml").is_file() and any(file.is_file() for file in files)
+
+
+@dataclass(frozen=True, slots=True)
+class Matrix:
+    """Where a layer's matrix lies."""
+
+    file: Path
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class TracerFolder:
+    """One folder, as its ``config.yaml`` describes it."""
+
+    folder: Path
+    model: str | None
+    """Name of the language model."""
+    is_clt: bool
+    sites: tuple[Sites, ...]
+    """By layer."""
+
+    @classmethod
+    def open(cls, folder: Path) -> Self:
+        """Raises GranaryError for a kind or a place that is not known, and for layers with a gap."""
+        held = read_yaml(folder / "config.yaml")
+        config: Mapping[str, Any] = held if isinstance(held, Mapping) else {}
+        kind = config.get("model_kind")
+        if kind not in KINDS:
+            raise GranaryError(f"{folder}/config.yaml: model_kind={kind!r} is none of {', '.join(KINDS)}")
+        places = []
+        for key in ("feature_input_hook", "feature_output_hook"):
+            if config.get(key) not in SITES:
+                known = ", ".join(SITES)
+                raise GranaryError(f"{folder}/config.yaml: {key}={config.get(key)!r} is no place known here: {known}")
+            places.append(SITES[config[key]])
+        is_clt = kind == "cross_layer_transcoder"
+        stem = "W_enc" if is_clt else "layer"
+        found = (re.fullmatch(rf"{stem}_(\d+)\.safetensors", file.name) for file in folder.iterdir())
+        layers = sorted(int(match[1]) for match in found if match)
+        if not layers or layers != list(range(len(layers))):
+            raise GranaryError(f"{folder} has layers {layers}: circuit-tracer's folders hold all from 0 on")
+        sites = tuple(Sites((f"layers.{n}.{places[0]}",), (f"layers.{n}.{places[1]}",)) for n in layers)
+        model = config.get("model_name")
+        return cls(folder, model if isinstance(model, str) else None, is_clt, sites)
+
+    def matrices(self, layer: int) -> tuple[Matrix, Matrix]:
+        """Encoder and decoder; a row of a CLT's decoder lies over all layers that it writes."""
+        if self.is_clt:
+            return tuple(  # type: ignore[return-value]
+                Matrix(self.folder / f"{name}_{layer}.safetensors", f"{name}_{layer}") for name in ("W_enc", "W_dec")
+            )
+        file = self.folder / f"layer_{layer}.safetensors"
+        return Matrix(file, "W_enc"), Matrix(file, "W_dec")
+
+    def tensors(self, layer: int) -> dict[str, Tensor]:
+        """float32, by the names of a group and ``b_dec`` and ``W_skip``; ``threshold`` where latents have one.
+
+        Raises GranaryError for a file that is damaged or lacks a tensor, and for a tensor that is not known.
+        """
+        end = f"_{layer}" if self.is_clt else ""
+        names = {f"{name}{end}": name for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
+        names |= {f"threshold{end}": "threshold"} if self.is_clt else {THRESHOLD: "threshold", "W_skip": "W_skip"}
+        found: dict[str, Tensor] = {}
+        for path in dict.fromkeys(matrix.file for matrix in self.matrices(layer)):
+            try:
+                with safe_open(path, framework="pt") as file:
+                    for name in file.keys():  # noqa: SIM118 (not a dict)
+                        if name not in names:
+                            raise GranaryError(f"{path} holds {name}, which circuit-tracer does not know")
+                        found[names[name]] = file.get_tensor(name).float()
+            except (OSError, SafetensorError) as error:
+                raise GranaryError(f"{path} is not there, or damaged: {error}") from None
+        missing = {"W_enc", "b_enc", "W_dec", "b_dec"} - found.keys()
+        if missing:
+            raise GranaryError(f"{self.folder} lacks {', '.join(sorted(missing))} of layer {layer}")
+        found["W_dec"] = found["W_dec"].flatten(1)
+        if "threshold" in found:
+            found["threshold"] = found["threshold"].expand(len(found["b_enc"])).contiguous()
+            if not bool((found["threshold"] >= 0).all()):
+                raise GranaryError(f"{self.folder} has thresholds below 0 in layer {layer}, which are not known here")
+        return found
+
+    def shape(self, layer: int) -> tuple[int, int, int]:
+        """(latents, width read, width of a decoder row) of a layer, from the files' headers."""
+        sizes = []
+        for matrix in self.matrices(layer):
+            try:
+                with safe_open(matrix.file, framework="pt") as file:
+                    sizes.append(file.get_slice(matrix.name).get_shape())
+            except (OSError, SafetensorError) as error:
+                raise GranaryError(f"{matrix.file} is not there, or damaged: {error}") from None
+        encoder, decoder = sizes
+        if len(encoder) != 2 or len(decoder) not in (2, 3) or encoder[0] != decoder[0]:
+            raise GranaryError(f"{self.folder}: W_enc {encoder} and W_dec {decoder} of layer {layer} do not fit")
+        return encoder[0], encoder[1], int(torch.Size(decoder[1:]).numel())
+
+    def has(self, layer: int, name: str) -> bool:
+        """Whether a layer's encoder file holds this tensor."""
+        with safe_open(self.matrices(layer)[0].file, framework="pt") as file:
+            return name in file.keys()  # noqa: SIM118 (not a dict)
