@@ -12,8 +12,9 @@ from typing import Any
 
 from torch import Tensor
 
+from shared.basics.documents import read_json
 from shared.basics.errors import GranaryError
-from shared.sae.formats.files import read_json, read_tensors
+from shared.sae.formats.files import read_tensors
 
 # What wrappers of a module put before the names of its tensors: torch.compile, DataParallel.
 WRAPPERS = ("_orig_mod.", "module.")

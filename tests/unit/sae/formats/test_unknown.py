@@ -208,7 +208,7 @@ def test_an_index_names_files_of_its_own_folder(tmp_path: Path) -> None:
         None,
     ):
         index.write_text(json.dumps({"weight_map": weight_map}))
-        with pytest.raises(GranaryError, match=r"is not the name of a file|has no weight_map|has no 3"):
+        with pytest.raises(GranaryError, match=r"is not the name of a file|weight_map.* not of the type"):
             load_any(tmp_path / "theirs")
 
 
