@@ -1,6 +1,7 @@
 """Loading a dictionary of any kind and of any project's format, and converting between formats."""
 
-from collections.abc import Collection
+import difflib
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -53,36 +54,68 @@ def detect(folder: Path) -> str:
     return name
 
 
-def load_any(path_or_hub_id: str | Path, ignore: Collection[str] = ()) -> tuple[Dictionary, dict[str, Any]]:
-    """(dictionary, provenance) of a folder of any known format, or of a hub repository.
+def settled(path: Path, reads_as: str | None) -> str:
+    """Name of the format that `path` is read as; raises GranaryError for a name that is none, and for a lone file."""
+    if reads_as is not None and reads_as not in FORMATS:
+        raise GranaryError(f"--as {reads_as}{meant(reads_as, FORMATS)}: choose from {', '.join(FORMATS)}")
+    if reads_as is None and path.is_file():
+        raise GranaryError(
+            f"{path} is a file, not the folder of an SAE: say what it is by --as FORMAT, one of {', '.join(FORMATS)}"
+        )
+    return reads_as or detect(path)
 
-    `ignore` names keys and tensors of another project's folder that are to be left out.
+
+def meant(name: str, known: Iterable[str]) -> str:
+    """`` (did you mean ...?)`` where `name` is nearly a known one."""
+    close = difflib.get_close_matches(name.lower(), known, n=1)
+    return f" (did you mean {close[0]}?)" if close else ""
+
+
+def load_any(
+    path_or_hub_id: str | Path,
+    ignore: Collection[str] = (),
+    reads_as: str | None = None,
+    given: Mapping[str, Any] | None = None,
+) -> tuple[Dictionary, dict[str, Any]]:
+    """(dictionary, provenance) of a folder of any known format, of a hub repository, or of a lone file of weights.
+
+    `ignore` names keys and tensors of another project's folder that are to be left out, `reads_as` the format where the
+    files do not tell it, `given` settings that they do not say.
     """
-    folder = on_disk.locate(path_or_hub_id)
-    name = detect(folder)
+    place = Path(path_or_hub_id)
+    folder = place if place.is_file() else on_disk.locate(path_or_hub_id)
+    name = settled(folder, reads_as)
     if name == GRANARY:
-        if ignore:
-            raise GranaryError(f"--ignore is for folders of other projects, {folder} is of this one")
+        if ignore or given:
+            raise GranaryError(f"--ignore and --set are for folders of other projects, {folder} is of this one")
         return load(folder, verify=True), on_disk.load_provenance(folder)
-    raw = load_foreign(name, folder, ignore)
+    raw = load_foreign(name, folder, ignore, given)
     config, tensors = raw.to_checkpoint()
     return SAE.from_tensors(config, tensors, str(folder)), raw.provenance
 
 
-def convert(source: str | Path, target: Path, to: str, ignore: Collection[str] = ()) -> str:
-    """Write the SAE in the folder or hub repository `source` as format `to` into `target`; returns the source's format.
+def convert(
+    source: str | Path,
+    target: Path,
+    to: str,
+    ignore: Collection[str] = (),
+    reads_as: str | None = None,
+    given: Mapping[str, Any] | None = None,
+) -> str:
+    """Write the SAE in `source` as format `to` into `target`; returns the source's format.
 
-    `ignore` names keys and tensors of another project's folder that are to be left out.
+    `source` is a folder, a hub repository or, with `reads_as`, a lone file; the rest as ``load_any`` takes it.
 
     Raises GranaryError for a target that holds files, and for a dictionary that the format can't express.
     """
     writable = [GRANARY, *(name for name, module in FORMATS.items() if hasattr(module, "save"))]
     if to not in writable:
-        raise GranaryError(f"format {to!r} can't be written: choose from {', '.join(writable)}")
+        raise GranaryError(f"format {to!r} can't be written{meant(to, writable)}: choose from {', '.join(writable)}")
     check_new(target)
-    folder = on_disk.locate(source)
-    found = detect(folder)
-    made, provenance = load_any(folder, ignore)
+    place = Path(source)
+    folder = place if place.is_file() else on_disk.locate(source)
+    found = settled(folder, reads_as)
+    made, provenance = load_any(folder, ignore, reads_as, given)
     if to != GRANARY and not isinstance(made, SAE):
         raise GranaryError(f"{source} is a {made.config.kind}: the {to} format is written for SAEs alone")
     with telling_disk_errors(target), making_folder(target) as filled:

@@ -4,11 +4,12 @@ Each format module has ``matches``, ``read`` and, where this project can write i
 `shared.sae.formats.raw.RawSAE`.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
-from shared.sae.formats import dictionary_learning, gemma_scope, llama_scope, opensae, saelens, sparsify
+from shared.sae.formats import dictionary_learning, gemma_scope, llama_scope, opensae, plain, saelens, sparsify
 from shared.sae.formats.raw import RawSAE
 from shared.sae.formats.source import Source
 
@@ -19,6 +20,7 @@ FORMATS: dict[str, ModuleType] = {
     "opensae": opensae,
     "llama_scope": llama_scope,
     "gemma_scope": gemma_scope,
+    "plain": plain,
 }
 
 
@@ -27,12 +29,13 @@ def foreign(folder: Path) -> str | None:
     return next((name for name, module in FORMATS.items() if module.matches(folder)), None)
 
 
-def load(name: str, folder: Path, ignore: Collection[str] = ()) -> RawSAE:
-    """The SAE in a folder of the format `name`, with the keys and tensors in `ignore` left out.
+def load(name: str, path: Path, ignore: Collection[str] = (), given: Mapping[str, Any] | None = None) -> RawSAE:
+    """The SAE in a folder, or a lone file of weights, of the format `name`.
 
-    Raises GranaryError for what can't be read, and for a key or tensor that the reader does not know.
+    The keys and tensors in `ignore` are left out; `given` are settings that the files do not say. Raises GranaryError
+    for what can't be read, and for a key or tensor that the reader does not know.
     """
-    source = Source(folder, ignore)
+    source = Source(path, ignore, given=given) if path.is_dir() else Source(path.parent, ignore, path, given)
     raw: RawSAE = FORMATS[name].read(source)
     source.close()
     return raw

@@ -59,12 +59,13 @@ def read(source: Source) -> RawSAE:
 
 def weights_of(source: Source) -> Tensors:
     """Those of the file, which may lie under ``state_dict`` in it beside settings; these are refused by name."""
-    found = read_pickled(source.folder / WEIGHTS)
+    path = source.weights(WEIGHTS)
+    found = read_pickled(path)
     if isinstance(found.get("state_dict"), dict):
-        source.document(found, source.folder / WEIGHTS, ("state_dict",))
+        source.document(found, path, ("state_dict",))
         found = found["state_dict"]
     named = {name: value for name, value in found.items() if isinstance(value, Tensor)}
-    source.document({name: value for name, value in found.items() if name not in named}, source.folder / WEIGHTS)
+    source.document({name: value for name, value in found.items() if name not in named}, path)
     return source.tensors(named, ("k", "threshold", "group_sizes"))
 
 

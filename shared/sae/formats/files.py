@@ -32,11 +32,16 @@ def read_tensors(folder: Path, name: str) -> dict[str, torch.Tensor]:
         path = file_in((folder / name).parent, file)
         if not path.is_file():
             raise GranaryError(f"{folder} has no {file}")
-        try:
-            tensors |= load_file(path)
-        except SafetensorError as error:
-            raise GranaryError(f"{path} is damaged: {error}") from None
+        tensors |= read_safetensors(path)
     return tensors
+
+
+def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a safetensors file; raises GranaryError where it is damaged, or none."""
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise GranaryError(f"{path} is damaged, or no safetensors file: {error}") from None
 
 
 def read_pickled(path: Path) -> dict[str, Any]:
