@@ -1,7 +1,7 @@
 """Loading a dictionary of any kind and of any project's format, and converting between formats."""
 
 import difflib
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +12,17 @@ from shared.basics.errors import GranaryError
 from shared.basics.files import making_folder
 from shared.sae import folder as on_disk
 from shared.sae.config import DictionaryConfig
-from shared.sae.formats import FORMATS, foreign
+from shared.sae.formats import FORMATS, WRITABLE, foreign
 from shared.sae.formats import load as load_foreign
-from shared.sae.formats.raw import RawSAE
-from shared.sae.variants import SAE, VARIANTS, Dictionary
+from shared.sae.formats import save as save_foreign
+from shared.sae.sites import Sites
+from shared.sae.variants import VARIANTS, Dictionary
 
 GRANARY = "granary"
-KINDS = [made.config_class for made in VARIANTS.values()]
+BY_KIND = {kind: made.config_class for kind, made in VARIANTS.items()}
+KINDS = [*BY_KIND.values()]
+Change = Callable[[str, Dictionary, dict[str, Any]], tuple[Dictionary, dict[str, Any]]]
+"""From where a dictionary lies, itself and its provenance to another with its own."""
 
 
 def load(path_or_hub_id: str | Path, *, device: str | torch.device = "cpu", verify: bool | None = None) -> Dictionary:
@@ -71,27 +75,35 @@ def meant(name: str, known: Iterable[str]) -> str:
     return f" (did you mean {close[0]}?)" if close else ""
 
 
+def placed(path_or_hub_id: str | Path) -> Path:
+    """A lone file as it is, a folder or a hub repository as ``shared.sae.folder.locate`` finds it."""
+    return Path(path_or_hub_id) if Path(path_or_hub_id).is_file() else on_disk.locate(path_or_hub_id)
+
+
 def load_any(
     path_or_hub_id: str | Path,
     ignore: Collection[str] = (),
+    sites: Sites | None = None,
+    *,
     reads_as: str | None = None,
     given: Mapping[str, Any] | None = None,
 ) -> tuple[Dictionary, dict[str, Any]]:
     """(dictionary, provenance) of a folder of any known format, of a hub repository, or of a lone file of weights.
 
-    `ignore` names keys and tensors of another project's folder that are to be left out, `reads_as` the format where the
-    files do not tell it, `given` settings that they do not say.
+    Of another project's folder or file: `ignore` names keys and tensors that are to be left out, `sites` where its
+    dictionary reads and writes, `reads_as` its format and `given` its settings, where the files do not say them.
     """
-    place = Path(path_or_hub_id)
-    folder = place if place.is_file() else on_disk.locate(path_or_hub_id)
+    folder = placed(path_or_hub_id)
     name = settled(folder, reads_as)
     if name == GRANARY:
-        if ignore or given:
-            raise GranaryError(f"--ignore and --set are for folders of other projects, {folder} is of this one")
+        if ignore or sites or given:
+            what = "--ignore is" if ignore else "--reads and --writes are" if sites else "--set is"
+            raise GranaryError(f"{what} for folders of other projects, {folder} is of this one")
         return load(folder, verify=True), on_disk.load_provenance(folder)
     raw = load_foreign(name, folder, ignore, given)
-    config, tensors = raw.to_checkpoint()
-    return SAE.from_tensors(config, tensors, str(folder)), raw.provenance
+    raw = raw if sites is None else raw.at(sites)
+    config, tensors = raw.to_checkpoint(BY_KIND)
+    return VARIANTS[config.kind].from_tensors(config, tensors, str(folder)), raw.provenance
 
 
 def convert(
@@ -99,25 +111,26 @@ def convert(
     target: Path,
     to: str,
     ignore: Collection[str] = (),
+    sites: Sites | None = None,
+    change: Change | None = None,
+    *,
     reads_as: str | None = None,
     given: Mapping[str, Any] | None = None,
 ) -> str:
-    """Write the SAE in `source` as format `to` into `target`; returns the source's format.
+    """Write the dictionary in `source`, a folder, hub repository or file, as format `to`; returns the source's format.
 
-    `source` is a folder, a hub repository or, with `reads_as`, a lone file; the rest as ``load_any`` takes it.
-
-    Raises GranaryError for a target that holds files, and for a dictionary that the format can't express.
+    `change` is made before it is written, the others are those of ``load_any``. Raises GranaryError for a target that
+    holds files, and for a dictionary that the format can't express.
     """
-    writable = [GRANARY, *(name for name, module in FORMATS.items() if hasattr(module, "save"))]
-    if to not in writable:
-        raise GranaryError(f"format {to!r} can't be written{meant(to, writable)}: choose from {', '.join(writable)}")
+    if to not in (GRANARY, *WRITABLE):
+        names = [GRANARY, *WRITABLE]
+        raise GranaryError(f"format {to!r} can't be written{meant(to, names)}: choose from {', '.join(names)}")
     check_new(target)
-    place = Path(source)
-    folder = place if place.is_file() else on_disk.locate(source)
+    folder = placed(source)
     found = settled(folder, reads_as)
-    made, provenance = load_any(folder, ignore, reads_as, given)
-    if to != GRANARY and not isinstance(made, SAE):
-        raise GranaryError(f"{source} is a {made.config.kind}: the {to} format is written for SAEs alone")
+    made, provenance = load_any(folder, ignore, sites, reads_as=reads_as, given=given)
+    if change is not None:
+        made, provenance = change(str(source), made, provenance)
     with telling_disk_errors(target), making_folder(target) as filled:
         _write(made, provenance, folder if found == GRANARY else None, to, filled)
     return found
@@ -129,8 +142,7 @@ def _write(made: Dictionary, provenance: dict[str, Any], own: Path | None, to: s
         training = on_disk.describe(own).training if own is not None else {}
         made.save_pretrained(target, provenance, training)
     else:
-        assert isinstance(made, SAE)
-        FORMATS[to].save(RawSAE.from_checkpoint(made.config, made.state_dict(), provenance), target)
+        save_foreign(to, made.config, made.state_dict(), provenance, target)
 
 
 def check_new(target: Path) -> None:
@@ -141,7 +153,7 @@ def check_new(target: Path) -> None:
 
 def _read_foreign(folder: Path) -> on_disk.Weights | None:
     name = foreign(folder)
-    return None if name is None else load_foreign(name, folder).to_checkpoint()
+    return None if name is None else load_foreign(name, folder).to_checkpoint(BY_KIND)
 
 
 on_disk.FOREIGN_READERS.append(_read_foreign)

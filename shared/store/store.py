@@ -86,7 +86,7 @@ class Store:
     @property
     def isolated(self) -> bool:
         """Whether each document has the activations it has alone, and positions from its own start."""
-        return bool(self.plan.provenance.get("packing", {}).get("mode", "isolated") == "isolated")
+        return self.plan.packing != "joined"
 
     @property
     def read_dtype(self) -> torch.dtype:

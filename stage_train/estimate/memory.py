@@ -15,7 +15,6 @@ from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
-from torch.distributed.tensor import DTensor
 
 from shared.kernels.fake_cuda import FakeCuda
 from shared.kernels.trace import Trace
@@ -23,6 +22,7 @@ from shared.parallel import World
 from shared.sae.learn import init
 from stage_train.estimate.job import PlannedRun
 from stage_train.run import make_objective, put_together
+from stage_train.state.staging import local
 from stage_train.step.layouts import make_layout
 
 CPU = torch.device("cpu")
@@ -56,7 +56,7 @@ def find_memory(job: PlannedRun, libraries: int = 0) -> Memory:
     masks = job.data.tokens.mask_bits.nbytes + job.data.tokens.counts.nbytes
     with one_of(job.ranks), ExitStack() as stack:
         layout = make_layout(spec.cfg.parallel, World(0, job.ranks, 0, CPU))
-        latents = layout.num_latents(spec.dictionary.d_latent)
+        latents = layout.num_latents(spec.dictionary)
         dead = {latents: round(job.dead_fraction * latents)}
         trace = stack.enter_context(Trace(picks=job.picks, lengths=dead, gloo=not job.cuda))
         stack.enter_context(patch.object(init, "grid_search", first_try))
@@ -65,13 +65,13 @@ def find_memory(job: PlannedRun, libraries: int = 0) -> Memory:
         trace.moment = "start"
         held = {"masks of the store": [torch.empty(masks * (not job.cuda), dtype=torch.uint8)]}
         begins = spec.cfg.init_from is None
-        objective = make_objective(spec, job.data, CPU, begins=begins)  # type: ignore[arg-type]
+        objective = make_objective(spec, job.data, CPU, layout, begins=begins)  # type: ignore[arg-type]
         trainer = put_together(spec, layout.distribute(objective), None, layout)  # type: ignore[arg-type]
         del objective
         held["stream"] = [torch.empty(job.pool_bytes * job.pool_on_device, dtype=torch.uint8)]
         batch, whole = job.batch(CPU), trainer.tensors()
         held["batch"] = list(batch.activations.values())
-        own = {name: tensor.to_local() if isinstance(tensor, DTensor) else tensor for name, tensor in whole.items()}
+        own = {name: local(tensor) for name, tensor in whole.items()}
         for name, tensor in own.items():
             held.setdefault(STATE.get(name.partition(".")[0], "counters"), []).append(tensor)
         meanwhile = 0 < spec.save_every < spec.length.steps

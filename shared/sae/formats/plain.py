@@ -9,6 +9,7 @@ whose orientation is known. The file does not say what is computed, so that is g
 """
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from torch import Tensor
 from shared.basics.errors import GranaryError
 from shared.sae.formats.files import read_pickled, read_safetensors
 from shared.sae.formats.gemma_scope import read_npz
-from shared.sae.formats.raw import RawSAE
+from shared.sae.formats.raw import RawDictionary
 from shared.sae.formats.source import Document, Source, Tensors, merged
 
 ACTIVATIONS = ("topk", "batchtopk", "relu", "jumprelu")
@@ -35,7 +36,7 @@ def matches(folder: Path) -> bool:
     return False
 
 
-def read(source: Source) -> RawSAE:
+def read(source: Source) -> RawDictionary:
     """Raises GranaryError for a folder, and for what neither the file nor the user says."""
     if source.file is None:
         raise GranaryError(f"{source.folder} is a folder: --as plain reads one file of weights")
@@ -50,7 +51,7 @@ def read(source: Source) -> RawSAE:
         )
     b_enc_F, b_dec_D = (vector(tensors, part) for part in ("b_enc", "b_dec"))
     f, d = len(b_enc_F), len(b_dec_D)
-    return RawSAE(
+    return RawDictionary(
         matrix(tensors, "W_enc", f, d, linear_is_FD=True),
         b_enc_F,
         matrix(tensors, "W_dec", f, d, linear_is_FD=False),
@@ -65,6 +66,7 @@ def read(source: Source) -> RawSAE:
 
 def parts_of(source: Source, file: Path) -> tuple[Tensors, Document]:
     """The tensors of the file, and all else that it holds together with what was given."""
+    found: dict[str, Any]
     if file.suffix == ".safetensors":
         found = dict(read_safetensors(file))
     else:

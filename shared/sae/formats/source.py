@@ -14,7 +14,7 @@ from torch import Tensor
 
 from shared.basics.documents import read_json
 from shared.basics.errors import GranaryError
-from shared.sae.formats.files import read_safetensors, read_tensors
+from shared.sae.formats.files import read_pickled, read_safetensors, read_tensors
 
 # What wrappers of a module put before the names of its tensors: torch.compile, DataParallel.
 WRAPPERS = ("_orig_mod.", "module.")
@@ -62,6 +62,17 @@ class Source:
         """Those of ``<name>.safetensors``, or of the files that its index lists."""
         found = read_tensors(self.folder, name) if self.file is None else read_safetensors(self.file)
         return self.tensors(found, harmless)
+
+    def pickled(self, name: str, harmless: Collection[str] = ()) -> "Tensors":
+        """Those of a file of torch's, which may lie under ``state_dict`` beside settings; these are refused by name."""
+        path = self.weights(name)
+        found = read_pickled(path)
+        if isinstance(found.get("state_dict"), dict):
+            self.document(found, path, ("state_dict",))
+            found = found["state_dict"]
+        named = {key: value for key, value in found.items() if isinstance(value, Tensor)}
+        self.document({key: value for key, value in found.items() if key not in named}, path)
+        return self.tensors(named, harmless)
 
     def tensors(self, found: Mapping[str, Tensor], harmless: Collection[str] = ()) -> "Tensors":
         """Those in `found`, float32, under the names that they have in the module itself."""
