@@ -58,7 +58,8 @@ $(VENV_PEERS)/.installed: pyproject.toml constraints-peers.txt
 	@$(VENV_PEERS)/bin/python -m pip install -q --disable-pip-version-check -c constraints-peers.txt -e . \
 	  sae-lens eai-sparsify dictionary-learning pytest pytest-xdist
 	@# Of these one module each is used; their own pins do not go with the others'.
-	@$(VENV_PEERS)/bin/python -m pip install -q --disable-pip-version-check --no-deps -c constraints-peers.txt circuit-tracer sae-dashboard
+	@$(VENV_PEERS)/bin/python -m pip install -q --disable-pip-version-check --no-deps -c constraints-peers.txt circuit-tracer sae-dashboard \
+	  eai-delphi dataclasses-json marshmallow typing-inspect eindex-callum orjson
 	@$(VENV_PEERS)/bin/python -m pip uninstall -q -y torchvision
 	@touch $@
 

@@ -1,6 +1,7 @@
-"""Held-out FVU and dead latents of TopK SAEs: this project against the installed peers, at equal tokens.
+"""Held-out FVU and dead latents of TopK SAEs and transcoders: this project against its peers, at equal tokens.
 
     python benchmarks/quality.py [--quick] [--peers-python .venv-peers/bin/python] [--model bundled|stories260K ...]
+    python benchmarks/quality.py --kind transcoder skip_transcoder     # against sparsify, which alone trains them
 
 Each seed: this project trains by its own command line at its defaults; the batches it saw are then dumped in that
 order, and every peer trains on them, at its defaults and over a grid of learning rates and two schedules (first seed;
@@ -28,10 +29,10 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
-from quality_peers import CONTENDERS, score_halves
+from quality_peers import CONTENDERS, TRANSCODER_TRAINERS, Sides, score_halves
 
 from shared.parallel import World
-from shared.sae import SAE
+from shared.sae.loading import load
 from shared.store import Store
 from stage_train.data.stores import pin
 from stage_train.data.stream import StreamOrder, TokenStream, TrainingData
@@ -45,6 +46,11 @@ MIDDLE = slice(2, 4)
 LENGTHS = ((0.2, 0.2), (0.1, 0.4))
 SEEDS = (0, 1, 2)
 HALVES = ("validation", "test")
+# Of a transcoder; the MLP of the layer whose stream an SAE reads.
+READS, WRITES = "layers.2.mlp_in", "layers.2.mlp_out"
+KINDS = ("sae", "transcoder", "skip_transcoder")
+# What rows of one recipe have in common.
+GROUP = ("model", "kind", "provider", "lr", "warmup", "decay")
 SETTINGS: dict[str, dict[str, Any]] = {
     "bundled": {"k": 32, "expansion": 16, "harvest": []},
     "stories260K": {
@@ -71,10 +77,10 @@ def run(command: list[str], log: Path) -> None:
 class Bench:
     """One model's store, and everything trained on it."""
 
-    def __init__(self, name: str, options: argparse.Namespace) -> None:
-        self.name, self.options = name, options
+    def __init__(self, name: str, kind: str, options: argparse.Namespace) -> None:
+        self.name, self.kind, self.options = name, kind, options
         self.settings = SETTINGS[name]
-        self.folder = Path(options.work) / name
+        self.folder = Path(options.work) / (name if kind == "sae" else f"{name}-mlp")
         self.folder.mkdir(parents=True, exist_ok=True)
         self.log = self.folder / "log.txt"
         self.results: list[dict[str, Any]] = []
@@ -84,15 +90,29 @@ class Bench:
         """The store, unless it is there."""
         extra = ["corpus.contexts=40", "store.shard_contexts=8"] if self.options.quick else []
         command = [sys.executable, "-m", "stage_harvest", f"run_dir={self.folder}", self.threads]
-        run([*command, *self.settings["harvest"], *extra], self.log)
+        sites = [] if self.kind == "sae" else ["hooks.sites=[mlp_in,mlp_out]"]
+        run([*command, *self.settings["harvest"], *sites, *extra], self.log)
+
+    @property
+    def sites(self) -> tuple[str, str]:
+        """What is read and what must be produced."""
+        if self.kind == "sae":
+            (hook,) = Store.open(str(self.folder / "store")).hooks
+            return hook, hook
+        return READS, WRITES
+
+    def heldout(self, half: str) -> list[str]:
+        """Files of both sides of a half of the held-out tokens."""
+        return [str(self.folder / f"{half}-{site}.npy") for site in self.sites]
 
     def training(self, seed: int) -> tuple[list[str], Path]:
-        """The command that trains this project's SAE, and the run's folder."""
-        out = self.folder / f"granary-{seed}"
+        """The command that trains this project's dictionary, and the run's folder."""
+        out = self.folder / f"granary-{self.kind}-{seed}"
+        places = [] if self.kind == "sae" else [f"variant={self.kind}", f"reads={READS}", f"writes={WRITES}"]
         command = [
             sys.executable, "-m", "stage_train", f"run_dir={self.folder}", f"hydra.run.dir={out}", f"seed={seed}",
             f"sae.k={self.settings['k']}", f"sae.expansion={self.settings['expansion']}", self.threads,
-            f"schedule.tokens={self.options.tokens}", "checkpoint.resume=never",
+            f"schedule.tokens={self.options.tokens}", "checkpoint.resume=never", *places,
         ]  # fmt: skip
         return command, out
 
@@ -106,76 +126,89 @@ class Bench:
             start = time.perf_counter()
             run(command, self.log)
             seconds = time.perf_counter() - start
-            sae = SAE.from_pretrained(out)
+            dictionary = load(out)
 
             def reconstruct(x_ND: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-                latents = sae.encode(x_ND)
-                fired_F = torch.zeros(sae.config.d_latent, dtype=torch.bool)
+                latents = dictionary.encode(x_ND)
+                fired_F = torch.zeros(dictionary.config.d_latent, dtype=torch.bool)
                 fired_F[latents.indices[latents.indices >= 0]] = True
-                return sae.decode(latents), fired_F
+                return dictionary.decode(latents), fired_F
 
-            halves = [torch.from_numpy(np.load(self.folder / f"{half}.npy")) for half in HALVES]
-            return {**score_halves(reconstruct, *halves, 2048), "seconds": seconds}
+            validation, test = (self.sides(half) for half in HALVES)
+            return {**score_halves(reconstruct, validation, test, 2048), "seconds": seconds}
 
         self.row("granary", None, None, seed, job, train)
+
+    def sides(self, half: str) -> Sides:
+        """What ``dump_heldout`` wrote."""
+        x_ND, y_ND = (torch.from_numpy(np.load(path)) for path in self.heldout(half))
+        return x_ND, y_ND
 
     def dump_heldout(self) -> None:
         """Held-out trainable tokens, float32 [n, d_model]: of the first half of the contexts, and of the second."""
         store = Store.open(str(self.folder / "store"))
-        hook = store.hooks[0]
         contexts = [int(c) for c in store.contexts("heldout")]
         middle = len(contexts) // 2
         for half, chosen in zip(HALVES, (contexts[:middle], contexts[middle:]), strict=True):
-            parts = [store.read_context(hook, c).float()[torch.from_numpy(store.mask([c])[0])] for c in chosen]
-            np.save(self.folder / f"{half}.npy", torch.cat(parts)[: self.options.heldout].numpy())
+            for path, site in zip(self.heldout(half), self.sites, strict=True):
+                parts = [store.read_context(site, c).float()[torch.from_numpy(store.mask([c])[0])] for c in chosen]
+                np.save(path, torch.cat(parts)[: self.options.heldout].numpy())
 
-    def training_tokens(self, seed: int) -> Path:
-        """Where ``dump_training`` writes."""
-        return self.folder / f"train-{seed}-{self.options.tokens}.npy"
+    def training_tokens(self, seed: int) -> dict[str, Path]:
+        """Where ``dump_training`` writes each site."""
+        return {site: self.folder / f"train-{seed}-{self.options.tokens}-{site}.npy" for site in self.sites}
 
-    def dump_training(self, seed: int) -> Path:
-        """The batches that the run of `seed` saw, in order, float32 [tokens, d_model]."""
-        path = self.training_tokens(seed)
+    def dump_training(self, seed: int) -> dict[str, Path]:
+        """The batches that the run of `seed` saw, in order, float32 [tokens, d_model], by site."""
+        paths = self.training_tokens(seed)
         trained = self.training(seed)[1]
         config = yaml.safe_load((trained / "train.yaml").read_text())
         stream_config = config["stream"]
         self.batch_size = stream_config["batch_size"]
-        if path.exists():
-            return path
+        if all(path.exists() for path in paths.values()):
+            return paths
         stores = pin([(str(self.folder / "store"), 1.0)], World(0, 1, 0, torch.device("cpu")))
         data = TrainingData([part.slice for part in stores])
         store = stores[0].store
-        (hook,) = store.hooks
         order = StreamOrder(
             batch_size=self.batch_size, seed=config["seed"], lanes=stream_config["lanes"],
             mix_contexts=stream_config["mix_contexts"], drop_last=stream_config["drop_last"],
         )  # fmt: skip
         lines = (trained / "metrics.jsonl").read_text().splitlines()
-        steps, width = json.loads(lines[-1])["step"], store.plan.hooks[hook]
-        aside = path.with_suffix(".npy.part")
-        out = np.lib.format.open_memmap(aside, mode="w+", dtype=np.float32, shape=(steps * self.batch_size, width))
-        with TokenStream(data, {hook: (width, store.read_dtype)}, order) as stream:
+        steps = json.loads(lines[-1])["step"]
+        widths = {site: store.plan.hooks[site] for site in paths}
+        aside = {site: path.with_suffix(".npy.part") for site, path in paths.items()}
+        outs = {
+            site: np.lib.format.open_memmap(
+                aside[site], mode="w+", dtype=np.float32, shape=(steps * self.batch_size, width)
+            )
+            for site, width in widths.items()
+        }
+        with TokenStream(data, {site: (width, store.read_dtype) for site, width in widths.items()}, order) as stream:
             for number, batch in zip(range(steps), stream, strict=False):
-                rows = batch.activations[hook].float().numpy()
                 at = number * self.batch_size
-                out[at : at + len(rows)] = rows
-        out.flush()
-        aside.rename(path)
-        return path
+                for site, out in outs.items():
+                    rows = batch.activations[site].float().numpy()
+                    out[at : at + len(rows)] = rows
+        for site, out in outs.items():
+            out.flush()
+            aside[site].rename(paths[site])
+        return paths
 
     def peer(self, provider: str, lr: float | None, lengths: tuple[float, float], seed: int) -> dict[str, Any]:
         """Train a peer in its own process and environment."""
-        width = np.load(self.folder / "test.npy", mmap_mode="r").shape[1]
-        result = self.folder / f"{provider}-{seed}-{lr}-{lengths[0]}.out"
+        width = np.load(self.heldout("test")[0], mmap_mode="r").shape[1]
+        result = self.folder / f"{provider}-{self.kind}-{seed}-{lr}-{lengths[0]}.out"
         job = {
-            "provider": provider, "lr": lr, "seed": seed, "k": self.settings["k"], "threads": self.options.threads,
-            "d_latent": self.settings["expansion"] * width, "tokens": self.options.tokens,
-            "warmup": lengths[0], "decay": lengths[1],
-            "heldout": [str(self.folder / f"{half}.npy") for half in HALVES], "out": str(result),
+            "kind": self.kind, "provider": provider, "lr": lr, "seed": seed, "k": self.settings["k"],
+            "threads": self.options.threads, "d_latent": self.settings["expansion"] * width,
+            "tokens": self.options.tokens, "warmup": lengths[0], "decay": lengths[1],
+            "heldout": [self.heldout(half) for half in HALVES], "out": str(result),
         }  # fmt: skip
 
         def train() -> dict[str, float]:
-            more = {"train": str(self.dump_training(seed)), "batch_size": self.batch_size}
+            dumped = self.dump_training(seed)
+            more = {"train": [str(dumped[site]) for site in self.sites], "batch_size": self.batch_size}
             path = result.with_suffix(".job")
             path.write_text(json.dumps(job | more))
             run([self.options.peers_python, str(ROOT / "benchmarks" / "quality_peers.py"), str(path)], self.log)
@@ -193,7 +226,7 @@ class Bench:
         train: Callable[[], dict[str, float]],
     ) -> dict[str, Any]:
         """The row of an earlier run of the same `job`, or that of a new one; kept and printed."""
-        path = self.folder / f"{provider}-{seed}-{lr}-{lengths and lengths[0]}.json"
+        path = self.folder / f"{provider}-{self.kind}-{seed}-{lr}-{lengths and lengths[0]}.json"
         kept = json.loads(path.read_text()) if path.exists() else {}
         if kept.get("job") != job:
             kept = {"job": job, "result": train()}
@@ -201,11 +234,11 @@ class Bench:
         recipe: dict[str, Any] = {"lr": "default", "warmup": "default", "decay": "default"}
         if lr is not None and lengths is not None:
             recipe = {"lr": lr, "warmup": lengths[0], "decay": lengths[1]}
-        row = {"model": self.name, "provider": provider, **recipe, "seed": seed, **kept["result"]}
+        row = {"model": self.name, "kind": self.kind, "provider": provider, **recipe, "seed": seed, **kept["result"]}
         self.results.append(row)
         told = f"lr {row['lr']!s:8} warm-up {row['warmup']!s:8} seed {row['seed']}"
         scores = f"FVU {row['fvu']:.4f}  dead {row['dead']:.2%}  {row['seconds']:.0f} s"
-        print(f"{row['model']:12} {row['provider']:20} {told}  {scores}", flush=True)
+        print(f"{row['model']:12} {row['kind']:16} {row['provider']:20} {told}  {scores}", flush=True)
         return row
 
     def execute(self) -> None:
@@ -215,15 +248,21 @@ class Bench:
         for seed in self.options.seeds:
             self.ours(seed)
         if not self.options.quick:
-            best = {provider: self.best(provider, self.options.seeds[0]) for provider in CONTENDERS}
+            best = {provider: self.best(provider, self.options.seeds[0]) for provider in self.peers}
             for provider, (lr, lengths) in best.items():
                 for seed in self.options.seeds[1:]:
                     self.peer(provider, lr, lengths, seed)
-        for provider in CONTENDERS:
+        for provider in self.peers:
             for seed in self.options.seeds:
                 self.peer(provider, None, LENGTHS[0], seed)
         for seed in self.options.seeds:
-            self.training_tokens(seed).unlink(missing_ok=True)
+            for path in self.training_tokens(seed).values():
+                path.unlink(missing_ok=True)
+
+    @property
+    def peers(self) -> tuple[str, ...]:
+        """Trainers of this kind."""
+        return tuple(CONTENDERS) if self.kind == "sae" else TRANSCODER_TRAINERS
 
     def best(self, provider: str, seed: int) -> tuple[float, tuple[float, float]]:
         """The rate and the lengths of warm-up and decay with the least FVU on the validation tokens."""
@@ -240,18 +279,18 @@ class Bench:
 
 
 def groups(rows: list[dict[str, Any]]) -> dict[tuple[Any, ...], list[dict[str, Any]]]:
-    """Rows that differ by the seed alone, under their model, trainer, rate, warm-up and decay."""
+    """Rows that differ by the seed alone, under their model, kind, trainer, rate, warm-up and decay."""
     found: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for row in rows:
-        found.setdefault(tuple(row[name] for name in ("model", "provider", "lr", "warmup", "decay")), []).append(row)
+        found.setdefault(tuple(row[name] for name in GROUP), []).append(row)
     return found
 
 
 def table(rows: list[dict[str, Any]]) -> list[str]:
     """Markdown: mean and range of each of the ``groups``."""
     lines = [
-        "| model | trainer | lr | warm-up | decay | seeds | FVU mean (range) | dead mean (range) |",
-        "|---|---|---|---|---|---|---|---|",
+        "| model | kind | trainer | lr | warm-up | decay | seeds | FVU mean (range) | dead mean (range) |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for key, mine in groups(rows).items():
         cells = []
@@ -262,19 +301,19 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
-def ratios(rows: list[dict[str, Any]], models: list[str], seeds: int) -> dict[str, Any]:
+def ratios(rows: list[dict[str, Any]], seeds: int) -> dict[str, Any]:
     """Our FVU over the best peer's (below 1: ours is lower), both means over all seeds."""
     found: dict[str, Any] = {}
-    for model in models:
+    for model, kind in dict.fromkeys((row["model"], row["kind"]) for row in rows):
         means: dict[tuple[Any, ...], float] = {}
         dead: dict[tuple[Any, ...], float] = {}
-        for key, mine in groups([r for r in rows if r["model"] == model]).items():
+        for key, mine in groups([r for r in rows if (r["model"], r["kind"]) == (model, kind)]).items():
             if len(mine) == seeds:
                 means[key], dead[key] = mean(r["fvu"] for r in mine), mean(r["dead"] for r in mine)
-        ours = next(key for key in means if key[1] == "granary")
+        ours = next(key for key in means if key[2] == "granary")
         best = min((key for key in means if key != ours), key=lambda key: means[key])
-        found[model] = {
-            "fvu": round(means[ours], 5), "best_peer": list(best[1:]), "best_peer_fvu": round(means[best], 5),
+        found[model if kind == "sae" else f"{model} {kind}"] = {
+            "fvu": round(means[ours], 5), "best_peer": list(best[2:]), "best_peer_fvu": round(means[best], 5),
             "fvu_over_best_peer": round(means[ours] / means[best], 4),
             "dead": round(dead[ours], 5), "best_peer_dead": round(dead[best], 5),
         }  # fmt: skip
@@ -285,6 +324,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one model, one seed, defaults only, 80,000 tokens")
     parser.add_argument("--model", choices=SETTINGS, nargs="+", help="default: all whose files are here")
+    parser.add_argument("--kind", choices=KINDS, nargs="+", default=KINDS[:1], help="default: sae")
     parser.add_argument("--peers-python", default=str(ROOT / ".venv-peers" / "bin" / "python"), metavar="PATH")
     parser.add_argument("--tokens", type=int, default=1_800_000, help="training tokens of each SAE (default 1.8 M)")
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="the grid is searched on the first")
@@ -303,15 +343,16 @@ def main() -> None:
         options.work = options.work or temporary
         rows = []
         for model in models:
-            bench = Bench(model, options)
-            bench.execute()
-            rows += bench.results
+            for kind in options.kind:
+                bench = Bench(model, kind, options)
+                bench.execute()
+                rows += bench.results
     print("\n".join(table(rows)))
     if options.csv:
         columns = list(rows[0])
         lines = [",".join(columns), *(",".join(str(row[column]) for column in columns) for row in rows)]
         options.csv.write_text("\n".join(lines) + "\n")
-    print(json.dumps(ratios(rows, models, len(options.seeds))))
+    print(json.dumps(ratios(rows, len(options.seeds))))
 
 
 if __name__ == "__main__":

@@ -1,15 +1,16 @@
-"""Train one peer's TopK SAE on dumped activations and score it. Runs in the environment where the peers are installed.
+"""Train one peer's TopK SAE or transcoder on dumped activations and score it. Runs in the peers' environment.
 
     .venv-peers/bin/python benchmarks/quality_peers.py JOB.json
 
-JOB.json: provider, lr (null: the peer's own recipe), warmup, decay, seed, threads, k, d_latent, batch_size, out,
-train, heldout (validation and test; ``.npy``, float32, [tokens, d_model], in training order). Imports torch, numpy
-and the peer alone.
+JOB.json: kind (sae, transcoder, skip_transcoder), provider, lr (null: the peer's own recipe), warmup, decay, seed,
+threads, k, d_latent, batch_size, out, train, heldout (validation and test); each of the last is what is read and what
+must be produced, ``.npy``, float32, [tokens, d_model], in training order, one file twice for an SAE. Imports torch,
+numpy and the peer alone.
 
 At lr null the peer's optimiser, rate and schedule are its own, with the warm-up cut to the share `warmup` of the run
 where it would not end; at a given lr every peer uses Adam, warmed up over the share `warmup` and decayed linearly,
-which all of them offer, over the share `decay`. Inputs are scaled to mean norm sqrt(d_model) for all. Shape letters:
-N tokens, D d_model, F latents.
+which all of them offer, over the share `decay`. Both sides are scaled to mean norm sqrt(d_model) for all. Shape
+letters: N tokens, D d_model, F latents.
 """
 
 import json
@@ -23,18 +24,21 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+Sides = tuple[torch.Tensor, torch.Tensor]
+"""What is read and what must be produced, [N, D] each."""
+
 
 class Contender(Protocol):
     """A peer in training."""
 
-    def step(self, x_ND: torch.Tensor, number: int) -> None:
-        """Learn from one batch."""
+    def step(self, x_ND: torch.Tensor, y_ND: torch.Tensor, number: int) -> None:
+        """Learn from one batch to produce y from x, which is y for an SAE."""
 
     def finish(self) -> None:
         """After the last step."""
 
     def reconstruct(self, x_ND: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Reconstruction [N, D] and which latents fired, bool [F]."""
+        """What is produced, [N, D], and which latents fired, bool [F]."""
 
 
 def rate(number: int, steps: int, warmup: int, decay: int) -> float:
@@ -63,7 +67,7 @@ class SAELens:
         )  # fmt: skip
         self.trainer = SAETrainer(config, self.sae, iter([]))
 
-    def step(self, x_ND: torch.Tensor, number: int) -> None:
+    def step(self, x_ND: torch.Tensor, y_ND: torch.Tensor, number: int) -> None:
         self.trainer.step(x_ND)
         self.trainer.n_training_steps += 1
 
@@ -88,7 +92,7 @@ class DictionaryLearning:
             decay_start=None if job["lr"] is None else steps - round(job["decay"] * steps),
         )  # fmt: skip
 
-    def step(self, x_ND: torch.Tensor, number: int) -> None:
+    def step(self, x_ND: torch.Tensor, y_ND: torch.Tensor, number: int) -> None:
         self.trainer.update(number, x_ND)
 
     def finish(self) -> None:
@@ -107,8 +111,14 @@ class Sparsify:
         from sparsify import SparseCoderConfig
         from sparsify.sparse_coder import SparseCoder
 
-        num_latents = job["d_latent"]
-        self.coder = SparseCoder(d, SparseCoderConfig(num_latents=num_latents, k=job["k"]), dtype=torch.float32)
+        num_latents, self.transcodes = job["d_latent"], job["kind"] != "sae"
+        config = SparseCoderConfig(
+            num_latents=num_latents,
+            k=job["k"],
+            transcode=self.transcodes,
+            skip_connection=job["kind"] == "skip_transcoder",
+        )
+        self.coder = SparseCoder(d, config, dtype=torch.float32)
         self.since_fired_F = torch.zeros(num_latents, dtype=torch.long)
         self.steps, self.lr = steps, job["lr"]
         self.warmup, self.decay = round(job["warmup"] * steps), round(job["decay"] * steps)
@@ -123,13 +133,17 @@ class Sparsify:
         else:
             self.optimiser = torch.optim.Adam(self.coder.parameters(), lr=self.lr)
 
-    def step(self, x_ND: torch.Tensor, number: int) -> None:
-        if number == 0:  # its Trainer begins with b_dec at the mean of the first batch
-            self.coder.b_dec.data = x_ND.mean(0)
-        self.coder.set_decoder_norm_to_unit_norm()
-        out = self.coder(x_ND, dead_mask=self.since_fired_F > 10_000_000 if self.lr else None)
+    def step(self, x_ND: torch.Tensor, y_ND: torch.Tensor, number: int) -> None:
+        if number == 0:  # where its Trainer begins
+            self.coder.b_dec.data = y_ND.mean(0)
+            if self.transcodes:
+                self.coder.encoder.bias.data = -x_ND.mean(0) @ self.coder.encoder.weight.data.T
+        if not self.transcodes:  # whose decoder its Trainer leaves free
+            self.coder.set_decoder_norm_to_unit_norm()
+        out = self.coder(x_ND, y_ND, dead_mask=self.since_fired_F > 10_000_000 if self.lr else None)
         (out.fvu + out.auxk_loss / 32).backward()
-        self.coder.remove_gradient_parallel_to_decoder_directions()
+        if not self.transcodes:
+            self.coder.remove_gradient_parallel_to_decoder_directions()
         if self.lr is not None:
             self.optimiser.param_groups[0]["lr"] = self.lr * rate(number, self.steps, self.warmup, self.decay)
         self.optimiser.step()
@@ -140,7 +154,8 @@ class Sparsify:
     def finish(self) -> None:
         if self.lr is None:
             self.optimiser.eval()
-        self.coder.set_decoder_norm_to_unit_norm()
+        if not self.transcodes:
+            self.coder.set_decoder_norm_to_unit_norm()
 
     def reconstruct(self, x_ND: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         out = self.coder(x_ND)
@@ -154,48 +169,54 @@ CONTENDERS: dict[str, Callable[[int, dict[str, Any], int], Contender]] = {
     "dictionary-learning": DictionaryLearning,
     "sae-lens": SAELens,
 }
+TRANSCODER_TRAINERS = ("sparsify",)
+"""The others train SAEs alone."""
 
 
 @torch.no_grad()
 def score(
-    reconstruct: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]], heldout_ND: torch.Tensor, chunk: int
+    reconstruct: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]], heldout: Sides, chunk: int
 ) -> dict[str, float]:
     """FVU about the mean, and the share of latents that do not fire, on held-out tokens; sums in float64."""
     error, fired_F = 0.0, None
-    for x_ND in heldout_ND.split(chunk):
-        x_hat_ND, now_F = reconstruct(x_ND)
-        error += float((x_ND.double() - x_hat_ND.double()).square().sum())
+    for x_ND, y_ND in zip(*(side_ND.split(chunk) for side_ND in heldout), strict=True):
+        y_hat_ND, now_F = reconstruct(x_ND)
+        error += float((y_ND.double() - y_hat_ND.double()).square().sum())
         fired_F = now_F if fired_F is None else fired_F | now_F
-    variance = float((heldout_ND.double() - heldout_ND.double().mean(0)).square().sum())
+    wanted_ND = heldout[1].double()
+    variance = float((wanted_ND - wanted_ND.mean(0)).square().sum())
     assert fired_F is not None
     return {"fvu": error / variance, "dead": 1 - float(fired_F.float().mean())}
 
 
 def score_halves(
-    reconstruct: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]],
-    validation_ND: torch.Tensor,
-    test_ND: torch.Tensor,
-    chunk: int,
+    reconstruct: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]], validation: Sides, test: Sides, chunk: int
 ) -> dict[str, float]:
     """``score`` of the test tokens, and the FVU of the validation tokens to choose by."""
-    return {**score(reconstruct, test_ND, chunk), "validation_fvu": score(reconstruct, validation_ND, chunk)["fvu"]}
+    return {**score(reconstruct, test, chunk), "validation_fvu": score(reconstruct, validation, chunk)["fvu"]}
 
 
 def main() -> None:
     job = json.loads(Path(sys.argv[1]).read_text())
     torch.set_num_threads(job["threads"])
     torch.manual_seed(job["seed"])
-    train, halves = np.load(job["train"], mmap_mode="r"), [np.load(path) for path in job["heldout"]]
-    batch, d = job["batch_size"], train.shape[1]
-    scale = d**0.5 / float(np.linalg.norm(train[: 50 * batch], axis=1).mean())
-    steps = len(train) // batch
+    train = [np.load(path, mmap_mode="r") for path in job["train"]]
+    halves = [[np.load(path) for path in sides] for sides in job["heldout"]]
+    batch, d = job["batch_size"], train[0].shape[1]
+    scales = [d**0.5 / float(np.linalg.norm(side[: 50 * batch], axis=1).mean()) for side in train]
+    steps = len(train[0]) // batch
     contender = CONTENDERS[job["provider"]](d, job, steps)
     start = time.perf_counter()
     for number in range(steps):
-        contender.step(torch.from_numpy(train[number * batch : (number + 1) * batch] * scale), number)
+        rows = slice(number * batch, (number + 1) * batch)
+        x_ND, y_ND = (torch.from_numpy(side[rows] * scale) for side, scale in zip(train, scales, strict=True))
+        contender.step(x_ND, y_ND, number)
     contender.finish()
     seconds = time.perf_counter() - start
-    result = score_halves(contender.reconstruct, *(torch.from_numpy(half * scale) for half in halves), batch)
+    validation, test = (
+        tuple(torch.from_numpy(side * scale) for side, scale in zip(half, scales, strict=True)) for half in halves
+    )
+    result = score_halves(contender.reconstruct, validation, test, batch)
     Path(job["out"]).write_text(json.dumps({**result, "seconds": seconds}))
 
 

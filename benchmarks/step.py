@@ -130,7 +130,7 @@ def main() -> None:
     parser.add_argument("--record", action="store_true", help=f"append to {RESULTS.name}")
     options = parser.parse_args()
     shape = SHAPES[("quick-variants" if options.variants else "quick") if options.quick else options.shape]
-    rounds = min(options.rounds, 5) if options.quick else options.rounds
+    rounds = min(options.rounds, 3 if options.variants else 5) if options.quick else options.rounds
 
     peers_python = options.peers_python if Path(options.peers_python).exists() else sys.executable
     versions = peer_versions(peers_python)

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from shared.basics.config import named_urls
 from shared.basics.errors import GranaryError
+from shared.basics.pages_link import link_pages
 from shared.basics.run_folder import RunFolder
 from shared.lm import load_causal_lm
 from shared.lm.recorded import ModelChoice, choose_model
@@ -186,6 +187,8 @@ def write(cfg: EvalSchema, found: Found, results: Results) -> None:
             all_staged.append(staged)
         for staged in all_staged:
             staged.move_in()
+            link_pages(RunFolder(staged.place).report)
+            link_pages(RunFolder(staged.place).comparison_page)
     print_tables(results.evaluations, results.joint)
     if several:
         say_where_comparison(out, comparison)

@@ -11,7 +11,7 @@ import shutil
 import time
 import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -20,7 +20,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from shared.basics.errors import GranaryError
-from shared.basics.files import write_bytes
+from shared.basics.files import is_abandoned, lock_folder, write_bytes
 from shared.basics.run_folder import RunFolder
 from stage_eval.config import EvalSchema
 from stage_eval.results.comparison import Comparison
@@ -38,7 +38,7 @@ EVALUATION = tuple(str(path) for path in (HERE.evaluation, HERE.latent_figures, 
 """What an evaluation of one SAE writes; what is named first is the first to go and the last to come."""
 COMPARISON = tuple(str(path) for path in (HERE.comparison, HERE.comparison_page, HERE.plots))
 STAGING = ".evaluation-"
-LEFTOVER_SECONDS = 3600
+LEFTOVER_SECONDS = 3600  # where the file system has no locks
 
 
 class Staged:
@@ -49,19 +49,26 @@ class Staged:
 
     def __init__(self, place: Path, names: Sequence[str]) -> None:
         self.place, self.names = place, names
-        self.staging = place / f"{STAGING}{uuid.uuid4().hex[:8]}"
+        self.staging = place
+        self._held: int | None = None
 
     def __enter__(self) -> Self:
         with told(self.place):
             self.place.mkdir(parents=True, exist_ok=True)
             remove_leftovers(self.place)
-            self.staging.mkdir()
+            while self._held is None:
+                self.staging = self.place / f"{STAGING}{uuid.uuid4().hex[:8]}"
+                self.staging.mkdir()
+                with suppress(FileNotFoundError):  # another evaluation took it for a leftover before it was held
+                    self._held = lock_folder(self.staging)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         shutil.rmtree(self.staging, ignore_errors=True)
+        if self._held is not None:
+            os.close(self._held)
 
     def write(self, name: str, content: bytes) -> None:
         """Stage a file; `name` may be inside of a folder."""
@@ -90,9 +97,9 @@ class Staged:
 
 
 def remove_leftovers(place: Path) -> None:
-    """Remove what evaluations that died had staged; another one may be at work, so a young folder stays."""
+    """Remove what evaluations that died had staged; one that is at work holds its folder, or has a young one."""
     for left in place.glob(f"{STAGING}*"):
-        if time.time() - left.stat().st_mtime > LEFTOVER_SECONDS:
+        if is_abandoned(left) or time.time() - left.stat().st_mtime > LEFTOVER_SECONDS:
             shutil.rmtree(left, ignore_errors=True)
 
 

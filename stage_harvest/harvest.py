@@ -31,7 +31,7 @@ from stage_harvest.shards.probe import probe
 from stage_harvest.shards.window_gate import WindowGate
 from stage_harvest.shards.writer import BackgroundWriter
 from stage_harvest.tokens.encoder import default_workers
-from stage_harvest.tokens.spool import TokenSpool
+from stage_harvest.tokens.spool import TokenSpool, discard
 
 log = logging.getLogger(__name__)
 
@@ -139,6 +139,7 @@ def prepare(job: HarvestJob, world: World, isolation: str | None) -> Store:
     cfg = job.cfg
     existing = find_store(job.place)
     if existing is not None:
+        discard(cfg.spool_dir, cfg.store.url)
         plan = job.store_plan(existing.plan.num_contexts, isolation, existing.plan)
         return Store.create(job.place, plan, None, None, None, job.window_bytes)
     if job.stored is not None:

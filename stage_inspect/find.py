@@ -15,10 +15,10 @@ from shared.launch.outcome import ending_in_one_line
 from shared.launch.terminal import ShownConsole
 
 FIND = """\
-Which latents stand for a concept. A concept is a regular expression, a set of tokens, or one of Python source, whose
-truth comes from Python's own tokenizer. Every latent is ranked as a detector of the concept's tokens, by F1 at its best
-threshold with an interval over groups of documents, and by AUROC. One pass over the store; the result is kept in the
-notes of the latents folder.
+Which latents stand for a concept. A concept is a regular expression, a set of tokens, spans that you marked (a JSON
+Lines file), or one of Python source, whose truth comes from Python's own tokenizer. Every latent is ranked as a
+detector of the concept's tokens, by F1 at its best threshold on one half of the documents; the scores, with 95 %
+intervals over documents, are those on the other half. One pass over the store; the result is kept in the notes.
 """
 
 
@@ -31,6 +31,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--python", nargs="+", default=[], metavar="NAME", help="concepts of Python, or all")
     parser.add_argument("--regex", nargs="+", default=[], metavar="RE", help="regular expressions")
     parser.add_argument("--token", nargs="+", default=[], metavar="TEXT", help="texts of single tokens")
+    parser.add_argument("--spans", type=Path, metavar="FILE", help="spans with labels, see docs/inspection.md")
     parser.add_argument("--split", choices=[split.value for split in Split], default="heldout", help="of the store")
     parser.add_argument("--contexts", type=int, help="so many of them, evenly spaced; default: all")
     parser.add_argument("--count", type=int, default=5, help="latents listed for each concept (5)")
@@ -68,14 +69,16 @@ def find(arguments: argparse.Namespace) -> None:
         raise GranaryError(f"--count {arguments.count}: at least 1")
     latents = Latents.open(latents_url(arguments.run))
     inspected = Inspected.open(latents, arguments.sae, arguments.store)
-    concepts = parse(arguments.python, arguments.regex, arguments.token, inspected.vocabulary)
+    concepts = parse(arguments.python, arguments.regex, arguments.token, inspected.vocabulary, arguments.spans)
     contexts = choose_contexts(inspected.store, Split(arguments.split), arguments.contexts)
     with tqdm(total=len(contexts) * inspected.store.seq_len, unit="tok", unit_scale=True, desc="find") as bar:
         found = search(inspected, concepts, contexts, arguments.count, bar.update)
-    table = Table(title=f"{arguments.split} tokens of {inspected.store.url}", title_justify="left")
-    for name in ("concept", "latent", "F1", "95 %", "precision", "recall", "AUROC"):
-        table.add_column(name, justify="left" if name == "concept" else "right")
-    for name, matches in found.items():
+    title = f"{arguments.split} tokens of {inspected.store.url}: chosen on {found.documents[0]:,} documents, scored on"
+    table = Table(title=f"{title} {found.documents[1]:,} others", title_justify="left")
+    table.add_column("concept")
+    for name in ("latent", "F1", "95 %", "prec.", "recall", "AUROC", "95 %"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for name, matches in found.matches.items():
         for number, one in enumerate(matches):
             table.add_row(
                 name if not number else "",
@@ -85,11 +88,20 @@ def find(arguments: argparse.Namespace) -> None:
                 f"{one.precision:.3f}",
                 f"{one.recall:.3f}",
                 f"{one.auroc:.3f}",
+                f"{one.auroc_low:.2f}-{one.auroc_high:.2f}",
             )
-    ShownConsole(soft_wrap=True).print(table)
-    record = {name: [asdict(one) for one in matches] for name, matches in found.items()}
+    console = ShownConsole(soft_wrap=True)
+    console.print(table)
+    for name, why in found.left_out.items():
+        console.print(f"left out: {name}, {why}", markup=False)
+    record = {name: [asdict(one) for one in matches] for name, matches in found.matches.items()}
     for name, rows in record.items():
-        result = {"split": arguments.split, "contexts": len(contexts), "latents": rows}
+        result = {
+            "split": arguments.split,
+            "contexts": len(contexts),
+            "documents": list(found.documents),
+            "latents": rows,
+        }
         if latents.notes.writable:
             latents.notes.add_concept(name, concepts.definitions[name], result)
     if arguments.json is not None:

@@ -82,6 +82,8 @@ class Job:
                 spec = RunSpec.resolve(one, stores, self.tokens.data)
                 self.layout.check(spec.dictionary, one)
                 self.specs.append(spec)
+        if self.tokens.blocks is not None:
+            self.tokens.blocks.check(self._reader[0], self._stream)
 
     def execute(self) -> None:
         """Train, save, export. Ends the process with status 0 after a stop signal (130: Ctrl-C), when all is saved.
@@ -125,15 +127,24 @@ class Job:
 
     def open_inputs(self) -> TrainingInputs:
         """Claim what the runs read, and wait until there is some of it."""
-        first, state = self.specs[0], furthest_back(self.starts).state
-        claim, folder = first.id, first.folder
-        if not self.alone:
-            claim = digest({spec.id: spec.cfg.out_dir for spec in self.specs})[:16]
-            folder = first.folder.parent
         names = [name for spec in self.specs for name in self.layout.sites(spec.sites).names]
         return TrainingInputs.open(
-            first.cfg, self.world, self.tokens, names, claim=(claim, str(folder.resolve())), stream=state.get("stream")
+            self.specs[0].cfg, self.world, self.tokens, names, claim=self._reader, stream=self._stream
         )
+
+    @property
+    def _reader(self) -> tuple[str, str]:
+        """As what the job reads a store with a window: an id, and the folder of its runs."""
+        claim = self.specs[0].id
+        if not self.alone:
+            claim = digest({spec.id: spec.cfg.out_dir for spec in self.specs})[:16]
+        return claim, str(self._folder.resolve())
+
+    @property
+    def _stream(self) -> Mapping[str, Any] | None:
+        """The state that the stream goes on from."""
+        state: Mapping[str, Any] | None = furthest_back(self.starts).state.get("stream")
+        return state
 
     @contextmanager
     def blaming(self, folder: str | Path) -> Iterator[None]:

@@ -208,15 +208,18 @@ def write_config(spec: RunSpec) -> None:
 
 
 def finish(spec: RunSpec, checkpoints: Checkpoints, world: World) -> None:
-    """Export the dictionary and draw the curves; the other ranks wait, or their exit would end the first's."""
+    """Draw the curves and export the dictionary; the other ranks wait, or their exit would end the first's.
+
+    In this order: a run whose dictionary is there is done, and what fails before is made up for by the next command.
+    """
     checkpoints.wait()
     newest = checkpoints.latest()
     assert newest is not None
     if world.is_main:
-        export(newest, spec.folder)
-        checkpoints.prune(newest)  # a disk that failed may have left older ones
         if spec.cfg.logger.curves:
             draw_curves(spec.folder)
+        export(newest, spec.folder)
+        checkpoints.prune(newest)  # a disk that failed may have left older ones
     barrier()
 
 

@@ -19,7 +19,8 @@ from tests.cli import REPOSITORY, ForkServer, Result
 
 FULL, READ_ONLY, BROKEN = errno.ENOSPC, errno.EROFS, errno.EIO
 # Parts of the paths of files that are written alike.
-MANY = re.compile(r"(plots|static|column)/[^/]+|\d+|evaluation-\w+")
+ALIKE = "plots|static|column|table|examples|active|windows|tokens|logits|together|neighbours|silent"
+MANY = re.compile(rf"({ALIKE})/[^/]+|\d+|evaluation-\w+")
 LEFTOVERS = ("*.tmp", "*.partial", ".evaluation-*", ".*staging*", "discarded")
 
 

@@ -45,13 +45,18 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 
 def write_together(folder: Path, texts: Mapping[str, str]) -> None:
-    """Write files that belong to one another: none takes its place before the contents of all are on disk."""
+    """Write files that belong to one another: no former one is ever beside a new one.
+
+    The former ones stay until the contents of all are on disk, then all go and the new ones take their places.
+    """
     with ExitStack() as stack:
         for name, text in texts.items():
             file = stack.enter_context(replacing(folder / name))
             file.write(text.encode())
             file.flush()
             os.fsync(file.fileno())
+        for name in texts:
+            (folder / name).unlink(missing_ok=True)
 
 
 @contextmanager
@@ -110,9 +115,9 @@ def is_temporary(name: str) -> bool:
 
 
 def is_abandoned(temp: Path) -> bool:
-    """True where no living process holds the lock; False where the file system has no locks to tell by."""
+    """Whether no living process holds the lock of a file or folder; False without locks on the file system."""
     try:
-        fd = os.open(temp, os.O_RDWR)
+        fd = os.open(temp, os.O_RDONLY if temp.is_dir() else os.O_RDWR)
     except OSError:
         return False
     try:

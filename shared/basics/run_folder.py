@@ -16,6 +16,8 @@ runs/demo/                  run_dir: all of one study
     report.html
     plots/
     latents/                stage_inspect: what each latent does (format 3)
+    explorer/               pages of it for any web host
+    latents.html            some of them in one file
     comparison.json         of several SAEs
     comparison.html
 """
@@ -54,6 +56,16 @@ class RunFolder:
     def latents(self) -> Path:
         """What each latent of the dictionary does: a latents folder."""
         return self.path / "latents"
+
+    @property
+    def pages(self) -> Path:
+        """The folder of pages that show what each latent does."""
+        return self.path / "explorer"
+
+    @property
+    def pages_file(self) -> Path:
+        """Some of these pages in one file."""
+        return self.path / "latents.html"
 
     # Of a training run
 

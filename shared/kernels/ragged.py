@@ -5,6 +5,11 @@ Shapes: N rows, P pairs, M the batch's largest number of pairs in a row (at leas
 
 import torch
 
+# Entries of a matrix of booleans that are looked at at once, as one int64.
+WORD = 8
+# With more than one word in so many entries, the way over words is the slower one.
+FEW = 64
+
 
 def pad_rows(
     rows_P: torch.Tensor, latents_P: torch.Tensor, values_P: torch.Tensor, num_rows: int
@@ -42,6 +47,20 @@ def pad_ordered(
     values_NM, order_NM = torch.sort(values_NM, dim=1, descending=True, stable=True)
     indices_NM = indices_NM.gather(1, order_NM)
     return values_NM.masked_fill_(indices_NM < 0, 0), indices_NM
+
+
+def true_places(kept_TF: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """``kept.nonzero(as_tuple=True)`` of a contiguous matrix; four times as fast on a CPU where few are true."""
+    if kept_TF.device.type != "cpu" or kept_TF.numel() % WORD:
+        rows_P, columns_P = kept_TF.nonzero(as_tuple=True)
+        return rows_P, columns_P
+    words_W = kept_TF.view(-1).view(torch.int64).nonzero().squeeze(1)
+    if len(words_W) * FEW > kept_TF.numel():
+        rows_P, columns_P = kept_TF.nonzero(as_tuple=True)
+        return rows_P, columns_P
+    which_P, inside_P = kept_TF.view(-1, WORD)[words_W].nonzero(as_tuple=True)
+    places_P = words_W[which_P] * WORD + inside_P
+    return places_P // kept_TF.shape[1], places_P % kept_TF.shape[1]
 
 
 def pad_dense(z_NF: torch.Tensor, kept_NF: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

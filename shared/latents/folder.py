@@ -7,6 +7,7 @@ for example in latents.top(1234): print(example.value, example.marked)
 
 import os
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Self
@@ -16,7 +17,7 @@ import numpy.typing as npt
 
 from shared.basics.errors import GranaryError
 from shared.latents import layout
-from shared.latents.arrays import ArrayReader, ChunkCache
+from shared.latents.arrays import READ_THREADS, ArrayReader, ChunkCache
 from shared.latents.examples import DECILES, Example, Records, WindowTable, decile
 from shared.latents.meta import Meta
 from shared.latents.notes import Explanation, Found, Notes
@@ -122,7 +123,7 @@ class Latents:
     @cached_property
     def table(self) -> Table:
         """A column [F] for each number of a latent, by name."""
-        return read_table(self.meta, lambda path: self.array(path).all() if self.has(path) else None)
+        return self._rows_of_table(range(self.num_latents))
 
     @cached_property
     def vocabulary(self) -> Vocabulary | None:
@@ -153,10 +154,14 @@ class Latents:
         """All numbers of one latent. Raises GranaryError for one that is not there."""
         self._check(index)
         sampled = int(self.array("tokens/sampled").row(index))
-        table, notes = self.table, self.notes
+        # Of a table that nobody has asked for yet, one row: at a URL the whole is megabytes.
+        table, row = (
+            (self.table, index) if "table" in self.__dict__ else (self._rows_of_table(range(index, index + 1)), 0)
+        )
+        notes = self.notes
         return Latent(
             index=index,
-            numbers={name: table[name][index].item() for name in table},
+            numbers={name: table[name][row].item() for name in table},
             histogram=self.array("histogram").row(index),
             positions=self.array("positions").row(index),
             tokens=self._tokens("tokens/firing", index, sampled),
@@ -261,6 +266,17 @@ class Latents:
         settings = self.meta.settings
         start, segment, tokens = (self.array(f"windows/{name}") for name in ("start", "segment", "tokens"))
         return WindowTable(start, segment, tokens, self.meta.seq_len, settings["before"], settings["after"])
+
+    def _rows_of_table(self, latents: range) -> Table:
+        """Rows of these neighbours; columns side by side, since each is a request of its own."""
+
+        def read(path: str) -> npt.NDArray[np.generic] | None:
+            return self.array(path).rows(latents.start, latents.stop) if self.has(path) else None
+
+        paths = [path for path in layout.ARRAYS if path.startswith("table/")]
+        with ThreadPoolExecutor(READ_THREADS, thread_name_prefix="granary-latents") as pool:
+            columns = dict(zip(paths, pool.map(read, paths), strict=True))
+        return read_table(self.meta, latents, columns.get)
 
     @cached_property
     def _firing(self) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.uint32]]:

@@ -4,9 +4,11 @@ A file on this machine is opened for writing when something is written first; on
 """
 
 import json
+import shutil
 import sqlite3
 import tempfile
 import threading
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -72,13 +74,15 @@ class Notes:
 
     @classmethod
     def open(cls, io: ObjectIO) -> "Notes":
-        """Those of a folder; where it has none yet, they are empty."""
+        """Those of a folder; where it has none yet, they are empty. A copy goes when these notes do."""
         if isinstance(io, LocalIO):
             return cls(io.root / NOTES, writable=True)
-        copy = Path(tempfile.mkdtemp(prefix="granary-notes-")) / NOTES
+        folder = Path(tempfile.mkdtemp(prefix="granary-notes-"))
+        notes = cls(folder / NOTES, writable=False)
+        weakref.finalize(notes, shutil.rmtree, folder, ignore_errors=True)
         if io.size(NOTES) is not None:
-            copy.write_bytes(io.get(NOTES))
-        return cls(copy, writable=False)
+            notes.path.write_bytes(io.get(NOTES))
+        return notes
 
     # Explanations and scores
 

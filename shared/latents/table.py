@@ -32,9 +32,9 @@ class Table(Mapping[str, Column]):
         return len(self._columns)
 
 
-def read_table(meta: Meta, read: Callable[[str], Column | None]) -> Table:
-    """`read` gives a stored column by its path, None for one that is not there."""
-    columns: dict[str, Column] = {"latent": np.arange(meta.num_latents)}
+def read_table(meta: Meta, latents: range, read: Callable[[str], Column | None]) -> Table:
+    """Rows of these latents; `read` gives a stored column of theirs by its path, None for one that is not there."""
+    columns: dict[str, Column] = {"latent": np.array(latents)}
     for path in layout.ARRAYS:
         if path.startswith("table/"):
             column = read(path)

@@ -60,6 +60,8 @@ class Threshold:
         config = made.config
         if not ACTIVATION_KINDS[config.activation].fixes_l0:
             raise GranaryError(f"{where} has {config.activation}, whose latents need no k: --threshold is for topk")
+        if made.sites is None:
+            raise GranaryError(f"{where} does not record where it reads and writes: give --reads and --writes")
         store = Store.open(self.store)
         sites = choose_sites(where, made.sites, store, None)
         chosen = choose_contexts(store, Split.heldout, self.contexts).tolist()

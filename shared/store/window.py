@@ -141,8 +141,12 @@ class Window:
 
     def claim(self, run: str, folder: str) -> None:
         """Become the store's one reader, or find oneself that already; raises GranaryError where another run is."""
-        wanted = seal({"run": run, "folder": folder})
-        if self.io.put(READER, [wanted]):
+        if not self.io.put(READER, [seal({"run": run, "folder": folder})]):
+            self.check_reader(run)
+
+    def check_reader(self, run: str) -> None:
+        """Raise GranaryError where the store's one reader is another run."""
+        if self.io.size(READER) is None:
             return
         data = self.io.get(READER)
         with reading(READER):

@@ -1,8 +1,11 @@
 """The page of a comparison: Pareto fronts and a table for each site, what the activations are like, and provenance."""
 
+import posixpath
 from collections.abc import Sequence
 from dataclasses import replace
+from urllib.parse import unquote
 
+from shared.basics.pages_link import slot
 from stage_eval.results.comparison import Comparison, ComparisonRow, LeftOut, least_fvu
 from stage_eval.results.figures import JointDownstream
 from stage_eval.show import page
@@ -109,6 +112,14 @@ def hash_table(rows: Sequence[ComparisonRow]) -> str:
     return page.table(("SAE", "SHA-256 of its weights"), body, numeric_from=2)
 
 
+def name_cell(row: ComparisonRow, shown: str) -> str:
+    """An SAE's name, which leads to its report, and a slot for a link to the pages of its latents."""
+    if not row.report:
+        return text(shown)
+    run = posixpath.dirname(unquote(row.report)) or "."
+    return f'<a href="{text(row.report)}">{text(shown)}</a> {slot(run)}'
+
+
 def joint_table(joint: JointDownstream) -> str:
     """The losses with every hook replaced at the same time."""
     head = ("spliced together", *(heading for _, heading in JOINT_COLUMNS))
@@ -129,7 +140,7 @@ def comparison_table(rows: Sequence[ComparisonRow]) -> str:
 
     body = [
         (
-            f'<a href="{text(row.report)}">{text(shown[row.name])}</a>' if row.report else text(shown[row.name]),
+            name_cell(row, shown[row.name]),
             text("-" if row.k is None else row.k),
             f"{row.expansion:g}",
             number(row.l0),

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from shared.basics.pages_link import slot
 from shared.store.statistics import OUTLIER_RATIO
 from stage_eval.results.evaluation import Evaluation
 from stage_eval.results.figures import (
@@ -49,7 +50,7 @@ DOWNSTREAM_ROWS = (
 
 INSPECTION = (
     "What each latent fires on, the tokens it raises and its neighbours: granary inspect finds them, granary explore"
-    " shows them, a page for each latent."
+    " shows them, a page for each latent; granary explore RUN --folder writes pages that are linked from here."
 )
 
 
@@ -89,7 +90,7 @@ def render(report: Evaluation) -> str:
                 densest_rows(report.latents.densest),
                 *map(page.figure, pick(plots, "training")),
             ),
-            f'<div style="margin-top:12px">{page.paragraph(INSPECTION)}</div>',
+            f'<div style="margin-top:12px">{page.paragraph(INSPECTION)}{slot(".")}</div>',
         ),
         *(
             page.section(

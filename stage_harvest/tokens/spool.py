@@ -12,10 +12,22 @@ import numpy as np
 import numpy.typing as npt
 
 from shared.basics.errors import GranaryError
-from shared.basics.files import lock_folder
+from shared.basics.files import is_abandoned, lock_folder
 from stage_harvest.tokens.packing import Context
 
 FIELDS = (("tokens", np.int32), ("mask", np.bool_), ("segments", np.int32))
+
+
+def folder_of(place: str, owner: str) -> Path:
+    """Where the tokens for the store at the URL `owner` are spooled."""
+    return Path(place) / f"spool-{hashlib.sha256(owner.encode()).hexdigest()[:12]}"
+
+
+def discard(place: str, owner: str) -> None:
+    """Remove what a harvest that died had spooled for a store that has its tokens."""
+    folder = folder_of(place, owner)
+    if folder.exists() and is_abandoned(folder):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 class TokenSpool:
@@ -32,7 +44,7 @@ class TokenSpool:
         """
         self.seq_len = seq_len
         self.num_contexts = 0
-        self.folder = Path(place) / f"spool-{hashlib.sha256(owner.encode()).hexdigest()[:12]}"
+        self.folder = folder_of(place, owner)
         self.encoded = self.folder / "encoded"
         """Where encoded documents are kept (see `stage_harvest.tokens.encoder`)."""
         self._packed = self.folder / "packed"

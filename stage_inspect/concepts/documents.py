@@ -5,7 +5,7 @@ asked for. Special tokens have no text.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -28,6 +28,8 @@ class Document:
     starts: Ints
     """Where each token begins in the text, and where the last one ends: [tokens + 1]. A token that begins within a
     character begins where that does."""
+    parts: dict[tuple[int, int], int] = field(default_factory=dict)
+    """First token of its part in each context, by the context and the document's number within it."""
 
 
 def documents(store: Store, contexts: Ints, vocabulary: Vocabulary) -> Iterator[Document]:
@@ -49,23 +51,29 @@ def documents(store: Store, contexts: Ints, vocabulary: Vocabulary) -> Iterator[
     for start, stop in zip(cuts[:-1].tolist(), cuts[1:].tolist(), strict=True):
         is_wanted = stop > (first - low) * T and start < (last + 1 - low) * T
         if is_wanted and segment[start] >= 0:
-            yield document(flat[start:stop].astype(np.int64), np.arange(start, stop) + low * T, vocabulary)
+            firsts = [start, *range((start // T + 1) * T, stop, T)]
+            parts_of = {(low + first // T, int(segment[first])): first - start for first in firsts}
+            whole = flat[start:stop].astype(np.int64)
+            yield document(whole, np.arange(start, stop) + low * T, vocabulary, parts_of)
 
 
-def document(tokens: Ints, places: Ints, vocabulary: Vocabulary) -> Document:
+def document(
+    tokens: Ints, places: Ints, vocabulary: Vocabulary, parts_of: dict[tuple[int, int], int] | None = None
+) -> Document:
     """One document of these tokens."""
     parts = [b"" if is_special(vocabulary, token) else vocabulary.bytes_of(token) for token in tokens.tolist()]
     data = b"".join(parts)
     text = data.decode("utf-8", errors="replace")
     ends = np.append(0, np.cumsum([len(part) for part in parts]))
     if len(text) == len(data):
-        return Document(text, tokens, places, ends)
+        return Document(text, tokens, places, ends, parts_of or {})
     # Characters before each byte; a broken byte may be one replacement character of its own or share one.
     lengths = [len(letter.encode()) if letter != "\ufffd" else 1 for letter in text]
     if sum(lengths) != len(data):
         text = data.decode("latin-1")
-        return Document(text, tokens, places, ends)
-    return Document(text, tokens, places, np.searchsorted(np.cumsum(lengths), ends, side="right"))
+        return Document(text, tokens, places, ends, parts_of or {})
+    starts = np.searchsorted(np.cumsum(lengths), ends, side="right")
+    return Document(text, tokens, places, starts, parts_of or {})
 
 
 def is_special(vocabulary: Vocabulary, token: int) -> bool:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from shared.basics.errors import GranaryError
+from shared.basics.pages_link import link_pages, reports_of
 from shared.basics.run_folder import RunFolder
 from shared.launch.commands import program
 from shared.launch.outcome import ending_in_one_line
@@ -20,6 +21,7 @@ from stage_inspect.find import latents_url
 if TYPE_CHECKING:
     from stage_inspect.explorer.documents import Documents
 
+BESIDE = Path("beside the latents")  # what --folder and --html mean without a name
 PORT = 8734
 PORTS_TRIED = 20
 
@@ -41,8 +43,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--no-model", action="store_true", help="without the pages that run the language model")
     parser.add_argument("--model", help="model folder, hub id or bundled; default: the one that was harvested")
     parser.add_argument("--dictionary", type=Path, help="folder of the dictionary; default: where it was")
-    parser.add_argument("--folder", type=Path, help="write the pages into this folder, for any web host, and end")
-    parser.add_argument("--html", type=Path, help="write one HTML file of some latents, and end")
+    written = "; without a name: beside the latents as {}, where the reports link to it"
+    told = "write the pages into this folder, for any web host, and end" + written.format("explorer/")
+    parser.add_argument("--folder", type=Path, nargs="?", const=BESIDE, help=told)
+    told = "write one HTML file of some latents, and end" + written.format("latents.html")
+    parser.add_argument("--html", type=Path, nargs="?", const=BESIDE, help=told)
     parser.add_argument("--latents", help="which go into --html: numbers separated by commas; default: 200 by chance")
     arguments = parser.parse_args(argv)
     if len(arguments.run) > 1 and (arguments.folder or arguments.html or arguments.model or arguments.dictionary):
@@ -58,14 +63,25 @@ def run(arguments: argparse.Namespace) -> None:
         return
     from stage_inspect.explorer import publish
 
-    documents = opened[0]
-    if arguments.folder is not None:
-        count = publish.write_folder(documents, arguments.folder)
-        say(f"{count:,} latents in {arguments.folder}: put the folder on a web host, or python -m http.server -d it")
-    if arguments.html is not None:
+    documents, own = opened[0], run_of(opened[0])
+    folder = own.pages if arguments.folder is BESIDE else arguments.folder
+    file = own.pages_file if arguments.html is BESIDE else arguments.html
+    if folder is not None:
+        count = publish.write_folder(documents, folder)
+        say(f"{count:,} latents in {folder}: put the folder on a web host, or python -m http.server -d it")
+    if file is not None:
         chosen = numbers(arguments.latents) if arguments.latents else publish.chosen_by_chance(documents)
-        publish.write_page(documents, chosen, arguments.html)
-        say(f"{len(set(chosen)):,} latents in {arguments.html}, which opens in a browser")
+        publish.write_page(documents, chosen, file)
+        say(f"{len(set(chosen)):,} latents in {file}, which opens in a browser")
+    if "://" not in documents.latents.url:
+        for report in reports_of(own.path):
+            link_pages(report)
+
+
+def run_of(documents: "Documents") -> RunFolder:
+    """The run that a latents folder is of: where its pages go, and its reports lie."""
+    url = documents.latents.url
+    return RunFolder(Path() if "://" in url else Path(url).parent)
 
 
 def open_run(url: str) -> "Documents":

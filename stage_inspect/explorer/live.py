@@ -26,7 +26,7 @@ from shared.lm.recorded import check_same_model
 from shared.sae.for_store import check_whole, weights_sha256
 from shared.sae.loading import load
 from shared.sae.sites import side_by_side
-from shared.sae.variants import SAE, Dictionary
+from shared.sae.variants import Dictionary
 from stage_inspect.explorer.documents import short
 from stage_inspect.explorer.limits import GENERATED_TOKENS, TEXT_CHARACTERS, TEXT_TOKENS
 
@@ -100,9 +100,12 @@ class Live:
 
     @property
     def can_steer(self) -> bool:
-        """An SAE can be spliced into the model; it alone gives back what it reads."""
+        """Whether the dictionary can be spliced into the model: all of its sites are places of this one."""
         made_of = self.latents.meta.dictionary
-        return made_of["kind"] == "sae" and len(made_of["reads"]) == 1
+        try:
+            return bool([HookPoint.parse(site) for site in (*made_of["reads"], *made_of["writes"])])
+        except GranaryError:
+            return False
 
     def read(self, text: str) -> dict[str, Any]:
         """The tokens of `text` in pieces, and every latent that fires with its values. Raises GranaryError."""
@@ -131,7 +134,7 @@ class Live:
     def steer(self, prompt: str, latent: int, mode: str, strength: float, tokens: int) -> dict[str, Any]:
         """The model's greedy continuation of `prompt` with one latent edited, and without. Raises GranaryError."""
         if not self.can_steer:
-            raise GranaryError("only an SAE can be spliced into the model")
+            raise GranaryError("the dictionary has sites that are no places of one model: it can't be spliced into it")
         if mode not in MODES:
             raise GranaryError(f"there is no edit {mode!r}: choose from {', '.join(MODES)}")
         if not 1 <= tokens <= GENERATED_TOKENS:
@@ -143,7 +146,8 @@ class Live:
             if is_cut:
                 raise GranaryError(f"the prompt has more than {TEXT_TOKENS} tokens")
             edit = Edit([latent], mode, strength)
-            spliced = [SplicedModel(self.model, self._sae(), self.reads[0], edits=edits) for edits in ([], [edit])]
+            hook = self.reads[0] if self.latents.meta.dictionary["kind"] == "sae" else None
+            spliced = [SplicedModel(self.model, self.dictionary, hook, edits=edits) for edits in ([], [edit])]
             texts = [self._continue(one, ids, tokens) for one in spliced]
             with torch.no_grad():
                 before_V, after_V = (one(input_ids=ids[None]).logits[0, -1].float().softmax(-1) for one in spliced)
@@ -155,11 +159,6 @@ class Live:
             "steered": texts[1],
             "next": [[self._text(token), float(before_V[token]), float(after_V[token])] for token in shown],
         }
-
-    def _sae(self) -> SAE:
-        if not isinstance(self.dictionary, SAE):
-            raise GranaryError("only an SAE can be spliced into the model")
-        return self.dictionary
 
     def _encode(self, text: str) -> tuple[Tensor, bool]:
         """(ids [T] that begin with BOS where the model has one, whether the text was longer)."""

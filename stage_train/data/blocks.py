@@ -42,11 +42,13 @@ class WindowReader:
         return np.array([*starts, self.store.num_contexts], np.int64)
 
     def begin(self, run: str, folder: str, stream: Mapping[str, Any] | None) -> None:
-        """Claim the store for this run; `stream` is the state that it continues from.
-
-        Raises GranaryError where another run reads the store, or what this one needs is deleted already.
-        """
+        """Claim the store for this run; `stream` is the state that it continues from. Raises as `check`."""
         self.window.claim(run, folder)
+        self.check(run, stream)
+
+    def check(self, run: str, stream: Mapping[str, Any] | None) -> None:
+        """Raise GranaryError where another run reads the store, or what this one needs is deleted already."""
+        self.window.check_reader(run)
         passed, first = self.window.passed(), 0 if stream is None else int(stream["epoch"])
         if passed > first + 1 or (stream is None and passed):
             raise GranaryError(

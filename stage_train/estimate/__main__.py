@@ -59,7 +59,8 @@ def run(options: PlanSchema, overrides: Sequence[str]) -> None:
     """`overrides` are training's."""
     cfg = training_config(overrides)
     import stage_train.step.layouts.fsdp
-    import stage_train.step.layouts.latent  # noqa: F401 (both, so that alternatives find them measured)
+    import stage_train.step.layouts.latent
+    import stage_train.step.layouts.layers  # noqa: F401 (so that alternatives find them measured)
     from shared.basics.units import GIB
     from stage_train.estimate.data import find_data
     from stage_train.estimate.job import make_job

@@ -2,8 +2,9 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
+from typing import Self
 
 import numpy as np
 import torch
@@ -47,6 +48,10 @@ class Data:
         """Read from the store for each trainable token: contexts are read whole."""
         row = sum(row_bytes(self.dtype, width) for width, _ in self.formats.values())
         return row * self.tokens.seq_len / self.tokens_per_context
+
+    def at(self, sites: Sites) -> Self:
+        """The same with some of its sites."""
+        return replace(self, sites=sites, formats={name: self.formats[name] for name in sites.names})
 
     def rows(self, count: int, device: torch.device) -> dict[str, Tensor]:
         """Random activations [count, width] of every site."""

@@ -57,7 +57,8 @@ def find_memory(job: PlannedRun, libraries: int = 0) -> Memory:
     with one_of(job.ranks), ExitStack() as stack:
         layout = make_layout(spec.cfg.parallel, World(0, job.ranks, 0, CPU))
         latents = layout.num_latents(spec.dictionary)
-        dead = {latents: round(job.dead_fraction * latents)}
+        of_group = spec.dictionary.d_latent // spec.dictionary.num_groups
+        dead = {count: round(job.dead_fraction * count) for count in (latents, of_group)}
         trace = stack.enter_context(Trace(picks=job.picks, lengths=dead, gloo=not job.cuda))
         stack.enter_context(patch.object(init, "grid_search", first_try))
         if triton:
@@ -65,7 +66,7 @@ def find_memory(job: PlannedRun, libraries: int = 0) -> Memory:
         trace.moment = "start"
         held = {"masks of the store": [torch.empty(masks * (not job.cuda), dtype=torch.uint8)]}
         begins = spec.cfg.init_from is None
-        objective = make_objective(spec, job.data, CPU, layout, begins=begins)  # type: ignore[arg-type]
+        objective = make_objective(spec, job.own, CPU, layout, begins=begins)  # type: ignore[arg-type]
         trainer = put_together(spec, layout.distribute(objective), None, layout)  # type: ignore[arg-type]
         del objective
         held["stream"] = [torch.empty(job.pool_bytes * job.pool_on_device, dtype=torch.uint8)]

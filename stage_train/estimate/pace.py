@@ -80,7 +80,7 @@ def measured_seconds(job: PlannedRun) -> float:
     seconds = []
     with one_of(job.ranks):
         layout = make_layout(parallel, World(0, job.ranks, 0, device))
-        whole = make_objective(job.spec, job.data, torch.device("meta"), layout, begins=False)  # type: ignore[arg-type]
+        whole = make_objective(job.spec, job.own, torch.device("meta"), layout, begins=False)  # type: ignore[arg-type]
         objective, batch = layout.distribute(whole, has_values=False), job.batch(device)
         for parameter in objective.parameters():
             torch.nn.init.normal_(parameter, std=0.02)

@@ -38,7 +38,7 @@ def table(job: PlannedRun, memory: Memory, pace: Pace, options: PlanSchema) -> s
         f"dictionary: {spec.describe()}, {spec.sites}, widths {spec.widths.d_in:,} and {spec.widths.d_out:,}",
         f"run: {spec.length.steps:,} steps of {spec.cfg.stream.batch_size:,} tokens, {spec.length.tokens:,} in all",
         f"ranks: {job.ranks} on {'GPU' if job.cuda else 'CPU'}, layout {layout}; each computes "
-        f"{spec.dictionary.d_latent // job.parts:,} latents for {job.rows:,} rows of a batch",
+        f"{job.latents:,} latents for {job.rows:,} rows of a batch",
         "",
         f"memory per rank, GiB, at its peak ({memory.peak})",
         *(_line(name, size) for name, size in [*blocks.most_common(), ("total", memory.total)]),

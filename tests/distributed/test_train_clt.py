@@ -33,17 +33,22 @@ def train(folder: Path, name: str, *words: str) -> "subprocess.CompletedProcess[
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=900)
 
 
-def test_twenty_steps_on_two_processes(folder: Path) -> None:
-    for name, words in (("one", []), ("ddp", ["nproc=2", "parallel=ddp"]), ("fsdp", ["nproc=2", "parallel=fsdp"])):
-        done = train(folder, name, *words)
+@pytest.mark.parametrize("tying", ["none", "per_source", "per_target"])
+def test_twenty_steps_on_two_processes(folder: Path, tying: str) -> None:
+    layouts = {"one": [], "ddp": ["nproc=2", "parallel=ddp"], "fsdp": ["nproc=2", "parallel=fsdp"]}
+    for name, words in layouts.items():
+        done = train(folder, f"{tying}_{name}", f"variant.tying={tying}", *words)
         assert done.returncode == 0, done.stderr
-    one = weights(folder / "one")
+    one = weights(folder / f"{tying}_one")
     for name in ("ddp", "fsdp"):
-        for key, tensor in weights(folder / name).items():
+        for key, tensor in weights(folder / f"{tying}_{name}").items():
             assert_close_in_norm(tensor, one[key], 2 * SAME_RUN, REORDERED)
 
 
 def test_latents_of_several_groups_are_not_split(folder: Path) -> None:
     done = train(folder, "split", "nproc=2", "parallel=latent")
     assert done.returncode != 0
-    assert "error: parallel=latent splits one group of latents, a clt has 3: use ddp or fsdp" in done.stderr
+    assert (
+        "error: parallel=latent splits one group of latents, a clt has 3: use parallel=layers, ddp or fsdp"
+        in done.stderr
+    )

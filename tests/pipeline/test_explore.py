@@ -9,6 +9,7 @@ from urllib.request import urlopen
 
 import pytest
 
+from shared.basics.pages_link import slot
 from stage_inspect.explorer.__main__ import main
 from tests.cli import environment
 from tests.latents import synthetic_latents
@@ -48,6 +49,16 @@ def test_it_writes_files(study: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     assert "2 latents in" in told
     assert (tmp_path / "site" / "data" / "meta.json").is_file()
     assert (tmp_path / "a.html").read_text().startswith("<!doctype html>")
+
+
+def test_reports_lead_to_the_pages(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    synthetic_latents(tmp_path / "latents", 9)
+    (tmp_path / "report.html").write_text(f"<p>{slot('.')}</p>")
+    main([str(tmp_path), "--html"])
+    assert 'href="latents.html"' in (tmp_path / "report.html").read_text()
+    main([str(tmp_path), "--folder"])
+    assert 'href="explorer/index.html"' in (tmp_path / "report.html").read_text()
+    assert str(tmp_path / "explorer") in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ import torch
 
 from shared.kernels import linear as product
 from shared.kernels.decode.torch_ import pair_dots
+from shared.kernels.ragged import true_places
 
 # Elements of one tile of pre-activations. Large enough for the matrix product to run at full speed, small enough that
 # the tile is still in the last-level cache when the selection reads it.
@@ -90,12 +91,12 @@ def pairs_from(
             passes_TF = ~(bounds.of(rows_T) < (bar_F * (1 - 4 * ROUNDING * bar_F.sign())).bfloat16())
             many = int(passes_TF.count_nonzero()) * MANY > passes_TF.numel()  # sum() would copy all of it to int64
             if not many:
-                places_P, latents_P = passes_TF.nonzero(as_tuple=True)
+                places_P, latents_P = true_places(passes_TF)
                 yield rows_T[places_P], latents_P, exact_values(x_ND, W_FD, b_F, rows_T[places_P], latents_P)
                 continue
         z_TF = product.linear(x_ND[rows_T], W_FD, b_F)
         passes_TF = ~(z_TF < bar_F)
-        places_P, latents_P = passes_TF.nonzero(as_tuple=True)
+        places_P, latents_P = true_places(passes_TF)
         many = len(places_P) * MANY > passes_TF.numel()
         yield rows_T[places_P], latents_P, z_TF[places_P, latents_P]
 

@@ -150,6 +150,8 @@ def read_weights(source: Source, cfg: Document, architecture: str) -> RawDiction
     record: dict[str, Any] = dict(hook_record(hook))
     if architecture in TRANSCODERS:
         cfg.must_be("apply_b_dec_to_input", False, None, what="transcoders without a bias on what they read")
+        cfg.must_be("normalize_activations", "none", None, False, what="transcoders of raw activations")
+        cfg.must_be("rescale_acts_by_decoder_norm", False, None, what="transcoders without rescaled latents")
         record = between(hook, metadata.get("hook_name_out") or cfg.text("hook_name_out"))
     raw = RawDictionary(
         W_enc_DF.T,
@@ -222,7 +224,7 @@ def save(raw: RawDictionary, folder: Path) -> None:
     if architecture == "topk":
         extra = {"k": raw.k, "rescale_acts_by_decoder_norm": False}
     elif architecture in TRANSCODERS:
-        raw, extra = raw.with_pre_bias(False), {"d_out": raw.W_dec_FD.shape[1]}
+        raw, extra = raw.without_layer_norm("saelens").with_pre_bias(False), {"d_out": raw.W_dec_FD.shape[1]}
         tensors["b_enc"] = raw.b_enc_F
     if "jumprelu" in architecture:
         tensors["threshold"] = raw.thresholds()

@@ -56,6 +56,12 @@ def deal_layers(layers: int, owners: int) -> list[tuple[int, ...]]:
     return [tuple(sorted(hand)) for hand in hands]
 
 
+def shares_of(layers: int, ranks: int, parts: int) -> list[LayerShare]:
+    """Of every rank; `parts` ranks, one after the other, own the same layers."""
+    hands = deal_layers(layers, ranks // parts)
+    return [LayerShare(hand, part, parts) for hand in hands for part in range(parts)]
+
+
 @dataclass(frozen=True)
 class Cut:
     """Which pieces of a tensor of the whole are here, side by side along one axis."""

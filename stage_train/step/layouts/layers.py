@@ -21,7 +21,7 @@ from shared.sae.learn.objective import Objective
 from shared.sae.optim import OPTIMISERS, Optimiser, OptimiserConfig, RowShare, make_optimiser
 from shared.sae.sites import Sites
 from shared.sae.variants.clt import CLTConfig
-from shared.sae.variants.clt_part import CLTPart, LayerShare, deal_layers
+from shared.sae.variants.clt_part import CLTPart, LayerShare, shares_of
 from stage_train.config import OnDamage, TrainSchema
 from stage_train.state.pieces import Pieces
 from stage_train.step.layouts.base import Layout, gradients, joint_norm
@@ -94,8 +94,7 @@ class LayerParallel(Layout):
 
     def shares(self, num_layers: int) -> list[LayerShare]:
         """Of all ranks."""
-        hands = deal_layers(num_layers, self.world.size // self.parts)
-        return [LayerShare(hand, part, self.parts) for hand in hands for part in range(self.parts)]
+        return shares_of(num_layers, self.world.size, self.parts)
 
     def sites(self, sites: Sites) -> Sites:
         """Those of the rank's layers."""

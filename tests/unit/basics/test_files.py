@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shared.basics import files
-from shared.basics.files import is_abandoned, lock_folder, make_folders, replacing, temporary, write_bytes, write_text
+from shared.basics.files import (
+    is_abandoned,
+    lock_folder,
+    make_folders,
+    making_folder,
+    replacing,
+    temporary,
+    write_bytes,
+    write_text,
+    write_together,
+)
 
 WRITE_HALF = """
 import sys, time
@@ -163,3 +174,50 @@ def test_a_file_system_without_locks_is_taken_as_it_is(tmp_path: Path, monkeypat
     assert (tmp_path / "x").read_bytes() == b"content"
     (tmp_path / ".y.tmp").touch()
     assert not is_abandoned(tmp_path / ".y.tmp")
+
+
+def test_files_that_belong_together_are_never_old_and_new(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever rename fails, and with whatever follows it."""
+    rename = os.replace
+    for number in range(4):
+        write_together(tmp_path, {"a": "old", "b": "old", "c": "old"})
+        renames = iter(range(9))
+
+        def failing(source: Path, target: Path, fails: int = number, renames: Iterator[int] = renames) -> None:
+            if next(renames) >= fails:
+                raise OSError(errno.EROFS, "Read-only file system")
+            rename(source, target)
+
+        monkeypatch.setattr(os, "replace", failing)
+        with contextlib.suppress(OSError):
+            write_together(tmp_path, {"a": "new", "b": "new", "c": "new"})
+        monkeypatch.undo()
+        assert {path.read_text() for path in tmp_path.iterdir()} <= {"new"}
+        assert len(list(tmp_path.iterdir())) == number
+
+
+@pytest.mark.parametrize("fails", [None, 0, 1])
+def test_a_folder_takes_the_place_of_another_or_does_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: int | None
+) -> None:
+    write_text(tmp_path / "site" / "old", "old")
+    rename, renames = os.replace, iter(range(9))
+
+    def failing(source: Path, target: Path) -> None:
+        if next(renames) == fails:
+            raise OSError(errno.EIO, "Input/output error")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "replace", failing)
+    with contextlib.suppress(OSError), making_folder(tmp_path / "site", replace=True) as filled:
+        (filled / "new").write_text("new")
+    assert os.listdir(tmp_path) == ["site"]
+    assert os.listdir(tmp_path / "site") == ["new" if fails is None else "old"]
+
+
+def test_a_folder_whose_writer_died_between_two_renames_is_put_back(tmp_path: Path) -> None:
+    write_text(tmp_path / ".site.former.tmp" / "old", "old")
+    with contextlib.suppress(KeyError), making_folder(tmp_path / "site", replace=True):
+        raise KeyError
+    assert os.listdir(tmp_path) == ["site"]
+    assert os.listdir(tmp_path / "site") == ["old"]

@@ -96,11 +96,13 @@ def test_a_full_disk_is_one_line_and_changes_nothing(tmp_path: Path, monkeypatch
     assert not list(tmp_path.glob(f"{STAGING}*"))
 
 
-def test_what_died_long_ago_is_cleared_away(tmp_path: Path) -> None:
-    old, young = tmp_path / f"{STAGING}1", tmp_path / f"{STAGING}2"
-    for folder in (old, young):
-        folder.mkdir()
-    os.utime(old, (0, 0))
-    evaluation(tmp_path, b"new")
-    assert not old.exists()
-    assert young.exists()
+def test_what_died_is_cleared_away_and_what_is_at_work_stays(tmp_path: Path) -> None:
+    died = tmp_path / f"{STAGING}1234" / "new"
+    died.mkdir(parents=True)
+    with Staged(tmp_path, EVALUATION) as other:
+        evaluation(tmp_path, b"new")
+        assert {path.name for path in tmp_path.glob(f"{STAGING}*")} == {other.staging.name}
+        stage_all(other, b"two")
+        other.move_in()
+    assert marks(tmp_path) == dict.fromkeys(CONTENT, b"two")
+    assert not list(tmp_path.glob(f"{STAGING}*"))

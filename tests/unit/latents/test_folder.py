@@ -1,5 +1,6 @@
 """A latents folder that is written is read back; what a stranger may have changed is refused."""
 
+import gc
 import json
 from pathlib import Path
 
@@ -136,6 +137,13 @@ def test_there_is_no_folder_before_its_last_file(tmp_path: Path) -> None:
         Latents.open(tmp_path)
 
 
+def test_a_row_of_the_table_is_that_of_the_whole(latents: Latents) -> None:
+    fresh = Latents.open(latents.url)
+    alone = fresh.latent(5).numbers
+    assert "table" not in fresh.__dict__
+    assert alone == {name: column[5].item() for name, column in fresh.table.items()} == fresh.latent(5).numbers
+
+
 def test_at_a_url_it_is_read_by_ranges(latents: Latents) -> None:
     latents.notes.set_note(1, "from here")
     fsspec.filesystem("memory").put(latents.url, "/folder", recursive=True)
@@ -145,4 +153,9 @@ def test_at_a_url_it_is_read_by_ranges(latents: Latents) -> None:
     assert there.notes.note(1) == "from here"
     with pytest.raises(GranaryError, match="copy the latents folder"):
         there.notes.set_note(1, "x")
+    copy = there.notes.path
+    assert copy.exists()
+    del there
+    gc.collect()
+    assert not copy.parent.exists()
     latents.notes.set_note(1, "")

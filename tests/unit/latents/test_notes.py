@@ -77,3 +77,23 @@ def test_a_copy_is_not_written(tmp_path: Path) -> None:
     (tmp_path / "notes.sqlite").write_bytes(b"no database at all, but long enough to look like a file of one" * 20)
     with pytest.raises(GranaryError, match="can't be read"):
         Notes(tmp_path / "notes.sqlite", writable=True).note(1)
+
+
+def test_a_first_writer_that_was_stopped_leaves_no_notes(notes: Notes) -> None:
+    """A full disk, or a kill, before the first table: SQLite leaves an empty file."""
+    notes.path.parent.mkdir(parents=True)
+    notes.path.touch()
+    assert notes.note(1) == ""
+    notes.set_note(1, "mine")
+    assert Notes(notes.path, writable=True).note(1) == "mine"
+
+
+def test_a_disk_that_is_full_is_one_line(notes: Notes) -> None:
+    notes.set_note(1, "before")
+    db = notes._connection()
+    assert db is not None
+    pages = db.execute("PRAGMA page_count").fetchone()[0]
+    db.execute(f"PRAGMA max_page_count = {pages}")
+    with pytest.raises(GranaryError, match=r"notes\.sqlite can't be written \(database or disk is full\)"):
+        notes.set_note(1, "much " * 100_000)
+    assert Notes(notes.path, writable=True).note(1) == "before"

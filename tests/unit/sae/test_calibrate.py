@@ -1,5 +1,6 @@
 """Thresholds in the place of k: against a dense count of what fires."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from shared.basics.errors import GranaryError
 from shared.sae.__main__ import main
 from shared.sae.calibrate import Threshold, Tokens, one_each, one_for_all, with_thresholds
+from shared.sae.for_store import open_folder
 from shared.sae.loading import load
 from shared.sae.sites import Sites
 from shared.sae.variants import Dictionary
@@ -62,10 +64,11 @@ KINDS: list[tuple[str, Sites, dict[str, Any]]] = [
     ("skip_transcoder", BETWEEN, {"activation": "batchtopk"}),
     ("crosscoder", Sites.of(*READS[:2]), {"activation": "topk", "pre_bias": False}),
     ("clt", ALL, {"activation": "topk"}),
+    ("clt", ALL, {"activation": "batchtopk", "tying": "per_target"}),
 ]
 
 
-@pytest.mark.parametrize(("kind", "sites", "given"), KINDS, ids=[kind for kind, _, _ in KINDS])
+@pytest.mark.parametrize(("kind", "sites", "given"), KINDS, ids=[f"{kind}-{len(given)}" for kind, _, given in KINDS])
 def test_one_threshold_gives_the_l0_that_is_asked_for(
     store: Store, kind: str, sites: Sites, given: dict[str, Any]
 ) -> None:
@@ -129,6 +132,12 @@ def test_f50_the_command_says_the_l0_it_gives(tmp_path: Path, store: Store, caps
         assert stop.value.code == 2
         assert told in capsys.readouterr().err
         assert not (tmp_path / "other").exists()
+    made.config = replace(made.config, sites=None)
+    made.save_pretrained(tmp_path / "nowhere")
+    with pytest.raises(GranaryError, match="does not record where it reads and writes: give --reads and --writes"):
+        Threshold(store.url).apply("it", load(tmp_path / "nowhere"), {})
+    with pytest.raises(GranaryError, match="is a transcoder that does not record where it reads and writes"):
+        open_folder(str(tmp_path / "nowhere"), store, None)
     started("transcoder", BETWEEN, activation="relu")[0].save_pretrained(tmp_path / "relu", PROVENANCE)
     with pytest.raises(GranaryError, match="has relu, whose latents need no k"):
         Threshold(store.url).apply("it", load(tmp_path / "relu"), {})

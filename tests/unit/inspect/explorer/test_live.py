@@ -8,11 +8,17 @@ import pytest
 import torch
 
 from shared.basics.errors import GranaryError
+from shared.intervene.edits import Edit
+from shared.intervene.splice import SplicedModel
 from shared.lm import load_causal_lm, load_tokenizer, model_identity
 from shared.sae import SAE
+from shared.sae.for_store import weights_sha256
+from shared.sae.loading import load
+from shared.sae.sites import Sites, SiteWidths
 from stage_inspect.explorer.limits import GENERATED_TOKENS, TEXT_CHARACTERS, TEXT_TOKENS
 from stage_inspect.explorer.live import Live, LiveSettings
 from tests.exploring import LATENTS, opened_study, small_study
+from tests.variants import make
 
 TEXT = "def read(self, path):\n    return open(path).read()  # 日本 😀\n"
 
@@ -104,6 +110,39 @@ def test_another_model_tokenizer_or_dictionary_is_refused(folder: Path) -> None:
         LiveSettings.find(latents, None, None)
 
 
-def test_what_is_no_autoencoder_is_not_steered(folder: Path) -> None:
-    latents = opened_study(folder, dictionary={"kind": "transcoder", "writes": ["layers.2.mlp_out"]})
-    assert not Live(latents, LiveSettings.find(latents, None, None)).can_steer
+@pytest.mark.parametrize("kind", ["transcoder", "clt"])
+def test_what_writes_elsewhere_is_steered_where_it_writes(folder: Path, tmp_path: Path, kind: str) -> None:
+    layers = (1,) if kind == "transcoder" else (1, 2)
+    reads, writes = (tuple(f"layers.{layer}.mlp_{way}" for layer in layers) for way in ("in", "out"))
+    places = Sites(reads, writes), SiteWidths((128,) * len(layers), (128,) * len(layers))
+    more = {"k_scope": "layer"} if kind == "clt" else {}  # the k largest of all layers need a later layer first
+    made = make(kind, places=places, d_latent=LATENTS, normalisation="none", **more).dictionary
+    made.save_pretrained(tmp_path / "made")
+    record: dict[str, Any] = {
+        "kind": kind,
+        "reads": list(reads),
+        "writes": list(writes),
+        "path": str(tmp_path / "made"),
+    }
+    record["sha256"] = weights_sha256(tmp_path / "made")
+    latents = opened_study(folder, dictionary=record, model=dict(model_identity("bundled")))
+    live = Live(latents, LiveSettings.find(latents, None, None))
+    assert live.can_steer
+    told = live.steer(TEXT, 5, "set", 300.0, 8)
+    tokenizer, model = load_tokenizer("bundled"), load_causal_lm("bundled")
+    ids = torch.tensor([[tokenizer.bos_token_id, *tokenizer(TEXT, add_special_tokens=False).input_ids]])
+    for name, edits in (("clean", []), ("steered", [Edit([5], "set", 300.0)])):
+        with SplicedModel(model, load(tmp_path / "made"), edits=edits) as spliced:
+            full = spliced.generate(ids, max_new_tokens=8, do_sample=False, pad_token_id=tokenizer.eos_token_id)
+        assert told[name] == tokenizer.decode(full[0, ids.shape[1] :])
+    assert told["steered"] != told["clean"]
+
+
+def test_what_lies_in_two_models_is_not_steered(folder: Path) -> None:
+    latents = opened_study(
+        folder, dictionary={"kind": "crosscoder", "reads": ["layers.2.resid_post", "chat:layers.2.resid_post"]}
+    )
+    live = Live(latents, LiveSettings.find(latents, None, None))
+    assert not live.can_steer
+    with pytest.raises(GranaryError, match="no places of one model"):
+        live.steer(TEXT, 5, "set", 1.0, 4)

@@ -150,6 +150,8 @@ def test_what_a_format_cannot_hold_is_one_line(tmp_path: Path, capsys: pytest.Ca
 
 def test_what_changes_the_function_of_a_transcoder_is_refused(tmp_path: Path) -> None:
     write_saelens(tmp_path / "bias", "transcoder", apply_b_dec_to_input=True)
+    write_saelens(tmp_path / "scaled", "transcoder", normalize_activations="expected_average_only_in")
+    write_saelens(tmp_path / "rescaled", "transcoder", rescale_acts_by_decoder_norm=True)
     write_saelens(tmp_path / "unknown", "skip_transcoder", gain=2.0)
     write_saelens(tmp_path / "width", "skip_transcoder", d_out=D_OUT + 1)
     write_sparsify(tmp_path / "skip", skip=True, transcode=False)
@@ -157,6 +159,8 @@ def test_what_changes_the_function_of_a_transcoder_is_refused(tmp_path: Path) ->
     write_sparsify(tmp_path / "left", skip=True, skip_connection=False)
     cases = {
         "bias": "apply_b_dec_to_input=True: transcoders without a bias on what they read",
+        "scaled": "normalize_activations=expected_average_only_in: transcoders of raw activations",
+        "rescaled": "rescale_acts_by_decoder_norm=True: transcoders without rescaled latents",
         "unknown": "the key gain",
         "width": r"W_dec has shape \(20, 6\), not \(20, 7\)",
         "skip": "skip_connection=True with transcode=False",

@@ -68,6 +68,18 @@ def test_f03_the_decoder_is_not_the_transpose_across_spaces(kind: str) -> None:
         first += group.num_latents
 
 
+@pytest.mark.parametrize("kind", ["sae", "transcoder", "skip_transcoder", "crosscoder", "clt"])
+def test_f10_a_batchtopk_row_alone_equals_in_batch(kind: str) -> None:
+    """Inference is by the threshold: what a token gets does not depend on the others."""
+    objective = make(kind, activation="batchtopk")
+    x_ND, y_ND = batch(objective, 100)
+    initialise(objective, None, x_ND, None, y_ND)
+    whole = objective.dictionary.encode(x_ND).to_dense(objective.dictionary.config.d_latent)
+    for row in (0, 17):
+        alone = objective.dictionary.encode(x_ND[row : row + 1]).to_dense(objective.dictionary.config.d_latent)
+        torch.testing.assert_close(alone[0], whole[row], rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize(("kind", "given"), [("transcoder", {}), ("crosscoder", {"gate": "sum"}), ("clt", {})])
 def test_f18_the_decoder_norm_has_a_gradient_in_penalties(kind: str, given: dict[str, str]) -> None:
     """Without one the decoder grows while f shrinks, and the penalty is escaped."""
