@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from granary.sweep import is_grid, shared_arguments
+from shared.basics.documents import typed_at
 from shared.basics.errors import GranaryError
 from shared.basics.run_folder import RunFolder
 from shared.basics.yaml_file import read_yaml
@@ -62,7 +63,7 @@ def check_same_set(folder: Path, train: Sequence[str]) -> None:
     record = folder / "multirun.yaml"
     if not record.is_file():
         return
-    recorded = read_yaml(record)["hydra"]["overrides"]["task"]
+    recorded = typed_at(read_yaml(record), "hydra.overrides.task", list[str], record)
     before, wanted = ({str(one) for one in words if not str(one).startswith(FREE)} for words in (recorded, train))
     if before != wanted:
         raise GranaryError(

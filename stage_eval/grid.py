@@ -11,6 +11,7 @@ from pathlib import Path
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
+from shared.basics.documents import typed, typed_at
 from shared.basics.errors import GranaryError
 from shared.basics.yaml_file import read_yaml
 
@@ -29,9 +30,9 @@ def last_grid(folder: Path) -> set[frozenset[str]]:
         )
     choices: dict[str, list[str]] = {}
     try:
-        task = read_yaml(record)["hydra"]["overrides"]["task"]
-        given = OverridesParser.create().parse_overrides([str(one) for one in task])
-    except (TypeError, KeyError, HydraException) as error:
+        task = typed_at(read_yaml(record), "hydra.overrides.task", list[str], record)
+        given = OverridesParser.create().parse_overrides(task)
+    except (GranaryError, HydraException) as error:
         raise GranaryError(f"{record} does not say what the sweep was: leave out sae.last_grid") from error
     for override in given:
         key = override.get_key_element()
@@ -46,8 +47,8 @@ def is_of_grid(folder: Path, grid: set[frozenset[str]]) -> bool:
     """Whether the run in `folder` is one of `grid`."""
     record = folder / RUN_RECORD
     try:
-        return record.is_file() and frozenset(without_processes(map(str, read_yaml(record)))) in grid
-    except (GranaryError, TypeError):  # torn, or not Hydra's: no run of the sweep that can be told
+        return record.is_file() and frozenset(without_processes(typed(list[str], read_yaml(record), ""))) in grid
+    except GranaryError:  # torn, or not Hydra's: no run of the sweep that can be told
         return False
 
 

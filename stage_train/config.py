@@ -15,6 +15,7 @@ from omegaconf import MISSING, OmegaConf
 
 import shared.basics.config
 from shared.basics.config import DeviceSchema, StoreBeside, key, marks
+from shared.basics.display import all_masked
 from stage_train.sae_schema import SAESchema
 
 
@@ -309,10 +310,10 @@ class TrainSchema:
 
 
 def as_dict(cfg: TrainSchema) -> dict[str, Any]:
-    """A configuration in plain types, as ``train.yaml`` holds it."""
+    """A configuration in plain types, as ``train.yaml`` holds it: secrets in URLs are masked."""
     config = OmegaConf.to_container(OmegaConf.structured(cfg), enum_to_str=True)
     assert isinstance(config, dict)
-    return {str(key): value for key, value in config.items()}
+    return {str(key): all_masked(value) for key, value in config.items()}
 
 
 def register() -> None:

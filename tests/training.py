@@ -139,3 +139,11 @@ def assert_same_run(one: Path, two: Path) -> None:
     """Bit for bit: weights, and all that was logged but times."""
     assert_same_weights(one, two)
     assert timeless(one) == timeless(two)
+
+
+def training_state(**changes: Any) -> dict[str, Any]:
+    """What ``training.json`` of a checkpoint must hold, any key of which may be changed."""
+    stream = {"epoch": 0, "batch": 7, "order": {"seed": 0}, "tokens": 448}
+    store = {"url": "store", "weight": 1.0, "shards": [0, 1], "digest": "0" * 64}
+    given = {"step": 7, "tokens": 448, "identity": {}, "stores": [store], "stream": stream, "sae": {}, "provenance": {}}
+    return {**given, **changes}

@@ -9,6 +9,12 @@ class GranaryError(Exception):
     """
 
 
+def told_of(error: BaseException) -> str:
+    """What an exception of another library says, in one line of a readable length; its type where it says nothing."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 200 else f"{text[:197]}..."
+
+
 def first_line(error: BaseException) -> str:
     """The first line of what `error` says, or its type's name where it says nothing."""
     lines = str(error).strip().splitlines()

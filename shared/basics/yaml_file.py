@@ -20,5 +20,5 @@ def read_yaml(path: Path) -> Any:
     try:
         content = OmegaConf.load(path)
         return OmegaConf.to_container(content, resolve=False)
-    except (OSError, ValueError, TypeError, YAMLError, OmegaConfBaseException, RecursionError) as error:
+    except (OSError, ValueError, TypeError, YAMLError, OmegaConfBaseException, RecursionError, AssertionError) as error:
         raise GranaryError(f"{path} can't be read: {first_line(error)}") from error

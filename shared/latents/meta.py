@@ -1,12 +1,29 @@
 """``meta.json``: what a latents folder was made of. Written last, so a folder that has one is whole."""
 
 import json
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from typing import Any, Self
 
+from shared.basics.documents import parse_json, typed_at, typed_fields
 from shared.basics.errors import GranaryError
 from shared.latents.layout import FORMAT_VERSION, META
 from shared.store.io.base import ObjectIO, ObjectMissingError
+
+MOST = 2**48
+LONGEST_WINDOW = 1024
+# What readers take from the parts that are plain JSON.
+PARTS: dict[str, Any] = {
+    "dictionary.sha256": str,
+    "dictionary.reads": list[str],
+    "dictionary.writes": list[str],
+    "store.url": str,
+    "store.digest": str,
+    "counts.tokens": int,
+    "counts.contexts": int,
+    "settings.before": int,
+    "settings.after": int,
+    "settings.seed": int,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,15 +76,21 @@ class Meta:
                 f"no latents folder at {io.url}: make one with granary inspect, or let the one that makes it finish"
             ) from None
         try:
-            record = json.loads(data)
-            version = record["granary_latents"]
-            if version == FORMAT_VERSION:
-                found = cls(**{one.name: record[one.name] for one in fields(cls)})
-                sizes = (found.num_latents, found.seq_len, found.together_tokens, *found.axes.values())
-                if all(isinstance(size, int) and size >= 0 for size in sizes) and 0 < found.window <= 1024:
-                    return found
-        except (ValueError, KeyError, TypeError):
-            version = None
-        if isinstance(version, int) and version > FORMAT_VERSION:
+            record = parse_json(data, META)
+            version = typed_at(record, "granary_latents", int, META)
+            found = cls(**typed_fields(cls, record, META)) if version == FORMAT_VERSION else None
+            for keys, hint in PARTS.items() if found is not None else ():
+                typed_at(record, keys, hint, META)
+        except GranaryError as error:
+            raise GranaryError(
+                f"{io.url} is damaged or no latents folder ({error}): run granary inspect again"
+            ) from None
+        if version > FORMAT_VERSION:
             raise GranaryError(f"{io.url} has format {version}, this Granary reads up to {FORMAT_VERSION}: upgrade it")
+        if found is not None:
+            sizes = (found.num_latents, found.seq_len, found.together_tokens, *found.axes.values())
+            window = found.axes.get("window", 0)
+            beside = (found.settings["before"], found.settings["after"])
+            if all(0 <= size < MOST for size in sizes) and all(0 <= one < window <= LONGEST_WINDOW for one in beside):
+                return found
         raise GranaryError(f"{META} of {io.url} is damaged or no latents folder's: run granary inspect again")

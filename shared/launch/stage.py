@@ -6,13 +6,15 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from shared.basics.display import refuse_password
+from shared.basics.display import masked, refuse_password
+from shared.basics.files import write_text
 from shared.launch import slurm
 from shared.launch.counts import expand_counts
 from shared.launch.orphans import environment_of_child
@@ -50,6 +52,7 @@ def run_stage(task: Callable[[Any], None], config_name: str, afterwards: Callabl
         if cfg.get("nproc", 1) > 1 and "RANK" not in os.environ and not cfg.get("packed", False):
             run_child(child_command(f"stage_{config_name}", cfg.nproc, ["--standalone"]))
             return
+        mask_saved()
         with ending_in_one_line():  # here as well: on its way out Hydra would add a line of its own
             task(fill(cfg))
 
@@ -66,6 +69,17 @@ def run_stage(task: Callable[[Any], None], config_name: str, afterwards: Callabl
                 raise
             fail(f"a Slurm job failed: {str(error).strip().splitlines()[-1]}")
         afterwards()
+
+
+def mask_saved() -> None:
+    """Mask secrets in what Hydra has saved of the command line: URLs may be signed. The run itself has them."""
+    job = HydraConfig.get()
+    saved = [Path(job.runtime.output_dir, job.output_subdir)] if job.output_subdir is not None else []
+    files = [file for folder in saved for file in folder.glob("*.yaml")]
+    for file in [*files, Path(job.sweep.dir, "multirun.yaml")]:
+        text = file.read_text() if file.is_file() else ""
+        if masked(text) != text:
+            write_text(file, masked(text))
 
 
 def drop_chatter() -> None:

@@ -14,7 +14,8 @@ import transformers
 from transformers import AutoConfig, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from shared.basics.errors import GranaryError, first_line
+from shared.basics.documents import read_json
+from shared.basics.errors import GranaryError, told_of
 from shared.bundled import MODEL_DIR
 
 log = logging.getLogger(__name__)
@@ -64,7 +65,7 @@ def model_identity(path: str, revision: str | None = None, dtype: str = "float32
         name, commit = folder.resolve().name, None
     else:
         name, commit = path, folder.name  # the hub cache names a snapshot's folder by its commit
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = read_json(folder / "config.json")
     for volatile in ("transformers_version", "_name_or_path", "torch_dtype", "dtype"):
         config.pop(volatile, None)
     canonical = json.dumps(config, sort_keys=True, separators=(",", ":"))
@@ -82,8 +83,8 @@ def load_config(path: str, revision: str | None = None) -> PretrainedConfig:
     folder = resolve_model(path, revision)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (ValueError, OSError, KeyError) as error:
-        raise GranaryError(f"model {path}: transformers can't read its config.json: {first_line(error)}") from error
+    except Exception as error:  # of several libraries, from a file that may hold anything
+        raise GranaryError(f"model {path}: transformers can't read its config.json: {told_of(error)}") from error
     is_decoder = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not getattr(
         config, "is_encoder_decoder", False
     )

@@ -10,7 +10,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import AutoModel, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from shared.basics.errors import GranaryError
+from shared.basics.errors import GranaryError, told_of
 from shared.lm.families import family_of
 from shared.lm.identity import load_config, quiet_transformers, resolve_model
 from shared.lm.packed import DOCUMENT_SDPA
@@ -134,13 +134,11 @@ def load_part(
                 output_loading_info=True,
                 **extra,
             )
-        except KeyError as error:
-            if error.args != (DOCUMENT_SDPA,):
-                raise
+        except Exception as error:  # of several libraries, from a config.json that may hold anything
+            if not isinstance(error, KeyError) or error.args != (DOCUMENT_SDPA,):
+                raise GranaryError(f"model {path} can't be loaded: {told_of(error)}") from error
             # The family (Falcon) has attention classes of its own, whose sdpa is not its eager attention with ALiBi.
             return load_part(auto_class, path, config, dtype, revision, "eager", tp_mesh, extra)
-        except (ValueError, ImportError) as error:  # unknown attention or quantisation, or a package it needs
-            raise GranaryError(f"model {path} can't be loaded: {str(error).splitlines()[0]}") from error
     missing = sorted(report["missing_keys"])
     if missing:
         raise GranaryError(f"model {path}: its files lack {len(missing)} of the weights, {missing[0]} among them")

@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from shared.basics.errors import GranaryError
+from shared.basics.errors import GranaryError, told_of
 from shared.lm.identity import quiet_transformers, resolve_model
 
 # Any of them holds a tokenizer: the tokenizers library's own form, SentencePiece, byte-level BPE, tiktoken.
@@ -45,8 +45,7 @@ def load_tokenizer(path: str, revision: str | None = None) -> PreTrainedTokenize
         try:
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         except Exception as error:  # of several libraries, from files that may hold anything
-            told = " ".join(str(error).split())[:200] or type(error).__name__
-            raise GranaryError(f"model {path} has no tokenizer that loads: {told}") from error
+            raise GranaryError(f"model {path} has no tokenizer that loads: {told_of(error)}") from error
     if not tokenizer.is_fast:
         raise GranaryError(f"model {path}: its tokenizer has no fast form (tokenizer.json): convert it first")
     return tokenizer

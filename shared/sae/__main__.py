@@ -3,8 +3,9 @@
 import argparse
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from shared.basics.documents import parse_json
 from shared.basics.errors import GranaryError
 from shared.launch.commands import program
 from shared.launch.outcome import ending_in_one_line
@@ -19,7 +20,8 @@ Read a folder of a dictionary of any known format and write it as another.
 
 The source's format is found from its files. Input normalisation (scale, centre and scale) is folded into the
 weights, and every latent keeps its value; what a format can't express is refused with the reason. So is a key or a
-tensor of SRC that is not known and may change what the dictionary computes; --ignore KEY leaves it out.
+tensor of SRC that is not known and may change what the dictionary computes; --ignore KEY leaves it out. A lone file of
+weights is read by --as FORMAT, and --set KEY=VALUE gives what a format's settings, or a plain file, do not say.
 
 --threshold STORE makes a jumprelu dictionary of a topk or batchtopk one: the threshold that gives the same L0 on the
 store's held-out tokens, and says which L0 and FVU it gives on others of them.
@@ -33,12 +35,15 @@ store's held-out tokens, and says which L0 and FVU it gives on others of them.
   opensae              config.json, model*.safetensors                    yes   TopK
   llama_scope          hyperparams.json, checkpoints/final.safetensors    yes   no
   gemma_scope          params.npz or params.safetensors                   yes   no
+  plain                one .pt, .safetensors or .npz, by --as plain       yes   no
   circuit_tracer       config.yaml, layer_*.safetensors or W_dec_*        no    transcoders of all layers, CLT
 """
 EXAMPLES = """\
 examples:
   {convert} runs/demo/sae exported --to saelens
   {convert} runs/mine/transcoders exported --to circuit_tracer
+  {convert} ae.pt runs/found/sae --to granary --as dictionary_learning --set trainer.dict_class=AutoEncoder
+  {convert} sae.pt runs/found/sae --to granary --as plain --set activation=topk --set k=32 --set pre_bias=true
   {convert} runs/mine/transcoders exported --to circuit_tracer --threshold runs/mine/store
   {convert} downloaded/layer_20/width_16k/average_l0_71 runs/gemma/sae --to granary
 """
@@ -73,6 +78,10 @@ def main(argv: list[str] | None = None) -> None:
     command.add_argument(
         "--ignore", action="append", default=[], metavar="KEY", help="leave out a key or tensor of SRC; may be repeated"
     )
+    command.add_argument("--as", dest="reads_as", metavar="FORMAT", help="read SRC, a folder or a lone file, as this")
+    command.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="a setting that SRC lacks; may be repeated"
+    )
     for side in ("reads", "writes"):
         command.add_argument(
             f"--{side}",
@@ -91,12 +100,21 @@ def main(argv: list[str] | None = None) -> None:
         sites, console = given_sites(arguments.reads, arguments.writes), ShownConsole(soft_wrap=True)
         change = given_threshold(arguments, console.print)
         if arguments.to in SET_FORMATS:
-            if arguments.ignore or sites:
-                given = "--ignore is" if arguments.ignore else "--reads and --writes are"
-                raise GranaryError(f"{given} for folders of other projects: {arguments.to} is written from ours")
+            if arguments.ignore or arguments.reads_as or arguments.set or sites:
+                told = "--ignore, --as, --set, --reads and --writes are for folders of other projects"
+                raise GranaryError(f"{told}: {arguments.to} is written from ours")
             found = convert_set(arguments.source, arguments.target, arguments.to, change)
         else:
-            found = convert(arguments.source, arguments.target, arguments.to, arguments.ignore, sites, change)
+            found = convert(
+                arguments.source,
+                arguments.target,
+                arguments.to,
+                arguments.ignore,
+                sites,
+                change,
+                reads_as=arguments.reads_as,
+                given=settings_of(arguments.set),
+            )
         console.print(f"{arguments.target}: {found} to {arguments.to}")
 
 
@@ -116,6 +134,26 @@ def given_threshold(arguments: argparse.Namespace, tell: Callable[[str], None]) 
     from shared.sae.calibrate import Threshold
 
     return Threshold(arguments.threshold, arguments.l0, arguments.per_latent, arguments.contexts, tell).apply
+
+
+def settings_of(texts: list[str]) -> dict[str, Any]:
+    """``trainer.k=32`` and the like as a document; values are JSON, or text where they are none."""
+    made: dict[str, Any] = {}
+    for text in texts:
+        keys, equals, value = text.partition("=")
+        *groups, last = keys.split(".")
+        if not equals or not all((*groups, last)):
+            raise GranaryError(f"--set {text}: write KEY=VALUE, such as --set activation=topk")
+        inner = made
+        for group in groups:
+            inner = inner.setdefault(group, {})
+            if not isinstance(inner, dict):
+                raise GranaryError(f"--set {text}: {group} has a value already")
+        try:
+            inner[last] = parse_json(value, text)
+        except GranaryError:
+            inner[last] = value
+    return made
 
 
 if __name__ == "__main__":

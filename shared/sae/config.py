@@ -1,10 +1,12 @@
 """What a dictionary is: every choice that its outputs depend on. How it was learnt is ``shared.sae.learn.config``'s."""
 
 import dataclasses
+import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
+from shared.basics.documents import typed
 from shared.basics.errors import GranaryError
 from shared.sae.activation_kinds import ACTIVATION_KINDS
 from shared.sae.sites import Sites, SiteWidths
@@ -129,8 +131,11 @@ class DictionaryConfig:
             raise GranaryError(
                 f"the {cls.kind} config has unknown keys {', '.join(unknown)}: is it from a newer version?"
             )
+        hints, where = typing.get_type_hints(cls), f"the {cls.kind} config"
+        plain = {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
+        given = {name: typed(hints[name], value, f"{where}: {name}") for name, value in plain.items()}
         try:
-            return cls(**cls.from_widths(widths), **fields, sites=sites)
+            return cls(**cls.from_widths(widths), **given, sites=sites)
         except TypeError as error:
             raise GranaryError(f"the {cls.kind} config is incomplete or of a wrong type: {error}") from None
 

@@ -24,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from shared.basics.errors import GranaryError
 from shared.basics.files import replacing
 from shared.basics.run_folder import CONFIG_FILE, WEIGHTS_FILE, RunFolder
+from shared.launch import commands
 from shared.sae.config import DictionaryConfig
 from shared.sae.sites import Sites, SiteWidths
 from shared.sae.weights_file import Digests, digests_in, write_weights
@@ -291,6 +292,9 @@ def locate(path_or_hub_id: str | Path) -> Path:
     if path.is_dir():
         return path
     name = str(path_or_hub_id)
+    if path.is_file():
+        command = commands.line("convert", name, "NEW", "--to", "granary", "--as", "FORMAT")
+        raise GranaryError(f"{name} is a file, not the folder of an SAE: {command} reads one")
     owner, _, rest = name.removeprefix("hf://").partition("/")
     repository, _, inside = rest.partition("/")
     is_path = path.is_absolute() or name.startswith((".", "~")) or (inside and not name.startswith("hf://"))

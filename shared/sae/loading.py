@@ -1,6 +1,7 @@
 """Loading a dictionary of any kind and of any project's format, and converting between formats."""
 
-from collections.abc import Callable, Collection
+import difflib
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -57,22 +58,49 @@ def detect(folder: Path) -> str:
     return name
 
 
-def load_any(
-    path_or_hub_id: str | Path, ignore: Collection[str] = (), sites: Sites | None = None
-) -> tuple[Dictionary, dict[str, Any]]:
-    """(dictionary, provenance) of a folder of any known format, or of a hub repository.
+def settled(path: Path, reads_as: str | None) -> str:
+    """Name of the format that `path` is read as; raises GranaryError for a name that is none, and for a lone file."""
+    if reads_as is not None and reads_as not in FORMATS:
+        raise GranaryError(f"--as {reads_as}{meant(reads_as, FORMATS)}: choose from {', '.join(FORMATS)}")
+    if reads_as is None and path.is_file():
+        raise GranaryError(
+            f"{path} is a file, not the folder of an SAE: say what it is by --as FORMAT, one of {', '.join(FORMATS)}"
+        )
+    return reads_as or detect(path)
 
-    `ignore` names keys and tensors of another project's folder that are to be left out, `sites` where its dictionary
-    reads and writes, which the files may not say.
+
+def meant(name: str, known: Iterable[str]) -> str:
+    """`` (did you mean ...?)`` where `name` is nearly a known one."""
+    close = difflib.get_close_matches(name.lower(), known, n=1)
+    return f" (did you mean {close[0]}?)" if close else ""
+
+
+def placed(path_or_hub_id: str | Path) -> Path:
+    """A lone file as it is, a folder or a hub repository as ``shared.sae.folder.locate`` finds it."""
+    return Path(path_or_hub_id) if Path(path_or_hub_id).is_file() else on_disk.locate(path_or_hub_id)
+
+
+def load_any(
+    path_or_hub_id: str | Path,
+    ignore: Collection[str] = (),
+    sites: Sites | None = None,
+    *,
+    reads_as: str | None = None,
+    given: Mapping[str, Any] | None = None,
+) -> tuple[Dictionary, dict[str, Any]]:
+    """(dictionary, provenance) of a folder of any known format, of a hub repository, or of a lone file of weights.
+
+    Of another project's folder or file: `ignore` names keys and tensors that are to be left out, `sites` where its
+    dictionary reads and writes, `reads_as` its format and `given` its settings, where the files do not say them.
     """
-    folder = on_disk.locate(path_or_hub_id)
-    name = detect(folder)
+    folder = placed(path_or_hub_id)
+    name = settled(folder, reads_as)
     if name == GRANARY:
-        if ignore or sites:
-            given = "--ignore is" if ignore else "--reads and --writes are"
-            raise GranaryError(f"{given} for folders of other projects, {folder} is of this one")
+        if ignore or sites or given:
+            what = "--ignore is" if ignore else "--reads and --writes are" if sites else "--set is"
+            raise GranaryError(f"{what} for folders of other projects, {folder} is of this one")
         return load(folder, verify=True), on_disk.load_provenance(folder)
-    raw = load_foreign(name, folder, ignore)
+    raw = load_foreign(name, folder, ignore, given)
     raw = raw if sites is None else raw.at(sites)
     config, tensors = raw.to_checkpoint(BY_KIND)
     return VARIANTS[config.kind].from_tensors(config, tensors, str(folder)), raw.provenance
@@ -85,18 +113,22 @@ def convert(
     ignore: Collection[str] = (),
     sites: Sites | None = None,
     change: Change | None = None,
+    *,
+    reads_as: str | None = None,
+    given: Mapping[str, Any] | None = None,
 ) -> str:
-    """Write the dictionary in the folder or hub repository `source` as format `to`; returns the source's format.
+    """Write the dictionary in `source`, a folder, hub repository or file, as format `to`; returns the source's format.
 
-    `ignore` and `sites` are those of ``load_any``; `change` is made before it is written. Raises GranaryError for a
-    target that holds files, and for a dictionary that the format can't express.
+    `change` is made before it is written, the others are those of ``load_any``. Raises GranaryError for a target that
+    holds files, and for a dictionary that the format can't express.
     """
     if to not in (GRANARY, *WRITABLE):
-        raise GranaryError(f"format {to!r} can't be written: choose from {', '.join([GRANARY, *WRITABLE])}")
+        names = [GRANARY, *WRITABLE]
+        raise GranaryError(f"format {to!r} can't be written{meant(to, names)}: choose from {', '.join(names)}")
     check_new(target)
-    folder = on_disk.locate(source)
-    found = detect(folder)
-    made, provenance = load_any(folder, ignore, sites)
+    folder = placed(source)
+    found = settled(folder, reads_as)
+    made, provenance = load_any(folder, ignore, sites, reads_as=reads_as, given=given)
     if change is not None:
         made, provenance = change(str(source), made, provenance)
     with telling_disk_errors(target), making_folder(target) as filled:

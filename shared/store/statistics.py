@@ -14,9 +14,14 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
+from shared.basics.documents import typed, typed_at
+from shared.basics.errors import GranaryError
+
+FLOATS = ("total", "total_squared", "maximum", "squared_error")
 BLOCK_ROWS = 64  # 1 MiB of float32 at d_model 4096: stays in the core's own cache
 BINS_PER_OCTAVE = 16  # the norm histogram's bins are 4.4 % wide
 OUTLIER_RATIO = 10.0  # an outlier dimension is one whose RMS is this many times the median dimension's
+MOST_BIN = BINS_PER_OCTAVE * 1000  # beyond, a norm is none that a float can hold
 PERCENTILES = (5, 50, 95, 99)
 
 
@@ -95,13 +100,32 @@ class NormFigures:
         }
 
     @classmethod
-    def from_json(cls, record: dict[str, Any]) -> Self:
-        by_position = {group: Counter(dict(bins)) for group, bins in record.get("by_position", [])}
-        return cls(**{**record, "histogram": Counter(dict(record["histogram"])), "by_position": by_position})
+    def from_json(cls, record: dict[str, Any], where: str = "norms") -> Self:
+        """Inverse of `to_json`; raises GranaryError for a value of another type."""
+        given = {"by_position": [], **typed(dict[str, Any], record, where)}
+        groups = typed_at(given, "by_position", list[tuple[int, list[Any]]], where)
+        return cls(
+            count=typed_at(given, "count", int, where),
+            **{name: typed_at(given, name, float, where) for name in FLOATS},
+            histogram=counter_of(given.get("histogram"), where),
+            by_position={group: counter_of(bins, where) for group, bins in groups},
+        )
 
     def quantile(self, q: float) -> float:
         """Norm below which a share `q` of the rows lies, to within half a histogram bin (2.2 %); nan without rows."""
         return min(histogram_quantile(self.histogram, q), self.maximum)
+
+
+def counter_of(bins: Any, where: str) -> Counter[int]:
+    """Pairs of bin and count as a counter; raises GranaryError for anything else. Quick, as a store has many."""
+    try:
+        found = dict(bins)
+    except (TypeError, ValueError):
+        found = {"": ""}
+    is_plain = {*map(type, found), *map(type, found.values())} <= {int}
+    if not is_plain or any(abs(bin_) > MOST_BIN for bin_ in found):
+        raise GranaryError(f"{where} has a histogram that is no list of pairs of bin and count")
+    return Counter(found)
 
 
 def count_bins(bins: npt.NDArray[np.int64]) -> dict[int, int]:

@@ -10,6 +10,7 @@ import types
 import typing
 from typing import Any, Self
 
+from shared.basics.documents import JSON_TYPES, typed
 from shared.basics.errors import GranaryError
 
 Json = dict[str, Any]
@@ -17,7 +18,6 @@ Json = dict[str, Any]
 
 OPTIONAL = {"left_out": True}
 """Metadata of a field that is None by default, and whose key is not written then."""
-JSON_TYPES = {int: "integer", float: "number", str: "string", bool: "boolean", type(None): "null"}
 
 
 class Record:
@@ -49,7 +49,7 @@ class Record:
         given = {}
         for item in dataclasses.fields(cls):  # type: ignore[arg-type]
             if item.name in document:
-                given[item.name] = parse(hints[item.name], document[item.name], f"{where}.{item.name}".lstrip("."))
+                given[item.name] = typed(hints[item.name], document[item.name], f"{where}.{item.name}".lstrip("."))
             elif not item.metadata.get("left_out"):
                 raise GranaryError(f"{where or 'the document'} lacks the key {item.name}")
         unknown = sorted(set(document) - set(hints))
@@ -74,30 +74,6 @@ def plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: plain(item) for key, item in value.items()}
     return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value
-
-
-def parse(hint: Any, value: Any, where: str) -> Any:
-    """A JSON value as the type `hint`; raises GranaryError where it is of another one."""
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if hint is Any:
-        return value
-    if origin in (typing.Union, types.UnionType):
-        if value is None:
-            return None
-        return parse(next(kind for kind in arguments if kind is not type(None)), value, where)
-    if origin is list and isinstance(value, list):
-        return [parse(arguments[0], item, f"{where}[{index}]") for index, item in enumerate(value)]
-    if origin is tuple and isinstance(value, list) and len(value) == len(arguments):
-        return tuple(parse(kind, item, where) for kind, item in zip(arguments, value, strict=True))
-    if origin is dict and isinstance(value, dict):
-        return {key: parse(arguments[1], item, f"{where}.{key}") for key, item in value.items()}
-    if isinstance(hint, type) and issubclass(hint, Record):
-        return hint.from_json(value, where)
-    if hint is float and type(value) is int:
-        return value  # written as an integer by another program
-    if hint in JSON_TYPES and type(value) is hint:
-        return value
-    raise GranaryError(f"{where} is {value!r:.60}, which is not of the type {getattr(hint, '__name__', hint)}")
 
 
 def schema(root: type[Record], title: str) -> Json:

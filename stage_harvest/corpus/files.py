@@ -15,7 +15,7 @@ import fsspec
 from fsspec.core import url_to_fs
 from fsspec.utils import infer_compression
 
-from shared.basics.display import refuse_password
+from shared.basics.display import refuse_password, without_grant
 from shared.basics.errors import GranaryError, first_line
 
 # Up to this many bytes a corpus is hashed whole; above, the beginning of each file and its size.
@@ -39,9 +39,9 @@ class SourceFile:
     def open(self, *, decompress: bool = True) -> IO[bytes]:
         """A binary stream, decompressed as the suffix says."""
         stream: IO[bytes] = self.fs.open(self.path, "rb")
-        if decompress and self.path.endswith(".zst"):
+        if decompress and self.name.endswith(".zst"):
             return _unzstd(stream)
-        compression = infer_compression(self.path) if decompress else None
+        compression = infer_compression(self.name) if decompress else None
         if compression is None:
             return stream
         decompressed: IO[bytes] = fsspec.compression.compr[compression](stream, mode="rb")
@@ -85,7 +85,7 @@ def find_files(pattern: str, suffixes: tuple[str, ...] = ()) -> list[SourceFile]
         raise GranaryError(f"corpus.files={pattern}: {paths[0]} is empty")
     shared_folder = _common_folder(paths)
     return [
-        SourceFile(name=path[len(shared_folder) :], path=path, size=int(info["size"]), fs=fs)
+        SourceFile(name=without_grant(path[len(shared_folder) :]), path=path, size=int(info["size"]), fs=fs)
         for path, info in zip(paths, infos, strict=True)
     ]
 

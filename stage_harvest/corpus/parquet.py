@@ -52,7 +52,7 @@ class ParquetFiles(CorpusSource):
 
     def _columns(self, file: SourceFile) -> Iterator[tuple[pyarrow.Array, Kind | None]]:
         """The column, batch by batch, and what it holds."""
-        is_arrow = file.path.endswith(ARROW_SUFFIXES)
+        is_arrow = file.name.endswith(ARROW_SUFFIXES)
         with file.open(decompress=False) as stream:
             try:
                 table = _open_arrow(stream) if is_arrow else pyarrow.parquet.ParquetFile(stream)

@@ -50,7 +50,7 @@ class TokenFiles(CorpusSource):
 
     def _read(self, file: SourceFile) -> TokenArray:
         ids: TokenArray
-        if not file.path.endswith(".npy"):
+        if not file.name.endswith(".npy"):
             dtype = np.dtype(self.dtype).newbyteorder("<")
             if file.size % dtype.itemsize:
                 raise GranaryError(f"{file.path}: {file.size} bytes are no whole number of {self.dtype} token ids")

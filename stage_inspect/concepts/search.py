@@ -45,10 +45,10 @@ class Inspected:
         opened = Store.open(store or meta.store["url"])
         reads, writes = meta.dictionary["reads"], meta.dictionary["writes"]
         hook = reads[0] if reads == writes and len(reads) == 1 else None
-        folder = open_folder(sae or meta.dictionary["path"], opened, hook)
+        folder = open_folder(sae or str(meta.dictionary.get("path")), opened, hook)
         if folder.sha256() != meta.dictionary["sha256"]:
             raise GranaryError(f"{folder.path} is not the dictionary that {latents.url} was made of: give --sae")
-        if opened.plan.hash() != meta.store["plan_hash"]:
+        if opened.plan.hash() != meta.store.get("plan_hash"):
             raise GranaryError(f"{opened.url} is not the store that {latents.url} was made of: give --store")
         if latents.vocabulary is None:
             raise GranaryError(f"{latents.url} has no vocabulary: inspect again where the model's tokenizer is")

@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_saver import AsyncSaveResponse, async_save
 
+from shared.basics.documents import read_json, typed_at
 from shared.basics.errors import GranaryError
 from shared.basics.files import sync_folder, write_text
 from shared.basics.run_folder import RunFolder
@@ -37,6 +38,24 @@ log = logging.getLogger(__name__)
 POINTER = "latest"
 PARTIAL = ".partial"
 STEP = re.compile(r"step-\d{8,}")
+MOST = 2**48
+# What `training.json` must hold, and what each store in it; the rest is looked at where it is used.
+KEYS: dict[str, Any] = {
+    "step": int,
+    "tokens": int,
+    "identity": dict[str, Any],
+    "stores": list[dict[str, Any]],
+    "stream.epoch": int,
+    "stream.batch": int,
+    "stream.order": dict[str, Any],
+    "stream.tokens": int,
+    "sae": dict[str, Any],
+    "provenance": dict[str, Any],
+    "decays_from": int | None,
+    "guard": dict[str, Any] | None,
+}
+STORE_KEYS: dict[str, Any] = {"weight": float, "shards": list[int], "digest": str}
+OPTIONAL: dict[str, Any] = {"decays_from": None, "guard": None}
 
 
 class Checkpoints:
@@ -201,8 +220,16 @@ def intact_checkpoint(folder: Path, up_to: int | None = None) -> Path | None:
 def read_state(path: Path) -> dict[str, Any]:
     """What a checkpoint holds beside tensors. Raises GranaryError when it cannot be read."""
     try:
-        return dict(json.loads((path / STATE).read_text()))
-    except (OSError, ValueError) as error:
+        state = read_json(path / STATE)
+        for keys, hint in KEYS.items():
+            typed_at({**OPTIONAL, **state}, keys, hint, STATE)
+        for one in state["stores"]:
+            for name, hint in STORE_KEYS.items():
+                typed_at(one, name, hint, STATE)
+        if not 0 <= state["step"] <= MOST or min(state["stream"]["epoch"], state["stream"]["batch"]) < 0:
+            raise GranaryError(f"{STATE} is of step {state['step']}")
+        return state
+    except GranaryError as error:
         raise GranaryError(
             f"checkpoint {path} cannot be read ({error}): put it back from a copy, or begin anew with "
             "checkpoint.resume=never"

@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from shared.basics.documents import read_json, typed_at
+from shared.basics.errors import GranaryError
 from shared.sae.weights_file import Digests, digests_in, header_digest
 
 STATE = "training.json"
@@ -59,10 +61,10 @@ def state_is_intact(folder: Path) -> bool:
 def _noted(folder: Path) -> dict[str, Any] | None:
     """What the digests say of each file; None where they are damaged themselves."""
     try:
-        record = json.loads((folder / DIGESTS).read_bytes())
-        files = dict(record["files"])
-        return files if record["sha256"] == _digest_of(files) and STATE in files else None
-    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        record = read_json(folder / DIGESTS)
+        files: dict[str, Any] = typed_at(record, "files", dict[str, Any], DIGESTS)
+        return files if record.get("sha256") == _digest_of(files) and STATE in files else None
+    except GranaryError:
         return None
 
 

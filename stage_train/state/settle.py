@@ -1,7 +1,6 @@
 """Which folder a run goes to: the one that is asked for, or one beside it where that holds another SAE."""
 
 import glob
-import json
 import logging
 import re
 from collections.abc import Mapping
@@ -10,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from shared.basics.documents import read_json, typed_at
 from shared.basics.errors import GranaryError
 from shared.basics.run_folder import RunFolder
 from shared.basics.yaml_file import read_yaml
@@ -73,8 +73,8 @@ def identity_in(folder: Path) -> Mapping[str, Any] | None:
     for state in sorted(folder.glob(f"checkpoints/step-*/{STATE}"), reverse=True):
         if not state_is_intact(state.parent):
             continue  # one before it tells as well
-        with suppress(OSError, ValueError, TypeError, KeyError):
-            return dict(json.loads(state.read_bytes())["identity"])
+        with suppress(GranaryError):
+            return typed_at(read_json(state), "identity", dict[str, Any], state)  # type: ignore[no-any-return]
     if not RunFolder(folder).has_dictionary:
         return None
     try:

@@ -176,3 +176,18 @@ def test_a_finished_harvest_on_a_read_only_mount(harvester: Harvester) -> None:
     inside = f"{mount} && cd {harvester.root} && {command}"
     assert os.system(f'unshare -m sh -c "{inside}"') == 0
     assert Store.open(store).complete
+
+
+def test_a_signed_url_leaves_no_signature_and_may_be_signed_anew(harvester: Harvester, tmp_path: Path) -> None:
+    first, again = (tmp_path / f"c.txt?X-Amz-Date={day}&X-Amz-Signature=hush{day}" for day in (1, 2))
+    first.write_text(harvester.corpus.read_text())
+    keys = {"run_dir": tmp_path / "run", "store__url": tmp_path / "store"}
+    one = harvester.run(**keys, corpus__files=f"'{first}'")
+    assert one.code == 0, one.stderr
+    first.rename(again)
+    two = harvester.run(**keys, corpus__files=f"'{again}'")
+    assert two.code == 0, two.stderr
+    assert "harvested" not in two.stderr
+    for file in [path for folder in ("run", "store") for path in (tmp_path / folder).rglob("*") if path.is_file()]:
+        assert b"hush" not in file.read_bytes(), file
+    assert "hush" not in one.stdout + one.stderr

@@ -18,6 +18,7 @@ from shared.sae.formats import (
     gemma_scope,
     llama_scope,
     opensae,
+    plain,
     saelens,
     sparsify,
 )
@@ -33,6 +34,7 @@ FORMATS: dict[str, ModuleType] = {
     "opensae": opensae,
     "llama_scope": llama_scope,
     "gemma_scope": gemma_scope,
+    "plain": plain,
 }
 WRITABLE = tuple(name for name, module in FORMATS.items() if hasattr(module, "save"))
 """Formats that this project writes."""
@@ -43,12 +45,13 @@ def foreign(folder: Path) -> str | None:
     return next((name for name, module in FORMATS.items() if module.matches(folder)), None)
 
 
-def load(name: str, folder: Path, ignore: Collection[str] = ()) -> RawDictionary:
-    """The SAE in a folder of the format `name`, with the keys and tensors in `ignore` left out.
+def load(name: str, path: Path, ignore: Collection[str] = (), given: Mapping[str, Any] | None = None) -> RawDictionary:
+    """The dictionary in a folder, or a lone file of weights, of the format `name`.
 
-    Raises GranaryError for what can't be read, and for a key or tensor that the reader does not know.
+    The keys and tensors in `ignore` are left out; `given` are settings that the files do not say. Raises GranaryError
+    for what can't be read, and for a key or tensor that the reader does not know.
     """
-    source = Source(folder, ignore)
+    source = Source(path, ignore, given=given) if path.is_dir() else Source(path.parent, ignore, path, given)
     raw: RawDictionary = FORMATS[name].read(source)
     source.close()
     return raw

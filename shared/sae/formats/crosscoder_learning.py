@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from shared.basics.documents import read_json
 from shared.basics.errors import GranaryError
-from shared.sae.formats.files import read_json
 from shared.sae.formats.raw import RawDictionary
 from shared.sae.formats.source import Document, Source, Tensors
 from shared.sae.sites import SiteWidths

@@ -1,6 +1,5 @@
 """Reading other projects' folders: JSON, one or several safetensors files, and clear errors."""
 
-import json
 import pickle
 import warnings
 import zipfile
@@ -11,6 +10,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from shared.basics.documents import read_json, typed_at
 from shared.basics.errors import GranaryError
 from shared.basics.inside import file_in
 
@@ -19,27 +19,12 @@ MOST_UNPACKED = 20
 SMALL_BYTES = 1 << 20
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in `path`; raises GranaryError where there is none."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise GranaryError(f"{path.parent} has no {path.name}") from None
-    except (ValueError, RecursionError) as error:
-        raise GranaryError(f"{path} is not JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise GranaryError(f"{path} does not hold a JSON object")
-    return content
-
-
 def read_tensors(folder: Path, name: str) -> dict[str, torch.Tensor]:
     """All tensors of ``<name>.safetensors``, or of the files that ``<name>.safetensors.index.json`` lists."""
     index = folder / f"{name}.safetensors.index.json"
     if index.is_file():
-        listed = read_json(index).get("weight_map")
-        if not isinstance(listed, dict):
-            raise GranaryError(f"{index} has no weight_map")
-        files = sorted(set(map(str, listed.values())))
+        listed = typed_at(read_json(index), "weight_map", dict[str, str], index)
+        files = sorted(set(listed.values()))
     else:
         files = [f"{name}.safetensors".rpartition("/")[2]]
     tensors: dict[str, torch.Tensor] = {}
@@ -47,11 +32,16 @@ def read_tensors(folder: Path, name: str) -> dict[str, torch.Tensor]:
         path = file_in((folder / name).parent, file)
         if not path.is_file():
             raise GranaryError(f"{folder} has no {file}")
-        try:
-            tensors |= load_file(path)
-        except SafetensorError as error:
-            raise GranaryError(f"{path} is damaged: {error}") from None
+        tensors |= read_safetensors(path)
     return tensors
+
+
+def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a safetensors file; raises GranaryError where it is damaged, or none."""
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise GranaryError(f"{path} is damaged, or no safetensors file: {error}") from None
 
 
 def read_pickled(path: Path) -> dict[str, Any]:

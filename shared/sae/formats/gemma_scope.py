@@ -42,11 +42,13 @@ def matches(folder: Path) -> bool:
 def read(source: Source) -> RawDictionary:
     """Raises GranaryError for rescaled fine-tunes, and for a skip connection beside an SAE."""
     folder = source.folder
-    is_npz = (folder / NPZ).is_file()
-    tensors = source.tensors(read_npz(folder / NPZ)) if is_npz else source.safetensors(WEIGHTS)
+    npz = source.weights(NPZ)
+    is_npz = npz.is_file() and npz.suffix == ".npz"
+    tensors = source.tensors(read_npz(npz)) if is_npz else source.safetensors(WEIGHTS)
     capital = {"W" + name[1:] if name.startswith("w_") else name: tensor for name, tensor in tensors.found.items()}
     tensors.found = capital
-    config = source.json(CONFIG, HARMLESS) if (folder / CONFIG).is_file() else source.document({}, folder)
+    is_told = source.file is None and (folder / CONFIG).is_file()
+    config = source.json(CONFIG, HARMLESS) if is_told or source.given else source.document({}, folder)
     place, target = config.text("hf_hook_point_in"), config.text("hf_hook_point_out")
     config.must_be("architecture", "jump_relu", "jumprelu", what="JumpReLU alone")
     is_transcoder = place != target or names_transcoders(folder)

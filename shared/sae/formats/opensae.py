@@ -16,8 +16,8 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
+from shared.basics.documents import read_json
 from shared.basics.errors import GranaryError
-from shared.sae.formats.files import read_json
 from shared.sae.formats.raw import RawDictionary
 from shared.sae.formats.source import Source
 
@@ -35,7 +35,8 @@ HOLDS = {"sae": ("topk",)}
 def matches(folder: Path) -> bool:
     """Whether `folder` looks like this format."""
     path = folder / CONFIG
-    return path.is_file() and ARCHITECTURE in (read_json(path).get("architectures") or [])
+    named = read_json(path).get("architectures") if path.is_file() else None
+    return isinstance(named, list) and ARCHITECTURE in named
 
 
 def read(source: Source) -> RawDictionary:

@@ -12,8 +12,9 @@ from typing import Any
 
 from torch import Tensor
 
+from shared.basics.documents import read_json
 from shared.basics.errors import GranaryError
-from shared.sae.formats.files import read_json, read_pickled, read_tensors
+from shared.sae.formats.files import read_pickled, read_safetensors, read_tensors
 
 # What wrappers of a module put before the names of its tensors: torch.compile, DataParallel.
 WRAPPERS = ("_orig_mod.", "module.")
@@ -26,15 +27,30 @@ UNKNOWN = (
 class Source:
     """A folder, or a file, and what is asked of it."""
 
-    def __init__(self, folder: Path, ignore: Collection[str] = ()) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        ignore: Collection[str] = (),
+        file: Path | None = None,
+        given: Mapping[str, Any] | None = None,
+    ) -> None:
+        """`file` is the file of weights, whatever its name; `given` are settings that the files do not say."""
         self.folder = folder
+        self.file = file
+        self.given = dict(given or {})
         self.ignore = frozenset(ignore)
         self._ignored: set[str] = set()
         self._parts: list[Document | Tensors] = []
 
     def json(self, name: str, harmless: Collection[str] = ()) -> "Document":
-        """A JSON file."""
-        return self.document(read_json(self.folder / name), self.folder / name, harmless)
+        """A JSON file, with the settings that were given; these alone where it is not there."""
+        path = self.folder / name
+        content = read_json(path) if path.is_file() or not self.given else {}
+        return self.document(merged(content, self.given, path), path, harmless)
+
+    def weights(self, name: str) -> Path:
+        """The file of weights, which is called `name` in a folder."""
+        return self.file or self.folder / name
 
     def document(self, content: Mapping[str, Any], where: Path | str, harmless: Collection[str] = ()) -> "Document":
         """What was read from `where`."""
@@ -44,16 +60,18 @@ class Source:
 
     def safetensors(self, name: str, harmless: Collection[str] = ()) -> "Tensors":
         """Those of ``<name>.safetensors``, or of the files that its index lists."""
-        return self.tensors(read_tensors(self.folder, name), harmless)
+        found = read_tensors(self.folder, name) if self.file is None else read_safetensors(self.file)
+        return self.tensors(found, harmless)
 
     def pickled(self, name: str, harmless: Collection[str] = ()) -> "Tensors":
         """Those of a file of torch's, which may lie under ``state_dict`` beside settings; these are refused by name."""
-        found = read_pickled(self.folder / name)
+        path = self.weights(name)
+        found = read_pickled(path)
         if isinstance(found.get("state_dict"), dict):
-            self.document(found, self.folder / name, ("state_dict",))
+            self.document(found, path, ("state_dict",))
             found = found["state_dict"]
         named = {key: value for key, value in found.items() if isinstance(value, Tensor)}
-        self.document({key: value for key, value in found.items() if key not in named}, self.folder / name)
+        self.document({key: value for key, value in found.items() if key not in named}, path)
         return self.tensors(named, harmless)
 
     def tensors(self, found: Mapping[str, Tensor], harmless: Collection[str] = ()) -> "Tensors":
@@ -76,6 +94,19 @@ class Source:
     def _left(self, content: Mapping[str, Any]) -> dict[str, Any]:
         self._ignored |= self.ignore & content.keys()
         return {name: value for name, value in content.items() if name not in self.ignore}
+
+
+def merged(content: Mapping[str, Any], given: Mapping[str, Any], where: Path) -> dict[str, Any]:
+    """A document with what was given beside it; raises GranaryError where it says something else itself."""
+    made = dict(content)
+    for key, value in given.items():
+        if isinstance(value, dict) and isinstance(made.get(key, {}), dict):
+            made[key] = merged(made.get(key, {}), value, where)
+        elif key in made and made[key] != value:
+            raise GranaryError(f"--set {key}={value}: {where} has {key}={made[key]!r:.40}")
+        else:
+            made[key] = value
+    return made
 
 
 class Document:

@@ -15,6 +15,7 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
+from shared.basics.documents import typed_fields
 from shared.basics.errors import GranaryError
 from shared.store.buffers import Buffer
 from shared.store.format import layout
@@ -141,9 +142,10 @@ class TokenRecord:
     def from_bytes(cls, data: bytes, key: str) -> Self:
         with reading(key):
             record = unseal(data, key)
-            names = list(TOKEN_TYPES)
-            sizes, digests = ({name: list(record[part][name]) for name in names} for part in ("sizes", "sha256"))
-            return cls(sizes, digests)
+            found = typed_fields(cls, record, "its record")
+            if any(part.keys() != TOKEN_TYPES.keys() for part in found.values()):
+                raise ValueError("it is not of tokens, mask and segments")
+            return cls(**found)
 
 
 def write_extent(io: ObjectIO, extent: Extent, tokens: Any, mask: Any, segments: Any) -> None:

@@ -9,10 +9,11 @@ import json
 import math
 import re
 from collections.abc import Collection
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from functools import cache
 from typing import Any, Self
 
+from shared.basics.documents import typed_fields
 from shared.basics.errors import GranaryError
 from shared.store.format.dtypes import row_bytes, scales_per_row, storage_type
 from shared.store.format.site_path import CHUNKS, check_sites, scale_path, site_path
@@ -136,7 +137,7 @@ class StorePlan:
     @classmethod
     def from_json(cls, record: dict[str, Any]) -> Self:
         """Inverse of `to_json`."""
-        return cls(**{field.name: record[field.name] for field in fields(cls)})
+        return cls(**typed_fields(cls, record, "its plan"))
 
     def context_bytes(self, hook: str) -> int:
         """Bytes of one context of one hook before any codec, scales of int8 included, checksums not."""

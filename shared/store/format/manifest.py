@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NoReturn, Self
 
+from shared.basics.documents import typed_fields
 from shared.basics.errors import GranaryError
 from shared.store.format import layout
 from shared.store.format.checksum import CRC_BYTES, crc32c
@@ -106,13 +107,7 @@ class ShardRecord:
         with reading(key):
             record = unseal(data, key)
             return cls(
-                shard=record["shard"],
-                first_context=record["first_context"],
-                plan_hash=record["plan_hash"],
-                trainable=tuple(record["trainable"]),
-                arrays={path: ArrayRecord.from_json(array) for path, array in record["arrays"].items()},
-                norms={hook: NormFigures.from_json(norms) for hook, norms in record["norms"].items()},
-                crc=crc32c(data),
+                **typed_fields(cls, {**record, "crc": crc32c(data)}, "it"),
             )
 
     def check(self, plan: StorePlan, shard: int, contexts: range, key: str) -> None:

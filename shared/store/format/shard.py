@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from numcodecs.blosc import Blosc
 
+from shared.basics.documents import typed_at
 from shared.store.buffers import Buffer, byte_view
 from shared.store.format.checksum import CRC_BYTES, crc32c, crc_bytes
 
@@ -59,10 +60,13 @@ class ArrayRecord:
         }
 
     @classmethod
-    def from_json(cls, record: dict[str, Any]) -> Self:
-        crcs = np.array(record["crc32c"], np.uint32)
-        sizes = np.broadcast_to(np.array(record["chunk_bytes"], np.int64), crcs.shape)
-        return cls(record["key"], record["bytes"], sizes, crcs)
+    def from_json(cls, record: dict[str, Any], where: str = "an array") -> Self:
+        """Inverse of `to_json`; raises GranaryError for a value of another type."""
+        one_size = isinstance(record, dict) and isinstance(record.get("chunk_bytes"), int)
+        crcs = np.array(typed_at(record, "crc32c", list[int], where), np.uint32)
+        sizes = np.array(typed_at(record, "chunk_bytes", int if one_size else list[int], where), np.int64)
+        key, num_bytes = typed_at(record, "key", str, where), typed_at(record, "bytes", int, where)
+        return cls(key, num_bytes, np.broadcast_to(sizes, crcs.shape), crcs)
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,8 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from typing import Protocol, TypeVar
 
-from shared.basics.errors import GranaryError
+from shared.basics.display import masked
+from shared.basics.errors import GranaryError, told_of
 from shared.basics.inside import checked_key
 from shared.store.buffers import Buffer, byte_view
 from shared.store.format.checksum import crc32c
@@ -65,7 +66,7 @@ class RemoteIO:
 
     def __init__(self, client: Client) -> None:
         self.client = client
-        self.url = client.url
+        self.url = masked(client.url)
         self.retry_seconds = float(os.environ.get("GRANARY_RETRY_SECONDS", "300"))
         self._spare: deque[bytearray] = deque(maxlen=PARALLEL_PUTS)  # fresh pages cost as much as the copy into them
         self._pool = ThreadPoolExecutor(RANGE_THREADS, thread_name_prefix="granary-range")
@@ -171,17 +172,17 @@ class RemoteIO:
             except PermissionError as error:
                 raise GranaryError(
                     f"may not {verb} {self.url}/{key}: check the credentials (AWS_ACCESS_KEY_ID, "
-                    f"AWS_SECRET_ACCESS_KEY) and the bucket's policy: {one_line(error)}"
+                    f"AWS_SECRET_ACCESS_KEY) and the bucket's policy: {told_of(error)}"
                 ) from error
             except PERMANENT:
                 raise
             except Exception as error:
                 if time.monotonic() + pause > deadline:
                     raise GranaryError(
-                        f"cannot {verb} {self.url}/{key}: {one_line(error)}: check the network and AWS_ENDPOINT_URL, "
+                        f"cannot {verb} {self.url}/{key}: {told_of(error)}: check the network and AWS_ENDPOINT_URL, "
                         "then run the same command again to continue"
                     ) from error
-                logger.warning("cannot %s %s/%s, trying again: %s", verb, self.url, key, one_line(error))
+                logger.warning("cannot %s %s/%s, trying again: %s", verb, self.url, key, told_of(error))
             time.sleep(pause * random.uniform(0.5, 1.0))
             pause = min(2 * pause, LONGEST_PAUSE)
 
@@ -208,9 +209,3 @@ def scatter(data: memoryview, start: int, buffers: Sequence[memoryview]) -> None
                 return
         else:
             start -= len(buffer)
-
-
-def one_line(error: BaseException) -> str:
-    """The message of an exception, its type where it has none, cut to a readable length."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 200 else text[:197] + "..."

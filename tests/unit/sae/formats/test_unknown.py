@@ -91,7 +91,7 @@ def write_weights_file(path: Path, tensors: dict[str, Any]) -> None:
 
 def test_an_unknown_tensor_is_refused_unless_it_is_ignored(tmp_path: Path) -> None:
     files = every_folder(tmp_path)
-    assert files.keys() == FORMATS.keys()
+    assert files.keys() | {"plain"} == FORMATS.keys()  # a lone file: test_lone_files.py
     for name, path in files.items():
         x = read_by(name)
         before = load_any(tmp_path / name)[0](x).x_hat
@@ -217,7 +217,7 @@ def test_an_index_names_files_of_its_own_folder(tmp_path: Path) -> None:
         None,
     ):
         index.write_text(json.dumps({"weight_map": weight_map}))
-        with pytest.raises(GranaryError, match=r"is not the name of a file|has no weight_map|has no 3"):
+        with pytest.raises(GranaryError, match=r"is not the name of a file|weight_map.* not of the type"):
             load_any(tmp_path / "theirs")
 
 

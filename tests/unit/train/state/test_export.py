@@ -3,6 +3,7 @@
 import json
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,18 +11,21 @@ import torch.distributed.checkpoint.state_dict_saver as dcp
 
 from shared.sae import SAE, SAEConfig, load_provenance
 from shared.sae.folder import to_document
-from stage_train.state.checkpoint import POINTER
+from stage_train.state.checkpoint import POINTER, read_state
 from stage_train.state.export import main
 from stage_train.state.integrity import STATE
 from stage_train.state.staging import HostCopies
 from stage_train.state.tensor_files import TensorWriter
+from tests.fuzzing import survive
+from tests.training import training_state
 
 
 def test_the_newest_checkpoint_is_exported(tmp_path: Path) -> None:
     sae = SAE(SAEConfig(d_model=6, d_latent=12, k=2))
     step = tmp_path / "checkpoints/step-00000007"
     step.mkdir(parents=True)
-    (step / STATE).write_text(json.dumps({"sae": to_document(sae.config, {}, {}), "provenance": {"steps": 7}}))
+    state = training_state(sae=to_document(sae.config, {}, {}), provenance={"steps": 7})
+    (step / STATE).write_text(json.dumps(state))
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")
     tensors = {f"sae.{name}": tensor for name, tensor in sae.state_dict().items()}
     dcp.save(tensors, storage_writer=TensorWriter(step, HostCopies()), no_dist=True)
@@ -37,3 +41,13 @@ def test_no_checkpoint_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture
         main([str(tmp_path)])
     assert stopped.value.code == 2
     assert "error: there is no checkpoint in" in capsys.readouterr().err
+
+
+def test_a_state_of_other_types_is_one_line(tmp_path: Path) -> None:
+    whole = training_state(decays_from=5, guard={"losses": [1.0], "refused": 0})
+
+    def use(document: Any) -> None:
+        (tmp_path / STATE).write_text(json.dumps(document))
+        read_state(tmp_path)
+
+    assert survive(whole, use, most=1500) > 0
