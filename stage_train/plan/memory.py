@@ -1,0 +1,110 @@
+"""What a rank's memory holds, by running its code on tensors without memory: the start, and one step.
+
+glibc takes blocks below 32 MiB from a heap that keeps its high-water mark, and maps larger ones, which go back when
+they are freed. So the peak of a process is the largest sum of large blocks plus the largest sum of small ones, which
+need not meet. On a GPU, whose allocator is told the sizes, it is the largest sum.
+"""
+
+import importlib.util
+import os
+import resource
+from collections import Counter
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from unittest.mock import patch
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.tensor import DTensor
+
+import stage_train.step.layouts.fsdp
+import stage_train.step.layouts.latent  # noqa: F401 (both, so that LIBRARIES has them)
+from shared.basics.units import GIB
+from shared.kernels.fake_cuda import FakeCuda
+from shared.kernels.trace import Trace
+from shared.sae.learn import init
+from stage_train.config import BufferPlace
+from stage_train.data.inputs import order_of
+from stage_train.data.stream import TokenStream
+from stage_train.plan.run import CPU, PlannedRun
+
+STATE = {"sae": "weights", "optim": "optimiser moments", "ema": "weight average"}
+# Bytes of a process that has imported what training imports, as this one has.
+LIBRARIES = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Bytes of a rank."""
+
+    total: int
+    """On its device, at the peak."""
+    peak: str
+    """When that is: at the start, in a step, at a checkpoint."""
+    blocks: Mapping[str, int]
+    """What the total is made of."""
+    host: int
+    """Beside a GPU: on the host; 0 without."""
+    disk: int
+    """For all ranks together, at most: ``keep`` checkpoints, the one being written, and the exported dictionary."""
+    triton: bool
+    """Whether its kernels were followed; torch's operations, which stand in for them on a GPU, take more."""
+    flop: int
+    """Not memory: of the matrix products in the rank's step."""
+
+
+def find_memory(run: PlannedRun) -> Memory:
+    """Follow the start and one step of a rank."""
+    spec, cfg, cuda, share = run.spec, run.cfg, run.cuda, run.ranks // run.parts
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"  # then kernels want values
+    triton = cuda and importlib.util.find_spec("triton") is not None and not interpreted
+    ahead = int(cfg.stream.prefetch_gib * GIB)
+    pool = TokenStream(
+        run.tokens, run.formats, order_of(cfg), world=share, prefetch_bytes=ahead, pool_device="meta"
+    ).buffer_bytes
+    fits = pool <= (cfg.memory_gib or 80) * GIB / 4  # as training decides, on an empty GPU
+    beside = cuda and (cfg.stream.buffer is BufferPlace.host or (cfg.stream.buffer is BufferPlace.auto and not fits))
+    masks = run.tokens.mask_bits.nbytes + run.tokens.counts.nbytes
+    with run.layout(cfg.parallel, CPU) as layout, ExitStack() as stack:
+        latents = layout.num_latents(spec.dictionary.d_latent)
+        trace = Trace(picks=run.picks, lengths={latents: round(run.dead_fraction * latents)})
+        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        stack.enter_context(trace)
+        if triton:
+            stack.enter_context(FakeCuda("cpu"))
+        # A search for a scale takes the same memory at each try.
+        stack.enter_context(patch.object(init, "grid_search", lambda loss, coarse, steps: loss(coarse[0])))
+        trace.moment = "start"
+        held = {"masks of the store": [torch.empty(masks * (not cuda), dtype=torch.uint8)]}
+        trainer, batch = run.begin(layout)
+        held["stream"] = [torch.empty(pool * (not beside), dtype=torch.uint8)]
+        held["batch"], whole = list(batch.activations.values()), trainer.tensors()
+        own = {name: tensor.to_local() if isinstance(tensor, DTensor) else tensor for name, tensor in whole.items()}
+        for name, tensor in own.items():
+            held.setdefault(STATE.get(name.partition(".")[0], "counters"), []).append(tensor)
+        meanwhile = 0 < spec.save_every < spec.length.steps
+        for trace.moment in ("checkpoint", "step") if meanwhile else ("step", "checkpoint"):
+            if trace.moment == "step":
+                trace.flop = 0
+                trainer.step(batch)
+            elif not cuda:  # whose copy is on the host
+                held["copy of the state for a checkpoint"] = [torch.empty_like(tensor) for tensor in own.values()]
+        for name, tensors in held.items():
+            trace.storages.name(tensors, name)
+    blocks, peak = Counter[str](), trace.storages
+    for block, size in peak.at_peak:
+        blocks[block.name] += size
+    if not cuda:
+        blocks["kept by malloc from other moments"] = peak.large + peak.small - peak.peak
+        blocks["interpreter, torch, libraries (measured)"] = LIBRARIES
+    copy, state = (sum(t.numel() * t.element_size() for t in tensors.values()) for tensors in (own, whole))
+    return Memory(
+        total=blocks.total(),
+        peak=trace.peak_moment,
+        blocks=dict(blocks),
+        host=(masks + copy + pool * beside) * cuda,
+        disk=state * (cfg.checkpoint.keep + 1) + 4 * spec.num_parameters,
+        triton=triton,
+        flop=trace.flop,
+    )
