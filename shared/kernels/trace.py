@@ -9,6 +9,8 @@ program asks for a value that nobody has, it is told that data are tame: a row f
 What a single operation uses inside is not seen.
 """
 
+import weakref
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -43,6 +45,8 @@ class Storages:
 
     def __init__(self) -> None:
         self._blocks = WeakIdKeyDictionary()
+        self._at_most = Counter[bool]()
+        """Bytes of small and of large blocks, as large as they were when they were first seen."""
         self.peak, self.large, self.small = 0, 0, 0
         """The largest sums of bytes, of all blocks, of large and of small ones, which need not come at one moment."""
         self.at_peak: Sequence[tuple[Block, int]] = ()
@@ -52,13 +56,18 @@ class Storages:
         return [(block, storage.nbytes()) for storage, block in self._blocks.items()]
 
     def follow(self, made: Iterable[object]) -> bool:
-        """Watch the tensors among `made`, of a DTensor what it wraps; whether they are the most so far."""
+        """Watch the tensors among `made`, of a DTensor what it wraps; whether memory is the fullest so far."""
         before = len(self._blocks)
         for tensor in made:
-            if isinstance(tensor, Tensor) and not is_traceable_wrapper_subclass(tensor):
-                name = f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
-                self._blocks.setdefault(tensor.untyped_storage(), Block(name))
-        if len(self._blocks) == before:
+            if not isinstance(tensor, Tensor) or is_traceable_wrapper_subclass(tensor):
+                continue
+            if (storage := tensor.untyped_storage()) not in self._blocks:
+                self._blocks[storage] = Block(f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}")
+                size = Counter({storage.nbytes() >= MMAP_THRESHOLD: storage.nbytes()})
+                self._at_most.update(size)
+                weakref.finalize(storage, self._at_most.subtract, size)
+        most, is_new = self._at_most, len(self._blocks) > before
+        if not is_new or (most.total() <= self.peak and most[True] <= self.large and most[False] <= self.small):
             return False
         blocks = self.alive()
         total, large = (sum(size for _, size in blocks if size >= least) for least in (0, MMAP_THRESHOLD))

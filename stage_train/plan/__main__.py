@@ -79,8 +79,8 @@ def main() -> None:
                 if needed <= most * GIB:
                     advice = f"{' '.join(changes)} takes {needed / GIB:.2f} GiB"
                     break
-        told = f"a rank needs {memory.total / GIB:.2f} GiB, memory_gib={most:g} (peak: {memory.peak})"
-        raise GranaryError(f"{told}: {advice}")
+        needs = f"a rank needs {memory.total / GIB:.2f} GiB, memory_gib={most:g} (peak: {memory.peak})"
+        raise GranaryError(f"{needs}: {advice}")
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ class PlanSchema(TrainSchema):
     def __post_init__(self) -> None:
         if not 0 <= self.dead_fraction <= 1:
             raise GranaryError(f"dead_fraction={self.dead_fraction}: a share of the latents, between 0 and 1")
-        for name in OWN - {"dead_fraction"}:
+        for name in {*OWN, "nproc"} - {"dead_fraction"}:
             value = getattr(self, name)
             if type(value) in (int, float) and not value > 0:
                 raise GranaryError(f"{name}={value}: must be above 0")

@@ -1,12 +1,10 @@
-"""What a rank's memory holds, by running its code on tensors without memory: the start, and one step.
+"""What a rank of the planned run holds: training's own code, the start and one step, on tensors without memory.
 
 glibc takes blocks below 32 MiB from a heap that keeps its high-water mark, and maps larger ones, which go back when
 they are freed. So the peak of a process is the largest sum of large blocks plus the largest sum of small ones, which
 need not meet. On a GPU, whose allocator is told the sizes, it is the largest sum.
 """
 
-import importlib.util
-import os
 import resource
 from collections import Counter
 from collections.abc import Mapping
@@ -48,35 +46,30 @@ class Memory:
     """Beside a GPU: on the host; 0 without."""
     disk: int
     """For all ranks together, at most: ``keep`` checkpoints, the one being written, and the exported dictionary."""
-    triton: bool
-    """Whether its kernels were followed; torch's operations, which stand in for them on a GPU, take more."""
     flop: int
     """Not memory: of the matrix products in the rank's step."""
 
 
 def find_memory(run: PlannedRun) -> Memory:
     """Follow the start and one step of a rank."""
-    spec, cfg, cuda, share = run.spec, run.cfg, run.cuda, run.ranks // run.parts
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"  # then kernels want values
-    triton = cuda and importlib.util.find_spec("triton") is not None and not interpreted
-    ahead = int(cfg.stream.prefetch_gib * GIB)
-    pool = TokenStream(
-        run.tokens, run.formats, order_of(cfg), world=share, prefetch_bytes=ahead, pool_device="meta"
-    ).buffer_bytes
+    spec, cfg, cuda, held = run.spec, run.cfg, run.cuda, dict[str, list[torch.Tensor]]()
+    share, ahead = run.ranks // run.parts, int(cfg.stream.prefetch_gib * GIB)
+    stream = TokenStream(run.tokens, run.formats, order_of(cfg), world=share, prefetch_bytes=ahead, pool_device="meta")
+    pool, place = stream.buffer_bytes, cfg.stream.buffer
     fits = pool <= (cfg.memory_gib or 80) * GIB / 4  # as training decides, on an empty GPU
-    beside = cuda and (cfg.stream.buffer is BufferPlace.host or (cfg.stream.buffer is BufferPlace.auto and not fits))
+    beside = cuda and (place is BufferPlace.host or (place is BufferPlace.auto and not fits))
     masks = run.tokens.mask_bits.nbytes + run.tokens.counts.nbytes
     with run.layout(cfg.parallel, CPU) as layout, ExitStack() as stack:
         latents = layout.num_latents(spec.dictionary.d_latent)
         trace = Trace(picks=run.picks, lengths={latents: round(run.dead_fraction * latents)})
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         stack.enter_context(trace)
-        if triton:
+        if run.triton:
             stack.enter_context(FakeCuda("cpu"))
         # A search for a scale takes the same memory at each try.
         stack.enter_context(patch.object(init, "grid_search", lambda loss, coarse, steps: loss(coarse[0])))
         trace.moment = "start"
-        held = {"masks of the store": [torch.empty(masks * (not cuda), dtype=torch.uint8)]}
+        held["masks of the store"] = [torch.empty(masks * (not cuda), dtype=torch.uint8)]
         trainer, batch = run.begin(layout)
         held["stream"] = [torch.empty(pool * (not beside), dtype=torch.uint8)]
         held["batch"], whole = list(batch.activations.values()), trainer.tensors()
@@ -92,11 +85,11 @@ def find_memory(run: PlannedRun) -> Memory:
                 held["copy of the state for a checkpoint"] = [torch.empty_like(tensor) for tensor in own.values()]
         for name, tensors in held.items():
             trace.storages.name(tensors, name)
-    blocks, peak = Counter[str](), trace.storages
-    for block, size in peak.at_peak:
+    blocks, found = Counter[str](), trace.storages
+    for block, size in found.at_peak:
         blocks[block.name] += size
     if not cuda:
-        blocks["kept by malloc from other moments"] = peak.large + peak.small - peak.peak
+        blocks["kept by malloc from other moments"] = found.large + found.small - found.peak
         blocks["interpreter, torch, libraries (measured)"] = LIBRARIES
     copy, state = (sum(t.numel() * t.element_size() for t in tensors.values()) for tensors in (own, whole))
     return Memory(
@@ -105,6 +98,5 @@ def find_memory(run: PlannedRun) -> Memory:
         blocks=dict(blocks),
         host=(masks + copy + pool * beside) * cuda,
         disk=state * (cfg.checkpoint.keep + 1) + 4 * spec.num_parameters,
-        triton=triton,
         flop=trace.flop,
     )

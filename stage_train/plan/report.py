@@ -113,7 +113,7 @@ def table(run: PlannedRun, memory: Memory, pace: dict[str, Any]) -> str:
     told = {
         f"assumed: {dead:,} dead latents (dead_fraction)": dead > 0,
         f"assumed: up to {run.picks} picks of one token (fullest_row)": spec.dictionary.activation == "batchtopk",
-        "planned with torch's operations, as Triton is not here: its kernels take less": not memory.triton,
+        "planned with torch's operations, as Triton is not here: its kernels take less": not run.triton,
         "not counted: the CUDA context, NCCL's buffers and fragmentation; leave a tenth free": True,
     }
     lines += [line for line, holds in told.items() if holds and (run.cuda or "assumed" in line)]

@@ -1,6 +1,8 @@
 """The run that is planned, checked as training checks it, as the first of its ranks sees it."""
 
+import importlib.util
 import math
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -41,12 +43,13 @@ class PlannedRun:
 
     def __init__(self, cfg: PlanSchema, tokens: TrainingData | None = None) -> None:
         """`tokens` where they are known already. Raises GranaryError where training would, with its words."""
-        if cfg.nproc < 1:
-            raise GranaryError(f"nproc={cfg.nproc}: at least one process")
         # A machine without a GPU may plan for one that has.
         self.cuda = cfg.device.name == "cuda" or init_world(cfg.device.name).device.type == "cuda"
         if self.cuda and cfg.compute.kernels == "triton":
             cfg = replace(cfg, compute=replace(cfg.compute, kernels="auto"))
+        interpreted = os.environ.get("TRITON_INTERPRET") == "1"  # then kernels want values
+        self.triton = self.cuda and importlib.util.find_spec("triton") is not None and not interpreted
+        """Whether kernels are followed as a GPU runs them; torch's operations, which stand in for them, take more."""
         check_kernels(cfg.compute.kernels, World(0, 1, 0, CPU))
         self.cfg, self.ranks = cfg, cfg.nproc * cfg.nodes
         self.parts = latent_parts(cfg.parallel, self.ranks)
@@ -130,11 +133,8 @@ def _open_stores(cfg: PlanSchema) -> list[PinnedStore]:
 
 def _length(cfg: PlanSchema) -> StreamLength:
     """Without a store."""
-    tokens, epochs, size = cfg.schedule.tokens, cfg.schedule.epochs, cfg.stream.batch_size
-    if tokens is None or tokens <= 0 or epochs is not None:
-        raise GranaryError(
-            f"schedule.tokens={tokens}, schedule.epochs={epochs}: without a store nobody knows how long an epoch is: "
-            "give tokens above 0, and set epochs to null"
-        )
+    tokens, size = cfg.schedule.tokens, cfg.stream.batch_size
+    if tokens is None or tokens <= 0 or cfg.schedule.epochs is not None:
+        raise GranaryError("without a store nobody knows how long an epoch is: give schedule.tokens above 0, no epochs")
     steps = math.ceil(tokens / size)
     return StreamLength(steps, steps * size, (0, steps))
