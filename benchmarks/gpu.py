@@ -54,9 +54,11 @@ STAGES = [
     Stage("step b", "steps", 90, "b"),
     Stage("step cached", "steps", 40, "cached"),
     Stage("load", "load", 60),
+    Stage("staging", "staging", 60),
     Stage("probes", "probes", 60),
     Stage("tests", "kernel_tests", 100),
     Stage("checks large", "checks", 90, "large"),
+    Stage("store", "store", 200),
 ]
 
 

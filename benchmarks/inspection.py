@@ -62,7 +62,7 @@ def passes(folder: Path, rounds: int) -> dict[str, list[float]]:
     job = InspectJob.from_config(inspect_config(folder, **KEYS))
     dictionary = job.folder.load(torch.device("cpu"))
     settings = job.settings(dictionary)
-    reader = BatchReader(job.store, dictionary, job.folder.sites, settings.window, job.isolated)
+    reader = BatchReader(job.store, dictionary, job.folder.sites, settings.window, job.store.isolated)
     seconds: dict[str, list[float]] = {"bare": [], "inspection": []}
     for number in range(rounds):
         begin = time.perf_counter()

@@ -1,7 +1,10 @@
 """Seconds and memory of one SAE training step on a CPU, ours beside the encoder's matrix product and the peers.
 
     python benchmarks/step.py --shape a
+    python benchmarks/step.py --shape a --variants
     python benchmarks/step.py --quick
+
+``--variants`` times transcoder, crosscoder and CLT in place of the peers, each beside what it is held against.
 
 Every contender runs in its own process on the same data and is stepped in turn, so that a slow minute of the machine
 falls on all of them; medians are over rounds. Peers live in an environment of their own, made with
@@ -21,6 +24,7 @@ from typing import Any
 import torch
 from records import RESULTS, Record, append, processor
 from step_providers import PACKAGES, PEERS, SHAPES, Shape
+from step_variants import RATIOS, VARIANT_PROVIDERS
 
 HERE = Path(__file__).resolve().parent
 PEERS_PYTHON = HERE.parent / ".venv-peers" / "bin" / "python"
@@ -100,6 +104,20 @@ def record(contenders: list[Contender], shape: Shape, threads: int, versions: di
     append(records, processor(), threads, versions)
 
 
+def variant_ratios(by_name: dict[str, Contender]) -> dict[str, float]:
+    """Seconds of each kind of dictionary over those of what it is held against, the fastest of that; printed too."""
+    found = {}
+    for name, others, wanted in RATIOS:
+        there = [by_name[other] for other in others if other in by_name]
+        if name not in by_name or not there:
+            continue
+        best = min(there, key=lambda one: one.median)
+        found[f"{name}/{best.name}"] = round(by_name[name].median / best.median, 3)
+        peaks = f"peak {by_name[name].peak['peak_mb']:.0f} over {best.peak['peak_mb']:.0f} MB"
+        print(f"  {name} / {best.name}: {found[f'{name}/{best.name}']:.2f} ({wanted}), {peaks}")
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
     parser.add_argument("--shape", choices=sorted(SHAPES), default="a")
@@ -107,15 +125,18 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--peers-python", default=PEERS_PYTHON, help="of the environment with the peers")
     parser.add_argument("--only", nargs="*", help="these providers alone")
+    parser.add_argument("--variants", action="store_true", help="the other kinds of dictionaries, not the peers")
     parser.add_argument("--quick", action="store_true", help="a small shape and few rounds, within a minute")
     parser.add_argument("--record", action="store_true", help=f"append to {RESULTS.name}")
     options = parser.parse_args()
-    shape = SHAPES["quick" if options.quick else options.shape]
+    shape = SHAPES[("quick-variants" if options.variants else "quick") if options.quick else options.shape]
     rounds = min(options.rounds, 5) if options.quick else options.rounds
 
     peers_python = options.peers_python if Path(options.peers_python).exists() else sys.executable
     versions = peer_versions(peers_python)
-    names = options.only or ["gemm", "gemm-onednn", "granary", "granary-bfloat16", "dense", *versions]
+    of_saes = ["gemm", "gemm-onednn", "granary", "granary-bfloat16", "dense", *versions]
+    of_variants = ["granary", *VARIANT_PROVIDERS]
+    names = options.only or (of_variants if options.variants else of_saes)
     contenders = race(names, shape, rounds, options.threads, peers_python)
     by_name = {contender.name: contender for contender in contenders}
     print(f"{shape}, {options.threads} threads, {processor()}, torch {torch.__version__}; median of {rounds} steps")
@@ -131,6 +152,7 @@ def main() -> None:
         products = [by_name[name].median for name in ("gemm", "gemm-onednn") if name in by_name]
         if products:
             ratios["granary/faster gemm"] = round(ours / min(products), 3)
+    ratios |= variant_ratios(by_name)
     print(json.dumps({
         "shape": str(shape),
         "seconds": {name: round(contender.median, 4) for name, contender in by_name.items()},

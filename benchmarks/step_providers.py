@@ -9,7 +9,7 @@ stay at their defaults, where nothing is dead in the first steps and AuxK costs 
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -35,6 +35,7 @@ SHAPES = {
     "a": Shape(512, 16384, 32, 4096),
     "b": Shape(1024, 32768, 64, 4096),
     "quick": Shape(256, 4096, 32, 1024),
+    "quick-variants": Shape(256, 8192, 8, 2048),
 }
 
 
@@ -97,13 +98,13 @@ def dense(shape: Shape) -> Step:
     return step
 
 
-def granary(shape: Shape, compute_dtype: str = "float32", kernels: str = "torch") -> Step:
+def granary(shape: Shape, compute_dtype: str = "float32", kernels: str = "torch", kind: str = "topk") -> Step:
     """This project, whole recipe: AuxK active on F / 64 dead latents, projection, clip, exact Adam."""
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-    from gpu_stages.trainee import make_trainee
+    from gpu_stages.trainee import SITES, make_trainee
 
-    x = make_batch(shape)
-    trainee = make_trainee(shape, "cpu", kernels=kernels, compute_dtype=compute_dtype, lr=1e-3)
+    x = make_batch(replace(shape, d_model=shape.d_model * SITES.get(kind, 1)))
+    trainee = make_trainee(shape, "cpu", kind=kind, kernels=kernels, compute_dtype=compute_dtype, lr=1e-3)
 
     def step() -> float:
         return float(trainee.step(x))

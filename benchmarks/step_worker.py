@@ -14,6 +14,7 @@ import warnings
 
 import torch
 from step_providers import PROVIDERS, Shape
+from step_variants import VARIANT_PROVIDERS
 
 
 def main() -> None:
@@ -25,7 +26,7 @@ def main() -> None:
     answer = sys.stdout
     sys.stdout = sys.stderr  # what a peer prints is no answer
     baseline = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    step = PROVIDERS[provider](Shape(d_model, d_latent, k, batch))
+    step = (PROVIDERS | VARIANT_PROVIDERS)[provider](Shape(d_model, d_latent, k, batch))
     for line in sys.stdin:
         if line.strip() == "step":
             start = time.perf_counter()

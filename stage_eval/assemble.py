@@ -73,7 +73,7 @@ class RunFacts:
                 model=model,
                 downstream=cfg.downstream,
                 splice_bos=cfg.splice_bos,
-                documents="isolated" if data.isolated else "joined",
+                documents=data.packing,
                 store_dtype=store.plan.dtype,
             ),
             environment=Environment(

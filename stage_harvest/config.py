@@ -178,6 +178,15 @@ class TokensCorpus(CorpusSchema):
 
 
 @dataclass(kw_only=True)
+class StoreCorpus(CorpusSchema):
+    """The tokens of a store that exists, at other sites or with another model; how they are packed is the store's."""
+
+    path: str = MISSING
+    """Folder or fsspec URL of the store. With the same store.url the sites are added to it, else a store on the same
+    tokens is made beside it."""
+
+
+@dataclass(kw_only=True)
 class MixtureCorpus(CorpusSchema):
     """Several corpora, by weight."""
 
@@ -256,5 +265,5 @@ def register() -> None:
     store.store(name="harvest_schema", node=HarvestSchema)
     store.store(group="packing", name="schema", node=PackingSchema)
     store.store(group="store", name="schema", node=StoreSchema)
-    for kind, node in {**SOURCE_KINDS, "mixture": MixtureCorpus}.items():
+    for kind, node in {**SOURCE_KINDS, "store": StoreCorpus, "mixture": MixtureCorpus}.items():
         store.store(group="corpus", name=f"{kind}_schema", node=node)

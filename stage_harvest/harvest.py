@@ -20,6 +20,7 @@ from shared.parallel import World, init_world
 from shared.parallel.heartbeat import Heartbeat
 from shared.store import Store, StorePlan, free_bytes
 from shared.store.format import layout
+from shared.store.io.base import ObjectIO
 from shared.store.io.open import open_io
 from stage_harvest.config import HarvestSchema, PackingMode
 from stage_harvest.job import HarvestJob, announce, check_length, next_command, staging_dtype
@@ -66,7 +67,7 @@ def run(cfg: HarvestSchema, world: World, notices: Notices) -> None:
         notices.post("pending", json.dumps(pending))
     else:
         pending = json.loads(notices.read("pending"))
-        store = Store.open(cfg.store.url)
+        store = Store.open(job.place)
     write_shards(job, trunk, store, pending, world, mesh_rank, notices)
     if world.is_main:
         finish(job, store)
@@ -79,7 +80,7 @@ def begin(job: HarvestJob, world: World) -> bool:
     """
     cfg = job.cfg
     free = free_bytes(cfg.store.url)
-    existing = find_store(cfg.store.url)
+    existing = find_store(job.place)
     if existing is not None:
         # The tokens are in place, and an equal plan says that the corpus would give them again.
         plan = job.store_plan(existing.plan.num_contexts, existing=existing.plan)
@@ -89,6 +90,9 @@ def begin(job: HarvestJob, world: World) -> bool:
         if existing.complete:
             report_complete(job, existing.summary())
         return not cfg.dry_run and not existing.complete
+    if job.stored is not None:
+        job.stored.check_vocabulary(job.config.vocab_size, cfg.model.path)
+        job.stored.compare_tokenizer(cfg.model.path, cfg.model.revision)
     if cfg.corpus.contexts is not None:
         announce(job, job.store_plan(cfg.corpus.contexts), committed=0, device=world.device, free=free)
     elif cfg.dry_run:
@@ -133,16 +137,19 @@ def check_isolation(job: HarvestJob, trunk: PreTrainedModel, device: torch.devic
 def prepare(job: HarvestJob, world: World, isolation: str | None) -> Store:
     """The store with all its tokens, made or found."""
     cfg = job.cfg
-    existing = find_store(cfg.store.url)
+    existing = find_store(job.place)
     if existing is not None:
         plan = job.store_plan(existing.plan.num_contexts, isolation, existing.plan)
-        return Store.create(cfg.store.url, plan, None, None, None, job.window_bytes)
+        return Store.create(job.place, plan, None, None, None, job.window_bytes)
+    if job.stored is not None:
+        plan = job.store_plan(job.stored.store.num_contexts, isolation)
+        return Store.create(job.place, plan, *job.stored.arrays(), job.window_bytes)
     with TokenSpool(cfg.packing.seq_len, cfg.spool_dir, cfg.store.url) as spool:
         plan = pack_corpus(job, spool, isolation)
         if cfg.corpus.contexts is None:
             announce(job, plan, committed=0, device=world.device, free=free_bytes(cfg.store.url))
         tokens, mask, segments = (spool.array(name) for name in ("tokens", "mask", "segments"))
-        return Store.create(cfg.store.url, plan, tokens, mask, segments, job.window_bytes)
+        return Store.create(job.place, plan, tokens, mask, segments, job.window_bytes)
 
 
 def pack_corpus(job: HarvestJob, spool: TokenSpool, isolation: str | None = None) -> StorePlan:
@@ -164,11 +171,11 @@ def pack_corpus(job: HarvestJob, spool: TokenSpool, isolation: str | None = None
     return job.store_plan(spool.num_contexts, isolation)
 
 
-def find_store(url: str) -> Store | None:
-    """The store at `url` if its tokens are complete, else None."""
-    if open_io(url).size(layout.extent_tokens_key(0)) is None:
+def find_store(place: str | ObjectIO) -> Store | None:
+    """The store at a place if its tokens are complete, else None."""
+    if open_io(place).size(layout.extent_tokens_key(0)) is None:
         return None
-    return Store.open(url)
+    return Store.open(place)
 
 
 def write_shards(

@@ -15,6 +15,7 @@ from shared.basics.run_folder import RunFolder
 from shared.basics.units import human_bytes, parse_bytes
 from shared.basics.versions import software_versions
 from shared.launch import commands
+from shared.launch.given import given_keys
 from shared.lm import (
     ModelIdentity,
     SpecialIds,
@@ -31,14 +32,17 @@ from shared.lm import (
 )
 from shared.lm.hookpoint import HookPoint, describe_hooks, hook_points
 from shared.store import StorePlan, WindowPlan, bytes_planned
+from shared.store.adding import place_of_addition
 from shared.store.capacity import shard_bytes
 from shared.store.format.dtypes import storage_type
+from shared.store.io.base import ObjectIO
 from stage_harvest.config import BosPlacement, HarvestSchema
 from stage_harvest.corpus import Corpus, CorpusSource, Mixture, open_corpus
 from stage_harvest.shards.forward import default_batch_contexts
 from stage_harvest.shards.writer import STAGING_SETS
 from stage_harvest.tokens.encoder import TextEncoder
 from stage_harvest.tokens.packing import Packer
+from stage_harvest.tokens.stored import StoredTokens, following, is_same_place, stored_tokens
 from stage_harvest.tokens.template import ChatRenderer
 from stage_harvest.tokens.tokenise import Tokeniser
 
@@ -59,6 +63,8 @@ class HarvestJob:
     """Why there is none."""
     chats: ChatRenderer | None
     corpus: Corpus
+    stored: StoredTokens | None
+    """The corpus, where it is the tokens of a store."""
 
     @classmethod
     def from_config(cls, cfg: HarvestSchema) -> "HarvestJob":
@@ -66,6 +72,9 @@ class HarvestJob:
 
         Cheap: no weights are read and no document but for the corpus's fingerprint.
         """
+        stored = stored_tokens(cfg)
+        if stored is not None:
+            cfg = following(cfg, stored.store, given_keys())
         config = load_config(cfg.model.path, cfg.model.revision)
         if not cfg.hooks.sites:
             raise GranaryError("hooks.sites is empty: name at least one, for example hooks.sites=[resid_post]")
@@ -93,6 +102,9 @@ class HarvestJob:
         if any(part.startswith("memory:") for part in cfg.store.url.split("::")):
             raise GranaryError(f"store.url={cfg.store.url}: nothing of it would outlive this process; give a folder")
         today = parse_date(cfg.chat.date)
+        identity = model_identity(cfg.model.path, cfg.model.revision, cfg.model.dtype.value)
+        if stored is not None:
+            return cls(cfg, config, hooks, identity, None, "", None, stored, stored)
         corpus = open_corpus(cfg.corpus)
         tokenizer, no_tokenizer = None, ""
         try:
@@ -103,8 +115,7 @@ class HarvestJob:
             no_tokenizer = str(error)
             log.info("no tokenizer: the corpus must hold token ids, and special tokens are not known")
         chats = None if tokenizer is None else ChatRenderer(tokenizer, today, cfg.chat.variables)
-        identity = model_identity(cfg.model.path, cfg.model.revision, cfg.model.dtype.value)
-        return cls(cfg, config, hooks, identity, tokenizer, no_tokenizer, chats, corpus)
+        return cls(cfg, config, hooks, identity, tokenizer, no_tokenizer, chats, corpus, None)
 
     @property
     def batch_contexts(self) -> int:
@@ -124,6 +135,8 @@ class HarvestJob:
 
     @cached_property
     def special(self) -> SpecialIds:
+        if self.stored is not None:
+            return self.stored.special
         if self.tokenizer is None:
             return SpecialIds(bos=None, eos=None, pad=0, all=())
         return special_ids(self.tokenizer)
@@ -158,10 +171,10 @@ class HarvestJob:
 
         The chat template belongs to it where chats have become tokens: now, or when the `existing` store was made.
         """
-        cfg, packing = self.cfg, self.cfg.packing
+        cfg = self.cfg
         return StorePlan(
             num_contexts=num_contexts,
-            seq_len=packing.seq_len,
+            seq_len=cfg.packing.seq_len,
             hooks={str(hook): self.config.hidden_size for hook in self.hooks},
             dtype=cfg.store.dtype,
             shard_contexts=cfg.store.shard_contexts,
@@ -171,30 +184,49 @@ class HarvestJob:
             heldout_placement=cfg.store.heldout_placement.value,
             provenance={
                 "model": {**self.identity, **self._quantisation},
-                "tokenizer": {
-                    "hash": None if self.tokenizer is None else tokenizer_hash(self.tokenizer),
-                    "special_ids": self.special.to_dict(),
-                    **self._chat_identity(existing),
-                },
-                "corpus": {
-                    "description": self.corpus.description,
-                    "fingerprint": self.fingerprint,
-                    "contexts": cfg.corpus.contexts,
-                    "shuffle_seed": cfg.seed if cfg.corpus.shuffle else None,
-                    "shuffle_window": cfg.corpus.shuffle_window if cfg.corpus.shuffle else None,
-                },
-                "packing": {
-                    "mode": packing.mode.value,
-                    "bos": packing.bos.value,
-                    "long_documents": packing.long_documents.value,
-                    "drop_last": packing.drop_last,
-                    "mask_special": packing.mask_special,
-                    **({"mask_first": self.packer.mask_first} if self.packer.mask_first else {}),
-                },
+                **(self._token_identity(existing) if self.stored is None else self.stored.identity()),
                 "batch_contexts": self.batch_contexts,
             },
             versions={**self._versions(), **({} if isolation is None else {"isolation": isolation})},
         )
+
+    def _token_identity(self, existing: StorePlan | None) -> dict[str, Any]:
+        """What decides the tokens: tokenizer, corpus and packing, as the provenance has them."""
+        cfg, packing = self.cfg, self.cfg.packing
+        return {
+            "tokenizer": {
+                "hash": None if self.tokenizer is None else tokenizer_hash(self.tokenizer),
+                "special_ids": self.special.to_dict(),
+                **self._chat_identity(existing),
+            },
+            "corpus": {
+                "description": self.corpus.description,
+                "fingerprint": self.fingerprint,
+                "contexts": cfg.corpus.contexts,
+                "shuffle_seed": cfg.seed if cfg.corpus.shuffle else None,
+                "shuffle_window": cfg.corpus.shuffle_window if cfg.corpus.shuffle else None,
+            },
+            "packing": {
+                "mode": packing.mode.value,
+                "bos": packing.bos.value,
+                "long_documents": packing.long_documents.value,
+                "drop_last": packing.drop_last,
+                "mask_special": packing.mask_special,
+                **({"mask_first": self.packer.mask_first} if self.packer.mask_first else {}),
+            },
+        }
+
+    @cached_property
+    def place(self) -> str | ObjectIO:
+        """Where the store is written: its URL, or the place of an addition to the store that the tokens come from.
+
+        Raises GranaryError where the sites can't be added there.
+        """
+        if self.stored is None or not is_same_place(self.stored.store.url, self.cfg.store.url):
+            return self.cfg.store.url
+        if self.cfg.store.window is not None:
+            raise GranaryError("store.window does not go with sites that are added to a store: leave it out")
+        return place_of_addition(self.stored.store, self.store_plan(self.stored.store.num_contexts))
 
     def _chat_identity(self, existing: StorePlan | None) -> dict[str, Any]:
         if self.chats is None:

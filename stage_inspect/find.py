@@ -8,6 +8,7 @@ from pathlib import Path
 
 from shared.basics.config import Split
 from shared.basics.errors import GranaryError
+from shared.basics.files import write_text
 from shared.basics.run_folder import RunFolder
 from shared.launch.commands import program
 from shared.launch.outcome import ending_in_one_line
@@ -92,7 +93,7 @@ def find(arguments: argparse.Namespace) -> None:
         if latents.notes.writable:
             latents.notes.add_concept(name, concepts.definitions[name], result)
     if arguments.json is not None:
-        arguments.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        write_text(arguments.json, json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

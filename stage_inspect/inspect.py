@@ -101,6 +101,9 @@ def prepare(io: ObjectIO, identity: str, *, overwrite: bool) -> None:
             )
         keep_notes(io)
         io.delete(META)
+    if is_finished(io, identity):  # one that was killed between its last file and the removal of its parts
+        parts.remove(io)
+        return
     try:
         for number in parts.numbers_of(io):
             parts.PartFile.open(io, parts.part_key(number), identity)

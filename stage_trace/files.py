@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from shared.basics.files import write_text
+from shared.basics.files import write_together
 from stage_trace.certificate import Certificate
 from stage_trace.graph import Graph
 from stage_trace.nodes import Kind, Node, cantor
@@ -27,7 +27,7 @@ FEATURE_TYPES = {
 
 
 def save(graph: Graph, folder: Path, certificate: Certificate | None = None) -> list[Path]:
-    """Write all files of `graph` into `folder`; each appears whole or not at all. Returns where they are."""
+    """Write all files of `graph` into `folder`; they take their places together. Returns where they are."""
     document = to_document(graph, slug="graph")
     words = None if graph.session is None else Words.of(graph.session, graph.nodes)
     files = {
@@ -35,8 +35,7 @@ def save(graph: Graph, folder: Path, certificate: Certificate | None = None) -> 
         "graph-metadata.json": f"{dumps({'graphs': [document['metadata']]})}\n",
         "graph.html": page(graph, document, certificate, words),
     }
-    for name, text in files.items():
-        write_text(folder / name, text)
+    write_together(folder, files)
     return [folder / name for name in files]
 
 

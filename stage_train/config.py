@@ -87,6 +87,8 @@ class LayoutKind(Enum):
     """A share of the rows of every parameter, gathered for each step."""
     latent = "latent"
     """A share of the latents, which it alone computes."""
+    layers = "layers"
+    """Layers of a clt: it reads what they read and write alone."""
 
 
 class LoggerKind(Enum):
@@ -231,7 +233,7 @@ class ParallelSchema:
 
     layout: LayoutKind = MISSING
     latent: int | None = MISSING
-    """Parts the latents are split into; null: as many as there are processes."""
+    """Parts the latents are split into; null: as many as there are processes, or with layers none."""
 
 
 @dataclass(kw_only=True)

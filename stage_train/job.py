@@ -80,7 +80,7 @@ class Job:
         for one in cfgs:
             with self.blaming(one.out_dir):
                 spec = RunSpec.resolve(one, stores, self.tokens.data)
-                self.layout.check(spec.dictionary)
+                self.layout.check(spec.dictionary, one)
                 self.specs.append(spec)
 
     def execute(self) -> None:
@@ -130,7 +130,7 @@ class Job:
         if not self.alone:
             claim = digest({spec.id: spec.cfg.out_dir for spec in self.specs})[:16]
             folder = first.folder.parent
-        names = [name for spec in self.specs for name in spec.sites.names]
+        names = [name for spec in self.specs for name in self.layout.sites(spec.sites).names]
         return TrainingInputs.open(
             first.cfg, self.world, self.tokens, names, claim=(claim, str(folder.resolve())), stream=state.get("stream")
         )

@@ -19,7 +19,6 @@ from shared.parallel import World, barrier, broadcast_object
 from shared.sae.folder import to_document
 from shared.sae.learn.init import initialise
 from shared.sae.learn.objective import Objective
-from shared.sae.variants import VARIANTS
 from stage_train.config import TrainSchema
 from stage_train.data.inputs import TrainingInputs
 from stage_train.data.stream import Batch, TokenStream
@@ -142,34 +141,40 @@ def make_trainer(
     world = layout.world
     objective: Objective | None = None
     failure: GranaryError | None = None
-    if begins and world.is_main:
+    if begins and (world.is_main or layout.begins_in_parts):
         try:
-            objective = make_objective(spec, inputs, world.device, begins=True)
+            objective = make_objective(spec, inputs, world.device, layout, begins=True)
         except GranaryError as error:
             failure = error
     if line := broadcast_object(str(failure or "")):
         raise failure or GranaryError(line)
     if objective is None:
-        objective = make_objective(spec, inputs, torch.device("meta"), begins=False)
+        objective = make_objective(spec, inputs, torch.device("meta"), layout, begins=False)
     objective = layout.distribute(objective, has_values=begins)  # and the whole is let go
     return put_together(spec, objective, stream, layout)
 
 
-def make_objective(spec: RunSpec, inputs: TrainingInputs, device: torch.device, *, begins: bool) -> Objective:
-    """What learns, whole, on `device`, where it is initialised too if the run `begins`: a host would take minutes for
-    what a GPU does in seconds, and nothing of the matrices is ever in its memory."""
+def make_objective(
+    spec: RunSpec, inputs: TrainingInputs, device: torch.device, layout: Layout, *, begins: bool
+) -> Objective:
+    """What learns, whole or as the layout begins, on `device`, where it is initialised too if the run `begins`: a host
+    would take minutes for what a GPU does in seconds, and nothing of the matrices is ever in its memory."""
     cfg = spec.cfg
     generator = torch.Generator().manual_seed(cfg.seed)
     with device:
-        dictionary = VARIANTS[spec.dictionary.kind](
-            spec.dictionary, kernels=cfg.compute.kernels, compute_dtype=cfg.compute.dtype, generator=generator
+        objective = layout.objective(
+            spec.dictionary,
+            spec.learning,
+            kernels=cfg.compute.kernels,
+            compute_dtype=cfg.compute.dtype,
+            generator=generator,
         )
-        objective = Objective(dictionary, spec.learning)
     if begins and cfg.init_from is not None:
-        copy_weights(dictionary, cfg.init_from)
+        copy_weights(objective.dictionary, cfg.init_from)
     elif begins:
-        x_MD, y_MD = inputs.sample(spec.sites, cfg.seed)
-        reads, writes = ([inputs.statistics(site) for site in side] for side in (spec.sites.reads, spec.sites.writes))
+        sites = layout.sites(spec.sites)
+        x_MD, y_MD = inputs.sample(sites, cfg.seed)
+        reads, writes = ([inputs.statistics(site) for site in side] for side in (sites.reads, sites.writes))
         initialise(objective, reads, x_MD, writes, y_MD)
     return objective
 
@@ -188,7 +193,7 @@ def put_together(spec: RunSpec, objective: Objective, stream: TokenStream, layou
         optimiser,
         spec.schedules,
         stream,
-        spec.sites,
+        layout.sites(spec.sites),
         layout,
         micro_batch=cfg.optim.micro_batch,
         average=average,

@@ -150,7 +150,8 @@ def penalty(made: Dictionary, group: LatentGroup, learning: LearningConfig, z_NF
     strength_NF = torch.relu(z_NF) if made.config.activation == "gated" else f_NF
     writes = made.places[list(made.groups).index(group)][1]
     gate = gates(made, group, writes)
-    norm_F = group.W_dec.norm(dim=1) if gate is None and not made.config.unit_norm_decoder else gate
+    norms_are_1 = made.config.unit_norm_decoder and getattr(made.config, "tying", "none") != "per_target"
+    norm_F = group.W_dec.norm(dim=1) if gate is None and not norms_are_1 else gate
     if norm_F is not None:
         strength_NF = strength_NF * norm_F
     if learning.penalty == "tanh":

@@ -121,6 +121,17 @@ int rename(const char *from, const char *to) {
 int renameat(int from_dir, const char *from, int to_dir, const char *to) {
     return path_fails("rename", to_dir, to) ? -1 : REAL(renameat)(from_dir, from, to_dir, to);
 }
+/* A full disk still lets go of what is on it. */
+static int removing_fails(int dir, const char *path) {
+    const char *error = getenv("DISK_ERROR");
+    int failed = path_fails("remove", dir, path);
+    return failed && !(error && atoi(error) == ENOSPC);
+}
+int unlink(const char *path) { return removing_fails(AT_FDCWD, path) ? -1 : REAL(unlink)(path); }
+int rmdir(const char *path) { return removing_fails(AT_FDCWD, path) ? -1 : REAL(rmdir)(path); }
+int unlinkat(int dir, const char *path, int flags) {
+    return removing_fails(dir, path) ? -1 : REAL(unlinkat)(dir, path, flags);
+}
 int link(const char *from, const char *to) {
     return path_fails("link", AT_FDCWD, to) ? -1 : REAL(link)(from, to);
 }

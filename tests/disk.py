@@ -1,12 +1,16 @@
 """A disk that fails from its n-th write on, under commands that run in earnest: ``tests/disk.c``, preloaded."""
 
 import errno
+import gzip
 import json
 import re
 import shutil
+import sqlite3
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 
 from safetensors import safe_open
@@ -14,6 +18,8 @@ from safetensors import safe_open
 from tests.cli import REPOSITORY, ForkServer, Result
 
 FULL, READ_ONLY, BROKEN = errno.ENOSPC, errno.EROFS, errno.EIO
+# Parts of the paths of files that are written alike.
+MANY = re.compile(r"(plots|static|column)/[^/]+|\d+|evaluation-\w+")
 LEFTOVERS = ("*.tmp", "*.partial", ".evaluation-*", ".*staging*", "discarded")
 
 
@@ -64,7 +70,7 @@ class FailingDisk:
         """Those of the last run, but of calls alike (another step, another plot) only the first and the last."""
         found: dict[tuple[str, str], list[Call]] = {}
         for call in self.calls():
-            found.setdefault((call.what, re.sub(r"plots/[^/]+|\d+|evaluation-\w+", "", call.path)), []).append(call)
+            found.setdefault((call.what, MANY.sub("", call.path)), []).append(call)
         return sorted({call for alike in found.values() for call in (alike[0], alike[-1])}, key=lambda one: one.number)
 
 
@@ -81,6 +87,11 @@ def check_failure(result: Result) -> None:
     assert [line for line in lines if line.startswith("error")] == lines[-1:], result.stderr
 
 
+def is_leftover(name: str) -> bool:
+    """Whether only a process that is at work, or was killed, calls something so."""
+    return any(fnmatch(name, pattern) for pattern in LEFTOVERS)
+
+
 def leftovers(folder: Path) -> list[Path]:
     """What only a process that is at work, or was killed, has there."""
     return sorted(path for pattern in LEFTOVERS for path in folder.rglob(pattern))
@@ -91,22 +102,13 @@ def half_files(folder: Path) -> Iterator[str]:
     for path in filter(Path.is_file, folder.rglob("*")):
         whole = WHOLE.get(path.suffix)
         # .hydra is Hydra's own note of the command line; who reads it (a sweep's last grid) takes a torn one as none.
-        if (
-            whole is None
-            or any(path.match(pattern) for pattern in LEFTOVERS)
-            or {".partial", ".hydra"} & names_of(path)
-        ):
+        if whole is None or ".hydra" in path.parts or any(is_leftover(part) for part in path.parts):
             continue
         try:
             if not whole(path):
                 yield f"{path} is not whole"
         except Exception as error:
             yield f"{path} is not whole: {error!r}"
-
-
-def names_of(path: Path) -> set[str]:
-    """The names of a path's folders, or their suffixes."""
-    return {part if part.startswith(".") else Path(part).suffix for part in path.parts}
 
 
 def _json(path: Path) -> bool:
@@ -119,11 +121,20 @@ def _safetensors(path: Path) -> bool:
         return all(file.get_tensor(name) is not None for name in file.keys())  # noqa: SIM118 (not a dict)
 
 
+def _sqlite(path: Path) -> bool:
+    with closing(sqlite3.connect(path)) as db:
+        return db.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+
+
 WHOLE: dict[str, Callable[[Path], bool]] = {
     ".json": _json,
     ".safetensors": _safetensors,
     ".png": lambda path: path.read_bytes().endswith(b"IEND\xaeB`\x82"),
     ".html": lambda path: path.read_bytes().rstrip().endswith(b"</html>"),
     ".yaml": lambda path: path.read_bytes().endswith(b"\n"),
+    ".sqlite": lambda path: path.stat().st_size == 0 or _sqlite(path),  # an empty one counts as none
+    ".parquet": lambda path: path.read_bytes()[-4:] == b"PAR1",
+    ".gz": lambda path: gzip.decompress(path.read_bytes()) is not None,
+    ".jsonl": lambda path: all(json.loads(line) is not None for line in path.read_bytes().splitlines()),
     ".pt": lambda path: b"PK\x05\x06" in path.read_bytes()[-100:],
 }

@@ -27,10 +27,20 @@ NOT_RUN = {
 STAND_INS = (
     (r"\.\.\.", ""),
     (r"&", ""),
-    (r"model=(/path/or/hub-id|path/to/llama|llama31_8b)", "model=bundled"),
+    (r"model=(/path/or/hub-id|path/to/llama|llama31_8b|stories260K-hf)", "model=bundled"),
+    (r"corpus\.files=tinystories_train\.txt", "corpus.files=data/*.txt"),
+    (r"packing\.seq_len=\d{3,}", ""),
+    (r"corpus\.contexts=\d{4,}", ""),
     (r"schedule\.tokens=[\d_]{5,}", "schedule.tokens=2_000"),
     (r"hook=layers\.16\.resid_post", "hook=layers.2.resid_post"),
     (r"hook=layers\.8\.resid_post,layers\.16\.resid_post", "hook=layers.1.resid_post,layers.2.resid_post"),
+    (
+        r"reads=\[layers\.8\.resid_post,chat:layers\.8\.resid_post\]",
+        "reads=[layers.2.resid_post,chat:layers.2.resid_post]",
+    ),
+    (r"reads=\[layers\.2\.resid_post,layers\.3\.resid_post\]", "reads=[layers.1.resid_post,layers.2.resid_post]"),
+    (r"at_layer=0,1,2", "at_layer=1,2"),
+    (r"hooks\.layers=\[0,1,2,3,4\]", "hooks.layers=[0,1]"),
     (r"hooks\.layers=\[0,8,16-20\]", "hooks.layers=[0,1-2]"),
     (r"stream\.batch_size=\d+", "stream.batch_size=256"),
     (r"nproc=8|--nproc-per-node=8", "{0}=2"),
@@ -42,6 +52,7 @@ SMALL = {
     "stage_train": ("name=demo", "debug=tiny_train", "schedule.tokens=2_000"),
     "stage_eval": ("name=demo", "debug=tiny_eval"),
     "stage_inspect": ("name=demo", "contexts=2"),
+    "transcoders": ("name=demo", "debug=tiny_train", "schedule.tokens=2_000", "contexts=2"),
 }
 STAGES = {"harvest": "stage_harvest", "train": "stage_train", "eval": "stage_eval", "inspect": "stage_inspect"}
 TOOLS = ("find", "export", "import")  # of granary inspect: they take no keys
@@ -113,6 +124,9 @@ def calls(command: str) -> Iterator[tuple[str, list[str]]]:
         yield "granary", [words[1], *made_small(stage, words[2:])]
     else:
         assert words[0] == "python", command
+        if words[1] == "-m":
+            yield words[2], made_small(words[2], words[3:])
+            return
         yield str(REPOSITORY / words[1]), made_small(words[1], words[2:])
 
 

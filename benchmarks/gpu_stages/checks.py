@@ -11,7 +11,17 @@ import torch
 from step_providers import Shape, make_batch
 
 from gpu_stages.context import Context
-from shared.kernels import AdamStep, Compute, PairGradient, PairOrder, decode, dot_picks, encode_threshold, encode_topk
+from shared.kernels import (
+    AdamStep,
+    Compute,
+    PairGradient,
+    PairOrder,
+    add_at,
+    decode,
+    dot_picks,
+    encode_threshold,
+    encode_topk,
+)
 from shared.kernels import row_grad as grad_of_rows
 from shared.kernels.encode_topk.triton import tiles
 
@@ -44,6 +54,7 @@ def run(context: Context, size: str) -> None:
         check_gathers(context, values, indices, W, grad)
         check_gradients(context, shape, values, indices, W, grad)
         check_nothing_fires(context, x, W, b)
+        check_sums(context, values, indices, shape.d_latent)
 
 
 @contextmanager
@@ -189,3 +200,15 @@ def check_nothing_fires(context: Context, x: torch.Tensor, W: torch.Tensor, b: t
     context.check("nothing fires: padding", int((indices != -1).sum() + (values != 0).sum()), 0)
     decoded = decode(values, indices, W, kernels=context.kernels)
     context.check("nothing fires: zeros", float(decoded.abs().max()), 0)
+
+
+def check_sums(context: Context, values: torch.Tensor, indices: torch.Tensor, num_latents: int) -> None:
+    """Sums by latent, as an evaluation makes them: one latent is named by every token."""
+    flat, x = indices.flatten(), values.flatten().double()
+    sums = [torch.zeros(num_latents, dtype=torch.float64, device=x.device) for _ in range(3)]
+    for into in sums:
+        add_at(into, flat, x)
+    same = all(torch.equal(sums[0], other) for other in sums[1:])
+    context.check("add_at, the same bits three times", float(not same), 0)
+    truth = torch.zeros(num_latents, dtype=torch.float64).index_add_(0, flat.cpu(), x.cpu())
+    context.check("add_at", relative(sums[0].cpu(), truth), 1e-12)

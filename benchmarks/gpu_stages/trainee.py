@@ -8,16 +8,19 @@ import torch
 from step_providers import Shape, make_batch
 from torch import Tensor
 
-from shared.sae.config import SAEConfig
-from shared.sae.learn.config import LearningConfig
+from shared.sae.config import DictionaryConfig
 from shared.sae.learn.dead import DeadLatents
 from shared.sae.learn.inputs import StepInputs
+from shared.sae.learn.many_groups import ManyGroups
 from shared.sae.learn.objective import Objective
 from shared.sae.optim import AdamConfig, make_optimiser
-from shared.sae.variants import SAE, Transcoder
-from shared.sae.variants.transcoder import TranscoderConfig
+from shared.sae.sites import SiteWidths
+from shared.sae.variants import VARIANTS, Dictionary
 
 KINDS = ("topk", "batchtopk", "transcoder")
+SITES = {"crosscoder": 2, "clt": 4}
+"""Sites of a kind on each side, of `d_model` each; of a CLT its layers."""
+FITTED_ROWS = 64
 QUIET = 64
 """One latent in so many is too quiet to be picked, and counts as dead: AuxK has them to revive."""
 
@@ -44,27 +47,27 @@ def make_trainee(
     pair_gradients: bool = True,
     lr: float = 1e-4,
 ) -> Trainee:
-    """The whole recipe: AuxK, clipping, projection, exact Adam. Starts are the same for the same shape and kind."""
-    common: dict[str, Any] = {"d_latent": shape.d_latent, "k": shape.k}
-    common["activation"] = "batchtopk" if kind == "batchtopk" else "topk"
+    """The whole recipe: AuxK, clipping, projection, exact Adam. Starts are the same for the same shape and kind.
+
+    A batch has the columns of all sites that are read, side by side: see ``SITES``.
+    """
+    made, config = described(shape, kind)
     with torch.device(device):
-        dictionary: Any
-        if kind == "transcoder":
-            config = TranscoderConfig(d_in=shape.d_model, d_out=shape.d_model, pre_bias=False, **common)
-            dictionary = Transcoder(config, kernels=kernels, compute_dtype=compute_dtype)
-        else:
-            dictionary = SAE(SAEConfig(d_model=shape.d_model, **common), kernels=kernels, compute_dtype=compute_dtype)
-        objective = Objective(dictionary, LearningConfig())
-    dead_R = torch.arange(0, shape.d_latent, QUIET, device=device)
+        dictionary = made(config, kernels=kernels, compute_dtype=compute_dtype)
+        objective = Objective(dictionary)
+    num_latents = config.d_latent
+    dead_R = torch.arange(0, num_latents, QUIET, device=device)
     if device != "meta":  # where there are no values
-        start(dictionary, shape, dead_R)
+        sample = start(dictionary, shape, dead_R)
+        if isinstance(objective.rule, ManyGroups):  # as training does before the first step: a search from 0 is long
+            objective.rule.fit_to_sample(dictionary.centred(dictionary.normalise(sample[:FITTED_ROWS])[0]))
     optimiser = make_optimiser(dictionary, AdamConfig(lr=lr, moments=moments), pair_gradients=pair_gradients)
     if pair_gradients:
         objective.pair_gradients = optimiser.pairs
-    tracker = DeadLatents(shape.d_latent, 10_000_000, device=device)
+    tracker = DeadLatents(num_latents, 10_000_000, device=device)
 
     def step(x: Tensor) -> Tensor:
-        losses = objective.losses(x, x.roll(1, dims=1) if kind == "transcoder" else x, StepInputs(dead=dead_R))
+        losses = objective.losses(x, written(dictionary, x), StepInputs(dead=dead_R))
         optimiser.zero_grad()
         losses.total.backward()
         optimiser.step()
@@ -75,17 +78,43 @@ def make_trainee(
     return Trainee(dictionary, step, sum(tensor.numel() * tensor.element_size() for tensor in tensors))
 
 
+def described(shape: Shape, kind: str) -> tuple[type[Dictionary], DictionaryConfig]:
+    """Class and config: `shape` is that of each site and, of a CLT, of each layer."""
+    sites = SITES.get(kind, 1)
+    layers = sites if kind == "clt" else 1
+    name = kind if kind in VARIANTS else "sae"
+    widths = SiteWidths((shape.d_model,) * sites, (shape.d_model,) * sites)
+    fields: dict[str, Any] = {
+        "d_latent": shape.d_latent * layers,
+        "k": shape.k * layers,
+        "activation": "batchtopk" if kind in ("batchtopk", "clt") else "topk",
+        "pre_bias": name == "sae",
+    }
+    return VARIANTS[name], VARIANTS[name].config_class.of(widths, fields)
+
+
+def written(dictionary: Dictionary, x: Tensor) -> Tensor:
+    """What must be produced from what is read: itself, or some other place."""
+    return x if dictionary.config.is_autoencoder else x.roll(1, dims=1)
+
+
 @torch.no_grad()
-def start(dictionary: Any, shape: Shape, dead_R: Tensor) -> None:
-    """Random directions, and a bias and variances that fit the batches."""
-    device = dictionary.W_dec.device
-    rows = torch.randn(dictionary.W_dec.shape, device=device, generator=torch.Generator(device).manual_seed(0))
-    dictionary.W_dec.copy_(rows.div_(rows.norm(dim=1, keepdim=True)))
-    dictionary.W_enc.copy_(dictionary.W_dec)
-    dictionary.W_enc[dead_R] *= 0.1
-    sample = make_batch(Shape(shape.d_model, shape.d_latent, shape.k, min(512, shape.batch)), str(device))
-    target = sample if isinstance(dictionary, SAE) else sample.roll(1, dims=1)
+def start(dictionary: Dictionary, shape: Shape, dead_R: Tensor) -> Tensor:
+    """Random directions, and a bias and variances that fit the batches; returns the sample that they are of."""
+    device = dictionary.b_dec.device
+    first = 0
+    for group in dictionary.groups:
+        rows = torch.randn(group.W_dec.shape, device=device, generator=torch.Generator(device).manual_seed(0))
+        group.W_dec.copy_(rows.div_(rows.norm(dim=1, keepdim=True)))
+        group.W_enc.copy_(group.W_dec[:, : group.W_enc.shape[1]])
+        own_R = dead_R[(dead_R >= first) & (dead_R < first + group.num_latents)] - first
+        group.W_enc[own_R] *= 0.1
+        first += group.num_latents
+    columns = dictionary.widths.d_in
+    sample = make_batch(Shape(columns, shape.d_latent, shape.k, min(512, shape.batch)), str(device))
+    target = written(dictionary, sample)
     dictionary.b_dec.copy_(target.mean(0))
     dictionary.input_variance.copy_(sample.var(0, correction=0))
     if target is not sample:
         dictionary.output_variance.copy_(target.var(0, correction=0))
+    return sample

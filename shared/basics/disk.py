@@ -17,6 +17,8 @@ FAULTS = {
 
 # How safetensors and torch, which write files themselves, say it.
 OS_ERROR = re.compile(r"\(os error (\d+)\)")
+# What SQLite says for it: no room, read-only, input or output failed, a file that can't be opened.
+SQLITE = {13: errno.ENOSPC, 8: errno.EROFS, 10: errno.EIO, 14: errno.EACCES}
 TORCH_FAILED = re.compile(r"PytorchStreamWriter failed writing|iostream error")
 
 
@@ -24,6 +26,9 @@ def disk_fault(error: BaseException) -> OSError | None:
     """`error` as that of a disk (full, read-only, broken, not permitted, no such place possible); None for others."""
     if isinstance(error, OSError):
         return error if error.errno in FAULTS else None
+    code = getattr(error, "sqlite_errorcode", None)
+    if isinstance(code, int):
+        return OSError(SQLITE[code & 0xFF], str(error)) if code & 0xFF in SQLITE else None
     found = OS_ERROR.search(str(error))
     number = int(found[1]) if found else errno.EIO if TORCH_FAILED.search(str(error)) else None
     return OSError(number, os.strerror(number)) if number in FAULTS else None

@@ -9,8 +9,8 @@ import errno
 import fcntl
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -44,16 +44,30 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     sync_folder(path.parent)
 
 
+def write_together(folder: Path, texts: Mapping[str, str]) -> None:
+    """Write files that belong to one another: none takes its place before the contents of all are on disk."""
+    with ExitStack() as stack:
+        for name, text in texts.items():
+            file = stack.enter_context(replacing(folder / name))
+            file.write(text.encode())
+            file.flush()
+            os.fsync(file.fileno())
+
+
 @contextmanager
-def making_folder(folder: Path) -> Iterator[Path]:
+def making_folder(folder: Path, *, replace: bool = False) -> Iterator[Path]:
     """A folder to fill beside `folder`; when the block ends it is `folder`, on disk, where nothing or no file was.
 
-    After an error in the block, or a full disk, nothing of it is left. Raises OSError.
+    With `replace` it takes the place of a folder that is there. After an error in the block, or a full disk, nothing of
+    it is left, and what was there is. Raises OSError.
     """
     final = Path(os.path.realpath(folder))
     make_folders(final.parent)
-    temp = temporary(final)
-    shutil.rmtree(temp, ignore_errors=True)
+    temp, former = temporary(final), temporary(final.with_name(f"{final.name}.former"))
+    if former.exists() and not final.exists():  # its writer died between two renames
+        os.replace(former, final)
+    for left in (temp, former):
+        shutil.rmtree(left, ignore_errors=True)
     temp.mkdir()
     made = temp
     try:
@@ -61,12 +75,17 @@ def making_folder(folder: Path) -> Iterator[Path]:
         for path in temp.rglob("*"):
             _flush(path)
         sync_folder(temp)
+        if replace and final.exists():
+            os.replace(final, former)
         os.replace(temp, final)
         made = final
         sync_folder(final.parent)
     except BaseException:
         shutil.rmtree(made, ignore_errors=True)
+        with suppress(OSError):
+            os.replace(former, final)
         raise
+    shutil.rmtree(former, ignore_errors=True)
 
 
 def write_bytes(path: Path, content: bytes) -> None:

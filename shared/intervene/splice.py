@@ -30,6 +30,7 @@ from shared.intervene.record import Features, Part, Record, widen
 from shared.lm import splice_through
 from shared.lm.hookpoint import HookPoint
 from shared.lm.places import trunk, without_wrappers
+from shared.lm.recomputation import remembering
 from shared.sae.sites import Sites
 from shared.sae.variants.base import Dictionary
 
@@ -119,6 +120,7 @@ class SplicedModel:
                     read_widths=widths.reads if in_order else None, adds=self.keep_error,
                 )
             )  # fmt: skip
+            stack.enter_context(remembering(self.inner, self, "_place"))
             body = trunk(self.inner)
             stack.callback(body.register_forward_pre_hook(self._locate, with_kwargs=True).remove)
             stack.callback(body.register_forward_hook(self._leave).remove)

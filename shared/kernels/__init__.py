@@ -1,6 +1,7 @@
 """The sparse step's operations. Imports torch and triton only, so that it can be tested alone on a GPU machine."""
 
 from shared.kernels.adam_step import AdamStep
+from shared.kernels.add_at import add_at
 from shared.kernels.autograd import attach_encoder, sparse_decode, sparse_reconstruction, take_rows
 from shared.kernels.auxk import DeadRows, LatentRanks, auxk_error
 from shared.kernels.compute import COMPUTE_DTYPES, Compute
@@ -26,6 +27,7 @@ __all__ = [
     "PairGradients",
     "PairOrder",
     "SortedPairs",
+    "add_at",
     "attach_encoder",
     "auxk_error",
     "decode",

@@ -15,6 +15,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from shared.basics.disk import telling_disk_errors
 from shared.basics.errors import GranaryError
 from shared.latents.layout import NOTES
 from shared.store.io.base import ObjectIO
@@ -248,14 +249,15 @@ class Notes:
     def _writing(self) -> Iterator[sqlite3.Connection]:
         if not self.writable:
             raise GranaryError("notes at a URL can't be changed: copy the latents folder to this machine first")
-        if not self.path.exists():
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._create()
-        db = self._connection()
-        assert db is not None
-        with db:
-            db.execute("BEGIN IMMEDIATE")
-            yield db
+        with telling_disk_errors(self.path):
+            if self._connection() is None:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                self._create()
+            db = self._connection()
+            assert db is not None
+            with db:
+                db.execute("BEGIN IMMEDIATE")
+                yield db
 
     def _create(self) -> None:
         db = sqlite3.connect(self.path, timeout=30)
@@ -269,13 +271,19 @@ class Notes:
             db.close()
 
     def _connection(self) -> sqlite3.Connection | None:
-        """This thread's connection; None where there is no file yet."""
+        """This thread's connection; None where there are no notes yet.
+
+        A file without a table is one whose first writer found the disk full, or was killed: it counts as none.
+        """
         db: sqlite3.Connection | None = getattr(self._local, "db", None)
         if db is not None or not self.path.exists():
             return db
         try:
             db = sqlite3.connect(self.path, timeout=30, isolation_level=None)
             version = db.execute("PRAGMA user_version").fetchone()[0]
+            if not db.execute("SELECT count(*) FROM sqlite_schema").fetchone()[0]:
+                db.close()
+                return None
         except sqlite3.DatabaseError as error:
             raise GranaryError(f"{self.path} can't be read ({error}): move it away, or restore it") from None
         if version != VERSION:

@@ -48,6 +48,11 @@ def segment_positions(segments_BT: Tensor) -> Tensor:
     return index_T - start_BT
 
 
+def document_length(segments_T: Tensor) -> int:
+    """Positions of the one document of a context; padding, marked -1, follows it."""
+    return int((segments_T >= 0).sum())
+
+
 def document_spans(segments_BT: Tensor) -> Spans:
     """Where each document of each context begins and ends."""
     T = segments_BT.shape[1]

@@ -1,7 +1,8 @@
 """Rope variants whose angles depend on the longest position of a forward, made a function of each document alone.
 
 longrope (Phi 3 and 4) has two sets of frequencies, for sequences within the original number of positions and beyond it,
-and chooses one for the whole forward: a long document would change its short neighbours.
+and chooses one for the whole forward: a long document would change its short neighbours. dynamic stretches frequencies
+by the longest sequence that it has met, so a document would also change those that are run after it.
 
 Shapes: B contexts, T positions, E head dimension.
 """
@@ -13,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# ``dynamic`` chooses by the longest position too.
 BY_LENGTH = ("longrope", "dynamic")
+# What such a module of transformers keeps between forwards; of several kinds of layers, each under a prefix.
+ORIGINAL, LONGEST = "original_inv_freq", "max_seq_len_cached"
 
 Rotary = Callable[..., tuple[Tensor, Tensor]]
 
@@ -25,7 +27,20 @@ def rotate_by_document(model: nn.Module) -> None:
         rope_type = getattr(module, "rope_type", None)
         kinds = rope_type.values() if isinstance(rope_type, dict) else [rope_type]
         if any(kind in BY_LENGTH for kind in kinds):
-            module.forward = partial(_by_document, module.forward)
+            module.forward = partial(_by_document, partial(_anew, module, module.forward))
+
+
+def _anew(
+    module: nn.Module, rotary: Rotary, x: Tensor, position_ids: Tensor, *args: Any, **kwargs: Any
+) -> tuple[Tensor, Tensor]:
+    """Cosines and sines as of a module that has met no sequence yet."""
+    for name, original in list(module.named_buffers(recurse=False)):
+        if name.endswith(ORIGINAL):
+            module.register_buffer(f"{name.removesuffix(ORIGINAL)}inv_freq", original, persistent=False)
+    for name in vars(module):
+        if name.endswith(LONGEST):
+            setattr(module, name, module.original_max_seq_len)
+    return rotary(x, position_ids, *args, **kwargs)
 
 
 def _by_document(rotary: Rotary, x: Tensor, position_ids: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:

@@ -10,6 +10,7 @@ Shapes: B rows, T positions, d_in and d_out the widths of the read and of the wr
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -20,6 +21,10 @@ from shared.basics.errors import GranaryError
 from shared.lm.hookpoint import HookPoint
 from shared.lm.hooks import attach
 from shared.lm.places import decoder_blocks, locate, trunk
+from shared.lm.recomputation import remembering
+
+# Most relative difference of an activation that is computed a second time from the same tokens.
+RECOMPUTED = 0.05
 
 
 @contextmanager
@@ -60,6 +65,7 @@ def splice_through(
     state = _Splice(reads, writes, fn, where, widths, read_widths, adds=adds)
     with ExitStack() as stack:
         stack.enter_context(_uncompiled(model))
+        stack.enter_context(remembering(model, state, "seen"))
         for hook in dict.fromkeys((*reads, *writes)):
             see: Callable[[Tensor], Tensor | None] = partial(state.see, hook)
             if hook in writes and hook.site == "resid_mid":
@@ -71,8 +77,19 @@ def splice_through(
         yield
 
 
+@dataclass(slots=True)
+class _Seen:
+    """What one splice has seen of one forward."""
+
+    captured: dict[HookPoint, Tensor] = field(default_factory=dict)
+    result: Tensor | None = None
+    computed_at: HookPoint | None = None
+    ran: Counter[HookPoint] = field(default_factory=Counter)
+    has_grad: bool = field(default_factory=torch.is_grad_enabled)
+
+
 class _Splice:
-    """What one splice has seen of the present forward."""
+    """One splice, and what it has seen of the forward that runs, or is run again."""
 
     def __init__(
         self,
@@ -87,28 +104,23 @@ class _Splice:
     ) -> None:
         self.reads, self.writes = tuple(reads), tuple(writes)
         self.fn, self.where, self.widths, self.read_widths, self.adds = fn, where, widths, read_widths, adds
-        self.captured: dict[HookPoint, Tensor] = {}
-        self.result: Tensor | None = None
-        self.computed_at: HookPoint | None = None
-        self.ran: Counter[HookPoint] = Counter()
+        self.seen = _Seen()
         self.is_inside = False
 
     def begin(self, _module: nn.Module, _args: Any) -> None:
         """Before a forward of the trunk: nothing has been seen yet."""
-        self.captured.clear()
-        self.result = None
-        self.ran.clear()
+        self.seen = _Seen()
         self.is_inside = True
 
     def end(self, _module: nn.Module, _args: Any, _output: Any) -> None:
         """After a forward of the trunk: raise GranaryError unless every site ran exactly once."""
         self.is_inside = False
+        ran = self.seen.ran
         if not torch.is_grad_enabled():  # else a checkpointed layer may run again, in the backward pass
-            self.captured.clear()
-            self.result = None
+            self.seen = _Seen()
         for hook in dict.fromkeys((*self.reads, *self.writes)):
-            if self.ran[hook] != 1:
-                times = "did not run" if self.ran[hook] == 0 else f"ran {self.ran[hook]} times"
+            if ran[hook] != 1:
+                times = "did not run" if ran[hook] == 0 else f"ran {ran[hook]} times"
                 raise GranaryError(
                     f"the splice at {hook} {times} in a forward of the model, so its output means nothing: the model"
                     " passes the module by (a fused or compiled replacement?); load it without"
@@ -124,10 +136,11 @@ class _Splice:
     def replace(self, hook: HookPoint, activation: Tensor) -> Tensor:
         """What the model goes on from at a written site."""
         self._keep(hook, activation)
+        seen = self.seen
         # A checkpointed layer that runs again, in the backward pass, computes what it computed in the forward.
-        if self.result is None or (not self.is_inside and hook == self.computed_at):
-            self.result, self.computed_at = self.fn(self._side_by_side(hook)), hook
-        part = self.result if len(self.writes) == 1 else self._cut(self.result, hook)
+        if seen.result is None or (not self.is_inside and hook == seen.computed_at):
+            seen.result, seen.computed_at = self.fn(self._side_by_side(hook)), hook
+        part = seen.result if len(self.writes) == 1 else self._cut(seen.result, hook)
         if part.shape != activation.shape:  # a shape that broadcasts would go on unnoticed
             raise ValueError(f"splice at {hook}: {tuple(part.shape)} in place of {tuple(activation.shape)}")
         part = (activation + part if self.adds else part).to(activation.dtype)
@@ -137,18 +150,27 @@ class _Splice:
         return torch.where(where[..., None], part, activation)
 
     def _keep(self, hook: HookPoint, activation: Tensor) -> None:
-        self.ran[hook] += self.is_inside
+        seen = self.seen
+        seen.ran[hook] += self.is_inside
+        if self.is_inside and seen.has_grad and not torch.is_grad_enabled() and self._spans_layers:
+            raise GranaryError(
+                "reentrant gradient checkpointing cuts the gradient between the layers that this dictionary reads and"
+                " writes: model.gradient_checkpointing_enable({'use_reentrant': False})"
+            )
         if hook in self.reads:
-            self.captured[hook] = activation
-            self.result = None
+            if not self.is_inside:
+                _check_same(seen.captured.get(hook), activation, hook)
+            seen.captured[hook] = activation
+            seen.result = None
 
     def _side_by_side(self, written: HookPoint) -> Tensor:
         """The activations of the read sites, [B, T, d_in]; of one site its own tensor."""
-        missing = [hook for hook in self.reads if hook not in self.captured]
-        if missing and self.read_widths is not None and self.captured:
-            seen = next(iter(self.captured.values()))
+        captured = self.seen.captured
+        missing = [hook for hook in self.reads if hook not in captured]
+        if missing and self.read_widths is not None and captured:
+            seen = next(iter(captured.values()))
             parts = [
-                self.captured[hook] if hook in self.captured else seen.new_zeros(*seen.shape[:-1], width)
+                captured[hook] if hook in captured else seen.new_zeros(*seen.shape[:-1], width)
                 for hook, width in zip(self.reads, self.read_widths, strict=True)
             ]
             return torch.cat(parts, dim=-1)
@@ -157,8 +179,12 @@ class _Splice:
                 f"{missing[0]} is computed after {written}: what is written there can't depend on it within one forward"
             )
         if len(self.reads) == 1:
-            return self.captured[self.reads[0]]
-        return torch.cat([self.captured[hook] for hook in self.reads], dim=-1)
+            return captured[self.reads[0]]
+        return torch.cat([captured[hook] for hook in self.reads], dim=-1)
+
+    @property
+    def _spans_layers(self) -> bool:
+        return len({hook.layer for hook in (*self.reads, *self.writes)}) > 1
 
     def _cut(self, result: Tensor, hook: HookPoint) -> Tensor:
         """The columns of `result` that are for `hook`."""
@@ -167,6 +193,19 @@ class _Splice:
             raise ValueError(f"splice: {result.shape[-1]} columns for written sites of {', '.join(map(str, widths))}")
         parts = torch.split(result, list(widths), dim=-1)
         return parts[self.writes.index(hook)]
+
+
+def _check_same(before: Tensor | None, again: Tensor, hook: HookPoint) -> None:
+    """Raise GranaryError unless a layer that runs again does so in the forward whose activation `before` is."""
+    if before is not None and before.shape == again.shape:
+        far, size = (again.detach() - before.detach()).float().norm(), before.detach().float().norm()
+        if not far > RECOMPUTED * size:  # NaN is no difference
+            return
+    raise GranaryError(
+        f"the layer of {hook} runs outside a forward of the model, on other tokens than those of the last one: a"
+        " backward pass that runs layers again must follow its own forward, unless they are checkpointed by"
+        " model.gradient_checkpointing_enable()"
+    )
 
 
 def _carried(

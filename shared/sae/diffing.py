@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from shared.basics.errors import GranaryError
-from shared.kernels import decode, dot_picks
+from shared.kernels import add_at, decode, dot_picks
 from shared.sae.latents import SparseLatents
 from shared.sae.variants.crosscoder import Crosscoder
 
@@ -78,8 +78,8 @@ class LatentScaling:
             hat_ND = decode(values_NK, indices_NK, part_FD, kernels=made.kernels) + bias_D
             for name, y in (("reconstruction_SF", hat_ND), ("error_SF", target_ND - hat_ND)):
                 dots_NK = dot_picks(y.contiguous(), indices_NK, self.rows_FD, kernels=made.kernels)
-                self.sums[name][site].index_add_(0, chosen_P, (values_NK * dots_NK)[kept].double())
-        self.sums["square_F"].index_add_(0, chosen_P, values_NK[kept].double().square())
+                add_at(self.sums[name][site], chosen_P, (values_NK * dots_NK)[kept].double())
+        add_at(self.sums["square_F"], chosen_P, values_NK[kept].double().square())
 
     def betas(self) -> tuple[Tensor, Tensor]:
         """beta of reconstruction and of error, [2, F] each; NaN for latents that never fired."""

@@ -44,6 +44,7 @@ HUB_FILES = (
     "ae.pt",
     "hyperparams.json",
     "checkpoints/final.safetensors",
+    "final.pt",
     "params.npz",
     "params.safetensors",
 )
@@ -79,16 +80,21 @@ class Description:
 
     def config(self, kinds: Sequence[type[DictionaryConfig]]) -> DictionaryConfig:
         """The config, of one of `kinds`; raises GranaryError for another kind, and for fields that make no sense."""
-        for kind in kinds:
-            if kind.kind == self.kind:
-                return kind.of(self.widths, self.own_fields, self.sites)
-        raise GranaryError(f"it is a {self.kind}, not a {' or '.join(kind.kind for kind in kinds)}: use granary.load")
+        return _check_kind(self.kind, kinds).of(self.widths, self.own_fields, self.sites)
 
     def flat(self) -> dict[str, Any]:
         """Config and training record in one dictionary, in version 1's order where version 1 knew the key."""
         width = {"d_model": self.widths.reads[0]} if self.kind == "sae" else asdict(self.widths)
         found = {**width, **self.own_fields, **self.training}
         return {name: found[name] for name in sorted(found, key=_flat_place)}
+
+
+def _check_kind(name: str, kinds: Sequence[type[DictionaryConfig]]) -> type[DictionaryConfig]:
+    """The one of `kinds` of this name; raises GranaryError where there is none."""
+    for kind in kinds:
+        if kind.kind == name:
+            return kind
+    raise GranaryError(f"it is a {name}, not a {' or '.join(kind.kind for kind in kinds)}: use granary.load")
 
 
 def _flat_place(name: str) -> tuple[int, str]:
@@ -242,6 +248,7 @@ def read_weights(
             foreign = read(folder)
             if foreign is not None:
                 config, tensors = foreign
+                _check_kind(config.kind, kinds)
                 return config, {name: tensor.to(device) for name, tensor in tensors.items()}
     found = describe(folder)
     weights = folder / WEIGHTS_FILE

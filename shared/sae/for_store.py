@@ -57,6 +57,11 @@ def open_folder(path: str, store: Store, hook: str | None) -> DictionaryFolder:
     check_whole(path, folder)
     description = describe(folder)
     config = description.config(KINDS)
+    if description.sites is None and config.kind != "sae":
+        raise GranaryError(
+            f"{path} is a {config.kind} that does not record where it reads and writes: convert it from its own "
+            "project's folder with --reads and --writes"
+        )
     sites = choose_sites(path, description.sites, store, hook)
     widths = sites.widths({name: store.width(name) for name in sites.names})
     for verb, names, own, theirs in (

@@ -3,12 +3,13 @@
 Shapes: D_in sum of the widths that the group reads, D_out of those that it writes, F latents held here.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from shared.kernels import Compute
+from shared.kernels import Compute, PairGradient, PairOrder, decode, sparse_decode, take_rows
 from shared.sae.activations import ACTIVATIONS, Activation, Encoder
 from shared.sae.config import DictionaryConfig
 from shared.sae.roles import Role
@@ -101,6 +102,20 @@ class LatentGroup(Computing):
         values_NK, indices_NK = self.activation.encode(encoder, centred_ND)
         return encoder.unweighted(values_NK, indices_NK), indices_NK
 
+    def decoder_rows(self, latents_R: Tensor, sink: PairGradient | None = None) -> Tensor:
+        """Rows [R, D_out] of the decoder, of distinct latents; with a `sink` its gradient goes there."""
+        return take_rows(self.W_dec, latents_R, sink)
+
+    def write(
+        self, values_NK: Tensor, indices_NK: Tensor, order: PairOrder, sink: PairGradient | None = None
+    ) -> Tensor:
+        """What picks decode to, [N, D_out], with gradients for the values and the decoder, or its `sink`."""
+        return sparse_decode(values_NK, indices_NK, self.W_dec, order, compute=self.compute, sink=sink)
+
+    def written(self, values_NK: Tensor, indices_NK: Tensor) -> Tensor:
+        """The same without gradient."""
+        return decode(values_NK, indices_NK, self.W_dec, kernels=self.kernels)
+
     @property
     def num_latents(self) -> int:
         """Latents held here."""
@@ -136,6 +151,14 @@ def random_unit_rows(W_FD: Tensor, generator: torch.Generator | None = None) -> 
 
 def draw_in_blocks(W_FD: Tensor, generator: torch.Generator) -> None:
     """``random_unit_rows`` with no more than BLOCK_ROWS rows on the generator's device."""
-    for block_RD in W_FD.split(BLOCK_ROWS):
-        drawn_RD = torch.empty(block_RD.shape, device=generator.device).normal_(generator=generator)
-        block_RD.copy_(drawn_RD.div_(drawn_RD.norm(dim=1, keepdim=True)))
+    for start, drawn_RD in unit_blocks(W_FD.shape[0], W_FD.shape[1], generator):
+        W_FD[start : start + len(drawn_RD)] = drawn_RD
+
+
+def unit_blocks(rows: int, columns: int, generator: torch.Generator | None) -> Iterator[tuple[int, Tensor]]:
+    """The rows that ``random_unit_rows`` fills a matrix of this shape with, block by block: first row, and [R, D]."""
+    device = None if generator is None else generator.device
+    for start in range(0, rows, BLOCK_ROWS):
+        size = min(BLOCK_ROWS, rows - start)
+        drawn_RD = torch.empty(size, columns, device=device).normal_(generator=generator)
+        yield start, drawn_RD.div_(drawn_RD.norm(dim=1, keepdim=True))

@@ -1,6 +1,6 @@
 """Loading a dictionary of any kind and of any project's format, and converting between formats."""
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +11,17 @@ from shared.basics.errors import GranaryError
 from shared.basics.files import making_folder
 from shared.sae import folder as on_disk
 from shared.sae.config import DictionaryConfig
-from shared.sae.formats import FORMATS, foreign
+from shared.sae.formats import FORMATS, WRITABLE, foreign
 from shared.sae.formats import load as load_foreign
-from shared.sae.formats.raw import RawSAE
-from shared.sae.variants import SAE, VARIANTS, Dictionary
+from shared.sae.formats import save as save_foreign
+from shared.sae.sites import Sites
+from shared.sae.variants import VARIANTS, Dictionary
 
 GRANARY = "granary"
-KINDS = [made.config_class for made in VARIANTS.values()]
+BY_KIND = {kind: made.config_class for kind, made in VARIANTS.items()}
+KINDS = [*BY_KIND.values()]
+Change = Callable[[str, Dictionary, dict[str, Any]], tuple[Dictionary, dict[str, Any]]]
+"""From where a dictionary lies, itself and its provenance to another with its own."""
 
 
 def load(path_or_hub_id: str | Path, *, device: str | torch.device = "cpu", verify: bool | None = None) -> Dictionary:
@@ -53,38 +57,48 @@ def detect(folder: Path) -> str:
     return name
 
 
-def load_any(path_or_hub_id: str | Path, ignore: Collection[str] = ()) -> tuple[Dictionary, dict[str, Any]]:
+def load_any(
+    path_or_hub_id: str | Path, ignore: Collection[str] = (), sites: Sites | None = None
+) -> tuple[Dictionary, dict[str, Any]]:
     """(dictionary, provenance) of a folder of any known format, or of a hub repository.
 
-    `ignore` names keys and tensors of another project's folder that are to be left out.
+    `ignore` names keys and tensors of another project's folder that are to be left out, `sites` where its dictionary
+    reads and writes, which the files may not say.
     """
     folder = on_disk.locate(path_or_hub_id)
     name = detect(folder)
     if name == GRANARY:
-        if ignore:
-            raise GranaryError(f"--ignore is for folders of other projects, {folder} is of this one")
+        if ignore or sites:
+            given = "--ignore is" if ignore else "--reads and --writes are"
+            raise GranaryError(f"{given} for folders of other projects, {folder} is of this one")
         return load(folder, verify=True), on_disk.load_provenance(folder)
     raw = load_foreign(name, folder, ignore)
-    config, tensors = raw.to_checkpoint()
-    return SAE.from_tensors(config, tensors, str(folder)), raw.provenance
+    raw = raw if sites is None else raw.at(sites)
+    config, tensors = raw.to_checkpoint(BY_KIND)
+    return VARIANTS[config.kind].from_tensors(config, tensors, str(folder)), raw.provenance
 
 
-def convert(source: str | Path, target: Path, to: str, ignore: Collection[str] = ()) -> str:
-    """Write the SAE in the folder or hub repository `source` as format `to` into `target`; returns the source's format.
+def convert(
+    source: str | Path,
+    target: Path,
+    to: str,
+    ignore: Collection[str] = (),
+    sites: Sites | None = None,
+    change: Change | None = None,
+) -> str:
+    """Write the dictionary in the folder or hub repository `source` as format `to`; returns the source's format.
 
-    `ignore` names keys and tensors of another project's folder that are to be left out.
-
-    Raises GranaryError for a target that holds files, and for a dictionary that the format can't express.
+    `ignore` and `sites` are those of ``load_any``; `change` is made before it is written. Raises GranaryError for a
+    target that holds files, and for a dictionary that the format can't express.
     """
-    writable = [GRANARY, *(name for name, module in FORMATS.items() if hasattr(module, "save"))]
-    if to not in writable:
-        raise GranaryError(f"format {to!r} can't be written: choose from {', '.join(writable)}")
+    if to not in (GRANARY, *WRITABLE):
+        raise GranaryError(f"format {to!r} can't be written: choose from {', '.join([GRANARY, *WRITABLE])}")
     check_new(target)
     folder = on_disk.locate(source)
     found = detect(folder)
-    made, provenance = load_any(folder, ignore)
-    if to != GRANARY and not isinstance(made, SAE):
-        raise GranaryError(f"{source} is a {made.config.kind}: the {to} format is written for SAEs alone")
+    made, provenance = load_any(folder, ignore, sites)
+    if change is not None:
+        made, provenance = change(str(source), made, provenance)
     with telling_disk_errors(target), making_folder(target) as filled:
         _write(made, provenance, folder if found == GRANARY else None, to, filled)
     return found
@@ -96,8 +110,7 @@ def _write(made: Dictionary, provenance: dict[str, Any], own: Path | None, to: s
         training = on_disk.describe(own).training if own is not None else {}
         made.save_pretrained(target, provenance, training)
     else:
-        assert isinstance(made, SAE)
-        FORMATS[to].save(RawSAE.from_checkpoint(made.config, made.state_dict(), provenance), target)
+        save_foreign(to, made.config, made.state_dict(), provenance, target)
 
 
 def check_new(target: Path) -> None:
@@ -108,7 +121,7 @@ def check_new(target: Path) -> None:
 
 def _read_foreign(folder: Path) -> on_disk.Weights | None:
     name = foreign(folder)
-    return None if name is None else load_foreign(name, folder).to_checkpoint()
+    return None if name is None else load_foreign(name, folder).to_checkpoint(BY_KIND)
 
 
 on_disk.FOREIGN_READERS.append(_read_foreign)

@@ -6,12 +6,14 @@ from typing import Any
 
 import torch
 
+from shared.basics.disk import telling_disk_errors
 from shared.basics.errors import GranaryError
+from shared.basics.files import making_folder
 from shared.basics.numbers import natural_key
 from shared.lm.hookpoint import HookPoint
 from shared.sae.folder import is_own, load_provenance
 from shared.sae.formats.folded import Folded
-from shared.sae.loading import check_new, load
+from shared.sae.loading import Change, check_new, load
 from shared.sae.variants import CLT, Dictionary
 
 
@@ -48,10 +50,11 @@ SET_FORMATS = ("circuit_tracer",)
 """Formats of other projects that hold all layers in one folder."""
 
 
-def convert_set(source: str | Path, target: Path, to: str) -> str:
+def convert_set(source: str | Path, target: Path, to: str, change: Change | None = None) -> str:
     """Write a set of transcoders, a folder with one per layer, or a CLT as format `to`; returns what it was.
 
-    Raises GranaryError for a target that holds files, and for what the format can't express.
+    `change` is made to each dictionary before. Raises GranaryError for a target that holds files, and for what the
+    format can't express.
     """
     if to not in SET_FORMATS:
         raise GranaryError(f"format {to!r} can't be written for a set: choose from {', '.join(SET_FORMATS)}")
@@ -59,14 +62,23 @@ def convert_set(source: str | Path, target: Path, to: str) -> str:
 
     check_new(target)
     if is_own(Path(source)) and isinstance(made := load(source), CLT):
-        circuit_tracer.save_clt(folded(made, load_provenance(source)), target)
+        clt = folded(made, load_provenance(source), change, str(source))
+        with telling_disk_errors(target), making_folder(target) as filled:
+            circuit_tracer.save_clt(clt, filled, target.name)
         return "granary clt"
     first = next(iter(folders_of(source)), None)
     provenance = {} if first is None else load_provenance(first)  # the model is that of all layers
-    circuit_tracer.save_set({layer: folded(one, provenance) for layer, one in load_set(source).items()}, target)
+    layers = {
+        layer: folded(one, provenance, change, f"{source}, layer {layer}") for layer, one in load_set(source).items()
+    }
+    with telling_disk_errors(target), making_folder(target) as filled:
+        circuit_tracer.save_set(layers, filled, target.name)
     return "granary set"
 
 
-def folded(made: Dictionary, provenance: dict[str, Any]) -> Folded:
-    """On raw activations, as circuit-tracer reads it."""
-    return Folded.of(made.config, made.state_dict(), made.places, provenance, SET_FORMATS[0])
+def folded(made: Dictionary, provenance: dict[str, Any], change: Change | None, where: str) -> Folded:
+    """On raw activations, as circuit-tracer reads it, once `change` is made."""
+    if change is not None:
+        made, provenance = change(where, made, provenance)
+    tensors = made.untied() if isinstance(made, CLT) else made.state_dict()
+    return Folded.of(made.config, tensors, made.places, provenance, SET_FORMATS[0])

@@ -41,9 +41,19 @@ class Sites:
 
     @classmethod
     def from_provenance(cls, provenance: Mapping[str, object]) -> Self | None:
-        """Those of an SAE whose provenance names its one ``hook``, as version 1 and other projects' folders do."""
-        hook = provenance.get("hook")
-        return cls.of(hook) if isinstance(hook, str) else None
+        """Those that a provenance records, as ``record`` writes them; None where it records none."""
+        hook, reads, writes = (provenance.get(name) for name in ("hook", "reads", "writes"))
+        if isinstance(hook, str):
+            return cls.of(hook)
+        if isinstance(reads, list | tuple) and isinstance(writes, list | tuple):
+            return cls(tuple(map(str, reads)), tuple(map(str, writes)))
+        return None
+
+    def record(self) -> dict[str, object]:
+        """As a provenance holds them: one ``hook`` of an SAE, or ``reads`` and ``writes``."""
+        if self.is_autoencoder and len(self.reads) == 1:
+            return {"hook": self.reads[0]}
+        return {"reads": list(self.reads), "writes": list(self.writes)}
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -14,7 +14,8 @@ from shared.basics.units import human_bytes, spans
 from shared.launch.commands import program
 from shared.launch.outcome import ending_in_one_line
 from shared.launch.terminal import ShownConsole
-from shared.store.format.layout import FORMAT_VERSION
+from shared.store.added import AddedIO, additions
+from shared.store.format.layout import FORMAT_VERSION, extent_tokens_key
 from shared.store.statistics import OUTLIER_RATIO, PERCENTILES, HookStatistics
 from shared.store.store import Store
 from shared.store.verify import VerifyReport, drop_incomplete, verify
@@ -74,7 +75,7 @@ def show_info(store: Store, console: ShownConsole) -> int:
         "complete": "yes" if store.complete else "no",
         "contexts": f"{contexts:,} of {store.plan.seq_len:,} tokens each",
         "trainable tokens": f"{sum(record.num_tokens for record in records.values()):,}",
-        "hooks": f"{len(plan.hooks)} of d_model {', '.join(map(str, sorted(set(plan.hooks.values()))))}",
+        "hooks": f"{len(store.hooks)} of d_model {', '.join(map(str, sorted(set(map(store.width, store.hooks)))))}",
         "bytes": human_bytes(sum(record.num_bytes for record in records.values())),
         "storage": f"{plan.dtype}, codec {plan.codec}, {plan.shard_contexts} contexts per shard, "
         f"{plan.chunk_rows} tokens per chunk",
@@ -90,6 +91,8 @@ def show_info(store: Store, console: ShownConsole) -> int:
         rows["bytes"] = human_bytes(sum(record.num_bytes for s, record in records.items() if s not in passed))
     for extent in store.extents[1:]:
         rows[f"extended at shard {extent.first_shard}"] = f"{extent.plan.num_contexts:,} contexts"
+    for place in additions(store.io):
+        rows[f"added by {place.name}"] = addition_line(place)
     rows |= dict(flat(plan.provenance))
     for name, value in rows.items():
         table.add_row(name, value)
@@ -99,7 +102,7 @@ def show_info(store: Store, console: ShownConsole) -> int:
     for name in ("norm of mean", "total var", "mean norm", "median", "max", "storage error"):
         hooks.add_column(name, justify="right")
     trained = [shard for shard in records if shard not in store.heldout_shards]
-    for hook in plan.hooks:
+    for hook in store.hooks:
         if not trained:
             hooks.add_row(hook)
             continue
@@ -109,9 +112,18 @@ def show_info(store: Store, console: ShownConsole) -> int:
         shown = [f"{value:.4g}" for value in (*moments, *norms)]
         hooks.add_row(hook, *shown, f"{figures.relative_squared_error:.2g}")
     console.print(hooks)
-    for hook in plan.hooks if trained else ():
+    for hook in store.hooks if trained else ():
         show_norms(hook, store.statistics(hook, trained), store.seq_len, console)
     return 0
+
+
+def addition_line(place: AddedIO) -> str:
+    """Which sites an addition adds, and how far it is."""
+    if place.size(extent_tokens_key(0)) is None:
+        return "begun: its tokens are not checked yet"
+    added = Store.open(place)
+    state = "complete" if added.complete else f"{len(added.committed())} of {added.num_shards} shards committed"
+    return f"{', '.join(added.plan.hooks)}; {state}"
 
 
 def show_norms(hook: str, figures: HookStatistics, seq_len: int, console: ShownConsole) -> None:
@@ -173,9 +185,11 @@ def verify_with_bar(url: str) -> VerifyReport:
 
 def show_report(report: VerifyReport, console: ShownConsole) -> int:
     """Name every bad and missing shard; returns 1 where there is one."""
-    for problem in report.problems:
-        where = f"shard {problem.shard}: " if problem.shard >= 0 else ""
-        console.print(f"damaged {where}{problem.key} {problem.what}", style="red")
+    for name, part in {"": report, **report.additions}.items():
+        for problem in part.problems:
+            where = (f"addition {name}: " if name else "") + (f"shard {problem.shard}: " if problem.shard >= 0 else "")
+            console.print(f"damaged {where}{problem.key} {problem.what}", style="red")
+    damaged = sum(len(part.problems) for part in (report, *report.additions.values()))
     if report.missing:
         console.print(f"missing shards {spans(report.missing)}", style="yellow")
     for key in report.leftovers + report.uncommitted:
@@ -186,7 +200,7 @@ def show_report(report: VerifyReport, console: ShownConsole) -> int:
         console.print(f"passed by training and deleted (store.window): shards {spans(report.passed)}")
     console.print(
         f"{report.num_objects} objects, {human_bytes(report.num_bytes)} checked: "
-        f"{len(report.problems)} damaged, {len(report.missing)} of {report.num_shards} shards missing",
+        f"{damaged} damaged, {len(report.missing)} of {report.num_shards} shards missing",
     )
     return 0 if report.intact else 1
 

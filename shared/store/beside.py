@@ -35,7 +35,7 @@ class StoresBeside(Store):
             if different:
                 raise GranaryError(
                     f"{other.url} holds other contexts than {main.url}: {'; '.join(different)}. Rows of both must be "
-                    "the same token: harvest one model on the other's tokens"
+                    "the same token: harvest one model on the other's tokens (corpus=store)"
                 )
         self.main, self.beside = main, dict(beside)
 

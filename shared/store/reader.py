@@ -118,11 +118,10 @@ def damaged(url: str, key: str, shard: int, what: str) -> DamagedObjectError:
     )
 
 
-def read_token_rows(
-    io: ObjectIO, name: str, shard: int, slots: Sequence[int], seq_len: int, out: npt.NDArray[Any]
-) -> None:
-    """Rows `slots` (ascending) of one shard of tokens, mask or segments into `out` [n, T]."""
+def read_token_rows(io: ObjectIO, name: str, shard: int, slots: Sequence[int], seq_len: int) -> npt.NDArray[Any]:
+    """Rows `slots` (ascending) of one shard of tokens, mask or segments, [n, T]."""
     dtype = TOKEN_TYPES[name]
+    out = np.empty((len(slots), seq_len), dtype)
     row_bytes = seq_len * dtype.itemsize + CRC_BYTES
     first, last = slots[0], slots[-1]
     key = layout.object_key(name, shard, 2)
@@ -133,6 +132,7 @@ def read_token_rows(
         if crc32c(row[:-CRC_BYTES]) != crc_from_bytes(row[-CRC_BYTES:]):
             raise damaged(io.url, key, shard, f"fails its checksum in row {slot}")
         out[number] = np.frombuffer(row, dtype, count=seq_len)
+    return out
 
 
 def read_moments(io: ObjectIO, record: ShardRecord, hook: str, d_model: int) -> npt.NDArray[np.float64]:

@@ -7,8 +7,7 @@ import bisect
 import hashlib
 import os
 import threading
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from typing import Any, Literal, Self
 
@@ -18,20 +17,21 @@ import torch
 
 from shared.basics.errors import GranaryError
 from shared.launch import commands
+from shared.store.added import AddedIO, additions, check_addition
 from shared.store.format import layout
 from shared.store.format.dtypes import storage_type
-from shared.store.format.extent import Extent, put_same, read_extents, write_extent
+from shared.store.format.extent import Extent, is_foreign, put_same, read_extents, write_extent
 from shared.store.format.layout import StorePlan
 from shared.store.format.manifest import DamagedObjectError, ShardRecord, reading, seal, unseal
 from shared.store.io.base import ObjectIO
 from shared.store.io.open import open_io
+from shared.store.io.threads import on_threads
 from shared.store.reader import TOKEN_TYPES, ContextReader, read_dtype_error, read_moments, read_token_rows
 from shared.store.statistics import HookStatistics, Moments, RowStatistics, merge_rows
 from shared.store.window import Window
 from shared.store.writer import ShardWriter
 
 Split = Literal["train", "heldout", "all"]
-IO_THREADS = 8
 
 
 class Store:
@@ -50,6 +50,8 @@ class Store:
         self._records: dict[int, ShardRecord] = {}
         self._writers: dict[int, ShardWriter] = {}
         self._reader = ContextReader(io, self.plan)
+        self.additions: tuple[Store, ...] = ()
+        """Sites added later, a store for each harvest that added some; those that are complete."""
         self._first_shards = [extent.first_shard for extent in extents]
 
     # What it is
@@ -65,7 +67,8 @@ class Store:
 
     @property
     def hooks(self) -> list[str]:
-        return list(self.plan.hooks)
+        """Names of all sites, those of the first harvest first."""
+        return [hook for part in (self, *self.additions) for hook in part.plan.hooks]
 
     @property
     def num_contexts(self) -> int:
@@ -83,7 +86,7 @@ class Store:
     @property
     def isolated(self) -> bool:
         """Whether each document has the activations it has alone, and positions from its own start."""
-        return bool(self.plan.provenance.get("packing", {}).get("mode", "isolated") == "isolated")
+        return self.plan.packing != "joined"
 
     @property
     def read_dtype(self) -> torch.dtype:
@@ -92,7 +95,14 @@ class Store:
 
     def width(self, hook: str) -> int:
         """Features of a site."""
-        return self.plan.hooks[hook]
+        return self._holder(hook).plan.hooks[hook]
+
+    def _holder(self, hook: str) -> "Store":
+        """The store itself, or the addition that has the site; raises GranaryError where there is none."""
+        for part in (self, *self.additions):
+            if hook in part.plan.hooks:
+                return part
+        raise GranaryError(f"the store at {self.url} has no hook {hook}: it has {', '.join(self.hooks)}")
 
     def dtype_of(self, hook: str) -> torch.dtype:
         """Dtype of `read_context` for a site."""
@@ -108,7 +118,7 @@ class Store:
     @classmethod
     def create(
         cls,
-        url: str | os.PathLike[str],
+        url: str | os.PathLike[str] | ObjectIO,
         plan: StorePlan,
         tokens: Any,
         mask: Any,
@@ -128,12 +138,12 @@ class Store:
             raise GranaryError(f"{io.url} holds a Zarr group that is not a Granary store: choose another store.url")
         io.put(key, [wanted.to_bytes()])
         existing = Extent.from_bytes(io.get(key), key)
-        _check_same(io.url, existing.plan, plan)
+        layout.check_same(io.url, existing.plan, plan)
         fresh = io.size(layout.extent_tokens_key(0)) is None
         Window.settle(io, plan, window_bytes, fresh=fresh)
         if fresh:
             write_extent(io, existing, tokens, mask, segments)
-        store = cls.open(url)
+        store = cls.open(io)
         store.io.claim(exclusive=False)
         store.sweep()
         return store
@@ -151,6 +161,8 @@ class Store:
             raise GranaryError(
                 f"{url} has store.window and cannot be extended: harvest the new tokens into another store"
             )
+        if next(additions(store.io), None) is not None:
+            raise GranaryError(f"{url} has sites that were added later and cannot be extended: make another store")
         io = store.io
         difference = layout.describe_difference(layout.extension_identity(store.plan), layout.extension_identity(plan))
         if difference:
@@ -171,7 +183,7 @@ class Store:
         return store
 
     @classmethod
-    def open(cls, url: str | os.PathLike[str]) -> Self:
+    def open(cls, url: str | os.PathLike[str] | ObjectIO) -> Self:
         """Open a store; raises GranaryError where there is none, or one of a newer format, or a half-made one."""
         io = open_io(url)
         extents = read_extents(io)
@@ -186,11 +198,17 @@ class Store:
             raise GranaryError(f"the store at {io.url} has no tokens yet: run its harvest again to complete it")
         for extent in finished:
             extent.check_backing(io)
-        return cls(io, finished, Window.find(io, finished[0].plan))
+        store = cls(io, finished, Window.find(io, finished[0].plan))
+        if not isinstance(io, AddedIO):
+            complete = [place for place in additions(io) if place.size(layout.COMPLETE) is not None]
+            store.additions = tuple(Store.open(place) for place in complete)
+            for place, added in zip(complete, store.additions, strict=True):
+                check_addition(io.url, added.plan, place.name, store.plan)
+        return store
 
     def check_plan(self, plan: StorePlan, window_bytes: int | None) -> None:
         """Raise GranaryError, naming the fields that differ, unless `plan` made this store; writes nothing."""
-        _check_same(self.url, self.plan, plan)
+        layout.check_same(self.url, self.plan, plan)
         Window.settle(self.io, plan, window_bytes, fresh=False)
 
     def extent_of(self, shard: int) -> Extent:
@@ -251,7 +269,7 @@ class Store:
             "bytes": sum(record.num_bytes for record in records.values()),
             "heldout_shards": sorted(self.heldout_shards),
             "digest": self.digest(),
-            "statistics": {hook: self.statistics(hook).summary() for hook in self.hooks},
+            "statistics": {hook: self.statistics(hook).summary() for hook in self.plan.hooks},
         }
         put_same(self.io, layout.COMPLETE, seal(summary), replace=len(self.extents) > 1)
         self.sweep()
@@ -286,7 +304,7 @@ class Store:
         shards = sorted(shard for shard in found_shards if shard is not None)
         with self._lock:
             unknown = [shard for shard in shards if shard not in self._records]
-        found = self._run(self._load_record, unknown)
+        found = on_threads(self._load_record, unknown)
         with self._lock:
             self._records.update(zip(unknown, found, strict=True))
             self._records = {shard: self._records[shard] for shard in shards}
@@ -335,8 +353,9 @@ class Store:
         Every chunk is compared with the checksum in the commit record unless `verify` is False. Raises
         DamagedObjectError (a GranaryError with ``.shard``) naming shard and object where they differ.
         """
-        if hook not in self.plan.hooks:
-            raise GranaryError(f"the store at {self.url} has no hook {hook}: it has {', '.join(self.hooks)}")
+        holder = self._holder(hook)
+        if holder is not self:
+            return holder.read_context(hook, context, out, verify=verify)
         shape = (self.seq_len, self.plan.hooks[hook])
         if out is None:
             out = torch.empty(shape, dtype=self.read_dtype)
@@ -358,10 +377,11 @@ class Store:
 
         Merged in shard order, so the result does not depend on who wrote what when.
         """
-        if hook not in self.plan.hooks:
-            raise GranaryError(f"the store at {self.url} has no hook {hook}: it has {', '.join(self.hooks)}")
+        holder = self._holder(hook)
         if shards is None:
             shards = [shard for shard in self.committed() if shard not in self.heldout_shards]
+        if holder is not self:
+            return holder.statistics(hook, shards)
         records = [self._record(shard) for shard in sorted(shards)]
         if not records:
             raise GranaryError(f"the store at {self.url} has no committed training shard yet")
@@ -372,7 +392,7 @@ class Store:
             norms = record.norms[hook]
             return RowStatistics(Moments(norms.count, mean, m2), norms)
 
-        return HookStatistics.from_rows(merge_rows(self._run(load, records), d_model))
+        return HookStatistics.from_rows(merge_rows(on_threads(load, records), d_model))
 
     def digest(self, shards: Iterable[int] | None = None) -> str:
         """SHA-256 over the commit records of `shards` (default: all committed), in shard order."""
@@ -410,38 +430,16 @@ class Store:
 
     def _token_rows(self, name: str, contexts: Iterable[int]) -> npt.NDArray[Any]:
         wanted = np.fromiter((int(context) for context in contexts), np.int64)
-        rows = np.empty((len(wanted), self.seq_len), TOKEN_TYPES[name])
-        by_shard: dict[int, list[int]] = {}
+        parts: dict[int, list[int]] = {}
         for number, context in enumerate(wanted.tolist()):
-            by_shard.setdefault(self.shard_of(context), []).append(number)
+            parts.setdefault(self.shard_of(context), []).append(number)
+        rows = np.empty((len(wanted), self.seq_len), TOKEN_TYPES[name])
 
         def read(item: tuple[int, list[int]]) -> None:
             shard, numbers = item
             numbers.sort(key=lambda number: wanted[number])
-            first = shard * self.plan.shard_contexts
-            slots = [int(wanted[number]) - first for number in numbers]
-            part = np.empty((len(numbers), self.seq_len), TOKEN_TYPES[name])
-            read_token_rows(self.io, name, shard, slots, self.seq_len, part)
-            rows[numbers] = part
+            slots = (wanted[numbers] - shard * self.plan.shard_contexts).tolist()
+            rows[numbers] = read_token_rows(self.io, name, shard, slots, self.seq_len)
 
-        self._run(read, list(by_shard.items()))
+        on_threads(read, list(parts.items()))
         return rows
-
-    @staticmethod
-    def _run(function: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
-        """`function` over `items`, on threads where it pays."""
-        if len(items) < 4:
-            return [function(item) for item in items]
-        with ThreadPoolExecutor(IO_THREADS, thread_name_prefix="granary-io") as pool:
-            return list(pool.map(function, items))
-
-
-def _check_same(url: str, existing: StorePlan, wanted: StorePlan) -> None:
-    if existing.hash() != wanted.hash():
-        difference = layout.describe_difference(existing.identity(), wanted.identity())
-        raise GranaryError(f"{url} holds another harvest: {difference}; choose another store.url or the same settings")
-
-
-def is_foreign(io: ObjectIO) -> bool:
-    """True where the URL holds a Zarr group that Granary did not make."""
-    return io.size("zarr.json") is not None and b"granary_format" not in io.get("zarr.json")

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from hashlib import sha256
 
 from shared.basics.errors import GranaryError
+from shared.store.added import AddedIO, additions
 from shared.store.format import layout
 from shared.store.format.extent import Extent, TokenRecord, put_same, read_extents
 from shared.store.format.integrity import check_array_object, object_sha256
@@ -51,11 +52,13 @@ class VerifyReport:
     num_shards: int = 0
     passed: list[int] = field(default_factory=list)
     """Shards whose activations training has passed and deleted (store.window)."""
+    additions: dict[str, "VerifyReport"] = field(default_factory=dict)
+    """The same of the sites that were added later, by the addition's name; keys are as the addition has them."""
 
     @property
     def intact(self) -> bool:
-        """True where nothing is damaged and nothing missing."""
-        return not self.problems and not self.missing
+        """True where nothing is damaged and nothing missing; an addition that has only begun is neither."""
+        return not self.problems and not self.missing and not any(one.problems for one in self.additions.values())
 
 
 Check = tuple[int, str, int, Callable[[], str | None]]  # shard or -1, key, bytes, what is wrong or None
@@ -68,27 +71,45 @@ def verify(url: str, progress: Callable[[int, int], None] | None = None) -> Veri
     """
     io = open_io(url)
     sizes = io.listing()
-    report = VerifyReport(leftovers=io.leftovers())
     if layout.extent_key(0) not in sizes and not any(key.startswith("manifest/") for key in sizes):
         Store.open(url)  # raises with the reason
         raise GranaryError(f"no activation store at {url}")
-    extents, problems = _readable_extents(io, sizes)
-    report.problems += problems
-    checks, known = _plan_checks(io, sizes, extents, report)
-    total, done = sum(size for _, _, size, _ in checks), 0
+    report = VerifyReport(leftovers=io.leftovers())
+    places = {place.name: place for place in additions(io, sizes)}
+    report.additions = {name: VerifyReport() for name in places}
+    checks, known, arrays = _checks(io, sizes, report)
+    of_part = [(report, check) for check in checks]
+    for name, place in places.items():
+        found = report.additions[name]
+        checks, named, own = _checks(place, place.view(sizes), found)
+        of_part += [(found, check) for check in checks]
+        known.update(map(place.real, named))
+        arrays |= own
+    total, done = sum(size for _, (_, _, size, _) in of_part), 0
     with ThreadPoolExecutor(VERIFY_THREADS, thread_name_prefix="granary-verify") as pool:
-        for (shard, key, size, _), wrong in zip(checks, pool.map(lambda check: check[3](), checks), strict=True):
+        wrongs = pool.map(lambda one: one[1][3](), of_part)
+        for (found, (shard, key, size, _)), wrong in zip(of_part, wrongs, strict=True):
             if wrong is not None:
-                report.problems.append(Problem(shard, key, wrong))
+                found.problems.append(Problem(shard, key, wrong))
             done += size
             if progress is not None:
                 progress(done, total)
-    report.problems.sort()
-    report.num_objects, report.num_bytes = len(checks), total
-    arrays = _arrays(extents)
+    for found in (report, *report.additions.values()):
+        found.problems.sort()
+    report.num_objects, report.num_bytes = len(of_part), total
     for key in sorted(sizes.keys() - known):
         (report.foreign if layout.shard_of_key(key, arrays) is None else report.uncommitted).append(key)
     return report
+
+
+def _checks(io: ObjectIO, sizes: dict[str, int], report: VerifyReport) -> tuple[list[Check], set[str], set[str]]:
+    """The checks of a store or of an addition, the keys that belong to it, and its arrays."""
+    extents, problems = _readable_extents(io, sizes)
+    report.problems += problems
+    checks, known = _plan_checks(io, sizes, extents, report)
+    if report.missing and isinstance(io, AddedIO) and layout.COMPLETE in sizes:
+        report.problems += [Problem(shard, layout.manifest_key(shard), "is missing") for shard in report.missing]
+    return checks, known, _arrays(extents)
 
 
 def _readable_extents(io: ObjectIO, sizes: Iterable[str]) -> tuple[list[Extent], list[Problem]]:
@@ -249,7 +270,7 @@ def _complete_check(io: ObjectIO, report: VerifyReport) -> Callable[[], str | No
         if any(problem.key.startswith(("manifest/", "extents/")) for problem in report.problems) or report.missing:
             return None  # those are reported; the digest cannot be computed
         try:
-            store = Store.open(io.url)
+            store = Store.open(io)
             summary = store.summary()
             digest = store.digest(range(summary["shards"]))
         except GranaryError as error:
@@ -274,6 +295,19 @@ def drop_incomplete(url: str, report: VerifyReport | None = None) -> list[str]:
         Store.open(url)  # raises with the reason
     if not io.claim(exclusive=True):
         raise GranaryError(f"a harvest is writing to {url}: stop it first")
+    dropped = []
+    # The additions first: what is wrong with the tokens is wrong with theirs too.
+    for place in additions(io, sizes):
+        found = None if report is None else report.additions.get(place.name)
+        dropped += [place.real(key) for key in _drop(place, place.view(sizes), found)]
+    dropped += _drop(io, sizes, report)
+    leftovers = io.leftovers()
+    _delete(io, leftovers)
+    return list(dict.fromkeys(dropped + leftovers))
+
+
+def _drop(io: ObjectIO, sizes: dict[str, int], report: VerifyReport | None) -> list[str]:
+    """`drop_incomplete` of the store itself, or of an addition to it; returns the keys that were there."""
     arrays = _arrays(_readable_extents(io, sizes)[0])
     doomed: list[str] = []
     if report is not None and report.problems:
@@ -296,12 +330,11 @@ def drop_incomplete(url: str, report: VerifyReport | None = None) -> list[str]:
         if (shard := layout.shard_of_key(key, arrays)) is not None and layout.manifest_key(shard) not in committed
     ]
     if any(is_window_key(key) for key in sizes):
-        store = Store.open(url)
+        store = Store.open(io)
         records = store.committed()
         orphans += [key for shard in store.passed_shards() for key in data_keys(records[shard]) if key in sizes]
-    leftovers = io.leftovers()
-    _delete(io, orphans + leftovers)
-    return [key for key in dict.fromkeys(doomed + orphans + leftovers) if key in sizes or key in leftovers]
+    _delete(io, orphans)
+    return [key for key in dict.fromkeys(doomed + orphans) if key in sizes]
 
 
 def _drop_unfinished_extensions(io: ObjectIO, existing: set[str]) -> list[str]:

@@ -13,6 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from shared.kernels import add_at
 from shared.store import HookStatistics
 from stage_eval.measure.breakdown import Grouping
 from stage_eval.measure.sums import Sums
@@ -71,7 +72,7 @@ class ActivationSums(Sums):
         exponent_N = norm_N.clamp_min(2.0**LEAST_EXPONENT).log2()
         bin_N = ((exponent_N - LEAST_EXPONENT) * BINS_PER_OCTAVE).long().clamp_max(NUM_BINS - 1)
         bins = self.added["norm_bins_GB"]
-        bins.view(-1).index_add_(0, group_N * NUM_BINS + bin_N, torch.ones_like(bin_N))
+        add_at(bins.view(-1), group_N * NUM_BINS + bin_N, torch.ones_like(bin_N))
         self.maxed["norm_G"].scatter_reduce_(0, group_N, norm_N, "amax")
 
 

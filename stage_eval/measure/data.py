@@ -40,7 +40,8 @@ class EvaluationData:
     segments_CT: Tensor
     positions_CT: Tensor
     """Position as the model numbers it."""
-    isolated: bool
+    packing: str
+    """Of the store: how its documents share a context."""
     position_groups: Grouping
     frequency_groups: Grouping
     frequency_V: npt.NDArray[np.float64]
@@ -71,7 +72,7 @@ class EvaluationData:
         return Batch(
             tokens_BT=self.tokens_CT[start:stop],
             segments_BT=self.segments_CT[start:stop],
-            isolated=self.isolated,
+            packing=self.packing,
             replaced_BT=mask_BT | bos_BT if splice_bos else mask_BT & ~bos_BT,
             scored_BT=scored_positions(mask_BT & ~bos_BT, self.segments_CT[start:stop]),
         )
@@ -97,7 +98,7 @@ def load_data(store: Store, split: Split, limit: int | None) -> EvaluationData:
         bos_CT=torch.from_numpy(bos_CT),
         segments_CT=segments,
         positions_CT=positions_CT,
-        isolated=store.isolated,
+        packing=store.plan.packing,
         position_groups=position_groups(store.seq_len),
         frequency_groups=frequency_groups(),
         frequency_V=token_frequencies(tokens_CT, mask_CT),

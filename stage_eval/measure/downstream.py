@@ -18,8 +18,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from shared.basics.errors import GranaryError
+from shared.kernels import add_at
 from shared.lm import packed_inputs, splice_through
 from shared.lm.hookpoint import HookPoint
+from shared.lm.packed import document_length
 from shared.sae.sites import Sites
 from stage_eval.measure.confidence import Estimate, ratio_of_sums
 from stage_eval.measure.sums import Rows, Sums
@@ -60,8 +62,8 @@ class Batch:
     """int64"""
     segments_BT: Tensor
     """int64: document of each position."""
-    isolated: bool
-    """Documents do not see one another."""
+    packing: str
+    """As the harvest ran the contexts: ``isolated``, ``joined``, or ``separate``."""
     replaced_BT: Tensor
     """bool: positions whose activation a condition replaces."""
     scored_BT: Tensor
@@ -71,7 +73,22 @@ class Batch:
         """The same batch on `device`."""
         moved = (tensor.to(device) for tensor in (self.tokens_BT, self.segments_BT, self.replaced_BT, self.scored_BT))
         tokens_BT, segments_BT, replaced_BT, scored_BT = moved
-        return Batch(tokens_BT, segments_BT, self.isolated, replaced_BT, scored_BT)
+        return Batch(tokens_BT, segments_BT, self.packing, replaced_BT, scored_BT)
+
+    def forwards(self) -> "list[Batch]":
+        """What goes through the model at once: all of it, or each document alone and at its own length.
+
+        In the order of their contexts, so rows of scored positions come in the order of the whole batch.
+        """
+        if self.packing != "separate":
+            return [self]
+        lengths = [document_length(segments_T) for segments_T in self.segments_BT]
+        tensors = (self.tokens_BT, self.segments_BT, self.replaced_BT, self.scored_BT)
+        found = []
+        for row, length in enumerate(lengths):
+            tokens_1L, segments_1L, replaced_1L, scored_1L = (tensor[row : row + 1, :length] for tensor in tensors)
+            found.append(Batch(tokens_1L, segments_1L, self.packing, replaced_1L, scored_1L))
+        return found
 
 
 def scored_positions(mask_BT: Tensor, segments_BT: Tensor) -> Tensor:
@@ -122,12 +139,12 @@ class DownstreamSums(Sums):
     def add(self, ce_QN: Tensor, kl_QN: Tensor, agrees_QN: Tensor, rows: Rows) -> None:
         """Add N scored positions; `rows.frequency_N` groups by label, `rows.position_N` by where it is predicted."""
         ones_N = torch.ones_like(ce_QN[0])
-        self.added["tokens_C"].index_add_(0, rows.context_N, ones_N)
+        add_at(self.added["tokens_C"], rows.context_N, ones_N)
         for name, scores_QN in (("cross_entropy_CQ", ce_QN), ("kl_CQ", kl_QN), ("agrees_CQ", agrees_QN)):
-            self.added[name].index_add_(0, rows.context_N, scores_QN.T)
+            add_at(self.added[name], rows.context_N, scores_QN.T)
         for name, group_N in (("position", rows.position_N), ("frequency", rows.frequency_N)):
-            self.added[f"{name}_tokens_G"].index_add_(0, group_N, ones_N)
-            self.added[f"{name}_GQ"].index_add_(0, group_N, ce_QN.T)
+            add_at(self.added[f"{name}_tokens_G"], group_N, ones_N)
+            add_at(self.added[f"{name}_GQ"], group_N, ce_QN.T)
 
 
 @torch.inference_mode()
@@ -148,13 +165,15 @@ def run_conditions(
 
 def final_hidden(model: PreTrainedModel, batch: Batch, condition: Condition) -> Tensor:
     """Hidden states [N, D] after the final norm at the scored positions, the condition's replacements in place."""
-    with ExitStack() as stack:
-        for splice in condition.splices:
-            stack.enter_context(spliced(model, splice, batch.replaced_BT))
-        inputs = packed_inputs(model, batch.tokens_BT, batch.segments_BT, isolated=batch.isolated)
-        output = model.base_model(**inputs)
-    hidden_ND: Tensor = output.last_hidden_state[batch.scored_BT]
-    return hidden_ND
+    hidden = []
+    for part in batch.forwards():
+        with ExitStack() as stack:
+            for splice in condition.splices:
+                stack.enter_context(spliced(model, splice, part.replaced_BT))
+            inputs = packed_inputs(model, part.tokens_BT, part.segments_BT, isolated=part.packing == "isolated")
+            output = model.base_model(**inputs)
+        hidden.append(output.last_hidden_state[part.scored_BT])
+    return torch.cat(hidden)
 
 
 def spliced(model: PreTrainedModel, splice: Splice, replaced_BT: Tensor) -> AbstractContextManager[None]:
@@ -179,7 +198,7 @@ def check_splices(model: PreTrainedModel, conditions: Sequence[Condition]) -> No
     """
     here_11 = torch.ones(1, 1, dtype=torch.bool, device=model.device)
     probe_11 = here_11.long()
-    batch = Batch(probe_11, torch.zeros_like(probe_11), isolated=False, replaced_BT=here_11, scored_BT=here_11)
+    batch = Batch(probe_11, torch.zeros_like(probe_11), packing="joined", replaced_BT=here_11, scored_BT=here_11)
     with torch.inference_mode():
         for condition in conditions:
             try:

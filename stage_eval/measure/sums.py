@@ -14,6 +14,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from shared.kernels import add_at
 from shared.parallel import all_reduce_max, all_reduce_sum
 
 # Columns of the per-context table of reconstruction sums.
@@ -129,14 +130,14 @@ class ReconstructionSums(Sums):
             "l0": fired_NK.sum(1).double(),
             "l1": active_NK.sum(1),
         }
-        self.added["context"].index_add_(0, rows.context_N, torch.stack([columns[name] for name in CONTEXT_FIELDS], 1))
+        add_at(self.added["context"], rows.context_N, torch.stack([columns[name] for name in CONTEXT_FIELDS], 1))
         self.added["deviation_D"] += deviation_ND.sum(0)
         self.added["spread_D"] += squared_deviation_ND.sum(0)
         self.added["error_D"] += squared_error_ND.sum(0)
         self.added["residual_D"] += residual_ND.sum(0)
         grouped_N3 = torch.stack([ones_N, error_N, spread_N], 1)
-        self.added["position"].index_add_(0, rows.position_N, grouped_N3)
-        self.added["frequency"].index_add_(0, rows.frequency_N, grouped_N3)
+        add_at(self.added["position"], rows.position_N, grouped_N3)
+        add_at(self.added["frequency"], rows.frequency_N, grouped_N3)
         self._add_latents(active_NK[fired_NK], indices_NK[fired_NK])
 
     def add_bos(self, x_ND: Tensor, x_hat_ND: Tensor) -> None:
@@ -152,7 +153,7 @@ class ReconstructionSums(Sums):
         self.added["bos_deviation_D"] += deviation_ND.sum(0)
 
     def _add_latents(self, values_M: Tensor, indices_M: Tensor) -> None:
-        self.added["firings_F"].index_add_(0, indices_M, torch.ones_like(indices_M))
-        self.added["activation_F"].index_add_(0, indices_M, values_M)
-        self.added["activation_squared_F"].index_add_(0, indices_M, values_M.square())
+        add_at(self.added["firings_F"], indices_M, torch.ones_like(indices_M))
+        add_at(self.added["activation_F"], indices_M, values_M)
+        add_at(self.added["activation_squared_F"], indices_M, values_M.square())
         self.maxed["activation_max_F"].scatter_reduce_(0, indices_M, values_M, "amax")

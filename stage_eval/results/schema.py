@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+from shared.basics.files import write_text
 from stage_eval.results.evaluation import FORMAT, Evaluation
 from stage_eval.results.record import schema
 
@@ -15,4 +16,4 @@ def text() -> str:
 
 
 if __name__ == "__main__":
-    FILE.write_text(text(), encoding="utf-8")
+    write_text(FILE, text())

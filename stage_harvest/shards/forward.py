@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from shared.lm import capture, packed_inputs
 from shared.lm.hookpoint import HookPoint
+from shared.lm.packed import document_length
 from stage_harvest.config import PackingMode
 
 # Enough rows to keep the matrix products busy on a CPU and on a large GPU alike.
@@ -69,7 +70,7 @@ class ShardForward:
                 # Padding needs no mask: it lies behind all tokens, where causal attention keeps it from them.
                 # Documents run alone go without it: some models look at the length of what they are given.
                 if self.packing is PackingMode.separate:
-                    length = int((segments_NT[start] >= 0).sum())
+                    length = document_length(segments_BT[0])
                     tokens_BT, segments_BT = tokens_BT[:, :length], segments_BT[:, :length]
                 isolated = self.packing is PackingMode.isolated
                 self.trunk(**packed_inputs(self.trunk, tokens_BT, segments_BT, isolated=isolated))

@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from shared.basics.disk import telling_disk_errors
 from shared.basics.errors import GranaryError
-from shared.basics.files import write_bytes
+from shared.basics.files import making_folder, write_bytes
 from stage_inspect.explorer.bundle import bundle
 from stage_inspect.explorer.documents import BLOCK, Documents
 from stage_inspect.explorer.server import encoded, static_files
@@ -27,18 +28,26 @@ FIRES_IN = 10  # documents, of a latent that is chosen by chance
 
 
 def write_folder(documents: Documents, folder: Path) -> int:
-    """Write the pages of every latent; returns their number. Raises GranaryError for a folder of other things."""
+    """Write the pages of every latent; returns their number. Raises GranaryError for a folder of other things.
+
+    Pages that are there already stay until all of the new ones can take their place.
+    """
     if folder.exists() and any(folder.iterdir()) and not (folder / "data" / "meta.json").is_file():
         raise GranaryError(f"{folder} holds other files: choose another folder")
-    for name, content in static_files().items():
-        write_bytes(folder / ("index.html" if name == "index.html" else f"static/{name}"), content)
     everything = range(documents.latents.num_latents)
-    meta = folder / "data" / "meta.json"
-    meta.unlink(missing_ok=True)  # last, so that a folder that has one is whole
-    for path, content in tqdm(documents_of(documents, everything, CHUNK), desc="pages", unit=" files", leave=False):
-        write_bytes(folder / "data" / path, content)
-    write_bytes(meta, encoded(documents.meta(**nothing_live(CHUNK))))
+    with telling_disk_errors(folder), making_folder(folder, replace=True) as filled:
+        for name, content in static_files().items():
+            put(filled / ("index.html" if name == "index.html" else f"static/{name}"), content)
+        for path, content in tqdm(documents_of(documents, everything, CHUNK), desc="pages", unit=" files", leave=False):
+            put(filled / "data" / path, content)
+        put(filled / "data" / "meta.json", encoded(documents.meta(**nothing_live(CHUNK))))
     return len(everything)
+
+
+def put(file: Path, content: bytes) -> None:
+    """Write a file of a folder that is being made."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_bytes(content)
 
 
 def write_page(documents: Documents, chosen: Sequence[int], file: Path) -> None:

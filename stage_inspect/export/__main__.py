@@ -4,7 +4,9 @@ import argparse
 import importlib
 from pathlib import Path
 
+from shared.basics.disk import telling_disk_errors
 from shared.basics.errors import GranaryError
+from shared.basics.files import making_folder
 from shared.launch.commands import program
 from shared.launch.outcome import ending_in_one_line
 from stage_inspect.find import latents_url
@@ -46,15 +48,14 @@ def export(arguments: argparse.Namespace) -> None:
     target: Path = arguments.target
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise GranaryError(f"{target} is there and not empty: choose a new folder")
-    target.mkdir(parents=True, exist_ok=True)
     hook = latents.meta.dictionary["writes"][-1]
     layer = next((part for part in hook.replace("/", ".").split(".") if part.isdigit()), "0")
     source = arguments.source or (hook if arguments.to == "delphi" else f"{layer}-granary-{hook.rpartition('.')[2]}")
     model_id = arguments.model_id or str(latents.meta.model.get("id", "model")).rpartition("/")[2]
     module = importlib.import_module(f"stage_inspect.export.{arguments.to}")
-    count = module.write(
-        latents, target, arguments.latents, model_id, source.replace("_", "-") if "-" in source else source
-    )
+    source = source.replace("_", "-") if "-" in source else source
+    with telling_disk_errors(target), making_folder(target) as filled:
+        count = module.write(latents, filled, arguments.latents, model_id, source)
     print(f"{target}: {count} latents to {arguments.to}")  # noqa: T201
 
 

@@ -16,7 +16,8 @@ from stage_inspect.scan.pairs import Ints, lengths, ragged, stable_order, starts
 
 LEAST = 5
 CELLS = 1 << 22  # of a block's table of pairs
-PAIRS = 1 << 22  # looked at together
+PAIRS = 1 << 22  # terms looked at together
+FILLED = 1 / 8  # terms per cell from which a table of all cells costs less than sorting the terms
 
 Doubles = npt.NDArray[np.float64]
 
@@ -31,12 +32,14 @@ def together(count_N: Ints, latent: Ints, value: Doubles, num_latents: int) -> I
     order = stable_order(latent, F)
     token = np.repeat(np.arange(N), count_N)[order]
     ends = np.append(0, np.cumsum(fired))
-    rows = max(1, CELLS // F)
-    for start in range(0, F, rows):
-        stop = min(start + rows, F)
+    terms = np.append(0, np.cumsum(count_N[token]))[ends]
+    start = 0
+    while start < F:
+        stop, is_table = _block(start, terms, F)
         own = order[ends[start] : ends[stop]]
         tokens = token[ends[start] : ends[stop]]
-        i, j, both, product = _pairs(own, tokens, start, stop, first_N, count_N, latent, value, F)
+        find = _pairs_by_table if is_table else _pairs_by_sorting
+        i, j, both, product = find(own, tokens, start, stop, first_N, count_N, latent, value, F)
         keep = (both >= LEAST) & (i != j)
         i, j, both, product = i[keep], j[keep], both[keep].astype(np.float64), product[keep]
         with np.errstate(divide="ignore", invalid="ignore"):
@@ -52,9 +55,45 @@ def together(count_N: Ints, latent: Ints, value: Doubles, num_latents: int) -> I
         ):
             columns |= _nearest(f"together/{name}", i - start, j, score, both if counted else None, stop - start)
         yield columns
+        start = stop
 
 
-def _pairs(
+def _block(start: int, terms: Ints, F: int) -> tuple[int, bool]:
+    """Where the block from latent `start` on ends, and whether its pairs are counted in a table of all cells.
+
+    `terms` [F + 1]: terms before each latent. A table is gone over whole, which among many latents that seldom meet
+    takes longer than sorting what there is; a block is then as long as its terms allow.
+    """
+    stop = min(start + max(1, CELLS // F), F)
+    if terms[stop] - terms[start] >= FILLED * (stop - start) * F:
+        return stop, True
+    # Some latents at least: the terms of all up to `stop` are fewer than cells.
+    return max(stop, int(np.searchsorted(terms, terms[start] + PAIRS, side="right")) - 1), False
+
+
+def _pairs_by_sorting(
+    own: Ints, tokens: Ints, start: int, stop: int, first_N: Ints, count_N: Ints, latent: Ints, value: Doubles, F: int
+) -> tuple[Ints, Ints, Ints, Doubles]:
+    """As `_pairs_by_table`."""
+    width = count_N[tokens]
+    other = ragged(first_N[tokens], width)
+    mine = np.repeat(own, width)
+    bits = np.uint64(len(other).bit_length())
+    # The number of each term below its cell: one sort of integers, and terms of a cell stay in the order of tokens.
+    keys = ((latent[mine] - start) * F + latent[other]).astype(np.uint64) << bits
+    keys |= np.arange(len(keys), dtype=np.uint64)
+    keys.sort()
+    term = (keys & ((np.uint64(1) << bits) - np.uint64(1))).astype(np.int64)
+    cell = (keys >> bits).astype(np.int64)
+    starts = starts_of(cell)
+    both = lengths(starts, len(cell))
+    run = np.repeat(np.arange(len(starts)), both)
+    product = np.bincount(run, weights=value[mine[term]] * value[other[term]], minlength=len(starts))
+    found = cell[starts]
+    return found // F + start, found % F, both, product
+
+
+def _pairs_by_table(
     own: Ints, tokens: Ints, start: int, stop: int, first_N: Ints, count_N: Ints, latent: Ints, value: Doubles, F: int
 ) -> tuple[Ints, Ints, Ints, Doubles]:
     """Latents i of the block, latents j, tokens on which both fire, sum of the products of their activations."""
@@ -68,11 +107,8 @@ def _pairs(
         other = ragged(first_N[tokens[low:high]], width)
         mine = np.repeat(own[low:high], width)
         cell = (latent[mine] - start) * F + latent[other]
-        cells, inverse = (None, cell) if len(cell) > len(counts) // 8 else np.unique(cell, return_inverse=True)
-        size = len(counts) if cells is None else len(cells)
-        where = slice(None) if cells is None else cells
-        counts[where] += np.bincount(inverse, minlength=size)
-        products[where] += np.bincount(inverse, weights=value[mine] * value[other], minlength=size)
+        counts += np.bincount(cell, minlength=len(counts))
+        products += np.bincount(cell, weights=value[mine] * value[other], minlength=len(counts))
     found = np.flatnonzero(counts)
     return found // F + start, found % F, counts[found], products[found]
 

@@ -14,7 +14,6 @@ from unittest.mock import patch
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.distributed.tensor import DTensor
 
 import stage_train.step.layouts.fsdp
 import stage_train.step.layouts.latent  # noqa: F401 (both, so that LIBRARIES has them)
@@ -26,6 +25,7 @@ from stage_train.config import BufferPlace
 from stage_train.data.inputs import order_of
 from stage_train.data.stream import TokenStream
 from stage_train.plan.run import CPU, PlannedRun
+from stage_train.state.staging import local
 
 STATE = {"sae": "weights", "optim": "optimiser moments", "ema": "weight average"}
 # Bytes of a process that has imported what training imports, as this one has.
@@ -53,15 +53,14 @@ class Memory:
 def find_memory(run: PlannedRun) -> Memory:
     """Follow the start and one step of a rank."""
     spec, cfg, cuda, held = run.spec, run.cfg, run.cuda, dict[str, list[torch.Tensor]]()
-    share, ahead = run.ranks // run.parts, int(cfg.stream.prefetch_gib * GIB)
-    stream = TokenStream(run.tokens, run.formats, order_of(cfg), world=share, prefetch_bytes=ahead, pool_device="meta")
+    ahead = int(cfg.stream.prefetch_gib * GIB)
+    stream = TokenStream(run.tokens, run.own, order_of(cfg), world=run.share, prefetch_bytes=ahead, pool_device="meta")
     pool, place = stream.buffer_bytes, cfg.stream.buffer
     fits = pool <= (cfg.memory_gib or 80) * GIB / 4  # as training decides, on an empty GPU
     beside = cuda and (place is BufferPlace.host or (place is BufferPlace.auto and not fits))
     masks = run.tokens.mask_bits.nbytes + run.tokens.counts.nbytes
     with run.layout(cfg.parallel, CPU) as layout, ExitStack() as stack:
-        latents = layout.num_latents(spec.dictionary.d_latent)
-        trace = Trace(picks=run.picks, lengths={latents: round(run.dead_fraction * latents)})
+        trace = Trace(picks=run.picks, lengths={run.num_latents: round(run.dead_fraction * run.num_latents)})
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         stack.enter_context(trace)
         if run.triton:
@@ -73,7 +72,7 @@ def find_memory(run: PlannedRun) -> Memory:
         trainer, batch = run.begin(layout)
         held["stream"] = [torch.empty(pool * (not beside), dtype=torch.uint8)]
         held["batch"], whole = list(batch.activations.values()), trainer.tensors()
-        own = {name: tensor.to_local() if isinstance(tensor, DTensor) else tensor for name, tensor in whole.items()}
+        own = {name: local(tensor) for name, tensor in whole.items()}
         for name, tensor in own.items():
             held.setdefault(STATE.get(name.partition(".")[0], "counters"), []).append(tensor)
         meanwhile = 0 < spec.save_every < spec.length.steps

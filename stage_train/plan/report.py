@@ -39,7 +39,7 @@ def find_pace(run: PlannedRun, flop: int) -> dict[str, Any]:
     elif speed is None:
         basis = "give tokens_per_s=..., tflops=... of a rank, or measure=true"
     remote = cfg.d_model is None and "://" in cfg.store.url
-    reads = run.parts if remote else max(1.0, run.parts / cfg.nproc)
+    reads = run.reads if remote else max(1.0, run.reads / cfg.nproc)
     of_a_machine = run.bytes_per_token * reads / cfg.nodes
     return {
         "gflop_per_token": per_token / 1e9,
@@ -94,7 +94,7 @@ def table(run: PlannedRun, memory: Memory, pace: dict[str, Any]) -> str:
         f"dictionary: {spec.describe()}, {spec.sites}, widths {spec.widths.d_in:,} and {spec.widths.d_out:,}",
         f"run: {spec.length.steps:,} steps of {cfg.stream.batch_size:,} tokens, {spec.length.tokens:,} in all",
         f"ranks: {run.ranks} on {'GPU' if run.cuda else 'CPU'}, layout {cfg.parallel.layout.value}; each computes "
-        f"{spec.dictionary.d_latent // run.parts:,} latents for {run.rows:,} rows of a batch",
+        f"{run.num_latents:,} latents for {run.rows:,} rows of a batch",
         f"memory per rank, GiB, at its peak ({memory.peak})",
         *(f"  {name:<56}{size / GIB:>10.3f}" for name, size in sizes),
         f"products: {pace['gflop_per_token']:.3g} GFLOP per token",

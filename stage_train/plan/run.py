@@ -32,7 +32,6 @@ from stage_train.plan.config import PlanSchema
 from stage_train.run import make_objective, put_together
 from stage_train.spec import RunSpec
 from stage_train.step.layouts import Layout, make_layout
-from stage_train.step.layouts.split import latent_parts
 from stage_train.step.trainer import Trainer
 
 CPU = torch.device("cpu")
@@ -52,10 +51,6 @@ class PlannedRun:
         """Whether kernels are followed as a GPU runs them; torch's operations, which stand in for them, take more."""
         check_kernels(cfg.compute.kernels, World(0, 1, 0, CPU))
         self.cfg, self.ranks = cfg, cfg.nproc * cfg.nodes
-        self.parts = latent_parts(cfg.parallel, self.ranks)
-        """Into which the latents are split for computing: ranks that read the same rows."""
-        self.rows = math.ceil(cfg.stream.batch_size * self.parts / self.ranks)
-        """Of the rank's batch."""
         stores = _open_stores(cfg)
         sites = resolve_sites(cfg, stores)
         self.formats = site_formats(sites.names, stores)
@@ -63,7 +58,18 @@ class PlannedRun:
         widths = sites.widths({name: width for name, (width, _) in self.formats.items()})
         known = cfg.d_model is None
         self.spec = RunSpec.resolve(cfg, stores, self.tokens) if known else RunSpec.of(cfg, sites, widths, _length(cfg))
-        row = sum(row_bytes(stores[0].store.plan.dtype, width) for width, _ in self.formats.values())
+        with self.layout(cfg.parallel, CPU) as layout:
+            self.share, self.num_latents = layout.stream_world, layout.num_latents(self.spec.dictionary)
+            self.own = {name: self.formats[name] for name in layout.sites(self.spec.sites).names}
+        """Into how many shares a batch is cut; of the first rank the latents, and width and type of its sites."""
+        self.rows = math.ceil(cfg.stream.batch_size / self.share)
+        """Of the rank's batch."""
+        row, own = (
+            sum(row_bytes(stores[0].store.plan.dtype, width) for width, _ in formats.values())
+            for formats in (self.formats, self.own)
+        )
+        self.reads = self.ranks / self.share * own / row
+        """How often a token is read, all ranks together."""
         read = np.count_nonzero(self.tokens.counts) * self.tokens.seq_len
         self.bytes_per_token = row * int(read) / self.tokens.num_tokens
         """Read from the store for each trainable token: contexts are read whole."""
@@ -83,14 +89,14 @@ class PlannedRun:
         dist.init_process_group("fake", rank=0, world_size=self.ranks, store=FakeStore())
         try:
             layout = make_layout(parallel, World(0, self.ranks, 0, device))
-            layout.check(self.spec.dictionary)
+            layout.check(self.spec.dictionary, self.cfg)
             yield layout
         finally:
             dist.destroy_process_group()
 
     def activations(self, count: int, device: torch.device) -> dict[str, Tensor]:
         """Random ones, [count, width] of every site."""
-        return {site: torch.randn(count, width, device=device) for site, (width, _) in self.formats.items()}
+        return {site: torch.randn(count, width, device=device) for site, (width, _) in self.own.items()}
 
     def begin(self, layout: Layout) -> tuple[Trainer, Batch]:
         """The rank's trainer, made as training makes it, and its rows of a batch."""
@@ -100,7 +106,7 @@ class PlannedRun:
             sample=lambda sites, seed: sites.pick(self.activations(sample, CPU)),
             statistics=lambda site: SimpleNamespace(mean=ones[site], var=ones[site], mean_norm=1.0),
         )
-        objective = make_objective(self.spec, inputs, device, begins=self.cfg.init_from is None)
+        objective = make_objective(self.spec, inputs, device, layout, begins=self.cfg.init_from is None)
         objective = layout.distribute(objective)  # and the whole is let go
         trainer = put_together(self.spec, objective, None, layout)  # type: ignore[arg-type]
         rows = self.activations(self.rows, device)

@@ -29,6 +29,7 @@ from shared.basics.files import sync_folder, write_text
 from shared.basics.run_folder import RunFolder
 from shared.parallel import World, barrier, broadcast_object
 from stage_train.state.integrity import PICKLED, STATE, fault_of
+from stage_train.state.staging import HostCopies
 from stage_train.state.tensor_files import TensorWriter, expect_one_process, load_tensors, reason
 
 log = logging.getLogger(__name__)
@@ -50,6 +51,7 @@ class Checkpoints:
         self._group = dist.new_group(backend="gloo") if dist.is_initialized() else None
         self._publisher = ThreadPoolExecutor(1, thread_name_prefix="granary-checkpoint")
         self._pending: Future[None] | None = None
+        self._copies = HostCopies()
 
     def latest(self) -> Path | None:
         """The newest complete checkpoint, the same on every rank; None without one."""
@@ -89,7 +91,9 @@ class Checkpoints:
         alone = self._group is None
         if alone:
             expect_one_process()
-        future = async_save(tensors, storage_writer=TensorWriter(partial), process_group=self._group, no_dist=alone)
+        future = async_save(
+            tensors, storage_writer=TensorWriter(partial, self._copies), process_group=self._group, no_dist=alone
+        )
         if isinstance(future, AsyncSaveResponse):
             future = future.upload_completion
         self._pending = self._publisher.submit(self._publish, future, partial, final)

@@ -32,10 +32,8 @@ def provenance(
 ) -> dict[str, Any]:
     """What made the weights: model, activations, sites, configuration, length, software."""
     first = stores[0].store.plan.provenance
-    one_hook = sites.is_autoencoder and len(sites.reads) == 1
-    where = {"hook": sites.reads[0]} if one_hook else {"reads": list(sites.reads), "writes": list(sites.writes)}
     return {
-        **where,
+        **sites.record(),
         "model": first.get("model"),
         "seq_len": stores[0].store.seq_len,
         "stores": [part.record() | {"shards": len(part.shards)} for part in stores],

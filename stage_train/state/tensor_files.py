@@ -1,6 +1,7 @@
 """Tensors of a training state by torch.distributed.checkpoint, in safetensors files: reading them back runs no code.
 
     tensors-00000.safetensors      what rank 0 held: parts of tensors, with their places in the whole in the metadata
+    tensors-00000-1.safetensors    the second parts of those of which it held two, and so on
 
 torch's own storage keeps its index as a pickle. Its writer of safetensors makes each file in memory before the disk
 sees it; this one hands it one tensor at a time, and notes the digest of each as it does.
@@ -9,6 +10,7 @@ sees it; this one hands it one tensor at a time, and notes the digest of each as
 import json
 import os
 import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
@@ -19,16 +21,16 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
-from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
-from torch.distributed.tensor import DTensor
 from torch.futures import Future
 
 from shared.basics.errors import GranaryError
 from shared.sae.weights_file import header_digest, write_weights
 from stage_train.state.integrity import TensorsDigest, write_digests
+from stage_train.state.staging import HostCopies
 
 PLACES = "DCP_SHARDING_INFO"
 """Key of a file's metadata under which torch looks for where each part begins in the whole."""
@@ -49,47 +51,48 @@ class TensorWriter(BlockingAsyncStager, StorageWriter):
     twice, and the second copies live until the garbage collector runs.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, copies: HostCopies) -> None:
         super().__init__()
-        self.folder = folder
+        self.folder, self.copies = folder, copies
 
     def stage(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """Called by async_save: tensors on the host, which share no memory with `state_dict`."""
-        return {name: _host_copy(tensor) for name, tensor in state_dict.items()}
+        return self.copies.copy(state_dict)
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         """This rank's parts; a rank that holds none writes no file."""
-        items = {item.index.fqn: item for item in plan.items}
-        assert len(items) == len(plan.items), "a rank holds one part of a tensor"
         future: Future[list[WriteResult]] = Future()
-        future.set_result([])
-        if not items:
-            return future
+        results: list[WriteResult] = []
+        for number, items in enumerate(_by_name(plan.items)):
+            suffix = f"-{number}" if number else ""
+            results += self._write(items, planner, f"tensors-{plan.storage_data:05d}{suffix}.safetensors")
+        future.set_result(results)
+        return future
+
+    def _write(self, items: Mapping[str, WriteItem], planner: SavePlanner, name: str) -> list[WriteResult]:
+        """One file, of one part of each tensor."""
         parts: dict[str, Tensor] = {}
-        for name, item in items.items():
+        for fqn, item in items.items():
             part = planner.resolve_data(item)
             assert isinstance(part, Tensor)
-            parts[name] = part
+            parts[fqn] = part
         places = {
-            name: {"saved_offsets": list(item.tensor_data.chunk.offsets) if item.tensor_data else []}
-            for name, item in items.items()
+            fqn: {"saved_offsets": list(item.tensor_data.chunk.offsets) if item.tensor_data else []}
+            for fqn, item in items.items()
         }
-        path = self.folder / f"tensors-{plan.storage_data:05d}.safetensors"
+        path = self.folder / name
         with path.open("w+b") as file:
             digests = write_weights(file, parts, parts.__getitem__, lambda _: {PLACES: json.dumps(places)})
             file.flush()
             os.fsync(file.fileno())
             file.seek(0, os.SEEK_END)
             written = _Written(path.name, TensorsDigest(file.tell(), header_digest(file), digests))
-        results = [WriteResult(item.index, parts[name].nbytes, written) for name, item in items.items()]
-        future = Future()
-        future.set_result(results)
-        return future
+        return [WriteResult(item.index, parts[fqn].nbytes, written) for fqn, item in items.items()]
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         """On the coordinator, when all ranks have written."""
-        files = [result[0].storage_data for result in results if result]
-        write_digests(self.folder, {written.file: written.digest for written in files})
+        files = {one.storage_data.file: one.storage_data.digest for of_rank in results for one in of_rank}
+        write_digests(self.folder, files)
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
         """Number the ranks, whose files are named by it."""
@@ -152,10 +155,13 @@ def reason(error: BaseException) -> str:
     return " ".join(f"{error}".split()) or type(error).__name__
 
 
-def _host_copy(tensor: Tensor) -> Tensor:
-    if not isinstance(tensor, DTensor):
-        return tensor.detach().to("cpu", copy=True)
-    placed: Any = tensor.detach()  # shares memory, and has the placement that the planner of a save reads
-    placed._local_tensor = tensor.to_local().detach().to("cpu", copy=True)
-    staged: Tensor = placed
-    return staged
+def _by_name(items: Sequence[WriteItem]) -> list[dict[str, WriteItem]]:
+    """The first part of every tensor, then the second of those that have several, and so on."""
+    found: list[dict[str, WriteItem]] = []
+    for item in items:
+        rounds = [one for one in found if item.index.fqn not in one]
+        if not rounds:
+            rounds = [{}]
+            found += rounds
+        rounds[0][item.index.fqn] = item
+    return found

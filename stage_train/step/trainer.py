@@ -93,7 +93,7 @@ class Trainer:
         self.sites, self.layout, self.micro_batch = sites, layout, micro_batch
         self.progress = Progress()
         device = self.world.device
-        held = layout.num_latents(objective.dictionary.config.d_latent)
+        held = layout.num_latents(objective.dictionary.config)
         self.dead = DeadLatents(held, objective.learning.dead_after_tokens, device=device)
         self.dead_now_F = torch.zeros(held, dtype=torch.bool, device=device)
         """The latents that AuxK takes for dead, as of the last look."""
@@ -112,7 +112,7 @@ class Trainer:
         if self.progress.step % DEAD_EVERY == 0:
             self.layout.merge_dead(self.dead.tokens_since_fired)
             self.dead_now_F.copy_(self.dead.mask())
-            self._dead_R = self.layout.look_at_dead(self.objective, self.dead_now_F)
+            self._dead_R = self._look_at_dead(self.progress.step)
         self.layout.zero_gradients(self.optimiser)
         if self.guard is not None:
             self.metrics.mark()
@@ -161,12 +161,15 @@ class Trainer:
             "tokens": self.progress.tokens,
             "epoch": self.stream.state_dict()["epoch"],
             **means,
-            "dead_fraction": self.layout.mean_over_latents(self.dead.fraction()),
+            "dead_fraction": self.layout.mean_over_latents(self.dead.mask().float()),
             "lr": self.schedules.rate.at(self.progress.step - 1),
             "grad_norm": float(self.grad_norm),
             "tokens_per_s": (self.progress.tokens - self._stopwatch.tokens) / elapsed,
             "wait_share": waited / self.world.size / elapsed,
         }
+        if names := self.objective.dictionary.group_names:
+            shares = self.layout.means_of_groups(self.objective, self.dead.mask().float())
+            line |= {f"dead_fraction/{name}": share for name, share in zip(names, shares, strict=True)}
         if self.guard is not None:
             line["refused_steps"] = self.guard.refused
         if self.stream.skips_damaged:
@@ -215,7 +218,7 @@ class Trainer:
             "dead.now": self.dead_now_F,
             "metrics.sums": self.metrics.collect(self._copies),
         }
-        return self.layout.as_global(tensors)
+        return self.layout.as_global(self.objective, tensors)
 
     def state(self) -> dict[str, Any]:
         """The rest of the training state, as JSON."""
@@ -228,8 +231,11 @@ class Trainer:
         self.metrics.restore(first=self.layout.stream_rank == 0)
         if self.guard is not None:
             self.guard.restore(state["guard"])
-        self._dead_R = self.layout.look_at_dead(self.objective, self.dead_now_F)
+        self._dead_R = self._look_at_dead(max(0, self.progress.step - 1))  # as the last step did
         self.reset_clock()
+
+    def _look_at_dead(self, step: int) -> Tensor:
+        return self.layout.look_at_dead(self.objective, self.dead_now_F, step // DEAD_EVERY)
 
     def _micro_batches(self, batch: Batch) -> list[tuple[Tensor, Tensor]]:
         """What is read and what must be written, by rows; one tensor where that is the same.
@@ -251,5 +257,5 @@ class Trainer:
             inputs = inputs.with_facts(None if inputs.facts is None else inputs.facts.for_one_row())
         losses = self.layout.losses(self.objective, x_ND, y_ND, inputs)
         torch.autograd.backward(losses.total * (count / batch_tokens))
-        self.metrics.add({**losses.metrics, "loss": losses.total.detach()}, count)
+        self.metrics.add({"loss": losses.total.detach(), **losses.metrics}, count)
         return losses.fired & (count > 0)

@@ -1,85 +1,30 @@
 """Training in several real processes equals training in one; stops and faults on one rank are everyone's."""
 
-import importlib.util
-import json
 import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
-from hydra import initialize_config_module
 
 from shared.basics.metrics_file import read_metrics
-from shared.parallel import World
-from shared.sae import SAE, load_provenance
+from shared.sae import load_provenance
 from shared.store import Store
-from stage_train import config
 from stage_train.state.checkpoint import newest_checkpoint
-from tests.closeness import REORDERED, SAME_RUN, assert_close_in_norm
+from tests.ranks import Runs, assert_same_run
 
-WORKER = Path(__file__).with_name("train_worker.py")
-ROOT = WORKER.parents[2]
 FIXED = ["sae.k=3", "sae.expansion=8", "stream.batch_size=21", "stream.lanes=4", "schedule.tokens=630"]
 FIXED += ["logger.progress=false", "logger.curves=false", "logger.every=5", "checkpoint.every=0"]
 FIXED += ["sae.dead_after_tokens=40"]
 LAYOUTS = ["ddp", "fsdp", "latent"]
-Ends = dict[str, set[str]]
-
-
-class Runs:
-    """Runs of one folder; ``ends[name]`` is how the run ended last, one entry per different answer of its ranks."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.ends: Ends = {}
-
-    def job(self, name: str, *overrides: str, job: str = "train", **arguments: int) -> dict[str, Any]:
-        """A run in the folder `name`, by one of JOBS of train_worker.py with its `arguments`."""
-        paths = [f"out_dir={self.folder / name}", f"store.url={self.folder / 'store'}"]
-        return {"job": job, "name": name, "overrides": [*FIXED, *paths, *overrides], **arguments}
-
-    def alone(self, *jobs: dict[str, Any]) -> None:
-        """In this process."""
-        spec = importlib.util.spec_from_file_location("train_worker", WORKER)
-        assert spec is not None
-        assert spec.loader is not None
-        worker = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(worker)
-        config.register()
-        with initialize_config_module("conf", version_base="1.3"):
-            for job in jobs:
-                self.ends[job["name"]] = {worker.run(job, World(0, 1, 0, torch.device("cpu")))}
-
-    def together(self, world: int, *jobs: dict[str, Any]) -> None:
-        """In `world` processes, one job after the other."""
-        file = self.folder / f"jobs-{world}.json"
-        file.write_text(json.dumps(jobs))
-        command = [sys.executable, "-m", "shared.launch.torchrun", "--standalone", f"--nproc-per-node={world}"]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        done = subprocess.run(
-            [*command, str(WORKER), str(file)], env=environment, capture_output=True, text=True, timeout=1200
-        )
-        assert done.returncode == 0, done.stderr
-        ranks = [json.loads(file.with_suffix(f".{rank}").read_text()) for rank in range(world)]
-        for index, job in enumerate(jobs):
-            self.ends[job["name"]] = {rank[index] for rank in ranks}
-
-    def assert_close(self, one: str, two: str) -> None:
-        first, second = (SAE.from_pretrained(self.folder / name).state_dict() for name in (one, two))
-        for name, tensor in first.items():
-            assert_close_in_norm(second[name], tensor, SAME_RUN, f"{name} after the same batches, {REORDERED}")
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory, planted_store: Callable[..., Store]) -> Runs:
     """All runs of one and two processes, with one start of the two."""
-    runs = Runs(tmp_path_factory.mktemp("ranks"))
+    runs = Runs(tmp_path_factory.mktemp("ranks"), *FIXED)
     planted_store(runs.folder / "store", outliers=3)
     runs.alone(
         runs.job("one"),
@@ -108,13 +53,6 @@ def runs(tmp_path_factory: pytest.TempPathFactory, planted_store: Callable[..., 
     assert runs.ends["from_latent"] == runs.ends["from_ddp"] == {"stopped"}
     runs.alone(runs.job("from_latent"), runs.job("from_ddp"))
     return runs
-
-
-def assert_same_run(runs: Runs, one: str, two: str) -> None:
-    runs.assert_close(one, two)
-    for first, second in zip(read_metrics(runs.folder / one), read_metrics(runs.folder / two), strict=True):
-        for name in ("step", "tokens", "epoch", "loss", "auxk", "fvu", "l0", "dead_fraction", "lr", "grad_norm"):
-            assert second[name] == pytest.approx(first[name], rel=1e-3, abs=1e-7), name
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

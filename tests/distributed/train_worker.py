@@ -31,10 +31,11 @@ from shared.sae.learn.objective import Objective
 from shared.sae.variants import SAE
 from stage_train import config
 from stage_train.config import LayoutKind, TrainSchema
-from stage_train.data.stream import Batch
+from stage_train.data.stream import Batch, TrainingData
 from stage_train.job import Job
 from stage_train.run import make_objective, make_trainer
 from stage_train.step import loop
+from stage_train.step.layouts import Layout
 from stage_train.step.layouts.latent import LatentParallel
 from stage_train.step.trainer import Trainer
 
@@ -131,6 +132,41 @@ def counted(world: World, cfg: TrainSchema, least: int) -> str:
     return f"done, {messages} messages"
 
 
+class Wire(TorchDispatchMode):
+    """What is given to be sent: of every message its name and its bytes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.messages: list[tuple[str, int]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "c10d":
+            given = args[1] if "gather" in str(func) or "scatter" in str(func) else args[0]
+            tensors = given if isinstance(given, list) else [given]
+            self.messages.append((str(func), sum(tensor.numel() * tensor.element_size() for tensor in tensors)))
+        return func(*args, **(kwargs or {}))
+
+
+def measured(world: World, cfg: TrainSchema) -> str:
+    """Tells, as JSON, each message of the steps, and the sites that were read from the store."""
+    sites, wire, read = set(), Wire(), TrainingData.read
+
+    def reading(self: TrainingData, row: int, site: str, out: Tensor) -> None:
+        sites.add(site)
+        read(self, row, site, out)
+
+    class Measure(Observer):
+        def before_step(self, run: loop.Learner, batch: Batch) -> None:
+            wire.__enter__()
+
+        def after_step(self, run: loop.Learner, batch: Batch) -> None:
+            wire.__exit__(None, None, None)
+
+    with observing(Measure()), patch.object(TrainingData, "read", reading):
+        train(world, cfg)
+    return json.dumps({"sites": sorted(sites), "messages": wire.messages})
+
+
 def digested(world: World, cfg: TrainSchema) -> str:
     """Tells a hash of what every rank should hold alike."""
     observer = Observer()
@@ -185,7 +221,7 @@ def started(world: World, cfg: TrainSchema) -> str:
     (spec,) = job.specs
     with Largest() as largest:
         trainer = make_trainer(spec, inputs, None, job.layout, begins=True)  # type: ignore[arg-type]
-    whole = make_objective(spec, inputs, torch.device("cpu"), begins=True).dictionary
+    whole = make_objective(spec, inputs, torch.device("cpu"), Layout(world), begins=True).dictionary
     same, most = True, whole.W_enc.numel() // (1 if cfg.parallel.layout is LayoutKind.ddp else world.size)
     for name, tensor in trainer.objective.dictionary.state_dict().items():
         own = tensor.to_local() if isinstance(tensor, DTensor) else tensor
@@ -203,6 +239,7 @@ JOBS: dict[str, Callable[..., str]] = {
     "poisoned": poisoned,
     "counted": counted,
     "digested": digested,
+    "measured": measured,
     "tied_picks": tied_picks,
     "started": started,
 }

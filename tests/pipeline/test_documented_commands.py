@@ -30,6 +30,7 @@ def study(stages: ForkServer, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for arguments in (
         ["stage_harvest", "debug=tiny_harvest", "name=demo"],
         ["stage_harvest", "debug=tiny_harvest", "name=llama31", "hooks.layers=[1,2]"],
+        ["stage_harvest", "debug=tiny_harvest", "name=mlps", "hooks.layers=[1,2]", "hooks.sites=[mlp_in,mlp_out]"],
         train,
         [*train, "-m", "sae.k=4,8", "packed=true"],
         ["stage_inspect", "name=demo", "contexts=2"],
@@ -37,6 +38,8 @@ def study(stages: ForkServer, tmp_path_factory: pytest.TempPathFactory) -> Path:
         done = here.run(*arguments)
         assert done.code == 0, done.stderr
     shutil.copytree(folder / "runs/demo", folder / "runs/mine")
+    for name in ("base", "chat", "mixed"):  # of crosscoders, which read two sites
+        shutil.copytree(folder / "runs/llama31", folder / "runs" / name)
     shutil.copytree(folder / "runs/demo/sae", folder / "runs/llama31/sae")
     shutil.copytree(folder / "runs/demo/sae", folder / "runs/other")
     convert(folder / "runs/demo/sae", folder / "downloaded", "saelens")
@@ -55,6 +58,10 @@ def what_it_begins_with(study: Path, first: str, work: Path) -> None:
         makes, []
     )
     shutil.copytree(study, work, ignore=shutil.ignore_patterns(*left_out))
+    if "transcoder" in first and makes != "harvest":
+        for name in ("demo", "mine"):
+            shutil.rmtree(work / "runs" / name)
+            shutil.copytree(work / "runs/mlps", work / "runs" / name)
 
 
 def test_what_is_not_run_is_there_and_needs_what_it_says() -> None:

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, Phi3Config
 
 from shared.lm import capture, load_causal_lm, model_identity, segment_positions
 from shared.lm.hookpoint import HookPoint
@@ -47,9 +47,25 @@ def documents(seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return tokens, (tokens != BOS) & (segments >= 0), segments
 
 
-def make_model(folder: Path, seed: int = 0) -> Path:
+# Half of the documents of `separated` are longer than its original positions.
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "original_max_position_embeddings": 7,
+    "long_factor": [1.0, 4.0, 16.0, 48.0],
+    "short_factor": [1.0, 1.01, 1.02, 1.03],
+}
+
+
+def separated(seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """As `documents`, but each context holds its first document alone."""
+    tokens, mask, segments = documents(seed)
+    return np.where(segments == 0, tokens, 0), mask & (segments == 0), np.where(segments == 0, 0, -1)
+
+
+def make_model(folder: Path, seed: int = 0, family: type[LlamaConfig | Phi3Config] = LlamaConfig, **keys: Any) -> Path:
     torch.manual_seed(seed)
-    config = LlamaConfig(
+    config = family(
         vocab_size=VOCAB,
         hidden_size=D,
         intermediate_size=24,
@@ -60,15 +76,17 @@ def make_model(folder: Path, seed: int = 0) -> Path:
         initializer_range=0.5,
         bos_token_id=BOS,
         eos_token_id=2,
+        pad_token_id=0,
+        **keys,
     )
-    LlamaForCausalLM(config).save_pretrained(folder)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     return folder
 
 
 def make_store(
     folder: Path, model_folder: Path, mode: str, heldout: float = 0.34, hooks: Sequence[str] = HOOKS
 ) -> Path:
-    tokens, mask, segments = documents()
+    tokens, mask, segments = separated() if mode == "separate" else documents()
     model = load_causal_lm(str(model_folder))
     plan = StorePlan(
         num_contexts=CONTEXTS,
@@ -93,9 +111,18 @@ def make_store(
     for shard in store.pending():
         rows = store.shard_contexts(shard)
         positions = segment_positions(torch.from_numpy(segments[rows])) if mode == "isolated" else None
+        ids = torch.from_numpy(tokens[rows].astype(np.int64))
         with torch.no_grad(), capture(model, points) as captured:
-            model(input_ids=torch.from_numpy(tokens[rows].astype(np.int64)), position_ids=positions)
-        store.write_shard(shard, {str(hook): value for hook, value in captured.items()})
+            if mode == "separate":
+                values = {hook: torch.zeros(len(ids), T, D) for hook in points}
+                for row, length in enumerate((segments[rows] == 0).sum(1)):
+                    model(input_ids=ids[row : row + 1, :length], use_cache=False)
+                    for hook in points:
+                        values[hook][row, :length] = captured[hook][0]
+            else:
+                model(input_ids=ids, position_ids=positions)
+                values = dict(captured)
+        store.write_shard(shard, {str(hook): value for hook, value in values.items()})
     store.finalize()
     return folder
 
@@ -135,6 +162,10 @@ class World:
         self.model = make_model(root / "model")
         self.store = make_store(root / "store", self.model, "isolated")
         self.joined = make_store(root / "joined", self.model, "joined")
+        self.rope_model = make_model(
+            root / "rope", family=Phi3Config, rope_parameters=LONGROPE, original_max_position_embeddings=7
+        )
+        self.separate = make_store(root / "separate", self.rope_model, "separate")
         mean = torch.from_numpy(Store.open(self.store).statistics(HOOK).mean).float()
         self.identity = save_sae(root / "saes" / "identity", identity_sae())
         self.zero = save_sae(root / "saes" / "zero", constant_sae(torch.zeros(D)))
@@ -233,8 +264,9 @@ def test_mean_sae_is_mean_ablation(sweep: dict[str, Any]) -> None:
 def brute_force(world: World, store_folder: Path, sae_folder: Path, *, splice_bos: bool = False) -> dict[str, float]:
     """Every headline figure by plain loops: one document (or context) at a time, numpy float64, no hooks of ours."""
     store, sae = Store.open(store_folder), SAE.from_pretrained(sae_folder)
-    isolated = store.plan.provenance["packing"]["mode"] == "isolated"
-    model = AutoModelForCausalLM.from_pretrained(world.model).eval()
+    mode = store.plan.provenance["packing"]["mode"]
+    folder = world.rope_model if mode == "separate" else world.model
+    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
     heldout = store.contexts("heldout")
     mean = torch.from_numpy(store.statistics(HOOK).mean).float()
     rows, hats, fired = [], [], np.zeros(sae.config.d_latent, int)
@@ -249,7 +281,7 @@ def brute_force(world: World, store_folder: Path, sae_folder: Path, *, splice_bo
             hats.append(sae.decode(latents)[0].double().numpy())
             fired += latents.to_dense(sae.config.d_latent)[0].numpy() != 0
         parts = [np.flatnonzero(segments == s) for s in np.unique(segments[segments >= 0])]
-        for part in parts if isolated else [np.flatnonzero(segments >= 0)]:
+        for part in [np.flatnonzero(segments >= 0)] if mode == "joined" else parts:
             ids = torch.from_numpy(tokens[part].astype(np.int64))[None]
             chosen = torch.ones(len(part), dtype=torch.bool) if splice_bos else torch.from_numpy(tokens[part] != BOS)
             logs = {}
@@ -301,11 +333,12 @@ def flat(report: dict[str, Any]) -> dict[str, Any]:
     return {**report["latents"], **report["reconstruction"], **report["downstream"], **report}
 
 
-@pytest.mark.parametrize(("mode", "splice_bos"), [("isolated", False), ("joined", True)])
+@pytest.mark.parametrize(("mode", "splice_bos"), [("isolated", False), ("joined", True), ("separate", False)])
 def test_every_figure_equals_a_plain_recomputation(world: World, tmp_path: Path, mode: str, splice_bos: bool) -> None:
-    store = world.store if mode == "isolated" else world.joined
+    store = {"isolated": world.store, "joined": world.joined, "separate": world.separate}[mode]
     report = evaluate(tmp_path, world.random, store, f"splice_bos={str(splice_bos).lower()}", "batch_contexts=3")
     expected = brute_force(world, store, world.random, splice_bos=splice_bos)
+    assert report["settings"]["documents"] == mode
     found = flat(report)
     assert {name: found[name] for name in expected} == pytest.approx(expected, rel=2e-5)
 

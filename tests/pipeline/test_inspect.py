@@ -1,7 +1,5 @@
 """Inspection as processes: several, killed, over S3's kind of storage, refused; always the same bytes."""
 
-import os
-import signal
 import subprocess
 import sys
 import time
@@ -11,7 +9,7 @@ import numpy as np
 import pytest
 
 from stage_inspect.job import PART_TOKENS
-from tests.cli import ForkServer, environment
+from tests.cli import Child, ForkServer, environment
 from tests.inspection import content, small_sae, small_store
 
 SMALL = ("logits=false", "device=cpu", "latents.window=16", "latents.together_tokens=400", "latents.pool=12")
@@ -34,6 +32,7 @@ def test_the_command(study: Path, stages: ForkServer) -> None:
     done = here.run("stage_inspect", ".", *SMALL)
     assert done.code == 0, done.stderr
     before = content(study / "latents")
+    (study / "latents/parts/000000.part").write_bytes(b"of a run that was killed when all but this was done")
     again = here.run("stage_inspect", ".", *SMALL)
     assert "is finished already" in again.stderr
     assert content(study / "latents") == before
@@ -55,29 +54,27 @@ def test_the_command(study: Path, stages: ForkServer) -> None:
 
 
 @pytest.mark.slow
-def test_processes_and_kills_change_no_byte(study: Path, tmp_path: Path) -> None:
-    common = [sys.executable, "-c", RUN, *SMALL, f"store.url={study / 'store'}", f"sae.path={study / 'sae'}"]
-    env = {**environment(), "GRANARY_TEST_PART_TOKENS": "1000"}
+def test_processes_and_kills_change_no_byte(study: Path, tmp_path: Path, stages: ForkServer) -> None:
+    (tmp_path / "small_parts.py").write_text(RUN)
+    common = [*SMALL, f"store.url={study / 'store'}", f"sae.path={study / 'sae'}"]
 
-    def start(name: str, *arguments: str) -> "subprocess.Popen[bytes]":
-        command = [*common, f"run_dir={tmp_path}/run-{name}", f"latents.url={tmp_path / name}", *arguments]
-        return subprocess.Popen(command, env=env, cwd=tmp_path, stderr=subprocess.PIPE, start_new_session=True)
+    def start(name: str) -> Child:
+        arguments = [*common, f"run_dir={tmp_path}/run-{name}", f"latents.url={tmp_path / name}"]
+        return stages.at(tmp_path).start(str(tmp_path / "small_parts.py"), *arguments)
 
     begun = time.monotonic()
-    process = start("one")
-    assert process.communicate()[1] is not None
-    assert process.returncode == 0
+    done = start("one").finish()
+    assert done.code == 0, done.stderr
     whole, lasted = content(tmp_path / "one"), time.monotonic() - begun
     rng = np.random.default_rng(0)
     for number in range(20):
         name = f"killed-{number}"
         process = start(name)
-        time.sleep(lasted * rng.uniform(0.5, 1.0))
-        os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
-        last = start(name)
-        said = last.communicate()[1]
-        assert last.returncode == 0, said
+        time.sleep(lasted * rng.uniform(0, 1.0))
+        process.kill()
+        process.wait()
+        last = start(name).finish()
+        assert last.code == 0, last.stderr
         assert content(tmp_path / name) == whole, name
 
 
@@ -96,7 +93,7 @@ def test_ranks_change_no_byte(study: Path, tmp_path: Path, ranks: int) -> None:
 
 # The command with smaller parts, so that a small store has many.
 RUN = """
-import os, runpy, stage_inspect.job
-stage_inspect.job.PART_TOKENS = int(os.environ["GRANARY_TEST_PART_TOKENS"])
+import runpy, stage_inspect.job
+stage_inspect.job.PART_TOKENS = 1000
 runpy.run_module("stage_inspect", run_name="__main__", alter_sys=True)
 """

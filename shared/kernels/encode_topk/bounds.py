@@ -88,15 +88,15 @@ def pairs_from(
         bar_F = bar()
         if bounds is not None and not many:
             passes_TF = ~(bounds.of(rows_T) < (bar_F * (1 - 4 * ROUNDING * bar_F.sign())).bfloat16())
-            many = bool(passes_TF.sum() * MANY > passes_TF.numel())
+            many = int(passes_TF.count_nonzero()) * MANY > passes_TF.numel()  # sum() would copy all of it to int64
             if not many:
                 places_P, latents_P = passes_TF.nonzero(as_tuple=True)
                 yield rows_T[places_P], latents_P, exact_values(x_ND, W_FD, b_F, rows_T[places_P], latents_P)
                 continue
         z_TF = product.linear(x_ND[rows_T], W_FD, b_F)
         passes_TF = ~(z_TF < bar_F)
-        many = bool(passes_TF.sum() * MANY > passes_TF.numel())
         places_P, latents_P = passes_TF.nonzero(as_tuple=True)
+        many = len(places_P) * MANY > passes_TF.numel()
         yield rows_T[places_P], latents_P, z_TF[places_P, latents_P]
 
 

@@ -1,25 +1,41 @@
-"""Other projects' SAE folders: which one a folder is, read it, write it.
+"""Other projects' folders: which one a folder is, read it, write it.
 
-Each format module has ``matches``, ``read`` and, where this project can write it, ``save``; they meet in
-`shared.sae.formats.raw.RawSAE`.
+Each format module has ``matches``, ``read`` and, where this project can write it, ``save`` and ``HOLDS``: the
+activations that it holds of each kind of dictionary. They meet in `shared.sae.formats.raw.RawDictionary`.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
-from shared.sae.formats import dictionary_learning, gemma_scope, llama_scope, opensae, saelens, sparsify
-from shared.sae.formats.raw import RawSAE
+from torch import Tensor
+
+from shared.sae.config import DictionaryConfig
+from shared.sae.formats import (
+    crosscoder_learning,
+    dictionary_learning,
+    gemma_scope,
+    llama_scope,
+    opensae,
+    saelens,
+    sparsify,
+)
+from shared.sae.formats.held import check_held
+from shared.sae.formats.raw import RawDictionary
 from shared.sae.formats.source import Source
 
 FORMATS: dict[str, ModuleType] = {
     "saelens": saelens,
     "sparsify": sparsify,
+    "crosscoder_learning": crosscoder_learning,
     "dictionary_learning": dictionary_learning,
     "opensae": opensae,
     "llama_scope": llama_scope,
     "gemma_scope": gemma_scope,
 }
+WRITABLE = tuple(name for name, module in FORMATS.items() if hasattr(module, "save"))
+"""Formats that this project writes."""
 
 
 def foreign(folder: Path) -> str | None:
@@ -27,12 +43,20 @@ def foreign(folder: Path) -> str | None:
     return next((name for name, module in FORMATS.items() if module.matches(folder)), None)
 
 
-def load(name: str, folder: Path, ignore: Collection[str] = ()) -> RawSAE:
+def load(name: str, folder: Path, ignore: Collection[str] = ()) -> RawDictionary:
     """The SAE in a folder of the format `name`, with the keys and tensors in `ignore` left out.
 
     Raises GranaryError for what can't be read, and for a key or tensor that the reader does not know.
     """
     source = Source(folder, ignore)
-    raw: RawSAE = FORMATS[name].read(source)
+    raw: RawDictionary = FORMATS[name].read(source)
     source.close()
     return raw
+
+
+def save(
+    name: str, config: DictionaryConfig, tensors: Mapping[str, Tensor], provenance: dict[str, Any], folder: Path
+) -> None:
+    """Write a dictionary as format `name`; raises GranaryError for what the format can't express."""
+    check_held(name, FORMATS[name].HOLDS, config)
+    FORMATS[name].save(RawDictionary.from_checkpoint(config, tensors, provenance), folder)

@@ -23,8 +23,11 @@ from shared.sae.sites import Sites
 PLACES = {"mlp_in": "mlp.hook_in", "mlp_out": "mlp.hook_out", "resid_mid": "hook_resid_mid"}
 
 
-def save_set(layers: Mapping[int, Folded], folder: Path) -> None:
-    """Write transcoders by layer. Raises GranaryError for a layer that is missing, and for unequal widths."""
+def save_set(layers: Mapping[int, Folded], folder: Path, scan: str) -> None:
+    """Write transcoders by layer, called `scan`, into an empty folder.
+
+    Raises GranaryError for a layer that is missing, and for unequal widths.
+    """
     numbers = sorted(layers)
     if numbers != list(range(len(numbers))):
         raise GranaryError(
@@ -36,7 +39,6 @@ def save_set(layers: Mapping[int, Folded], folder: Path) -> None:
         raise GranaryError(f"circuit-tracer needs equally many latents at every layer, not {sorted(sizes)}")
     if len({layers[number].W_skip is None for number in numbers}) > 1:
         raise GranaryError("circuit-tracer takes a set whose transcoders all have a skip, or none of them")
-    folder.mkdir(parents=True, exist_ok=True)
     for number in numbers:
         one = layers[number]
         (group,) = one.groups
@@ -46,11 +48,14 @@ def save_set(layers: Mapping[int, Folded], folder: Path) -> None:
         if one.W_skip is not None:
             tensors["W_skip"] = one.W_skip
         write(tensors, folder / f"layer_{number}.safetensors")
-    write_config(folder, "transcoder_set", layers[0], [layers[number].sites for number in numbers])
+    write_config(folder, scan, "transcoder_set", layers[0], [layers[number].sites for number in numbers])
 
 
-def save_clt(clt: Folded, folder: Path) -> None:
-    """Write a cross-layer transcoder. Raises GranaryError for one with skips, and for written sites of other widths."""
+def save_clt(clt: Folded, folder: Path, scan: str) -> None:
+    """Write a cross-layer transcoder, called `scan`, into an empty folder.
+
+    Raises GranaryError for one with skips, and for written sites of other widths.
+    """
     if clt.W_skip is not None:
         raise GranaryError(
             "circuit-tracer's loader of cross-layer transcoders leaves skips out: it can't hold this one"
@@ -59,7 +64,6 @@ def save_clt(clt: Folded, folder: Path) -> None:
     if len(widths) > 1:
         raise GranaryError(f"circuit-tracer needs written sites of one width, not {sorted(widths)}")
     (width,) = widths
-    folder.mkdir(parents=True, exist_ok=True)
     for number, (group, b_dec) in enumerate(zip(clt.groups, clt.b_dec.split(width), strict=True)):
         tensors = {f"W_enc_{number}": group.W_enc, f"b_enc_{number}": group.b_enc, f"b_dec_{number}": b_dec}
         if group.threshold is not None:
@@ -69,10 +73,10 @@ def save_clt(clt: Folded, folder: Path) -> None:
         write({f"W_dec_{number}": rows}, folder / f"W_dec_{number}.safetensors")
     reads, writes = clt.sites.reads, clt.sites.writes
     sites = [Sites((one,), (other,)) for one, other in zip(reads, writes, strict=True)]
-    write_config(folder, "cross_layer_transcoder", clt, sites)
+    write_config(folder, scan, "cross_layer_transcoder", clt, sites)
 
 
-def write_config(folder: Path, kind: str, first: Folded, sites: list[Sites]) -> None:
+def write_config(folder: Path, scan: str, kind: str, first: Folded, sites: list[Sites]) -> None:
     """``config.yaml``; raises GranaryError for places that circuit-tracer has no name of, or not in order."""
     places = set()
     for number, one in enumerate(sites):
@@ -94,7 +98,7 @@ def write_config(folder: Path, kind: str, first: Folded, sites: list[Sites]) -> 
         "model_kind": kind,
         "feature_input_hook": reads,
         "feature_output_hook": writes,
-        "scan": folder.name,
+        "scan": scan,
     }
     (folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(document)), encoding="utf-8")
 

@@ -21,8 +21,7 @@ import torch
 from torch import Tensor
 
 from shared.basics.errors import GranaryError
-from shared.sae.formats.files import read_pickled
-from shared.sae.formats.raw import RawSAE
+from shared.sae.formats.raw import RawDictionary
 from shared.sae.formats.source import Document, Source, Tensors
 
 CONFIG, WEIGHTS = "config.json", "ae.pt"
@@ -45,27 +44,16 @@ def matches(folder: Path) -> bool:
     return (folder / CONFIG).is_file() and (folder / WEIGHTS).is_file()
 
 
-def read(source: Source) -> RawSAE:
+def read(source: Source) -> RawDictionary:
     """Raises GranaryError for a dictionary class that is not known."""
     config = source.json(CONFIG, ("buffer",))
     trainer = source.document(config.mapping("trainer"), source.folder / CONFIG, HARMLESS)
     name = trainer.text("dict_class")
     if name not in READERS:
         raise GranaryError(f"{source.folder} holds a {name}: {', '.join(map(str, READERS))} can be read")
-    raw = READERS[name](weights_of(source), trainer)
+    raw = READERS[name](source.pickled(WEIGHTS, ("k", "threshold", "group_sizes")), trainer)
     record = {key: trainer.content[key] for key in ("lm_name", "layer", "submodule_name") if key in trainer.content}
     return replace(raw, provenance={"converted_from": "dictionary_learning", "source": record, **hook_of(trainer)})
-
-
-def weights_of(source: Source) -> Tensors:
-    """Those of the file, which may lie under ``state_dict`` in it beside settings; these are refused by name."""
-    found = read_pickled(source.folder / WEIGHTS)
-    if isinstance(found.get("state_dict"), dict):
-        source.document(found, source.folder / WEIGHTS, ("state_dict",))
-        found = found["state_dict"]
-    named = {name: value for name, value in found.items() if isinstance(value, Tensor)}
-    source.document({name: value for name, value in found.items() if name not in named}, source.folder / WEIGHTS)
-    return source.tensors(named, ("k", "threshold", "group_sizes"))
 
 
 def hook_of(trainer: Document) -> dict[str, str]:
@@ -95,51 +83,51 @@ def matrices(tensors: Tensors) -> Weights:
     return W_enc_DF.T, b_enc_F, W_dec_FD, b_dec_D
 
 
-def read_relu(tensors: Tensors, trainer: Document) -> RawSAE:
+def read_relu(tensors: Tensors, trainer: Document) -> RawDictionary:
     """AutoEncoder."""
-    return RawSAE(*linear(tensors, "encoder.bias", "bias"), pre_bias=True, activation="relu")
+    return RawDictionary(*linear(tensors, "encoder.bias", "bias"), pre_bias=True, activation="relu")
 
 
-def read_new(tensors: Tensors, trainer: Document) -> RawSAE:
+def read_new(tensors: Tensors, trainer: Document) -> RawDictionary:
     """AutoEncoderNew."""
-    return RawSAE(*linear(tensors, "encoder.bias", "decoder.bias"), pre_bias=False, activation="relu")
+    return RawDictionary(*linear(tensors, "encoder.bias", "decoder.bias"), pre_bias=False, activation="relu")
 
 
-def read_topk(tensors: Tensors, trainer: Document) -> RawSAE:
+def read_topk(tensors: Tensors, trainer: Document) -> RawDictionary:
     """AutoEncoderTopK."""
-    return RawSAE(*linear(tensors, "encoder.bias", "b_dec"), pre_bias=True, k=picks(tensors, trainer))
+    return RawDictionary(*linear(tensors, "encoder.bias", "b_dec"), pre_bias=True, k=picks(tensors, trainer))
 
 
-def read_batchtopk(tensors: Tensors, trainer: Document) -> RawSAE:
+def read_batchtopk(tensors: Tensors, trainer: Document) -> RawDictionary:
     """BatchTopKSAE."""
-    raw = RawSAE(*linear(tensors, "encoder.bias", "b_dec"), pre_bias=True, k=picks(tensors, trainer))
+    raw = RawDictionary(*linear(tensors, "encoder.bias", "b_dec"), pre_bias=True, k=picks(tensors, trainer))
     return thresholded(raw, tensors)
 
 
-def read_matryoshka(tensors: Tensors, trainer: Document) -> RawSAE:
+def read_matryoshka(tensors: Tensors, trainer: Document) -> RawDictionary:
     """MatryoshkaBatchTopKSAE, all of its groups."""
-    return thresholded(RawSAE(*matrices(tensors), pre_bias=True, k=picks(tensors, trainer)), tensors)
+    return thresholded(RawDictionary(*matrices(tensors), pre_bias=True, k=picks(tensors, trainer)), tensors)
 
 
-def read_jumprelu(tensors: Tensors, trainer: Document) -> RawSAE:
+def read_jumprelu(tensors: Tensors, trainer: Document) -> RawDictionary:
     """JumpReluAutoEncoder."""
     weights = matrices(tensors)
     trainer.must_be("apply_b_dec_to_input", False, None, what="JumpReLU SAEs that read raw activations")
     (threshold_F,) = tensors.take({"threshold": (len(weights[1]),)})
-    return RawSAE(*weights, pre_bias=False, activation="jumprelu", threshold_F=threshold_F)
+    return RawDictionary(*weights, pre_bias=False, activation="jumprelu", threshold_F=threshold_F)
 
 
-def read_gated(tensors: Tensors, trainer: Document) -> RawSAE:
+def read_gated(tensors: Tensors, trainer: Document) -> RawDictionary:
     """GatedAutoEncoder."""
     W_enc_FD, _, W_dec_FD, b_dec_D = linear(tensors, None, "decoder_bias")
     f = len(W_enc_FD)
     gate_F, r_mag_F, b_mag_F = tensors.take({"gate_bias": (f,), "r_mag": (f,), "mag_bias": (f,)})
-    return RawSAE(
+    return RawDictionary(
         W_enc_FD, gate_F, W_dec_FD, b_dec_D, pre_bias=True, activation="gated", r_mag_F=r_mag_F, b_mag_F=b_mag_F
     )
 
 
-READERS: dict[str | None, Callable[[Tensors, Document], RawSAE]] = {
+READERS: dict[str | None, Callable[[Tensors, Document], RawDictionary]] = {
     "AutoEncoder": read_relu,
     "AutoEncoderNew": read_new,
     "AutoEncoderTopK": read_topk,
@@ -155,15 +143,15 @@ def picks(tensors: Tensors, trainer: Document) -> int:
     return int(tensors.scalar("k")) if "k" in tensors else trainer.whole("k")
 
 
-def thresholded(raw: RawSAE, tensors: Tensors) -> RawSAE:
+def thresholded(raw: RawDictionary, tensors: Tensors) -> RawDictionary:
     """The BatchTopK SAE with the scalar threshold of the file; -1, as in one that was never trained, counts as 0."""
     (threshold,) = tensors.take({"threshold": ()})
     return replace(raw, activation="batchtopk", threshold_F=threshold.clamp_min(0).expand(len(raw.b_enc_F)))
 
 
-def save(raw: RawSAE, folder: Path) -> None:
+def save(raw: RawDictionary, folder: Path) -> None:
     """Write the folder; raises GranaryError for layer_norm."""
-    raw = raw.expressed_in("dictionary_learning", tuple(WRITERS)).without_layer_norm("dictionary_learning")
+    raw = raw.without_layer_norm("dictionary_learning")
     f, d = raw.W_enc_FD.shape
     name, trainer_class = WRITERS[raw.activation]
     folder.mkdir(parents=True, exist_ok=True)
@@ -188,9 +176,10 @@ WRITERS = {
     "jumprelu": ("JumpReluAutoEncoder", "JumpReluTrainer"),
     "gated": ("GatedAutoEncoder", "GatedSAETrainer"),
 }
+HOLDS = {"sae": tuple(WRITERS)}
 
 
-def state(raw: RawSAE) -> dict[str, Tensor]:
+def state(raw: RawDictionary) -> dict[str, Tensor]:
     """The state dict of the class that holds this activation."""
     raw = raw.with_pre_bias(raw.activation != "jumprelu")
     if raw.activation == "jumprelu":

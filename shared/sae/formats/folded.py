@@ -2,24 +2,19 @@
 
     z_g = W_enc,g x + b_enc,g;   f = activation(z);   y = sum_g f_g W_dec,g + b_dec (+ W_skip x)
 
-Folding keeps z, hence every latent's value and threshold:
-
-    W_enc,s' = c_s W_enc,s                b_enc' = b_enc - sum_s W_enc,s' mu_s
-    W_dec,t' = W_dec,t / e_t              b_dec,t' = b_dec,t / e_t + nu_t - sum_s W_skip,ts' mu_s
-    W_skip,ts' = (c_s / e_t) W_skip,ts
-
-with c and mu the scale and mean of what is read, e and nu of what is written. Legend: F latents of a group.
+Folding keeps z, hence every latent's value and threshold (``shared.sae.formats.sides``). Legend: F latents of a group.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
-import torch
 from torch import Tensor
 
 from shared.basics.errors import GranaryError
 from shared.sae.config import DictionaryConfig
+from shared.sae.formats.held import calibration_hint, check_gate
+from shared.sae.formats.sides import Sides
 from shared.sae.sites import Sites
 
 
@@ -62,37 +57,26 @@ class Folded:
         """
         if config.activation == "topk":
             raise GranaryError(
-                f"the {form} format has no topk: its latents fire by a threshold. Train with sae=batchtopk "
-                f"sae.k={config.k}, whose threshold gives the same L0 of {config.k} on average"
+                f"the {form} format has no topk: its latents fire by a threshold. {calibration_hint(config.k)}"
             )
         if config.activation not in ("batchtopk", "relu", "jumprelu"):
             raise GranaryError(f"the {form} format has no {config.activation}: it holds batchtopk, relu and jumprelu")
         if config.normalisation == "layer_norm":
             raise GranaryError(f"the {form} format has no layer_norm: per-token scales can't be folded into weights")
-        if getattr(config, "gate", "joint") == "sum" and config.activation == "batchtopk":
-            raise GranaryError(f"the {form} format has no gate=sum: train with variant.gate=joint")
+        check_gate(form, config)
         if config.sites is None:
             raise GranaryError("the dictionary does not record where it reads and writes")
         of = {name: tensor.detach().double() for name, tensor in tensors.items()}
-        side = "input" if config.is_autoencoder else "output"
-        scale_in, scale_out = (
-            _columns(of[f"{name}_scale"], widths)
-            for name, widths in (("input", config.widths.reads), (side, config.widths.writes))
-        )
-        mean_in, mean_out = of["input_mean"], of[f"{side}_mean"]
-        b_dec = of["b_dec"] / scale_out + mean_out
-        W_skip = None
-        if "W_skip" in of:
-            W_skip = of["W_skip"] * scale_in / scale_out[:, None]
-            b_dec = b_dec - W_skip @ mean_in
+        sides = Sides.of(config, of)
+        b_dec, W_skip = sides.written(of["b_dec"], of.get("W_skip"))
         groups = []
         for number, (reads, writes) in enumerate(places):
             prefix = "" if "W_enc" in of else f"layers.{number}."
-            W_enc, b_enc = of[f"{prefix}W_enc"] * scale_in[reads], of[f"{prefix}b_enc"]
-            b_enc = b_enc - W_enc @ mean_in[reads]
+            W_enc, b_enc = of[f"{prefix}W_enc"] * sides.scale_in[reads], of[f"{prefix}b_enc"]
+            b_enc = b_enc - W_enc @ sides.mean_in[reads]
             if config.pre_bias:
                 b_enc = b_enc - of[f"{prefix}W_enc"] @ of["b_dec"]
-            W_dec = of[f"{prefix}W_dec"] / scale_out[writes]
+            W_dec = of[f"{prefix}W_dec"] / sides.scale_out[writes]
             threshold = None
             if config.activation == "jumprelu":
                 threshold = of[f"{prefix}activation.log_threshold"].exp().float()
@@ -107,8 +91,3 @@ class Folded:
             sites=config.sites,
             model=(provenance.get("model") or {}).get("id"),
         )
-
-
-def _columns(scale: Tensor, widths: Sequence[int]) -> Tensor:
-    """One scale per site as one per column."""
-    return torch.cat([one.expand(width) for one, width in zip(scale.reshape(-1), widths, strict=True)])

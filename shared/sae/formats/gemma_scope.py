@@ -3,7 +3,11 @@
 Tensors: W_enc [D, F], b_enc, W_dec [F, D], b_dec, threshold [F] (lower case in Gemma Scope 2); JumpReLU on raw
 activations without a pre-encoder bias (Lieberum et al. 2024):
 
-    z = x W_enc + b_enc;   f = relu(z) where z > threshold;   y = f W_dec + b_dec
+    z = x W_enc + b_enc;   f = relu(z) where z > threshold;   y = f W_dec + b_dec (+ x affine_skip_connection)
+
+Transcoders, which Gemma Scope 2 has with a skip too, name two places in ``config.json``. Those of Gemma Scope 1 have
+nothing but the name of their repository to tell them from SAEs; what they read, the norm before the MLP without its
+weight, is no site of a store, so that they record none.
 """
 
 import re
@@ -16,11 +20,17 @@ from torch import Tensor
 
 from shared.basics.errors import GranaryError
 from shared.sae.formats.files import check_unpacked
-from shared.sae.formats.raw import RawSAE
+from shared.sae.formats.raw import RawDictionary
 from shared.sae.formats.source import Source
+from shared.sae.sites import Sites
 
 NPZ, WEIGHTS, CONFIG = "params.npz", "params", "config.json"
 HARMLESS = ("l0", "model_name", "type", "width")
+SKIP = "affine_skip_connection"
+PLACES = {
+    "output": "resid_post", "pre_feedforward_layernorm.output": "mlp_in",
+    "post_feedforward_layernorm.output": "mlp_out",
+}  # fmt: skip
 SITES = {"res": "resid_post", "resid_post": "resid_post", "mlp": "mlp_out", "mlp_out": "mlp_out"}
 
 
@@ -29,8 +39,8 @@ def matches(folder: Path) -> bool:
     return (folder / NPZ).is_file() or (folder / f"{WEIGHTS}.safetensors").is_file()
 
 
-def read(source: Source) -> RawSAE:
-    """Raises GranaryError for transcoders, skip connections and rescaled fine-tunes."""
+def read(source: Source) -> RawDictionary:
+    """Raises GranaryError for rescaled fine-tunes, and for a skip connection beside an SAE."""
     folder = source.folder
     is_npz = (folder / NPZ).is_file()
     tensors = source.tensors(read_npz(folder / NPZ)) if is_npz else source.safetensors(WEIGHTS)
@@ -38,29 +48,33 @@ def read(source: Source) -> RawSAE:
     tensors.found = capital
     config = source.json(CONFIG, HARMLESS) if (folder / CONFIG).is_file() else source.document({}, folder)
     place, target = config.text("hf_hook_point_in"), config.text("hf_hook_point_out")
-    if place != target or "affine_skip_connection" in tensors:
-        raise GranaryError(f"{folder} maps {place} to {target}: a transcoder, not an SAE")
-    config.must_be("architecture", "jump_relu", "jumprelu", what="JumpReLU SAEs alone")
-    config.must_be("affine_connection", False, None, what="SAEs without a skip connection")
+    config.must_be("architecture", "jump_relu", "jumprelu", what="JumpReLU alone")
+    is_transcoder = place != target or names_transcoders(folder)
+    skips = config.flag("affine_connection", False) or SKIP in tensors
+    if skips and not is_transcoder:
+        raise GranaryError(f"{folder} has a skip connection from {place} to itself: SAEs without one can be read")
     d, f = tensors.matrix("W_enc")
+    d_out = tensors.matrix("W_dec")[1]
     if "scaling_factor" in tensors:
         (scaling,) = tensors.take({"scaling_factor": tuple(tensors.found["scaling_factor"].shape)})
         if not torch.allclose(scaling, torch.ones_like(scaling)):
             raise GranaryError(f"{folder} has a scaling_factor, as fine-tuned SAEs do: they can't be read")
-    shapes = {"W_enc": (d, f), "b_enc": (f,), "W_dec": (f, d), "b_dec": (d,), "threshold": (f,)}
+    shapes = {"W_enc": (d, f), "b_enc": (f,), "W_dec": (f, d_out), "b_dec": (d_out,), "threshold": (f,)}
     W_enc_DF, b_enc_F, W_dec_FD, b_dec_D, threshold_F = tensors.take(shapes)
-    return RawSAE(
+    return RawDictionary(
         W_enc_DF.T,
         b_enc_F,
         W_dec_FD,
         b_dec_D,
         pre_bias=False,
+        kind="sae" if not is_transcoder else "skip_transcoder" if skips else "transcoder",
+        W_skip_DD=tensors.take({SKIP: (d, d_out)})[0].T if skips else None,
         activation="jumprelu",
         threshold_F=threshold_F,
         provenance={
             "converted_from": "gemma_scope",
             "source": config.content,
-            **(hook_of_place(place) or hook_of(folder)),
+            **(between(place, target) if is_transcoder else hook_of_place(place) or hook_of(folder)),
         },
     )
 
@@ -77,8 +91,19 @@ def read_npz(path: Path) -> dict[str, Tensor]:
 
 def hook_of_place(place: str | None) -> dict[str, str]:
     """The hook of ``model.layers.9.output``, where the file says it."""
-    layer = re.fullmatch(r"model\.layers\.(\d+)\.output", place or "")
-    return {"hook": f"layers.{layer[1]}.resid_post"} if layer else {}
+    found = re.fullmatch(r"model\.(?:language_model\.)?layers\.(\d+)\.([\w.]+)", place or "")
+    return {"hook": f"layers.{found[1]}.{PLACES[found[2]]}"} if found and found[2] in PLACES else {}
+
+
+def between(place: str | None, target: str | None) -> dict[str, object]:
+    """Where a transcoder reads and writes, where both are sites of this project."""
+    goes_in, comes_out = hook_of_place(place), hook_of_place(target)
+    return Sites((goes_in["hook"],), (comes_out["hook"],)).record() if goes_in and comes_out else {}
+
+
+def names_transcoders(folder: Path) -> bool:
+    """Whether the folder's path is of a repository of transcoders: ``gemma-scope-2b-pt-transcoders/layer_20/...``."""
+    return any(re.search(r"gemma-scope-.*-transcoders$", part) for part in folder.resolve().parts)
 
 
 def hook_of(folder: Path) -> dict[str, str]:

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from shared.basics.errors import GranaryError
-from shared.sae.formats.raw import RawSAE
+from shared.sae.formats.raw import RawDictionary
 from shared.sae.formats.saelens import hook_record
 from shared.sae.formats.source import Source
 
@@ -37,7 +37,7 @@ def matches(folder: Path) -> bool:
     return (folder / CONFIG).is_file() and (folder / f"{WEIGHTS}.safetensors").is_file()
 
 
-def read(source: Source) -> RawSAE:
+def read(source: Source) -> RawDictionary:
     """Raises GranaryError for transcoders, and for another activation or normalisation than the released ones."""
     config = source.json(CONFIG, HARMLESS)
     place, target = config.text("hook_point_in"), config.text("hook_point_out")
@@ -57,7 +57,7 @@ def read(source: Source) -> RawSAE:
     threshold_F = torch.full((f,), config.number("jump_relu_threshold") * scale)
     if config.flag("sparsity_include_decoder_norm", False):
         threshold_F = threshold_F / W_dec_DF.norm(dim=0)
-    raw = RawSAE(
+    raw = RawDictionary(
         W_enc_FD,
         b_enc_F,
         W_dec_DF.T,

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 from shared.basics.errors import GranaryError
 from shared.sae.formats.files import read_json
-from shared.sae.formats.raw import RawSAE
+from shared.sae.formats.raw import RawDictionary
 from shared.sae.formats.source import Source
 
 CONFIG, WEIGHTS = "config.json", "model"
@@ -29,6 +29,7 @@ HARMLESS = (
     "transformers_version",
 )  # fmt: skip
 EPS = 1e-5
+HOLDS = {"sae": ("topk",)}
 
 
 def matches(folder: Path) -> bool:
@@ -37,7 +38,7 @@ def matches(folder: Path) -> bool:
     return path.is_file() and ARCHITECTURE in (read_json(path).get("architectures") or [])
 
 
-def read(source: Source) -> RawSAE:
+def read(source: Source) -> RawDictionary:
     """Raises GranaryError for an activation other than topk, experts, and a hook pair of two different places."""
     config = source.json(CONFIG, HARMLESS)
     config.must_be("activation", "topk", what="TopK SAEs alone")
@@ -49,7 +50,7 @@ def read(source: Source) -> RawSAE:
     shapes = {"encoder.weight": (f, d), "encoder.bias": (f,), "W_dec": (f, d), "b_dec": (d,)}
     W_enc_FD, b_enc_F, W_dec_FD, b_dec_D = source.safetensors(WEIGHTS).take(shapes)
     layer = re.fullmatch(r"(?:model\.)?layers\.(\d+)", place or "")
-    raw = RawSAE(
+    raw = RawDictionary(
         W_enc_FD,
         b_enc_F,
         W_dec_FD,
@@ -70,9 +71,8 @@ def read(source: Source) -> RawSAE:
     return replace(scaled, layer_norm=True, shift_back=shift_back)
 
 
-def save(raw: RawSAE, folder: Path) -> None:
-    """Write the folder; raises GranaryError for an activation other than topk."""
-    raw = raw.expressed_in("opensae", ("topk",))
+def save(raw: RawDictionary, folder: Path) -> None:
+    """Write the folder."""
     if raw.layer_norm:
         raw = raw.with_sample_std(scale_output=raw.shift_back)
     raw = raw.with_pre_bias(True)

@@ -1,6 +1,6 @@
-"""The meeting point of all formats: an SAE on raw activations, its normalisation folded into its weights.
+"""The meeting point of all formats: a dictionary of one group, on raw activations, its normalisation in its weights.
 
-    z = W_enc (x - b_dec if pre_bias else x) + b_enc,   f = activation(z),   x^ = sum_i f_i W_dec[i] + b_dec
+    z = W_enc (x - b_dec if pre_bias else x) + b_enc,   f = activation(z),   y = sum_i f_i W_dec[i] + b_dec (+ W_skip x)
 
     topk        the k largest positive z
     relu        max(z, 0)
@@ -8,10 +8,11 @@
     batchtopk   the same at inference, with one threshold for all latents; k is what it was trained with
     gated       max(exp(r_mag) (z - b_enc) + b_mag, 0) where z > 0
 
-With `layer_norm`, x is first brought to mean 0 and (biased) standard deviation 1 per token, and x^ scaled back where
-`shift_back`. Folding keeps every latent's value, hence thresholds too.
+An SAE writes what it reads; a transcoder another place; a crosscoder several places side by side. With `layer_norm`
+(SAEs alone), x is first brought to mean 0 and (biased) standard deviation 1 per token, and y scaled back where
+`shift_back`. Folding keeps every latent's value, hence thresholds too (``shared.sae.formats.sides``).
 
-Legend: F d_latent, D d_model.
+Legend: F d_latent, D width of what is read or written, all sites side by side.
 """
 
 import math
@@ -23,12 +24,13 @@ import torch
 from torch import Tensor
 
 from shared.basics.errors import GranaryError
-from shared.sae.config import SAEConfig
-from shared.sae.sites import Sites
+from shared.sae.config import DictionaryConfig
+from shared.sae.formats.sides import Sides
+from shared.sae.sites import Sites, SiteWidths
 
 
 @dataclass(frozen=True)
-class RawSAE:
+class RawDictionary:
     """Weights, float32, row per latent."""
 
     W_enc_FD: Tensor
@@ -36,6 +38,12 @@ class RawSAE:
     W_dec_FD: Tensor
     b_dec_D: Tensor
     pre_bias: bool
+    kind: str = "sae"
+    """sae, transcoder, skip_transcoder or crosscoder."""
+    W_skip_DD: Tensor | None = None
+    """[d_out, d_in], of a skip transcoder."""
+    widths: SiteWidths | None = None
+    """Of each site; None: one site on each side."""
     activation: str = "topk"
     k: int | None = None
     """For topk and batchtopk."""
@@ -47,31 +55,35 @@ class RawSAE:
     layer_norm: bool = False
     shift_back: bool = True
     provenance: dict[str, Any] = field(default_factory=dict)
-    """``hook`` where it is known, and whatever the source records."""
+    """``hook``, or ``reads`` and ``writes``, where they are known, and whatever the source records."""
 
     @classmethod
-    def from_checkpoint(cls, config: SAEConfig, tensors: Mapping[str, Tensor], provenance: dict[str, Any]) -> Self:
-        """Fold the normalisation of an SAE of this project, given as its config and its ``state_dict``."""
+    def from_checkpoint(
+        cls, config: DictionaryConfig, tensors: Mapping[str, Tensor], provenance: dict[str, Any]
+    ) -> Self:
+        """Fold the normalisation of a dictionary of one group, given as its config and its ``state_dict``."""
         of = {name: tensor.detach().double() for name, tensor in tensors.items()}
         own = {name.removeprefix("activation."): of[name] for name in of if name.startswith("activation.")}
-        W_enc, b_enc, W_dec, b_dec = of["W_enc"], of["b_enc"], of["W_dec"], of["b_dec"]
-        b_mag = own.get("b_mag")
-        if config.normalisation in ("scale", "centre_scale"):
-            scale, mean = float(tensors["input_scale"]), of["input_mean"]
-            W_enc, W_dec, b_dec = W_enc * scale, W_dec / scale, b_dec / scale + mean
-            if not config.pre_bias:  # with it, the new b_dec takes the mean off
-                shift = W_enc @ mean
-                b_enc = b_enc - shift
-                b_mag = None if b_mag is None else b_mag - own["r_mag"].exp() * shift
+        sides = Sides.of(config, of)
+        W_enc = of["W_enc"] * sides.scale_in
+        b_dec, W_skip = sides.written(of["b_dec"], of.get("W_skip"))
+        b_enc, b_mag = of["b_enc"], own.get("b_mag")
+        if not config.pre_bias:  # with it, the new b_dec takes the mean off
+            shift = W_enc @ sides.mean_in
+            b_enc = b_enc - shift
+            b_mag = None if b_mag is None else b_mag - own["r_mag"].exp() * shift
         threshold = own["log_threshold"].exp() if "log_threshold" in own else own.get("threshold")
         if threshold is not None and threshold.dim() == 0:
             threshold = threshold.expand(len(b_enc))
         return cls(
             W_enc.float(),
             b_enc.float(),
-            W_dec.float(),
+            (of["W_dec"] / sides.scale_out).float(),
             b_dec.float(),
             pre_bias=config.pre_bias,
+            kind=config.kind,
+            W_skip_DD=None if W_skip is None else W_skip.float(),
+            widths=config.widths,
             activation=config.activation,
             k=config.k,
             threshold_F=None if threshold is None else threshold.float(),
@@ -79,34 +91,52 @@ class RawSAE:
             b_mag_F=None if b_mag is None else b_mag.float(),
             layer_norm=config.normalisation == "layer_norm",
             shift_back=config.shift_back,
-            provenance=dict(provenance),
+            provenance={**provenance, **({} if config.sites is None else config.sites.record())},
         )
 
-    def to_checkpoint(self) -> tuple[SAEConfig, dict[str, Tensor]]:
-        """Config and tensors of an SAE of this project with these weights."""
-        d_latent, d_model = self.W_enc_FD.shape
-        config = SAEConfig(
-            d_model=d_model,
-            d_latent=d_latent,
-            k=self.k,
-            activation=self.activation,
-            normalisation="layer_norm" if self.layer_norm else "none",
-            shift_back=self.shift_back,
-            pre_bias=self.pre_bias,
-            unit_norm_decoder=False,
-            sites=Sites.from_provenance(self.provenance),
+    def to_checkpoint(self, kinds: Mapping[str, type[DictionaryConfig]]) -> tuple[DictionaryConfig, dict[str, Tensor]]:
+        """Config, of the one of `kinds` that this is, and tensors of a dictionary of this project with these weights.
+
+        Raises GranaryError for what contradicts itself.
+        """
+        d_latent, d_in = self.W_enc_FD.shape
+        d_out = self.W_dec_FD.shape[1]
+        widths = self.widths or SiteWidths((d_in,), (d_out,))
+        config = kinds[self.kind].of(
+            widths,
+            {
+                "d_latent": d_latent,
+                "k": self.k,
+                "activation": self.activation,
+                "normalisation": "layer_norm" if self.layer_norm else "none",
+                "shift_back": self.shift_back,
+                "pre_bias": self.pre_bias,
+                "unit_norm_decoder": False,
+            },
+            self.sites,
         )
-        tensors = {
-            "W_enc": self.W_enc_FD,
-            "b_enc": self.b_enc_F,
-            "W_dec": self.W_dec_FD,
-            "b_dec": self.b_dec_D,
-            "input_mean": torch.zeros(d_model),
-            "input_scale": torch.ones(()),
-            "input_variance": torch.ones(d_model),
-            **self._activation_tensors(),
-        }
+        tensors = {"W_enc": self.W_enc_FD, "b_enc": self.b_enc_F, "W_dec": self.W_dec_FD, "b_dec": self.b_dec_D}
+        tensors |= {} if self.W_skip_DD is None else {"W_skip": self.W_skip_DD}
+        sides = {"input": widths.reads} if config.is_autoencoder else {"input": widths.reads, "output": widths.writes}
+        for side, of_sites in sides.items():
+            tensors |= {
+                f"{side}_mean": torch.zeros(sum(of_sites)),
+                f"{side}_scale": torch.ones(len(of_sites)) if len(of_sites) > 1 else torch.ones(()),
+                f"{side}_variance": torch.ones(sum(of_sites)),
+            }
+        tensors |= self._activation_tensors()
         return config, {name: tensor.contiguous() for name, tensor in tensors.items()}
+
+    @property
+    def sites(self) -> Sites | None:
+        """Where it reads and writes, where that is known."""
+        return Sites.from_provenance(self.provenance)
+
+    def at(self, sites: Sites) -> Self:
+        """The same at these sites; one of one place is a transcoder where it reads and writes different ones."""
+        known = {name: value for name, value in self.provenance.items() if name not in ("hook", "reads", "writes")}
+        kind = "transcoder" if self.kind == "sae" and not sites.is_autoencoder else self.kind
+        return replace(self, kind=kind, provenance={**known, **sites.record()})
 
     def _activation_tensors(self) -> dict[str, Tensor]:
         match self.activation:
@@ -131,13 +161,7 @@ class RawSAE:
             raise GranaryError("this gated SAE has no r_mag and b_mag: its folder is incomplete")
         return self.r_mag_F, self.b_mag_F
 
-    def expressed_in(self, form: str, activations: tuple[str, ...]) -> "RawSAE":
-        """Itself; raises GranaryError where the target `form` has no such activation."""
-        if self.activation not in activations:
-            raise GranaryError(f"the {form} format has no {self.activation} SAEs: it holds {', '.join(activations)}")
-        return self
-
-    def with_pre_bias(self, pre_bias: bool) -> "RawSAE":
+    def with_pre_bias(self, pre_bias: bool) -> "RawDictionary":
         """The same function with `pre_bias` as asked: the difference goes into b_enc (and b_mag)."""
         if self.pre_bias == pre_bias:
             return self
@@ -147,13 +171,13 @@ class RawSAE:
             b_mag_F = b_mag_F + self.r_mag_F.exp() * shift_F
         return replace(self, b_enc_F=self.b_enc_F + shift_F, b_mag_F=b_mag_F, pre_bias=pre_bias)
 
-    def with_input_scale(self, scale: float) -> "RawSAE":
+    def with_input_scale(self, scale: float) -> "RawDictionary":
         """Weights for raw activations, where these are for activations times `scale`; latents keep their values."""
         return replace(
             self, W_enc_FD=self.W_enc_FD * scale, W_dec_FD=self.W_dec_FD / scale, b_dec_D=self.b_dec_D / scale
         )
 
-    def with_unit_scores(self) -> "RawSAE":
+    def with_unit_scores(self) -> "RawDictionary":
         """Latents times the norm of their decoder row, which then is 1: for SAEs that select by that product."""
         norm_F = self.W_dec_FD.norm(dim=1)
         return replace(
@@ -163,22 +187,22 @@ class RawSAE:
             W_dec_FD=self.W_dec_FD / norm_F[:, None],
         )
 
-    def without_layer_norm(self, form: str) -> "RawSAE":
+    def without_layer_norm(self, form: str) -> "RawDictionary":
         """Itself; raises GranaryError where the target `form` has no per-token normalisation."""
         if self.layer_norm:
             raise GranaryError(f"the {form} format has no layer_norm: per-token scales can't be folded into weights")
         return self
 
-    def with_sample_std(self, *, scale_output: bool) -> "RawSAE":
+    def with_sample_std(self, *, scale_output: bool) -> "RawDictionary":
         """Weights for a per-token standard deviation over d - 1 (torch's default) in place of this project's over d."""
         ratio = sample_std_ratio(self.W_enc_FD.shape[1])
         return self._rescaled(ratio, scale_output)
 
-    def from_sample_std(self, *, scale_output: bool) -> "RawSAE":
+    def from_sample_std(self, *, scale_output: bool) -> "RawDictionary":
         """The inverse of `with_sample_std`."""
         return self._rescaled(1 / sample_std_ratio(self.W_enc_FD.shape[1]), scale_output)
 
-    def _rescaled(self, ratio: float, scale_output: bool) -> "RawSAE":
+    def _rescaled(self, ratio: float, scale_output: bool) -> "RawDictionary":
         """Weights for inputs divided by `ratio`; and for outputs multiplied by it, if `scale_output`."""
         if not scale_output:
             raw = self.with_pre_bias(False)

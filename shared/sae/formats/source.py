@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from shared.basics.errors import GranaryError
-from shared.sae.formats.files import read_json, read_tensors
+from shared.sae.formats.files import read_json, read_pickled, read_tensors
 
 # What wrappers of a module put before the names of its tensors: torch.compile, DataParallel.
 WRAPPERS = ("_orig_mod.", "module.")
@@ -45,6 +45,16 @@ class Source:
     def safetensors(self, name: str, harmless: Collection[str] = ()) -> "Tensors":
         """Those of ``<name>.safetensors``, or of the files that its index lists."""
         return self.tensors(read_tensors(self.folder, name), harmless)
+
+    def pickled(self, name: str, harmless: Collection[str] = ()) -> "Tensors":
+        """Those of a file of torch's, which may lie under ``state_dict`` beside settings; these are refused by name."""
+        found = read_pickled(self.folder / name)
+        if isinstance(found.get("state_dict"), dict):
+            self.document(found, self.folder / name, ("state_dict",))
+            found = found["state_dict"]
+        named = {key: value for key, value in found.items() if isinstance(value, Tensor)}
+        self.document({key: value for key, value in found.items() if key not in named}, self.folder / name)
+        return self.tensors(named, harmless)
 
     def tensors(self, found: Mapping[str, Tensor], harmless: Collection[str] = ()) -> "Tensors":
         """Those in `found`, float32, under the names that they have in the module itself."""

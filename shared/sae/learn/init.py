@@ -46,32 +46,49 @@ class ActivationStatistics(Protocol):
         """Mean Euclidean norm of a token."""
 
 
-def geometric_median(points_MD: Tensor, *, max_steps: int = 100, tolerance: float = 1e-6) -> Tensor:
+def row_norm(x_MD: Tensor) -> Tensor:
+    """Norm of each row, [M]."""
+    return x_MD.norm(dim=1)
+
+
+def geometric_median(
+    points_MD: Tensor, *, max_steps: int = 100, tolerance: float = 1e-6, norms: Callable[[Tensor], Tensor] = row_norm
+) -> Tensor:
     """The point [D] with the least summed distance to `points_MD` (Weiszfeld 1937), in float32 or better.
 
-    Stops when a step moves it by less than `tolerance` times the mean distance.
+    Stops when a step moves it by less than `tolerance` times the mean distance. `norms`: of rows of which maybe only
+    some columns are here.
     """
     points_MD = points_MD.to(torch.promote_types(points_MD.dtype, torch.float32))
     median_D = points_MD.mean(0)
     for _ in range(max_steps):
-        distance_M = (points_MD - median_D).norm(dim=1)
+        distance_M = norms(points_MD - median_D)
         # A point on the median would get infinite weight and hold it there for ever.
         weight_M = 1 / distance_M.clamp_min(1e-6 * float(distance_M.mean()) + torch.finfo(points_MD.dtype).tiny)
         moved_D = weight_M @ points_MD / weight_M.sum()
-        step = float((moved_D - median_D).norm())
+        step = float(norms((moved_D - median_D)[None]))
         median_D = moved_D
         if step <= tolerance * float(distance_M.mean()):
             break
     return median_D
 
 
-def encoder_scale(target_MD: Tensor, decoded_MD: Tensor, weight_D: Tensor) -> float:
-    """argmin_s of ``sum w (target - s * decoded)^2``.
+def keep(sums: Tensor) -> Tensor:
+    """Sums over all columns, where all are here."""
+    return sums
+
+
+def encoder_scale(
+    target_MD: Tensor, decoded_MD: Tensor, weight_D: Tensor, sum_up: Callable[[Tensor], Tensor] = keep
+) -> float:
+    """argmin_s of ``sum w (target - s * decoded)^2``; `sum_up` adds what is found at columns that are elsewhere.
 
     With b_enc = 0 the choice of latents does not depend on the encoder's scale and the reconstruction is linear in it,
     so the best scale has this closed form; other projects search it on a grid. JumpReLU's thresholds break that.
     """
-    scale = float((target_MD * decoded_MD * weight_D).sum() / (decoded_MD.square() * weight_D).sum())
+    sums = ((target_MD * decoded_MD * weight_D).sum(), (decoded_MD.square() * weight_D).sum())
+    along, square = sum_up(torch.stack(sums))
+    scale = float(along / square)
     return scale if scale > 0 else 1.0
 
 
@@ -133,7 +150,7 @@ def initialise(
     elif learning.bias_init == "mean":
         dictionary.b_dec.copy_(target_MD.mean(0))
     else:
-        dictionary.b_dec.copy_(geometric_median(target_MD))
+        dictionary.b_dec.copy_(geometric_median(target_MD, norms=objective.terms.token_norms))
     if dictionary.config.is_autoencoder:
         assert isinstance(dictionary, OneGroup)
         if learning.init_subspace is not None:
@@ -198,19 +215,14 @@ def start_decoder_from_data(objective: Objective, x_MD: Tensor, y_MD: Tensor) ->
     centred_MD, target_MD, _, _ = objective.terms.prepare(x_MD, y_MD)
     objective.rule.fit_to_sample(centred_MD)
     wanted_MD = objective.terms.wanted(target_MD, centred_MD) - dictionary.b_dec
-    sums: list[Tensor | None] = [None] * len(dictionary.groups)
+    sums: list[Tensor] = []
     for part in parts_of_sample(objective, len(x_MD)):
-        picks = dictionary.split(*dictionary.fire(centred_MD[part]))
-        for number, (group, (_, writes)) in enumerate(zip(dictionary.groups, dictionary.places, strict=True)):
-            values_MK, indices_MK = picks[number]
-            own_MD, order = wanted_MD[part, writes].contiguous(), PairOrder(indices_MK, group.num_latents)
-            rows_FD = row_grad(values_MK, indices_MK, own_MD, group.num_latents, order, kernels=dictionary.kernels)
-            before_FD = sums[number]
-            sums[number] = rows_FD if before_FD is None else before_FD.add_(rows_FD)
-    for group, sum_FD in zip(dictionary.groups, sums, strict=True):
-        assert sum_FD is not None
-        norm_F1 = sum_FD.norm(dim=1, keepdim=True)
-        group.W_dec.copy_(torch.where(norm_F1 > 0, sum_FD / norm_F1.clamp_min(1e-30), group.W_dec))
+        found = []
+        for (W_dec, writes), picks in zip(dictionary.decoders, objective.terms.fire(centred_MD[part]), strict=True):
+            own_MD, order = wanted_MD[part, writes].contiguous(), PairOrder(picks[1], len(W_dec))
+            found.append(row_grad(*picks, own_MD, len(W_dec), order, kernels=dictionary.kernels))
+        sums = [before_FD.add_(rows_FD) for before_FD, rows_FD in zip(sums, found, strict=True)] if sums else found
+    dictionary.start_decoders(sums, objective.terms.row_norms(sums))
 
 
 def parts_of_sample(objective: Objective, count: int) -> list[slice]:
@@ -221,33 +233,36 @@ def parts_of_sample(objective: Objective, count: int) -> list[slice]:
 
 def set_scale(objective: Objective, x_MD: Tensor, y_MD: Tensor) -> None:
     """The encoder's and decoder's rows times what ``encoder_init`` says, and thresholds that follow from them."""
-    dictionary, learning, rule = objective.dictionary, objective.learning, objective.rule
+    dictionary, learning, rule, terms = objective.dictionary, objective.learning, objective.rule, objective.terms
     if not rule.looks_at_all:
         x_MD, y_MD = x_MD[:SEARCH_TOKENS], y_MD[:SEARCH_TOKENS]  # half of all latents may fire
-    first = [(group.W_enc.clone(), group.W_dec.clone()) for group in dictionary.groups]
-    centred_MD, target_MD, _, _ = objective.terms.prepare(x_MD, y_MD)
-    wanted_MD = objective.terms.wanted(target_MD, centred_MD) - dictionary.b_dec
-    weight_D = objective.terms.loss_weight()
+    encoders = [(group.W_enc, group.W_enc.clone()) for group in dictionary.groups]
+    searches_norms = learning.encoder_init == "norm_search"  # else the decoders stay as they are
+    decoders = [(W_dec, W_dec.clone()) for W_dec, _ in dictionary.decoders] if searches_norms else []
+    centred_MD, target_MD, _, _ = terms.prepare(x_MD, y_MD)
+    wanted_MD = terms.wanted(target_MD, centred_MD) - dictionary.b_dec
+    weight_D = terms.loss_weight()
 
     def decoded_with(encoder: float, decoder: float) -> Tensor:
-        for group, (encoder_FD, decoder_FD) in zip(dictionary.groups, first, strict=True):
-            group.W_enc.copy_(encoder_FD * encoder)
-            group.W_dec.copy_(decoder_FD * decoder)
+        for times, matrices in ((encoder, encoders), (decoder, decoders)):
+            for matrix_FD, first_FD in matrices:
+                matrix_FD.copy_(first_FD * times)
         rule.fit_to_sample(centred_MD)
         parts = parts_of_sample(objective, len(centred_MD))
-        return torch.cat([dictionary.decoded(*dictionary.fire(centred_MD[part])) for part in parts])
+        return torch.cat([terms.decoded(terms.fire(centred_MD[part])) for part in parts])
 
     def loss_with(encoder: float, decoder: float) -> float:
-        return float(weighted_square_error(decoded_with(encoder, decoder) - wanted_MD, weight_D))
+        error = weighted_square_error(decoded_with(encoder, decoder) - wanted_MD, weight_D)
+        return float(terms.sum_over_columns(error))
 
     if learning.encoder_init == "transpose":
         rule.fit_to_sample(centred_MD)
-    elif learning.encoder_init == "norm_search":
+    elif searches_norms:
         norm = grid_search(lambda norm: loss_with(norm, norm), NORMS, steps=20)
         decoded_with(norm, norm)
     elif rule.scale_search == "grid":
         scale = grid_search(lambda scale: loss_with(scale, 1.0), SCALES, steps=10)
         decoded_with(scale, 1.0)
     else:
-        scale = encoder_scale(wanted_MD, decoded_with(1.0, 1.0), weight_D)
+        scale = encoder_scale(wanted_MD, decoded_with(1.0, 1.0), weight_D, terms.sum_over_columns)
         decoded_with(scale * rule.overshoot, 1.0)

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from shared.kernels import PairOrder, attach_encoder, product, sparse_decode, take_rows
+from shared.kernels import PairOrder, attach_encoder, product, take_rows
 from shared.sae.activations import TopK, encode_above
 from shared.sae.learn import batch_facts
 from shared.sae.learn.activations import RULES, BatchTopKRule, Rule, TopKRule
 from shared.sae.learn.batch_facts import Reduce, SelectionMemory
+from shared.sae.learn.config import LearningConfig
 from shared.sae.learn.inputs import BatchFacts, Losses, StepInputs, dead_indices
 from shared.sae.learn.losses import preact_loss, saturated, weighted_square_error
 from shared.sae.learn.straight_through import jump_relu, step
@@ -49,14 +50,8 @@ class ManyGroups:
             self._fire(rule, given_ND, picks)
             for rule, given_ND, picks in zip(self.rules, given, self._choose(given, inputs, len(x)), strict=True)
         ]
-        decoded = [
-            sparse_decode(
-                fired.values_NK, fired.indices_NK, rule.own.group.W_dec, fired.order,
-                compute=rule.own.group.compute, sink=rule.own.sink("W_dec"),
-            )
-            for rule, fired in zip(self.rules, firing, strict=True)
-        ]  # fmt: skip
-        starts = [rule.own.writes.start or 0 for rule in self.rules]
+        decoded = self._decode(firing)
+        starts = [writes.start or 0 for _, writes in terms.dictionary.decoders]
         error_ND = add_up(decoded, starts, target_ND.shape[1]) + terms.dictionary.b_dec - target_ND
         reconstruction = weighted_square_error(error_ND, terms.loss_weight())
         total, metrics = reconstruction, {"reconstruction": reconstruction.detach(), "fvu": terms.fvu(error_ND)}
@@ -72,11 +67,15 @@ class ManyGroups:
             total = total + weight * loss
             metrics[name] = metrics[name] + loss.detach() if name in metrics else loss.detach()
         with torch.no_grad():
-            metrics["l0"] = sum(
-                (fired.is_on_NK.sum(dtype=torch.float32) for fired in firing), start=x.new_zeros(())
-            ) / len(x)
+            counts = [fired.is_on_NK.sum(dtype=torch.float32) for fired in firing]
+            metrics["l0"] = sum(counts, start=x.new_zeros(())) / len(x)
+            metrics |= {f"l0/{name}": count / len(x) for name, count in zip(self._names(), counts, strict=False)}
             fired_F = torch.cat([self._fired(rule.own, one) for rule, one in zip(self.rules, firing, strict=True)])
         return Losses(total=total, reconstruction=metrics["reconstruction"], fired=fired_F, metrics=metrics)
+
+    def _names(self) -> Sequence[str]:
+        """Of the groups here; none where there is one in all."""
+        return self.terms.dictionary.group_names
 
     # What fires
 
@@ -109,6 +108,13 @@ class ManyGroups:
             for rule, one in zip(self.rules, given, strict=True)
         ]
 
+    def _decode(self, firing: Sequence["Firing"]) -> list[Tensor]:
+        """What each decoder writes, from what the groups fire."""
+        return [
+            rule.own.group.write(fired.values_NK, fired.indices_NK, fired.order, rule.own.sink("W_dec"))
+            for rule, fired in zip(self.rules, firing, strict=True)
+        ]
+
     def _lowest(self, own: GroupTerms) -> Tensor | float:
         """Below which a pre-activation neither fires nor teaches its threshold: 0, or the rectangle's lower end."""
         thresholds = getattr(own.group.activation, "log_threshold", None)
@@ -135,14 +141,14 @@ class ManyGroups:
             if learning.penalty == "l0":
                 l0 = step(flat_1P, theta_P, learning.bandwidth).sum()
         is_on_NK = is_pick_NK & (values_NK.detach() > 0)
-        penalty = l0
+        fired = Firing(values_NK, indices_NK, is_on_NK, order, l0)
         if learning.penalty in ("l1", "tanh"):
-            norm_F = group.decoder_norm()
-            norm_NK = None if norm_F is None else _gather(norm_F, safe_NK)
-            kept_NK = values_NK.masked_fill(~is_pick_NK, 0)
-            strength_NK = kept_NK if norm_NK is None else kept_NK * norm_NK
-            penalty = (saturated(kept_NK, learning, norm_NK) if learning.penalty == "tanh" else strength_NK).sum()
-        return Firing(values_NK, indices_NK, is_on_NK, order, penalty)
+            fired.penalty = self._penalty(own, fired)
+        return fired
+
+    def _penalty(self, own: GroupTerms, fired: "Firing") -> Tensor | None:
+        """l1 or tanh of what a group fires."""
+        return penalty_of(own.learning, fired, own.group.decoder_norm())
 
     @staticmethod
     def _fired(own: GroupTerms, fired: "Firing") -> Tensor:
@@ -213,7 +219,7 @@ class ManyGroups:
             found = [rule.facts(one, num_tokens, k, reduce, reduce) for rule, one in zip(rules, given, strict=True)]
         else:
             k = rules[0].own.k if k is None else k
-            wanted = num_tokens * min(k, sum(rule.own.d_latent for rule in rules))
+            wanted = num_tokens * min(k, self.terms.dictionary.config.d_latent)
             found = batch_facts.select_over_batch(
                 [rule.own.group.encoder() for rule in rules],
                 given,
@@ -264,6 +270,15 @@ class Firing:
         """Of the pairs, for encoder and decoder."""
         self.penalty = penalty
         """Sum over rows and latents; None without one."""
+
+
+def penalty_of(learning: LearningConfig, fired: Firing, norm_F: Tensor | None) -> Tensor:
+    """l1 or tanh, weighed by the norms of the decoder's rows; None: they are 1."""
+    is_pick_NK = fired.indices_NK >= 0
+    norm_NK = None if norm_F is None else _gather(norm_F, fired.indices_NK.clamp_min(0))
+    kept_NK = fired.values_NK.masked_fill(~is_pick_NK, 0)
+    strength_NK = kept_NK if norm_NK is None else kept_NK * norm_NK
+    return (saturated(kept_NK, learning, norm_NK) if learning.penalty == "tanh" else strength_NK).sum()
 
 
 def _gather(values_F: Tensor, indices_NK: Tensor) -> Tensor:

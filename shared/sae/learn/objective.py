@@ -9,11 +9,13 @@ from shared.kernels import PairGradients
 from shared.sae.latent_shard import LatentShard
 from shared.sae.learn.activations import RULES, Rule
 from shared.sae.learn.batch_facts import Reduce, alone
+from shared.sae.learn.clt_part import PartOfGroups, PartTerms
 from shared.sae.learn.config import LearningConfig, check, learning_of
 from shared.sae.learn.inputs import BatchFacts, Losses, StepInputs
 from shared.sae.learn.many_groups import ManyGroups
 from shared.sae.learn.terms import LossTerms
 from shared.sae.variants.base import Dictionary
+from shared.sae.variants.clt_part import CLTPart
 from shared.sae.variants.one_group import OneGroup
 
 
@@ -28,19 +30,19 @@ class Objective(nn.Module):
         self.learning = learning_of(dictionary.config.kind)() if learning is None else learning
         check(dictionary.config, self.learning)
         self.dictionary = dictionary
-        self.terms = LossTerms(dictionary, self.learning)
-        self.rule: Rule | ManyGroups = (
-            RULES[dictionary.config.activation](self.terms, self.terms.sole)
-            if isinstance(dictionary, OneGroup)
-            else ManyGroups(self.terms)
-        )
-        """What the activation makes of learning."""
+        self.terms, self.rule = _made_of(dictionary, self.learning)
+
+    terms: LossTerms
+    rule: Rule | ManyGroups
+    """What the activation makes of learning."""
 
     @property
     def metric_names(self) -> tuple[str, ...]:
-        """Metrics of its losses beside those that all have: FVU at each written site, where there are several."""
+        """Metrics of its losses beside those that all have: FVU at each written site, where there are several, and L0
+        of each group, likewise."""
         names = self.dictionary.written_sites
-        return tuple(f"fvu/{name}" for name in names) if len(names) > 1 else ()
+        fvus = tuple(f"fvu/{name}" for name in names) if len(names) > 1 else ()
+        return (*fvus, *(f"l0/{name}" for name in self.dictionary.group_names))
 
     @property
     def shard(self) -> LatentShard:
@@ -92,3 +94,14 @@ class Objective(nn.Module):
         with torch.no_grad():
             centred = [self.dictionary.centred(self.dictionary.normalise(part)[0]) for part in parts]
             return self.rule.facts(centred, num_tokens, k, reduce_all, reduce_rows)
+
+
+def _made_of(dictionary: Dictionary, learning: LearningConfig) -> tuple[LossTerms, Rule | ManyGroups]:
+    """Pieces of the losses and how they are put together."""
+    if isinstance(dictionary, CLTPart):
+        part = PartTerms(dictionary, learning)
+        return part, PartOfGroups(part)
+    terms = LossTerms(dictionary, learning)
+    if isinstance(dictionary, OneGroup):
+        return terms, RULES[dictionary.config.activation](terms, terms.sole)
+    return terms, ManyGroups(terms)

@@ -3,6 +3,8 @@
 Shape letters: N rows, D_in and D_out widths of what is read and written, F latents held here, R dead latents.
 """
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from shared.kernels import DeadRows, PairGradient, PairGradients, take_rows
@@ -11,7 +13,7 @@ from shared.sae.latent_shard import WHOLE, LatentShard
 from shared.sae.learn.config import LearningConfig
 from shared.sae.learn.inputs import dead_indices
 from shared.sae.learn.losses import auxk_loss, reconstruction_weight, weighted_square_error
-from shared.sae.variants.base import Dictionary
+from shared.sae.variants.base import Dictionary, Picks
 
 
 class LossTerms:
@@ -35,6 +37,34 @@ class LossTerms:
         """What latents and b_dec must give: the target itself, or with a skip what that leaves over, with gradient."""
         skipped_ND = self.dictionary.skip(centred_ND)
         return target_ND if skipped_ND is None else target_ND - skipped_ND
+
+    # What the start of learning looks at: overridden where other processes hold parts of the columns
+
+    def fire(self, centred_ND: Tensor) -> list[Picks]:
+        """What each of the dictionary's decoders is given at inference, by its own numbers."""
+        return self.dictionary.split(*self.dictionary.fire(centred_ND))
+
+    def decoded(self, picks: Sequence[Picks]) -> Tensor:
+        """What they decode to, without b_dec, [N, D_out] in the decoder's units."""
+        dictionary = self.dictionary
+        if len(picks) == 1:
+            return dictionary.groups[0].written(*picks[0])
+        y_ND = picks[0][0].new_zeros(len(picks[0][0]), dictionary.b_dec.shape[0])
+        for group, (_, writes), one in zip(dictionary.groups, dictionary.places, picks, strict=True):
+            y_ND[:, writes] += group.written(*one)
+        return y_ND
+
+    def sum_over_columns(self, parts: Tensor) -> Tensor:
+        """Sums over the columns that are written here as those over all."""
+        return parts
+
+    def row_norms(self, rows: Sequence[Tensor]) -> list[Tensor]:
+        """Norms [F, 1] of rows that lie as those of the decoders do."""
+        return [rows_FD.norm(dim=1, keepdim=True) for rows_FD in rows]
+
+    def token_norms(self, y_ND: Tensor) -> Tensor:
+        """Norms [N] of what is written."""
+        return y_ND.norm(dim=1)
 
     def shared_pre_bias(self) -> Tensor | None:
         """b_dec as the encoder subtracts it, with its gradient; None without a pre-encoder bias."""
@@ -79,7 +109,7 @@ class GroupTerms:
         names = {id(tensor): name for name, tensor in dictionary.named_parameters()}
         self.prefix = names[id(dictionary.groups[number].W_enc)].removesuffix("W_enc")
         """Of its parameters' names."""
-        self.d_latent = dictionary.config.d_latent // len(dictionary.groups)
+        self.d_latent = dictionary.config.d_latent // dictionary.config.num_groups
         """Latents, of all parts."""
         self.reads, self.writes = dictionary.places[number]
         """Its columns of what is read, and of what is written."""
@@ -104,7 +134,7 @@ class GroupTerms:
     def sink(self, name: str) -> PairGradient | None:
         """Where the gradient of one of its matrices goes instead of ``.grad``; None: nowhere else."""
         gradients = self.whole.pair_gradients
-        return None if gradients is None else gradients[f"{self.prefix}{name}"]
+        return None if gradients is None else gradients.get(f"{self.prefix}{name}")
 
     def auxk(self, residual_ND: Tensor, centred_ND: Tensor, dead: Tensor | None) -> Tensor | None:
         """The AuxK loss of its dead latents, by their own numbers; None where it is off or nothing is dead."""
@@ -121,10 +151,10 @@ class GroupTerms:
             DeadRows(
                 take_rows(group.W_enc, dead_R, self.sink("W_enc")),
                 group.b_enc.index_select(0, dead_R),
-                take_rows(group.W_dec, dead_R, self.sink("W_dec")),
+                group.decoder_rows(dead_R, self.sink("W_dec")),
                 num_dead,
             ),
-            self.learning.num_aux(group.W_dec.shape[1]),
+            self.learning.num_aux(residual_ND.shape[1]),
             shard=self.whole.shard,
             compute=group.compute,
         )

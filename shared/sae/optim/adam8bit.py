@@ -31,6 +31,7 @@ class Adam8bit(WithMoments):
 
     config_type = Adam8bitConfig
     kinds = ("first", "second", "first_scale", "second_scale")
+    by_element = False
     config: Adam8bitConfig
 
     def __init__(

@@ -68,6 +68,9 @@ class RowShare:
     """How many processes hold equally many rows of the same matrix, this one included."""
     sum_up: Callable[[Tensor], object] = _keep
     """Adds up, in place, what these processes found on their own rows."""
+    over_columns: Callable[[Mapping[str, Tensor]], None] | None = None
+    """Where the rows of unit norm are here in part: adds up, in place, what all processes found on theirs, [F] of each
+    matrix by its name."""
 
 
 class Optimiser:
@@ -84,6 +87,8 @@ class Optimiser:
     config_type: ClassVar[type[OptimiserConfig]]
     kinds: ClassVar[tuple[str, ...]] = ("first", "second")
     """Names of the moments."""
+    by_element: ClassVar[bool] = True
+    """Whether an element's update does not depend on the others of its row, but for what unit norm asks."""
 
     config: OptimiserConfig
 
@@ -175,19 +180,53 @@ class Optimiser:
         if self.config.clip_norm is not None:
             tiny = torch.finfo(grad_norm.dtype).tiny
             clip = (self.config.clip_norm / grad_norm.clamp_min(tiny)).clamp_max(1.0)
+        in_parts = self._rows_in_parts()
+        self._project_parts(in_parts)
         for name, parameter in self.parameters.items():
             role = self.roles[name]
-            rate = lr * self.config.factor(role.rate)
+            rate, unit_rows = lr * self.config.factor(role.rate), role.unit_rows and name not in in_parts
             pairs = self.pairs.get(name)
             if pairs:
-                self.update_from_pairs(name, parameter, pairs, clip=clip, lr=rate, unit_rows=role.unit_rows)
+                self.update_from_pairs(name, parameter, pairs, clip=clip, lr=rate, unit_rows=unit_rows)
                 continue
             shape = (-1, parameter.shape[-1])
             grad = parameter.grad if parameter.grad is not None else torch.zeros_like(parameter)
             weight, grad = parameter.view(shape), grad.contiguous().view(shape)
-            self.update(name, weight, grad, clip=clip, lr=rate, unit_rows=role.unit_rows)
+            self.update(name, weight, grad, clip=clip, lr=rate, unit_rows=unit_rows)
             parameter.grad = None
+        self._renormalise_parts(in_parts)
         return grad_norm
+
+    def _rows_in_parts(self) -> list[str]:
+        """Matrices whose rows have unit norm and are here in part."""
+        if self.rows.over_columns is None:
+            return []
+        return [name for name, role in self.roles.items() if role.unit_rows]
+
+    def _project_parts(self, names: list[str]) -> None:
+        """``project``, for rows of which other processes hold the rest."""
+        if self.rows.over_columns is None or not names:
+            return
+        along = {}
+        for name in names:
+            weight = self.parameters[name]
+            if weight.grad is None:
+                weight.grad = torch.zeros_like(weight)
+            along[name] = torch.einsum("fd,fd->f", weight.grad, weight)
+        self.rows.over_columns(along)
+        for name, along_F in along.items():
+            grad = self.parameters[name].grad
+            assert grad is not None
+            grad.addcmul_(along_F[:, None], self.parameters[name], value=-1)
+
+    def _renormalise_parts(self, names: list[str]) -> None:
+        """``renormalise``, likewise."""
+        if self.rows.over_columns is None or not names:
+            return
+        squares = {name: torch.linalg.vector_norm(self.parameters[name], dim=1).square() for name in names}
+        self.rows.over_columns(squares)
+        for name, square_F in squares.items():
+            self.parameters[name].div_(square_F.sqrt()[:, None])
 
     def _merge_pairs(self) -> None:
         """Where a weight has a ``.grad`` too, by a dense loss or somebody's own, add its pairs to that."""

@@ -42,6 +42,7 @@ class Muon(WithMoments):
     # Quintic coefficients that rise fast and end near 1, and how often they are applied.
     coefficients = (3.4445, -4.7750, 2.0315)
     num_iterations = 5
+    by_element = False
 
     config_type = MuonConfig
     config: MuonConfig

@@ -6,6 +6,7 @@ Sites lie side by side along the last axis. Letters: D_in sum of the widths that
 N tokens, F latents, K picks per token.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -86,6 +87,11 @@ class Dictionary(Computing):
         raise NotImplementedError
 
     @property
+    def decoders(self) -> list[tuple[nn.Parameter, slice]]:
+        """Every W_dec, and the columns that it writes."""
+        return [(group.W_dec, writes) for group, (_, writes) in zip(self.groups, self.places, strict=True)]
+
+    @property
     def sites(self) -> Sites | None:
         """Where it reads and writes, where that is known."""
         return self.config.sites
@@ -98,7 +104,15 @@ class Dictionary(Computing):
     @property
     def written_sites(self) -> tuple[str, ...]:
         """Names of the written sites; where they are not known, their numbers."""
-        return tuple(map(str, range(len(self.widths.writes)))) if self.sites is None else self.sites.writes
+        return tuple(map(str, range(len(self.config.widths.writes)))) if self.sites is None else self.sites.writes
+
+    @property
+    def group_names(self) -> tuple[str, ...]:
+        """Of groups that read a site each, its name, or where that is not known its number; empty where one group is
+        all."""
+        if self.config.num_groups == 1:
+            return ()
+        return tuple(map(str, range(self.config.num_groups))) if self.sites is None else self.sites.reads
 
     @property
     def target_variance(self) -> Tensor:
@@ -180,6 +194,12 @@ class Dictionary(Computing):
     def decoded(self, values_NK: Tensor, indices_NK: Tensor) -> Tensor:
         """What they decode to, without b_dec, [N, D_out] in the decoder's units."""
         raise NotImplementedError
+
+    @torch.no_grad()
+    def start_decoders(self, rows: Sequence[Tensor], norms: Sequence[Tensor]) -> None:
+        """Give each decoder these rows, made unit by their `norms` [F, 1]; latents whose row is 0 keep theirs."""
+        for (W_dec, _), rows_FD, norm_F1 in zip(self.decoders, rows, norms, strict=True):
+            W_dec.copy_(torch.where(norm_F1 > 0, rows_FD / norm_F1.clamp_min(1e-30), W_dec))
 
     # Inference
 

@@ -4,9 +4,10 @@
 
 Layer l of L reads the l-th site, such as the MLP's input, and writes the l-th to the last site of the other list, such
 as the MLPs' outputs. A latent's decoder row is the concatenation over those, [F, (L - l) D], and has unit norm as a
-whole. Latents are numbered layer after layer: latent i of layer l is number l F + i.
+whole. Latents are numbered layer after layer: latent i of layer l is number l F + i. ``tied`` has tied decoders.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, ClassVar
@@ -15,13 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from shared.basics.errors import GranaryError
-from shared.kernels import decode
 from shared.sae.config import DictionaryConfig
 from shared.sae.groups import LatentGroup, random_unit_rows
 from shared.sae.latents import SparseLatents
 from shared.sae.roles import Role
 from shared.sae.sites import SiteWidths
 from shared.sae.variants.base import Dictionary, Picks
+from shared.sae.variants.tied import TYINGS, PerSource, PerTarget, TargetDecoders, TiedGroup
 
 SCOPES = ("all", "layer")
 ACTIVATIONS = ("topk", "batchtopk", "relu", "jumprelu")
@@ -40,6 +41,9 @@ class CLTConfig(DictionaryConfig):
     """Of each site that is written, one per layer."""
     k_scope: str = "all"
     """Over what k latents per token are chosen: over all layers together (all), or in each (layer)."""
+    tying: str = "none"
+    """Fewer decoders than pairs of layers: each latent has one direction and a share for each target (per_source), or
+    the latents i of all layers share their row at each target (per_target)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -51,6 +55,13 @@ class CLTConfig(DictionaryConfig):
             )
         if self.k_scope not in SCOPES:
             raise GranaryError(f"variant.k_scope={self.k_scope!r}: choose from {', '.join(SCOPES)}")
+        if self.tying not in TYINGS:
+            raise GranaryError(f"variant.tying={self.tying!r}: choose from {', '.join(TYINGS)}")
+        if self.tying == "per_source" and len(set(self.write_widths)) > 1:
+            raise GranaryError(
+                f"variant.tying=per_source has one direction per latent for sites of one width, not "
+                f"{sorted(set(self.write_widths))}: use per_target or none"
+            )
         if self.activation not in ACTIVATIONS:
             raise GranaryError(f"sae.activation={self.activation} of a clt: choose from {', '.join(ACTIVATIONS)}")
         if self.d_latent % layers:
@@ -96,6 +107,8 @@ class CLT(Dictionary):
 
     config_class: ClassVar[type[DictionaryConfig]] = CLTConfig
     config: CLTConfig
+    layers: nn.Module
+    """Holds the groups by their numbers."""
 
     def __init__(
         self,
@@ -109,28 +122,40 @@ class CLT(Dictionary):
         """`num_latents`: all of the config's, or None: its layers are not cut."""
         super().__init__(config, kernels=kernels, compute_dtype=compute_dtype)
         assert num_latents in (None, config.d_latent)
-        self.layers = nn.ModuleList(self._make_layer(reads, writes, generator) for reads, writes in self._sizes())
+        if self.config.tying == "per_target":
+            self.targets = TargetDecoders(self.config.per_layer, self.widths.writes)
+            if not self.targets.W[0].is_meta:
+                self.targets.draw(generator)
+        self.layers = nn.ModuleList(self._make_layer(number, generator) for number in range(config.num_groups))
         self.b_dec = nn.Parameter(torch.zeros(self.widths.d_out))
         self.make_normalisation()
 
-    def _sizes(self) -> list[tuple[int, int]]:
+    def sizes(self) -> list[tuple[int, int]]:
         """Widths that each layer reads and writes."""
-        written = list(accumulate(reversed(self.widths.writes)))[::-1]
-        return list(zip(self.widths.reads, written, strict=True))
+        whole = self.config.widths
+        written = list(accumulate(reversed(whole.writes)))[::-1]
+        return list(zip(whole.reads, written, strict=True))
 
-    def _make_layer(self, d_in: int, d_out: int, generator: torch.Generator | None) -> LatentGroup:
+    def _make_layer(self, number: int, generator: torch.Generator | None) -> LatentGroup:
         layer = LatentGroup(self.choice)
-        layer.make_matrices(d_in, d_out, self.config.per_layer)
+        if self.config.tying == "per_source":
+            layer = PerSource(self.choice, self.config.num_groups - number)
+        elif self.config.tying == "per_target":
+            layer = PerTarget(self.choice, self.targets, number)
+        layer.make_matrices(*self.sizes()[number], self.config.per_layer)
         layer.make_activation(self.config, self.config.per_layer)
-        if not layer.W_dec.is_meta:
-            random_unit_rows(layer.W_dec, generator)
-            random_unit_rows(layer.W_enc, generator)
+        if not layer.W_enc.is_meta:
+            if isinstance(layer, TiedGroup):
+                layer.draw(generator)
+            else:
+                random_unit_rows(layer.W_dec, generator)
+                random_unit_rows(layer.W_enc, generator)
         return layer
 
     @property
     def groups(self) -> tuple[LatentGroup, ...]:
         """The layers."""
-        return tuple(layer for layer in self.layers if isinstance(layer, LatentGroup))
+        return tuple(layer for layer in self.layers.children() if isinstance(layer, LatentGroup))
 
     @property
     def places(self) -> tuple[tuple[slice, slice], ...]:
@@ -150,7 +175,25 @@ class CLT(Dictionary):
             for number, layer in enumerate(self.groups)
             for name, role in layer.group_roles(unit_norm_decoder=unit).items()
         }
+        if self.config.tying == "per_target":
+            own |= {f"targets.{name}": role for name, role in self.targets.roles(unit_norm_decoder=unit).items()}
         return {**own, **super().roles()}
+
+    def start_decoders(self, rows: Sequence[Tensor], norms: Sequence[Tensor]) -> None:
+        """Tied ones get what is nearest to that."""
+        if self.config.tying == "none":
+            super().start_decoders(rows, norms)
+        elif self.config.tying == "per_target":
+            self.targets.start(rows)
+        else:
+            for layer, rows_FD in zip(self.groups, rows, strict=True):
+                assert isinstance(layer, PerSource)
+                layer.start(rows_FD)
+
+    def untied(self) -> dict[str, Tensor]:
+        """``state_dict`` with every layer's W_dec, as those have it whose decoders are not tied."""
+        whole = {f"layers.{number}.W_dec": layer.W_dec.detach() for number, layer in enumerate(self.groups)}
+        return {**self.state_dict(), **whole}
 
     def fire(self, centred_ND: Tensor) -> Picks:
         """Inference, of what the encoders multiply, side by side: each layer by itself, or the k largest of all."""
@@ -188,7 +231,7 @@ class CLT(Dictionary):
         """Sum over layers, without b_dec, [N, D_out]."""
         y_ND = values_NK.new_zeros(len(values_NK), self.widths.d_out)
         for layer, (_, writes), picks in zip(self.groups, self.places, self.split(values_NK, indices_NK), strict=True):
-            y_ND[:, writes] += decode(*picks, layer.W_dec, kernels=self.kernels)
+            y_ND[:, writes] += layer.written(*picks)
         return y_ND
 
     @torch.no_grad()

@@ -222,3 +222,8 @@ def read_extents(io: ObjectIO) -> list[Extent]:
             key = layout.extent_key(extent.first_shard)
             raise DamagedObjectError(f"{io.url}: {key} does not follow the shards before it", key=key)
     return extents
+
+
+def is_foreign(io: ObjectIO) -> bool:
+    """True where the URL holds a Zarr group that Granary did not make."""
+    return io.size("zarr.json") is not None and b"granary_format" not in io.get("zarr.json")

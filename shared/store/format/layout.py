@@ -23,6 +23,7 @@ TOKENS, MASK, SEGMENTS = "tokens", "mask", "segments"
 COMPLETE = "_COMPLETE.json"
 CODECS = ("none", "lz4", "zstd")
 PLACEMENTS = ("spread", "last")
+PACKINGS = ("isolated", "joined", "separate")
 MAX_SIZE = 2**40
 _NUMBER = re.compile(r"\d{1,16}", re.ASCII)
 
@@ -104,6 +105,18 @@ class StorePlan:
             return tuple(range(total - held, total))
         return tuple((2 * i + 1) * total // (2 * held) for i in range(held))
 
+    @property
+    def packing(self) -> str:
+        """How documents share a context: ``isolated``, ``joined``, or ``separate`` (one a context, run alone).
+
+        Raises GranaryError for a mode that is none of these: nothing else would run a model as the harvest did.
+        """
+        recorded = self.provenance.get("packing", {})
+        mode = recorded.get("mode", "isolated") if isinstance(recorded, dict) else None
+        if mode not in PACKINGS:
+            raise GranaryError(f"packing of a store {mode!r} is not known: choose from {', '.join(PACKINGS)}")
+        return str(mode)
+
     def identity(self) -> dict[str, Any]:
         """All that must be equal for two harvests to be the same one, as JSON."""
         record = asdict(self)
@@ -168,6 +181,13 @@ def describe_difference(existing: dict[str, Any], wanted: dict[str, Any]) -> str
         if old.get(name) != new.get(name)
     ]
     return "; ".join(parts)
+
+
+def check_same(url: str, existing: StorePlan, wanted: StorePlan) -> None:
+    """Raise GranaryError, naming the fields that differ, unless two plans make the same store."""
+    if existing.hash() != wanted.hash():
+        difference = describe_difference(existing.identity(), wanted.identity())
+        raise GranaryError(f"{url} holds another harvest: {difference}; choose another store.url or the same settings")
 
 
 def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:

@@ -16,7 +16,9 @@ MAX_LENGTH = 200  # with a folder's own path, statistics/ and a temporary file's
 CHUNKS = "c"  # the folder of an array's chunks
 SCALE_SUFFIX = "_scale"
 # First parts, in lower case: arrays and records that are the store's own.
-RESERVED = frozenset(("tokens", "mask", "segments", "statistics", "manifest", "extents", "window", "_complete", "zarr"))
+RESERVED = frozenset(
+    ("tokens", "mask", "segments", "statistics", "manifest", "extents", "window", "additions", "_complete", "zarr")
+)
 RESERVED_FOR_IMAGES = frozenset(("kind", "image", "cell", "images"))  # arrays of multimodal stores
 _NAME = re.compile(r"[\w./-]+", re.ASCII)  # letters that every file system and object store spells in one way
 

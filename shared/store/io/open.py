@@ -11,11 +11,13 @@ from shared.store.io.obstore import ObstoreClient
 from shared.store.io.remote import RemoteIO
 
 
-def open_io(url: str | os.PathLike[str]) -> ObjectIO:
-    """Give the storage at `url`: a local path, ``file://``, or any other URL that fsspec knows.
+def open_io(url: str | os.PathLike[str] | ObjectIO) -> ObjectIO:
+    """Give the storage at `url`: a local path, ``file://``, or any other URL that fsspec knows; storage is itself.
 
     Raises GranaryError for a URL with a password in it.
     """
+    if not isinstance(url, str | os.PathLike):
+        return url
     text = os.fspath(url)
     refuse_password(text)
     protocol, separator, rest = text.partition("://")

@@ -12,12 +12,18 @@ from torch import Tensor, nn
 from shared.parallel import World, all_reduce_sum
 from shared.sae.config import DictionaryConfig
 from shared.sae.learn.batch_facts import Reduce, alone
+from shared.sae.learn.config import LearningConfig
 from shared.sae.learn.inputs import BatchFacts, Losses, StepInputs
 from shared.sae.learn.objective import Objective
 from shared.sae.optim import Optimiser, OptimiserConfig, make_optimiser
+from shared.sae.sites import Sites
+from shared.sae.variants import VARIANTS
+from stage_train.config import TrainSchema
 
 # Tensors up to this size share one message.
 SMALL_ELEMENTS = 1 << 18
+# Of the dead latents' rows in one matrix; AuxK makes about seven copies: 3.8 GB. It is part of what fixes the result.
+DEAD_ELEMENTS = 1 << 27
 
 
 class Layout:
@@ -38,13 +44,33 @@ class Layout:
         """Into how many shares the lanes are cut."""
         return self.world.size
 
-    def check(self, config: DictionaryConfig) -> None:
-        """Raise GranaryError for a dictionary that can't be spread in this way."""
-        self.num_latents(config.d_latent)
+    begins_in_parts = False
+    """Whether each rank makes its own part of the first weights; else the first rank makes all and hands them out."""
 
-    def num_latents(self, d_latent: int) -> int:
-        """How many of so many latents are held here."""
-        return d_latent
+    def sites(self, sites: Sites) -> Sites:
+        """Which of a dictionary's sites the rank reads and must produce."""
+        return sites
+
+    def check(self, config: DictionaryConfig, cfg: TrainSchema) -> None:
+        """Raise GranaryError for a dictionary that can't be spread in this way, or not as `cfg` trains it."""
+        self.num_latents(config)
+
+    def num_latents(self, config: DictionaryConfig) -> int:
+        """How many latents of a dictionary are held here."""
+        return config.d_latent
+
+    def objective(
+        self,
+        config: DictionaryConfig,
+        learning: LearningConfig,
+        *,
+        kernels: str,
+        compute_dtype: str,
+        generator: torch.Generator,
+    ) -> Objective:
+        """A dictionary to begin with, and how it is learnt: the whole, for ``distribute``."""
+        made = VARIANTS[config.kind](config, kernels=kernels, compute_dtype=compute_dtype, generator=generator)
+        return Objective(made, learning)
 
     def distribute(self, objective: Objective, *, has_values: bool = True) -> Objective:
         """The rank's part of a whole dictionary, on the rank's device.
@@ -52,7 +78,7 @@ class Layout:
         Rank 0's has values, the others' are on the meta device; without `has_values` all are, and the result is unset.
         """
         give_memory(objective, self.world.device)
-        if has_values and self.world.size > 1:
+        if has_values and self.world.size > 1 and not self.begins_in_parts:
             for tensor in objective.dictionary.state_dict().values():
                 dist.broadcast(tensor, src=0)
         return objective
@@ -97,19 +123,38 @@ class Layout:
         if self.world.size > 1:
             dist.all_reduce(tokens_since_fired_F, dist.ReduceOp.MIN)
 
-    def look_at_dead(self, objective: Objective, dead_now_F: Tensor) -> Tensor:
-        """Indices of the dead latents held here. Waits for the device."""
-        return dead_now_F.nonzero().squeeze(1)
+    def look_at_dead(self, objective: Objective, dead_now_F: Tensor, turn: int) -> Tensor:
+        """Indices of the dead latents held here that AuxK has in look number `turn`. Waits for the device."""
+        return in_turn(dead_now_F.nonzero().squeeze(1), most_dead(objective), turn)
 
-    def mean_over_latents(self, mean: Tensor) -> float:
-        """A mean over the latents held here to one over all."""
-        return float(mean)
+    def mean_over_latents(self, held: Tensor) -> float:
+        """The mean of a number for each latent held here, over all latents."""
+        return float(held.mean())
+
+    def means_of_groups(self, objective: Objective, held: Tensor) -> list[float]:
+        """The same for each group of latents."""
+        means: list[float] = held.view(objective.dictionary.config.num_groups, -1).mean(1).tolist()
+        return means
 
     # Checkpoints
 
-    def as_global(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def as_global(self, objective: Objective, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Tensors of the training state as torch.distributed.checkpoint must see them, sharing their memory."""
         return dict(tensors)
+
+
+def most_dead(objective: Objective) -> int:
+    """How many dead latents AuxK has at a time on one rank: as many as keep what it makes of their rows bounded."""
+    widths = objective.dictionary.config.widths
+    return max(1, DEAD_ELEMENTS // max(widths.d_in, widths.d_out))
+
+
+def in_turn(dead_R: Tensor, most: int, turn: int) -> Tensor:
+    """`most` of them if they are more, others at each turn: after ``ceil(R / most)`` turns each has been there."""
+    num_dead = len(dead_R)
+    if num_dead <= most:
+        return dead_R
+    return dead_R.roll(-(turn * most) % num_dead)[:most]
 
 
 def give_memory(objective: Objective, device: torch.device) -> None:

@@ -110,7 +110,7 @@ class FullySharded(Layout):
         found = [rows.grad for rows in self._local.rows.values() if rows.grad is not None]
         return joint_norm(found, [])
 
-    def as_global(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def as_global(self, objective: Objective, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Moments and averages get the sharding of their parameters."""
         assert self._local is not None
         seen = {}

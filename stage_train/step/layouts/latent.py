@@ -25,7 +25,17 @@ from shared.sae.latent_shard import LatentShard
 from shared.sae.learn.inputs import BatchFacts, Losses, StepInputs
 from shared.sae.learn.objective import Objective
 from shared.sae.optim import Optimiser, OptimiserConfig, RowShare, make_optimiser
-from stage_train.step.layouts.base import Layout, give_memory, gradients, joint_norm, scatter_rows, sum_over, take
+from stage_train.config import TrainSchema
+from stage_train.step.layouts.base import (
+    Layout,
+    give_memory,
+    gradients,
+    joint_norm,
+    most_dead,
+    scatter_rows,
+    sum_over,
+    take,
+)
 from stage_train.step.layouts.split import latents_of_part
 
 
@@ -153,17 +163,18 @@ class LatentParallel(Layout):
         """Latent groups."""
         return self.world.size // self.latent
 
-    def check(self, config: DictionaryConfig) -> None:
+    def check(self, config: DictionaryConfig, cfg: TrainSchema) -> None:
         """What several groups of latents hold is not cut. Raises GranaryError for those too."""
-        super().check(config)
+        super().check(config, cfg)
         if config.num_groups > 1:
             raise GranaryError(
-                f"parallel=latent splits one group of latents, a {config.kind} has {config.num_groups}: use ddp or fsdp"
+                f"parallel=latent splits one group of latents, a {config.kind} has {config.num_groups}: use "
+                "parallel=layers, ddp or fsdp"
             )
 
-    def num_latents(self, d_latent: int) -> int:
+    def num_latents(self, config: DictionaryConfig) -> int:
         """An equal share of them. Raises GranaryError when there is none."""
-        return latents_of_part(d_latent, self.latent)
+        return latents_of_part(config.d_latent, self.latent)
 
     def distribute(self, objective: Objective, *, has_values: bool = True) -> Objective:
         """The rank's own latents, taken out of the whole; no other rank than the first has more at any time."""
@@ -231,21 +242,21 @@ class LatentParallel(Layout):
         if self.stream_world > 1:
             dist.all_reduce(tokens_since_fired_F, dist.ReduceOp.MIN, group=self.dp_group)
 
-    def look_at_dead(self, objective: Objective, dead_now_F: Tensor) -> Tensor:
+    def look_at_dead(self, objective: Objective, dead_now_F: Tensor, turn: int) -> Tensor:
         """Also counts the whole group's, so that all its ranks agree whether AuxK is on."""
-        count = dead_now_F.sum()
+        count = dead_now_F.sum().clamp_max(most_dead(objective))
         dist.all_reduce(count, group=self.latent_group)
         assert isinstance(objective.shard, GroupShard)
         objective.shard.num_dead = int(count)
-        return super().look_at_dead(objective, dead_now_F)
+        return super().look_at_dead(objective, dead_now_F, turn)
 
-    def mean_over_latents(self, mean: Tensor) -> float:
+    def mean_over_latents(self, held: Tensor) -> float:
         """All ranks hold equally many."""
-        mean = mean.clone()
+        mean = held.mean()
         dist.all_reduce(mean, group=self.latent_group)
         return float(mean) / self.latent
 
-    def as_global(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def as_global(self, objective: Objective, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Everything with one row per latent is a shard of the whole."""
         seen = {}
         for name, tensor in tensors.items():

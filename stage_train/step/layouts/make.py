@@ -21,4 +21,8 @@ def make_layout(cfg: ParallelSchema, world: World) -> Layout:
         from stage_train.step.layouts.latent import LatentParallel
 
         return LatentParallel(world, parts)
+    if cfg.layout is LayoutKind.layers:
+        from stage_train.step.layouts.layers import LayerParallel
+
+        return LayerParallel(world, parts)
     return DataParallel(world)

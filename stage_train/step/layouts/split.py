@@ -5,15 +5,19 @@ from stage_train.config import LayoutKind, ParallelSchema
 
 
 def latent_parts(cfg: ParallelSchema, world: int) -> int:
-    """Parts into which the latents are split for computing; 1 but for ``latent``.
+    """Parts into which the latents are split for computing, under ``layers`` those of a layer; 1 for other layouts.
 
     Raises GranaryError when the processes do not divide among them.
     """
-    if cfg.latent is not None and cfg.layout is not LayoutKind.latent:
-        raise GranaryError(f"parallel.latent={cfg.latent} belongs to parallel=latent, the layout is {cfg.layout.value}")
-    if world == 1 or cfg.layout is not LayoutKind.latent:
+    may_split = cfg.layout in (LayoutKind.latent, LayoutKind.layers)
+    if cfg.latent is not None and not may_split:
+        raise GranaryError(
+            f"parallel.latent={cfg.latent} belongs to parallel=latent and layers, the layout is {cfg.layout.value}"
+        )
+    if world == 1 or not may_split:
         return 1
-    parts = world if cfg.latent is None else cfg.latent
+    every = world if cfg.layout is LayoutKind.latent else 1
+    parts = every if cfg.latent is None else cfg.latent
     if parts < 1 or world % parts:
         raise GranaryError(f"parallel.latent={parts} does not divide the {world} processes")
     return parts

@@ -17,8 +17,10 @@ from shared.sae.activation_kinds import ACTIVATION_KINDS
 from shared.sae.loading import load
 from shared.store import Store
 from stage_inspect import job as jobs
+from stage_inspect.finish.together import together
 from stage_inspect.inspect import inspect
 from stage_inspect.scan import batches, keep, state
+from stage_inspect.scan.log import join
 from tests.inspection import HOOK, LATENTS, content, inspect_config, same_bits, small_sae, small_store
 
 WINDOW, TOP, SAMPLE, TOKENS = 16, 7, 9, 11
@@ -225,6 +227,22 @@ def test_no_order_and_no_kill_changes_a_byte(store: Store, tmp_path: Path, monke
         monkeypatch.setattr(LocalIO, "put", put)
         inspect(inspect_config(tmp_path, **url, **place))
         assert content(place["latents.url"]) == whole, kill_at
+
+
+def test_seldom_and_often_meeting_latents_are_compared_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    N, F = 300, 50
+    fires = rng.random((N, F)) < rng.random(F) ** 3
+    latent, value = np.nonzero(fires)[1], rng.exponential(size=int(fires.sum()))
+    found = []
+    for filled in (0, 1 / 8, np.inf):  # all by tables, some, none
+        monkeypatch.setattr("stage_inspect.finish.together.FILLED", filled)
+        monkeypatch.setattr("stage_inspect.finish.together.PAIRS", 3000 if filled < np.inf else 1 << 20)
+        found.append(join(list(together(fires.sum(1), latent, value, F))))
+    for other in found[1:]:
+        assert other.keys() == found[0].keys()
+        for name, column in other.items():
+            assert np.allclose(column, found[0][name], rtol=1e-6), name
 
 
 def test_the_sample_is_unbiased() -> None:

@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from transformers import AutoModel, Phi3Config
+from transformers import AutoModel, Gemma3TextConfig, LlamaConfig, Phi3Config, PretrainedConfig
 
 from shared.lm.hookpoint import HookPoint
 from shared.lm.isolation import measure_isolation
 from shared.lm.packed import DOCUMENT_SDPA
 from shared.lm.rope import rotate_by_document
-from tests.families import GQA
+from tests.families import GQA, HEADS
 
 LONGROPE = {
     "rope_type": "longrope",
@@ -19,6 +19,9 @@ LONGROPE = {
     "short_factor": [1.0, 1.01, 1.02, 1.03],
 }
 LENGTHS = (5, 30, 3, 16, 17)
+
+
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}
 
 
 def build(attention: str) -> torch.nn.Module:
@@ -61,3 +64,37 @@ def test_angles_are_those_of_each_document_alone() -> None:
         for got, wanted in zip(model.rotary_emb(x, positions), alone, strict=True):
             assert torch.equal(got[:1, start : start + length], wanted)
         start += length
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LlamaConfig(**{**GQA, "max_position_embeddings": 16}, rope_parameters=DYNAMIC),
+        Gemma3TextConfig(
+            **{**HEADS, "max_position_embeddings": 16},
+            query_pre_attn_scalar=8,
+            layer_types=["full_attention", "sliding_attention", "full_attention"],
+            rope_parameters={
+                "full_attention": DYNAMIC,
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+            },
+        ),
+    ],
+)
+def test_a_document_is_not_changed_by_those_run_before_it(config: PretrainedConfig) -> None:
+    """dynamic rope keeps the frequencies of the longest sequence that it has met."""
+
+    def fresh() -> torch.nn.Module:
+        torch.manual_seed(0)
+        return AutoModel.from_config(config).eval().requires_grad_(False)
+
+    plain, mended = fresh(), fresh()
+    rotate_by_document(mended)
+    generator = torch.Generator().manual_seed(0)
+    documents = [torch.randint(3, 50, (1, length), generator=generator) for length in (30, 20, 16, 15, 40, 25)]
+    changed = False
+    for tokens in documents:
+        alone = fresh()(tokens, use_cache=False).last_hidden_state
+        changed |= not torch.equal(plain(tokens, use_cache=False).last_hidden_state, alone)
+        assert torch.equal(mended(tokens, use_cache=False).last_hidden_state, alone)
+    assert changed

@@ -23,7 +23,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, train_configs: None, planted_
 
 
 def test_f21_f49_stopped_and_continued_with_metrics_per_target(runs: Runs) -> None:
-    """The metrics of every written site are on, and the dead counters of all layers survive."""
+    """The metrics of every written site and every layer are on, and the dead counters of all layers survive."""
     straight = runs("straight")
     made = load(straight)
     assert isinstance(made, CLT)
@@ -34,6 +34,11 @@ def test_f21_f49_stopped_and_continued_with_metrics_per_target(runs: Runs) -> No
         assert 0 < lines[-1][f"fvu/layers.{layer}.mlp_out"] < lines[0][f"fvu/layers.{layer}.mlp_out"]
     mean = sum(lines[-1][f"fvu/layers.{layer}.mlp_out"] for layer in (9, 10, 11)) / 3
     assert lines[-1]["fvu"] == pytest.approx(mean, rel=1e-5)
+    for name in ("l0", "dead_fraction"):
+        of_layers = [lines[-1][f"{name}/layers.{layer}.mlp_in"] for layer in (9, 10, 11)]
+        whole = sum(of_layers) if name == "l0" else sum(of_layers) / 3
+        assert lines[-1][name] == pytest.approx(whole, rel=1e-5)
+        assert max(of_layers) > 0
     runs.stopped("broken", step=30)
     assert_same_run(straight, runs("broken"))
 

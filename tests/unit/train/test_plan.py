@@ -22,6 +22,7 @@ from stage_train.data.stream import TokenStream
 from stage_train.plan.__main__ import planned, register
 from stage_train.plan.memory import find_memory
 from stage_train.plan.run import PlannedRun
+from stage_train.state.staging import HostCopies
 from stage_train.state.tensor_files import TensorWriter
 from tests.cli import ForkServer
 
@@ -98,7 +99,7 @@ def test_the_pool_is_as_large_as_the_stream_makes_it(
 
 def test_a_staged_state_is_a_copy_on_the_host(tmp_path: Path) -> None:
     state = {"a": torch.arange(4.0), "b": torch.zeros((), dtype=torch.int64)}
-    staged = TensorWriter(tmp_path).stage(state)
+    staged = TensorWriter(tmp_path, HostCopies()).stage(state)
     state["a"].zero_()
     assert staged["a"].tolist() == [0, 1, 2, 3]
     assert staged["b"].dtype == torch.int64

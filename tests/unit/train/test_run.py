@@ -20,6 +20,7 @@ from shared.store import Store
 from stage_train.state.checkpoint import newest_checkpoint
 from stage_train.state.export import export
 from stage_train.state.tensor_files import TensorWriter
+from stage_train.step.layouts import base
 from tests.closeness import REORDERED, SAME_RUN, assert_close_in_norm
 from tests.training import Runs, assert_same_run, assert_same_weights, timeless, watching, weights
 
@@ -68,6 +69,17 @@ def test_stopped_and_resumed_equals_uninterrupted(train: Runs, stop: int) -> Non
     train("parts")
     assert_same_weights(straight, parts)
     assert timeless(straight) == timeless(parts)
+
+
+@pytest.mark.parametrize("stop", [16, 23])
+def test_resumed_where_dead_latents_take_turns(train: Runs, monkeypatch: pytest.MonkeyPatch, stop: int) -> None:
+    """One at a time, as where they are too many for AuxK's memory: not what all together give, and as repeatable."""
+    all_together = train("all")
+    monkeypatch.setattr(base, "DEAD_ELEMENTS", 1)
+    straight = train("straight")
+    assert not torch.equal(weights(all_together)["W_enc"], weights(straight)["W_enc"])
+    train.stopped("parts", step=stop)
+    assert_same_weights(straight, train("parts"))
 
 
 def test_metrics_after_the_checkpoint_are_not_repeated(train: Runs) -> None:

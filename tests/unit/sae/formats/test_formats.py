@@ -210,7 +210,8 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
             f"{tmp_path / 'empty'} is not an SAE folder of a known format: granary, {', '.join(FORMATS)}"
         ),
         ("convert", str(tmp_path / "ours"), new, "--to", "onnx"): (
-            "format 'onnx' can't be written: choose from granary, saelens, sparsify, dictionary_learning, opensae"
+            "format 'onnx' can't be written: choose from granary, saelens, sparsify, crosscoder_learning, "
+            "dictionary_learning, opensae"
         ),
     }
     for command, message in wrong.items():
@@ -231,7 +232,7 @@ def test_the_help_names_every_format(capsys: pytest.CaptureFixture[str]) -> None
 
 def test_what_cannot_be_read_is_refused(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    write_saelens(tmp_path / "transcoder", architecture="transcoder")
+    write_saelens(tmp_path / "temporal", architecture="temporal")
     write_saelens(tmp_path / "rescaled", normalize_activations="constant_norm_rescale")
     write_saelens(tmp_path / "whitened", normalize_activations="covariance_whitening")
     write_saelens(tmp_path / "heads", reshape_activations="hook_z")
@@ -239,9 +240,7 @@ def test_what_cannot_be_read_is_refused(tmp_path: Path) -> None:
     write_opensae(tmp_path / "jump", normalise=True, shift_back=True, shards=False, activation="jumprelu")
     write_opensae(tmp_path / "coder", normalise=True, shift_back=True, shards=False, output_hookpoint="layers.26")
     (tmp_path / "sparsify").mkdir()
-    (tmp_path / "sparsify" / "cfg.json").write_text(
-        json.dumps({"d_in": D, "num_latents": F, "k": K, "transcode": True})
-    )
+    (tmp_path / "sparsify" / "cfg.json").write_text(json.dumps({"d_in": D, "num_latents": F, "k": K, "signed": True}))
     save_file(foreign_weights(), tmp_path / "sparsify" / "sae.safetensors")
     write_dictionary_learning(tmp_path / "other", "AutoEncoder")
     (tmp_path / "other" / "config.json").write_text(json.dumps({"trainer": {"dict_class": "CrossCoder"}}))
@@ -250,14 +249,14 @@ def test_what_cannot_be_read_is_refused(tmp_path: Path) -> None:
     write_gemma_scope(tmp_path / "tuned", 1, scaling_factor=torch.tensor(2.0))
     cases = {
         "empty": "not an SAE folder of a known format",
-        "transcoder": "holds a transcoder SAE",
+        "temporal": "holds a temporal SAE",
         "rescaled": "constant_norm_rescale: fold it into the weights with SAELens first",
         "whitened": "covariance_whitening: fold it into the weights with SAELens first",
         "heads": "reshape_activations=hook_z: SAEs of one stream, not of attention heads",
         "width": r"W_enc has shape \(12, 40\), not \(13, 40\)",
         "jump": "activation=jumprelu",
         "coder": "a transcoder, not an SAE",
-        "sparsify": "has transcode=True",
+        "sparsify": "has signed=True",
         "other": "holds a CrossCoder",
         "mlp": "a transcoder, not an SAE",
         "token": "norm_activation=token-wise",
@@ -269,4 +268,4 @@ def test_what_cannot_be_read_is_refused(tmp_path: Path) -> None:
 
 
 def test_every_format_is_tested() -> None:
-    assert set(FORMULAS) == set(FORMATS)
+    assert {*FORMULAS, "crosscoder_learning"} == set(FORMATS)  # of crosscoders: test_crosscoder_learning.py

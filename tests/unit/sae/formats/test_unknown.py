@@ -24,6 +24,8 @@ from tests.foreign import (
     write_opensae,
     write_saelens,
 )
+from tests.foreign_transcoders import SITES, write_crosscoder
+from tests.foreign_transcoders import D as D_SITE
 from tests.formulas import PROVENANCE, D, F, K, activations, assert_same, make_sae
 
 WRITERS: dict[str, Callable[..., None]] = {
@@ -59,7 +61,9 @@ def every_folder(root: Path) -> dict[str, Path]:
     write_gemma_scope(root / "gemma_scope", 2)
     make_sae("topk", "none", True).save_pretrained(root / "ours", PROVENANCE)
     convert(root / "ours", root / "sparsify", "sparsify")
+    write_crosscoder(root / "crosscoder_learning", 2, normalised=True)
     return {
+        "crosscoder_learning": root / "crosscoder_learning/final.pt",
         "saelens": root / "saelens/sae_weights.safetensors",
         "opensae": root / "opensae/model.safetensors",
         "llama_scope": root / "llama_scope/checkpoints/final.safetensors",
@@ -67,6 +71,11 @@ def every_folder(root: Path) -> dict[str, Path]:
         "gemma_scope": root / "gemma_scope/params.safetensors",
         "sparsify": root / "sparsify/sae.safetensors",
     }
+
+
+def read_by(name: str) -> torch.Tensor:
+    """Activations of the width that the folder of this format reads."""
+    return torch.randn(20, SITES * D_SITE) if name == "crosscoder_learning" else activations()
 
 
 def read_weights_file(path: Path) -> dict[str, torch.Tensor]:
@@ -83,8 +92,8 @@ def write_weights_file(path: Path, tensors: dict[str, Any]) -> None:
 def test_an_unknown_tensor_is_refused_unless_it_is_ignored(tmp_path: Path) -> None:
     files = every_folder(tmp_path)
     assert files.keys() == FORMATS.keys()
-    x = activations()
     for name, path in files.items():
+        x = read_by(name)
         before = load_any(tmp_path / name)[0](x).x_hat
         write_weights_file(path, {**read_weights_file(path), "router.weight": torch.ones(4, D)})
         with pytest.raises(GranaryError, match=r"the tensor router\.weight, which .*--ignore router\.weight"):
@@ -93,8 +102,8 @@ def test_an_unknown_tensor_is_refused_unless_it_is_ignored(tmp_path: Path) -> No
 
 
 def test_wrapped_and_nested_state_dicts(tmp_path: Path) -> None:
-    x = activations()
     for name, path in every_folder(tmp_path).items():
+        x = read_by(name)
         before, tensors = load_any(tmp_path / name)[0](x).x_hat, read_weights_file(path)
         for wrapper in ("_orig_mod.", "module.", "module._orig_mod.", "_orig_mod.module."):
             write_weights_file(path, {f"{wrapper}{key}": tensor for key, tensor in tensors.items()})

@@ -11,6 +11,11 @@ from shared.sae.sites import Sites, SiteWidths
 from tests.dense import assert_same_gradients, dense_loss
 from tests.variants import ACTIVATIONS, batch, make
 
+SIX = (
+    Sites(tuple(f"layers.{n}.mlp_in" for n in range(3)), tuple(f"layers.{n}.mlp_out" for n in range(3))),
+    SiteWidths((9, 6, 5), (6, 6, 6)),
+)
+"""A CLT's, with written sites of one width, as tying per source wants them."""
 CASES: list[tuple[str, dict[str, Any]]] = [
     *(("transcoder", {"activation": activation}) for activation in ACTIVATIONS),
     *(("skip_transcoder", {"activation": activation}) for activation in ACTIVATIONS),
@@ -30,6 +35,15 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("clt", {"activation": "jumprelu"}),
     ("clt", {"activation": "jumprelu", "penalty": "tanh", "unit_norm_decoder": False}),
     ("clt", {"activation": "jumprelu", "penalty": "l0"}),
+    *(
+        ("clt", {"tying": tying, "places": SIX, **given})
+        for tying in ("per_source", "per_target")
+        for given in (
+            {"activation": "batchtopk"},
+            {"activation": "jumprelu"},
+            {"activation": "relu", "penalty": "l1", "unit_norm_decoder": False},
+        )
+    ),
     ("skip_transcoder", {"skip_init": "ridge", "normalisation": "scale"}),
 ]
 

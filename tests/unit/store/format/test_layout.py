@@ -54,6 +54,14 @@ def test_heldout_shards_are_distinct_never_none_and_never_all(shards, fraction, 
         assert max(gaps) - min(gaps) <= 1
 
 
+@pytest.mark.parametrize("recorded", [{"mode": "sideways"}, {"mode": None}, {"mode": ["joined"]}, "joined", None])
+def test_a_packing_that_is_not_known_is_one_clear_line(recorded):
+    assert synthetic_plan(provenance={}).packing == "isolated"
+    assert synthetic_plan(provenance={"packing": {"mode": "separate"}}).packing == "separate"
+    with pytest.raises(GranaryError, match="is not known: choose from isolated, joined, separate"):
+        synthetic_plan(provenance={"packing": recorded}).packing  # noqa: B018
+
+
 def test_no_share_holds_out_nothing():
     assert synthetic_plan(heldout_fraction=0.0).heldout_shards == ()
 

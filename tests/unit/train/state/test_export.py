@@ -13,6 +13,7 @@ from shared.sae.folder import to_document
 from stage_train.state.checkpoint import POINTER
 from stage_train.state.export import main
 from stage_train.state.integrity import STATE
+from stage_train.state.staging import HostCopies
 from stage_train.state.tensor_files import TensorWriter
 
 
@@ -23,7 +24,7 @@ def test_the_newest_checkpoint_is_exported(tmp_path: Path) -> None:
     (step / STATE).write_text(json.dumps({"sae": to_document(sae.config, {}, {}), "provenance": {"steps": 7}}))
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")
     tensors = {f"sae.{name}": tensor for name, tensor in sae.state_dict().items()}
-    dcp.save(tensors, storage_writer=TensorWriter(step), no_dist=True)
+    dcp.save(tensors, storage_writer=TensorWriter(step, HostCopies()), no_dist=True)
     (step.parent / POINTER).write_text(step.name)
     main([str(tmp_path), str(tmp_path / "out")])
     loaded = SAE.from_pretrained(tmp_path / "out")

@@ -1,0 +1,81 @@
+"""One training step of each kind of dictionary, as ``step_providers`` has those of SAEs, and what it is held against.
+
+granary-transcoder   an SAE of the same shape (granary)
+granary-crosscoder   2 sites: an SAE of twice the width (granary-wide)
+granary-clt          4 layers, batchtopk over all of them: a dense step by autograd (clt-dense), and the products
+                     of its own encoders alone (clt-gemm, clt-gemm-onednn)
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from step_providers import Shape, Step, gemm, gemm_onednn, granary, make_batch
+
+LAYERS = 4
+# A contender, what it is held against, and the most (or least) that its time may be of that.
+RATIOS = (
+    ("granary-transcoder", ("granary",), "<= 1.1"),
+    ("granary-crosscoder", ("granary-wide",), "<= 1.1"),
+    ("granary-clt", ("clt-gemm", "clt-gemm-onednn"), "<= 2"),
+    ("clt-dense", ("granary-clt",), "> 5"),
+)
+
+
+def wide(shape: Shape) -> Step:
+    """An SAE of twice the width."""
+    return granary(replace(shape, d_model=2 * shape.d_model))
+
+
+def of_all_layers(product: Callable[[Shape], Step], shape: Shape) -> Step:
+    """The encoder's product of every layer of a CLT."""
+    steps = [product(shape) for _ in range(LAYERS)]
+    return lambda: sum(step() for step in steps)
+
+
+def clt_dense(shape: Shape) -> Step:
+    """Plain dense PyTorch of a CLT: batchtopk over all layers, every decoder a product with all latents."""
+    d, latents = shape.d_model, shape.d_latent
+    x = make_batch(replace(shape, d_model=LAYERS * d))
+    y = x.roll(1, dims=1)
+
+    def rows(width: int) -> torch.nn.Parameter:
+        return torch.nn.Parameter(F.normalize(torch.randn(latents, width), dim=1))
+
+    W_enc, W_dec = [rows(d) for _ in range(LAYERS)], [rows((LAYERS - layer) * d) for layer in range(LAYERS)]
+    b_enc = [torch.nn.Parameter(torch.zeros(latents)) for _ in range(LAYERS)]
+    b_dec = torch.nn.Parameter(torch.zeros(LAYERS * d))
+    parameters = [*W_enc, *W_dec, *b_enc, b_dec]
+    optimiser = torch.optim.Adam(parameters, lr=1e-3)
+
+    def step() -> float:
+        z = torch.cat([torch.relu(F.linear(x[:, n * d : (n + 1) * d], W_enc[n], b_enc[n])) for n in range(LAYERS)], 1)
+        values, indices = z.flatten().topk(LAYERS * shape.k * shape.batch)
+        f = torch.zeros(z.numel()).scatter(0, indices, values).view_as(z).split(latents, dim=1)
+        y_hat = sum((F.pad(f[n] @ W_dec[n], (n * d, 0)) for n in range(LAYERS)), start=b_dec)
+        loss = (y_hat - y).square().sum(1).mean()
+        optimiser.zero_grad()
+        loss.backward()
+        with torch.no_grad():
+            for W in W_dec:
+                W.grad -= (W.grad * W).sum(1, keepdim=True) * W
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimiser.step()
+            for W in W_dec:
+                W.div_(W.norm(dim=1, keepdim=True))
+        return float(loss.detach())
+
+    return step
+
+
+VARIANT_PROVIDERS: dict[str, Callable[[Shape], Step]] = {
+    "granary-transcoder": partial(granary, kind="transcoder"),
+    "granary-crosscoder": partial(granary, kind="crosscoder"),
+    "granary-wide": wide,
+    "granary-clt": partial(granary, kind="clt"),
+    "clt-dense": clt_dense,
+    "clt-gemm": partial(of_all_layers, gemm),
+    "clt-gemm-onednn": partial(of_all_layers, gemm_onednn),
+}

@@ -1,0 +1,368 @@
+"""The losses of a CLT whose layers are dealt among processes: each has a part of the sum that is the loss.
+
+A process encodes its layers, all learn what fires, and each makes the error at the columns that it writes. Every
+parameter is on one process, so no gradient is summed over them: only the gradients of values go back to who encodes.
+Shapes: as in ``many_groups`` and ``layer_ranks``; R dead latents of a layer, S layers.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from shared.kernels import PairOrder, decode, product, sparse_decode, take_rows
+from shared.sae.activations import TopK
+from shared.sae.learn.activations import TopKRule
+from shared.sae.learn.batch_facts import Reduce, alone
+from shared.sae.learn.inputs import StepInputs
+from shared.sae.learn.layer_ranks import Exchange, LayerRanks, meet, square_sums
+from shared.sae.learn.losses import preact_loss, reconstruction_weight
+from shared.sae.learn.many_groups import Firing, ManyGroups, penalty_of
+from shared.sae.learn.terms import GroupTerms, LossTerms
+from shared.sae.variants.base import Picks
+from shared.sae.variants.clt import largest
+from shared.sae.variants.clt_part import CLTPart
+
+
+class PartTerms(LossTerms):
+    """What is made of a loss at the columns that are written here."""
+
+    @property
+    def part(self) -> CLTPart:
+        """The process's."""
+        assert isinstance(self.dictionary, CLTPart)
+        return self.dictionary
+
+    @property
+    def ranks(self) -> LayerRanks:
+        """All processes."""
+        assert isinstance(self.shard, LayerRanks)
+        return self.shard
+
+    def prepare(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        normal_ND, target_ND, token_mean, token_scale = super().prepare(x, y)
+        return normal_ND, self.part.own_columns(target_ND), token_mean, token_scale
+
+    def _weight(self, loss: str) -> Tensor:
+        """Of each site as in a mean over all of them, also those that are elsewhere."""
+        sites = self.part.target_variance.split(self.part.widths.writes)
+        whole = torch.cat([reconstruction_weight(site, loss) for site in sites]) / self.part.config.num_groups
+        return self.part.own_columns(whole)
+
+    def loss_weight(self) -> Tensor:
+        return self._weight(self.learning.loss)
+
+    def fvu_weight(self) -> Tensor:
+        return self._weight("fvu")
+
+    def fvu_by_site(self, error_ND: Tensor) -> dict[str, Tensor]:
+        part = self.part
+        if part.config.num_groups == 1:
+            return {}
+        names = [part.written_sites[layer] for layer in part.share.layers]
+        errors, variances = error_ND.detach().split(part.columns, 1), part.target_variance.split(part.widths.writes)
+        return {
+            f"fvu/{name}": error.square().sum(1).mean() / variance.sum()
+            for name, error, variance in zip(names, errors, variances, strict=True)
+        }
+
+    def fire(self, centred_ND: Tensor) -> list[Picks]:
+        part = self.part
+        given = [centred_ND[:, reads].contiguous() for reads, _ in part.places]
+        if part.config.activation == "topk":
+            assert part.config.k is not None
+            own = best_of_shares(part, given, part.config.k)
+            own = chosen(self.ranks, own, part.config.k, together=part.config.k_scope == "all")
+        else:
+            own = [group.fire(one) for group, one in zip(part.groups, given, strict=True)]
+        exchange = self.exchange([indices_NK for _, indices_NK in own])
+        return list(zip(exchange.values([values_NK for values_NK, _ in own]), exchange.indices, strict=True))
+
+    def exchange(self, indices: Sequence[Tensor]) -> Exchange:
+        """With what the layers here fire."""
+        part = self.part
+        first, _ = part.share.span(part.config.per_layer)
+        return Exchange(self.ranks, indices, [first] * len(indices), len(part.decoders))
+
+    def decoded(self, picks: Sequence[Picks]) -> Tensor:
+        part = self.part
+        y_ND = picks[0][0].new_zeros(len(picks[0][0]), len(part.b_dec))
+        for (W_dec, writes), one in zip(part.decoders, picks, strict=True):
+            y_ND[:, writes] += decode(*one, W_dec, kernels=part.kernels)
+        return y_ND
+
+    def sum_over_columns(self, parts: Tensor) -> Tensor:
+        self.ranks.sum(parts)
+        return parts
+
+    def row_norms(self, rows: Sequence[Tensor]) -> list[Tensor]:
+        return [norm_F[:, None] for norm_F in square_sums(self.ranks, rows).sqrt()[: len(rows)]]
+
+    def token_norms(self, y_ND: Tensor) -> Tensor:
+        square_N = y_ND.norm(dim=1).square()
+        self.ranks.sum(square_N)
+        return square_N.sqrt()
+
+
+class PartOfGroups(ManyGroups):
+    """Learning of the layers here, with those that are elsewhere."""
+
+    terms: PartTerms
+    _norms_LF: Tensor | None = None
+    """Of all whole decoder rows, with gradient, where the losses of a batch need them."""
+
+    def _choose(self, given: Sequence[Tensor], inputs: StepInputs, rows: int) -> list[Picks]:
+        if not isinstance(self.rules[0], TopKRule):
+            assert inputs.facts is not None or not self._batch_rules
+            return super()._choose(given, inputs, rows)
+        k = self.rules[0].own.k if inputs.k is None else inputs.k
+        return chosen(self.terms.ranks, best_of_shares(self.terms.part, given, k), k, together=self.together)
+
+    def _names(self) -> Sequence[str]:
+        part = self.terms.part
+        return [part.group_names[layer] for layer in part.share.layers] if part.group_names else ()
+
+    def _penalty(self, own: GroupTerms, fired: Firing) -> Tensor | None:
+        """When the norms of whole rows are known."""
+        return None
+
+    def _decode(self, firing: Sequence[Firing]) -> list[Tensor]:
+        part, learning = self.terms.part, self.terms.learning
+        penalised = learning.penalty in ("l1", "tanh")
+        weighed = not part.config.unit_norm_decoder and (penalised or learning.preact_weight > 0)
+        exchange = self.terms.exchange([fired.indices_NK for fired in firing])
+        decoders = [W_dec for W_dec, _ in part.decoders]
+        picks, self._norms_LF = meet(exchange, [fired.values_NK for fired in firing], decoders if weighed else [])
+        if penalised:
+            for number, (rule, fired) in enumerate(zip(self.rules, firing, strict=True)):
+                fired.penalty = penalty_of(rule.own.learning, fired, self._own_norm(number))
+        return [
+            sparse_decode(values_NK, indices_NK, W_dec, PairOrder(indices_NK, len(W_dec)), compute=part.compute)
+            for W_dec, (values_NK, indices_NK) in zip(decoders, picks, strict=True)
+        ]
+
+    def _own_norm(self, number: int) -> Tensor | None:
+        """Of the rows of the latents that a layer here encodes, [F]; None: they are 1."""
+        share = self.terms.part.share
+        if self._norms_LF is None:
+            return None
+        return self._norms_LF[share.layers[number]].narrow(0, *share.span(self._norms_LF.shape[1]))
+
+    # What the losses must know of the batch
+
+    @property
+    def _reduce(self) -> Reduce:
+        """Over all that choose together."""
+        ranks = self.terms.ranks
+        if self.together:
+            return ranks.sum
+        return alone if ranks.own.parts == 1 else ranks.sum_in_layer
+
+    def facts(self, centred: Sequence[Tensor], num_tokens: int, k: int | None, *_: Reduce) -> Any:
+        parts = [self._columns(normal_ND) for normal_ND in centred]
+        return self._facts(list(zip(*parts, strict=True)), num_tokens, k, self._reduce)
+
+    def fit_to_sample(self, centred_MD: Tensor) -> None:
+        if not self._batch_rules:
+            super().fit_to_sample(centred_MD)
+            return
+        memories = [self.memory, *(rule.memory for rule in self._batch_rules)]
+        before = [memory.lower_bound for memory in memories]
+        for memory in memories:
+            memory.lower_bound = 0.0
+        (facts,) = self._facts([[one] for one in self._columns(centred_MD)], len(centred_MD), None, self._reduce)
+        for memory, bound in zip(memories, before, strict=True):
+            memory.lower_bound = bound
+        for rule, own in zip(self._batch_rules, facts.groups, strict=True):
+            assert own.least is not None
+            rule.activation.threshold.copy_(own.least)
+
+    # Dead latents
+
+    def _help_dead(
+        self, residual_ND: Tensor, given: Sequence[Tensor], inputs: StepInputs
+    ) -> list[tuple[str, float, Tensor]]:
+        learning, ranks = self.terms.learning, self.terms.ranks
+        found = []
+        dead = [] if inputs.dead is None else self._dead_of_groups(inputs.dead)
+        if learning.auxk_alpha > 0 and dead and any(latents_R.numel() for latents_R in ranks.dead):
+            found.append(("auxk", learning.auxk_alpha, self._auxk(residual_ND, given, dead)))
+        if learning.preact_weight > 0 and dead:
+            for number, (rule, given_ND, dead_R) in enumerate(zip(self.rules, given, dead, strict=True)):
+                thresholds, group = getattr(rule.own.group.activation, "log_threshold", None), rule.own.group
+                if thresholds is None or not dead_R.numel():
+                    continue
+                norm_F, rows_RD = self._own_norm(number), take_rows(group.W_enc, dead_R)
+                z_NR = product(given_ND, rows_RD.T, group.b_enc[dead_R], compute=group.compute)
+                below = preact_loss(z_NR, thresholds[dead_R], None if norm_F is None else norm_F[dead_R])
+                found.append(("preact", learning.preact_weight * inputs.penalty_scale, below))
+        return found
+
+    def _auxk(self, residual_ND: Tensor, given: Sequence[Tensor], dead: Sequence[Tensor]) -> Tensor:
+        """The mean over layers of their AuxK losses, as far as it is made here."""
+        part, ranks = self.terms.part, self.terms.ranks
+        widths = [d_out for _, d_out in part.sizes()]
+        aux = [self.terms.learning.num_aux(width) for width in widths]
+        own = [
+            (given_ND.detach(), take_rows(rule.own.group.W_enc, dead_R), rule.own.group.b_enc[dead_R])
+            for rule, given_ND, dead_R in zip(self.rules, given, dead, strict=True)
+        ]
+        decoders = [
+            (residual_ND[:, writes], take_rows(W_dec, dead_R))
+            for (W_dec, writes), dead_R in zip(part.decoders, ranks.dead, strict=False)
+        ]
+        tensors = [tensor for one in (*own, *decoders) for tensor in one]
+        total: Tensor = _AuxK.apply(ranks, aux, len(own), *tensors)
+        return total
+
+    def _dead_of_groups(self, dead: Tensor) -> list[Tensor]:
+        """Of the layers here, by the numbers of the latents that they encode here."""
+        share, per_layer = self.terms.part.share, self.terms.part.config.per_layer
+        first, rows = share.span(per_layer)
+        return [
+            one[(one >= first) & (one < first + rows)] - first
+            for one in (self.terms.ranks.dead[layer] for layer in share.layers)
+        ]
+
+
+class _AuxK(torch.autograd.Function):
+    """``auxk_loss`` of every layer, a mean over layers: what it adds up to at the columns here.
+
+    Values of dead latents go to those that decode them, [N, R] of each layer; all messages are sent in the forward.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, ranks: LayerRanks, aux: Sequence[int], num_own: int, *tensors: Tensor) -> Tensor:
+        own = [tensors[3 * number : 3 * number + 3] for number in range(num_own)]
+        rest = tensors[3 * num_own :]
+        decoders = list(zip(rest[::2], rest[1::2], strict=True))
+        rows, counts = len(own[0][0]), [len(latents_R) for latents_R in ranks.dead]
+        values = []
+        for layer, (given_ND, W_enc_RD, b_enc_R) in zip(ranks.own.layers, own, strict=True):
+            z_NR = torch.addmm(b_enc_R, given_ND, W_enc_RD.T).relu_()
+            if counts[layer] > aux[layer]:
+                z_NR.masked_fill_(z_NR < ranks.kth_largest_of_layer(z_NR, aux[layer]), 0)
+            values.append(z_NR)
+        spans = _Spans(ranks, counts)
+        gathered = spans.read(ranks.gather(spans.message(values)), len(decoders), rows)
+        energy_LN = values[0].new_zeros(ranks.num_layers, rows)
+        for layer, (residual_ND, _) in enumerate(decoders):
+            energy_LN[layer] = residual_ND.square().sum(1)
+        ranks.sum(energy_LN)
+        energy_LN.clamp_min_(torch.finfo(energy_LN.dtype).tiny)
+        total, dz, grads = values[0].new_zeros(()), [], []
+        for layer, (z_NR, (residual_ND, W_dec_RD)) in enumerate(zip(gathered, decoders, strict=True)):
+            weight_N = min(counts[layer] / aux[layer], 1.0) / ranks.num_layers / rows / energy_LN[layer]
+            error_ND = z_NR @ W_dec_RD - residual_ND
+            total += (error_ND.square().sum(1) * weight_N).sum()
+            grad_ND = error_ND * (2 * weight_N)[:, None]
+            dz.append(grad_ND @ W_dec_RD.T)
+            grads.append(z_NR.T @ grad_ND)
+        back = spans.own(ranks.sum_to_owners(spans.scatter(dz)), rows)
+        saved = []
+        for (given_ND, _, _), z_NR, dz_NR in zip(own, values, back, strict=True):
+            dz_NR = dz_NR.masked_fill(z_NR == 0, 0)
+            saved += [dz_NR.T @ given_ND, dz_NR.sum(0)]
+        ctx.save_for_backward(*saved, *grads)
+        ctx.num_own = num_own
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        saved, count = ctx.saved_tensors, 2 * ctx.num_own
+        own = [(None, dW * grad, db * grad) for dW, db in zip(saved[:count:2], saved[1:count:2], strict=True)]
+        decoders = [(None, dW * grad) for dW in saved[count:]]
+        return None, None, None, *(one for row in (*own, *decoders) for one in row)
+
+
+class _Spans:
+    """Where the values of each layer's dead latents lie in the messages of the processes that encode them."""
+
+    def __init__(self, ranks: LayerRanks, counts: Sequence[int]) -> None:
+        """`counts` are of each layer, all its shares together."""
+        self.ranks = ranks
+        self.sizes = []
+        """Of every process: dead latents of each of its layers that it encodes."""
+        for share in ranks.shares:
+            held = []
+            for layer in share.layers:
+                first, rows = share.span(ranks.per_layer)
+                is_held_R = (ranks.dead[layer] >= first) & (ranks.dead[layer] < first + rows)
+                held.append(counts[layer] if share.parts == 1 else int(is_held_R.sum()))
+            self.sizes.append(held)
+        self.longest = max(1, *(sum(held) for held in self.sizes))
+
+    def message(self, values: Sequence[Tensor]) -> Tensor:
+        """[N, most latents of a process]: those of the layers here."""
+        own_NR = torch.cat(list(values), 1)
+        message_NR = own_NR.new_zeros(len(own_NR), self.longest)
+        message_NR[:, : own_NR.shape[1]] = own_NR
+        return message_NR
+
+    def _span(self, rank: int, slot: int) -> slice:
+        start = sum(self.sizes[rank][:slot])
+        return slice(start, start + self.sizes[rank][slot])
+
+    def read(self, messages_RNP: Tensor, layers: int, rows: int) -> list[Tensor]:
+        """Of the first layers, [N, R] each."""
+        return [
+            torch.cat([messages_RNP[rank, :, self._span(rank, slot)] for rank, slot in self.ranks.homes(layer)], 1)
+            for layer in range(layers)
+        ]
+
+    def scatter(self, grads: Sequence[Tensor]) -> Tensor:
+        """For each process, the gradients of what it sent."""
+        parts = grads[0].new_zeros(len(self.sizes), len(grads[0]), self.longest)
+        for layer, grad_NR in enumerate(grads):
+            homes = self.ranks.homes(layer)
+            pieces = grad_NR.split([self.sizes[rank][slot] for rank, slot in homes], 1)
+            for (rank, slot), piece in zip(homes, pieces, strict=True):
+                parts[rank, :, self._span(rank, slot)] = piece
+        return parts
+
+    def own(self, sums_NP: Tensor, rows: int) -> list[Tensor]:
+        """Of the layers here."""
+        rank = self.ranks.rank
+        return [sums_NP[:, self._span(rank, slot)] for slot in range(len(self.sizes[rank]))]
+
+
+@torch.no_grad()
+def best_of_shares(part: CLTPart, given: Sequence[Tensor], k: int) -> list[Picks]:
+    """topk: of each layer here, the k largest of the latents here, from what each reads."""
+    found = []
+    for group, given_ND in zip(part.groups, given, strict=True):
+        assert isinstance(group.activation, TopK)
+        found.append(group.activation.select(group.encoder(), given_ND, min(k, group.num_latents)))
+    return found
+
+
+def chosen(ranks: LayerRanks, own: Sequence[Picks], k: int, *, together: bool) -> list[Picks]:
+    """Of the k best of every share of a layer, `own` those of the layers here, the k best of each layer, or of all
+    together: those that are here."""
+    if not together and ranks.own.parts == 1:
+        return list(own)
+    mine_SNK = ranks.padded([values_NK for values_NK, _ in own])
+    if together:
+        values_RSNK = ranks.gather(mine_SNK)
+        homes = [home for layer in range(ranks.num_layers) for home in ranks.homes(layer)]
+        everyone = [(values_RSNK[home], own[home[1]][1] if home[0] == ranks.rank else None) for home in homes]
+        best = dict(zip(homes, largest([_with_indices(*one) for one in everyone], k), strict=True))
+        return [best[ranks.rank, slot] for slot in range(len(own))]
+    values_PSNK, found = ranks.gather_in_layer(mine_SNK), []
+    for slot, (_, indices_NK) in enumerate(own):
+        parts = [
+            _with_indices(values_PSNK[part, slot], indices_NK if part == ranks.own.part else None)
+            for part in range(ranks.own.parts)
+        ]
+        found.append(largest(parts, k)[ranks.own.part])
+    return found
+
+
+def _with_indices(values_NK: Tensor, indices_NK: Tensor | None) -> Picks:
+    """Those of another process are only compared: some index stands for them."""
+    if indices_NK is None:
+        indices_NK = torch.where(values_NK > 0, 0, -1)
+    return values_NK, indices_NK
