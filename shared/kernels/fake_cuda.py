@@ -18,7 +18,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from shared.kernels.storages import Storages
+from shared.kernels.trace import Storages
 
 DEVICE = "meta"
 # What waits where a tensor of the host is among its arguments.
@@ -46,7 +46,6 @@ class FakeCuda(TorchDispatchMode):
         self.operations: list[tuple[str, int]] = []
         """Names and bytes of what runs beside the kernels; views are left out."""
         self.syncs: list[str] = []
-        self.peak_bytes = 0
         self._storages = Storages()
         self._run: Callable[..., Any] | None = None
 
@@ -101,9 +100,13 @@ class FakeCuda(TorchDispatchMode):
         from_host = [t for t in given if t.device.type == "cpu"]
         if from_host and func.overloadpacket in COPIES and any(t.device.type == self.device for t in (*given, *made)):
             self.syncs.append(f"{func} of {tuple(from_host[0].shape)} from the host")
-        if self._storages.follow(tensor for tensor in made if tensor.device.type == self.device):
-            self.peak_bytes = max(self.peak_bytes, self.alive_bytes)
+        self._storages.follow(tensor for tensor in made if tensor.device.type == self.device)
         return result
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most memory of tensors that existed together."""
+        return self._storages.peak
 
     @property
     def alive_bytes(self) -> int:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from hydra import initialize_config_module
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from shared.basics.units import GIB
 from shared.kernels.linear import linear
@@ -16,14 +17,11 @@ from shared.kernels.trace import Trace
 from shared.sae import SAE, SAEConfig
 from shared.sae.optim import OPTIMISERS, make_optimiser
 from shared.store import Store
-from stage_train.config import register
 from stage_train.data.inputs import order_of
 from stage_train.data.stream import TokenStream
-from stage_train.estimate.__main__ import training_config
-from stage_train.estimate.config import PlanSchema
-from stage_train.estimate.data import find_data
-from stage_train.estimate.job import make_job
-from stage_train.estimate.memory import find_memory
+from stage_train.plan.__main__ import planned, register
+from stage_train.plan.memory import find_memory
+from stage_train.plan.run import PlannedRun
 from stage_train.state.staging import HostCopies
 from stage_train.state.tensor_files import TensorWriter
 from tests.cli import ForkServer
@@ -36,17 +34,18 @@ LARGE = [
 
 
 def test_a_trace_adds_up_what_is_alive_together() -> None:
-    with Trace(picks=3, lengths={}) as trace:
+    with FakeTensorMode(), Trace(picks=3, lengths={}) as trace:
         kept = torch.empty(1 << 20)
         (torch.empty(1 << 22) * 2).sum()  # two of 16 MiB
         del kept
         torch.empty(1 << 23)  # 32 MiB: mapped
-    assert trace.peak.total == (4 << 20) + 2 * (16 << 20)
-    assert (trace.peak.large, trace.peak.small) == (32 << 20, trace.peak.total)
+    found = trace.storages
+    assert found.peak == (4 << 20) + 2 * (16 << 20)
+    assert (found.large, found.small) == (32 << 20, found.peak)
 
 
 def test_a_trace_knows_no_values_but_counts() -> None:
-    with Trace(picks=3, lengths={8: 2}) as trace:
+    with FakeTensorMode(), Trace(picks=3, lengths={8: 2}) as trace:
         x, mask = torch.empty(5, 8), torch.empty(8) > 0
         assert x[x > 0].shape == (15,)
         assert mask.nonzero().shape == (2, 1)
@@ -57,8 +56,8 @@ def test_a_trace_knows_no_values_but_counts() -> None:
         large.untyped_storage().resize_(0)
         assert sum(size for _, size in trace.storages.alive()) < 1 << 20
         assert torch.bincount(torch.empty(5, dtype=torch.int64), minlength=9).tolist() == [5] + [0] * 8
-    assert trace.peak.total > 4 << 20
-    with Trace(picks=3, lengths={}) as trace:
+    assert trace.storages.peak > 4 << 20
+    with FakeTensorMode(), Trace(picks=3, lengths={}) as trace:
         torch.empty(3, 4) @ torch.empty(4, 5)
         linear(torch.empty(3, 4), torch.empty(5, 4))
     assert trace.flop == 2 * (2 * 3 * 4 * 5)
@@ -71,9 +70,9 @@ def test_state_is_counted_as_it_is_made(kind: str) -> None:
     sizes = [sum(tensor.nbytes for tensor in part.state_dict().values()) for part in (sae, optimiser)]
     register()
     with initialize_config_module("conf", version_base="1.3"):
-        cfg = training_config(["sae.d_latent=32", "sae.k=3", "device.name=cpu", f"optim={kind}", "stream.lanes=4"])
-    options = PlanSchema(d_model=8, seq_len=16)
-    memory = find_memory(make_job(cfg, options, find_data(cfg, options)))
+        own = ["d_model=8", "seq_len=16"]
+        cfg = planned([*own, "sae.d_latent=32", "sae.k=3", "device.name=cpu", f"optim={kind}", "stream.lanes=4"])
+    memory = find_memory(PlannedRun(cfg))
     counters = memory.disk - (cfg.checkpoint.keep + 1) * sum(sizes) - sizes[0]
     assert 0 <= counters <= (cfg.checkpoint.keep + 1) * (32 * 9 + 256)  # of dead latents, metrics
 
@@ -86,15 +85,15 @@ def test_the_pool_is_as_large_as_the_stream_makes_it(
     url = planted_store(tmp_path / "store").url
     register()
     with initialize_config_module("conf", version_base="1.3"):
-        cfg = training_config([f"store.url={url}", "device.name=cpu", "stream.lanes=4", "stream.batch_size=8"])
+        # So large a batch that the peak comes in the step, when the stream is there.
+        step = ["stream.batch_size=256", "stream.lanes=4", "sae.encoder_init=transpose"]
+        cfg = planned([f"store.url={url}", "device.name=cpu", *step])
     cfg = replace(cfg, nproc=nproc, stream=replace(cfg.stream, prefetch_gib=prefetch / GIB))
-    options = PlanSchema()
-    job = make_job(cfg, options, find_data(cfg, options))
-    data, formats = job.data.tokens, job.data.formats
-    with TokenStream(data, formats, order_of(cfg), world=nproc, prefetch_bytes=prefetch) as stream:
+    run = PlannedRun(cfg)
+    memory, data = find_memory(run), run.tokens
+    with TokenStream(data, run.formats, order_of(cfg), world=nproc, prefetch_bytes=prefetch) as stream:
         next(stream)
-        assert job.pool_bytes == sum(rows.nbytes for rows in stream._pool.rows_SxT_D.values())
-    memory = find_memory(job)
+        assert memory.blocks["stream"] == sum(rows.nbytes for rows in stream._pool.rows_SxT_D.values())
     assert memory.blocks["masks of the store"] == data.mask_bits.nbytes + data.counts.nbytes
 
 
@@ -153,6 +152,16 @@ def test_a_transcoder_is_planned_from_what_it_reads_and_writes(plan: Callable[..
     assert other["stream"] == 2 * sae["stream"]
 
 
+def test_a_pattern_stands_for_as_many_layers_as_are_said(
+    server: ForkServer, plan: Callable[..., dict[str, object]]
+) -> None:
+    sites = ["variant=clt", "reads=layers.*.mlp_in", "writes=layers.*.mlp_out"]
+    base = ["d_model=64", "sae.d_latent=256", "device.name=cpu", "schedule.tokens=2_048_000", *sites]
+    read = [plan(*base, f"layers={layers}")["pace"]["read_bytes"] for layers in (1, 4)]  # type: ignore[index]
+    assert read == [2 * 64 * 2 * layers * 2_048_000 for layers in (1, 4)]
+    assert "give layers=" in server.run("stage_train.plan", *base).error
+
+
 def test_less_is_planned_where_less_is_asked_for(plan: Callable[..., dict[str, object]]) -> None:
     base = [
         "d_model=512",
@@ -176,6 +185,7 @@ def test_time_and_reading_follow_from_the_speed(plan: Callable[..., dict[str, ob
     assert isinstance(pace, dict)
     assert pace["seconds"] == 8192
     assert pace["read_mb_s"] == pytest.approx(2 * 1024 * 1000 / 1e6)  # both machines read all rows
+    assert pace["read_bytes"] == 2 * 2 * 1024 * 8192000  # as often as there are machines
     estimated = plan(*LARGE, "tflops=100", "dead_fraction=0", "device.name=cpu")["pace"]
     assert isinstance(estimated, dict)
     product, counted = 2 * 262144 * 1024, 1e9 * estimated["gflop_per_token"]
@@ -216,7 +226,7 @@ def test_the_table_names_peak_total_and_what_is_assumed(server: ForkServer) -> N
     [
         (
             [*LARGE, "sae.d_latent=32768", "memory_gib=0.9", "device.name=cuda"],
-            r"a rank needs \d+.* memory_gib=0\.9 .*: parallel=latent takes",
+            r"a rank needs \d+.* memory_gib=0\.9 .*: parallel.layout=latent takes",
         ),
         (
             [*LARGE, "sae.d_latent=8192", "memory_gib=0.01", "device.name=cuda"],
@@ -232,6 +242,10 @@ def test_the_table_names_peak_total_and_what_is_assumed(server: ForkServer) -> N
         ([*LARGE, "compute.kernels=fast"], "kernels='fast': choose from auto"),
         ([*LARGE, "schedule.tokens=null", "schedule.epochs=1"], "nobody knows how long an epoch is"),
         ([*LARGE, "tflops=-1"], "tflops=-1.0: must be above 0"),
+        (
+            [*LARGE, "variant=clt", "sae.d_latent=32768", "memory_gib=0.01", "device.name=cuda"],
+            "take more ranks, fewer latents, or a larger memory",  # its latents can't be split
+        ),
         ([*LARGE, "sae.expantion=4"], "did you mean 'sae.expansion'"),
         (["store.url=nowhere"], "or plan without a store: give d_model"),
     ],

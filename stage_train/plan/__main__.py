@@ -1,0 +1,87 @@
+"""``python -m stage_train.plan d_model=4096 nproc=8 sae.k=64 ...``: what the run with these overrides will need."""
+
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+
+from hydra import compose, initialize_config_module
+from hydra.core.config_store import ConfigStore
+
+import stage_train.config
+from shared.basics.display import refuse_password, shown
+from shared.basics.errors import GranaryError
+from shared.basics.field_docs import docs
+from shared.launch.commands import program
+from shared.launch.counts import expand_counts
+from shared.launch.outcome import ending_in_one_line
+from shared.launch.overrides import expand_shorthands, quote_text
+from shared.launch.schema import fill
+from stage_train.plan.config import OWN, PlanSchema
+
+HELP = """\
+usage: {program} key=value ...
+
+What the training run with these overrides will need, on every rank: memory, reading, time. Nothing is
+trained or written. Beside training's own keys:
+
+{options}"""
+# Tried in this order where a plan does not fit, after smaller micro-batches.
+ALTERNATIVES = (
+    ["optim.moments=bfloat16"],
+    ["parallel.layout=latent"],
+    ["parallel.layout=fsdp"],
+    ["parallel.layout=latent", "optim.moments=bfloat16"],
+)
+MICRO_BATCHES = [1 << power for power in range(16, 6, -1)]
+
+
+def register() -> None:
+    """Training's configuration, with the plan's own keys in it."""
+    stage_train.config.register()
+    ConfigStore.instance().store(name="train_schema", node=PlanSchema)
+
+
+def planned(overrides: Sequence[str]) -> PlanSchema:
+    """As ``python -m stage_train`` composes it; what is for Hydra alone says nothing about a run."""
+    given = [one for one in overrides if not one.startswith("hydra")]
+    # Hydra's own node, which names the output folder, is not there: nothing is written.
+    filled = fill(compose("train", ["out_dir=${run_dir}/sae", *expand_counts(expand_shorthands(given), PlanSchema)]))
+    assert isinstance(filled, PlanSchema)
+    return filled
+
+
+def main() -> None:
+    """Print the plan; status 2 and one line on stderr when a rank's memory is not enough or the run makes no sense."""
+    if {"--help", "-h"} & set(sys.argv):
+        told = docs(PlanSchema)
+        options = (f"  {name:<15} {told[name]} [{getattr(PlanSchema, name)}]" for name in told if name in OWN)
+        print(HELP.format(program=program("plan"), options="\n".join(options)))  # noqa: T201
+        return
+    register()
+    with ending_in_one_line(), initialize_config_module("conf", version_base="1.3"):
+        refuse_password(*sys.argv[1:])
+        overrides = quote_text(sys.argv[1:])
+        cfg = planned(overrides)
+        from shared.basics.units import GIB
+        from stage_train.plan.memory import find_memory
+        from stage_train.plan.report import as_json, find_pace, table
+        from stage_train.plan.run import PlannedRun
+
+        run = PlannedRun(cfg)
+        memory = find_memory(run)
+        print(shown((as_json if cfg.json else table)(run, memory, find_pace(run, memory.flop))))  # noqa: T201
+        most, advice = cfg.memory_gib, "take more ranks, fewer latents, or a larger memory"
+        if most is None or memory.total <= most * GIB:
+            return
+        for changes in [*([f"optim.micro_batch={size}"] for size in MICRO_BATCHES if size < run.rows), *ALTERNATIVES]:
+            with suppress(GranaryError):  # makes no sense here
+                needed = find_memory(PlannedRun(planned([*overrides, *changes]), run.tokens)).total
+                if needed <= most * GIB:
+                    advice = f"{' '.join(changes)} takes {needed / GIB:.2f} GiB"
+                    break
+        needs = f"a rank needs {memory.total / GIB:.2f} GiB, memory_gib={most:g} (peak: {memory.peak})"
+        raise GranaryError(f"{needs}: {advice}")
+
+
+if __name__ == "__main__":
+    main()

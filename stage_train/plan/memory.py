@@ -1,0 +1,104 @@
+"""What a rank of the planned run holds: training's own code, the start and one step, on tensors without memory.
+
+glibc takes blocks below 32 MiB from a heap that keeps its high-water mark, and maps larger ones, which go back when
+they are freed. So the peak of a process is the largest sum of large blocks plus the largest sum of small ones, which
+need not meet. On a GPU, whose allocator is told the sizes, it is the largest sum.
+"""
+
+import resource
+from collections import Counter
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from unittest.mock import patch
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import stage_train.step.layouts.fsdp
+import stage_train.step.layouts.latent
+import stage_train.step.layouts.layers  # noqa: F401 (all, so that LIBRARIES has them)
+from shared.basics.units import GIB
+from shared.kernels.fake_cuda import FakeCuda
+from shared.kernels.trace import Trace
+from shared.sae.learn import init
+from stage_train.config import BufferPlace
+from stage_train.data.inputs import order_of
+from stage_train.data.stream import TokenStream
+from stage_train.plan.run import CPU, PlannedRun
+from stage_train.state.staging import local
+
+STATE = {"sae": "weights", "optim": "optimiser moments", "ema": "weight average"}
+# Bytes of a process that has imported what training imports, as this one has.
+LIBRARIES = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Bytes of a rank."""
+
+    total: int
+    """On its device, at the peak."""
+    peak: str
+    """When that is: at the start, in a step, at a checkpoint."""
+    blocks: Mapping[str, int]
+    """What the total is made of."""
+    host: int
+    """Beside a GPU: on the host; 0 without."""
+    disk: int
+    """For all ranks together, at most: ``keep`` checkpoints, the one being written, and the exported dictionary."""
+    flop: int
+    """Not memory: of the matrix products in the rank's step."""
+
+
+def find_memory(run: PlannedRun) -> Memory:
+    """Follow the start and one step of a rank."""
+    spec, cfg, cuda, held = run.spec, run.cfg, run.cuda, dict[str, list[torch.Tensor]]()
+    ahead = int(cfg.stream.prefetch_gib * GIB)
+    stream = TokenStream(run.tokens, run.own, order_of(cfg), world=run.share, prefetch_bytes=ahead, pool_device="meta")
+    pool, place = stream.buffer_bytes, cfg.stream.buffer
+    fits = pool <= (cfg.memory_gib or 80) * GIB / 4  # as training decides, on an empty GPU
+    beside = cuda and (place is BufferPlace.host or (place is BufferPlace.auto and not fits))
+    masks = run.tokens.mask_bits.nbytes + run.tokens.counts.nbytes
+    with run.layout(cfg.parallel, CPU) as layout, ExitStack() as stack:
+        held_here, of_group = run.num_latents, spec.dictionary.d_latent // spec.dictionary.num_groups
+        dead = {count: round(run.dead_fraction * count) for count in (held_here, of_group)}
+        trace = Trace(picks=run.picks, lengths=dead)
+        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        stack.enter_context(trace)
+        if run.triton:
+            stack.enter_context(FakeCuda("cpu"))
+        # A search for a scale takes the same memory at each try.
+        stack.enter_context(patch.object(init, "grid_search", lambda loss, coarse, steps: loss(coarse[0])))
+        trace.moment = "start"
+        held["masks of the store"] = [torch.empty(masks * (not cuda), dtype=torch.uint8)]
+        trainer, batch = run.begin(layout)
+        held["stream"] = [torch.empty(pool * (not beside), dtype=torch.uint8)]
+        held["batch"], whole = list(batch.activations.values()), trainer.tensors()
+        own = {name: local(tensor) for name, tensor in whole.items()}
+        for name, tensor in own.items():
+            held.setdefault(STATE.get(name.partition(".")[0], "counters"), []).append(tensor)
+        meanwhile = 0 < spec.save_every < spec.length.steps
+        for trace.moment in ("checkpoint", "step") if meanwhile else ("step", "checkpoint"):
+            if trace.moment == "step":
+                trace.flop = 0
+                trainer.step(batch)
+            elif not cuda:  # whose copy is on the host
+                held["copy of the state for a checkpoint"] = [torch.empty_like(tensor) for tensor in own.values()]
+        for name, tensors in held.items():
+            trace.storages.name(tensors, name)
+    blocks, found = Counter[str](), trace.storages
+    for block, size in found.at_peak:
+        blocks[block.name] += size
+    if not cuda:
+        blocks["kept by malloc from other moments"] = found.large + found.small - found.peak
+        blocks["interpreter, torch, libraries (measured)"] = LIBRARIES
+    copy, state = (sum(t.numel() * t.element_size() for t in tensors.values()) for tensors in (own, whole))
+    return Memory(
+        total=blocks.total(),
+        peak=trace.peak_moment,
+        blocks=dict(blocks),
+        host=(masks + copy + pool * beside) * cuda,
+        disk=state * (cfg.checkpoint.keep + 1) + 4 * spec.num_parameters,
+        flop=trace.flop,
+    )

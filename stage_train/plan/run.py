@@ -1,0 +1,148 @@
+"""The run that is planned, checked as training checks it, as the first of its ranks sees it."""
+
+import importlib.util
+import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed._tools import fake_collectives  # noqa: F401 (messages of tensors without memory)
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from shared.basics.config import named_urls
+from shared.basics.errors import GranaryError
+from shared.parallel import World, init_world
+from shared.store.format.dtypes import row_bytes, storage_type
+from stage_train.config import ParallelSchema
+from stage_train.data.inputs import SAMPLE_TOKENS
+from stage_train.data.sites import resolve_sites, site_formats
+from stage_train.data.stores import PinnedStore, pin, urls_of
+from stage_train.data.stream import Batch, TrainingData
+from stage_train.data.stream.length import StreamLength
+from stage_train.data.stream.sample import SAMPLE_CONTEXTS
+from stage_train.job import check_kernels
+from stage_train.plan.config import PlanSchema
+from stage_train.run import make_objective, put_together
+from stage_train.spec import RunSpec
+from stage_train.step.layouts import Layout, make_layout
+from stage_train.step.trainer import Trainer
+
+CPU = torch.device("cpu")
+
+
+class PlannedRun:
+    """What it is, as `spec` says, what it reads, and the part of its first rank."""
+
+    def __init__(self, cfg: PlanSchema, tokens: TrainingData | None = None) -> None:
+        """`tokens` where they are known already. Raises GranaryError where training would, with its words."""
+        # A machine without a GPU may plan for one that has.
+        self.cuda = cfg.device.name == "cuda" or init_world(cfg.device.name).device.type == "cuda"
+        if self.cuda and cfg.compute.kernels == "triton":
+            cfg = replace(cfg, compute=replace(cfg.compute, kernels="auto"))
+        interpreted = os.environ.get("TRITON_INTERPRET") == "1"  # then kernels want values
+        self.triton = self.cuda and importlib.util.find_spec("triton") is not None and not interpreted
+        """Whether kernels are followed as a GPU runs them; torch's operations, which stand in for them, take more."""
+        check_kernels(cfg.compute.kernels, World(0, 1, 0, CPU))
+        self.cfg, self.ranks = cfg, cfg.nproc * cfg.nodes
+        stores = _open_stores(cfg)
+        sites = resolve_sites(cfg, stores)
+        self.formats = site_formats(sites.names, stores)
+        self.tokens = TrainingData([part.slice for part in stores]) if tokens is None else tokens
+        widths = sites.widths({name: width for name, (width, _) in self.formats.items()})
+        known = cfg.d_model is None
+        self.spec = RunSpec.resolve(cfg, stores, self.tokens) if known else RunSpec.of(cfg, sites, widths, _length(cfg))
+        with self.layout(cfg.parallel, CPU) as layout:
+            self.share, self.num_latents = layout.stream_world, layout.num_latents(self.spec.dictionary)
+            self.own = {name: self.formats[name] for name in layout.sites(self.spec.sites).names}
+        """Into how many shares a batch is cut; of the first rank the latents, and width and type of its sites."""
+        self.rows = math.ceil(cfg.stream.batch_size / self.share)
+        """Of the rank's batch."""
+        row, own = (
+            sum(row_bytes(stores[0].store.plan.dtype, width) for width, _ in formats.values())
+            for formats in (self.formats, self.own)
+        )
+        self.reads = self.ranks / self.share * own / row
+        """How often a token is read, all ranks together."""
+        read = np.count_nonzero(self.tokens.counts) * self.tokens.seq_len
+        self.bytes_per_token = row * int(read) / self.tokens.num_tokens
+        """Read from the store for each trainable token: contexts are read whole."""
+        dictionary, learning = self.spec.dictionary, self.spec.learning
+        most = max(dictionary.k or 0, cfg.schedule.k_start or 0)
+        if getattr(dictionary, "k_scope", "layer") == "all":  # of all groups; what is followed is one's
+            most = math.ceil(most / dictionary.num_groups)
+        most *= learning.multi_topk_factor if learning.multi_topk_weight > 0 else 1
+        most = round(most * (cfg.fullest_row if dictionary.activation == "batchtopk" else 1))
+        self.picks = min(most or dictionary.d_latent // 2, dictionary.d_latent)
+        """Latents of the token that fires most; where their number is free, half of all, as at the start."""
+        dies = learning.auxk_alpha > 0 and self.spec.length.tokens > learning.dead_after_tokens
+        self.dead_fraction = cfg.dead_fraction if dies else 0.0
+        """Of the latents, for AuxK."""
+
+    @contextmanager
+    def layout(self, parallel: ParallelSchema, device: torch.device) -> Iterator[Layout]:
+        """That of the first rank, whose messages go nowhere."""
+        dist.init_process_group("fake", rank=0, world_size=self.ranks, store=FakeStore())
+        try:
+            layout = make_layout(parallel, World(0, self.ranks, 0, device))
+            layout.check(self.spec.dictionary, self.cfg)
+            yield layout
+        finally:
+            dist.destroy_process_group()
+
+    def activations(self, count: int, device: torch.device) -> dict[str, Tensor]:
+        """Random ones, [count, width] of every site."""
+        return {site: torch.randn(count, width, device=device) for site, (width, _) in self.own.items()}
+
+    def begin(self, layout: Layout) -> tuple[Trainer, Batch]:
+        """The rank's trainer, made as training makes it, and its rows of a batch."""
+        device, sample = layout.world.device, min(SAMPLE_TOKENS, SAMPLE_CONTEXTS * self.tokens.seq_len)
+        ones = {site: torch.ones(width) for site, (width, _) in self.formats.items()}
+        inputs: Any = SimpleNamespace(
+            sample=lambda sites, seed: sites.pick(self.activations(sample, CPU)),
+            statistics=lambda site: SimpleNamespace(mean=ones[site], var=ones[site], mean_norm=1.0),
+        )
+        objective = make_objective(self.spec, inputs, device, layout, begins=self.cfg.init_from is None)
+        objective = layout.distribute(objective)  # and the whole is let go
+        trainer = put_together(self.spec, objective, None, layout)  # type: ignore[arg-type]
+        rows = self.activations(self.rows, device)
+        return trainer, Batch(rows, 0, 0, num_tokens=self.cfg.stream.batch_size, most_rows=self.rows)
+
+
+def _open_stores(cfg: PlanSchema) -> list[PinnedStore]:
+    """The configuration's, or, where the width is given, what stands for one with all the sites that are named."""
+    if cfg.d_model is None:
+        try:
+            return pin(urls_of(cfg), World(0, 1, 0, CPU), named_urls(cfg.store.beside))
+        except GranaryError as error:
+            raise GranaryError(f"{error}; or plan without a store: give d_model=... (and seq_len=...)") from error
+    sides = [[side] if isinstance(side, str) else side or [] for side in (cfg.hook, cfg.reads, cfg.writes)]
+    names = [name for side in sides for name in side] or ["planned"]
+    if cfg.layers is None and any("*" in name for name in names):
+        raise GranaryError(f"{names[0]}: without a store nobody knows how many layers that is: give layers=...")
+    store: Any = SimpleNamespace(
+        url="no store",
+        hooks=[name.replace("*", str(layer)) for name in names for layer in range(cfg.layers or 1)],
+        plan=SimpleNamespace(dtype=cfg.store_dtype),
+        seq_len=cfg.seq_len,
+        width=lambda hook: cfg.d_model,
+        dtype_of=lambda hook: storage_type(cfg.store_dtype).read,
+        shard_contexts=lambda shard: range(cfg.stream.lanes * cfg.stream.mix_contexts),  # more are not held at a time
+        mask=lambda contexts: np.ones((len(contexts), cfg.seq_len), np.bool_),
+    )
+    return [PinnedStore(store, 1.0, (0,))]
+
+
+def _length(cfg: PlanSchema) -> StreamLength:
+    """Without a store."""
+    tokens, size = cfg.schedule.tokens, cfg.stream.batch_size
+    if tokens is None or tokens <= 0 or cfg.schedule.epochs is not None:
+        raise GranaryError("without a store nobody knows how long an epoch is: give schedule.tokens above 0, no epochs")
+    steps = math.ceil(tokens / size)
+    return StreamLength(steps, steps * size, (0, steps))
