@@ -32,6 +32,8 @@ LARGE = [
     "sae.encoder_init=transpose",
 ]
 
+TWO_LAYERS = ["variant=clt", "layers=2", "reads=layers.*.mlp_in", "writes=layers.*.mlp_out"]
+
 
 def test_a_trace_adds_up_what_is_alive_together() -> None:
     with FakeTensorMode(), Trace(picks=3, lengths={}) as trace:
@@ -243,7 +245,7 @@ def test_the_table_names_peak_total_and_what_is_assumed(server: ForkServer) -> N
         ([*LARGE, "schedule.tokens=null", "schedule.epochs=1"], "nobody knows how long an epoch is"),
         ([*LARGE, "tflops=-1"], "tflops=-1.0: must be above 0"),
         (
-            [*LARGE, "variant=clt", "sae.d_latent=32768", "memory_gib=0.01", "device.name=cuda"],
+            [*LARGE, *TWO_LAYERS, "sae.d_latent=2048", "memory_gib=0.01", "device.name=cuda"],
             "take more ranks, fewer latents, or a larger memory",  # its latents can't be split
         ),
         ([*LARGE, "sae.expantion=4"], "did you mean 'sae.expansion'"),
