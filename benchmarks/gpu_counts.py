@@ -31,10 +31,8 @@ def count(
         trainee = make_trainee(shape, DEVICE, kind=kind, moments=moments)
         x = torch.empty(shape.batch, shape.d_model, dtype=torch.bfloat16, device=DEVICE)
         trainee.step(x)  # the first makes what stays
-        before, record.peak_bytes = record.alive_bytes, 0
-        record.launches.clear()
-        record.operations.clear()
-        record.syncs.clear()
+        before = record.alive_bytes
+        record.forget()
         trainee.step(x)
     by_name: dict[str, list[int]] = collections.defaultdict(lambda: [0, 0])
     for name, size in record.operations:

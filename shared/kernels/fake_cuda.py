@@ -103,6 +103,13 @@ class FakeCuda(TorchDispatchMode):
         self._storages.follow(tensor for tensor in made if tensor.device.type == self.device)
         return result
 
+    def forget(self) -> None:
+        """Forget what was recorded, but not which tensors exist."""
+        self.launches.clear()
+        self.operations.clear()
+        self.syncs.clear()
+        self._storages.peak = 0
+
     @property
     def peak_bytes(self) -> int:
         """The most memory of tensors that existed together."""

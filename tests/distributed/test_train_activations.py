@@ -10,7 +10,8 @@ from shared.basics.metrics_file import read_metrics
 from shared.sae import SAE
 from shared.store import Store
 from tests.closeness import REORDERED, SAME_RUN, assert_close_in_norm, difference_in_norm
-from tests.distributed.test_train_ranks import Runs
+from tests.distributed.test_train_ranks import FIXED
+from tests.ranks import Runs
 
 TEN_STEPS = ["schedule.tokens=210", "logger.every=3", "optim.lr=3e-3"]
 ACTIVATIONS = {
@@ -70,7 +71,7 @@ FROM_TWO = {"batchtopk": "latent", "gated": "fsdp"}
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory, planted_store: Callable[..., Store]) -> Runs:
     """Each activation in one process, whole and in micro-batches; then all COMMON runs, with one start of two."""
-    runs = Runs(tmp_path_factory.mktemp("activations"))
+    runs = Runs(tmp_path_factory.mktemp("activations"), *FIXED)
     planted_store(runs.folder / "store")
     runs.alone(*(runs.job(name, *TEN_STEPS, *choice) for name, choice in CHOICES.items()))
     runs.alone(*(runs.job(f"{name}_micro", *TEN_STEPS, *ACTIVATIONS[name], "optim.micro_batch=4") for name in MICRO))
@@ -99,7 +100,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, planted_store: Callable[..., 
         *(moved(runs, name, *LAYOUTS[layout]) for name, layout in TO_TWO.items()),
         *(moved(runs, name, *LAYOUTS[layout], job="signalled", step=1) for name, layout in FROM_TWO.items()),
     )
-    assert all(runs.ends[f"{name}_moved"] == {"stopped"} for name in FROM_TWO)
+    assert {name: runs.ends[f"{name}_moved"] for name in FROM_TWO} == {name: {"stopped"} for name in FROM_TWO}
     runs.alone(*(moved(runs, name) for name in FROM_TWO))
     return runs
 

@@ -6,10 +6,17 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
+from shared.sae import Transcoder
 from shared.sae.loading import convert
+from shared.sae.sites import Sites
+from shared.sae.variants.transcoder import TranscoderConfig
+from shared.store import Store
 from tests.cli import ForkServer
 from tests.documented import NOT_RUN, Block, blocks, calls
+from tests.foreign import write_dictionary_learning
+from tests.foreign_transcoders import write_gemma_scope
 
 BLOCKS = [block for block in blocks() if block.runnable]
 # Blocks all of whose commands hold one of these take little time.
@@ -30,7 +37,7 @@ def study(stages: ForkServer, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for arguments in (
         ["stage_harvest", "debug=tiny_harvest", "name=demo"],
         ["stage_harvest", "debug=tiny_harvest", "name=llama31", "hooks.layers=[1,2]"],
-        ["stage_harvest", "debug=tiny_harvest", "name=mlps", "hooks.layers=[1,2]", "hooks.sites=[mlp_in,mlp_out]"],
+        ["stage_harvest", "debug=tiny_harvest", "name=mlps", "hooks.layers=[0,1,2]", "hooks.sites=[mlp_in,mlp_out]"],
         train,
         [*train, "-m", "sae.k=4,8", "packed=true"],
         ["stage_inspect", "name=demo", "contexts=2"],
@@ -46,6 +53,16 @@ def study(stages: ForkServer, tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(folder / "downloaded", folder / "odd")
     odd = folder / "odd" / "cfg.json"
     odd.write_text(json.dumps(json.loads(odd.read_text()) | {"mean_subtracted": True}))
+    write_gemma_scope(folder / "copied", 1)
+    write_dictionary_learning(folder / "theirs", "BatchTopKSAE")
+    (folder / "theirs" / "ae.pt").rename(folder / "moved.pt")
+    plain = {"W_enc": torch.randn(48, 16), "b_enc": torch.zeros(48), "W_dec": torch.randn(48, 16)}
+    torch.save({**plain, "b_dec": torch.zeros(16)}, folder / "sae.pt")
+    model = Store.open(folder / "runs/mlps/store").plan.provenance["model"]
+    for layer in (0, 1, 2):
+        sites = Sites((f"layers.{layer}.mlp_in",), (f"layers.{layer}.mlp_out",))
+        config = TranscoderConfig(d_in=128, d_out=128, d_latent=256, k=4, pre_bias=False, sites=sites)
+        Transcoder(config).save_pretrained(folder / "set" / sites.writes[0], {"model": model})
     (folder / "data").mkdir()
     (folder / "data" / "a.txt").write_text("<|endoftext|>".join([TEXT * 20] * 40))
     return folder
@@ -62,6 +79,8 @@ def what_it_begins_with(study: Path, first: str, work: Path) -> None:
         for name in ("demo", "mine"):
             shutil.rmtree(work / "runs" / name)
             shutil.copytree(work / "runs/mlps", work / "runs" / name)
+    if makes == "convert" and "runs/mine/transcoders" in first:
+        shutil.copytree(work / "set", work / "runs/mine/transcoders")
 
 
 def test_what_is_not_run_is_there_and_needs_what_it_says() -> None:

@@ -28,7 +28,7 @@ def suggested(text: str, start: str) -> list[str]:
 
 def test_each_stage_suggests_the_next_as_it_was_started(stages: ForkServer, tmp_path: Path) -> None:
     here = stages.at(tmp_path)
-    done = here.run("granary", "harvest", "debug=tiny_harvest", "run_dir='a b'")
+    done = here.run("granary", "harvest", "debug=tiny_harvest", "corpus.contexts=64", "run_dir='a b'")
     assert done.code == 0, done.stderr
     train = suggested(done.stderr, "python -m granary train")
     assert train[4:] == ['run_dir="a b"']
@@ -42,7 +42,7 @@ def test_each_stage_suggests_the_next_as_it_was_started(stages: ForkServer, tmp_
     done = here.run("granary", "inspect", "a b", "contexts=2")
     assert done.code == 0, done.stderr
     find = suggested(done.stderr, "python -m granary inspect find")
-    done = here.run(*find[2:], "--split", "all", "--contexts", "1")
+    done = here.run(*find[2:], "--split", "all")
     assert done.code == 0, done.stderr
     assert "closing" in done.stdout
     done = here.run("granary", "convert", "a b/sae", "theirs", "--to", "saelens")

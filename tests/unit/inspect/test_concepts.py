@@ -198,7 +198,8 @@ def test_planted_latents_come_first(study: Path, capsys: pytest.CaptureFixture[s
     for name in ("number", "self", "comment"):
         assert best[name]["f1"] > 0.97, (name, best[name])
         assert best[name]["auroc"] > 0.97, (name, best[name])
-    assert len(Latents.open(study / "latents").notes.concepts()) == len(best)
+    kept = {one["name"] for one in Latents.open(study / "latents").notes.concepts()}
+    assert kept >= best.keys()
     assert "number" in capsys.readouterr().out
     find(study, "--regex", "nowhere to be seen", "self")
     assert "left out: /nowhere to be seen/, no token of the half" in capsys.readouterr().out
