@@ -27,11 +27,12 @@ NOT_RUN = {
 STAND_INS = (
     (r"\.\.\.", ""),
     (r"&", ""),
-    (r"model=(/path/or/hub-id|path/to/llama|llama31_8b|stories260K-hf)", "model=bundled"),
+    (r"model=(/path/or/hub-id|path/to/llama|path/to/chat|llama31_8b|stories260K-hf)", "model=bundled"),
     (r"corpus\.files=tinystories_train\.txt", "corpus.files=data/*.txt"),
     (r"packing\.seq_len=\d{3,}", ""),
     (r"corpus\.contexts=\d{4,}", ""),
     (r"schedule\.tokens=[\d_]{5,}", "schedule.tokens=2_000"),
+    (r"hooks\.layers=8(?![\d,])", "hooks.layers=2"),
     (r"hook=layers\.16\.resid_post", "hook=layers.2.resid_post"),
     (r"hook=layers\.8\.resid_post,layers\.16\.resid_post", "hook=layers.1.resid_post,layers.2.resid_post"),
     (

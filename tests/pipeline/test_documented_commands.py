@@ -35,7 +35,7 @@ def study(stages: ForkServer, tmp_path_factory: pytest.TempPathFactory) -> Path:
     here = stages.at(folder)
     train = ["stage_train", "debug=tiny_train", "name=demo", "schedule.tokens=2_000"]
     for arguments in (
-        ["stage_harvest", "debug=tiny_harvest", "name=demo"],
+        ["stage_harvest", "debug=tiny_harvest", "name=demo", "corpus.contexts=64"],
         ["stage_harvest", "debug=tiny_harvest", "name=llama31", "hooks.layers=[1,2]"],
         ["stage_harvest", "debug=tiny_harvest", "name=mlps", "hooks.layers=[0,1,2]", "hooks.sites=[mlp_in,mlp_out]"],
         train,
@@ -74,6 +74,8 @@ def what_it_begins_with(study: Path, first: str, work: Path) -> None:
     left_out = {"demo": ["runs"], "harvest": ["runs"], "train": ["sae", "sweep"], "sweep": ["sae", "sweep"]}.get(
         makes, []
     )
+    if "corpus=store" in first:  # a store that is there already is what it reads
+        left_out = ["chat"]
     shutil.copytree(study, work, ignore=shutil.ignore_patterns(*left_out))
     if "transcoder" in first and makes != "harvest":
         for name in ("demo", "mine"):
