@@ -89,6 +89,6 @@ def translated() -> Iterator[None]:
     except tuple(kinds) as error:
         raise kinds[type(error)](str(error)) from error
     except exceptions.GenericError as error:
-        if "416" in str(error) or "InvalidRange" in str(error):
+        if "InvalidRange" in str(error) or "Range Not Satisfiable" in str(error):  # digits alone may be a time's
             raise EOFError(str(error)) from error
         raise
