@@ -149,11 +149,15 @@ def write_gemma_scope(folder: Path, version: int, **extra: Tensor) -> None:
         "threshold": w["threshold"],
         **extra,
     }
+    place = "model.layers.9.output"
+    save_gemma_scope(folder, version, tensors, {"hf_hook_point_in": place, "hf_hook_point_out": place})
+
+
+def save_gemma_scope(folder: Path, version: int, tensors: dict[str, Tensor], config: dict[str, Any]) -> None:
+    """The files of either version, of tensors by the first one's names; the first has no config."""
     if version == 1:
         np.savez(folder / "params.npz", **{name: tensor.numpy() for name, tensor in tensors.items()})
         return
     lower = {name.replace("W_", "w_"): tensor for name, tensor in tensors.items()}
     save_file(lower, folder / "params.safetensors")
-    place = "model.layers.9.output"
-    config = {"architecture": "jump_relu", "hf_hook_point_in": place, "hf_hook_point_out": place}
-    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "config.json").write_text(json.dumps({"architecture": "jump_relu", **config}))

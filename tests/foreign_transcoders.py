@@ -7,10 +7,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from tests.foreign import save_gemma_scope
 
 D, F, K, SITES = 8, 20, 4, 2
 D_OUT = 6
@@ -78,21 +79,15 @@ def write_gemma_scope(folder: Path, version: int, *, skip: bool = False) -> None
     w = weights(D, D)
     names = ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")
     tensors = {name: w[name].T.contiguous() if name == "W_enc" else w[name] for name in names}
-    if version == 1:
-        np.savez(folder / "params.npz", **{name: tensor.numpy() for name, tensor in tensors.items()})
-        return
     tensors |= {"affine_skip_connection": w["W_skip"].T.contiguous()} if skip else {}
-    lower = {name.replace("W_", "w_"): tensor for name, tensor in tensors.items()}
-    save_file(lower, folder / "params.safetensors")
     layer = "model.layers.9"
     config = {
-        "architecture": "jump_relu",
         "model_name": "gemma-v3-270m",
         "hf_hook_point_in": f"{layer}.pre_feedforward_layernorm.output",
         "hf_hook_point_out": f"{layer}.post_feedforward_layernorm.output",
         "affine_connection": skip,
     }
-    (folder / "config.json").write_text(json.dumps(config))
+    save_gemma_scope(folder, version, tensors, config)
 
 
 def write_crosscoder(folder: Path, code: int, *, normalised: bool, batchtopk: bool = True, hub: bool = False) -> None:

@@ -15,12 +15,10 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from gpu_stages.context import Context
+from gpu_stages.context import PUBLISHED, Context
 
 NEEDED = ("zarr", "hydra", "omegaconf", "numcodecs")
 OWN = Path(__file__).resolve().parents[2]
-PUBLISHED = 7_716
-"""Tokens per second of OpenSAE on an H100, the model's forward included."""
 
 
 @dataclass(frozen=True)

@@ -27,8 +27,9 @@ class HostCopies:
 
         Those of a GPU's tensors are written anew by the next call: what reads them must be done by then.
         """
-        copies = {name: self._begin(name, local(tensor)) for name, tensor in tensors.items()}
-        if any(local(tensor).is_cuda for tensor in tensors.values()):
+        own = {name: local(tensor) for name, tensor in tensors.items()}
+        copies = {name: self._begin(name, tensor) for name, tensor in own.items()}
+        if any(tensor.is_cuda for tensor in own.values()):
             torch.cuda.synchronize()
         return {name: placed_as(tensor, copies[name]) for name, tensor in tensors.items()}
 

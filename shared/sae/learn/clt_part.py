@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shared.kernels import PairOrder, decode, product, sparse_decode, take_rows
+from shared.kernels import PairOrder, decode, sparse_decode, take_rows
 from shared.sae.activations import TopK
 from shared.sae.learn.activations import TopKRule
 from shared.sae.learn.batch_facts import Reduce, alone
 from shared.sae.learn.clt_auxk import auxk_over_ranks
 from shared.sae.learn.inputs import StepInputs
 from shared.sae.learn.layer_ranks import Exchange, LayerRanks, meet, square_sums
-from shared.sae.learn.losses import preact_loss, reconstruction_weight
+from shared.sae.learn.losses import reconstruction_weight
 from shared.sae.learn.many_groups import Firing, ManyGroups, penalty_of
 from shared.sae.learn.terms import GroupTerms, LossTerms
 from shared.sae.variants.base import Picks
@@ -137,13 +137,13 @@ class PartOfGroups(ManyGroups):
         picks, self._norms_LF = meet(exchange, [fired.values_NK for fired in firing], decoders if weighed else [])
         if penalised:
             for number, (rule, fired) in enumerate(zip(self.rules, firing, strict=True)):
-                fired.penalty = penalty_of(rule.own.learning, fired, self._own_norm(number))
+                fired.penalty = penalty_of(rule.own.learning, fired, self._norm(number))
         return [
             sparse_decode(values_NK, indices_NK, W_dec, PairOrder(indices_NK, len(W_dec)), compute=part.compute)
             for W_dec, (values_NK, indices_NK) in zip(decoders, picks, strict=True)
         ]
 
-    def _own_norm(self, number: int) -> Tensor | None:
+    def _norm(self, number: int) -> Tensor | None:
         """Of the rows of the latents that a layer here encodes, [F]; None: they are 1."""
         share = self.terms.part.share
         if self._norms_LF is None:
@@ -189,15 +189,8 @@ class PartOfGroups(ManyGroups):
         dead = [] if inputs.dead is None else self._dead_of_groups(inputs.dead)
         if learning.auxk_alpha > 0 and dead and any(latents_R.numel() for latents_R in ranks.dead):
             found.append(("auxk", learning.auxk_alpha, self._auxk(residual_ND, given, dead)))
-        if learning.preact_weight > 0 and dead:
-            for number, (rule, given_ND, dead_R) in enumerate(zip(self.rules, given, dead, strict=True)):
-                thresholds, group = getattr(rule.own.group.activation, "log_threshold", None), rule.own.group
-                if thresholds is None or not dead_R.numel():
-                    continue
-                norm_F, rows_RD = self._own_norm(number), take_rows(group.W_enc, dead_R)
-                z_NR = product(given_ND, rows_RD.T, group.b_enc[dead_R], compute=group.compute)
-                below = preact_loss(z_NR, thresholds[dead_R], None if norm_F is None else norm_F[dead_R])
-                found.append(("preact", learning.preact_weight * inputs.penalty_scale, below))
+        for number, dead_R in enumerate(dead):
+            found += self._lift(number, given[number], dead_R, inputs)
         return found
 
     def _auxk(self, residual_ND: Tensor, given: Sequence[Tensor], dead: Sequence[Tensor]) -> Tensor:

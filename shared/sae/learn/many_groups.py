@@ -168,19 +168,31 @@ class ManyGroups:
         if inputs.dead is None:
             return []
         alpha, share = learning.auxk_alpha / len(self.rules), 1 / len(self.rules)
-        for rule, given_ND, dead_R in zip(self.rules, given, self._dead_of_groups(inputs.dead), strict=True):
+        dead = self._dead_of_groups(inputs.dead)
+        for number, (rule, given_ND, dead_R) in enumerate(zip(self.rules, given, dead, strict=True)):
             own = rule.own
             auxk = own.auxk(residual_ND[:, own.writes].contiguous(), given_ND, dead_R)
             if auxk is not None:
                 found.append(("auxk", alpha / share, auxk * share))
-            thresholds = getattr(own.group.activation, "log_threshold", None)
-            if learning.preact_weight > 0 and thresholds is not None and dead_R.numel():
-                group, norm_F = own.group, own.group.decoder_norm()
-                rows_RD = take_rows(group.W_enc, dead_R, own.sink("W_enc"))
-                z_NR = product(given_ND, rows_RD.T, group.b_enc[dead_R], compute=group.compute)
-                below = preact_loss(z_NR, thresholds[dead_R], None if norm_F is None else norm_F[dead_R])
-                found.append(("preact", learning.preact_weight * inputs.penalty_scale, below))
+            found += self._lift(number, given_ND, dead_R, inputs)
         return found
+
+    def _lift(
+        self, number: int, given_ND: Tensor, dead_R: Tensor, inputs: StepInputs
+    ) -> list[tuple[str, float, Tensor]]:
+        """The pre-activation loss of a group's dead latents; nothing where it is off or they have no thresholds."""
+        own = self.rules[number].own
+        group, thresholds = own.group, getattr(own.group.activation, "log_threshold", None)
+        if own.learning.preact_weight <= 0 or thresholds is None or not dead_R.numel():
+            return []
+        norm_F, rows_RD = self._norm(number), take_rows(group.W_enc, dead_R, own.sink("W_enc"))
+        z_NR = product(given_ND, rows_RD.T, group.b_enc[dead_R], compute=group.compute)
+        below = preact_loss(z_NR, thresholds[dead_R], None if norm_F is None else norm_F[dead_R])
+        return [("preact", own.learning.preact_weight * inputs.penalty_scale, below)]
+
+    def _norm(self, number: int) -> Tensor | None:
+        """Of a group's decoder rows, [F]; None: they are 1."""
+        return self.rules[number].own.group.decoder_norm()
 
     def _dead_of_groups(self, dead: Tensor) -> list[Tensor]:
         """The dead latents of each group by its own numbers; kept while the same tensor is given, step after step."""

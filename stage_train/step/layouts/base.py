@@ -4,6 +4,7 @@ Shape letters: N rows of this rank's batch, D a width, F latents (those held her
 """
 
 from collections.abc import Mapping, Sequence
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -19,6 +20,8 @@ from shared.sae.optim import Optimiser, OptimiserConfig, make_optimiser
 from shared.sae.sites import Sites
 from shared.sae.variants import VARIANTS
 from stage_train.config import TrainSchema
+
+T = TypeVar("T")
 
 # Tensors up to this size share one message.
 SMALL_ELEMENTS = 1 << 18
@@ -141,6 +144,16 @@ class Layout:
     def as_global(self, objective: Objective, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Tensors of the training state as torch.distributed.checkpoint must see them, sharing their memory."""
         return dict(tensors)
+
+
+def of_owner(name: str, known: Mapping[str, T]) -> T | None:
+    """What is `known` of the parameter or buffer that a tensor belongs to, by its name; None: nothing.
+
+    Names of the training state, such as ``optim.first.W_enc``, end in the name that the dictionary has for it.
+    """
+    words = name.split(".")
+    ends = (".".join(words[start:]) for start in range(len(words)))
+    return next((known[end] for end in ends if end in known), None)
 
 
 def most_dead(objective: Objective) -> int:

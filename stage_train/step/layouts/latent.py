@@ -31,7 +31,7 @@ from stage_train.step.layouts.base import (
     give_memory,
     gradients,
     joint_norm,
-    most_dead,
+    of_owner,
     scatter_rows,
     sum_over,
     take,
@@ -194,13 +194,8 @@ class LatentParallel(Layout):
         return own
 
     def is_whole(self, name: str) -> bool:
-        """Whether every rank holds all of a tensor: of the dictionary by its name, else by what it belongs to.
-
-        Names of the training state, such as ``optim.first.W_enc``, end in that of the parameter.
-        """
-        parts = name.split(".")
-        owners = (".".join(parts[start:]) for start in range(len(parts)))
-        role = next((self._roles[owner] for owner in owners if owner in self._roles), None)
+        """Whether every rank holds all of a tensor, of the dictionary or of the training state."""
+        role = of_owner(name, self._roles)
         return role is not None and role.latent_axis is None
 
     def optimiser(self, objective: Objective, config: OptimiserConfig) -> Optimiser:
@@ -244,11 +239,12 @@ class LatentParallel(Layout):
 
     def look_at_dead(self, objective: Objective, dead_now_F: Tensor, turn: int) -> Tensor:
         """Also counts the whole group's, so that all its ranks agree whether AuxK is on."""
-        count = dead_now_F.sum().clamp_max(most_dead(objective))
+        own_R = super().look_at_dead(objective, dead_now_F, turn)
+        count = dead_now_F.new_tensor(len(own_R), dtype=torch.int64)
         dist.all_reduce(count, group=self.latent_group)
         assert isinstance(objective.shard, GroupShard)
         objective.shard.num_dead = int(count)
-        return super().look_at_dead(objective, dead_now_F, turn)
+        return own_R
 
     def mean_over_latents(self, held: Tensor) -> float:
         """All ranks hold equally many."""

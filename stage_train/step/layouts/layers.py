@@ -24,7 +24,7 @@ from shared.sae.variants.clt import CLTConfig
 from shared.sae.variants.clt_part import CLTPart, LayerShare, shares_of
 from stage_train.config import OnDamage, TrainSchema
 from stage_train.state.pieces import Pieces
-from stage_train.step.layouts.base import Layout, gradients, joint_norm
+from stage_train.step.layouts.base import Layout, gradients, joint_norm, of_owner
 
 # Newer versions of torch have other names for them.
 gather_tensor = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -204,9 +204,7 @@ class LayerParallel(Layout):
         cuts, latents = part.cuts(), part.latent_cut()
         seen = {}
         for name, tensor in tensors.items():
-            words = name.split(".")
-            ends = (".".join(words[start:]) for start in range(len(words)))
-            cut = latents if name.startswith("dead.") else next((cuts[end] for end in ends if end in cuts), None)
+            cut = latents if name.startswith("dead.") else of_owner(name, cuts)
             seen[name] = tensor if cut is None else Pieces(tensor, cut)
         return seen
 
