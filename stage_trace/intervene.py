@@ -24,7 +24,7 @@ from shared.lm.hookpoint import HookPoint
 from stage_trace.graph import Graph
 from stage_trace.influence import ROWS_AT_A_TIME
 from stage_trace.nodes import Kind, Node
-from stage_trace.replacement import Folded, LayerLatents, active
+from stage_trace.replacement import LayerLatents, active
 from stage_trace.session import Session
 from stage_trace.targets import Features, Targets
 
@@ -166,11 +166,10 @@ def _added(
     """[T, D] by layer: what the changes add to MLP outputs; `present` None: latents are encoded again."""
     source, number = session.sources[layer]
     dictionary, place = source.open(), source.places[number]
-    rows = source.rows(dictionary)
     x_TD = sites[place.read]
     if present is None:
-        present = active(dictionary, rows[number], number, place, x_TD, session.replacement.fixed_T)
-    folded = Folded.of(dictionary, number, x_TD)
+        rows = source.rows(dictionary)[number]
+        present = active(dictionary, rows, number, place, x_TD, session.replacement.fixed_T)
     group = dictionary.groups[number]
     added = {target: torch.zeros_like(x_TD) for target in place.layers}
     for change in changes:
@@ -178,8 +177,8 @@ def _added(
             raise GranaryError(f"layer {layer} has no latent {change.latent} at position {change.position}")
         is_it = (present.position_N == change.position) & (present.latent_N == change.latent)
         value = float(present.value_N[is_it].sum())
-        (row,) = rows[number].decoder(torch.tensor([change.latent]), slice(None)).to(x_TD) / folded.output_scale
-        for target, row_D in zip(place.layers, row.view(len(place.layers), -1), strict=True):
+        for target in place.layers:
+            (row_D,) = present.weights.decoder(target, torch.tensor([change.latent]))
             added[target][change.position] += (change.value - value) * row_D
     return added
 

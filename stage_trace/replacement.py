@@ -10,14 +10,12 @@ it reads the stream:
 
     f_i = e_i . x_l[p] + c_i
 
-Encoder and decoder rows of active latents are not held: whoever needs them reads them, position by position, from the
-dictionary's file or from a dictionary in memory. Shapes: N active latents, n of a position or of a batch, T positions,
-D width of the stream, L layers.
+Encoder and decoder rows of active latents are not held: whoever needs them reads them, position by position.
+Shapes: N active latents, n of a position or of a batch, T positions, D width of the stream, L layers.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -29,17 +27,9 @@ from shared.sae.activations import Gated
 from shared.sae.config import DictionaryConfig
 from shared.sae.groups import LatentGroup
 from shared.sae.variants import Dictionary
-from shared.sae.variants.base import per_column
+from stage_trace.group_weights import GroupRows, GroupWeights, Place, raw_skip
 
 READABLE = ("mlp_in", "resid_mid", "resid_pre")
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Where one group of latents reads, and for the MLPs of which layers it stands in."""
-
-    read: HookPoint
-    layers: tuple[int, ...]
 
 
 def places_of(config: DictionaryConfig, name: str) -> tuple[Place, ...]:
@@ -64,62 +54,34 @@ def places_of(config: DictionaryConfig, name: str) -> tuple[Place, ...]:
     )
 
 
-class GroupRows(Protocol):
-    """Rows of one group of a dictionary, in its own units and type."""
-
-    def encoder(self, latents: Tensor) -> Tensor:
-        """Rows [n, D] of W_enc."""
-        ...
-
-    def decoder(self, latents: Tensor, columns: slice) -> Tensor:
-        """Some columns of rows of W_dec, [n, width]."""
-        ...
-
-
-@dataclass(frozen=True, slots=True)
-class HeldRows:
-    """Of a group in memory."""
-
-    group: LatentGroup
-
-    def encoder(self, latents: Tensor) -> Tensor:
-        """From the parameter."""
-        return self.group.W_enc[latents]
-
-    def decoder(self, latents: Tensor, columns: slice) -> Tensor:
-        """From the parameters, which may be tied."""
-        return self.group.decoder_rows(latents)[:, columns]
-
-
 @dataclass(frozen=True, slots=True)
 class LayerLatents:
     """The active latents that read at one layer, sorted by position and latent; rows and values in raw units."""
 
-    read: HookPoint
-    layers: tuple[int, ...]
-    """Whose MLPs they write."""
+    weights: GroupWeights
     position_N: Tensor
     latent_N: Tensor
     value_N: Tensor
     constant_N: Tensor
     """What a value holds beside what it reads: ``value = encoder . x + constant``."""
-    rows: GroupRows
-    input_scale_D: Tensor
-    output_scale: Tensor
-    """[D times number of `layers`]."""
-    gain_N: Tensor | None
-    """A factor of each encoder row, of a gated dictionary."""
+
+    @property
+    def read(self) -> HookPoint:
+        """Where they read."""
+        return self.weights.place.read
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Whose MLPs they write."""
+        return self.weights.place.layers
 
     def encoder(self, some: Tensor | slice) -> Tensor:
         """Encoder rows [n, D] of `some` of them."""
-        rows_nD = self.rows.encoder(self.latent_N[some]).to(self.input_scale_D) * self.input_scale_D
-        return rows_nD if self.gain_N is None else rows_nD * self.gain_N[some, None]
+        return self.weights.encoder(self.latent_N[some])
 
     def decoder(self, layer: int, some: Tensor | slice) -> Tensor:
         """Decoder rows [n, D] of `some` of them for the MLP of `layer`, one of `layers`."""
-        D, at = len(self.input_scale_D), self.layers.index(layer)
-        columns = slice(at * D, (at + 1) * D)
-        return self.rows.decoder(self.latent_N[some], columns).to(self.output_scale) / self.output_scale[columns]
+        return self.weights.decoder(layer, self.latent_N[some])
 
     def by_position(self) -> Iterator[tuple[int, slice]]:
         """Every position with latents, and where they lie."""
@@ -195,13 +157,11 @@ def read_parts(
         x_TD = recording.sites[place.read]
         layer = place.layers[0]
         latents = active(dictionary, rows[number], number, place, x_TD, fixed_T)
-        folded = Folded.of(dictionary, number, x_TD)
-        D = x_TD.shape[1]
+        folded, D = latents.weights.folded, x_TD.shape[1]
         own = dictionary.places[number][1]
         bias_D = (dictionary.b_dec.to(x_TD)[own] / folded.output_scale + dictionary.output_mean.to(x_TD)[own])[:D]
-        skip: Tensor | None = getattr(dictionary, "W_skip", None)
+        skip = raw_skip(dictionary, folded)
         if skip is not None:
-            skip = skip.to(x_TD) * folded.input_scale / folded.output_scale[..., None]
             bias_D = bias_D - skip @ folded.input_mean
         found[layer] = Part(latents, bias_D, skip)
     return found
@@ -224,22 +184,10 @@ def stand_in(parts: Mapping[int, Part], layer: int, recording: Recording, fixed_
     return LayerStandIn(part.latents, part.bias_D, part.skip, error_TD, rest_TD[fixed_T])
 
 
-class _NoRows:
-    """Of a layer without a dictionary."""
-
-    def encoder(self, latents: Tensor) -> Tensor:
-        raise IndexError(f"there is no latent {latents.tolist()}")
-
-    def decoder(self, latents: Tensor, columns: slice) -> Tensor:
-        raise IndexError(f"there is no latent {latents.tolist()}")
-
-
 def _nothing(layer: int, output_TD: Tensor) -> Part:
-    D = output_TD.shape[1]
-    none, ones = output_TD.new_zeros(0, dtype=torch.int64), output_TD.new_ones(D)
-    empty = output_TD.new_zeros(0)
-    latents = LayerLatents(HookPoint(layer, "mlp_in"), (layer,), none, none, empty, empty, _NoRows(), ones, ones, None)
-    return Part(latents, output_TD.new_zeros(D), None)
+    none, empty = output_TD.new_zeros(0, dtype=torch.int64), output_TD.new_zeros(0)
+    weights = GroupWeights.none(Place(HookPoint(layer, "mlp_in"), (layer,)), output_TD[0])
+    return Part(LayerLatents(weights, none, none, empty, empty), torch.zeros_like(output_TD[0]), None)
 
 
 def active(
@@ -247,7 +195,8 @@ def active(
 ) -> LayerLatents:
     """Which latents of a group fire, by the group itself; their values from the folded rows, in the type of x."""
     group: LatentGroup = dictionary.groups[number]
-    folded = Folded.of(dictionary, number, x_TD)
+    weights = GroupWeights.of(dictionary, rows, number, place, x_TD)
+    folded = weights.folded
     dtype = dictionary.b_dec.dtype
     normal_TD = (x_TD.to(dtype) - folded.input_mean.to(dtype)) * folded.input_scale.to(dtype)
     _, indices_TK = group.fire(normal_TD)
@@ -256,38 +205,13 @@ def active(
     order = torch.argsort(position_N * group.num_latents + latent_N)
     position_N, latent_N = position_N[order], latent_N[order]
 
-    constant_N, gain_N = group.b_enc[latent_N].to(x_TD), None
-    if isinstance(group.activation, Gated):
-        gain_N = torch.exp(group.activation.r_mag[latent_N].to(x_TD))
-        constant_N = group.activation.b_mag[latent_N].to(x_TD)
-    constant_N, value_N = constant_N.clone(), torch.empty_like(constant_N)
-    found = LayerLatents(
-        place.read, place.layers, position_N, latent_N, value_N, constant_N,
-        rows, folded.input_scale, folded.output_scale, gain_N,
-    )  # fmt: skip
+    activation = group.activation
+    constant_F = activation.b_mag if isinstance(activation, Gated) else group.b_enc
+    constant_N = constant_F[latent_N].to(x_TD).clone()
+    value_N = torch.empty_like(constant_N)
+    found = LayerLatents(weights, position_N, latent_N, value_N, constant_N)
     for position, some in found.by_position():
         encoder_nD = found.encoder(some)
         constant_N[some] -= encoder_nD @ folded.input_mean
         value_N[some] = (encoder_nD * x_TD[position]).sum(1) + constant_N[some]
     return found
-
-
-@dataclass(frozen=True, slots=True)
-class Folded:
-    """The normalisation of what a group reads and writes, in the type of the stream; one scale per column."""
-
-    input_mean: Tensor
-    input_scale: Tensor
-    output_scale: Tensor
-
-    @classmethod
-    def of(cls, dictionary: Dictionary, number: int, like: Tensor) -> "Folded":
-        """Of group `number`, whose input is as it is where the dictionary has no normalisation."""
-        reads, writes = dictionary.places[number]
-        widths = dictionary.widths
-        output_scale = per_column(dictionary.output_scale.to(like), widths.writes).expand(widths.d_out)[writes]
-        mean, scale = dictionary.input_mean.to(like), per_column(dictionary.input_scale.to(like), widths.reads)
-        if dictionary.config.normalisation == "none":
-            mean, scale = torch.zeros_like(mean), torch.ones_like(scale)
-        # Copies: a view of one small tensor would keep all of a mapped file in memory.
-        return cls(mean[reads].clone(), scale.expand(widths.d_in)[reads].clone(), output_scale.clone())

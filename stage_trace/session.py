@@ -14,9 +14,10 @@ from shared.lm.hookpoint import HookPoint
 from shared.lm.linear_parts import LinearParts, linear_parts
 from shared.sae.config import DictionaryConfig
 from shared.sae.variants import Dictionary
+from stage_trace.group_weights import GroupRows, HeldRows, Place
 from stage_trace.leaves import Columns
 from stage_trace.nodes import Node
-from stage_trace.replacement import GroupRows, HeldRows, Part, Place, Replacement, check_places, read_parts, stand_in
+from stage_trace.replacement import Part, Replacement, check_places, read_parts, stand_in
 
 
 def held_rows(dictionary: Dictionary) -> list[GroupRows]:

@@ -18,7 +18,8 @@ from shared.sae.formats.circuit_tracer_folder import TracerFolder, matches
 from shared.sae.loading import KINDS, load
 from shared.sae.rows_file import RowsFile
 from shared.sae.variants import Dictionary
-from stage_trace.replacement import GroupRows, places_of
+from stage_trace.group_weights import GroupRows
+from stage_trace.replacement import places_of
 from stage_trace.session import Source, held_rows
 
 
