@@ -1,5 +1,9 @@
-"""Entry point of attribution graphs: ``python -m stage_trace RUN... text="..."``."""
+"""Entry point of attribution graphs: ``python -m stage_trace RUN... text="..."``.
 
+Also of global weights, a command of their own: ``python -m stage_trace weights RUN... --store URL``.
+"""
+
+import runpy
 import sys
 
 from shared.launch.stage import run_stage
@@ -13,6 +17,10 @@ def main(cfg: TraceSchema) -> None:
     trace_text(cfg)
 
 
-register()
-sys.argv[1:] = expand_arguments(sys.argv[1:])
-run_stage(main, "trace")
+if sys.argv[1:2] == ["weights"]:
+    del sys.argv[1]
+    runpy.run_module("stage_trace.weights", run_name="__main__", alter_sys=True)
+else:
+    register()
+    sys.argv[1:] = expand_arguments(sys.argv[1:])
+    run_stage(main, "trace")

@@ -15,6 +15,7 @@ import numpy as np
 from shared.basics.errors import GranaryError
 from shared.basics.run_folder import WEIGHTS_FILE
 from shared.latents import Example, Latents
+from shared.latents.layout import NONE
 from shared.sae.folder import is_own
 from shared.sae.for_store import weights_sha256
 from stage_trace.nodes import Kind, Node
@@ -30,9 +31,9 @@ AROUND = 20
 
 @dataclass(frozen=True, slots=True)
 class Known:
-    """The latents folder of each layer that is read, and the number of that layer's first latent in it."""
+    """The latents folder of each layer that is read, and the numbers of that layer's latents in it."""
 
-    by_layer: dict[int, tuple[Latents, int]]
+    by_layer: dict[int, tuple[Latents, range]]
 
     @classmethod
     def find(cls, sources: Sequence[Source], given: Sequence[str] | None) -> "Known":
@@ -43,7 +44,7 @@ class Known:
         paths = list(_beside(sources)) if given is None else [Path(one) for one in given]
         opened = [Latents.open(path) for path in paths]
         by_hash = {str(one.meta.dictionary.get("sha256")): one for one in opened}
-        found: dict[int, tuple[Latents, int]] = {}
+        found: dict[int, tuple[Latents, range]] = {}
         used = set()
         for source in sources if by_hash else []:
             folder = Path(source.name)
@@ -51,7 +52,10 @@ class Known:
             if latents is not None:
                 used.add(latents.url)
                 each = latents.num_latents // len(source.places)
-                found |= {place.layers[0]: (latents, number * each) for number, place in enumerate(source.places)}
+                found |= {
+                    place.layers[0]: (latents, range(number * each, (number + 1) * each))
+                    for number, place in enumerate(source.places)
+                }
         for one in opened:
             if one.url not in used:
                 told = (
@@ -64,17 +68,36 @@ class Known:
 
     def name(self, node: Node) -> str:
         """What a person or an explanation calls a feature; empty where nothing does."""
-        if node.kind is not Kind.feature or node.layer not in self.by_layer:
+        return self.name_of(node.layer, node.number) if node.kind is Kind.feature else ""
+
+    def name_of(self, layer: int, latent: int) -> str:
+        """The same of a latent of a layer."""
+        if layer not in self.by_layer:
             return ""
-        latents, first = self.by_layer[node.layer]
-        return latents.notes.name(first + node.number) or ""
+        latents, numbers = self.by_layer[layer]
+        return latents.notes.name(numbers[latent]) or ""
+
+    def words(self, layer: int, most: int) -> tuple[list[list[str]], list[list[str]]]:
+        """Of each of a layer's latents, tokens that it fires on and that it writes for; empty where not known."""
+        if layer not in self.by_layer:
+            return [], []
+        latents, numbers = self.by_layer[layer]
+        vocabulary = latents.vocabulary
+
+        def of(path: str) -> list[list[str]]:
+            if vocabulary is None or not latents.has(path):
+                return []
+            rows = latents.array(path).rows(numbers.start, numbers.stop)[:, :most].tolist()
+            return [[vocabulary.text_of(token) for token in row if token != NONE] for row in rows]
+
+        return of("tokens/firing"), of("logits/top")
 
     def card(self, node: Node) -> dict[str, Any] | None:
         """What the page shows of a feature; None where no folder knows it."""
         if node.kind is not Kind.feature or node.layer not in self.by_layer:
             return None
-        latents, first = self.by_layer[node.layer]
-        one = latents.latent(first + node.number)
+        latents, numbers = self.by_layer[node.layer]
+        one = latents.latent(numbers[node.number])
         return {
             "folder": latents.url,
             "number": one.index,

@@ -32,10 +32,18 @@ def page(
     heads: Split,
 ) -> str:
     """The whole page; `document` is what ``graph.json`` holds, which the page gives back with a reader's groups."""
+    return self_contained("page", _data(graph, document, certificate, words, known, heads))
+
+
+def self_contained(name: str, data: Any) -> str:
+    """The page called `name` with style, code and `data` inside it."""
     assets = files("stage_trace") / "assets"
-    parts = {name: (assets / f"page.{name}").read_text(encoding="utf-8") for name in ("html", "css", "js")}
-    data = in_script(_data(graph, document, certificate, words, known, heads))
-    return parts["html"] % {"css": parts["css"], "js": parts["js"], "data": data}
+
+    def read(file: str) -> str:
+        return (assets / file).read_text(encoding="utf-8")
+
+    code = read("common.js") + read(f"{name}.js")
+    return read(f"{name}.html") % {"css": read("page.css"), "js": code, "data": in_script(data)}
 
 
 def in_script(value: Any) -> str:
