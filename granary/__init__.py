@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from shared.intervene.edits import Edit
     from shared.intervene.splice import SplicedModel
     from shared.latents import Latents
+    from shared.latents.global_weights import GlobalWeights
     from shared.lm import load_causal_lm, load_tokenizer
     from shared.sae import (
         CLT,
@@ -44,6 +45,7 @@ _HOMES = {
     "Dictionary": "shared.sae",
     "DictionaryConfig": "shared.sae",
     "Edit": "shared.intervene.edits",
+    "GlobalWeights": "shared.latents.global_weights",
     "GranaryError": "shared.basics.errors",
     "Latents": "shared.latents",
     "Objective": "shared.sae.learn.objective",
@@ -79,6 +81,7 @@ __all__ = [
     "Dictionary",
     "DictionaryConfig",
     "Edit",
+    "GlobalWeights",
     "GranaryError",
     "Latents",
     "Objective",

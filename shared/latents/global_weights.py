@@ -124,6 +124,7 @@ class GlobalWeights:
         self._ends: npt.NDArray[np.int64] = ends
         self._order = list(self.layers)
         self._cache = ChunkCache()
+        self._arrays: dict[str, ArrayReader] = {}
 
     @classmethod
     def open(cls, url: str | os.PathLike[str]) -> Self:
@@ -160,8 +161,10 @@ class GlobalWeights:
 
     def array(self, path: str) -> ArrayReader:
         """One of `ARRAYS`."""
-        spec = ARRAYS[path]
-        return ArrayReader(self.io, path, spec, spec.row_shape({"n": self.meta.most}), self._cache)
+        if path not in self._arrays:
+            spec = ARRAYS[path]
+            self._arrays[path] = ArrayReader(self.io, path, spec, spec.row_shape({"n": self.meta.most}), self._cache)
+        return self._arrays[path]
 
     def _connections(self, direction: Direction, number: int) -> list[Connection]:
         columns = [self.array(f"{direction}/{name}").row(number).tolist() for name in COLUMNS]

@@ -16,8 +16,8 @@ function table() {
   const shown = wanted ? found : [...found].sort((a, b) => first(b) - first(a));
   $("count").textContent = found.length > MOST_ROWS ? `${MOST_ROWS} of ${found.length}` : `${found.length} latents`;
   $("latents").replaceChildren(...shown.slice(0, MOST_ROWS).map((latent) => make("tr", "",
-    make("td", "", button(latent.name || said(latent.key), () => open(latent.key), "")),
-    make("td", "", short(latent.firing)), make("td", "", short(latent.promoted)), make("td", "", percent(latent.fired)),
+    make("td", "", button(latent.name || latent.key, () => open(latent.key), "")),
+    make("td", "", codes(latent.firing, "")), make("td", "", codes(latent.promoted, "up")), make("td", "", percent(latent.fired)),
     make("td", "", latent.sources.length ? `${latent.sources[0][0]}: ${figure(latent.sources[0][1])}` : "–"))));
 }
 

@@ -20,8 +20,8 @@ from stage_trace.weights.firing import Firing, Together
 from stage_trace.weights.layers import Layer, written
 from stage_trace.weights.strongest import Strongest
 
-CELLS = 1 << 21
-"""Pairs of a tile; it takes some 80 bytes for each."""
+CELLS = 1 << 20
+"""Pairs of a tile."""
 
 
 @torch.no_grad()
@@ -57,7 +57,7 @@ def scores(
     weight = encoder_BD @ path_FD.T
     together = Together.count(target, block, source)
     row_E, _, value_E = target.of_block(block)
-    activation_B = torch.bincount(row_E, weights=value_E.double(), minlength=block.stop - block.start)[:, None]
+    activation_B = torch.bincount(row_E, weights=value_E, minlength=block.stop - block.start)[:, None]
     twera = torch.where(activation_B > 0, weight * together.product / activation_B.clamp_min(1e-300), 0.0)
     return twera, weight * together.source_sum / num_tokens, weight, together.both
 

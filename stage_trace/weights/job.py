@@ -29,11 +29,12 @@ from shared.store import Store
 from shared.store.choose import choose_contexts
 from shared.store.io.open import open_io
 from stage_trace.known import Known
+from stage_trace.plan import L0_GUESS
 from stage_trace.replacement import check_places
 from stage_trace.session import Source
 from stage_trace.sources import find_sources, need_any
 from stage_trace.weights.build import CELLS, write_weights
-from stage_trace.weights.firing import firing
+from stage_trace.weights.firing import TERMS, firing
 from stage_trace.weights.layers import Layer, layers_of
 from stage_trace.weights.page import weights_page
 
@@ -42,7 +43,8 @@ log = logging.getLogger(__name__)
 PAGE = "weights.html"
 FACTOR_CONTEXTS, FACTOR_TOKENS = 16, 256
 """Of the sample, whose documents' beginnings the mean norm factors are taken over."""
-TILE_BYTES = 80  # per pair
+FIRING_BYTES, TILE_BYTES, TERM_BYTES = 40, 130, 90
+"""Of a firing, while those of one layer are sorted; of a pair of a tile; of two firings that are looked at."""
 
 
 def make_weights(
@@ -142,12 +144,12 @@ def plan(layers: Sequence[Layer], tokens: int, sources: Sequence[Source], most: 
     widest = max(one.num_latents for one in layers)
     width = len(layers[0].weights.folded.input_scale)
     ks = [source.config.k if source.config is not None else None for source in sources]
-    slots = sum(k * 2 if k is not None else 64 * len(one.places) for k, one in zip(ks, sources, strict=True))
+    each = sum(k if k is not None else L0_GUESS * len(one.places) for k, one in zip(ks, sources, strict=True))
     held = {
-        "firing of the sample": 16 * slots * tokens,
+        "firing of the sample": FIRING_BYTES * each * tokens,
         "connections": 20 * most * (sum(one.num_latents for one in layers) + widest),
         "rows of a layer": 8 * widest * width,
-        "a tile": TILE_BYTES * min(CELLS, widest * widest),
+        "a tile": TILE_BYTES * min(CELLS, widest * widest) + TERM_BYTES * TERMS,
     }
     told = ", ".join(f"{name} {human_bytes(size)}" for name, size in held.items())
     return [f"memory    about {human_bytes(sum(held.values()))} beside the model ({told})"]

@@ -24,7 +24,7 @@ from stage_trace.targets import Features
 from stage_trace.weights import build, firing
 from stage_trace.weights.__main__ import main
 from stage_trace.weights.build import write_weights
-from stage_trace.weights.firing import Firing, Together
+from stage_trace.weights.firing import Firing, Together, unpadded
 from stage_trace.weights.layers import Layer, layers_of, written
 from tests.tracing import D, bundled_transcoder, make_clt, make_model, make_transcoder, of_dictionaries
 
@@ -48,16 +48,17 @@ def fire(dictionaries: Sequence[Dictionary]) -> dict[int, Firing]:
         picks = dictionary.encode(3 * torch.randn(N, dictionary.widths.d_in, generator=generator))
         parts = dictionary.split(picks.values, picks.indices)
         for place, group, (values, indices) in zip(as_source(dictionary).places, dictionary.groups, parts, strict=True):
-            found[place.layers[0]] = Firing.of(indices.int(), values.float(), group.num_latents)
+            found[place.layers[0]] = Firing.of(
+                [unpadded(indices[some], values[some]) for some in (slice(9), slice(9, None))], group.num_latents
+            )
     return found
 
 
 def dense(one: Firing, num_latents: int) -> Tensor:
     found = torch.zeros(N, num_latents, dtype=torch.float64)
     for token in range(N):
-        for latent, value in zip(one.indices_NK[token].tolist(), one.values_NK[token].tolist(), strict=True):
-            if latent >= 0:
-                found[token, latent] = value
+        for at in range(int(one.first_N[token]), int(one.first_N[token + 1])):
+            found[token, one.latent_P[at]] = one.value_P[at]
     return found
 
 
