@@ -16,7 +16,7 @@ from stage_trace.graph import Edge, Graph
 from stage_trace.heads import Split, split_edges
 from stage_trace.known import Known
 from stage_trace.nodes import Kind, Node, cantor
-from stage_trace.page import page
+from stage_trace.page import Page
 from stage_trace.vocabulary import Words
 
 SCHEMA_VERSION = 1
@@ -43,7 +43,7 @@ def save(graph: Graph, folder: Path, certificate: Certificate | None = None, kno
     files = {
         "graph.json": f"{dumps(document)}\n",
         "graph-metadata.json": f"{dumps({'graphs': [document['metadata']]})}\n",
-        "graph.html": page(graph, document, certificate, words, known, heads),
+        "graph.html": Page(graph, document, certificate, words, known, heads).html(),
     }
     write_together(folder, files)
     return [folder / name for name in files]

@@ -5,6 +5,7 @@ it into the document as text alone, so that no token of a prompt can become mark
 """
 
 import json
+from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any
 
@@ -23,16 +24,21 @@ MOST_CARDS = 200
 """Of a page: a browser draws so many, and the file stays below 3 MB."""
 
 
-def page(
-    graph: Graph,
-    document: dict[str, Any],
-    certificate: Certificate | None,
-    words: Words | None,
-    known: Known,
-    heads: Split,
-) -> str:
-    """The whole page; `document` is what ``graph.json`` holds, which the page gives back with a reader's groups."""
-    return self_contained("page", _data(graph, document, certificate, words, known, heads))
+@dataclass(frozen=True, slots=True)
+class Page:
+    """What a page shows of a graph."""
+
+    graph: Graph
+    document: dict[str, Any]
+    """What ``graph.json`` holds, which the page gives back with a reader's groups."""
+    certificate: Certificate | None
+    words: Words | None
+    known: Known
+    heads: Split
+
+    def html(self) -> str:
+        """The whole page."""
+        return self_contained("page", _data(self))
 
 
 def self_contained(name: str, data: Any) -> str:
@@ -54,14 +60,8 @@ def in_script(value: Any) -> str:
     return text
 
 
-def _data(
-    graph: Graph,
-    document: dict[str, Any],
-    certificate: Certificate | None,
-    words: Words | None,
-    known: Known,
-    heads: Split,
-) -> dict[str, Any]:
+def _data(shown: Page) -> dict[str, Any]:
+    graph, known, certificate = shown.graph, shown.known, shown.certificate
     number_of = {node.id: number for number, node in enumerate(graph.nodes)}
     edges = [edge for edge in graph.edges if edge.source.id in number_of and edge.target.id in number_of]
     features = [node for node in graph.nodes if node.kind is Kind.feature]
@@ -72,14 +72,14 @@ def _data(
         "pieces": graph.prompt.pieces,
         "fixed": graph.prompt.fixed,
         "layers": graph.columns.num_layers,
-        "nodes": [_node(graph, node, words, known) for node in graph.nodes],
+        "nodes": [_node(graph, node, shown.words, known) for node in graph.nodes],
         "cards": {name: card for name, card in cards.items() if card is not None},
         "links": [
             [
                 number_of[edge.source.id],
                 number_of[edge.target.id],
                 edge.weight,
-                *([found] if (found := heads.get((edge.source.id, edge.target.id))) else []),
+                *([found] if (found := shown.heads.get((edge.source.id, edge.target.id))) else []),
             ]
             for edge in strongest(edges, MOST_EDGES)
         ],
@@ -89,7 +89,7 @@ def _data(
         "certificate": None if certificate is None else certificate.to_dict(),
         "certificate_text": None if certificate is None else _told(certificate),
         "footer": _footer(graph),
-        "document": {**document, "links": []},  # the page has them already
+        "document": {**shown.document, "links": []},  # the page has them already
     }
 
 

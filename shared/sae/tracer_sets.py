@@ -7,7 +7,7 @@ from torch import Tensor
 
 from shared.basics.errors import GranaryError
 from shared.sae.config import DictionaryConfig
-from shared.sae.formats.circuit_tracer_folder import THRESHOLD, TracerFolder
+from shared.sae.formats.circuit_tracer_folder import TracerFolder
 from shared.sae.sites import Sites
 from shared.sae.variants import CLT, Dictionary, Transcoder
 from shared.sae.variants.clt import CLTConfig
@@ -30,14 +30,14 @@ def configs(folder: TracerFolder) -> list[DictionaryConfig]:
         return [
             CLTConfig(
                 read_widths=widths, write_widths=widths, d_latent=latents * len(shapes), k=None,
-                activation="jumprelu" if folder.has(0, "threshold_0") else "relu", normalisation="none",
+                activation="jumprelu" if folder.has(0, folder.threshold(0)) else "relu", normalisation="none",
                 pre_bias=False, unit_norm_decoder=False, sites=Sites(reads, writes),
             )
         ]  # fmt: skip
     found: list[DictionaryConfig] = []
     for layer, (latents, d_in, d_out) in enumerate(shapes):
         kind = SkipTranscoderConfig if folder.has(layer, "W_skip") else TranscoderConfig
-        activation = "jumprelu" if folder.has(layer, THRESHOLD) else "relu"
+        activation = "jumprelu" if folder.has(layer, folder.threshold(layer)) else "relu"
         found.append(
             kind(
                 d_in=d_in, d_out=d_out, d_latent=latents, k=None, activation=activation, normalisation="none",

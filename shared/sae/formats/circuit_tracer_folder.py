@@ -20,7 +20,6 @@ from shared.sae.sites import Sites
 
 SITES = {name: place for place, name in PLACES.items()} | {"hook_mlp_out": "mlp_out"}
 KINDS = ("transcoder_set", "cross_layer_transcoder")
-THRESHOLD = "activation_function.threshold"
 
 
 def matches(folder: Path) -> bool:
@@ -81,6 +80,10 @@ class TracerFolder:
         file = self.folder / f"layer_{layer}.safetensors"
         return Matrix(file, "W_enc"), Matrix(file, "W_dec")
 
+    def threshold(self, layer: int) -> str:
+        """What a layer's encoder file calls the thresholds of its latents."""
+        return f"threshold_{layer}" if self.is_clt else "activation_function.threshold"
+
     def tensors(self, layer: int) -> dict[str, Tensor]:
         """float32, by the names of a group and ``b_dec`` and ``W_skip``; ``threshold`` where latents have one.
 
@@ -88,7 +91,7 @@ class TracerFolder:
         """
         end = f"_{layer}" if self.is_clt else ""
         names = {f"{name}{end}": name for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
-        names |= {f"threshold{end}": "threshold"} if self.is_clt else {THRESHOLD: "threshold", "W_skip": "W_skip"}
+        names |= {self.threshold(layer): "threshold"} | ({} if self.is_clt else {"W_skip": "W_skip"})
         found: dict[str, Tensor] = {}
         for path in dict.fromkeys(matrix.file for matrix in self.matrices(layer)):
             try:
