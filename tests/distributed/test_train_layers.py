@@ -43,7 +43,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
 def test_twenty_steps_on_two_processes_equal_one(runs: Runs) -> None:
     """Weights, losses, dead counts: with dead latents, a short batch and a second epoch.
 
-    F20 over ranks: k counts over the layers of both. F22: so does the norm by which gradients are clipped.
+    k counts over the layers of both ranks; so does the norm by which gradients are clipped.
     """
     assert_same_run(runs, "one", "layers")
 

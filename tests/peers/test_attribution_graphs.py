@@ -81,7 +81,7 @@ def in_its_order(graph: Graph) -> torch.Tensor:
 
 @pytest.mark.parametrize("kind", ["plain", "skip", "clt"])
 def test_its_adjacency_from_the_same_transcoders_is_ours(tmp_path: Path, old_model: Path, kind: str) -> None:
-    """A13, A14. Also F51: the prompt is given as ids, since it takes an id of 0 for no BOS."""
+    """The prompt is given as ids, since it takes an id of 0 for no BOS."""
     made: list[Dictionary] = [bundled_transcoder(layer, skip=kind == "skip", threshold=0.8) for layer in range(4)]
     if kind == "clt":
         made = [make_clt(4, width=128, latents=64)]
@@ -113,7 +113,6 @@ def graph() -> Graph:
 def test_scores_and_masks_are_its_own_on_one_matrix(
     tmp_path: Path, graph: Graph, node_share: float, edge_share: float
 ) -> None:
-    """F36, A14."""
     square = in_its_order(graph)
     num_features, n = graph.columns.num_features, len(graph.logits)
     probabilities = torch.tensor([node.probability for node in graph.logits])
@@ -153,7 +152,6 @@ def test_scores_and_masks_are_its_own_on_one_matrix(
 
 
 def test_its_models_and_its_server_read_our_files(tmp_path: Path, graph: Graph) -> None:
-    """F40, A15."""
     graph.prune().save(tmp_path / "out")
     shown = json.loads((tmp_path / "out" / "graph.json").read_text())
     parsed = json.loads(side("parse", tmp_path / "out" / "graph.json"))

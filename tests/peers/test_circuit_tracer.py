@@ -27,7 +27,7 @@ sys.modules.setdefault("circuit_tracer.utils", utils)
 
 @pytest.mark.parametrize("kind", ["transcoder", "skip_transcoder"])
 @pytest.mark.parametrize("activation", ["batchtopk", "jumprelu", "relu"])
-def test_a13_a_set_of_transcoders(tmp_path: Path, kind: str, activation: str) -> None:
+def test_a_set_of_transcoders(tmp_path: Path, kind: str, activation: str) -> None:
     from circuit_tracer.transcoder.single_layer_transcoder import load_transcoder_set
 
     made, x = save_set(tmp_path / "ours", kind, activation=activation)
@@ -50,7 +50,7 @@ def test_a13_a_set_of_transcoders(tmp_path: Path, kind: str, activation: str) ->
 
 
 @pytest.mark.parametrize("activation", ["batchtopk", "jumprelu", "relu"])
-def test_a13_a_clt(tmp_path: Path, activation: str) -> None:
+def test_a_clt(tmp_path: Path, activation: str) -> None:
     from circuit_tracer.transcoder.cross_layer_transcoder import load_clt
 
     made, x_ND = started("clt", Sites(READS, WRITES), activation=activation)

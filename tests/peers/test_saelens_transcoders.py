@@ -36,7 +36,7 @@ def computes(folder: Path, x_ND: Tensor) -> tuple[Tensor, Tensor, Any]:
 
 @pytest.mark.parametrize("kind", ["transcoder", "skip_transcoder"])
 @pytest.mark.parametrize("activation", CHOICES)
-def test_a13_saelens_computes_what_is_written_here(tmp_path: Path, activation: str, kind: str) -> None:
+def test_saelens_computes_what_is_written_here(tmp_path: Path, activation: str, kind: str) -> None:
     made, x_ND = started(kind, BETWEEN, activation=activation, **CHOICES[activation])
     made.save_pretrained(tmp_path / "ours", PROVENANCE)
     convert(tmp_path / "ours", tmp_path / "theirs", "saelens")
@@ -52,7 +52,7 @@ def test_a13_saelens_computes_what_is_written_here(tmp_path: Path, activation: s
 
 
 @pytest.mark.parametrize("architecture", SAELENS)
-def test_a13_what_saelens_saves_is_read(tmp_path: Path, architecture: str) -> None:
+def test_what_saelens_saves_is_read(tmp_path: Path, architecture: str) -> None:
     write_saelens(tmp_path / "made", architecture)
     sae_lens.SAE.load_from_disk(tmp_path / "made").save_model(tmp_path / "theirs")
     x_ND = tokens(D)

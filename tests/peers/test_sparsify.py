@@ -63,7 +63,7 @@ def test_what_sparsify_saves_is_read(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["transcoder", "skip_transcoder"])
 @pytest.mark.parametrize("normalisation", ["none", "centre_scale"])
-def test_a13_sparsify_computes_the_transcoders_written_here(tmp_path: Path, normalisation: str, kind: str) -> None:
+def test_sparsify_computes_the_transcoders_written_here(tmp_path: Path, normalisation: str, kind: str) -> None:
     made, x_ND = started(kind, BETWEEN, activation="topk", normalisation=normalisation)
     made.save_pretrained(tmp_path / "ours")
     convert(tmp_path / "ours", tmp_path / "theirs", "sparsify")
@@ -71,7 +71,7 @@ def test_a13_sparsify_computes_the_transcoders_written_here(tmp_path: Path, norm
 
 
 @pytest.mark.parametrize("skip", [True, False])
-def test_a13_transcoders_that_sparsify_saves_are_read(tmp_path: Path, skip: bool) -> None:
+def test_transcoders_that_sparsify_saves_are_read(tmp_path: Path, skip: bool) -> None:
     write_sparsify(tmp_path / "made", skip=skip)
     folder = tmp_path / "layers.3.mlp"
     sparsify.SparseCoder.load_from_disk(tmp_path / "made").save_to_disk(folder)

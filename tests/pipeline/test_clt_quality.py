@@ -36,7 +36,7 @@ def mean_of_last(folder: Path, name: str) -> float:
     return sum(line[name] for line in lines) / len(lines)
 
 
-def test_a9_no_worse_than_the_set_on_three_of_four_targets(tmp_path: Path) -> None:
+def test_no_worse_than_the_set_on_three_of_four_targets(tmp_path: Path) -> None:
     """256 latents to a layer; tied ones run too, and learn."""
     run(tmp_path, "stage_harvest", HARVEST)
     run(tmp_path, "stage_train", f"{TRAIN} {CLT} sae_name=clt")

@@ -35,7 +35,7 @@ def test_a_text_becomes_files_and_scores(stages: ForkServer, run: Path, tmp_path
 
 
 def test_a_dry_run_plans_before_anything_is_loaded(stages: ForkServer, run: Path, tmp_path: Path) -> None:
-    """F46: it needs no more than configurations and file headers; nothing is written beside Hydra's records."""
+    """It needs no more than configurations and file headers; nothing is written beside Hydra's records."""
     out = tmp_path / "out"
     done = stages.run("stage_trace", f"{run}/layer*", TEXT, f"out_dir={out}", "dry_run=true")
     assert done.code == 0, done.stderr

@@ -71,7 +71,7 @@ def test_f13_rows_of_both_are_the_same_token(make: Callable[..., str]) -> None:
         ({"tokenizer": "u"}, "tokenizer differ"),
     ],
 )
-def test_a17_other_tokens_are_refused_with_what_differs(
+def test_other_tokens_are_refused_with_what_differs(
     make: Callable[..., str], given: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(GranaryError, match=rf"holds other contexts than .*{message}.*harvest one model on the other"):

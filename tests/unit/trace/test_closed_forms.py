@@ -60,11 +60,11 @@ def test_without_branches_a_logit_is_its_token_alone() -> None:
     rows = sweep(traced.parts, recording, replacement, columns, targets).rows_BS
     torch.testing.assert_close(rows[:, columns.tokens][:, -1], targets.goal_B)
     assert float(rows[:, : columns.tokens.stop - 1].abs().max()) == 0
-    assert columns.num_features == 0  # F33: nothing fires anywhere
+    assert columns.num_features == 0  # nothing fires anywhere
 
 
 def test_error_is_output_minus_everything() -> None:
-    """F31 and F4: skip and biases are in the reconstruction, by the dictionary's own decode where it has no skip."""
+    """Skip and biases are in the reconstruction, by the dictionary's own decode where it has no skip."""
     for skip in (False, True):
         traced = make_traced("llama", torch.float32, skip=skip)
         layer, made = traced.replacement.layers[1], traced.dictionaries[1]
@@ -84,7 +84,7 @@ def test_values_are_the_dictionarys_own() -> None:
 
 
 def test_rows_read_no_later_position_and_no_later_layer() -> None:
-    """F34: rows are targets; a source lies at or before its target, in an earlier layer."""
+    """Rows are targets; a source lies at or before its target, in an earlier layer."""
     traced = make_traced("qwen2")
     rows, targets = rows_of(traced), all_features(traced)
     early = targets.position_B[:, None] < targets.position_B[None, :]
@@ -95,7 +95,7 @@ def test_rows_read_no_later_position_and_no_later_layer() -> None:
 
 
 def test_the_softcap_of_logits_is_outside_and_that_of_scores_inside() -> None:
-    """F44: probabilities are capped, what a row explains is not; attention's cap is part of the pattern."""
+    """Probabilities are capped, what a row explains is not; attention's cap is part of the pattern."""
     model = make_model("gemma2", torch.float32)
     model.config.final_logit_softcapping = 2.0
     parts = linear_parts(model)

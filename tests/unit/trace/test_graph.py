@@ -27,12 +27,11 @@ def test_nodes_and_edges_are_rows_and_columns(graph: AttributionGraph) -> None:
     session = graph.session
     assert session is not None
     W_U = session.parts.W_U_VD
-    expected = (W_U[last.number] - W_U.mean(0)) @ session.recording.final_TD[-1]  # F35: less the mean of all logits
+    expected = (W_U[last.number] - W_U.mean(0)) @ session.recording.final_TD[-1]  # less the mean of all logits
     assert total == pytest.approx(float(expected), rel=1e-4)
 
 
 def test_probabilities_are_those_of_the_full_softmax(graph: AttributionGraph) -> None:
-    """F35."""
     session = graph.session
     assert session is not None
     probabilities = torch.softmax(session.recording.logits_V, -1)
@@ -42,7 +41,7 @@ def test_probabilities_are_those_of_the_full_softmax(graph: AttributionGraph) ->
 
 
 def test_ids_are_unique_where_a_latent_of_layer_0_is_numbered_like_a_layer() -> None:
-    """F30: an error called 0_{layer}_{position} would be the feature of that latent."""
+    """An error called 0_{layer}_{position} would be the feature of that latent."""
     nodes = [Node(Kind.feature, 0, 5, number) for number in range(4)] + [Node(Kind.error, n, 5, -1) for n in range(4)]
     nodes += [Node(Kind.fixed, n, 5, -1) for n in range(4)] + [Node(Kind.bias, n, 0, -1) for n in range(5)]
     check_unique([*nodes, Node(Kind.token, -1, 5, 3), Node(Kind.logit, 5, 5, 3)])
@@ -51,7 +50,6 @@ def test_ids_are_unique_where_a_latent_of_layer_0_is_numbered_like_a_layer() -> 
 
 
 def test_feature_numbers_round_trip() -> None:
-    """F40."""
     for layer, latent in ((0, 0), (3, 1), (0, 131_071), (61, 16_777_215)):
         assert uncantor(cantor(layer, latent)) == (layer, latent)
 
@@ -90,7 +88,7 @@ def test_scores_of_a_chosen_part(graph: AttributionGraph) -> None:
 
 
 def test_the_files_are_the_same_twice(graph: AttributionGraph, tmp_path: Path) -> None:
-    """F41: no time, no hash() of a text."""
+    """No time, no hash() of a text."""
     pruned = graph.prune()
     first = {path.name: path.read_bytes() for path in pruned.save(tmp_path / "a")}
     again = trace("bundled", [bundled_transcoder(layer) for layer in range(4)], graph.prompt.text).prune()
@@ -128,3 +126,15 @@ def test_dictionaries_that_do_not_fit_are_refused(graph: AttributionGraph) -> No
         trace(model, [bundled_transcoder(4)], "x")
     with pytest.raises(GranaryError, match="at least one transcoder"):
         trace(model, [], "x")
+
+
+def test_where_nothing_fires_all_is_error_and_the_graph_is_saved(tmp_path: Path) -> None:
+    """Not at the last position either: nothing is missing a row, and scores are those of tokens and errors alone."""
+    bare = trace("bundled", [bundled_transcoder(layer, threshold=1e9) for layer in range(4)], "def f(x):")
+    assert bare.columns.num_features == 0
+    assert bare.worst_gap < 1e-4
+    for scores in bare.scores.values():
+        assert 0 < scores.replacement < 1
+        assert 0 < scores.completeness < 1
+    document = json.loads(bare.prune().save(tmp_path, certificate=bare.certify(3))[0].read_text())
+    assert {node["feature_type"] for node in document["nodes"]} == {"mlp reconstruction error", "embedding", "logit"}

@@ -50,7 +50,7 @@ def dense_influence(whole: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def test_one_pass_is_the_whole_series() -> None:
-    """F34 and F38: rows are targets, and rows of zeros end a path."""
+    """Rows are targets, and rows of zeros end a path."""
     rows, wires = make()
     expected, _ = dense_influence(*square(rows))
     found = influence(rows, wires)
@@ -86,7 +86,7 @@ def test_dropped_columns_are_as_if_they_were_not_there() -> None:
 @pytest.mark.parametrize("node_share", [0.0, 0.3, 0.8, 1.0])
 @pytest.mark.parametrize("edge_share", [0.0, 0.5, 0.98, 1.0])
 def test_pruning_keeps_what_the_definition_keeps(node_share: float, edge_share: float) -> None:
-    """F37, at both ends too."""
+    """At both ends too."""
     rows, wires = make(1)
     kept = prune(rows, wires, node_share, edge_share)
     nodes, edges = dense_prune(rows, node_share, edge_share)
@@ -128,7 +128,7 @@ def dense_prune(rows: Tensor, node_share: float, edge_share: float) -> tuple[Ten
 
 
 def test_no_influence_at_all_is_no_error() -> None:
-    """F33: nothing fires and nothing is explained."""
+    """Nothing fires and nothing is explained."""
     rows, wires = make()
     kept = prune(torch.zeros_like(rows), wires, 0.8, 0.98)
     assert not bool(kept.edges_RS.any())

@@ -24,7 +24,7 @@ def features(graph: AttributionGraph, layer: int = 0) -> list[Node]:
 
 
 def test_a_constrained_intervention_is_the_edge(graph: AttributionGraph) -> None:
-    """F39, A16: of a value that is set, not only of an ablation, and of two at once; through skips."""
+    """Of a value that is set, not only of an ablation, and of two at once; through skips."""
     assert graph.session is not None
     made = [bundled_transcoder(layer, skip=True, threshold=0.8) for layer in range(4)]
     graph = trace(graph.session.model, made, "def f(x):\n")

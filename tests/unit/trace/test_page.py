@@ -14,11 +14,10 @@ from stage_trace.nodes import Kind
 from stage_trace.page import in_script, strongest
 from stage_trace.trace import trace
 from tests.latents import synthetic_latents
-from tests.tracing import bundled_transcoder
+from tests.tracing import bundled_transcoder, make_clt
 
 
 def test_the_page_is_whole_and_escapes_everything(graph: AttributionGraph, tmp_path: Path) -> None:
-    """F42, A15."""
     hostile = replace(graph.prune(), names=("</script><img src=x onerror=alert(1)>", "\u2028"))
     page = hostile.save(tmp_path, certificate=graph.certify(3))[-1].read_text()
     assert len(page) < 3_000_000
@@ -83,6 +82,25 @@ def test_the_page_shows_what_a_latents_folder_knows(tmp_path: Path) -> None:
     (tmp_path / "tc" / "latents" / "meta.json").write_text(json.dumps(meta))
     with pytest.raises(GranaryError, match="made from other weights"):
         traced.save(tmp_path / "out", latents=[tmp_path / "tc" / "latents"])
+
+
+def test_the_page_shows_what_the_latents_folder_of_a_clt_knows(tmp_path: Path) -> None:
+    """Its latents are numbered layer after layer in the folder, and by layer in the graph."""
+    make_clt(4, width=128, latents=32).save_pretrained(tmp_path / "clt", {})
+    latents = synthetic_latents(tmp_path / "clt" / "latents", 128)
+    path = tmp_path / "clt" / "latents" / "meta.json"
+    meta = json.loads(path.read_text())
+    meta["dictionary"]["sha256"] = weights_sha256(tmp_path / "clt")
+    path.write_text(json.dumps(meta))
+    traced = trace("bundled", tmp_path / "clt", "def f(x):")
+    feature = next(node for node in traced.sources if node.kind is Kind.feature and node.layer == 2)
+    latents.notes.set_note(2 * 32 + feature.number, "of the third layer")
+    page = traced.prune(1.0, 1.0).save(tmp_path / "out")[-1].read_text()
+    data = json.loads(page.split('id="data">')[1].split("</script>")[0])
+    card = data["cards"][f"2/{feature.number}"]
+    assert card["number"] == 2 * 32 + feature.number
+    assert card["examples"]
+    assert next(node for node in data["nodes"] if node["id"] == feature.id)["name"] == "of the third layer"
 
 
 def test_the_code_writes_text_alone() -> None:

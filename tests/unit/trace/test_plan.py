@@ -1,4 +1,4 @@
-"""F46: a graph's memory from shapes alone, of models that no test could load; benchmarks/trace_memory.py measures."""
+"""A graph's memory from shapes alone, of models that no test could load; benchmarks/trace_memory.py measures."""
 
 from omegaconf import OmegaConf
 from transformers import Gemma2Config, LlamaConfig

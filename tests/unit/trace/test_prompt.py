@@ -14,7 +14,7 @@ TOKENIZER = load_tokenizer("bundled")
 
 
 def test_bos_is_put_before_a_text_and_missed_in_ids(caplog: pytest.LogCaptureFixture) -> None:
-    """F45, F51: the bundled model's BOS is id 0, which is an id like any other."""
+    """The bundled model's BOS is id 0, which is an id like any other."""
     ids, said = encode("def f", TOKENIZER)
     assert ids[0] == TOKENIZER.bos_token_id == 0
     assert said == "def f"
@@ -31,7 +31,7 @@ def test_what_is_no_prompt_is_refused(prompt: str | list[int], told: str) -> Non
 
 
 def test_fixed_positions_follow_the_rule_of_a_harvest() -> None:
-    """F32: special tokens wherever they stand, not the first position as such."""
+    """Special tokens wherever they stand, not the first position as such."""
     assert fixed_positions([0, 5, 1, 7], TOKENIZER).tolist() == [True, False, True, False]
     assert fixed_positions([5, 6], TOKENIZER).tolist() == [False, False]
     assert fixed_positions([0, 5, 6, 7], TOKENIZER, 3).tolist() == [True, True, True, False]

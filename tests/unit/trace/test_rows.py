@@ -1,4 +1,4 @@
-"""F29: every row of a graph adds up to what it explains, and two engines that share no code agree on every entry."""
+"""Every row of a graph adds up to what it explains, and two engines that share no code agree on every entry."""
 
 import pytest
 import torch
@@ -92,7 +92,7 @@ def test_rows_add_up_in_float32(family: str) -> None:
 
 @pytest.mark.parametrize("family", ["qwen3", "gemma2", "pythia"])
 def test_replaced_model_leaves_no_hook(family: str) -> None:
-    """F43. What the traced model says is what the model says, and the model is afterwards what it was."""
+    """What the traced model says is what the model says, and the model is afterwards what it was."""
     model = make_model(family, torch.float32)
     tokens_T = torch.randint(3, 50, (9,))
     with torch.no_grad():

@@ -144,7 +144,7 @@ def test_f22_the_clip_norm_is_over_all_groups() -> None:
 
 
 @pytest.mark.parametrize("activation", ["topk", "batchtopk"])
-def test_a8_of_one_layer_it_is_the_transcoder_bit_for_bit(activation: str) -> None:
+def test_of_one_layer_it_is_the_transcoder_bit_for_bit(activation: str) -> None:
     """Started from data and trained for some steps with dead latents.
 
     Without clipping: its norm is a sum over the parameters, which the two have in another order.

@@ -44,7 +44,7 @@ def learn(objective: Objective, draw: Any, steps: int = 250, rate: float = 1e-2)
 
 
 @pytest.mark.parametrize("activation", ["topk", "batchtopk"])
-def test_a8_of_one_site_it_is_the_sae_bit_for_bit(activation: str) -> None:
+def test_of_one_site_it_is_the_sae_bit_for_bit(activation: str) -> None:
     given: dict[str, Any] = {"d_latent": 60, "k": 3, "auxk_alpha": 0.5, "activation": activation}
     sae = LearningSAE(d_model=9, generator=torch.Generator().manual_seed(0), **given)
     places = (Sites.of("a"), SiteWidths((9,), (9,)))
@@ -125,7 +125,7 @@ def planted(shared: float) -> tuple[Tensor, Tensor, Any]:
     return atoms, owner_A, draw
 
 
-def test_a7_planted_latents_are_in_the_right_class() -> None:
+def test_planted_latents_are_in_the_right_class() -> None:
     """60 % shared atoms, 20 % of each side alone: at least 95 % of the alive latents are classed as their atom is."""
     atoms, owner_A, draw = planted(0.6)
     places = (Sites.of("a", "chat:a"), SiteWidths((D, D), (D, D)))
