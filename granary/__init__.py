@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from shared.basics.errors import GranaryError
+    from shared.intervene.attach import Attached, attach
     from shared.intervene.edits import Edit
     from shared.intervene.splice import SplicedModel
     from shared.latents import Latents
@@ -32,11 +33,13 @@ if TYPE_CHECKING:
     from stage_trace.attribution import AttributionGraph
     from stage_trace.trace import TraceSettings, trace
     from stage_train.data.stream import StoreSlice, StreamOrder, TokenStream, TrainingData
+    from stage_train.online.fit import fit
 
     __version__: str
 
 # What there is, and where it lives.
 _HOMES = {
+    "Attached": "shared.intervene.attach",
     "AttributionGraph": "stage_trace.attribution",
     "CLT": "shared.sae",
     "SAE": "shared.sae",
@@ -61,7 +64,9 @@ _HOMES = {
     "TraceSettings": "stage_trace.trace",
     "TrainingData": "stage_train.data.stream",
     "Transcoder": "shared.sae",
+    "attach": "shared.intervene.attach",
     "convert": "shared.sae.loading",
+    "fit": "stage_train.online.fit",
     "load": "shared.sae",
     "load_causal_lm": "shared.lm",
     "load_config": "shared.sae",
@@ -74,6 +79,7 @@ _HOMES = {
 __all__ = [
     "CLT",
     "SAE",
+    "Attached",
     "AttributionGraph",
     "Crosscoder",
     "Dictionary",
@@ -97,7 +103,9 @@ __all__ = [
     "TrainingData",
     "Transcoder",
     "__version__",
+    "attach",
     "convert",
+    "fit",
     "load",
     "load_causal_lm",
     "load_config",
