@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModel, PretrainedConfig
 
+from shared.basics.errors import GranaryError
 from shared.lm.hookpoint import HookPoint
 from shared.lm.modulepoint import Point
 from shared.lm.places import Location, locate
@@ -93,8 +94,21 @@ def hook_at(location: Location, fn: Callable[[Tensor], Tensor | None]) -> torch.
         return (exchanged(args, key, replacement), kwargs) if given is args else (args, {**kwargs, key: replacement})
 
     if location.side == "output":
-        return location.module.register_forward_hook(on_output)
+        handle = location.module.register_forward_hook(on_output)
+        _put_recorders_last(location.module)
+        return handle
     return location.module.register_forward_pre_hook(on_input, with_kwargs=True)
+
+
+def _put_recorders_last(module: nn.Module) -> None:
+    """Move the hooks by which transformers itself records hidden states behind those that may replace them.
+
+    It leaves them on a model for good at its first forward. What they record may go on: LLaVA's vision features do.
+    """
+    hooks = module._forward_hooks
+    for number, hook in list(hooks.items()):
+        if getattr(hook, "__module__", "").startswith("transformers."):
+            hooks.move_to_end(number)
 
 
 def key_of(output: Any, select: int | str | None) -> Any:
@@ -138,8 +152,8 @@ def _tensor(value: Any, whole: Any, location: Location) -> Tensor:
     side = "in" if location.side == "input" else "out"
     choice = f": choose {' or '.join(f':{side}[{name}]' for name in tensors)}" if tensors else ""
     what = "goes into" if location.side == "input" else "comes out of"
-    select = "" if location.select is None else f" at [{location.select}] of what"
-    raise GranaryError(f"there is no tensor of activations{select} that {what} {_name(location)}{choice}")
+    which = "that" if location.select is None else f"at [{location.select}] of what"
+    raise GranaryError(f"there is no tensor of activations {which} {what} {_name(location)}{choice}")
 
 
 def _features_last(

@@ -31,7 +31,7 @@ def resolve(model: nn.Module, target: str) -> list[Point]:
     with suppress(AttributeError):
         inner.get_submodule(point.path)
         return [point]
-    if target.rpartition(".")[2] in SITES and (hook := _as_hook(target)) is not None:
+    if _num_layers(inner) and (hook := _as_hook(target)) is not None:
         locate(inner, hook)
         return [hook]
     raise GranaryError(f"{type(inner).__name__} has no module {point.path}: {_near(inner, point.path)}")
@@ -40,6 +40,14 @@ def resolve(model: nn.Module, target: str) -> list[Point]:
 def point_of(name: str) -> Point:
     """What `resolve` found, from its text: a hook where it has the form of one, else a module."""
     return _as_hook(name) or ModulePoint.parse(name)
+
+
+def _num_layers(model: nn.Module) -> int:
+    """Decoder layers of a model; 0 of one that has none."""
+    try:
+        return len(decoder_blocks(model))
+    except GranaryError:
+        return 0
 
 
 def _as_hook(name: str) -> HookPoint | None:
@@ -68,9 +76,7 @@ def _near(model: nn.Module, path: str) -> str:
     """What the user may have meant."""
     paths = [name for name, _ in model.named_modules() if name]
     ends = [name for name in paths if name.endswith(f".{path}")]
-    hooks = []
-    with suppress(GranaryError):
-        hooks = [f"layers.{layer}.{site}" for layer in range(len(decoder_blocks(model))) for site in SITES]
+    hooks = [f"layers.{layer}.{site}" for layer in range(_num_layers(model)) for site in SITES]
     close = difflib.get_close_matches(path, [*hooks, *paths], n=NEAR)
     return _listed(list(dict.fromkeys([*ends, *close]))) or "model.named_modules() lists what there is"
 

@@ -38,6 +38,7 @@ from shared.sae.folder import describe
 from shared.sae.sites import Sites, SiteWidths
 from shared.sae.variants import SAE
 from stage_train.config import TrainSchema
+from stage_train.data.inputs import order_of
 from stage_train.data.stream.length import StreamLength
 from stage_train.job import check_kernels
 from stage_train.online.inputs import BufferedInputs
@@ -53,8 +54,11 @@ from stage_train.step.loop import Loop
 
 log = logging.getLogger(__name__)
 
-# Keys of `granary train` that say where activations are read from, or what the arguments of `fit` say.
-NOT_HERE = ("hook", "reads", "writes", "store", "out_dir", "run_dir", "sae_name", "schedule.tokens", "schedule.epochs")
+# Keys of `granary train` that the arguments of `attach` and `fit` say, or that are about a store.
+ELSEWHERE = ("hook", "reads", "writes", "variant", "at_layer", "sae", "out_dir", "run_dir", "sae_name", "name")
+ELSEWHERE += ("schedule.tokens", "schedule.epochs", "nproc", "packed", "store", "hydra", "stream")
+ELSEWHERE += ("sae.expansion", *(f"sae.{field.name}" for field in fields(DictionaryConfig)))
+STREAM = ("stream.batch_size", "stream.seed")
 
 
 def fit(
@@ -78,7 +82,7 @@ def fit(
     were. Raises GranaryError for settings that make no sense and when training diverges or `batches` end early; with a
     `folder`, what was learnt is in it then.
     """
-    check(saes, overrides)
+    check(saes, tokens, overrides)
     with ExitStack() as stack:
         where = Path(folder) if folder is not None else Path(stack.enter_context(tempfile.TemporaryDirectory()))
         cfgs = configurations(saes.untrained, where, tokens, overrides)
@@ -110,7 +114,7 @@ class Fitting:
             raise GranaryError(f"parallel={first.parallel.layout.value}: fit is for parallel=ddp or fsdp")
         check_kernels(first.compute.kernels, world)
         self.starts = [Start.find(cfg, world) for cfg in cfgs]
-        size, tokens = first.stream.batch_size, first.schedule.tokens
+        size, tokens = order_of(first).batch_size, first.schedule.tokens
         assert tokens is not None
         steps = -(-tokens // size)
         self.length = StreamLength(steps, steps * size, (0, steps))
@@ -129,12 +133,12 @@ class Fitting:
         state = min(self.starts, key=lambda start: start.step).state.get("stream")
         stack.enter_context(evaluating(self.saes.inner))
         drawn = 0 if state is None else int(state["order"].get("drawn", 0))
-        order = self.cfgs[0].stream
+        order = order_of(self.cfgs[0])
         stream = BufferedStream(
             ModelRows(self.saes, self.names, self.batches, skip=drawn),
             self.world,
             batch_size=order.batch_size,
-            seed=self.cfgs[0].seed if order.seed is None else order.seed,
+            seed=order.seed,
             buffer_rows=self.buffer_rows,
         )
         rows = {name: buffer.all_rows() for name, buffer in stream.buffers.items()}
@@ -192,16 +196,23 @@ class Fitting:
         return dict(lines[-1]) if lines else {}
 
 
-def check(saes: Attached, overrides: Sequence[str]) -> None:
+def check(saes: Attached, tokens: int, overrides: Sequence[str]) -> None:
     """Raise GranaryError for what can't be trained, or not so."""
     if not saes.is_attached or saes.mode != "observe":
         raise GranaryError('fit needs SAEs that are attached with mode="observe"')
     if not saes.untrained:
         raise GranaryError("every SAE is trained: attach an SAEConfig where one is to be trained")
+    if tokens < 1:
+        raise GranaryError(f"tokens={tokens}: it must be above 0")
     for override in overrides:
         name = override.partition("=")[0].lstrip("+~")
-        if name in NOT_HERE or name.startswith(("store.", "hydra")):
-            raise GranaryError(f"{override} says what the arguments of attach and fit say: leave it out")
+        group = name.partition(".")[0]
+        about_store = group in ("store", "variant", "hydra", "stream") and name not in STREAM
+        if name in ELSEWHERE or about_store:
+            raise GranaryError(
+                f"{override} is not for fit: the SAEConfig, or an argument of attach or fit, says it, or it is about a"
+                " store"
+            )
 
 
 def configurations(

@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 
 import stage_train.config
 from shared.basics.errors import GranaryError
-from shared.sae import SAEConfig
+from shared.sae import SAE, SAEConfig
 from shared.sae.folder import from_document, to_document
 from shared.sae.learn.config import LearningConfig, check
 from shared.sae.sites import Sites, SiteWidths
