@@ -38,9 +38,7 @@ from stage_train.step.weight_average import WeightAverage
 class Run:
     """A run that has steps left to make."""
 
-    def __init__(
-        self, spec: RunSpec, start: Start, inputs: RunInputs, stream: BatchStream, layout: Layout
-    ) -> None:
+    def __init__(self, spec: RunSpec, start: Start, inputs: RunInputs, stream: BatchStream, layout: Layout) -> None:
         """Makes the trainer, from data or from the checkpoint of `start`; deletes nothing."""
         self.spec, self.start, self.inputs = spec, start, inputs
         self.world: World = layout.world
@@ -130,9 +128,7 @@ class Run:
         self._recording.close()
 
 
-def make_trainer(
-    spec: RunSpec, inputs: RunInputs, stream: BatchStream, layout: Layout, *, begins: bool
-) -> Trainer:
+def make_trainer(spec: RunSpec, inputs: RunInputs, stream: BatchStream, layout: Layout, *, begins: bool) -> Trainer:
     """The trainer of a run, its weights set from data or an SAE, or left unset where a checkpoint fills them.
 
     The first rank alone sets them, and hands every rank its part. Raises GranaryError, on all ranks alike, when there

@@ -64,7 +64,7 @@ def seeded(make: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
 
     def made() -> nn.Module:
         torch.manual_seed(0)
-        return make().eval().requires_grad_(False)  # noqa: FBT003
+        return make().eval().requires_grad_(False)
 
     return made
 
@@ -76,7 +76,7 @@ def noise(*shape: int) -> Tensor:
 def sae_of(width: int, seed: int = 0) -> SAE:
     """An SAE of random weights."""
     config = SAEConfig(d_model=width, d_latent=3 * width, k=3, normalisation="none")
-    return SAE(config, generator=torch.Generator().manual_seed(seed)).requires_grad_(False)  # noqa: FBT003
+    return SAE(config, generator=torch.Generator().manual_seed(seed)).requires_grad_(False)
 
 
 def vit() -> nn.Module:

@@ -172,7 +172,9 @@ class Attached(Mapping[str, SAE]):
         """Latents of the last forward, [..., k], before any edit. Raises GranaryError where the module ran twice."""
         found = self.activations(name)
         if len(found) > 1:
-            raise GranaryError(f"{name} ran {len(found)} times: saes[{name!r}].encode(one) of saes.activations({name!r})")
+            raise GranaryError(
+                f"{name} ran {len(found)} times: saes[{name!r}].encode(one) of saes.activations({name!r})"
+            )
         return self[name].encode(found[0].to(self[name].b_dec.device))
 
     # ---- closing ---------------------------------------------------------------------------------------------------

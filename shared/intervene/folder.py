@@ -51,7 +51,7 @@ def read_attached(path_or_hub_id: str | Path, device: torch.device) -> dict[str,
         (name,) = made.sites.reads
         if name in found:
             raise GranaryError(f"two SAEs in {path_or_hub_id} record {name}: attach one of them")
-        found[name] = Saved(made.requires_grad_(False), description.provenance, description.training)  # noqa: FBT003
+        found[name] = Saved(made.requires_grad_(False), description.provenance, description.training)
     return found
 
 

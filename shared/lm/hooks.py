@@ -156,9 +156,7 @@ def _tensor(value: Any, whole: Any, location: Location) -> Tensor:
     raise GranaryError(f"there is no tensor of activations {which} {what} {_name(location)}{choice}")
 
 
-def _features_last(
-    activation: Tensor, location: Location, fn: Callable[[Tensor], Tensor | None]
-) -> Tensor | None:
+def _features_last(activation: Tensor, location: Location, fn: Callable[[Tensor], Tensor | None]) -> Tensor | None:
     """What `fn` makes of `activation`, for which the features lie along the last axis."""
     axis = location.axis
     if axis is None and activation.dim() > CLEAR_DIMS:

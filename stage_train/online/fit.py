@@ -25,7 +25,6 @@ from torch import nn
 import stage_train.config
 from shared.basics.errors import GranaryError, first_line
 from shared.basics.metrics_file import read_metrics
-from shared.basics.run_folder import RunFolder
 from shared.intervene.attach import Attached
 from shared.intervene.folder import Saved, folder_name
 from shared.launch.counts import expand_counts
@@ -43,7 +42,7 @@ from stage_train.data.stream.length import StreamLength
 from stage_train.job import check_kernels
 from stage_train.online.inputs import BufferedInputs
 from stage_train.online.rows import ModelRows, evaluating
-from stage_train.online.stream import BUFFERED_BATCHES, BatchesEnded, BufferedStream
+from stage_train.online.stream import BUFFERED_BATCHES, BatchesEndedError, BufferedStream
 from stage_train.run import Run, finish, write_config
 from stage_train.show.progress import ProgressBar
 from stage_train.spec import RunSpec, on_device
@@ -171,7 +170,7 @@ class Fitting:
             loop = Loop(runs, stream, None, stop, bar, self.world, alone=len(runs) == 1)
             try:
                 stopped = loop.run()
-            except BatchesEnded:
+            except BatchesEndedError:
                 for run in runs:
                     if 0 < run.step < run.spec.length.steps:
                         run.save()
@@ -190,7 +189,7 @@ class Fitting:
         finish(spec, start.checkpoints, self.world)
         made, description = SAE.from_pretrained(spec.folder), describe(spec.folder)
         device = next((tensor.device for tensor in self.saes.inner.parameters()), torch.device("cpu"))
-        made = made.to(device).requires_grad_(False)  # noqa: FBT003
+        made = made.to(device).requires_grad_(False)
         self.saes.put(name, Saved(made, description.provenance, description.training))
         lines = list(read_metrics(spec.folder))
         return dict(lines[-1]) if lines else {}
@@ -227,7 +226,11 @@ def configurations(
     cfgs: list[TrainSchema] = []
     with initialize_config_module("conf", version_base="1.3"):
         for number, (name, config) in enumerate(given.items()):
-            chosen = [f"sae={config.activation}", *fixed, *expand_counts(expand_shorthands(list(overrides)), TrainSchema)]
+            chosen = [
+                f"sae={config.activation}",
+                *fixed,
+                *expand_counts(expand_shorthands(list(overrides)), TrainSchema),
+            ]
             try:
                 cfg = fill(compose("train", chosen))
             except (ConfigCompositionException, OverrideParseException) as error:

@@ -9,7 +9,6 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from shared.basics.errors import GranaryError
@@ -72,7 +71,7 @@ class BufferedStream:
             self._fill()
         rows = min(self.share, *map(len, self.buffers.values()))
         if not rows or (rows < self.share and self.world.size > 1):
-            raise BatchesEnded(self._tokens)
+            raise BatchesEndedError(self._tokens)
         activations = {name: buffer.take(rows) for name, buffer in self.buffers.items()}
         batch = Batch(activations, self.source.passes, self._index, rows * self.world.size, rows)
         self._index += 1
@@ -92,7 +91,7 @@ class BufferedStream:
             for name, rows_ND in rows.items():
                 self._buffer(name, rows_ND).add(rows_ND)
         if not self.buffers or not all(map(len, self.buffers.values())):
-            raise BatchesEnded(self._tokens)
+            raise BatchesEndedError(self._tokens)
         for buffer in self.buffers.values():
             buffer.shuffle()
         self.wait_seconds += time.perf_counter() - begin
@@ -103,7 +102,7 @@ class BufferedStream:
         return self.buffers[name]
 
 
-class BatchesEnded(GranaryError):
+class BatchesEndedError(GranaryError):
     """There are fewer rows than the training was to have."""
 
     def __init__(self, tokens: int) -> None:

@@ -319,7 +319,7 @@ def test_it_is_a_mapping_of_the_places():
         assert list(saes) == ["fc1", "fc2", "norm"] or list(saes) == ["fc1", "norm", "fc2"]
         assert saes["fc1"] is sae
         assert set(saes.untrained) == {"norm", "fc2"}
-        with pytest.raises(GranaryError, match="granary.fit"):
+        with pytest.raises(GranaryError, match=r"granary\.fit"):
             saes["norm"]
         with pytest.raises(KeyError):
             saes["fc7"]

@@ -50,10 +50,13 @@ def test_two_adapters_saved_both_on_disk(folder):
 def test_reload_bit_equal_in_a_fresh_process(folder):
     script = (
         "import granary, torch, sys\nfrom tests.modules import MLP, noise, seeded\n"
-        "with granary.attach(seeded(MLP)(), sys.argv[1], mode='replace') as saes: torch.save(saes.model(noise(4, 6)), sys.argv[2])"
+        "with granary.attach(seeded(MLP)(), sys.argv[1], mode='replace') as saes:\n"
+        "    torch.save(saes.model(noise(4, 6)), sys.argv[2])"
     )
     out = folder.parent / "out.pt"
-    subprocess.run([sys.executable, "-c", script, folder, out], check=True, env={**os.environ, "PYTHONPATH": str(REPOSITORY)})
+    subprocess.run(
+        [sys.executable, "-c", script, folder, out], check=True, env={**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    )
     model = seeded(MLP)()
     with attach(model, folder, mode="replace"):
         assert torch.equal(torch.load(out), model(noise(4, 6)))
@@ -72,9 +75,9 @@ def test_a_folder_with_files_and_an_untrained_sae_are_not_written(folder):
     before = sorted(folder.rglob("*"))
     with attach(seeded(MLP)(), {"fc1": sae_of(12)}) as saes, pytest.raises(GranaryError, match="is not empty"):
         saes.save_pretrained(folder)
-    with attach(seeded(MLP)(), {"fc1": SAEConfig(k=3, expansion=2)}) as saes:
-        with pytest.raises(GranaryError, match="fc1 is not there yet"):
-            saes.save_pretrained(folder.parent / "other")
+    untrained = attach(seeded(MLP)(), {"fc1": SAEConfig(k=3, expansion=2)})
+    with pytest.raises(GranaryError, match="fc1 is not there yet"):
+        untrained.save_pretrained(folder.parent / "other")
     assert sorted(folder.rglob("*")) == before
     assert not (folder.parent / "other").exists()
 
@@ -96,7 +99,7 @@ def test_what_is_no_folder_of_attached_saes_is_said(folder, tmp_path):
     with pytest.raises(GranaryError, match="records no place: attach it by name"):
         attach(model, tmp_path / "nowhere")
     SAE(SAEConfig(d_model=12, d_latent=24, k=3, sites=Sites.of("fc1"))).save_pretrained(folder / "again")
-    with pytest.raises(GranaryError, match="two SAEs in .* record fc1"):
+    with pytest.raises(GranaryError, match=r"two SAEs in .* record fc1"):
         attach(model, folder)
     SAE(SAEConfig(d_model=12, d_latent=24, k=3, sites=Sites.of("fc9"))).save_pretrained(tmp_path / "far" / "x")
     with pytest.raises(GranaryError, match="MLP has no module fc9"):

@@ -52,7 +52,8 @@ def test_a_module_that_is_called_like_a_hook_goes_before_it():
 def test_regex_matches_vision_and_text():
     found = [str(point) for point in resolve(llava(), r"re:.*layers\.1\.mlp:in")]
     assert len(found) == 2
-    assert found[0].startswith("model.vision_tower") and found[0].endswith("layers.1.mlp:in")
+    assert found[0].startswith("model.vision_tower")
+    assert found[0].endswith("layers.1.mlp:in")
     assert found[1] == "model.language_model.layers.1.mlp:in"
 
 
@@ -81,7 +82,7 @@ def test_no_match_lists_near_names(target, told):
 
 
 def test_a_model_without_decoder_layers_has_modules_alone():
-    with pytest.raises(GranaryError, match="MLP has no module layers.0.resid_post"):
+    with pytest.raises(GranaryError, match=r"MLP has no module layers\.0\.resid_post"):
         resolve(MLP(), "layers.0.resid_post")
 
 

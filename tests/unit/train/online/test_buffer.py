@@ -10,7 +10,7 @@ from shared.parallel import World
 from shared.sae import SAEConfig
 from stage_train.online.buffer import RowBuffer
 from stage_train.online.rows import ModelRows
-from stage_train.online.stream import BatchesEnded, BufferedStream
+from stage_train.online.stream import BatchesEndedError, BufferedStream
 
 CPU = torch.device("cpu")
 WORLD = World(0, 1, 0, CPU)
@@ -68,7 +68,7 @@ def test_every_row_goes_out_once_and_they_are_mixed():
     assert sorted(rows) == list(range(100))
     moved = [abs(place - row) for place, row in enumerate(rows)]
     assert sum(moved) / len(moved) > 2
-    with pytest.raises(BatchesEnded, match="after 100 rows"):
+    with pytest.raises(BatchesEndedError, match="after 100 rows"):
         next(stream)
 
 
@@ -84,7 +84,8 @@ def test_a_list_is_gone_through_again():
     rows = take(stream, 20)
     assert stream.epochs_passed() >= 3
     counts = [rows.count(number) for number in range(20)]
-    assert min(counts) >= 2 and max(counts) <= 6
+    assert min(counts) >= 2
+    assert max(counts) <= 6
 
 
 def test_the_order_is_that_of_the_seed():
@@ -110,6 +111,6 @@ def test_faults_of_what_is_given():
     ):
         with pytest.raises(GranaryError, match=told):
             stream_of(batches, *places, **settings)
+    source = ModelRows(attach(Both(), {"one": OPEN}), ["one"], [])
     with pytest.raises(GranaryError, match="does not divide among 3 processes"):
-        saes = attach(Both(), {"one": OPEN})
-        BufferedStream(ModelRows(saes, ["one"], []), World(0, 3, 0, CPU), batch_size=4, seed=0, buffer_rows=16)
+        BufferedStream(source, World(0, 3, 0, CPU), batch_size=4, seed=0, buffer_rows=16)

@@ -202,7 +202,7 @@ def test_what_is_trained_is_not_trained_again(tmp_path):
         again, same = fit(seeded(MLP)(), folder=tmp_path, batches=iter([]))
     assert torch.equal(first["fc1"].W_enc, again["fc1"].W_enc)
     assert metrics == same
-    longer, more = fit(seeded(MLP)(), folder=tmp_path, tokens=960)
+    _longer, more = fit(seeded(MLP)(), folder=tmp_path, tokens=960)
     assert more["step"] == 30
 
 
@@ -232,7 +232,15 @@ def test_a_signal_saves_and_stops(tmp_path, number, end):
         ({"overrides": ["optim.lr=fast"]}, "optim.lr=fast"),
         *(
             ({"overrides": [key]}, "is not for fit")
-            for key in ("schedule.tokens=3", "store.url=x", "stream.lanes=2", "sae.k=3", "sae=relu", "hook=x", "nproc=2")
+            for key in (
+                "schedule.tokens=3",
+                "store.url=x",
+                "stream.lanes=2",
+                "sae.k=3",
+                "sae=relu",
+                "hook=x",
+                "nproc=2",
+            )
         ),
         ({"overrides": ["stream.batch_size=0"]}, "stream.batch_size=0: it must be at least 1"),
         ({"tokens": 0}, "tokens=0"),
@@ -250,16 +258,15 @@ def test_what_makes_no_sense_is_said(settings, told):
 
 def test_only_what_is_attached_and_untrained_is_fitted():
     model = seeded(MLP)()
-    with granary.attach(model, {"fc1": sae_of(12)}) as saes:
-        with pytest.raises(GranaryError, match="every SAE is trained"):
-            granary.fit(saes, inputs(), tokens=64)
+    with granary.attach(model, {"fc1": sae_of(12)}) as saes, pytest.raises(GranaryError, match="every SAE is trained"):
+        granary.fit(saes, inputs(), tokens=64)
     saes = granary.attach(model, {"fc1": OPEN})
     saes.detach()
     with pytest.raises(GranaryError, match="SAEs that are attached"):
         granary.fit(saes, inputs(), tokens=64)
-    with granary.attach(model, {"fc1": sae_of(12)}, mode="replace") as saes:
-        with pytest.raises(GranaryError, match='mode="observe"'):
-            granary.fit(saes, inputs(), tokens=64)
+    replacing = granary.attach(model, {"fc1": sae_of(12)}, mode="replace")
+    with replacing as saes, pytest.raises(GranaryError, match='mode="observe"'):
+        granary.fit(saes, inputs(), tokens=64)
 
 
 def test_module_never_called_is_said_after_the_first_forward():
