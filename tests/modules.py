@@ -73,6 +73,14 @@ def noise(*shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(1))
 
 
+def planted_rows(count: int = 40, rows: int = 24, width: int = 6) -> list[Tensor]:
+    """Batches of rows that are sums of a few directions."""
+    generator = torch.Generator().manual_seed(5)
+    directions = torch.randn(12, width, generator=generator)
+    picks = torch.randint(12, (count * rows, 2), generator=generator)
+    return list(directions[picks].sum(1).split(rows))
+
+
 def sae_of(width: int, seed: int = 0) -> SAE:
     """An SAE of random weights."""
     config = SAEConfig(d_model=width, d_latent=3 * width, k=3, normalisation="none")

@@ -91,7 +91,9 @@ def hook_at(location: Location, fn: Callable[[Tensor], Tensor | None]) -> torch.
         replacement = _features_last(activation, location, fn)
         if replacement is None:
             return None
-        return (exchanged(args, key, replacement), kwargs) if given is args else (args, {**kwargs, key: replacement})
+        if given is args:
+            return exchanged(args, key, replacement), kwargs
+        return args, exchanged(kwargs, key, replacement)
 
     if location.side == "output":
         handle = location.module.register_forward_hook(on_output)
@@ -108,7 +110,7 @@ def _put_recorders_last(module: nn.Module) -> None:
     hooks = module._forward_hooks
     for number, hook in list(hooks.items()):
         if getattr(hook, "__module__", "").startswith("transformers."):
-            hooks.move_to_end(number)
+            hooks[number] = hooks.pop(number)
 
 
 def key_of(output: Any, select: int | str | None) -> Any:

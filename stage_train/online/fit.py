@@ -30,7 +30,7 @@ from shared.intervene.folder import Saved, folder_name
 from shared.launch.counts import expand_counts
 from shared.launch.overrides import expand_shorthands
 from shared.launch.schema import fill
-from shared.parallel import World, init_world, telling_lost_contact
+from shared.parallel import World, barrier, broadcast_object, init_world, telling_lost_contact
 from shared.parallel.stop import StopRequest
 from shared.sae.config import DictionaryConfig, SAEConfig
 from shared.sae.folder import describe
@@ -54,9 +54,11 @@ from stage_train.step.loop import Loop
 log = logging.getLogger(__name__)
 
 # Keys of `granary train` that the arguments of `attach` and `fit` say, or that are about a store.
-ELSEWHERE = ("hook", "reads", "writes", "variant", "at_layer", "sae", "out_dir", "run_dir", "sae_name", "name")
-ELSEWHERE += ("schedule.tokens", "schedule.epochs", "nproc", "packed", "store", "hydra", "stream")
-ELSEWHERE += ("sae.expansion", *(f"sae.{field.name}" for field in fields(DictionaryConfig)))
+ELSEWHERE = {
+    *("hook", "reads", "writes", "at_layer", "sae", "out_dir", "run_dir", "sae_name", "name", "nproc", "packed"),
+    *("schedule.tokens", "schedule.epochs", "sae.expansion"),
+    *(f"sae.{field.name}" for field in fields(DictionaryConfig)),
+}
 STREAM = ("stream.batch_size", "stream.seed")
 
 
@@ -82,15 +84,21 @@ def fit(
     `folder`, what was learnt is in it then.
     """
     check(saes, tokens, overrides)
+    cfgs = configurations(saes.untrained, tokens, overrides)
+    world = init_world(cfgs[0].device.name, cfgs[0].device.threads)
     with ExitStack() as stack:
-        where = Path(folder) if folder is not None else Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        cfgs = configurations(saes.untrained, where, tokens, overrides)
-        world = init_world(cfgs[0].device.name, cfgs[0].device.threads)
-        cfgs = [on_device(cfg, world.device) for cfg in cfgs]
         stack.enter_context(telling_lost_contact())
-        for cfg in cfgs:
-            stack.enter_context(only_run_in(Path(cfg.out_dir), world))
-        return Fitting(saes, batches, cfgs, world, buffer_rows, keeps=folder is not None).execute(stack)
+        if folder is None and world.is_main:
+            folder = stack.enter_context(tempfile.TemporaryDirectory())
+        where = Path(broadcast_object(folder) or "")
+        inside = [where / folder_name(name, number) for number, name in enumerate(saes.untrained)]
+        pairs = zip(cfgs, inside, strict=True)
+        cfgs = [replace(on_device(cfg, world.device), out_dir=str(out_dir)) for cfg, out_dir in pairs]
+        for out_dir in inside:
+            stack.enter_context(only_run_in(out_dir, world))
+        metrics = Fitting(saes, batches, cfgs, world, buffer_rows).execute(stack)
+        barrier()  # every process has read what the first wrote
+        return metrics
 
 
 class Fitting:
@@ -103,10 +111,10 @@ class Fitting:
         cfgs: Sequence[TrainSchema],
         world: World,
         buffer_rows: int | None,
-        *,
-        keeps: bool,
     ) -> None:
-        self.saes, self.batches, self.cfgs, self.world, self.keeps = saes, batches, cfgs, world, keeps
+        self.saes, self.batches, self.cfgs, self.world = saes, batches, cfgs, world
+        self.failed: set[Path] = set()
+        """Folders of runs that have diverged."""
         self.names, first = list(saes.untrained), cfgs[0]
         self.layout: Layout = make_layout(first.parallel, world)
         if self.layout.stream_world != world.size:
@@ -126,7 +134,12 @@ class Fitting:
             specs = [self._spec(*one) for one in zip(self.names, self.cfgs, widths, strict=True)]
         else:
             specs = self._train(stack)
-        return {name: self._take(name, *one) for name, *one in zip(self.names, specs, self.starts, strict=True)}
+        triples = [one for one in zip(self.names, specs, self.starts, strict=True) if one[1].folder not in self.failed]
+        metrics = {name: self._take(name, spec, start) for name, spec, start in triples}
+        if self.failed:
+            names = ", ".join(name for name in self.names if name not in metrics)
+            raise GranaryError(f"training diverged at {names}, see above: lower optim.lr; the other SAEs are trained")
+        return metrics
 
     def _train(self, stack: ExitStack) -> list[RunSpec]:
         state = min(self.starts, key=lambda start: start.step).state.get("stream")
@@ -176,9 +189,7 @@ class Fitting:
                         run.save()
                 loop.wait_for_saves()
                 raise
-        if loop.failed:
-            names = ", ".join(run.name for run in loop.failed)
-            raise GranaryError(f"{len(loop.failed)} of {len(runs)} SAEs diverged ({names}): lower optim.lr")
+        self.failed = {run.spec.folder for run in runs if run in loop.failed}
         if stopped == "SIGINT":
             raise KeyboardInterrupt
         if stopped is not None:
@@ -214,10 +225,8 @@ def check(saes: Attached, tokens: int, overrides: Sequence[str]) -> None:
             )
 
 
-def configurations(
-    given: Mapping[str, SAEConfig], folder: Path, tokens: int, overrides: Sequence[str]
-) -> list[TrainSchema]:
-    """The configuration of each run as ``granary train`` composes it; the width stays open.
+def configurations(given: Mapping[str, SAEConfig], tokens: int, overrides: Sequence[str]) -> list[TrainSchema]:
+    """The configuration of each run as ``granary train`` composes it; width and folder stay open.
 
     Raises GranaryError naming a key that is not known or makes no sense.
     """
@@ -225,7 +234,7 @@ def configurations(
     fixed = ["schedule.epochs=null", f"schedule.tokens={tokens}", "logger.curves=false", "out_dir=."]
     cfgs: list[TrainSchema] = []
     with initialize_config_module("conf", version_base="1.3"):
-        for number, (name, config) in enumerate(given.items()):
+        for name, config in given.items():
             chosen = [
                 f"sae={config.activation}",
                 *fixed,
@@ -236,8 +245,7 @@ def configurations(
             except (ConfigCompositionException, OverrideParseException) as error:
                 raise GranaryError(f"overrides: {first_line(error)}") from None
             assert isinstance(cfg, TrainSchema)
-            out_dir = str(folder / folder_name(name, number))
-            cfgs.append(replace(cfg, sae=replace(cfg.sae, **dictionary_fields(config)), hook=name, out_dir=out_dir))
+            cfgs.append(replace(cfg, sae=replace(cfg.sae, **dictionary_fields(config)), hook=name))
     return cfgs
 
 

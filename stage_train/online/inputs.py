@@ -28,7 +28,7 @@ class BufferedInputs:
     def statistics(self, site: str) -> HookStatistics:
         """Of the first filling. Raises GranaryError where an activation is not finite."""
         found = RowStatistics.empty(self.rows[site].shape[1])
-        for block_ND in self.rows[site].split(BLOCK_ROWS):
+        for block_ND in torch.split(self.rows[site], BLOCK_ROWS):
             block_1ND = block_ND.float().cpu().numpy().copy()[None]
             squared_norms = found.add_block(block_1ND, np.ones(len(block_ND), np.bool_))
             if squared_norms is None:

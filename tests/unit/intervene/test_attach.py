@@ -1,5 +1,6 @@
 """SAEs at any modules: what is seen there, what the model goes on from, and that nothing of it is left."""
 
+import gc
 from typing import Any
 
 import pytest
@@ -232,6 +233,8 @@ def test_attachments_that_end_out_of_order_leave_compiled_code_compiled():
         runs += 1
         return graph.forward
 
+    attach(seeded(MLP)(), {"fc1": OPEN})
+    gc.collect()  # of an attachment that nobody detached nothing is left once its model is gone
     model = seeded(MLP)()
     first, second = attach(model, {"fc1": OPEN}), attach(model, {"fc1": OPEN})
     first.detach()

@@ -16,7 +16,7 @@ from shared.basics.run_folder import RunFolder
 from shared.sae import SAEConfig, load_provenance
 from stage_train.state.checkpoint import newest_checkpoint
 from stage_train.step import loop
-from tests.modules import CASES, MLP, llava, llava_inputs, noise, sae_of, seeded
+from tests.modules import CASES, MLP, llava, llava_inputs, noise, planted_rows, sae_of, seeded
 from tests.splicing import BOS, HOOK, tiny_llama
 from tests.training import Died, interrupted_after, signalled_in, watching
 
@@ -24,19 +24,13 @@ QUICK = ["stream.batch_size=32", "logger.progress=false", "logger.every=5", "che
 OPEN = SAEConfig(k=3, expansion=4)
 
 
-def inputs(count: int = 40, rows: int = 24, width: int = 6) -> list[Tensor]:
-    """Batches of rows that are sums of a few directions."""
-    generator = torch.Generator().manual_seed(5)
-    directions = torch.randn(12, width, generator=generator)
-    picks = torch.randint(12, (count * rows, 2), generator=generator)
-    return list(directions[picks].sum(1).split(rows))
-
-
 def fit(model: nn.Module, target: str = "fc1", tokens: int = 640, **settings: Any) -> tuple[Any, dict[str, Any]]:
     """The SAEs and the last metrics of the one at `target`."""
     overrides = [*QUICK, *settings.pop("overrides", [])]
     with granary.attach(model, {target: settings.pop("config", OPEN)}) as saes:
-        metrics = granary.fit(saes, settings.pop("batches", inputs()), tokens=tokens, overrides=overrides, **settings)
+        metrics = granary.fit(
+            saes, settings.pop("batches", planted_rows()), tokens=tokens, overrides=overrides, **settings
+        )
     return saes, next(iter(metrics.values()))
 
 
@@ -82,7 +76,7 @@ def test_it_learns_and_tells_how_well():
     saes, metrics = fit(seeded(MLP)(), tokens=6400)
     assert (metrics["step"], metrics["tokens"], metrics["l0"]) == (200, 6400, 3.0)
     assert metrics["fvu"] < 0.1
-    model, x = seeded(MLP)(), torch.cat(inputs())
+    model, x = seeded(MLP)(), torch.cat(planted_rows())
     hidden = model.fc1(x)
     error = (saes["fc1"](hidden).x_hat - hidden).square().sum() / (hidden - hidden.mean(0)).square().sum()
     assert error < 0.1
@@ -116,7 +110,7 @@ def test_what_is_saved_is_what_was_fitted(tmp_path):
 def test_several_places_are_fitted_as_each_alone():
     model = seeded(MLP)()
     with granary.attach(model, {"fc1": OPEN, "norm": OPEN, "fc2": sae_of(5)}) as saes:
-        metrics = granary.fit(saes, inputs(), tokens=640, overrides=QUICK)
+        metrics = granary.fit(saes, planted_rows(), tokens=640, overrides=QUICK)
     assert set(metrics) == {"fc1", "norm"}
     for place in metrics:
         alone, _ = fit(model, place)
@@ -148,7 +142,7 @@ def test_padding_not_in_loss():
 
 
 def test_bf16_base_fp32_loss():
-    saes, metrics = fit(seeded(MLP)().bfloat16(), batches=[x.bfloat16() for x in inputs()], tokens=3200)
+    saes, metrics = fit(seeded(MLP)().bfloat16(), batches=[x.bfloat16() for x in planted_rows()], tokens=3200)
     assert {tensor.dtype for tensor in saes["fc1"].state_dict().values()} == {torch.float32}
     assert metrics["fvu"] < 0.2
 
@@ -164,7 +158,7 @@ def test_any_activation_of_the_command_line_and_its_losses():
 
 
 def test_batches_of_every_form():
-    model, x = seeded(MLP)(), torch.cat(inputs(2))
+    model, x = seeded(MLP)(), torch.cat(planted_rows(2))
     fitted = [fit(model, batches=[form], tokens=64)[0]["fc1"] for form in (x, (x,), [x], {"x": x})]
     assert all(torch.equal(one.W_enc, fitted[0].W_enc) for one in fitted)
 
@@ -185,7 +179,9 @@ def test_a_run_goes_on_from_its_last_checkpoint(tmp_path):
                 yield x
 
     with watching(before=lambda run: steps.append(run.step)):
-        saes, metrics = fit(seeded(MLP)(), folder=tmp_path, overrides=often, batches=Noting(inputs()), buffer_rows=64)
+        saes, metrics = fit(
+            seeded(MLP)(), folder=tmp_path, overrides=often, batches=Noting(planted_rows()), buffer_rows=64
+        )
     assert steps == list(range(10, 20))
     assert metrics["step"] == 20
     assert [line["step"] for line in read_metrics(tmp_path / "fc1")] == [5, 10, 15, 20]
@@ -208,7 +204,7 @@ def test_what_is_trained_is_not_trained_again(tmp_path):
 
 def test_batches_that_end_early_lose_nothing(tmp_path):
     with pytest.raises(GranaryError, match="the batches ended after 240 rows: give more"):
-        fit(seeded(MLP)(), folder=tmp_path, batches=iter(inputs(10)), buffer_rows=64)
+        fit(seeded(MLP)(), folder=tmp_path, batches=iter(planted_rows(10)), buffer_rows=64)
     assert newest_checkpoint(RunFolder(tmp_path / "fc1").checkpoints).name == "step-00000008"
     _, metrics = fit(seeded(MLP)(), folder=tmp_path)
     assert metrics["step"] == 20
@@ -219,10 +215,10 @@ def test_a_signal_saves_and_stops(tmp_path, number, end):
     model = seeded(MLP)().train()
     with granary.attach(model, {"fc1": OPEN}) as saes:
         with pytest.raises(end), watching(before=signalled_in(7, number)):
-            granary.fit(saes, inputs(), tokens=640, overrides=QUICK, folder=tmp_path)
+            granary.fit(saes, planted_rows(), tokens=640, overrides=QUICK, folder=tmp_path)
         assert model.training
         assert newest_checkpoint(RunFolder(tmp_path / "fc1").checkpoints).name == "step-00000007"
-        assert granary.fit(saes, inputs(), tokens=640, overrides=QUICK, folder=tmp_path)["fc1"]["step"] == 20
+        assert granary.fit(saes, planted_rows(), tokens=640, overrides=QUICK, folder=tmp_path)["fc1"]["step"] == 20
 
 
 @pytest.mark.parametrize(
@@ -256,17 +252,31 @@ def test_what_makes_no_sense_is_said(settings, told):
         fit(seeded(MLP)(), **settings)
 
 
+def test_an_sae_that_diverges_leaves_the_others_trained():
+    model = seeded(MLP)()
+    with granary.attach(model, {"fc1": OPEN, "norm": OPEN}) as saes:
+
+        def poison(run: Any) -> None:
+            if run.name == "norm" and run.step == 12:
+                run.trainer.objective.dictionary.W_dec.data.fill_(torch.nan)
+
+        with pytest.raises(GranaryError, match="diverged at norm, see above"), watching(before=poison):
+            granary.fit(saes, planted_rows(), tokens=640, overrides=QUICK)
+        assert set(saes.untrained) == {"norm"}
+        assert saes["fc1"].W_enc.isfinite().all()
+
+
 def test_only_what_is_attached_and_untrained_is_fitted():
     model = seeded(MLP)()
     with granary.attach(model, {"fc1": sae_of(12)}) as saes, pytest.raises(GranaryError, match="every SAE is trained"):
-        granary.fit(saes, inputs(), tokens=64)
+        granary.fit(saes, planted_rows(), tokens=64)
     saes = granary.attach(model, {"fc1": OPEN})
     saes.detach()
     with pytest.raises(GranaryError, match="SAEs that are attached"):
-        granary.fit(saes, inputs(), tokens=64)
+        granary.fit(saes, planted_rows(), tokens=64)
     replacing = granary.attach(model, {"fc1": sae_of(12)}, mode="replace")
     with replacing as saes, pytest.raises(GranaryError, match='mode="observe"'):
-        granary.fit(saes, inputs(), tokens=64)
+        granary.fit(saes, planted_rows(), tokens=64)
 
 
 def test_module_never_called_is_said_after_the_first_forward():
