@@ -17,7 +17,7 @@ def test_its_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert len(blocks) == 3
     names: dict[str, object] = {}
     for block in blocks:
-        small = re.sub(r"tokens=[\d_]+", "tokens=4_096", block)
+        small = re.sub(r"tokens=[\d_]+", "tokens=2_048", block)
         exec(compile(small, PAGE, "exec"), names)
     assert sorted(path.name for path in (tmp_path / "runs/attached").iterdir()) == [
         "layers.2.resid_post",

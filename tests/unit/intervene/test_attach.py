@@ -1,6 +1,7 @@
 """SAEs at any modules: what is seen there, what the model goes on from, and that nothing of it is left."""
 
 import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -233,8 +234,13 @@ def test_attachments_that_end_out_of_order_leave_compiled_code_compiled():
         runs += 1
         return graph.forward
 
-    attach(seeded(MLP)(), {"fc1": OPEN})
+    gone = seeded(MLP)()
+    model_ref = weakref.ref(gone)
+    attach(gone, {"fc1": OPEN})
+    attach(gone, {"fc1": sae_of(12)}, mode="replace")
+    del gone
     gc.collect()  # of an attachment that nobody detached nothing is left once its model is gone
+    assert model_ref() is None
     model = seeded(MLP)()
     first, second = attach(model, {"fc1": OPEN}), attach(model, {"fc1": OPEN})
     first.detach()

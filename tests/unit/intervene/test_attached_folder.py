@@ -47,6 +47,7 @@ def test_two_adapters_saved_both_on_disk(folder):
         assert torch.equal(model(x), replaced)
 
 
+@pytest.mark.slow
 def test_reload_bit_equal_in_a_fresh_process(folder):
     script = (
         "import granary, torch, sys\nfrom tests.modules import MLP, noise, seeded\n"
