@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from shared.basics.errors import GranaryError
+    from shared.intervene.attach import Attached, attach
     from shared.intervene.edits import Edit
     from shared.intervene.splice import SplicedModel
     from shared.latents import Latents
@@ -33,11 +34,13 @@ if TYPE_CHECKING:
     from stage_trace.attribution import AttributionGraph
     from stage_trace.trace import TraceSettings, trace
     from stage_train.data.stream import StoreSlice, StreamOrder, TokenStream, TrainingData
+    from stage_train.online.fit import fit
 
     __version__: str
 
 # What there is, and where it lives.
 _HOMES = {
+    "Attached": "shared.intervene.attach",
     "AttributionGraph": "stage_trace.attribution",
     "CLT": "shared.sae",
     "SAE": "shared.sae",
@@ -63,7 +66,9 @@ _HOMES = {
     "TraceSettings": "stage_trace.trace",
     "TrainingData": "stage_train.data.stream",
     "Transcoder": "shared.sae",
+    "attach": "shared.intervene.attach",
     "convert": "shared.sae.loading",
+    "fit": "stage_train.online.fit",
     "load": "shared.sae",
     "load_causal_lm": "shared.lm",
     "load_config": "shared.sae",
@@ -76,6 +81,7 @@ _HOMES = {
 __all__ = [
     "CLT",
     "SAE",
+    "Attached",
     "AttributionGraph",
     "Crosscoder",
     "Dictionary",
@@ -100,7 +106,9 @@ __all__ = [
     "TrainingData",
     "Transcoder",
     "__version__",
+    "attach",
     "convert",
+    "fit",
     "load",
     "load_causal_lm",
     "load_config",

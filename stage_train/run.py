@@ -20,8 +20,8 @@ from shared.sae.folder import to_document
 from shared.sae.learn.init import initialise
 from shared.sae.learn.objective import Objective
 from stage_train.config import TrainSchema
-from stage_train.data.inputs import TrainingInputs
-from stage_train.data.stream import Batch, TokenStream
+from stage_train.data.inputs import RunInputs
+from stage_train.data.stream import Batch, BatchStream
 from stage_train.show.curves import draw_curves
 from stage_train.show.loggers import Logger, make_loggers
 from stage_train.spec import RunSpec
@@ -38,9 +38,7 @@ from stage_train.step.weight_average import WeightAverage
 class Run:
     """A run that has steps left to make."""
 
-    def __init__(
-        self, spec: RunSpec, start: Start, inputs: TrainingInputs, stream: TokenStream, layout: Layout
-    ) -> None:
+    def __init__(self, spec: RunSpec, start: Start, inputs: RunInputs, stream: BatchStream, layout: Layout) -> None:
         """Makes the trainer, from data or from the checkpoint of `start`; deletes nothing."""
         self.spec, self.start, self.inputs = spec, start, inputs
         self.world: World = layout.world
@@ -112,17 +110,17 @@ class Run:
 
     def _state(self) -> dict[str, Any]:
         """What a checkpoint holds beside tensors."""
-        spec, stores, progress = self.spec, self.inputs.stores, self.trainer.progress
+        spec, progress = self.spec, self.trainer.progress
         return {
             **self.trainer.state(),
             "identity": spec.identity,
             "config": spec.config,
-            "stores": [part.record() for part in stores],
+            "stores": self.inputs.records(),
             "world": self.world.size,
             "sae": to_document(spec.dictionary, spec.learning.to_dict(), {}),
             "decays_from": spec.schedules.rate.decays_from,
             "export_average": spec.cfg.optim.ema_export,
-            "provenance": provenance(stores, spec.sites, spec.identity, progress.step, progress.tokens),
+            "provenance": provenance(self.inputs.origin(), spec.sites, spec.identity, progress.step, progress.tokens),
         }
 
     def close(self) -> None:
@@ -130,9 +128,7 @@ class Run:
         self._recording.close()
 
 
-def make_trainer(
-    spec: RunSpec, inputs: TrainingInputs, stream: TokenStream, layout: Layout, *, begins: bool
-) -> Trainer:
+def make_trainer(spec: RunSpec, inputs: RunInputs, stream: BatchStream, layout: Layout, *, begins: bool) -> Trainer:
     """The trainer of a run, its weights set from data or an SAE, or left unset where a checkpoint fills them.
 
     The first rank alone sets them, and hands every rank its part. Raises GranaryError, on all ranks alike, when there
@@ -155,7 +151,7 @@ def make_trainer(
 
 
 def make_objective(
-    spec: RunSpec, inputs: TrainingInputs, device: torch.device, layout: Layout, *, begins: bool
+    spec: RunSpec, inputs: RunInputs, device: torch.device, layout: Layout, *, begins: bool
 ) -> Objective:
     """What learns, whole or as the layout begins, on `device`, where it is initialised too if the run `begins`: a host
     would take minutes for what a GPU does in seconds, and nothing of the matrices is ever in its memory."""
@@ -179,7 +175,7 @@ def make_objective(
     return objective
 
 
-def put_together(spec: RunSpec, objective: Objective, stream: TokenStream, layout: Layout) -> Trainer:
+def put_together(spec: RunSpec, objective: Objective, stream: BatchStream, layout: Layout) -> Trainer:
     """The trainer of `objective`, the rank's part on the rank's device."""
     cfg = spec.cfg
     optimiser = layout.optimiser(objective, spec.optimiser)

@@ -11,11 +11,11 @@ what a branch adds (Granite) or norm only behind it (OLMo 2) have no row: only `
 """
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from transformers import PretrainedConfig
 
-Side = Literal["input", "output"]
+from shared.lm.modulepoint import Side
 
 
 class SitePath(NamedTuple):

@@ -18,7 +18,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PretrainedC
 from transformers.masking_utils import eager_mask
 
 from shared.lm.hookpoint import HookPoint
-from shared.lm.hooks import attach
+from shared.lm.hooks import hook_at
 from shared.lm.linear_parts import LinearParts, Norm
 from shared.lm.places import locate
 
@@ -163,14 +163,14 @@ def _hooked(
 
         first = HookPoint(0, "resid_pre")
         at_first = partial(_see, recording, first, None if embed is None else embed)
-        stack.callback(attach(locate(model, first), at_first).remove)
+        stack.callback(hook_at(locate(model, first), at_first).remove)
         for hook in dict.fromkeys(sites):
             if hook != first and hook.site != "mlp_out":
-                stack.callback(attach(locate(model, hook), partial(_see, recording, hook, None)).remove)
+                stack.callback(hook_at(locate(model, hook), partial(_see, recording, hook, None)).remove)
         for layer in range(depth):
             hook = HookPoint(layer, "mlp_out")
             change = None if change_mlp is None else partial(_changed, change_mlp, layer, recording)
-            stack.callback(attach(locate(model, hook), partial(_see, recording, hook, change)).remove)
+            stack.callback(hook_at(locate(model, hook), partial(_see, recording, hook, change)).remove)
 
         def keep_final(_module: nn.Module, _args: Any, output: Tensor) -> None:
             recording.final_TD = output[0]

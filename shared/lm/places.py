@@ -7,11 +7,13 @@ are what goes into it and comes out of it in every family; what lies between is 
 from typing import NamedTuple
 
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 from transformers import PretrainedConfig, PreTrainedModel
 
 from shared.basics.errors import GranaryError
-from shared.lm.families import FAMILIES, Family, Side, family_of
+from shared.lm.families import FAMILIES, Family, family_of
 from shared.lm.hookpoint import HookPoint
+from shared.lm.modulepoint import ModulePoint, Point, Side
 
 # What the norm after the last layer is called where the layers lie: `norm` of Llama, `ln_f` of GPT-2, `norm_f` of
 # Mamba.
@@ -23,6 +25,10 @@ class Location(NamedTuple):
 
     module: nn.Module
     side: Side
+    select: int | str | None = None
+    """Which of several arguments or results; None: the only one, or the first."""
+    axis: int | None = -1
+    """Which axis holds the features; None: the last, where there is no doubt."""
 
 
 def decoder_blocks(model: nn.Module) -> nn.ModuleList:
@@ -45,8 +51,25 @@ def final_norm(model: nn.Module) -> tuple[nn.Module, str] | None:
     return None
 
 
-def locate(model: nn.Module, hook: HookPoint) -> Location:
-    """Where `hook` is in `model`; raises GranaryError where the model has no such place."""
+def locate(model: nn.Module, point: Point) -> Location:
+    """Where `point` is in `model`; raises GranaryError where the model has no such place."""
+    return _locate_module(model, point) if isinstance(point, ModulePoint) else _locate_hook(model, point)
+
+
+def _locate_module(model: nn.Module, point: ModulePoint) -> Location:
+    try:
+        module = without_wrappers(model).get_submodule(point.path)
+    except AttributeError:
+        raise GranaryError(f"{type(model).__name__} has no module {point.path}") from None
+    axis = point.axis
+    if axis is None and isinstance(module, _ConvNd):
+        axis = -1 - len(module.kernel_size)
+    elif axis is None and isinstance(module, nn.Linear | nn.LayerNorm | nn.RMSNorm | nn.Embedding):
+        axis = -1
+    return Location(module, point.side, point.select, axis)
+
+
+def _locate_hook(model: nn.Module, hook: HookPoint) -> Location:
     blocks = decoder_blocks(model)
     if hook.layer == len(blocks) and hook.site == "resid_pre":
         return Location(blocks[-1], "output")

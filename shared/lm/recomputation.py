@@ -5,8 +5,9 @@ checkpointed layer by a function that each module holds; within `remembering` ea
 what the hooks go by.
 """
 
+import weakref
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -31,8 +32,12 @@ def remembering(model: nn.Module, owner: object, name: str) -> Iterator[None]:
     A layer of such a forward that is run again after the context raises GranaryError: the hooks are gone by then.
     """
     body, is_over = trunk(model), False
+    weak = weakref.ref(owner)  # what is kept per trunk must not keep it: an owner may hold its model
 
     def take() -> Again:
+        owner = weak()
+        if owner is None:
+            return nullcontext
         kept = getattr(owner, name)
 
         @contextmanager

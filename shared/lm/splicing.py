@@ -9,7 +9,7 @@ Shapes: B rows, T positions, d_in and d_out the widths of the read and of the wr
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -19,16 +19,18 @@ from torch import Tensor, nn
 
 from shared.basics.errors import GranaryError
 from shared.lm.hookpoint import HookPoint
-from shared.lm.hooks import attach
-from shared.lm.places import decoder_blocks, locate, trunk
+from shared.lm.hooks import hook_at
+from shared.lm.modulepoint import ModulePoint, Point
+from shared.lm.places import decoder_blocks, locate, trunk, without_wrappers
 from shared.lm.recomputation import remembering
+from shared.lm.uncompiled import uncompiled
 
 # Most relative difference of an activation that is computed a second time from the same tokens.
 RECOMPUTED = 0.05
 
 
 @contextmanager
-def splice(model: nn.Module, hook: HookPoint, fn: Callable[[Tensor], Tensor]) -> Iterator[None]:
+def splice(model: nn.Module, hook: Point, fn: Callable[[Tensor], Tensor]) -> Iterator[None]:
     """Within the context, each forward of `model` continues from ``fn(activation)`` instead of the activation.
 
     `fn` gets [B, T, d_model] in the model's dtype; its result is cast back to that dtype and must have that shape.
@@ -41,8 +43,8 @@ def splice(model: nn.Module, hook: HookPoint, fn: Callable[[Tensor], Tensor]) ->
 @contextmanager
 def splice_through(
     model: nn.Module,
-    reads: Sequence[HookPoint],
-    writes: Sequence[HookPoint],
+    reads: Sequence[Point],
+    writes: Sequence[Point],
     fn: Callable[[Tensor], Tensor],
     *,
     where: Tensor | Callable[[], Tensor] | None = None,
@@ -64,14 +66,15 @@ def splice_through(
     """
     state = _Splice(reads, writes, fn, where, widths, read_widths, adds=adds)
     with ExitStack() as stack:
-        stack.enter_context(_uncompiled(model))
+        stack.enter_context(uncompiled(model))
         stack.enter_context(remembering(model, state, "seen"))
         for hook in dict.fromkeys((*reads, *writes)):
             see: Callable[[Tensor], Tensor | None] = partial(state.see, hook)
-            if hook in writes and hook.site == "resid_mid":
+            if hook in writes and isinstance(hook, HookPoint) and hook.site == "resid_mid":
                 see = _carried(model, hook, partial(state.replace, hook), stack)
-            stack.callback(attach(locate(model, hook), see).remove)
-        body = trunk(model)
+            stack.callback(hook_at(locate(model, hook), see).remove)
+        of_decoder = all(isinstance(hook, HookPoint) for hook in (*reads, *writes))
+        body = trunk(model) if of_decoder else without_wrappers(model)  # a module may lie outside of the trunk
         stack.callback(body.register_forward_pre_hook(state.begin, prepend=True).remove)
         stack.callback(body.register_forward_hook(state.end).remove)
         yield
@@ -81,10 +84,10 @@ def splice_through(
 class _Seen:
     """What one splice has seen of one forward."""
 
-    captured: dict[HookPoint, Tensor] = field(default_factory=dict)
+    captured: dict[Point, Tensor] = field(default_factory=dict)
     result: Tensor | None = None
-    computed_at: HookPoint | None = None
-    ran: Counter[HookPoint] = field(default_factory=Counter)
+    computed_at: Point | None = None
+    ran: Counter[Point] = field(default_factory=Counter)
     has_grad: bool = field(default_factory=torch.is_grad_enabled)
 
 
@@ -93,8 +96,8 @@ class _Splice:
 
     def __init__(
         self,
-        reads: Sequence[HookPoint],
-        writes: Sequence[HookPoint],
+        reads: Sequence[Point],
+        writes: Sequence[Point],
         fn: Callable[[Tensor], Tensor],
         where: Tensor | Callable[[], Tensor] | None,
         widths: Sequence[int] | None,
@@ -126,14 +129,14 @@ class _Splice:
                     " passes the module by (a fused or compiled replacement?); load it without"
                 )
 
-    def see(self, hook: HookPoint, activation: Tensor) -> Tensor | None:
+    def see(self, hook: Point, activation: Tensor) -> Tensor | None:
         """Keep the activation of a read site; return what takes the place of a written one's."""
         if hook in self.writes:
             return self.replace(hook, activation)
         self._keep(hook, activation)
         return None
 
-    def replace(self, hook: HookPoint, activation: Tensor) -> Tensor:
+    def replace(self, hook: Point, activation: Tensor) -> Tensor:
         """What the model goes on from at a written site."""
         self._keep(hook, activation)
         seen = self.seen
@@ -149,7 +152,7 @@ class _Splice:
         where = self.where if isinstance(self.where, Tensor) else self.where()
         return torch.where(where[..., None], part, activation)
 
-    def _keep(self, hook: HookPoint, activation: Tensor) -> None:
+    def _keep(self, hook: Point, activation: Tensor) -> None:
         seen = self.seen
         seen.ran[hook] += self.is_inside
         if self.is_inside and seen.has_grad and not torch.is_grad_enabled() and self._spans_layers:
@@ -163,7 +166,7 @@ class _Splice:
             seen.captured[hook] = activation
             seen.result = None
 
-    def _side_by_side(self, written: HookPoint) -> Tensor:
+    def _side_by_side(self, written: Point) -> Tensor:
         """The activations of the read sites, [B, T, d_in]; of one site its own tensor."""
         captured = self.seen.captured
         missing = [hook for hook in self.reads if hook not in captured]
@@ -184,9 +187,10 @@ class _Splice:
 
     @property
     def _spans_layers(self) -> bool:
-        return len({hook.layer for hook in (*self.reads, *self.writes)}) > 1
+        layers = {None if isinstance(hook, ModulePoint) else hook.layer for hook in (*self.reads, *self.writes)}
+        return len(layers) > 1
 
-    def _cut(self, result: Tensor, hook: HookPoint) -> Tensor:
+    def _cut(self, result: Tensor, hook: Point) -> Tensor:
         """The columns of `result` that are for `hook`."""
         widths = self.widths or [result.shape[-1] // len(self.writes)] * len(self.writes)
         if sum(widths) != result.shape[-1]:
@@ -195,7 +199,7 @@ class _Splice:
         return parts[self.writes.index(hook)]
 
 
-def _check_same(before: Tensor | None, again: Tensor, hook: HookPoint) -> None:
+def _check_same(before: Tensor | None, again: Tensor, hook: Point) -> None:
     """Raise GranaryError unless a layer that runs again does so in the forward whose activation `before` is."""
     if before is not None and before.shape == again.shape:
         far, size = (again.detach() - before.detach()).float().norm(), before.detach().float().norm()
@@ -229,23 +233,8 @@ def _carried(
         total = kept.pop("middle") + kept.pop("branch")
         return (total, *output[1:]) if isinstance(output, tuple) else total
 
-    stack.callback(attach(locate(model, HookPoint(hook.layer, "mlp_out")), keep_branch).remove)
+    stack.callback(hook_at(locate(model, HookPoint(hook.layer, "mlp_out")), keep_branch).remove)
     # Before all other hooks on the layer's output: they are to see what goes on to the next layer.
     block = decoder_blocks(model)[hook.layer]
     stack.callback(block.register_forward_hook(add, prepend=True).remove)
     return keep_middle
-
-
-def _uncompiled(model: nn.Module) -> AbstractContextManager[Any]:
-    """A context in which code compiled by torch.compile runs as it was written.
-
-    Compiled code does not look for hooks that were added or removed since. flex_attention is compiled by itself, needs
-    that, and holds no hooks; with it, raises GranaryError for a model that was compiled beside.
-    """
-    config = getattr(model, "config", None)
-    if getattr(config, "_attn_implementation", None) != "flex_attention":
-        return torch.compiler.set_stance("force_eager")
-    modules = [model, *model.modules()]
-    if any(module._compiled_call_impl is not None or "forward" in vars(module) for module in modules):
-        raise GranaryError("the model is compiled: splice one that is not, or load it with another attn_implementation")
-    return nullcontext()

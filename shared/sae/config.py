@@ -12,6 +12,9 @@ from shared.sae.activation_kinds import ACTIVATION_KINDS
 from shared.sae.sites import Sites, SiteWidths
 
 NOT_AN_SAE = "an SAE reads one site and gives it back"
+# The width, and the number of latents, of a config that has none yet; and a width beyond all that there is.
+OPEN = 0
+HIGHEST_WIDTH = 1 << 20
 NORMALISATIONS = ("none", "scale", "centre_scale", "layer_norm")
 
 
@@ -132,6 +135,8 @@ class DictionaryConfig:
                 f"the {cls.kind} config has unknown keys {', '.join(unknown)}: is it from a newer version?"
             )
         hints, where = typing.get_type_hints(cls), f"the {cls.kind} config"
+        if "d_latent" not in fields:
+            raise GranaryError(f"{where} is incomplete: it lacks 'd_latent'")
         plain = {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
         given = {name: typed(hints[name], value, f"{where}: {name}") for name, value in plain.items()}
         try:
@@ -147,22 +152,51 @@ class DictionaryConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SAEConfig(DictionaryConfig):
-    """A sparse autoencoder: it reads one site and must give it back."""
+    """A sparse autoencoder: it reads one site and must give it back.
+
+    Without `d_model` it is open: ``SAEConfig(k=32, expansion=8)`` becomes one of a width by ``for_width``.
+    """
 
     kind: ClassVar[str] = "sae"
-    width_fields: ClassVar[tuple[str, ...]] = ("d_model",)
+    width_fields: ClassVar[tuple[str, ...]] = ("d_model", "expansion")
 
-    d_model: int
+    d_model: int = OPEN
     """Width of the activations."""
+    d_latent: int = OPEN
+    expansion: float | None = None
+    """Latents per feature of an open config, in the place of d_latent; null once the width is known."""
 
     def __post_init__(self) -> None:
+        if self.expansion is not None and not self.expansion > 0:
+            raise GranaryError(f"sae.expansion={self.expansion}: must be positive")
+        if self.expansion is not None and self.d_latent != OPEN:
+            raise GranaryError("expansion and d_latent both say how many latents there are: give one")
+        if self.is_open:
+            self.for_width(HIGHEST_WIDTH)  # what is wrong at any width is told at once
+            return
+        if self.expansion is not None:
+            object.__setattr__(self, "d_latent", round(self.expansion * self.d_model))
+            object.__setattr__(self, "expansion", None)
         super().__post_init__()
         if self.sites is not None and not (self.sites.is_autoencoder and len(self.sites.reads) == 1):
             raise GranaryError(f"{NOT_AN_SAE}, not {self.sites}: use variant=transcoder for two places")
 
     @property
+    def is_open(self) -> bool:
+        """Whether the width is not known yet."""
+        return self.d_model == OPEN and (self.expansion is not None or self.d_latent != OPEN)
+
+    def for_width(self, d_model: int) -> "SAEConfig":
+        """The same of activations that are `d_model` wide; raises GranaryError where this one is of another width."""
+        if not self.is_open and self.d_model != d_model:
+            raise GranaryError(f"the SAE is for activations of width {self.d_model}, these have {d_model}")
+        return dataclasses.replace(self, d_model=d_model)
+
+    @property
     def widths(self) -> SiteWidths:
-        """One site, read and written."""
+        """One site, read and written. Raises GranaryError while it is open."""
+        if self.is_open:
+            raise GranaryError("this SAEConfig has no width yet: give d_model=..., or attach it to a module")
         return SiteWidths((self.d_model,), (self.d_model,))
 
     @classmethod

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -78,6 +78,22 @@ class PinnedTokens:
         return combined_statistics(self.stores, parts)
 
 
+class RunInputs(Protocol):
+    """What a run asks of the activations that it learns from, beside batches."""
+
+    def statistics(self, site: str) -> HookStatistics:
+        """Of the tokens that training reads."""
+
+    def sample(self, sites: Sites, seed: int) -> tuple[Tensor, Tensor]:
+        """A few thousand tokens: x [M, d_in] and y [M, d_out], float32, row i the same token in both."""
+
+    def records(self) -> list[dict[str, Any]]:
+        """Of each store, what a checkpoint holds."""
+
+    def origin(self) -> dict[str, Any]:
+        """Where the activations are from: model, length of a context, stores."""
+
+
 class TrainingInputs:
     """The activations of some sites as the groups ``store`` and ``stream`` of a configuration describe them."""
 
@@ -116,6 +132,19 @@ class TrainingInputs:
     def statistics(self, site: str) -> HookStatistics:
         """Of the tokens that training reads."""
         return self._statistics[site]
+
+    def records(self) -> list[dict[str, Any]]:
+        """Of each store, what a checkpoint holds."""
+        return [part.record() for part in self.stores]
+
+    def origin(self) -> dict[str, Any]:
+        """Where the activations are from: model, length of a context, stores."""
+        first = self.stores[0].store
+        return {
+            "model": first.plan.provenance.get("model"),
+            "seq_len": first.seq_len,
+            "stores": [part.record() | {"shards": len(part.shards)} for part in self.stores],
+        }
 
     def sample(self, sites: Sites, seed: int) -> tuple[Tensor, Tensor]:
         """A few thousand tokens: x [M, d_in] and y [M, d_out], float32, row i the same token in both.

@@ -20,7 +20,6 @@ from shared.sae import folder as on_disk
 from shared.sae.loading import KINDS
 from shared.sae.sites import Sites
 from shared.sae.variants import VARIANTS
-from stage_train.data.stores import PinnedStore
 from stage_train.state.checkpoint import intact_checkpoint, read_state
 from stage_train.state.tensor_files import load_tensors
 
@@ -28,15 +27,12 @@ log = logging.getLogger(__name__)
 
 
 def provenance(
-    stores: Sequence[PinnedStore], sites: Sites, identity: Mapping[str, Any], steps: int, tokens: int
+    origin: Mapping[str, Any], sites: Sites, identity: Mapping[str, Any], steps: int, tokens: int
 ) -> dict[str, Any]:
-    """What made the weights: model, activations, sites, configuration, length, software."""
-    first = stores[0].store.plan.provenance
+    """What made the weights: the `origin` of the activations, sites, configuration, length, software."""
     return {
         **sites.record(),
-        "model": first.get("model"),
-        "seq_len": stores[0].store.seq_len,
-        "stores": [part.record() | {"shards": len(part.shards)} for part in stores],
+        **origin,
         "seed": identity["seed"],
         "config": dict(identity),
         "config_hash": digest(identity),

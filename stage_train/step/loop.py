@@ -12,7 +12,7 @@ from typing import Protocol
 from shared.parallel import World
 from shared.parallel.stop import StopRequest
 from stage_train.data.blocks import StoppedWaiting, WindowReader
-from stage_train.data.stream import Batch, TokenStream
+from stage_train.data.stream import Batch, BatchStream
 from stage_train.show.progress import ProgressBar
 from stage_train.step.trainer import DivergedError, Trainer
 
@@ -72,7 +72,7 @@ class Loop:
     def __init__(
         self,
         runs: Sequence[Learner],
-        stream: TokenStream,
+        stream: BatchStream,
         blocks: WindowReader | None,
         stop: StopRequest,
         bar: ProgressBar,
@@ -105,7 +105,7 @@ class Loop:
                     return self.stop.received
                 turn = self.learn(batch)
                 halt = self.stop.agreed(self.number)
-                passed = self.blocks is not None and batch.index + 1 == self.stream.plan(batch.epoch).num_batches
+                passed = self.blocks is not None and self.stream.ends_epoch(batch)
                 self.save(turn, all_of_them=halt or passed)
                 if passed:
                     self.release()
@@ -148,9 +148,7 @@ class Loop:
         """Delete the blocks of a windowed store that the stream has passed, when all checkpoints are on disk."""
         self.wait_for_saves()
         if self.blocks is not None and self.world.is_main:
-            state = self.stream.state_dict()
-            ended = state["batch"] >= self.stream.plan(state["epoch"]).num_batches
-            self.blocks.release(state["epoch"] + ended)
+            self.blocks.release(self.stream.epochs_passed())
 
     @contextmanager
     def leaving_on_divergence(self, run: Learner) -> Iterator[None]:

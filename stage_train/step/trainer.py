@@ -20,7 +20,7 @@ from shared.sae.learn.inputs import StepInputs
 from shared.sae.learn.objective import Objective
 from shared.sae.optim import Optimiser
 from shared.sae.sites import Sites
-from stage_train.data.stream import Batch, TokenStream
+from stage_train.data.stream import Batch, BatchStream
 from stage_train.step.layouts import Layout
 from stage_train.step.metrics import MetricSums
 from stage_train.step.schedule import LatentsPerToken, LearningRate, PenaltyScale
@@ -79,7 +79,7 @@ class Trainer:
         objective: Objective,
         optimiser: Optimiser,
         schedules: Schedules,
-        stream: TokenStream,
+        stream: BatchStream,
         sites: Sites,
         layout: Layout,
         *,

@@ -6,6 +6,6 @@ puts them together, ``pool`` holds contexts in memory and reads ahead, ``stream`
 
 from stage_train.data.stream.data import StoreSlice, TrainingData
 from stage_train.data.stream.epoch import EpochPlan, StreamOrder
-from stage_train.data.stream.stream import Batch, TokenStream
+from stage_train.data.stream.stream import Batch, BatchStream, TokenStream
 
-__all__ = ["Batch", "EpochPlan", "StoreSlice", "StreamOrder", "TokenStream", "TrainingData"]
+__all__ = ["Batch", "BatchStream", "EpochPlan", "StoreSlice", "StreamOrder", "TokenStream", "TrainingData"]

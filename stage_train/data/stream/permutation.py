@@ -19,6 +19,7 @@ class Purpose(IntEnum):
     TOKENS = 2
     SUBSET = 3
     SAMPLE = 4
+    BUFFER = 5
 
 
 def random_order(n: int, purpose: Purpose, seed: int, epoch: int, *detail: int) -> NDArray[np.int64]:

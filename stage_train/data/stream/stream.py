@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import numpy as np
 import torch
@@ -61,6 +61,28 @@ class _Group:
     index: Tensor | None = None
     whole: bool = True
     """False where some of `index` is DAMAGED."""
+
+
+class BatchStream(Protocol):
+    """What training asks of whatever hands out batches."""
+
+    wait_seconds: float
+    """Time spent waiting for rows since the stream was made."""
+    skipped_tokens: int
+    """Tokens that this rank has left out of the batches handed out since the stream was made."""
+    skips_damaged: bool
+
+    def __next__(self) -> Batch:
+        """The next batch."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the stream stands; the same on every rank."""
+
+    def ends_epoch(self, batch: Batch) -> bool:
+        """Whether `batch`, the last that was handed out, is its epoch's last."""
+
+    def epochs_passed(self) -> int:
+        """Epochs of which every batch has been handed out."""
 
 
 class TokenStream:
@@ -148,6 +170,14 @@ class TokenStream:
     def state_dict(self) -> dict[str, Any]:
         """Where the stream stands; the same on every rank."""
         return {"epoch": self._epoch, "batch": self._batch, "order": asdict(self.order), "tokens": self.data.num_tokens}
+
+    def ends_epoch(self, batch: Batch) -> bool:
+        """Whether `batch`, the last that was handed out, is its epoch's last."""
+        return batch.index + 1 == self.plan(batch.epoch).num_batches
+
+    def epochs_passed(self) -> int:
+        """Epochs of which every batch has been handed out."""
+        return self._epoch + (self._batch >= self.plan(self._epoch).num_batches)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue where `state` was taken. Raises GranaryError when the order or the data are not the same."""

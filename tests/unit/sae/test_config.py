@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 
 import stage_train.config
 from shared.basics.errors import GranaryError
-from shared.sae import SAEConfig
+from shared.sae import SAE, SAEConfig
 from shared.sae.folder import from_document, to_document
 from shared.sae.learn.config import LearningConfig, check
 from shared.sae.sites import Sites, SiteWidths
@@ -70,6 +70,33 @@ def test_unknown_and_missing_keys_are_named():
         SAEConfig.of(config.widths, fields)
 
 
+def test_an_open_config_becomes_one_of_a_width():
+    expanding = SAEConfig(k=4, expansion=2.5, pre_bias=False)
+    assert expanding.for_width(8) == SAEConfig(d_model=8, d_latent=20, k=4, pre_bias=False)
+    assert SAEConfig(k=4, d_latent=20).for_width(8) == SAEConfig(d_model=8, d_latent=20, k=4)
+    assert SAEConfig(d_model=8, expansion=2.5, k=4) == SAEConfig(d_model=8, d_latent=20, k=4)
+    assert "expansion" not in expanding.for_width(8).own_fields()
+    with pytest.raises(GranaryError, match="no width yet: give d_model"):
+        SAE(expanding)
+    with pytest.raises(GranaryError, match="is for activations of width 8, these have 9"):
+        expanding.for_width(8).for_width(9)
+
+
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        ({"k": 4, "expansion": 0.0}, "expansion=0.0: must be positive"),
+        ({"k": 4, "expansion": 2.0, "d_latent": 3}, "give one"),
+        ({"k": 4, "expansion": 2.0, "activation": "topp"}, "choose from topk"),
+        ({"expansion": 2.0}, "needs sae.k"),
+        ({"k": 4}, "must be at least 1"),
+    ],
+)
+def test_an_open_config_that_makes_no_sense_at_any_width_is_refused_at_once(fields, told):
+    with pytest.raises(GranaryError, match=told):
+        SAEConfig(**fields)
+
+
 def test_a_training_record_of_a_newer_version_does_not_keep_a_dictionary_from_loading():
     assert LearningConfig.from_dict({"auxk_k": 3, "something_new": 1}) == LearningConfig(auxk_k=3)
 
@@ -79,6 +106,7 @@ def test_schema_has_the_fields_of_the_config():
     both = (*dataclasses.fields(SAEConfig), *dataclasses.fields(LearningConfig))
     config = {field.name: field.type for field in both}
     del schema["expansion"], schema["d_latent"], config["d_model"], config["d_latent"], config["sites"]
+    del config["expansion"]  # of a config that is open
     assert schema.pop("prefixes") == list[float] | None  # shares of the latents
     assert config.pop("prefixes") == tuple[int, ...] | None
     assert schema.pop("dead_after_tokens") == int | str  # auto

@@ -9,7 +9,7 @@ import torch
 from shared.basics.errors import GranaryError
 from shared.lm.frozen import run
 from shared.lm.hookpoint import HookPoint
-from shared.lm.hooks import attach
+from shared.lm.hooks import hook_at
 from shared.lm.places import locate
 from stage_trace.attribution import AttributionGraph
 from stage_trace.certificate import certify, spearman
@@ -51,7 +51,7 @@ def test_an_open_intervention_is_the_model_with_another_mlp_output(graph: Attrib
         x[0, node.position] -= row
         return x
 
-    handle = attach(locate(session.model, HookPoint(1, "mlp_out")), without)
+    handle = hook_at(locate(session.model, HookPoint(1, "mlp_out")), without)
     with torch.no_grad():
         logits = session.model(session.tokens_T[None]).logits[0, -1]
     handle.remove()

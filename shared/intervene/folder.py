@@ -1,0 +1,74 @@
+"""SAEs that were attached to a model, on disk: a folder with a dictionary folder for each.
+
+    folder/model.layers.2.mlp/config.json, sae.safetensors
+
+Which place an SAE belongs to stands in its ``config.json`` as its site, and nowhere else: the folders' names are for
+people. So a folder of SAEs that ``stage_train`` made, or one of them, is read alike.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from shared.basics.disk import telling_disk_errors
+from shared.basics.errors import GranaryError
+from shared.basics.files import making_folder
+from shared.sae.folder import describe, locate
+from shared.sae.loading import check_new, load
+from shared.sae.sets import folders_of
+from shared.sae.sites import Sites
+from shared.sae.variants import SAE
+
+
+@dataclass(frozen=True)
+class Saved:
+    """An SAE with what its folder says beside."""
+
+    sae: SAE
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    training: Mapping[str, Any] = field(default_factory=dict)
+
+
+def read_attached(path_or_hub_id: str | Path, device: torch.device) -> dict[str, Saved]:
+    """The SAEs of a folder, or that which the folder is, by the place that each records.
+
+    Raises GranaryError for one without SAEs, for a dictionary that is no SAE or records no place, and for a place that
+    two record.
+    """
+    folders = folders_of(locate(path_or_hub_id))
+    if not folders:
+        raise GranaryError(f"there is no SAE in {path_or_hub_id}: give a folder that save_pretrained wrote")
+    found: dict[str, Saved] = {}
+    for folder in folders:
+        made, description = load(folder, device=device), describe(folder)
+        if not isinstance(made, SAE) or made.sites is None:
+            what = "records no place" if isinstance(made, SAE) else f"is a {made.config.kind}, no SAE"
+            raise GranaryError(f"{folder} {what}: attach it by name, attach(model, {{'layers.2.resid_post': sae}})")
+        (name,) = made.sites.reads
+        if name in found:
+            raise GranaryError(f"two SAEs in {path_or_hub_id} record {name}: attach one of them")
+        found[name] = Saved(made.requires_grad_(False), description.provenance, description.training)
+    return found
+
+
+def write_attached(folder: Path, saes: Mapping[str, Saved]) -> None:
+    """Write the SAEs of places; the folder appears whole or not at all. Raises GranaryError where it holds files."""
+    check_new(folder)
+    with telling_disk_errors(folder), making_folder(folder) as filled:
+        for number, (name, one) in enumerate(saes.items()):
+            inside = filled / folder_name(name, number)
+            sites = Sites.of(name)
+            config = replace(one.sae.config, sites=sites)
+            SAE.from_tensors(config, one.sae.state_dict(), name).save_pretrained(
+                inside, {**one.provenance, **sites.record()}, dict(one.training)
+            )
+
+
+def folder_name(place: str, number: int) -> str:
+    """A name that any file system takes; `number` keeps apart those that would be alike."""
+    plain = re.sub(r"[^\w.\[\]@-]", "-", place)
+    return plain if plain == place and len(plain) < 100 and not plain.startswith(".") else f"{number}-{plain[-80:]}"

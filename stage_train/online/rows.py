@@ -1,0 +1,88 @@
+"""The rows that a model gives, forward after forward, at the places where SAEs are attached to it.
+
+Shape letters: N rows of one forward, D the width of a place.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from shared.basics.errors import GranaryError
+from shared.intervene.attach import Attached
+
+
+class ModelRows:
+    """Runs the model on a user's batches; endless where those can be gone through again."""
+
+    def __init__(self, saes: Attached, names: Iterable[str], batches: Iterable[Any], *, skip: int = 0) -> None:
+        """`names` are the places that are wanted; the first `skip` batches are passed over, unlooked at."""
+        self.saes, self.names, self.batches = saes, tuple(names), batches
+        self.drawn = 0
+        """Batches taken so far, over all passes."""
+        self.passes = 0
+        """Passes that have ended."""
+        self._iterator = iter(batches)
+        self._rows_in_pass = 0
+        while self.drawn < skip and self._next() is not None:
+            self._rows_in_pass = 1  # it is not known what they would have given
+
+    def next(self) -> dict[str, Tensor] | None:
+        """[N, D] for each place of the next batch, without gradient; None when the batches have ended.
+
+        Raises GranaryError where a module did not run, for a batch that the model can't be called with, and where a
+        whole pass gives no row.
+        """
+        while (batch := self._next()) is not None:
+            with torch.no_grad():
+                call(self.saes.model, batch[0])
+            rows = {name: self.saes.rows(name) for name in self.names}
+            self._rows_in_pass += max(len(rows_ND) for rows_ND in rows.values())
+            return rows
+        return None
+
+    def _next(self) -> tuple[Any] | None:
+        """The next batch, in a pass of its own where the last has ended."""
+        for _ in range(2):
+            for batch in self._iterator:
+                self.drawn += 1
+                return (batch,)
+            if self.batches is self._iterator:  # an iterator is gone through once
+                return None
+            if not self._rows_in_pass:
+                raise GranaryError("the batches gave no row to train on in a whole pass: are they empty?")
+            self.passes += 1
+            self._iterator, self._rows_in_pass = iter(self.batches), 0
+        raise GranaryError("the batches are empty the second time: give a list or a DataLoader, or an iterator")
+
+
+def call(model: nn.Module, batch: Any) -> None:
+    """The model's forward on a batch: a mapping gives named arguments, a tuple or list those in order, else the one.
+
+    Tensors go to the model's device.
+    """
+    device = next((tensor.device for tensor in model.parameters()), None)
+
+    def placed(value: Any) -> Any:
+        return value.to(device, non_blocking=True) if isinstance(value, Tensor) and device is not None else value
+
+    if isinstance(batch, Mapping):
+        model(**{name: placed(value) for name, value in batch.items()})
+    elif isinstance(batch, tuple | list):
+        model(*map(placed, batch))
+    else:
+        model(placed(batch))
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Within the context no dropout acts and no running statistics change; then each module is as it was."""
+    was = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in was:
+            module.training = training
