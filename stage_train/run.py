@@ -131,23 +131,29 @@ class Run:
 def make_trainer(spec: RunSpec, inputs: RunInputs, stream: BatchStream, layout: Layout, *, begins: bool) -> Trainer:
     """The trainer of a run, its weights set from data or an SAE, or left unset where a checkpoint fills them.
 
-    The first rank alone sets them, and hands every rank its part. Raises GranaryError, on all ranks alike, when there
-    is nothing to begin from.
+    Each rank sets its own part; where the layout does not begin in parts, and from an SAE, the first rank alone sets
+    them, and hands every rank its part. Raises GranaryError, on all ranks alike, when there is nothing to begin from.
     """
     world = layout.world
     objective: Objective | None = None
     failure: GranaryError | None = None
-    if begins and (world.is_main or layout.begins_in_parts):
+    if begins and (world.is_main or in_parts(spec, layout)):
         try:
             objective = make_objective(spec, inputs, world.device, layout, begins=True)
         except GranaryError as error:
             failure = error
-    if line := broadcast_object(str(failure or "")):
+    line = broadcast_object(str(failure or ""))
+    if failure or line:
         raise failure or GranaryError(line)
     if objective is None:
         objective = make_objective(spec, inputs, torch.device("meta"), layout, begins=False)
     objective = layout.distribute(objective, has_values=begins)  # and the whole is let go
     return put_together(spec, objective, stream, layout)
+
+
+def in_parts(spec: RunSpec, layout: Layout) -> bool:
+    """Whether each rank makes its own part of the first weights."""
+    return spec.cfg.init_from is None and layout.begins_in_parts(spec.dictionary)
 
 
 def make_objective(
@@ -161,6 +167,7 @@ def make_objective(
         objective = layout.objective(
             spec.dictionary,
             spec.learning,
+            in_parts=in_parts(spec, layout),
             kernels=cfg.compute.kernels,
             compute_dtype=cfg.compute.dtype,
             generator=generator,

@@ -13,7 +13,7 @@ when loading.
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -109,11 +109,12 @@ def save(
     training: Mapping[str, Any],
     provenance: Mapping[str, Any],
     *,
-    fetch: Callable[[str], torch.Tensor] | None = None,
+    fetch: Callable[[str], torch.Tensor | Iterable[torch.Tensor]] | None = None,
 ) -> None:
     """Write both files; each appears whole or not at all, and a mixture of two saves does not load.
 
-    With `fetch` the tensors give names, shapes and types alone, and it gives each one's values when it is its turn.
+    With `fetch` the tensors give names, shapes and types alone, and it gives each one's values when it is its turn, at
+    once or in blocks of rows.
     """
     document = to_document(config, training, provenance)
 

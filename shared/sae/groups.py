@@ -146,13 +146,19 @@ def random_unit_rows(W_FD: Tensor, generator: torch.Generator | None = None) -> 
         W_FD.normal_(generator=generator)
         W_FD.div_(W_FD.norm(dim=1, keepdim=True))
         return
-    draw_in_blocks(W_FD, generator)
+    draw_share(W_FD, 0, len(W_FD), generator)
 
 
-def draw_in_blocks(W_FD: Tensor, generator: torch.Generator) -> None:
-    """``random_unit_rows`` with no more than BLOCK_ROWS rows on the generator's device."""
-    for start, drawn_RD in unit_blocks(W_FD.shape[0], W_FD.shape[1], generator):
-        W_FD[start : start + len(drawn_RD)] = drawn_RD
+@torch.no_grad()
+def draw_share(W_SD: Tensor, first: int, rows: int, generator: torch.Generator | None) -> None:
+    """Fill `W_SD` with what ``random_unit_rows`` gives the rows from `first` on of a matrix of `rows`.
+
+    All are drawn, in their order, with no more than BLOCK_ROWS at a time on the generator's device.
+    """
+    for start, drawn_RD in unit_blocks(rows, W_SD.shape[1], generator):
+        low, high = max(start, first), min(start + len(drawn_RD), first + len(W_SD))
+        if low < high:
+            W_SD[low - first : high - first] = drawn_RD[low - start : high - start]
 
 
 def unit_blocks(rows: int, columns: int, generator: torch.Generator | None) -> Iterator[tuple[int, Tensor]]:

@@ -6,7 +6,8 @@ written once, against this interface.
 
 from torch import Tensor
 
-from shared.kernels import LatentRanks
+from shared.kernels import LatentRanks, smallest_kept
+from shared.sae.groups import LatentGroup
 
 
 class LatentShard(LatentRanks):
@@ -22,6 +23,16 @@ class LatentShard(LatentRanks):
     def count_dead(self, held: int) -> int:
         """Dead latents of the whole dictionary, of which `held` are here."""
         return held
+
+    # What the start of learning asks of one group
+
+    def written(self, group: LatentGroup, values_NK: Tensor, indices_NK: Tensor) -> Tensor:
+        """What picks decode to, [N, D_out]: those of all parts, of which each gives its own in the whole's slots."""
+        return group.written(values_NK, indices_NK)
+
+    def least_of_largest(self, values_NK: Tensor, indices_NK: Tensor, count: int) -> Tensor:
+        """The least of the `count` largest values of all parts, each of which gives its own `count` largest."""
+        return smallest_kept(values_NK, indices_NK)
 
 
 WHOLE = LatentShard()

@@ -5,7 +5,7 @@ The format: 8 bytes with the header's length (little endian), the header as JSON
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from hashlib import sha256
 from typing import BinaryIO
 
@@ -33,29 +33,27 @@ Digests = Mapping[str, str]
 def write_weights(
     file: BinaryIO,
     shapes: Mapping[str, Tensor],
-    fetch: Callable[[str], Tensor],
+    fetch: Callable[[str], Tensor | Iterable[Tensor]],
     metadata: Callable[[Digests], Mapping[str, str]],
 ) -> dict[str, str]:
     """Fill an empty `file`; returns the digests of its tensors.
 
-    `shapes` may lie on the meta device; `fetch` gives a tensor's values when it is its turn. `metadata` is asked for
-    twice, before the tensors with `NO_DIGEST` for each and after them; both answers must be equally long. Raises
-    GranaryError for a tensor of another type or shape than announced.
+    `shapes` may lie on the meta device; `fetch` gives a tensor's values when it is its turn, at once or in blocks of
+    rows. `metadata` is asked for twice, before the tensors with `NO_DIGEST` for each and after them; both answers must
+    be equally long. Raises GranaryError for a tensor of another type or shape than announced.
     """
     names = sorted(shapes)
     header = _header(shapes, metadata(dict.fromkeys(names, NO_DIGEST)))
     file.write(header)
     digests = {}
     for name in names:
-        tensor = fetch(name).detach().cpu().contiguous()
-        if tensor.shape != shapes[name].shape or tensor.dtype != shapes[name].dtype:
-            raise GranaryError(f"{name} is {tensor.dtype} {list(tensor.shape)}, not as announced")
-        digest = _begun(DTYPES[tensor.dtype], tensor.shape)
-        for piece in _pieces(tensor):
-            digest.update(piece)
-            file.write(piece)
+        digest = _begun(DTYPES[shapes[name].dtype], shapes[name].shape)
+        for block in _blocks(name, fetch(name), shapes[name]):
+            for piece in _pieces(block):
+                digest.update(piece)
+                file.write(piece)
+            del block
         digests[name] = digest.hexdigest()
-        del tensor
     final = _header(shapes, metadata(digests))
     assert len(final) == len(header)
     if final != header:
@@ -97,6 +95,18 @@ def read_header(file: BinaryIO) -> bytes:
 
 def _begun(dtype: str, shape: Sequence[int]) -> "hashlib._Hash":
     return sha256(f"{dtype} {list(shape)}\n".encode())
+
+
+def _blocks(name: str, given: Tensor | Iterable[Tensor], told: Tensor) -> Iterator[Tensor]:
+    """A tensor, or blocks of its rows, on the host. Raises GranaryError where that is not what was announced."""
+    rows, is_whole = 0, isinstance(given, Tensor)
+    for block in [given] if isinstance(given, Tensor) else given:
+        if block.dtype != told.dtype or block.shape[1:] != told.shape[1:] or (is_whole and block.shape != told.shape):
+            raise GranaryError(f"{name} is {block.dtype} {list(block.shape)}, not as announced")
+        rows += block.shape[:1].numel()
+        yield block.detach().cpu().contiguous()
+    if rows != told.shape[:1].numel():
+        raise GranaryError(f"{name} has {rows} rows, not as announced")
 
 
 def _pieces(tensor: Tensor) -> Iterator[memoryview]:

@@ -4,7 +4,8 @@ import argparse
 import hashlib
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,15 @@ from shared.sae import folder as on_disk
 from shared.sae.loading import KINDS
 from shared.sae.sites import Sites
 from shared.sae.variants import VARIANTS
+from shared.sae.variants.clt_part import Cut
 from stage_train.state.checkpoint import intact_checkpoint, read_state
+from stage_train.state.pieces import Pieces
 from stage_train.state.tensor_files import load_tensors
 
 log = logging.getLogger(__name__)
+
+# Elements of a tensor that are in memory at a time: 64 MiB.
+BLOCK_ELEMENTS = 1 << 24
 
 
 def provenance(
@@ -45,7 +51,7 @@ def provenance(
 def export(checkpoint: Path, folder: Path) -> None:
     """Write ``config.json`` and ``sae.safetensors`` from a training checkpoint, whatever layout wrote it.
 
-    One process does it, one tensor at a time. Raises GranaryError when the checkpoint does not load.
+    One process does it, a block of rows at a time. Raises GranaryError when the checkpoint does not load.
     """
     state = read_state(checkpoint)
     saved = on_disk.from_document(state["sae"], state["provenance"])
@@ -55,14 +61,28 @@ def export(checkpoint: Path, folder: Path) -> None:
     roles, shapes = dictionary.roles(), dictionary.state_dict()
     averaged = {name for name, role in roles.items() if role.learnt} if state.get("export_average") else set()
 
-    def fetch(name: str) -> torch.Tensor:
-        tensor = torch.empty_like(shapes[name], device="cpu")
-        load_tensors(checkpoint, {f"{'ema' if name in averaged else 'sae'}.{name}": tensor})
-        if name in averaged and roles[name].unit_rows:  # an average of unit vectors is shorter
-            tensor.div_(tensor.norm(dim=1, keepdim=True))
-        return tensor
+    def fetch(name: str) -> Iterator[torch.Tensor]:
+        for block in saved_rows(checkpoint, f"{'ema' if name in averaged else 'sae'}.{name}", shapes[name]):
+            if name in averaged and roles[name].unit_rows:  # an average of unit vectors is shorter
+                block.div_(block.norm(dim=1, keepdim=True))
+            yield block
 
     on_disk.save(folder, config, shapes, saved.training, saved.provenance, fetch=fetch)
+
+
+def saved_rows(checkpoint: Path, name: str, whole: torch.Tensor) -> Iterator[torch.Tensor]:
+    """A tensor of a checkpoint, of the type and shape of `whole`, block of rows after block."""
+    shape = tuple(whole.shape)
+    if not shape:
+        scalar = torch.empty((), dtype=whole.dtype)
+        load_tensors(checkpoint, {name: scalar})
+        yield scalar
+        return
+    rows = max(1, BLOCK_ELEMENTS // max(1, prod(shape[1:])))
+    for first in range(0, shape[0], rows):
+        block = torch.empty(min(rows, shape[0] - first), *shape[1:], dtype=whole.dtype)
+        load_tensors(checkpoint, {name: Pieces(block, Cut(shape, 0, ((first, len(block)),)))})
+        yield block
 
 
 def run_id(folder: Path, identity: Mapping[str, Any]) -> str:

@@ -18,7 +18,28 @@ from tests.ranks import Runs, assert_same_run
 FIXED = ["sae.k=3", "sae.expansion=8", "stream.batch_size=21", "stream.lanes=4", "schedule.tokens=630"]
 FIXED += ["logger.progress=false", "logger.curves=false", "logger.every=5", "checkpoint.every=0"]
 FIXED += ["sae.dead_after_tokens=40"]
+FREE = "sae.k=null"
+TWO_SITES = ["reads=layers.0.mlp_in", "writes=layers.0.mlp_out", "store.url={folder}/sites"]
 LAYOUTS = ["ddp", "fsdp", "latent"]
+STARTS = {
+    "topk": ["sae=topk"],
+    "many": ["sae=topk", "sae.k=700"],
+    "subspace": ["sae=topk", "sae.init_subspace=5", "sae.bias_init=geometric_median"],
+    "batchtopk": ["sae=batchtopk"],
+    "relu": ["sae=relu", FREE],
+    "jumprelu": ["sae=jumprelu", FREE],
+    "gated": ["sae=gated", FREE],
+    "norms": ["sae=batchtopk", "sae.encoder_init=norm_search", "sae.unit_norm_decoder=false"],
+    "skip": ["variant=skip_transcoder", *TWO_SITES],
+    "transcoder": ["variant=transcoder", "sae=jumprelu", FREE, *TWO_SITES],
+    "crosscoder": ["variant=crosscoder", "variant.gate=sum", "sae=batchtopk", *TWO_SITES],
+}
+"""Of which a rank makes its part: each activation, search and kind of one group."""
+
+
+def starts_under(layout: str) -> list[str]:
+    """All under latent, whose start is that of fsdp too."""
+    return {"ddp": ["topk"], "fsdp": ["topk", "batchtopk", "skip"], "latent": [*STARTS]}[layout]
 
 
 @pytest.fixture(scope="module")
@@ -26,6 +47,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory, planted_store: Callable[..., 
     """All runs of one and two processes, with one start of the two."""
     runs = Runs(tmp_path_factory.mktemp("ranks"), *FIXED)
     planted_store(runs.folder / "store", outliers=3)
+    planted_store(runs.folder / "sites", hooks=("layers.0.mlp_in", "layers.0.mlp_out"))
+    starts = {name: [change.format(folder=runs.folder) for change in changes] for name, changes in STARTS.items()}
     runs.alone(
         runs.job("one"),
         runs.job("to_fsdp", job="signalled", step=9),
@@ -43,7 +66,11 @@ def runs(tmp_path_factory: pytest.TempPathFactory, planted_store: Callable[..., 
         runs.job("from_latent", "parallel=latent", job="signalled", step=13),
         runs.job("from_ddp", job="signalled", step=13),
         runs.job("poisoned", job="poisoned", step=7),
-        *(runs.job(f"start_{layout}", f"parallel={layout}", "sae.d_latent=1024", job="started") for layout in LAYOUTS),
+        *(
+            runs.job(f"{name}_{layout}", f"parallel={layout}", *starts[name], "sae.d_latent=1024", job="started")
+            for layout in LAYOUTS
+            for name in starts_under(layout)
+        ),
         runs.job("lanes", "stream.lanes=3"),
         runs.job("odd", "parallel=latent", "sae.d_latent=95"),
         runs.job("outliers", "stream.max_norm_multiple=1.5"),
@@ -57,7 +84,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory, planted_store: Callable[..., 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_each_rank_gets_its_part_of_the_start_and_makes_no_more(runs: Runs, layout: str) -> None:
-    assert runs.ends[f"start_{layout}"] == {"the same: True, no more: True"}
+    for name in starts_under(layout):
+        assert runs.ends[f"{name}_{layout}"] == {"the same: True, no more: True"}, name
 
 
 @pytest.mark.parametrize("layout", ["ddp", "fsdp", "fsdp_micro", "latent"])

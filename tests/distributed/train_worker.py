@@ -26,6 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from shared.basics.errors import GranaryError
 from shared.parallel import World, all_reduce_sum, init_world, shutdown
+from shared.sae import groups
 from shared.sae.config import SAEConfig
 from shared.sae.learn.objective import Objective
 from shared.sae.variants import SAE
@@ -35,7 +36,7 @@ from stage_train.data.stream import Batch, TrainingData
 from stage_train.job import Job
 from stage_train.run import make_objective, make_trainer
 from stage_train.step import loop
-from stage_train.step.layouts import Layout
+from stage_train.step.layouts import Layout, part
 from stage_train.step.layouts.latent import LatentParallel
 from stage_train.step.trainer import Trainer
 
@@ -201,36 +202,42 @@ def tied_picks(world: World, k: int) -> str:
     return f"{int(found[:, :8].sum(1).max())} picks, as one process: {torch.equal(found[:, :8], wanted[:, :8])}"
 
 
-class Largest(TorchDispatchMode):
-    """The most elements of a tensor that was made and has memory."""
+class Tallest(TorchDispatchMode):
+    """The most rows of a tensor of that width that was made and has memory."""
 
-    elements = 0
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.width, self.rows = width, 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = func(*args, **(kwargs or {}))
         held = made.to_local() if isinstance(made, DTensor) else made
-        if isinstance(held, Tensor) and held.device.type != "meta":
-            self.elements = max(self.elements, held.numel())
+        if isinstance(held, Tensor) and held.device.type != "meta" and held.shape[1:] == (self.width,):
+            self.rows = max(self.rows, len(held))
         return made
 
 
 def started(world: World, cfg: TrainSchema) -> str:
-    """Make a run's trainer: have the ranks their parts of the whole, bit for bit, and made none but the first more?"""
+    """Make a run's trainer: have the ranks their parts of the whole, bit for bit, and made no more of a matrix?"""
     job = Job([cfg], world)
     inputs = job.open_inputs()
     (spec,) = job.specs
-    with Largest() as largest:
+    width = spec.dictionary.widths.d_in
+    with ExitStack() as stack:
+        tallest = stack.enter_context(Tallest(width))
+        stack.enter_context(patch.object(groups, "BLOCK_ROWS", 256))
+        stack.enter_context(patch.object(part, "BLOCK_ELEMENTS", 1))
+        stack.enter_context(patch.object(part, "LEAST_COLUMNS", width // 3))
         trainer = make_trainer(spec, inputs, None, job.layout, begins=True)  # type: ignore[arg-type]
     whole = make_objective(spec, inputs, torch.device("cpu"), Layout(world), begins=True).dictionary
-    same, most = True, whole.W_enc.numel() // (1 if cfg.parallel.layout is LayoutKind.ddp else world.size)
+    same, most = True, spec.dictionary.d_latent // (1 if cfg.parallel.layout is LayoutKind.ddp else world.size)
     for name, tensor in trainer.objective.dictionary.state_dict().items():
         own = tensor.to_local() if isinstance(tensor, DTensor) else tensor
         expected = whole.state_dict()[name]
         if own.shape != expected.shape:
             expected = expected[world.rank * len(own) : (world.rank + 1) * len(own)]
         same = same and torch.equal(own, expected)
-    no_more = world.is_main or largest.elements <= most
-    return f"the same: {same}, no more: {no_more or largest.elements}"
+    return f"the same: {same}, no more: {tallest.rows <= most or tallest.rows}"
 
 
 JOBS: dict[str, Callable[..., str]] = {

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from shared.kernels import encode_batchtopk, smallest_kept
+from shared.kernels import encode_batchtopk
 from shared.sae.activations import BatchTopK, Gated, JumpReLU, TopK
 from shared.sae.learn import batch_facts
 from shared.sae.learn.batch_facts import Reduce, SelectionMemory
@@ -159,8 +159,9 @@ class BatchTopKRule(Rule):
     def fit_to_sample(self, centred_MD: Tensor) -> None:
         """The threshold that keeps k latents per token of the sample."""
         encoder, k = self.own.group.encoder(), self.own.k
-        kept = encode_batchtopk(centred_MD, encoder.W_enc, encoder.b_enc, k, compute=encoder.compute)
-        self.activation.threshold.copy_(smallest_kept(*kept))
+        own_k = min(k, self.own.group.num_latents)
+        kept = encode_batchtopk(centred_MD, encoder.W_enc, encoder.b_enc, own_k, compute=encoder.compute)
+        self.activation.threshold.copy_(self.terms.shard.least_of_largest(*kept, count=k * len(centred_MD)))
 
 
 class DenseRule(Rule):

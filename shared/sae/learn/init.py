@@ -236,9 +236,15 @@ def set_scale(objective: Objective, x_MD: Tensor, y_MD: Tensor) -> None:
     dictionary, learning, rule, terms = objective.dictionary, objective.learning, objective.rule, objective.terms
     if not rule.looks_at_all:
         x_MD, y_MD = x_MD[:SEARCH_TOKENS], y_MD[:SEARCH_TOKENS]  # half of all latents may fire
-    encoders = [(group.W_enc, group.W_enc.clone()) for group in dictionary.groups]
     searches_norms = learning.encoder_init == "norm_search"  # else the decoders stay as they are
-    decoders = [(W_dec, W_dec.clone()) for W_dec, _ in dictionary.decoders] if searches_norms else []
+    searches = searches_norms or rule.scale_search == "grid"
+
+    def with_first(matrix_FD: Tensor) -> tuple[Tensor, Tensor]:
+        """A matrix, and its rows before any scale; the first try of two is 1, and leaves them as they are."""
+        return matrix_FD.detach(), matrix_FD.detach().clone() if searches else matrix_FD.detach()
+
+    encoders = [with_first(group.W_enc) for group in dictionary.groups]
+    decoders = [with_first(W_dec) for W_dec, _ in dictionary.decoders] if searches_norms else []
     centred_MD, target_MD, _, _ = terms.prepare(x_MD, y_MD)
     wanted_MD = terms.wanted(target_MD, centred_MD) - dictionary.b_dec
     weight_D = terms.loss_weight()
@@ -246,7 +252,7 @@ def set_scale(objective: Objective, x_MD: Tensor, y_MD: Tensor) -> None:
     def decoded_with(encoder: float, decoder: float) -> Tensor:
         for times, matrices in ((encoder, encoders), (decoder, decoders)):
             for matrix_FD, first_FD in matrices:
-                matrix_FD.copy_(first_FD * times)
+                torch.mul(first_FD, times, out=matrix_FD)
         rule.fit_to_sample(centred_MD)
         parts = parts_of_sample(objective, len(centred_MD))
         return torch.cat([terms.decoded(terms.fire(centred_MD[part])) for part in parts])

@@ -48,7 +48,7 @@ class LossTerms:
         """What they decode to, without b_dec, [N, D_out] in the decoder's units."""
         dictionary = self.dictionary
         if len(picks) == 1:
-            return dictionary.groups[0].written(*picks[0])
+            return self.shard.written(dictionary.groups[0], *picks[0])
         y_ND = picks[0][0].new_zeros(len(picks[0][0]), dictionary.b_dec.shape[0])
         for group, (_, writes), one in zip(dictionary.groups, dictionary.places, picks, strict=True):
             y_ND[:, writes] += group.written(*one)

@@ -54,9 +54,9 @@ class Dictionary(Computing):
         kernels: str = "auto",
         compute_dtype: str = "float32",
         generator: torch.Generator | None = None,
-        num_latents: int | None = None,
+        held: range | None = None,
     ) -> None:
-        """Kinds draw their first weights from `generator`; `num_latents`: those held here, None: the config's."""
+        """Kinds draw their first weights from `generator`; `held`: the latents held here, None: all."""
         nn.Module.__init__(self)
         try:
             Compute(kernels, compute_dtype)

@@ -117,11 +117,11 @@ class CLT(Dictionary):
         kernels: str = "auto",
         compute_dtype: str = "float32",
         generator: torch.Generator | None = None,
-        num_latents: int | None = None,
+        held: range | None = None,
     ) -> None:
-        """`num_latents`: all of the config's, or None: its layers are not cut."""
+        """`held`: all latents, or None: its layers are not cut."""
         super().__init__(config, kernels=kernels, compute_dtype=compute_dtype)
-        assert num_latents in (None, config.d_latent)
+        assert held in (None, range(config.d_latent))
         if self.config.tying == "per_target":
             self.targets = TargetDecoders(self.config.per_layer, self.widths.writes)
             if not self.targets.W[0].is_meta:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from shared.basics.errors import GranaryError
 from shared.sae.config import DictionaryConfig
-from shared.sae.groups import LatentGroup, unit_blocks
+from shared.sae.groups import LatentGroup, draw_share, unit_blocks
 from shared.sae.roles import Role
 from shared.sae.sites import Sites, SiteWidths
 from shared.sae.variants.base import Dictionary, Picks
@@ -142,7 +142,7 @@ class CLTPart(CLT):
     @torch.no_grad()
     def _draw(self, generator: torch.Generator | None) -> None:
         """Every row of the whole is drawn, in its order, and what is held here is kept."""
-        first, rows = self.share.span(self.config.per_layer)
+        first, _ = self.share.span(self.config.per_layer)
         cuts = self.cuts()
         for layer, (d_in, d_out) in enumerate(self.sizes()):
             held = self.layers.get_submodule(str(layer)) if layer <= self.share.layers[-1] else None
@@ -150,11 +150,8 @@ class CLTPart(CLT):
                 if held is not None:
                     pieces = [block.narrow(1, *span) for span in cuts[f"layers.{layer}.W_dec"].spans]
                     held.get_parameter("W_dec")[start : start + len(block)] = torch.cat(pieces, 1)
-            for start, block in unit_blocks(self.config.per_layer, d_in, generator):
-                if isinstance(held, LatentGroup):
-                    low, high = max(start, first), min(start + len(block), first + rows)
-                    if low < high:
-                        held.W_enc[low - first : high - first] = block[low - start : high - start]
+            own_FD = held.W_enc if isinstance(held, LatentGroup) else self.b_dec.new_empty(0, d_in)
+            draw_share(own_FD, first, self.config.per_layer, generator)
 
     @property
     def groups(self) -> tuple[LatentGroup, ...]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from shared.kernels import decode
 from shared.sae.config import DictionaryConfig
-from shared.sae.groups import LatentGroup, random_unit_rows
+from shared.sae.groups import LatentGroup, draw_share, random_unit_rows
 from shared.sae.latents import SparseLatents
 from shared.sae.roles import Role
 from shared.sae.variants.base import Dictionary, Picks
@@ -27,22 +27,28 @@ class OneGroup(LatentGroup, Dictionary):
         kernels: str = "auto",
         compute_dtype: str = "float32",
         generator: torch.Generator | None = None,
-        num_latents: int | None = None,
+        held: range | None = None,
     ) -> None:
-        """`num_latents`: those held here; None: all of the config's."""
+        """`held`: the latents held here, whose first weights are their rows of the whole's; None: all."""
         Dictionary.__init__(self, config, kernels=kernels, compute_dtype=compute_dtype)
-        num_latents = config.d_latent if num_latents is None else num_latents
-        self.make_matrices(self.widths.d_in, self.widths.d_out, num_latents)
+        held = range(config.d_latent) if held is None else held
+        self.make_matrices(self.widths.d_in, self.widths.d_out, len(held))
         self.b_dec = nn.Parameter(torch.zeros(self.widths.d_out))
-        self.make_activation(config, num_latents)
+        self.make_activation(config, len(held))
         self.make_normalisation()
         if not self.W_dec.is_meta:
-            random_unit_rows(self.W_dec, generator)
+            self._draw(self.W_dec, held, generator)
             with torch.no_grad():
                 if config.is_autoencoder:
                     self.W_enc.copy_(self.W_dec)
                 else:
-                    random_unit_rows(self.W_enc, generator)
+                    self._draw(self.W_enc, held, generator)
+
+    def _draw(self, W_FD: Tensor, held: range, generator: torch.Generator | None) -> None:
+        if len(held) == self.config.d_latent:
+            random_unit_rows(W_FD, generator)
+        else:
+            draw_share(W_FD, held.start, self.config.d_latent, generator)
 
     @property
     def groups(self) -> tuple[LatentGroup, ...]:

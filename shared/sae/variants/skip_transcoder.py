@@ -47,11 +47,9 @@ class SkipTranscoder(Transcoder):
         kernels: str = "auto",
         compute_dtype: str = "float32",
         generator: torch.Generator | None = None,
-        num_latents: int | None = None,
+        held: range | None = None,
     ) -> None:
-        super().__init__(
-            config, kernels=kernels, compute_dtype=compute_dtype, generator=generator, num_latents=num_latents
-        )
+        super().__init__(config, kernels=kernels, compute_dtype=compute_dtype, generator=generator, held=held)
         self.W_skip = nn.Parameter(torch.zeros(self.widths.d_out, self.widths.d_in))
 
     def roles(self) -> dict[str, Role]:

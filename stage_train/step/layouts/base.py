@@ -47,8 +47,9 @@ class Layout:
         """Into how many shares the lanes are cut."""
         return self.world.size
 
-    begins_in_parts = False
-    """Whether each rank makes its own part of the first weights; else the first rank makes all and hands them out."""
+    def begins_in_parts(self, config: DictionaryConfig) -> bool:
+        """Whether each rank makes its own part of the first weights; else the first makes all and hands them out."""
+        return False
 
     def sites(self, sites: Sites) -> Sites:
         """Which of a dictionary's sites the rank reads and must produce."""
@@ -67,21 +68,23 @@ class Layout:
         config: DictionaryConfig,
         learning: LearningConfig,
         *,
+        in_parts: bool,
         kernels: str,
         compute_dtype: str,
         generator: torch.Generator,
     ) -> Objective:
-        """A dictionary to begin with, and how it is learnt: the whole, for ``distribute``."""
+        """A dictionary to begin with, and how it is learnt, for ``distribute``: the whole, or `in_parts` the rank's."""
         made = VARIANTS[config.kind](config, kernels=kernels, compute_dtype=compute_dtype, generator=generator)
         return Objective(made, learning)
 
     def distribute(self, objective: Objective, *, has_values: bool = True) -> Objective:
         """The rank's part of a whole dictionary, on the rank's device.
 
-        Rank 0's has values, the others' are on the meta device; without `has_values` all are, and the result is unset.
+        Where the whole is given, rank 0's has values and the others' are on the meta device; without `has_values` all
+        are, and the result is unset.
         """
         give_memory(objective, self.world.device)
-        if has_values and self.world.size > 1 and not self.begins_in_parts:
+        if has_values and self.world.size > 1:
             for tensor in objective.dictionary.state_dict().values():
                 dist.broadcast(tensor, src=0)
         return objective

@@ -9,17 +9,21 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from shared.parallel import World, all_reduce_sum
+from shared.sae.config import DictionaryConfig
+from shared.sae.learn.config import LearningConfig
 from shared.sae.learn.inputs import Losses, StepInputs
 from shared.sae.learn.objective import Objective
 from shared.sae.optim import Optimiser, OptimiserConfig, RowShare, make_optimiser
 from shared.sae.roles import Role
+from shared.sae.variants.base import Dictionary
 from stage_train.step.layouts.base import Layout, give_memory, joint_norm, scatter_rows, take
+from stage_train.step.layouts.part import GroupShard, part_of
 from stage_train.step.layouts.split import latents_of_shard
 
 
@@ -49,20 +53,42 @@ class FullySharded(Layout):
         self.mesh = init_device_mesh(world.device.type, (world.size,), mesh_dim_names=("dp",))
         self._local: LocalRows | None = None
 
-    def distribute(self, objective: Objective, *, has_values: bool = True) -> Objective:
-        """Every parameter cut by rows: no other rank than the first has more than its own at any time.
+    def begins_in_parts(self, config: DictionaryConfig) -> bool:
+        """Where one group of latents is cut; the first rank makes a CLT, of whose layers ``layers`` deals each to its
+        owner."""
+        return config.num_groups == 1
 
-        Raises GranaryError when the latents do not divide among the ranks.
-        """
-        whole = objective.dictionary
-        latents_of_shard(whole.config.d_latent, self.world.size)
+    def objective(
+        self,
+        config: DictionaryConfig,
+        learning: LearningConfig,
+        *,
+        in_parts: bool,
+        kernels: str,
+        compute_dtype: str,
+        generator: torch.Generator,
+    ) -> Objective:
+        """The latents whose rows the rank will hold, or the whole."""
+        how = {"kernels": kernels, "compute_dtype": compute_dtype}
+        if in_parts:
+            return part_of(config, learning, self.mesh.get_group("dp"), **how, generator=generator)
+        return super().objective(config, learning, in_parts=False, **how, generator=generator)
+
+    def num_latents(self, config: DictionaryConfig) -> int:
+        """All: they are gathered for a step. Raises GranaryError when their rows do not divide among the ranks."""
+        latents_of_shard(config.d_latent, self.world.size)
+        return config.d_latent
+
+    def distribute(self, objective: Objective, *, has_values: bool = True) -> Objective:
+        """Every parameter cut by rows; out of a whole, no other rank than the first has more at any time."""
+        made = objective.dictionary
         with torch.device("meta"):
-            held = type(whole)(whole.config, kernels=whole.kernels, compute_dtype=whole.compute_dtype)
+            held = type(made)(made.config, kernels=made.kernels, compute_dtype=made.compute_dtype)
             sharded = Objective(held, objective.learning)
         fully_shard(sharded, mesh=self.mesh)
         give_memory(sharded, self.world.device)
         if has_values:
-            self._fill(held, whole)
+            self._fill(held, made, own_rows=isinstance(objective.shard, GroupShard))
         register_fsdp_forward_method(sharded, "facts")
         assert isinstance(sharded, FSDPModule)
         # Losses are weighted by their share of the batch, so gradients add up; as a plain sum, which gloo knows too.
@@ -71,11 +97,15 @@ class FullySharded(Layout):
         self._local = LocalRows(sharded)
         return sharded
 
-    def _fill(self, held: nn.Module, whole: nn.Module) -> None:
-        """Hand every rank its rows of rank 0's `whole`, which is empty afterwards."""
+    def _fill(self, held: Dictionary, made: Dictionary, *, own_rows: bool) -> None:
+        """Hand every rank its rows of rank 0's `made`, which is empty afterwards; latents' `own_rows` are here."""
+        roles = made.roles()
         for name, tensor in held.state_dict().items():
-            given, sharded = take(whole, name), isinstance(tensor, DTensor)
+            given, sharded = take(made, name), isinstance(tensor, DTensor)
             part = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+            if own_rows and roles[name].latent_axis is not None:
+                part.copy_(given)
+                continue
             if sharded and given.shape[0] % self.world.size == 0:
                 scatter_rows(given, part, self.world.size)
                 continue

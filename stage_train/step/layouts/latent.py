@@ -5,11 +5,10 @@ the k largest of the whole dictionary, exactly: every rank selects k of its own,
 rank keeps those that are its own. Reconstructions are sums over the group. Communication is a few N x k and N x D
 messages per step, none of the size of the weights.
 
-Shape letters: N rows, D d_model, F latents held here, K picks per row, L ranks of the group, R dead latents held here.
+Shape letters: N rows, D d_model, F latents held here, L ranks of the group, R dead latents held here.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,12 +18,12 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from shared.basics.errors import GranaryError
 from shared.parallel import World, all_reduce_sum
-from shared.sae.activations import Encoder, TopK
 from shared.sae.config import DictionaryConfig
-from shared.sae.latent_shard import LatentShard
+from shared.sae.learn.config import LearningConfig
 from shared.sae.learn.inputs import BatchFacts, Losses, StepInputs
 from shared.sae.learn.objective import Objective
 from shared.sae.optim import Optimiser, OptimiserConfig, RowShare, make_optimiser
+from shared.sae.variants.base import Dictionary
 from stage_train.config import TrainSchema
 from stage_train.step.layouts.base import (
     Layout,
@@ -36,110 +35,8 @@ from stage_train.step.layouts.base import (
     sum_over,
     take,
 )
+from stage_train.step.layouts.part import GroupShard, part_of
 from stage_train.step.layouts.split import latents_of_part
-
-
-class _SumForward(torch.autograd.Function):
-    """Sum over the group; every rank computes the same loss from the sum, so the gradient is passed on as it is."""
-
-    @staticmethod
-    def forward(ctx: Any, partial: Tensor, group: dist.ProcessGroup) -> Tensor:
-        total = partial.clone()
-        dist.all_reduce(total, group=group)
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad, None
-
-
-class _SumBackward(torch.autograd.Function):
-    """The identity, whose gradient is summed over the group: for what every rank uses on its own latents."""
-
-    @staticmethod
-    def forward(ctx: Any, shared: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
-        return shared.view_as(shared)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        grad = grad.clone()
-        dist.all_reduce(grad, group=ctx.group)
-        return grad, None
-
-
-def sum_forward(partial: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """The group's sum of each rank's part, for a loss that all ranks then compute alike."""
-    total: Tensor = _SumForward.apply(partial, group)  # type: ignore[no-untyped-call]
-    return total
-
-
-def sum_backward(shared: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """A replicated tensor, for use on each rank's own latents."""
-    same: Tensor = _SumBackward.apply(shared, group)  # type: ignore[no-untyped-call]
-    return same
-
-
-class GroupTopK(TopK):
-    """TopK over all latents of the group, of which this rank keeps its own."""
-
-    def __init__(self, config: DictionaryConfig, num_latents: int, group: dist.ProcessGroup) -> None:
-        super().__init__(config, num_latents)
-        self.group = group
-
-    def select(self, encoder: Encoder, centred_ND: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """Values and local indices [N, k]: column j is the token's j-th largest latent where held here, else -1."""
-        size, rank = dist.get_world_size(self.group), dist.get_rank(self.group)
-        own = min(k, encoder.W_enc.shape[0])
-        values_NK, indices_NK = super().select(encoder, centred_ND, own)
-        gathered = [torch.empty_like(values_NK) for _ in range(size)]
-        dist.all_gather(gathered, values_NK, group=self.group)
-        # Stable: among equal values the lower latent comes first, as in one process.
-        candidates_NC, places_NC = torch.cat(gathered, dim=1).sort(dim=1, descending=True, stable=True)
-        best_NK, places_NK = candidates_NC[:, :k], places_NC[:, :k] - rank * own
-        mine = (places_NK >= 0) & (places_NK < own)
-        picked_NK = indices_NK.gather(1, places_NK.clamp(0, own - 1))
-        return torch.where(mine, best_NK, 0.0), torch.where(mine, picked_NK, -1)
-
-
-class GroupShard(LatentShard):
-    """An equal share of the latents, and the group of ranks that hold the others."""
-
-    def __init__(self, first: int, group: dist.ProcessGroup) -> None:
-        self.first, self.group = first, group
-        self.num_dead = 0
-        """Dead latents of the whole group, as of the last look."""
-
-    def sum_forward(self, partial: Tensor) -> Tensor:
-        return sum_forward(partial, self.group)
-
-    def sum_backward(self, shared: Tensor) -> Tensor:
-        return sum_backward(shared, self.group)
-
-    def count_dead(self, held: int) -> int:
-        return self.num_dead
-
-    def kth_largest(self, values_NR: Tensor, k: int) -> Tensor:
-        """Of the candidates of all ranks; every rank sends as many, with zeros where it has fewer."""
-        own = min(k, values_NR.shape[1])
-        best_NK = values_NR.new_zeros(values_NR.shape[0], k)
-        best_NK[:, :own] = values_NR.topk(own, dim=1).values
-        gathered = [torch.empty_like(best_NK) for _ in range(dist.get_world_size(self.group))]
-        dist.all_gather(gathered, best_NK, group=self.group)
-        return torch.cat(gathered, dim=1).topk(k, dim=1).values[:, -1:]
-
-
-def shard(objective: Objective, rank: int, group: dist.ProcessGroup) -> Objective:
-    """Room for the latents that rank `rank` of the group holds of a whole dictionary, with its way of learning."""
-    whole = objective.dictionary
-    rows = whole.config.d_latent // dist.get_world_size(group)
-    with torch.device("meta"):
-        held = type(whole)(whole.config, kernels=whole.kernels, compute_dtype=whole.compute_dtype, num_latents=rows)
-        if isinstance(whole.activation, TopK):
-            held.activation = GroupTopK(whole.config, rows, group)
-        learning = Objective(held, objective.learning)
-    learning.shard = GroupShard(rank * rows, group)
-    return learning
 
 
 class LatentParallel(Layout):
@@ -176,15 +73,45 @@ class LatentParallel(Layout):
         """An equal share of them. Raises GranaryError when there is none."""
         return latents_of_part(config.d_latent, self.latent)
 
+    def begins_in_parts(self, config: DictionaryConfig) -> bool:
+        """It has one group of latents."""
+        return True
+
+    def objective(
+        self,
+        config: DictionaryConfig,
+        learning: LearningConfig,
+        *,
+        in_parts: bool,
+        kernels: str,
+        compute_dtype: str,
+        generator: torch.Generator,
+    ) -> Objective:
+        """The rank's own latents, or the whole."""
+        how = {"kernels": kernels, "compute_dtype": compute_dtype}
+        if in_parts:
+            return part_of(config, learning, self.latent_group, **how, generator=generator)
+        return super().objective(config, learning, in_parts=False, **how, generator=generator)
+
     def distribute(self, objective: Objective, *, has_values: bool = True) -> Objective:
-        """The rank's own latents, taken out of the whole; no other rank than the first has more at any time."""
-        self._roles = objective.dictionary.roles()
-        own = shard(objective, self.latent_rank, self.latent_group)
+        """The rank's own latents; out of a whole, no other rank than the first has more at any time."""
+        made = objective.dictionary
+        self._roles = made.roles()
+        if isinstance(objective.shard, GroupShard):
+            give_memory(objective, self.world.device)
+            if has_values:
+                self._agree(made)
+            return objective
+        with torch.device("meta"):
+            own = part_of(
+                made.config, objective.learning, self.latent_group,
+                kernels=made.kernels, compute_dtype=made.compute_dtype,
+            )  # fmt: skip
         give_memory(own, self.world.device)
         if has_values:
             parts = own.dictionary.state_dict()
             for name in parts:
-                whole = take(objective.dictionary, name)
+                whole = take(made, name)
                 if self.is_whole(name):
                     if self.world.is_main:
                         parts[name].copy_(whole)
@@ -192,6 +119,14 @@ class LatentParallel(Layout):
                 else:
                     scatter_rows(whole, parts[name], self.latent)
         return own
+
+    def _agree(self, made: Dictionary) -> None:
+        """What several ranks made alike is one rank's, also where processors differ in how they round."""
+        for name, tensor in made.state_dict().items():
+            if self.is_whole(name):
+                dist.broadcast(tensor, src=0)
+            elif self.stream_world > 1:
+                dist.broadcast(tensor, dist.get_global_rank(self.dp_group, 0), self.dp_group)
 
     def is_whole(self, name: str) -> bool:
         """Whether every rank holds all of a tensor, of the dictionary or of the training state."""

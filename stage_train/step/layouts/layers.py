@@ -24,7 +24,7 @@ from shared.sae.variants.clt import CLTConfig
 from shared.sae.variants.clt_part import CLTPart, LayerShare, shares_of
 from stage_train.config import OnDamage, TrainSchema
 from stage_train.state.pieces import Pieces
-from stage_train.step.layouts.base import Layout, gradients, joint_norm, of_owner
+from stage_train.step.layouts.base import Layout, give_memory, gradients, joint_norm, of_owner
 
 # Newer versions of torch have other names for them.
 gather_tensor = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -69,8 +69,6 @@ def _gather(mine: Tensor, size: int, group: dist.ProcessGroup | None) -> Tensor:
 
 class LayerParallel(Layout):
     """Owners of layers x shares of each layer."""
-
-    begins_in_parts = True
 
     def __init__(self, world: World, parts: int) -> None:
         """`parts` ranks, one after the other, own the same layers."""
@@ -119,6 +117,10 @@ class LayerParallel(Layout):
                 "others; use stop"
             )
 
+    def begins_in_parts(self, config: DictionaryConfig) -> bool:
+        """Always."""
+        return True
+
     def num_latents(self, config: DictionaryConfig) -> int:
         """Of the rank's layers, its share."""
         share = self.shares(config.num_groups)[self.world.rank]
@@ -129,6 +131,7 @@ class LayerParallel(Layout):
         config: DictionaryConfig,
         learning: LearningConfig,
         *,
+        in_parts: bool,
         kernels: str,
         compute_dtype: str,
         generator: torch.Generator,
@@ -139,6 +142,11 @@ class LayerParallel(Layout):
         part = CLTPart(config, share, kernels=kernels, compute_dtype=compute_dtype, generator=generator)
         objective = Objective(part, learning)
         objective.shard = Ranks(shares, self.world.rank, part.config.per_layer, self._layer_group)
+        return objective
+
+    def distribute(self, objective: Objective, *, has_values: bool = True) -> Objective:
+        """It is the rank's part as it was made."""
+        give_memory(objective, self.world.device)
         return objective
 
     def optimiser(self, objective: Objective, config: OptimiserConfig) -> Optimiser:

@@ -148,6 +148,8 @@ def test_tensors_are_fetched_one_at_a_time(sae, tmp_path):
     assert all(torch.equal(tensor, loaded[name]) for name, tensor in sae.state_dict().items())
     with pytest.raises(GranaryError, match=r"is torch\.float32 \[1\], not as announced"):
         sae_folder.save(tmp_path, sae.config, shapes, {}, {}, fetch=lambda name: torch.zeros(1))
+    with pytest.raises(GranaryError, match=r" has 0 rows, not as announced"):
+        sae_folder.save(tmp_path, sae.config, shapes, {}, {}, fetch=lambda name: [])
 
 
 def test_loads_without_triton_or_transformers(sae, tmp_path):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from shared.sae.groups import draw_in_blocks, random_unit_rows
+from shared.sae.groups import draw_share, random_unit_rows
 from shared.sae.learn import init
 from shared.sae.learn.activations import TopKRule
 from shared.sae.learn.init import grid_search, into_subspace
@@ -120,7 +120,7 @@ def test_layer_norm_may_reconstruct_raw_activations():
 def test_rows_drawn_in_blocks_are_those_drawn_at_once(shape):
     whole, blocks = torch.empty(shape), torch.empty(shape)
     random_unit_rows(whole, torch.Generator().manual_seed(3))
-    draw_in_blocks(blocks, torch.Generator().manual_seed(3))
+    draw_share(blocks, 0, shape[0], torch.Generator().manual_seed(3))
     assert torch.equal(whole, blocks)
 
 
