@@ -21,7 +21,6 @@ from shared.basics.config import DeviceSchema, StoreBeside, key, marks
 from shared.basics.display import all_masked
 from stage_train.sae_schema import SAESchema
 
-
 LONGEST_FOLDER = 200
 """Bytes of the name of a run's folder; what lies beside it adds to the name, and file systems take 255."""
 

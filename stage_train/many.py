@@ -61,7 +61,9 @@ def train_gathered() -> None:
     for folder, cfgs in _gathered.items():
         path = RunFolder(folder).packed_list
         write_text(path, OmegaConf.to_yaml(OmegaConf.create([as_dict(cfg) for cfg in cfgs])))
-        os.environ[GRANTS] = json.dumps(dict(grants([OmegaConf.to_container(OmegaConf.structured(cfg)) for cfg in cfgs])))
+        os.environ[GRANTS] = json.dumps(
+            dict(grants([OmegaConf.to_container(OmegaConf.structured(cfg)) for cfg in cfgs]))
+        )
         run_child([*python_module(cfgs[0].nproc), "stage_train.packed", str(path)])
 
 

@@ -97,7 +97,7 @@ def making_folder(folder: Path, *, replace: bool = False) -> Iterator[Path]:
 
 
 def _taken_back(final: Path, temp: Path) -> bool:
-    """Whether what was renamed from `temp` to `final` could be renamed back; removed where it is, it might go by half."""
+    """Whether `final` could be renamed back to `temp`; removed where it is, it might go by half."""
     try:
         os.replace(final, temp)
     except OSError:

@@ -77,8 +77,8 @@ class TensorBoardLogger:
 class WandbLogger:
     """A Weights & Biases run, continued under the same id when training resumes.
 
-    What the configuration leaves open is wandb's own variables' to say: WANDB_MODE, WANDB_PROJECT, WANDB_NAME, WANDB_DIR
-    and all that ``wandb.init`` reads. WANDB_RUN_ID and WANDB_RESUME are not asked: a run's folder has its id.
+    What the configuration leaves open is wandb's own variables' to say: WANDB_MODE, WANDB_PROJECT, WANDB_NAME,
+    WANDB_DIR and all that ``wandb.init`` reads. WANDB_RUN_ID and WANDB_RESUME are not asked: a run's folder has its id.
     """
 
     def __init__(self, cfg: LoggerSchema, folder: Path, run_id: str, name: str, config: Mapping[str, Any]) -> None:

@@ -143,5 +143,15 @@ def test_the_folder_of_a_run_of_a_sweep(overrides: list[str], name: str) -> None
 
 
 def test_values_that_are_not_alike_have_folders_of_their_own() -> None:
-    values = ["[[1,2],[3]]", "[[1],[2,3]]", "[a,b]", "[a+b]", "['a,b']", "[{url:a},{url:b}]", "[{url:ab}]", "'a b'", "ab"]
+    values = [
+        "[[1,2],[3]]",
+        "[[1],[2,3]]",
+        "[a,b]",
+        "[a+b]",
+        "['a,b']",
+        "[{url:a},{url:b}]",
+        "[{url:ab}]",
+        "'a b'",
+        "ab",
+    ]
     assert len({stage_train.config.sweep_name([f"reads={value}"], []) for value in values}) == len(values)

@@ -87,7 +87,7 @@ def test_what_is_left_open_the_environment_says(
     assert len(list(tmp_path.glob("elsewhere/wandb/offline-run-*"))) == (mode is None)
     wandb.teardown()
     monkeypatch.setenv("WANDB_MODE", "bogus")
-    with pytest.raises(GranaryError, match="wandb begins no run.*'online', 'offline'.*logger.mode=offline") as caught:
+    with pytest.raises(GranaryError, match=r"wandb begins no run.*'online', 'offline'.*logger.mode=offline") as caught:
         WandbLogger(replace(cfg, mode=None), tmp_path, "abc124", "mine", {})
     assert "\n" not in str(caught.value)
     wandb.teardown()
