@@ -2,11 +2,12 @@
 
 import argparse
 import gzip
-import json
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from shared.basics.documents import parse_json, typed
 from shared.basics.errors import GranaryError
 from shared.launch.commands import program
 from shared.launch.outcome import ending_in_one_line
@@ -44,20 +45,22 @@ def read(path: Path, num_latents: int) -> Iterator[Row]:
     try:
         data = path.read_bytes()
         text = (gzip.decompress(data) if data.startswith(GZIP) else data).decode()
-        records = (
-            json.loads(text) if text.lstrip().startswith("[") else map(json.loads, filter(None, text.splitlines()))
-        )
-        for number, record in enumerate(records, 1):
-            yield row(record, f"{path}, explanation {number}", num_latents)
-    except (OSError, EOFError, ValueError) as error:
+    except (OSError, EOFError, ValueError, zlib.error) as error:
         raise GranaryError(f"{path} can't be read as explanations: {error}") from None
+    if text.lstrip().startswith("["):
+        records = typed(list[Any], parse_json(text, path), str(path))
+    else:
+        lines = filter(None, text.splitlines())
+        records = (parse_json(line, f"{path}, explanation {number}") for number, line in enumerate(lines, 1))
+    for number, record in enumerate(records, 1):
+        yield row(record, f"{path}, explanation {number}", num_latents)
 
 
 def row(record: Any, where: str, num_latents: int) -> Row:
     """One explanation as the notes keep it."""
     try:
         latent, text = int(record["index"]), str(record["description"]).strip()
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, OverflowError):
         raise GranaryError(f"{where} has no index and description") from None
     if not 0 <= latent < num_latents or not text:
         raise GranaryError(f"{where} is of latent {latent}, or empty: there are {num_latents} latents")

@@ -10,6 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from shared.basics.documents import read_json
+from shared.basics.errors import GranaryError
 from shared.basics.files import write_together
 from stage_trace.certificate import Certificate
 from stage_trace.graph import Edge, Graph
@@ -52,12 +54,12 @@ def save(graph: Graph, folder: Path, certificate: Certificate | None = None, kno
 def with_marks(graph: Graph, path: Path) -> Graph:
     """`graph` with the pinned nodes and supernodes of the file at `path`, where that is a graph of the same prompt."""
     try:
-        held = json.loads(path.read_text(encoding="utf-8"))
+        held = read_json(path)
         is_same = held["metadata"]["prompt_tokens"] == list(graph.prompt.pieces)
         pinned, groups = held["qParams"]["pinnedIds"], held["qParams"]["supernodes"]
         if not is_same or not all(isinstance(one, str) for one in [*pinned, *(part for one in groups for part in one)]):
             return graph
-    except (OSError, ValueError, KeyError, TypeError):
+    except (GranaryError, KeyError, TypeError):
         return graph  # there is none, or it is no graph of ours
     shown = {node.id for node in graph.nodes}
     kept = ((name, *(one for one in ids if one in shown)) for name, *ids in groups)

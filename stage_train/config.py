@@ -5,11 +5,14 @@ Types and meanings here, values in ``conf/``. Imports nothing heavy, so that a w
 
 import hashlib
 import re
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.types import RunMode
 from omegaconf import MISSING, OmegaConf
 
@@ -17,6 +20,9 @@ import shared.basics.config
 from shared.basics.config import DeviceSchema, StoreBeside, key, marks
 from shared.basics.display import all_masked
 from stage_train.sae_schema import SAESchema
+
+LONGEST_FOLDER = 200
+"""Bytes of the name of a run's folder; what lies beside it adds to the name, and file systems take 255."""
 
 
 class DecayShape(Enum):
@@ -104,6 +110,7 @@ class WandbMode(Enum):
 
     online = "online"
     offline = "offline"
+    disabled = "disabled"
 
 
 @dataclass(kw_only=True)
@@ -260,9 +267,10 @@ class LoggerSchema:
     """Show a progress bar."""
     curves: bool = MISSING
     """Draw curves.png at the end."""
-    project: str = MISSING
-    """Weights & Biases project."""
-    mode: WandbMode = MISSING
+    project: str | None = MISSING
+    """Weights & Biases project; null: what WANDB_PROJECT says, else granary."""
+    mode: WandbMode | None = MISSING
+    """Whether Weights & Biases sends anything; null: what WANDB_MODE says, else online."""
 
 
 @dataclass(kw_only=True)
@@ -345,16 +353,32 @@ def unnamed_keys() -> list[str]:
     return [name for name, mark in marks(TrainSchema) if not mark.named]
 
 
-def sweep_name(override_dirname: str) -> str:
-    """Folder of one run of a sweep: ``sae.expansion=8,sae.k=16`` becomes ``expansion=8,k=16``.
+def sweep_name(overrides: Sequence[str], unnamed: Collection[str]) -> str:
+    """Folder of one run of a sweep: ``sae.k=16`` and ``sae.expansion=8`` give ``expansion=8,k=16``.
 
-    Items of a list are joined by ``+``. A value that can't be part of a folder's name, such as a path, is a digest.
+    A key goes by its last part, unless another key ends alike; keys in `unnamed` are left out. Items of a list are
+    joined by ``+``. A value that can't be part of a folder's name, such as a path, is a digest of it, and so is a name
+    that is too long for a folder.
     """
-    parts = []
-    for part in re.findall(r"(?:\[[^]]*\]|\{[^}]*\}|[^,\[{])+", override_dirname):
-        key, _, value = part.partition("=")
-        value = re.sub(r"[\[\]'\" ]", "", value).replace(",", "+")
-        if not re.fullmatch(r"[\w.+-]+", value):
-            value = hashlib.sha256(value.encode()).hexdigest()[:8]
-        parts.append(f"{key.rpartition('.')[2]}={value}")
-    return ",".join(parts) or "run"
+    given = OverridesParser.create().parse_overrides(sorted(overrides))
+    parts = [f"{_key_name(one.key_or_group)}={_value_name(one)}" for one in given if one.key_or_group not in unnamed]
+    name = ",".join(parts)
+    return (name if len(name.encode()) <= LONGEST_FOLDER else _digest(name)) or "run"
+
+
+def _key_name(key: str) -> str:
+    last = key.rpartition(".")[2]
+    return key if sum(name.rpartition(".")[2] == last for name, _ in marks(TrainSchema)) > 1 else last
+
+
+def _value_name(override: Override) -> str:
+    value = override.value()
+    text = value if isinstance(value, str) else (override.input_line or "").partition("=")[2]
+    if isinstance(value, list):
+        items = [str(item) for item in value]
+        text = "+".join(items) if not any(re.search(r"[+,\[{]", item) for item in items) else text
+    return text if re.fullmatch(r"[\w.+-]+", text) else _digest(text)
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:8]

@@ -11,16 +11,19 @@ nothing heavy until then.
 """
 
 import argparse
+import json
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from shared.basics.display import masked
 from shared.basics.errors import GranaryError
 from shared.basics.files import write_text
 from shared.basics.run_folder import RunFolder
@@ -36,6 +39,10 @@ from stage_train.config import TrainSchema, as_dict
 
 _gathered: dict[Path, list[TrainSchema]] = {}
 """Runs noted so far, by the folder of their sweep."""
+
+# What the processes of a packed job are given beside the file: JSON, from each URL in it whose secrets are masked to
+# the URL itself.
+GRANTS = "GRANARY_GRANTS"
 
 
 def gather(cfg: TrainSchema) -> None:
@@ -54,7 +61,27 @@ def train_gathered() -> None:
     for folder, cfgs in _gathered.items():
         path = RunFolder(folder).packed_list
         write_text(path, OmegaConf.to_yaml(OmegaConf.create([as_dict(cfg) for cfg in cfgs])))
+        os.environ[GRANTS] = json.dumps(
+            dict(grants([OmegaConf.to_container(OmegaConf.structured(cfg)) for cfg in cfgs]))
+        )
         run_child([*python_module(cfgs[0].nproc), "stage_train.packed", str(path)])
+
+
+def grants(value: Any) -> Iterator[tuple[str, str]]:
+    """(as it may be saved, as it was given) of every text in a configuration that holds a secret."""
+    if isinstance(value, str) and masked(value) != value:
+        yield masked(value), value
+    for item in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        yield from grants(item)
+
+
+def granted(value: Any, given: Mapping[str, str]) -> Any:
+    """A configuration from a file, with the texts of `given` in place of masked ones."""
+    if isinstance(value, dict):
+        return {key: granted(item, given) for key, item in value.items()}
+    if isinstance(value, list):
+        return [granted(item, given) for item in value]
+    return given.get(value, value) if isinstance(value, str) else value
 
 
 def read_list(path: Path) -> list[TrainSchema]:
@@ -64,7 +91,7 @@ def read_list(path: Path) -> list[TrainSchema]:
     """
     if not path.is_file():
         raise GranaryError(f"{path} is not there: give the packed.yaml of a sweep, or a list of train.yaml contents")
-    entries = read_yaml(path)
+    entries = granted(read_yaml(path), json.loads(os.environ.get(GRANTS, "{}")))
     if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
         raise GranaryError(f"{path} is not a list of configurations: begin each with '- ' and the keys of a train.yaml")
     try:

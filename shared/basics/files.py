@@ -64,7 +64,8 @@ def making_folder(folder: Path, *, replace: bool = False) -> Iterator[Path]:
     """A folder to fill beside `folder`; when the block ends it is `folder`, on disk, where nothing or no file was.
 
     With `replace` it takes the place of a folder that is there. After an error in the block, or a full disk, nothing of
-    it is left, and what was there is. Raises OSError.
+    it is left, and what was there is. Where a disk fails after all is in its place, and lets nothing be taken back
+    either, the folder stays and that is no error. Raises OSError.
     """
     final = Path(os.path.realpath(folder))
     make_folders(final.parent)
@@ -74,7 +75,6 @@ def making_folder(folder: Path, *, replace: bool = False) -> Iterator[Path]:
     for left in (temp, former):
         shutil.rmtree(left, ignore_errors=True)
     temp.mkdir()
-    made = temp
     try:
         yield temp
         for path in temp.rglob("*"):
@@ -83,14 +83,26 @@ def making_folder(folder: Path, *, replace: bool = False) -> Iterator[Path]:
         if replace and final.exists():
             os.replace(final, former)
         os.replace(temp, final)
-        made = final
-        sync_folder(final.parent)
+        try:
+            sync_folder(final.parent)
+        except OSError:
+            if _taken_back(final, temp):
+                raise
     except BaseException:
-        shutil.rmtree(made, ignore_errors=True)
+        shutil.rmtree(temp, ignore_errors=True)
         with suppress(OSError):
             os.replace(former, final)
         raise
     shutil.rmtree(former, ignore_errors=True)
+
+
+def _taken_back(final: Path, temp: Path) -> bool:
+    """Whether `final` could be renamed back to `temp`; removed where it is, it might go by half."""
+    try:
+        os.replace(final, temp)
+    except OSError:
+        return False
+    return True
 
 
 def write_bytes(path: Path, content: bytes) -> None:

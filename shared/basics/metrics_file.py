@@ -1,12 +1,13 @@
 """Reading ``metrics.jsonl``: one JSON object per logging step of a training run. It may be long, and it may be torn."""
 
-import json
 import math
 from array import array
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from shared.basics.documents import parse_json
+from shared.basics.errors import GranaryError
 from shared.basics.run_folder import RunFolder
 
 
@@ -51,8 +52,8 @@ def _lines(folder: Path) -> Iterator[bytes]:
 def _parse(line: bytes) -> dict[str, Any] | None:
     """The metrics of a line; None for a damaged one."""
     try:
-        metrics = json.loads(line)
-    except (ValueError, RecursionError):
+        metrics = parse_json(line, "a line")
+    except GranaryError:
         return None
     is_metrics = isinstance(metrics, dict) and type(metrics.get("step")) is int
     return metrics if is_metrics else None

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from shared.basics.documents import parse_json
 from shared.basics.errors import GranaryError
 from shared.latents.layout import ArraySpec
 from shared.store.format.checksum import CRC_BYTES, crc32c, crc_bytes, crc_from_bytes
@@ -222,7 +223,7 @@ class ArrayReader:
     def _check(self, key: str) -> int:
         """Number of rows that ``zarr.json`` tells; raises GranaryError where it is another array than the format's."""
         try:
-            found = json.loads(self.io.get(key))
+            found = parse_json(self.io.get(key), key)
             shape = [int(size) for size in found["shape"]]
             wanted = array_document(
                 dtype=self.spec.dtype,
@@ -234,7 +235,7 @@ class ArrayReader:
                 codec=CODEC,
             )
             intact = found == json.loads(wanted)
-        except (ValueError, KeyError, TypeError, IndexError):
+        except (GranaryError, ValueError, OverflowError, KeyError, TypeError, IndexError):
             intact = False
         if not intact:
             raise self._damaged(key, f"does not describe {self.spec.dtype} rows of shape {self.row_shape}")

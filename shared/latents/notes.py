@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from shared.basics.disk import telling_disk_errors
+from shared.basics.documents import parse_json, typed
 from shared.basics.errors import GranaryError
 from shared.latents.layout import NOTES
 from shared.store.io.base import ObjectIO
@@ -118,7 +119,7 @@ class Notes:
         where, values = ("WHERE latent = ?", (latent,)) if latent is not None else ("", ())
         rows = self._read(f"SELECT id, latent, text, method, author, created, details FROM explanation {where}", values)
         return [
-            Explanation(number, of, text, method, author, created, json.loads(details))
+            Explanation(number, of, text, method, author, created, self._details(details))
             for number, of, text, method, author, created, details in rows
         ]
 
@@ -142,7 +143,7 @@ class Notes:
         columns = "explanation, scorer, value, low, high, created, details"
         rows = self._read(f"SELECT {columns} FROM score WHERE explanation = ? ORDER BY id", (explanation,))
         return [
-            Score(of, scorer, value, low, high, created, json.loads(details))
+            Score(of, scorer, value, low, high, created, self._details(details))
             for of, scorer, value, low, high, created, details in rows
         ]
 
@@ -214,7 +215,7 @@ class Notes:
         """Results of all searches for concepts, the newest first: name, definition, created, result."""
         rows = self._read("SELECT name, definition, created, result FROM concept ORDER BY id DESC")
         return [
-            {"name": name, "definition": definition, "created": created, "result": json.loads(result)}
+            {"name": name, "definition": definition, "created": created, "result": self._details(result)}
             for name, definition, created, result in rows
         ]
 
@@ -251,6 +252,11 @@ class Notes:
         return list(dict.fromkeys(row[0] for row in self._read(f"SELECT {latent} FROM search WHERE {where}", values)))
 
     # The file
+
+    def _details(self, text: Any) -> dict[str, Any]:
+        """A JSON object that a row holds; a stranger's file may hold anything there."""
+        where = f"a row of {self.path}"
+        return typed(dict[str, Any], parse_json(typed(str, text, where), where), where)
 
     def _read(self, query: str, values: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
         db = self._connection()

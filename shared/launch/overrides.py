@@ -12,12 +12,15 @@ from importlib import resources
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
+from shared.basics.config import marks
 from shared.launch import commands
 
 # Groups that also take the value of one of their keys.
 VALUE_SHORTHANDS = {"model": "model.path", "device": "device.name"}
 # Keys that are lists by nature: a bare comma list is one value, and no sweep.
 LISTS = ("hooks.layers", "hooks.sites")
+# Hydra's key for what it leaves out of the name of a job.
+UNNAMED = "hydra.job.config.override_dirname.exclude_keys"
 
 
 def expand_shorthands(overrides: Sequence[str]) -> list[str]:
@@ -69,6 +72,20 @@ def expand_launcher(arguments: Sequence[str]) -> list[str]:
     others = [argument for argument in arguments if argument not in ("-m", "--multirun")]
     names_one = any(argument.startswith("hydra/launcher=") for argument in arguments)
     return ["--multirun", *others] if names_one or len(others) < len(arguments) else others
+
+
+def name_swept_keys(arguments: Sequence[str], schema: type) -> list[str]:
+    """In a sweep, keys that are no part of a folder's name are one where they take several values.
+
+    Two stores in one sweep are else two runs in one folder. ``name`` and ``run_dir`` move the whole sweep.
+    """
+    unnamed = [name for name, mark in marks(schema) if not mark.named]
+    if "--multirun" not in arguments or any(argument.startswith(f"{UNNAMED}=") for argument in arguments):
+        return list(arguments)
+    given = OverridesParser.create().parse_overrides([one for one in arguments if not one.startswith("-")])
+    swept = {one.get_key_element() for one in given if one.is_sweep_override()} & set(unnamed) - {"name", "run_dir"}
+    left = [name for name in unnamed if name not in swept]
+    return [*arguments, f"{UNNAMED}=[{','.join(left)}]"] if swept else list(arguments)
 
 
 def rank_overrides() -> list[str]:

@@ -19,7 +19,13 @@ from shared.launch import slurm
 from shared.launch.counts import expand_counts
 from shared.launch.orphans import environment_of_child
 from shared.launch.outcome import ending_in_one_line, fail
-from shared.launch.overrides import expand_launcher, expand_shorthands, quote_text, rank_overrides
+from shared.launch.overrides import (
+    expand_launcher,
+    expand_shorthands,
+    name_swept_keys,
+    quote_text,
+    rank_overrides,
+)
 from shared.launch.schema import fill, schema_of
 
 # Logger, and a part of the message.
@@ -60,8 +66,9 @@ def run_stage(task: Callable[[Any], None], config_name: str, afterwards: Callabl
     on_interrupt = ["its jobs stay in the queue (squeue, scancel)"] if submitted else []
     with ending_in_one_line(*on_interrupt):
         refuse_password(*sys.argv[1:])
-        arguments = expand_counts(expand_shorthands(quote_text(sys.argv[1:])), schema_of(config_name))
-        sys.argv[1:] = expand_launcher(arguments) + rank_overrides()
+        schema = schema_of(config_name)
+        arguments = expand_launcher(expand_counts(expand_shorthands(quote_text(sys.argv[1:])), schema))
+        sys.argv[1:] = name_swept_keys(arguments, schema) + rank_overrides()
         try:
             hydra.main(version_base="1.3", config_path="pkg://conf", config_name=config_name)(run)()
         except Exception as error:

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from shared.basics.documents import parse_json
 from shared.basics.errors import GranaryError
 from shared.basics.files import replacing
 from shared.basics.run_folder import CONFIG_FILE, WEIGHTS_FILE, RunFolder
@@ -156,11 +157,11 @@ def describe(folder: Path) -> Description:
     path = folder / CONFIG_FILE
     try:
         text = path.read_text(encoding="utf-8").removesuffix("\n")
-        document = json.loads(text)
     except FileNotFoundError:
         raise GranaryError(f"{folder} has no {CONFIG_FILE}: point at a folder that a training run exported") from None
     except ValueError as error:
         raise GranaryError(f"{path} is not JSON: {error}") from None
+    document = parse_json(text, path)
     if not isinstance(document, dict) or document.get("format") != FORMAT:
         raise GranaryError(f"{path} does not describe an SAE of this project (format {FORMAT!r})")
     version = document.get("version")

@@ -3,7 +3,6 @@
 A mapped file would count with every page that a row lies on and those around it; these are read into buffers.
 """
 
-import json
 import os
 import weakref
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from shared.basics.documents import parse_json, typed
 from shared.basics.errors import GranaryError
 from shared.sae.weights_file import DTYPES, read_header
 
@@ -38,7 +38,7 @@ class RowsFile:
         try:
             with path.open("rb") as file:
                 text = read_header(file)
-                header: dict[str, Any] = json.loads(text[8:])
+                header = typed(dict[str, Any], parse_json(text[8:], "its header"), "its header")
             entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
             self._matrices = {
                 name: _Matrix(
@@ -50,7 +50,7 @@ class RowsFile:
                 for name, entry in entries.items()
                 if entry["dtype"] in _TYPES and len(entry["shape"]) > 1
             }
-        except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+        except (OSError, GranaryError, ValueError, KeyError, TypeError, IndexError) as error:
             raise GranaryError(f"{path} is no safetensors file that can be read ({error}): export it again") from None
         self._file = os.open(path, os.O_RDONLY)
         weakref.finalize(self, os.close, self._file)

@@ -71,7 +71,10 @@ def header_digest(file: BinaryIO) -> str:
 def digests_in(file: BinaryIO) -> Iterator[tuple[str, str]]:
     """(name, digest) of each tensor of a file, read in pieces. Raises ValueError where a file holds no such thing."""
     file.seek(0)
-    header = json.loads(read_header(file)[8:])
+    try:
+        header = json.loads(read_header(file)[8:])
+    except RecursionError as error:
+        raise ValueError("its header is nested too deeply") from error
     first = file.tell()
     for name, entry in header.items():
         if name == "__metadata__":

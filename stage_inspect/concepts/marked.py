@@ -10,12 +10,11 @@ label says that its passage or document was looked at and holds no span. What no
 neither an example nor a counterexample.
 """
 
-import json
 from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
+from shared.basics.documents import parse_json
 from shared.basics.errors import GranaryError
 from stage_inspect.concepts.documents import Document
 from stage_inspect.concepts.python import Span
@@ -84,10 +83,7 @@ class MarkedSpans:
 
 def _parse(line: str, where: str) -> tuple[str | tuple[int, int], Labelled | None]:
     """(passage, or context and number of a document; start, end and label where it has them)."""
-    try:
-        record: Any = json.loads(line)
-    except ValueError:
-        raise GranaryError(f"{where} is no JSON") from None
+    record = parse_json(line, where)
     if not isinstance(record, dict) or ("text" in record) == ("document" in record):
         raise GranaryError(f"{where} must have either a text or a document")
     place: str | tuple[int, int]

@@ -25,6 +25,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Mount, Route
 
+from shared.basics.documents import parse_json, typed
 from shared.basics.errors import GranaryError
 from stage_inspect.explorer.documents import Documents
 from stage_inspect.explorer.guard import Guard
@@ -179,12 +180,7 @@ def posted(work: Callable[..., Any]) -> Callable[[Request], Awaitable[Response]]
             received += part
             if len(received) > BODY_BYTES:
                 raise GranaryError("the request is too long")
-        try:
-            body = json.loads(received)
-        except ValueError:
-            body = None
-        if not isinstance(body, dict):
-            raise GranaryError("the request must be a JSON object")
+        body = typed(dict[str, Any], parse_json(received, "the request"), "the request")
         return answer(await run_in_threadpool(work, body, **request.path_params))
 
     return endpoint

@@ -75,23 +75,31 @@ class TensorBoardLogger:
 
 
 class WandbLogger:
-    """A Weights & Biases run, continued under the same id when training resumes."""
+    """A Weights & Biases run, continued under the same id when training resumes.
+
+    What the configuration leaves open is wandb's own variables' to say: WANDB_MODE, WANDB_PROJECT, WANDB_NAME,
+    WANDB_DIR and all that ``wandb.init`` reads. WANDB_RUN_ID and WANDB_RESUME are not asked: a run's folder has its id.
+    """
 
     def __init__(self, cfg: LoggerSchema, folder: Path, run_id: str, name: str, config: Mapping[str, Any]) -> None:
         try:
             import wandb
         except ImportError as error:
             raise GranaryError("logger.kinds=[wandb] needs wandb: pip install 'granary-sae[wandb]'") from error
-        self._run = wandb.init(
-            project=cfg.project,
-            name=name,
-            id=run_id,
-            resume="allow",
-            reinit="create_new",  # beside those of other runs in this process
-            mode=cfg.mode.value,
-            dir=folder,
-            config=dict(config),
-        )
+        try:
+            self._run = wandb.init(
+                project=cfg.project or os.environ.get("WANDB_PROJECT") or "granary",
+                name=os.environ.get("WANDB_NAME") or name,
+                id=run_id,
+                resume="allow",
+                reinit="create_new",  # beside those of other runs in this process
+                mode=None if cfg.mode is None else cfg.mode.value,
+                dir=os.environ.get("WANDB_DIR") or folder,
+                config=dict(config),
+            )
+        except (wandb.Error, ValueError) as error:
+            said = " ".join(str(error).split())
+            raise GranaryError(f"wandb begins no run ({said}): log in to it, or give logger.mode=offline") from error
 
     def write(self, metrics: Metrics) -> None:
         """One history row."""

@@ -2,7 +2,9 @@
 
 import json
 import shutil
+import sqlite3
 from collections.abc import Callable
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from granary.transcoders import check_same_set
+from shared.basics.errors import GranaryError
 from shared.basics.metrics_file import read_columns, read_metrics
 from shared.latents.folder import Latents
 from shared.lm import load_config, load_tokenizer, load_trunk, model_identity
@@ -22,12 +25,15 @@ from shared.lm.hookpoint import hook_points
 from shared.lm.token_bytes import token_bytes
 from shared.sae.folder import describe
 from shared.sae.loading import KINDS, load, load_any
+from shared.sae.rows_file import RowsFile
 from shared.store import Store
 from shared.store.format import layout
 from shared.store.format.manifest import seal, unseal
 from shared.store.verify import verify
 from stage_eval.grid import is_of_grid, last_grid
+from stage_inspect.concepts.marked import MarkedSpans
 from stage_inspect.explanations import read as read_explanations
+from stage_trace.files import with_marks
 from tests.foreign import (
     write_dictionary_learning,
     write_gemma_scope,
@@ -193,3 +199,44 @@ def test_metrics(tmp_path: Path, most: int) -> None:
 
     path = tmp_path / "metrics.jsonl"
     assert survive({"step": 1, "fvu": 0.5}, partial(write_and, path, use), most) > 0
+
+
+DEPTH = "[" * 100_000
+
+
+@pytest.mark.parametrize("file", ["explanations.jsonl", "spans.jsonl", "config.json", "rows.safetensors"])
+def test_nesting_without_end_is_one_line(tmp_path: Path, file: str) -> None:
+    read: dict[str, Callable[[Path], object]] = {
+        "explanations.jsonl": lambda path: list(read_explanations(path, 10)),
+        "spans.jsonl": MarkedSpans.read,
+        "config.json": lambda path: describe(path.parent),
+        "rows.safetensors": RowsFile,
+    }
+    path = tmp_path / file
+    deep = DEPTH.encode()
+    path.write_bytes(len(deep).to_bytes(8, "little") + deep if file.endswith("tensors") else deep)
+    with pytest.raises(GranaryError) as caught:
+        read[file](path)
+    assert "\n" not in str(caught.value)
+
+
+def test_metrics_and_marks_nested_without_end_count_as_damaged(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text(f'{DEPTH}\n{{"step": 1}}\n')
+    assert read_metrics(tmp_path) == [{"step": 1}]
+    (tmp_path / "graph.json").write_text(DEPTH)
+    graph = object()
+    assert with_marks(graph, tmp_path / "graph.json") is graph  # type: ignore[arg-type, comparison-overlap]
+
+
+@pytest.mark.parametrize("details", ["{", "[1]", DEPTH, b"\xff", 3])
+def test_details_in_notes_of_another_form_are_one_line(tmp_path: Path, details: object) -> None:
+    synthetic_latents(tmp_path)
+    notes = Latents.open(tmp_path).notes
+    notes.add_explanation(1, "dates", method="rule", author="me")
+    notes.add_concept("a", "b", {})
+    with closing(sqlite3.connect(notes.path)) as db, db:
+        db.execute("UPDATE explanation SET details = ?", (details,))
+        db.execute("UPDATE concept SET result = ?", (details,))
+    for read in (notes.explanations, notes.concepts):
+        with pytest.raises(GranaryError, match="a row of"):
+            read()

@@ -12,6 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from shared.basics.display import masked
 from shared.basics.errors import GranaryError
 from shared.basics.files import is_abandoned, is_temporary, lock, make_folders, open_alone, sync_folder, temporary
 from shared.basics.inside import checked_key
@@ -34,7 +35,7 @@ class LocalIO:
 
     def __init__(self, root: str) -> None:
         self.root = Path(root).expanduser().absolute()
-        self.url = str(self.root)
+        self.url = masked(str(self.root))
         self._claim: int | None = None
 
     def put(self, key: str, parts: Iterable[Buffer], *, replace: bool = False) -> bool:

@@ -215,6 +215,39 @@ def test_a_folder_takes_the_place_of_another_or_does_not(
     assert os.listdir(tmp_path / "site") == ["new" if fails is None else "old"]
 
 
+@pytest.mark.parametrize("replace", [False, True])
+@pytest.mark.parametrize("is_read_only", [False, True])
+def test_a_folder_whose_last_flush_fails_is_taken_back_or_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, replace: bool, is_read_only: bool
+) -> None:
+    """A disk that lets nothing be taken back has the folder, whole: an error would bid the user to make another."""
+    if replace:
+        write_text(tmp_path / "site" / "old", "old")
+
+    def failing(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    def last_flush(folder: Path) -> None:
+        if folder == tmp_path:
+            if is_read_only:
+                monkeypatch.setattr(os, "replace", failing)
+                monkeypatch.setattr(os, "unlink", failing)
+            failing()
+
+    monkeypatch.setattr(files, "sync_folder", last_flush)
+    expected = contextlib.nullcontext() if is_read_only else pytest.raises(OSError, match="Read-only")
+    with expected, making_folder(tmp_path / "site", replace=replace) as filled:
+        for name in "ab":
+            (filled / name).write_text(name)
+    monkeypatch.undo()
+    found = {path.name: sorted(os.listdir(path)) for path in tmp_path.iterdir()}
+    if is_read_only:
+        former = {".site.former.tmp": ["old"]} if replace else {}
+        assert found == {"site": ["a", "b"], **former}
+    else:
+        assert found == ({"site": ["old"]} if replace else {})
+
+
 def test_a_folder_whose_writer_died_between_two_renames_is_put_back(tmp_path: Path) -> None:
     write_text(tmp_path / ".site.former.tmp" / "old", "old")
     with contextlib.suppress(KeyError), making_folder(tmp_path / "site", replace=True):

@@ -121,14 +121,37 @@ def test_a_model_may_be_a_path_or_a_group_option() -> None:
 @pytest.mark.parametrize(
     ("overrides", "name"),
     [
-        ("sae.expansion=8,sae.k=16", "expansion=8,k=16"),
-        ("", "run"),
-        ("sae.prefixes=[0.25,0.5,1.0],sae.k=16", "prefixes=0.25+0.5+1.0,k=16"),
-        ("reads=layers.2.mlp_in,writes=[layers.2.mlp_out,layers.3.mlp_out]",
+        (["sae.k=16", "sae.expansion=8"], "expansion=8,k=16"),
+        ([], "run"),
+        (["sae.prefixes=[0.25,0.5,1.0]", "sae.k=16"], "k=16,prefixes=0.25+0.5+1.0"),
+        (["sae.prefixes=[0.25,0]"], "prefixes=0.25+0"),
+        (["writes=[layers.2.mlp_out,layers.3.mlp_out]", "reads=layers.2.mlp_in"],
          "reads=layers.2.mlp_in,writes=layers.2.mlp_out+layers.3.mlp_out"),
-        ("init_from=/a/b", "init_from=662b7b62"),
-        ("reads=layers.*.mlp_in", "reads=06c92ec0"),
+        (["init_from=/a/b"], "init_from=662b7b62"),
+        (["init_from='/a/b'"], "init_from=662b7b62"),
+        (["reads=layers.*.mlp_in"], "reads=06c92ec0"),
+        (["optim.lr=1e-4", "sae=topk", "init_from=null"], "init_from=null,lr=1e-4,sae=topk"),
+        (["stream.seed=1", "seed=2"], "seed=2,stream.seed=1"),
+        (["checkpoint.every=1"], "checkpoint.every=1"),
+        (["name=mine", "sae.k=16"], "k=16"),
+        (["run_dir='a,b=[c'", "sae.k=16"], "k=16"),
+        ([f"hook=layers.{'9' * 300}.resid_post"], "90e6d47e"),
     ],
 )  # fmt: skip
-def test_the_folder_of_a_run_of_a_sweep(overrides: str, name: str) -> None:
-    assert stage_train.config.sweep_name(overrides) == name
+def test_the_folder_of_a_run_of_a_sweep(overrides: list[str], name: str) -> None:
+    assert stage_train.config.sweep_name(overrides, stage_train.config.unnamed_keys()) == name
+
+
+def test_values_that_are_not_alike_have_folders_of_their_own() -> None:
+    values = [
+        "[[1,2],[3]]",
+        "[[1],[2,3]]",
+        "[a,b]",
+        "[a+b]",
+        "['a,b']",
+        "[{url:a},{url:b}]",
+        "[{url:ab}]",
+        "'a b'",
+        "ab",
+    ]
+    assert len({stage_train.config.sweep_name([f"reads={value}"], []) for value in values}) == len(values)

@@ -15,13 +15,13 @@ from shared.basics.errors import GranaryError
 from shared.basics.numbers import parse_count
 from shared.launch.config_errors import describe_config_error
 from shared.launch.counts import expand_counts
-from shared.launch.overrides import expand_launcher, expand_shorthands, quote_text
+from shared.launch.overrides import expand_launcher, expand_shorthands, name_swept_keys, quote_text
 from shared.launch.peer_names import KEYS, SITES, site_of
 from shared.launch.schema import fill, schema_of, suggestion, unknown_keys
 from shared.lm.hookpoint import SITES as OUR_SITES
 from stage_eval.config import EvalSchema
 from stage_harvest.config import HarvestSchema
-from stage_train.config import TrainSchema
+from stage_train.config import TrainSchema, unnamed_keys
 
 
 @pytest.fixture(autouse=True)
@@ -144,3 +144,14 @@ def test_sites_as_others_name_them() -> None:
 @pytest.mark.parametrize("given", [["-m", "a=1,2", "b=3"], ["a=1,2", "--multirun", "b=3"], ["a=1,2", "b=3", "-m"]])
 def test_a_multirun_is_asked_for_anywhere_on_the_line(given: list[str]) -> None:
     assert expand_launcher(given) == ["--multirun", "a=1,2", "b=3"]
+
+
+def test_a_key_that_a_sweep_varies_is_in_its_folders_names() -> None:
+    line = ["--multirun", "store.url=a,b", "device.name=cpu", "run_dir=x,y", "sae.k=2,3"]
+    *given, added = name_swept_keys(line, TrainSchema)
+    assert given == line
+    key, _, left = added.partition("=")
+    assert key == "hydra.job.config.override_dirname.exclude_keys"
+    assert set(left.strip("[]").split(",")) == set(unnamed_keys()) - {"store.url"}
+    for alone in (line[1:], ["--multirun", "store.url=a", "sae.k=2,3"], [*line, added]):
+        assert name_swept_keys(alone, TrainSchema) == alone

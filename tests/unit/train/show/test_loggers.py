@@ -2,11 +2,13 @@
 
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from shared.basics.errors import GranaryError
 from stage_train.config import LoggerSchema, WandbMode
 from stage_train.show.loggers import TensorBoardLogger, WandbLogger
 from stage_train.show.progress import ProgressBar
@@ -48,6 +50,47 @@ def test_wandb_offline_holds_every_line(tmp_path: Path, monkeypatch: pytest.Monk
             items = {item.key or item.nested_key[0]: json.loads(item.value_json) for item in record.history.item}
             rows.append((items["_step"], items["fvu"]))
     assert rows == [(20, 0.25), (40, 0.125)]
+
+
+@pytest.mark.parametrize(
+    ("mode", "project", "expected"),
+    [
+        (None, None, ("of-environment", "their-name", "offline")),
+        (WandbMode.disabled, "mine", ("mine", "their-name", "disabled")),
+    ],
+)
+def test_what_is_left_open_the_environment_says(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    mode: WandbMode | None,
+    project: str | None,
+    expected: tuple[str, str, str],
+) -> None:
+    wandb = pytest.importorskip("wandb")
+    for name, value in {
+        "SILENT": "true",
+        "MODE": "offline",
+        "PROJECT": "of-environment",
+        "NAME": "their-name",
+        "DIR": str(tmp_path / "elsewhere"),
+        "RUN_ID": "of-another",
+    }.items():
+        monkeypatch.setenv(f"WANDB_{name}", value)
+    wandb.teardown()  # it reads them once in a process
+    (tmp_path / "elsewhere").mkdir()
+    cfg = LoggerSchema(every=1, kinds=[], progress=False, curves=False, project=project, mode=mode)
+    logger = WandbLogger(cfg, tmp_path, "abc123", "mine", {})
+    run = logger._run
+    assert (run.project, run.name, run.settings.mode) == expected
+    logger.close()
+    assert run.id == "abc123"
+    assert len(list(tmp_path.glob("elsewhere/wandb/offline-run-*"))) == (mode is None)
+    wandb.teardown()
+    monkeypatch.setenv("WANDB_MODE", "bogus")
+    with pytest.raises(GranaryError, match=r"wandb begins no run.*'online', 'offline'.*logger.mode=offline") as caught:
+        WandbLogger(replace(cfg, mode=None), tmp_path, "abc124", "mine", {})
+    assert "\n" not in str(caught.value)
+    wandb.teardown()
 
 
 def test_the_bar_shows_a_runs_figures(capsys: pytest.CaptureFixture[str]) -> None:
