@@ -146,8 +146,8 @@ def test_scores_of_a_concept_stand_with_their_intervals(browser: Browser, place:
     rows = "return [...document.querySelectorAll('.concepts tbody tr')].map((row) => [...row.cells].slice(1)"
     rows += ".map((cell) => cell.innerText.replace(/\\s+/g, ' ').trim()))"
     assert browser.run(rows) == [
-        ["0.500 0.40–0.60", "0.610", "0.700", "0.390", "0.980 0.91–0.99"],
-        ["0.500 0.40–0.60", "–", "0.700", "0.390", "0.980"],
+        ["0.500 0.40\u20130.60", "0.610", "0.700", "0.390", "0.980 0.91\u20130.99"],
+        ["0.500 0.40\u20130.60", "\u2013", "0.700", "0.390", "0.980"],
     ]
 
 
