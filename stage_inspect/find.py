@@ -76,7 +76,7 @@ def find(arguments: argparse.Namespace) -> None:
     title = f"{arguments.split} tokens of {inspected.store.url}: chosen on {found.documents[0]:,} documents, scored on"
     table = Table(title=f"{title} {found.documents[1]:,} others", title_justify="left")
     table.add_column("concept")
-    for name in ("latent", "F1", "95 %", "prec.", "recall", "AUROC", "95 %"):
+    for name in ("latent", "F1", "95 %", "F1 chosen", "prec.", "recall", "AUROC", "95 %"):
         table.add_column(name, justify="right", no_wrap=True)
     for name, matches in found.matches.items():
         for number, one in enumerate(matches):
@@ -85,6 +85,7 @@ def find(arguments: argparse.Namespace) -> None:
                 str(one.latent),
                 f"{one.f1:.3f}",
                 f"{one.low:.2f}-{one.high:.2f}",
+                f"{one.chosen_f1:.3f}",
                 f"{one.precision:.3f}",
                 f"{one.recall:.3f}",
                 f"{one.auroc:.3f}",

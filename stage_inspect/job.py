@@ -68,6 +68,16 @@ class InspectJob:
         return sorted({self.store.shard_of(int(context)) for context in self.contexts})
 
     @cached_property
+    def trainable(self) -> npt.NDArray[np.int64]:
+        """Trainable tokens of each context."""
+        per_context = {
+            record.first_context + number: trainable
+            for record in self.store.committed().values()
+            for number, trainable in enumerate(record.trainable)
+        }
+        return np.array([per_context[int(context)] for context in self.contexts], np.int64)
+
+    @cached_property
     def parts(self) -> list[npt.NDArray[np.int64]]:
         """Contexts of each part: whole shards, as many as make `PART_TOKENS`. Who does which part changes nothing."""
         seq_len = self.store.seq_len

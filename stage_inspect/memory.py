@@ -4,22 +4,33 @@ import math
 import resource
 from dataclasses import dataclass
 
+import numpy as np
+
 from shared.basics.units import human_bytes
 from shared.latents.layout import BINS, SUMS
 from shared.sae.variants import Dictionary
-from stage_inspect.finish.together import CELLS, PAIRS
+from stage_inspect.finish.together import CELLS, FILLED, PAIRS
+from stage_inspect.finish.weights import BLOCK_ELEMENTS, MOST_COMPARED, ROWS
 from stage_inspect.job import InspectJob
 from stage_inspect.scan.batches import BATCH_TOKENS, ENCODE_ELEMENTS
-from stage_inspect.scan.keep import LEAST_PENDING, ROWS
+from stage_inspect.scan.keep import LEAST_PENDING
+from stage_inspect.scan.log import BESIDE, TOKEN_RECORD, WINDOW_RECORD
 from stage_inspect.scan.places import position_edges
+from stage_inspect.scan.scan import POOL_MARGIN
 from stage_inspect.scan.settings import Settings
 from stage_inspect.scan.state import FIRED, LATENTS_PER_BLOCK, LOG_BYTES
 
-PAIR_BYTES = 220  # of one (token, latent) while a batch is counted: its columns, sorted copies, groups and keys
-RECORD_BYTES = 32
-COPIES = 3  # of records and state while they are sorted, packed and written
+WINDOW_BYTES, TOKEN_BYTES = (
+    sum(np.dtype(dtype).itemsize for dtype in record.values()) for record in (WINDOW_RECORD, TOKEN_RECORD)
+)
+BESIDE_BYTES = sum(np.dtype(dtype).itemsize for dtype in BESIDE.values())  # of an active token beside a peak
+PAIR_BYTES = 160  # of one (token, latent) while a batch is counted: its columns, sorted copies, groups and keys
+PENDING_BYTES, UPDATE_BYTES = 12, 40  # of a key that does not count yet, and while it is made to
+MERGE_COPIES = 3  # of records while they are joined, sorted and written
 CELL_BYTES, TERM_BYTES = 48, 80  # of a pair of latents, and of a term of its sums, while they are compared
-SAMPLED_BYTES = 40  # of one (token, latent) of the sample in which they are
+SAMPLED_BYTES = 64  # of one (token, latent) of the sample in which they are
+POOL_BYTES = 40  # of one in the windows of which the pool is chosen
+PLANE_COPIES = 4  # of the float64 matrix of which the map's axes are
 
 
 @dataclass(frozen=True)
@@ -45,37 +56,69 @@ class Memory:
 
 
 def estimate(job: InspectJob, dictionary: Dictionary, settings: Settings) -> Memory:
-    """From the sizes alone, and the number of latents that fire on the first tokens."""
-    F, fired, T = job.num_latents, mean_fired(job, dictionary), job.store.seq_len
-    kept = (settings.top, settings.sample, settings.token_sample)
-    part_tokens, all_tokens = max(len(part) for part in job.parts) * T, len(job.contexts) * T
-    updating = min(ROWS, F) * max(kept) * 8 * COPIES
-    pending = sum(max(LEAST_PENDING, F * count // 8) for count in kept) * 12
+    """From the sizes alone, and what fires on the first tokens."""
+    F, T = job.num_latents, job.store.seq_len
+    fired, beside = first_firing(job, dictionary)
+    of_context = dict(zip(job.contexts.tolist(), job.trainable.tolist(), strict=True))
+    part_pairs = fired * max(sum(of_context[context] for context in part.tolist()) for part in job.parts)
+    all_tokens = int(job.trainable.sum())
+    all_pairs = fired * all_tokens
+    kept = {"top": settings.top, "sample": settings.sample, "tokens": settings.token_sample}
+    bytes_of = dict.fromkeys(kept, WINDOW_BYTES + beside * BESIDE_BYTES) | {"tokens": TOKEN_BYTES}
+
+    def logs(latents: int, pairs: float) -> dict[str, float]:
+        """Bytes of the records of so many latents that are found among these pairs (token, latent)."""
+        groups = dict.fromkeys(kept, pairs / (1 + beside)) | {"tokens": pairs}
+        return {name: records(latents, count, groups[name]) * bytes_of[name] for name, count in kept.items()}
+
+    found = logs(F, part_pairs)
+    least = {name: min(found[name], F * count * bytes_of[name]) for name, count in kept.items()}
+    if sum(found.values()) > LOG_BYTES:  # then what has become superfluous is let go
+        scale = max(LOG_BYTES, sum(least.values())) / sum(found.values())
+        found = {name: size * min(1.0, scale) for name, size in found.items()}
+    pending = [min(max(LEAST_PENDING, F * count // 8), part_pairs) for count in kept.values()]
     state = F * (8 * len(FIRED) + 8 * len(SUMS) + 4 + 4 * BINS + 4 * len(position_edges(T)))
+    batch = min(BATCH_TOKENS * fired, part_pairs) * PAIR_BYTES + min(ENCODE_ELEMENTS, T * F) * 4
+    copies = max(batch, *found.values())  # records are sorted after the last batch, one kind at a time
+
     block = min(F, LATENTS_PER_BLOCK)
-    merge = records(block, kept, all_tokens * fired * block / F, all_tokens * fired / F) * RECORD_BYTES * COPIES
-    sampled = min(settings.together_tokens, all_tokens) * fired * SAMPLED_BYTES
-    comparing = min(F * F, CELLS) * CELL_BYTES + min(PAIRS, sampled * fired) * TERM_BYTES
-    found = records(F, kept, part_tokens * fired, part_tokens * fired / F) * RECORD_BYTES
+    merge = sum(logs(block, all_pairs * block / F).values()) * MERGE_COPIES + 2 * state * block / F
+    sampled = min(settings.together_tokens, all_tokens) * fired
+    cells = min(F * F, max(CELLS, F)) if sampled * fired >= FILLED * F * F else 0
+    comparing = sampled * SAMPLED_BYTES + cells * CELL_BYTES + min(PAIRS, sampled * fired) * TERM_BYTES
+    pool = min(POOL_MARGIN * settings.pool * settings.window, all_tokens) * fired * POOL_BYTES
     return Memory(
         base=1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
-        keys=F * sum(kept) * 4 + updating + pending,
-        part=int(min(found, LOG_BYTES) + state) * COPIES,
-        batch=int(min(BATCH_TOKENS, part_tokens) * fired * PAIR_BYTES * 2 + min(ENCODE_ELEMENTS, T * F) * 4 * COPIES),
-        finish=int(max(merge + state, sampled + comparing)),
+        keys=int(F * sum(kept.values()) * 4 + sum(pending) * PENDING_BYTES + max(pending) * UPDATE_BYTES),
+        part=int(sum(found.values()) + state),
+        batch=int(copies),
+        finish=int(max(merge, comparing, pool, weights(job, dictionary))),
     )
 
 
-def records(latents: int, kept: tuple[int, ...], pairs: float, each: float) -> float:
-    """Records written down while the smallest keys of each latent are looked for.
+def weights(job: InspectJob, dictionary: Dictionary) -> int:
+    """Bytes taken while the weights are looked at, beside the dictionary itself."""
+    F, D = job.num_latents, dictionary.widths.d_out
+    rows = min(F, ROWS) * D * 8 * 3
+    copies = F * D * 4 if len(dictionary.groups) > 1 else 0
+    compared = F * D * 4 + BLOCK_ELEMENTS * 4 * 2 if F <= MOST_COMPARED else 0
+    plane = D * D * 8 * PLANE_COPIES + rows
+    return copies + max(compared, plane)
+
+
+def records(latents: int, count: int, found: float) -> float:
+    """Records written down while the `count` smallest keys of each latent are looked for among `found` in all.
 
     The K smallest of n keys in random order are improved on K (1 + ln(n / K)) times; some more are taken before the
     keys are brought up to date.
     """
-    improved = [count * (1 + math.log(max(1.0, each / count))) for count in kept]
-    return sum(min(pairs, latents * times + LEAST_PENDING) for times in improved)
+    improved = count * (1 + math.log(max(1.0, found / latents / count)))
+    return min(found, latents * improved + LEAST_PENDING)
 
 
-def mean_fired(job: InspectJob, dictionary: Dictionary) -> float:
-    """Latents that fire on a token, of the first ones."""
-    return max(1.0, float((job.first_latents(dictionary).indices >= 0).sum(-1).double().mean()))
+def first_firing(job: InspectJob, dictionary: Dictionary) -> tuple[float, float]:
+    """Latents that fire on a token, of the first ones; and on how many more of these each of them does."""
+    indices = job.first_latents(dictionary).indices.cpu().numpy()
+    there = indices[indices >= 0]
+    fired = max(1.0, len(there) / max(1, len(indices)))
+    return fired, len(there) / max(1, len(np.unique(there))) - 1

@@ -22,6 +22,7 @@ RELATED, LISTED = 10, 8  # latents and tokens listed beside them
 BLOCK = 64  # latents whose names and tokens come together
 STRONGEST_TOKENS = 6
 SCORES = ("f1", "low", "high", "precision", "recall", "auroc")  # of a latent as the detector of a concept
+MORE_SCORES = ("auroc_low", "auroc_high", "chosen_f1")  # which a result of an earlier version may lack
 
 
 class Documents:
@@ -119,7 +120,12 @@ class Documents:
                     "definition": found["definition"],
                     "split": str(result.get("split", "")),
                     "latents": [
-                        [row["latent"], *told[str(row["latent"])], *(short(row[score]) for score in SCORES)]
+                        [
+                            row["latent"],
+                            *told[str(row["latent"])],
+                            *(short(row[score]) for score in SCORES),
+                            *(short(row[score]) if is_number(row.get(score)) else None for score in MORE_SCORES),
+                        ]
                         for row in rows
                     ],
                 }
@@ -264,10 +270,8 @@ class Documents:
         """Whether a row of a stored result is of a latent that is here, with all its scores."""
         if not isinstance(row, dict) or not isinstance(row.get("latent"), int):
             return False
-        scores = [row.get(score) for score in SCORES]
-        return 0 <= row["latent"] < self.latents.num_latents and all(
-            isinstance(score, int | float) and np.isfinite(score) for score in scores
-        )
+        has_scores = all(is_number(row.get(score)) for score in SCORES)
+        return 0 <= row["latent"] < self.latents.num_latents and has_scores
 
     def _text(self, token: int) -> str:
         vocabulary = self.latents.vocabulary
@@ -293,6 +297,11 @@ class Documents:
 
 NUMBERS = ("fired", "density", "max", "mean", "std", "skew", "kurtosis", "windows", "documents",
            "encoder_decoder_cosine")  # fmt: skip
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value from a file is a finite number."""
+    return isinstance(value, int | float) and bool(np.isfinite(value))
 
 
 def short(value: float) -> float:

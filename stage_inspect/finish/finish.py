@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from shared.basics.errors import GranaryError
 from shared.latents.meta import Meta
@@ -28,7 +29,7 @@ from stage_inspect.finish.weights import (
 from stage_inspect.finish.windows import window_rows
 from stage_inspect.job import InspectJob
 from stage_inspect.scan import parts
-from stage_inspect.scan.log import Columns, join
+from stage_inspect.scan.log import Columns
 from stage_inspect.scan.pairs import Ints
 from stage_inspect.scan.places import position_edges
 from stage_inspect.scan.settings import Settings
@@ -41,9 +42,8 @@ def finish(io: ObjectIO, job: InspectJob, dictionary: Dictionary, settings: Sett
     """Write the folder of parts that are all there, and remove them; killed anywhere, it can be begun again."""
     files = [open_part(io, number, identity) for number in range(len(job.parts))]
     chance = Chance(job.num_latents, settings)
-    whole = [file.piece(len(file) - 1) for file in files]
     num_blocks = len(files[0]) - 1
-    candidates = np.concatenate([one["pool/place"] for one in whole]).astype(np.int64)
+    candidates = whole_of(files, "pool/place").astype(np.int64)
     pool = choose_pool(candidates, settings.pool, chance)
     wanted = pool
     for block in range(num_blocks):
@@ -56,18 +56,16 @@ def finish(io: ObjectIO, job: InspectJob, dictionary: Dictionary, settings: Sett
     windows = write_windows(writer, job, wanted, settings.window)
     dead = write_blocks(writer, (open_merged(io, block, identity) for block in range(num_blocks)), windows)
     writer.append("silent/window", np.searchsorted(windows, pool))
-    pairs = join([{name: one[f"pool/{name}"] for name in ("window", "latent")} for one in whole])
-    columns = silent_columns(pairs["window"].astype(np.int64), pairs["latent"].astype(np.int64), pool, job.num_latents)
-    writer.append_all(columns)
-    sampled = join([{name: one[f"together/{name}"] for name in ("count", "latent", "value")} for one in whole])
-    count_N, latent = sampled["count"].astype(np.int64), sampled["latent"].astype(np.int64)
-    for rows in together(count_N, latent, sampled["value"].astype(np.float64), job.num_latents):
-        writer.append_all(rows)
+    fired = (whole_of(files, "pool/window"), whole_of(files, "pool/latent"))
+    writer.append_all(silent_columns(*fired, pool, job.num_latents))
+    del fired
+    sampled = write_together(writer, files, job.num_latents)
     write_weights(writer, job, dictionary)
     vocabulary = find_vocabulary(job)
     if vocabulary is not None:
         writer.vocabulary(vocabulary)
-    meta = describe(job, settings, identity, whole, edges, dead, len(count_N), writer.axes)
+    totals = [{name: c for name, c in whole(file).items() if name.startswith(("total/", "tokens"))} for file in files]
+    meta = describe(job, settings, identity, totals, edges, dead, sampled, writer.axes)
     writer.finish(meta)
     parts.remove(io)
     return meta
@@ -79,6 +77,16 @@ def open_part(io: ObjectIO, number: int, identity: str) -> parts.PartFile:
     if file is None:
         raise GranaryError(f"{io.url}/{parts.part_key(number)} has vanished: run the same command again")
     return file
+
+
+def whole(file: parts.PartFile) -> Columns:
+    """What of a part belongs to no one latent."""
+    return file.piece(len(file) - 1)
+
+
+def whole_of(files: list[parts.PartFile], name: str) -> npt.NDArray[Any]:
+    """One column of it, of all parts."""
+    return np.concatenate([whole(file)[name] for file in files])
 
 
 def open_merged(io: ObjectIO, block: int, identity: str) -> Columns:
@@ -116,6 +124,15 @@ def write_blocks(writer: LatentsWriter, merged: Iterator[Columns], windows: Ints
     return dead
 
 
+def write_together(writer: LatentsWriter, files: list[parts.PartFile], num_latents: int) -> int:
+    """Which latents fire together; returns on how many tokens they were compared."""
+    count_N = whole_of(files, "together/count").astype(np.int64)
+    latent, value = whole_of(files, "together/latent"), whole_of(files, "together/value")
+    for rows in together(count_N, latent.astype(np.int64), value.astype(np.float64), num_latents):
+        writer.append_all(rows)
+    return len(count_N)
+
+
 def write_weights(writer: LatentsWriter, job: InspectJob, dictionary: Dictionary) -> None:
     """Norms, map, neighbours, logit weights; the last only where what is written is in the residual stream."""
     decoder = decoder_rows(dictionary)
@@ -144,7 +161,7 @@ def describe(
     job: InspectJob,
     settings: Settings,
     identity: str,
-    whole: list[Columns],
+    of_parts: list[Columns],
     edges: list[int],
     dead: int,
     together_tokens: int,
@@ -152,13 +169,13 @@ def describe(
 ) -> Meta:
     """``meta.json``."""
     totals = {
-        name.removeprefix("total/"): sum(int(one[name].sum()) for one in whole)
-        for name in sorted(whole[0])
+        name.removeprefix("total/"): sum(int(one[name].sum()) for one in of_parts)
+        for name in sorted(of_parts[0])
         if name.startswith("total/")
     }
     counts: dict[str, Any] = totals | {
         "tokens_train": totals["tokens"] - totals["tokens_heldout"],
-        "tokens_by_position": np.sum([one["tokens_by_position"] for one in whole], axis=0).tolist(),
+        "tokens_by_position": np.sum([one["tokens_by_position"] for one in of_parts], axis=0).tolist(),
         "dead": dead,
     }
     provenance = job.store.plan.provenance

@@ -17,6 +17,7 @@ from stage_inspect.scan.log import Columns
 
 MOST_COMPARED = 65_536  # latents whose neighbours are found by comparing all pairs
 BLOCK_ELEMENTS = 1 << 24
+ROWS = 1 << 14  # of the weights that are looked at together
 # Sites that are the residual stream or are added to it, so that the head reads them.
 IN_THE_STREAM = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")
 
@@ -42,7 +43,8 @@ def weight_columns(dictionary: Dictionary, decoder: Tensor) -> Columns:
     groups = dictionary.groups
     cosine = torch.zeros(len(decoder))
     if dictionary.config.is_autoencoder and len(groups) == 1:
-        cosine = torch.cosine_similarity(groups[0].W_enc, decoder, dim=1)
+        pairs = zip(torch.split(groups[0].W_enc, ROWS), torch.split(decoder, ROWS), strict=True)
+        cosine = torch.cat([torch.cosine_similarity(encoder, rows, dim=1) for encoder, rows in pairs])
     xy = principal_plane(decoder)
     columns = {
         "encoder_norm": torch.cat([group.W_enc.norm(dim=1) for group in groups]),
@@ -57,16 +59,21 @@ def weight_columns(dictionary: Dictionary, decoder: Tensor) -> Columns:
 
 def principal_plane(W_FD: Tensor) -> Tensor:
     """Rows of unit norm projected on their two main axes, float32 [F, 2]; each axis' largest weight is positive."""
-    unit = torch.nn.functional.normalize(W_FD.double(), dim=1)
-    unit = unit - unit.mean(0)
-    _, axes = torch.linalg.eigh(unit.T @ unit)
+
+    def units() -> Iterator[Tensor]:
+        return (torch.nn.functional.normalize(rows.double(), dim=1) for rows in torch.split(W_FD, ROWS))
+
+    mean = torch.stack([rows.sum(0) for rows in units()]).sum(0) / len(W_FD)
+    spread = torch.zeros(W_FD.shape[1], W_FD.shape[1], dtype=torch.float64, device=W_FD.device)
+    for rows in units():
+        spread += (rows - mean).T @ (rows - mean)
+    _, axes = torch.linalg.eigh(spread)
     plane = axes[:, -2:].flip(1)
     if plane.shape[1] < 2:
         plane = torch.cat([plane, torch.zeros_like(plane)], 1)
     largest = plane.abs().argmax(0)
     plane = plane * torch.sign(plane[largest, torch.arange(2)])
-    projected: Tensor = unit @ plane
-    return projected.float()
+    return torch.cat([(rows - mean) @ plane for rows in units()]).float()
 
 
 @torch.inference_mode()

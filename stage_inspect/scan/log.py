@@ -26,20 +26,18 @@ class Log:
 
     def __init__(self) -> None:
         self._parts: list[Columns] = []
-        self.size = 0
         self.num_bytes = 0
 
     def add(self, columns: Columns) -> None:
         """A batch of records."""
         if len(columns["latent"]):
             self._parts.append(columns)
-            self.size += len(columns["latent"])
             self.num_bytes += sum(column.nbytes for column in columns.values())
 
     def keep(self, chosen: npt.NDArray[np.bool_]) -> None:
         """Let go of the others."""
         columns = take(self.columns(), np.flatnonzero(chosen))
-        self._parts, self.size, self.num_bytes = [], 0, 0
+        self._parts, self.num_bytes = [], 0
         self.add(columns)
 
     def columns(self) -> Columns:
@@ -48,6 +46,12 @@ class Log:
             whole = join(self._parts)
             self._parts = [whole]
         return self._parts[0] if self._parts else {}
+
+    def pop(self) -> Columns:
+        """`columns`, which are then its own no more."""
+        columns = self.columns()
+        self._parts, self.num_bytes = [], 0
+        return columns
 
 
 def join(parts: list[Columns]) -> Columns:

@@ -4,6 +4,7 @@ A part lasts until the folder is finished. Another process, or the same after a 
 is missing. Parts of other inputs are told by their identity.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,11 +35,7 @@ def merged_key(block: int) -> str:
 
 def write(io: ObjectIO, key: str, identity: str, pieces: list[Columns], *, replace: bool = False) -> None:
     """Put pieces of columns; an object that is there already stays, unless to `replace` it."""
-    encoded = [bytes(CODEC.encode(save({name: np.ascontiguousarray(c) for name, c in one.items()}))) for one in pieces]
-    trailer = seal(
-        {"identity": identity, "sizes": [len(one) for one in encoded], "crc32c": [crc32c(one) for one in encoded]}
-    )
-    io.put(key, [*encoded, trailer, len(trailer).to_bytes(LENGTH_BYTES, "little")], replace=replace)
+    io.put(key, _encoded(identity, pieces), replace=replace)
 
 
 @dataclass(frozen=True)
@@ -93,6 +90,19 @@ def remove(io: ObjectIO) -> None:
     """Delete all parts."""
     for key in io.listing(FOLDER):
         io.delete(key)
+
+
+def _encoded(identity: str, pieces: list[Columns]) -> Iterator[bytes]:
+    """The bytes of an object: its pieces, made one at a time as they are written, and what tells of them."""
+    sizes, checksums = [], []
+    for columns in pieces:
+        piece = bytes(CODEC.encode(save({name: np.ascontiguousarray(c) for name, c in columns.items()})))
+        sizes.append(len(piece))
+        checksums.append(crc32c(piece))
+        yield piece
+    trailer = seal({"identity": identity, "sizes": sizes, "crc32c": checksums})
+    yield trailer
+    yield len(trailer).to_bytes(LENGTH_BYTES, "little")
 
 
 def _read(io: ObjectIO, key: str, start: int, length: int) -> bytes:

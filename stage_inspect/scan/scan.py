@@ -23,12 +23,7 @@ def missing_parts(io: ObjectIO, job: InspectJob, identity: str) -> list[int]:
 
 def shares(job: InspectJob, settings: Settings) -> tuple[float, float]:
     """Shares of all tokens and of all windows that are drawn, for what is compared and for the pool."""
-    per_context = {
-        record.first_context + number: trainable
-        for shard, record in job.store.committed().items()
-        for number, trainable in enumerate(record.trainable)
-    }
-    tokens = max(1, sum(per_context[int(context)] for context in job.contexts))
+    tokens = max(1, int(job.trainable.sum()))
     return min(1.0, settings.together_tokens / tokens), min(1.0, POOL_MARGIN * settings.pool * settings.window / tokens)
 
 

@@ -86,13 +86,13 @@ class PartState:
         self._add_records(pairs, places)
 
     def blocks(self) -> list[Columns]:
-        """Everything that belongs to latents, in blocks of `LATENTS_PER_BLOCK`."""
+        """Everything that belongs to latents, in blocks of `LATENTS_PER_BLOCK`; the records are given away."""
         self._let_go()
         edges = np.minimum(np.arange(0, self.num_latents + LATENTS_PER_BLOCK, LATENTS_PER_BLOCK), self.num_latents)
         edges = np.unique(edges)
         logs = {
             name: split(
-                sort_by_latent(log.columns(), self.num_latents),
+                sort_by_latent(log.pop(), self.num_latents),
                 edges,
                 TOKEN_RECORD if name == "tokens" else WINDOW_RECORD | {"offset": np.int8, "share": np.float16},
             )

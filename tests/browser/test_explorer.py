@@ -23,6 +23,7 @@ pytestmark = pytest.mark.browser
 NAME = HOSTILE[0]
 PAGES = ["overview", "latents", "latent/5", "latent/3", "compare/5/6", "concepts", "map", "lists"]
 SCORES = {"f1": 0.5, "low": 0.4, "high": 0.6, "precision": 0.7, "recall": 0.39, "auroc": 0.98}
+MORE_SCORES = {"auroc_low": 0.91, "auroc_high": 0.99, "chosen_f1": 0.61}
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +31,9 @@ def latents(tmp_path_factory: pytest.TempPathFactory) -> Latents:
     made = synthetic_latents(tmp_path_factory.mktemp("browser") / "latents", 400, top=30, sample=30)
     made.notes.add_explanation(5, NAME, method="rule", author='"><b>nobody</b>')
     made.notes.add_concept(
-        NAME, f"regex {NAME}", {"split": NAME, "latents": [{"latent": 5, **SCORES}, {"latent": 9, **SCORES}]}
+        NAME,
+        f"regex {NAME}",
+        {"split": NAME, "latents": [{"latent": 5, **SCORES, **MORE_SCORES}, {"latent": 9, **SCORES}]},
     )
     made.notes.set_labels(5, [NAME])
     made.notes.set_note(7, "seven: \u202e turned &amp; \0 nul")
@@ -136,6 +139,16 @@ def test_hostile_text_is_text(browser: Browser, place: Place) -> None:
         "return [document.images.length, document.querySelectorAll('main script, main b b').length]"
     ) == [0, 0]
     assert browser.run("return window.alerted === undefined && document.title.length > 0")
+
+
+def test_scores_of_a_concept_stand_with_their_intervals(browser: Browser, place: Place) -> None:
+    browser.go(f"{place.url}#/concepts")
+    rows = "return [...document.querySelectorAll('.concepts tbody tr')].map((row) => [...row.cells].slice(1)"
+    rows += ".map((cell) => cell.innerText.replace(/\\s+/g, ' ').trim()))"
+    assert browser.run(rows) == [
+        ["0.500 0.40\u20130.60", "0.610", "0.700", "0.390", "0.980 0.91\u20130.99"],
+        ["0.500 0.40\u20130.60", "\u2013", "0.700", "0.390", "0.980"],
+    ]
 
 
 def test_a_split_character_is_whole(browser: Browser, place: Place) -> None:

@@ -1,5 +1,6 @@
 """Inspection as processes: several, killed, over S3's kind of storage, refused; always the same bytes."""
 
+import re
 import subprocess
 import sys
 import time
@@ -7,10 +8,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+from shared.basics.units import parse_bytes
+from shared.sae.config import SAEConfig
+from shared.sae.sites import Sites
+from shared.sae.variants import SAE
 from stage_inspect.job import PART_TOKENS
 from tests.cli import Child, ForkServer, environment
-from tests.inspection import content, small_sae, small_store
+from tests.inspection import HOOK, content, small_sae, small_store
 
 SMALL = ("logits=false", "device=cpu", "latents.window=16", "latents.together_tokens=400", "latents.pool=12")
 
@@ -90,6 +96,35 @@ def test_ranks_change_no_byte(study: Path, tmp_path: Path, ranks: int) -> None:
         assert done.returncode == 0, done.stderr
     assert content(tmp_path / "one") == content(tmp_path / "many")
 
+
+# Latents, contexts of 512 tokens.
+MEMORY_SHAPES = [(2048, 32), (32_768, 32), (262_144, 8)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("latents", "contexts"), MEMORY_SHAPES)
+def test_the_peak_is_what_the_dry_run_told(tmp_path: Path, latents: int, contexts: int) -> None:
+    """With the settings of real runs, 64 latents firing on a token; the figure told has two digits."""
+    small_store(tmp_path / "store", num_contexts=contexts, seq_len=512, d_model=32, shard_contexts=4)
+    config = SAEConfig(d_model=32, d_latent=latents, k=64, normalisation="none", sites=Sites.of(HOOK))
+    SAE(config, generator=torch.Generator().manual_seed(0)).save_pretrained(tmp_path / "sae")
+    command = [sys.executable, "-c", PEAK, f"run_dir={tmp_path}", "logits=false", "device=cpu"]
+    dry, done = (
+        subprocess.run([*command, *more], env=environment(), cwd=tmp_path, capture_output=True, text=True, check=True)
+        for more in (["dry_run=true"], [])
+    )
+    told = re.search(r"memory +([\d.]+ \w+) per process", dry.stderr)
+    assert told is not None, dry.stderr
+    ratio = int(done.stdout.splitlines()[-1]) / parse_bytes(told[1], "memory")
+    assert 0.8 <= ratio <= 1.1
+
+
+# The stage, then the peak of its process in bytes.
+PEAK = """
+import resource, runpy
+runpy.run_module("stage_inspect", run_name="__main__", alter_sys=True)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+"""
 
 # The command with smaller parts, so that a small store has many.
 RUN = """

@@ -82,8 +82,10 @@ def test_concepts_are_those_of_the_newest_search(documents: Documents) -> None:
     notes = documents.latents.notes
     assert documents.concepts() == []
     scores = {"f1": 0.5, "low": 0.4, "high": 0.6, "precision": 0.7, "recall": 0.39, "auroc": 0.98765}
+    more = {"auroc_low": 0.91, "auroc_high": 0.99, "chosen_f1": 0.61}
     notes.add_concept("self", "regex self", {"split": "all", "latents": [{"latent": 1, **scores}]})
-    notes.add_concept("self", "regex self", {"split": "heldout", "latents": [{"latent": 9, **scores}]})
+    notes.add_concept("self", "regex self", {"split": "heldout", "latents": [{"latent": 9, **scores, **more}]})
+    notes.add_concept("earlier", "", {"latents": [{"latent": 2, **scores, "chosen_f1": "much"}]})
     strange = [
         {"latent": 80, **scores},
         {"latent": -1, **scores},
@@ -94,12 +96,18 @@ def test_concepts_are_those_of_the_newest_search(documents: Documents) -> None:
     notes.add_concept("a stranger's", HOSTILE[0], {"latents": strange})
     notes.add_concept("nothing", "", {})
     found = documents.concepts()
-    assert [(one["name"], len(one["latents"])) for one in found] == [("a stranger's", 0), ("nothing", 0), ("self", 1)]
-    assert found[2]["split"] == "heldout"
-    latent, name, tokens, *rest = found[2]["latents"][0]
+    assert [(one["name"], len(one["latents"])) for one in found] == [
+        ("a stranger's", 0),
+        ("earlier", 1),
+        ("nothing", 0),
+        ("self", 1),
+    ]
+    assert found[1]["latents"][0][3:] == [0.5, 0.4, 0.6, 0.7, 0.39, 0.9877, None, None, None]
+    assert found[3]["split"] == "heldout"
+    latent, name, tokens, *rest = found[3]["latents"][0]
     assert (latent, name, len(tokens) > 0) == (9, None, True)
-    assert rest == [0.5, 0.4, 0.6, 0.7, 0.39, 0.9877]
-    assert documents.meta()["concepts"] == 4
+    assert rest == [0.5, 0.4, 0.6, 0.7, 0.39, 0.9877, 0.91, 0.99, 0.61]
+    assert documents.meta()["concepts"] == 5
 
 
 def test_there_are_no_others(documents: Documents) -> None:
