@@ -6,7 +6,7 @@ Where a bfloat16 product is faster, it leaves out what can't pass, and float32 d
 import torch
 
 from shared.kernels.encode_topk.bounds import pairs_from
-from shared.kernels.ragged import pad_rows
+from shared.kernels.ragged import pad_tiles
 
 
 @torch.no_grad()
@@ -20,4 +20,4 @@ def encode_threshold(
         kept_P = ~(values_P <= threshold_F[latents_P])
         parts.append((rows_P[kept_P], latents_P[kept_P], values_P[kept_P]))
     rows_P, latents_P, values_P = (torch.cat(part) for part in zip(*parts, strict=True))
-    return pad_rows(rows_P, latents_P, values_P, x_ND.shape[0])
+    return pad_tiles(rows_P, latents_P, values_P, x_ND.shape[0])

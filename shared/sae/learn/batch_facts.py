@@ -93,16 +93,19 @@ def _kept(values: Tensor, indices: Tensor, least: Tensor, least_multi: Tensor) -
 def kth_largest(values_P: Tensor, k: int, reduce: Reduce = alone) -> Tensor:
     """The k-th largest of all ranks' positive values, a scalar; 0 when there are fewer.
 
-    Exact, by radix: positive floats are ordered as their bits are. The ranks exchange 256 counts per round. Nothing is
-    read on the host.
+    Exact, by radix: positive floats are ordered as their bits are. The ranks exchange 256 counts per round. On a GPU
+    nothing is read on the host; elsewhere a round looks only at what the one before left.
     """
     integer = {4: torch.int32, 8: torch.int64}[values_P.element_size()]
-    bits_P, alive_P = values_P.view(integer).long(), values_P > 0
+    bits_P, alive_P = values_P.view(integer), values_P > 0
     total = alive_P.sum()
     reduce(total)
     size, prefix = 1 << BITS_PER_ROUND, total.new_zeros(1)
     left = torch.full_like(prefix, k)
     for shift in range(8 * values_P.element_size() - BITS_PER_ROUND, -1, -BITS_PER_ROUND):
+        if not values_P.is_cuda:
+            bits_P = bits_P[alive_P]
+            alive_P = torch.ones_like(bits_P, dtype=torch.bool)
         digits_P = (bits_P >> shift) & (size - 1)
         counts = prefix.new_zeros(size).index_add_(0, digits_P, alive_P.long())
         reduce(counts)
