@@ -2,15 +2,13 @@
 
     with FakeTensorMode(allow_non_fake_inputs=True), Trace(picks=64, lengths={262144: 26214}) as trace:
         trainer.step(batch)
-    print(trace.peak, trace.flop)
+    print(trace.storages.peak, trace.flop)
 
 The code that runs is training's own; torch's FakeTensorMode computes shapes and types in place of values. Where the
 program asks for a value that nobody has, it is told that data are tame: a row fires as many latents as `picks` says.
 What a single operation uses inside is not seen.
 """
 
-import weakref
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -45,36 +43,32 @@ class Storages:
 
     def __init__(self) -> None:
         self._blocks = WeakIdKeyDictionary()
-        self._at_most = Counter[bool]()
-        """Bytes of small and of large blocks, as large as they were when they were first seen."""
         self.peak, self.large, self.small = 0, 0, 0
         """The largest sums of bytes, of all blocks, of large and of small ones, which need not come at one moment."""
         self.at_peak: Sequence[tuple[Block, int]] = ()
+        self.moment = self.peak_moment = ""
+        """What the program is at, which its user sets, and was at when memory was fullest."""
 
     def alive(self) -> list[tuple[Block, int]]:
         """Those that exist, with their bytes: what was resized counts as it is now."""
         return [(block, storage.nbytes()) for storage, block in self._blocks.items()]
 
-    def follow(self, made: Iterable[object]) -> bool:
-        """Watch the tensors among `made`, of a DTensor what it wraps; whether memory is the fullest so far."""
-        before = len(self._blocks)
+    def follow(self, made: Iterable[object]) -> None:
+        """Watch the tensors among `made`, of a DTensor what it wraps."""
+        is_new = False
         for tensor in made:
-            if not isinstance(tensor, Tensor) or is_traceable_wrapper_subclass(tensor):
-                continue
-            if (storage := tensor.untyped_storage()) not in self._blocks:
-                self._blocks[storage] = Block(f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}")
-                size = Counter({storage.nbytes() >= MMAP_THRESHOLD: storage.nbytes()})
-                self._at_most.update(size)
-                weakref.finalize(storage, self._at_most.subtract, size)
-        most, is_new = self._at_most, len(self._blocks) > before
-        if not is_new or (most.total() <= self.peak and most[True] <= self.large and most[False] <= self.small):
-            return False
+            if isinstance(tensor, Tensor) and not is_traceable_wrapper_subclass(tensor):
+                storage = tensor.untyped_storage()
+                if storage not in self._blocks:
+                    is_new = True
+                    self._blocks[storage] = Block(f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}")
+        if not is_new:
+            return
         blocks = self.alive()
         total, large = (sum(size for _, size in blocks if size >= least) for least in (0, MMAP_THRESHOLD))
         self.large, self.small = max(self.large, large), max(self.small, total - large)
         if total > self.peak:
-            self.peak, self.at_peak = total, blocks
-        return self.at_peak is blocks
+            self.peak, self.at_peak, self.peak_moment = total, blocks, self.moment
 
     def name(self, tensors: Iterable[Tensor], name: str) -> None:
         """Say what tensors that were seen are for."""
@@ -89,8 +83,6 @@ class Trace(TorchDispatchMode):
         """A mask has `picks` true entries in each row; a vector as many as `lengths` says for its length, else all."""
         super().__init__()
         self.picks, self.lengths, self.storages = picks, lengths, Storages()
-        self.moment = self.peak_moment = ""
-        """What the program is at, which its user sets, and was at when memory was fullest."""
         self.flop = 0
         """Of matrix products."""
 
@@ -100,12 +92,8 @@ class Trace(TorchDispatchMode):
             self.flop += flop_registry[func.overloadpacket](*args, **(kwargs or {}), out_val=result)
         elif str(func.overloadpacket) == "mkldnn._linear_pointwise":  # see shared.kernels.linear
             self.flop += 2 * args[0].numel() * args[1].shape[0]
-        self._look(tree_leaves(result))
+        self.storages.follow(tree_leaves(result))
         return result
-
-    def _look(self, made: Iterable[object]) -> None:
-        if self.storages.follow(made):
-            self.peak_moment = self.moment
 
     def _run(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         packet, given = func.overloadpacket, [one for one in tree_leaves((args, kwargs)) if isinstance(one, Tensor)]
@@ -124,7 +112,7 @@ class Trace(TorchDispatchMode):
         if packet in INDEXING:
             args = (args[0], [part for index in args[1] for part in self._as_places(index)], *args[2:])
         if packet is torch.ops.c10d._reduce_scatter_base_ and not given[1].is_cuda:
-            self._look([torch.empty_like(given[1])])  # gloo sums in a copy
+            self.storages.follow([torch.empty_like(given[1])])  # gloo sums in a copy
         try:
             return func(*args, **kwargs)
         except (DataDependentOutputException, DynamicOutputShapeException):
@@ -146,7 +134,7 @@ class Trace(TorchDispatchMode):
 
     def _places(self, mask: Tensor) -> Tensor:
         places = torch.empty(self._count_true(mask), mask.ndim, dtype=torch.int64)
-        self._look([places])
+        self.storages.follow([places])
         return places
 
     def _as_places(self, index: Tensor | None) -> Sequence[Tensor | None]:

@@ -40,6 +40,11 @@ def skips_damaged(cfg: TrainSchema) -> bool:
     return cfg.stream.on_damage is OnDamage.skip
 
 
+def mixes_on_gpu(place: BufferPlace, size: int, free: float) -> bool:
+    """Whether contexts of `size` bytes are mixed on a GPU with `free` bytes: where asked, or where they fit easily."""
+    return place is BufferPlace.device or (place is BufferPlace.auto and size <= free // 4)
+
+
 @dataclass(frozen=True)
 class PinnedTokens:
     """The tokens of the pinned stores that are trained on. Choosing them reads, and changes nothing on disk."""
@@ -192,4 +197,4 @@ class TrainingInputs:
         most = context_bytes * self.order.lanes * self.order.mix_contexts // stream_world
         most += int(self.cfg.stream.prefetch_gib * GIB) // stream_world
         free, _ = torch.cuda.mem_get_info(device)
-        return device if place is BufferPlace.device or most <= free // 4 else torch.device("cpu")
+        return device if mixes_on_gpu(place, most, free) else torch.device("cpu")

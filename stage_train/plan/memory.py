@@ -22,8 +22,7 @@ from shared.basics.units import GIB
 from shared.kernels.fake_cuda import FakeCuda
 from shared.kernels.trace import Trace
 from shared.sae.learn import init
-from stage_train.config import BufferPlace
-from stage_train.data.inputs import order_of
+from stage_train.data.inputs import mixes_on_gpu, order_of
 from stage_train.data.stream import TokenStream
 from stage_train.plan.run import CPU, PlannedRun
 from stage_train.state.staging import local
@@ -51,43 +50,54 @@ class Memory:
     """Not memory: of the matrix products in the rank's step."""
 
 
+def begin_once(run: PlannedRun) -> ExitStack:
+    """Within the context a start does once what it does again and again, which takes the same memory each time."""
+    stack, most = ExitStack(), init.SEARCH_PAIRS // run.spec.dictionary.d_latent
+    stack.enter_context(patch.object(init, "grid_search", lambda loss, coarse, steps: loss(coarse[0])))
+    stack.enter_context(patch.object(init, "SEARCH_TOKENS", max(1, min(init.SEARCH_TOKENS, most))))
+    if run.triton:  # tiles of a product
+        stack.enter_context(
+            patch("shared.kernels.encode_topk.triton.spans", lambda count, size: [slice(0, min(count, size))])
+        )
+    return stack
+
+
 def find_memory(run: PlannedRun) -> Memory:
     """Follow the start and one step of a rank."""
     spec, cfg, cuda, held = run.spec, run.cfg, run.cuda, dict[str, list[torch.Tensor]]()
     ahead = int(cfg.stream.prefetch_gib * GIB)
     stream = TokenStream(run.tokens, run.own, order_of(cfg), world=run.share, prefetch_bytes=ahead, pool_device="meta")
-    pool, place = stream.buffer_bytes, cfg.stream.buffer
-    fits = pool <= (cfg.memory_gib or 80) * GIB / 4  # as training decides, on an empty GPU
-    beside = cuda and (place is BufferPlace.host or (place is BufferPlace.auto and not fits))
+    pool = stream.buffer_bytes
+    beside = cuda and not mixes_on_gpu(cfg.stream.buffer, pool, free=(cfg.memory_gib or 80) * GIB)  # an empty one
     masks = run.tokens.mask_bits.nbytes + run.tokens.counts.nbytes
-    with run.layout(cfg.parallel, CPU) as layout, ExitStack() as stack:
-        held_here, of_group = run.num_latents, spec.dictionary.d_latent // spec.dictionary.num_groups
-        dead = {count: round(run.dead_fraction * count) for count in (held_here, of_group)}
-        trace = Trace(picks=run.picks, lengths=dead)
-        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
-        stack.enter_context(trace)
+    dead = {
+        count: round(run.dead_fraction * count)
+        for count in (run.num_latents, spec.dictionary.d_latent // spec.dictionary.num_groups)
+    }
+    trace = Trace(picks=run.picks, lengths=dead)
+    found = trace.storages
+    with run.layout(cfg.parallel, CPU) as layout, FakeTensorMode(allow_non_fake_inputs=True), trace, ExitStack() as gpu:
         if run.triton:
-            stack.enter_context(FakeCuda("cpu"))
-        # A search for a scale takes the same memory at each try.
-        stack.enter_context(patch.object(init, "grid_search", lambda loss, coarse, steps: loss(coarse[0])))
-        trace.moment = "start"
+            gpu.enter_context(FakeCuda("cpu"))
+        found.moment = "start"
         held["masks of the store"] = [torch.empty(masks * (not cuda), dtype=torch.uint8)]
-        trainer, batch = run.begin(layout)
+        with begin_once(run):
+            trainer, batch = run.begin(layout)
         held["stream"] = [torch.empty(pool * (not beside), dtype=torch.uint8)]
         held["batch"], whole = list(batch.activations.values()), trainer.tensors()
         own = {name: local(tensor) for name, tensor in whole.items()}
         for name, tensor in own.items():
             held.setdefault(STATE.get(name.partition(".")[0], "counters"), []).append(tensor)
         meanwhile = 0 < spec.save_every < spec.length.steps
-        for trace.moment in ("checkpoint", "step") if meanwhile else ("step", "checkpoint"):
-            if trace.moment == "step":
+        for found.moment in ("checkpoint", "step") if meanwhile else ("step", "checkpoint"):
+            if found.moment == "step":
                 trace.flop = 0
                 trainer.step(batch)
             elif not cuda:  # whose copy is on the host
                 held["copy of the state for a checkpoint"] = [torch.empty_like(tensor) for tensor in own.values()]
         for name, tensors in held.items():
-            trace.storages.name(tensors, name)
-    blocks, found = Counter[str](), trace.storages
+            found.name(tensors, name)
+    blocks = Counter[str]()
     for block, size in found.at_peak:
         blocks[block.name] += size
     if not cuda:
@@ -96,7 +106,7 @@ def find_memory(run: PlannedRun) -> Memory:
     copy, state = (sum(t.numel() * t.element_size() for t in tensors.values()) for tensors in (own, whole))
     return Memory(
         total=blocks.total(),
-        peak=trace.peak_moment,
+        peak=found.peak_moment,
         blocks=dict(blocks),
         host=(masks + copy + pool * beside) * cuda,
         disk=state * (cfg.checkpoint.keep + 1) + 4 * spec.num_parameters,

@@ -27,11 +27,11 @@ def find_pace(run: PlannedRun, flop: int) -> dict[str, Any]:
     `flop` are the products of a rank's step. ``reads``: times that a token is read, by each rank of a latent group, or
     once per machine where the page cache of a local store gives it to the others.
     """
-    cfg, length = run.cfg, run.spec.length
-    per_token = flop * run.ranks / cfg.stream.batch_size
+    cfg, tokens, batch = run.cfg, run.spec.length.tokens, run.cfg.stream.batch_size
+    per_token = flop * run.ranks / batch
     speed, basis = cfg.tokens_per_s, "as given"
     if speed is None and cfg.measure:
-        speed = cfg.stream.batch_size / measured_seconds(run)
+        speed = batch / measured_seconds(run)
         basis = f"{MEASURED_STEPS} steps of one rank's part on this machine, no messages between ranks"
     elif speed is None and cfg.tflops is not None:
         speed = cfg.tflops * 1e12 * run.ranks / (per_token * STEP)
@@ -45,12 +45,12 @@ def find_pace(run: PlannedRun, flop: int) -> dict[str, Any]:
         "gflop_per_token": per_token / 1e9,
         "tokens_per_s": speed,
         "basis": basis,
-        "seconds": None if speed is None else length.tokens / speed,
+        "seconds": speed and tokens / speed,
         "read_bytes_per_token": run.bytes_per_token,
-        "read_bytes": length.tokens * run.bytes_per_token * reads,
+        "read_bytes": tokens * run.bytes_per_token * reads,
         "reads": reads,
-        "read_mb_s": None if speed is None else speed * of_a_machine / 1e6,
-        "disk_tokens_per_s": None if cfg.disk_mb_s is None else cfg.disk_mb_s * 1e6 / of_a_machine,
+        "read_mb_s": speed and speed * of_a_machine / 1e6,
+        "disk_tokens_per_s": cfg.disk_mb_s and cfg.disk_mb_s * 1e6 / of_a_machine,
     }
 
 

@@ -22,10 +22,9 @@ from shared.parallel import World, init_world
 from shared.store.format.dtypes import row_bytes, storage_type
 from stage_train.config import ParallelSchema
 from stage_train.data.inputs import SAMPLE_TOKENS
-from stage_train.data.sites import resolve_sites, site_formats
+from stage_train.data.sites import site_formats
 from stage_train.data.stores import PinnedStore, pin, urls_of
 from stage_train.data.stream import Batch, TrainingData
-from stage_train.data.stream.length import StreamLength
 from stage_train.data.stream.sample import SAMPLE_CONTEXTS
 from stage_train.job import check_kernels
 from stage_train.plan.config import PlanSchema
@@ -35,6 +34,8 @@ from stage_train.step.layouts import Layout, make_layout
 from stage_train.step.trainer import Trainer
 
 CPU = torch.device("cpu")
+# Without a store: epochs that a run is planned as at most, of contexts as they will be.
+EPOCHS = 1000
 
 
 class PlannedRun:
@@ -52,38 +53,39 @@ class PlannedRun:
         check_kernels(cfg.compute.kernels, World(0, 1, 0, CPU))
         self.cfg, self.ranks = cfg, cfg.nproc * cfg.nodes
         stores = _open_stores(cfg)
-        sites = resolve_sites(cfg, stores)
-        self.formats = site_formats(sites.names, stores)
         self.tokens = TrainingData([part.slice for part in stores]) if tokens is None else tokens
-        widths = sites.widths({name: width for name, (width, _) in self.formats.items()})
-        known = cfg.d_model is None
-        self.spec = RunSpec.resolve(cfg, stores, self.tokens) if known else RunSpec.of(cfg, sites, widths, _length(cfg))
+        self.spec = RunSpec.resolve(cfg, stores, self.tokens)
+        self.formats = site_formats(self.spec.sites.names, stores)
         with self.layout(cfg.parallel, CPU) as layout:
             self.share, self.num_latents = layout.stream_world, layout.num_latents(self.spec.dictionary)
             self.own = {name: self.formats[name] for name in layout.sites(self.spec.sites).names}
         """Into how many shares a batch is cut; of the first rank the latents, and width and type of its sites."""
         self.rows = math.ceil(cfg.stream.batch_size / self.share)
         """Of the rank's batch."""
-        row, own = (
-            sum(row_bytes(stores[0].store.plan.dtype, width) for width, _ in formats.values())
-            for formats in (self.formats, self.own)
-        )
-        self.reads = self.ranks / self.share * own / row
+        row = {name: row_bytes(stores[0].store.plan.dtype, width) for name, (width, _) in self.formats.items()}
+        self.reads = self.ranks / self.share * sum(row[name] for name in self.own) / sum(row.values())
         """How often a token is read, all ranks together."""
-        read = np.count_nonzero(self.tokens.counts) * self.tokens.seq_len
-        self.bytes_per_token = row * int(read) / self.tokens.num_tokens
+        read = int(np.count_nonzero(self.tokens.counts)) * self.tokens.seq_len
+        self.bytes_per_token = sum(row.values()) * read / self.tokens.num_tokens
         """Read from the store for each trainable token: contexts are read whole."""
-        dictionary, learning = self.spec.dictionary, self.spec.learning
-        most = max(dictionary.k or 0, cfg.schedule.k_start or 0)
+
+    @property
+    def picks(self) -> int:
+        """Latents of the token that fires most; where their number is free, half of all, as at the start."""
+        cfg, dictionary, learning = self.cfg, self.spec.dictionary, self.spec.learning
+        most: float = max(dictionary.k or 0, cfg.schedule.k_start or 0)
         if getattr(dictionary, "k_scope", "layer") == "all":  # of all groups; what is followed is one's
             most = math.ceil(most / dictionary.num_groups)
         most *= learning.multi_topk_factor if learning.multi_topk_weight > 0 else 1
-        most = round(most * (cfg.fullest_row if dictionary.activation == "batchtopk" else 1))
-        self.picks = min(most or dictionary.d_latent // 2, dictionary.d_latent)
-        """Latents of the token that fires most; where their number is free, half of all, as at the start."""
-        dies = learning.auxk_alpha > 0 and self.spec.length.tokens > learning.dead_after_tokens
-        self.dead_fraction = cfg.dead_fraction if dies else 0.0
+        most *= cfg.fullest_row if dictionary.activation == "batchtopk" else 1
+        return min(round(most) or dictionary.d_latent // 2, dictionary.d_latent)
+
+    @property
+    def dead_fraction(self) -> float:
         """Of the latents, for AuxK."""
+        learning = self.spec.learning
+        dies = learning.auxk_alpha > 0 and self.spec.length.tokens > learning.dead_after_tokens
+        return self.cfg.dead_fraction if dies else 0.0
 
     @contextmanager
     def layout(self, parallel: ParallelSchema, device: torch.device) -> Iterator[Layout]:
@@ -96,23 +98,23 @@ class PlannedRun:
         finally:
             dist.destroy_process_group()
 
-    def activations(self, count: int, device: torch.device) -> dict[str, Tensor]:
-        """Random ones, [count, width] of every site."""
-        return {site: torch.randn(count, width, device=device) for site, (width, _) in self.own.items()}
-
     def begin(self, layout: Layout) -> tuple[Trainer, Batch]:
-        """The rank's trainer, made as training makes it, and its rows of a batch."""
+        """The rank's trainer, made as training makes it, and its rows of a batch, which are random."""
         device, sample = layout.world.device, min(SAMPLE_TOKENS, SAMPLE_CONTEXTS * self.tokens.seq_len)
-        ones = {site: torch.ones(width) for site, (width, _) in self.formats.items()}
+
+        def draw(count: int, place: torch.device) -> dict[str, Tensor]:
+            return {name: torch.randn(count, width, device=place) for name, (width, _) in self.own.items()}
+
+        ones = {name: torch.ones(width) for name, (width, _) in self.formats.items()}
         inputs: Any = SimpleNamespace(
-            sample=lambda sites, seed: sites.pick(self.activations(sample, CPU)),
+            sample=lambda sites, seed: sites.pick(draw(sample, CPU)),
             statistics=lambda site: SimpleNamespace(mean=ones[site], var=ones[site], mean_norm=1.0),
         )
         objective = make_objective(self.spec, inputs, device, layout, begins=self.cfg.init_from is None)
         objective = layout.distribute(objective)  # and the whole is let go
         trainer = put_together(self.spec, objective, None, layout)  # type: ignore[arg-type]
-        rows = self.activations(self.rows, device)
-        return trainer, Batch(rows, 0, 0, num_tokens=self.cfg.stream.batch_size, most_rows=self.rows)
+        size = self.cfg.stream.batch_size
+        return trainer, Batch(draw(self.rows, device), 0, 0, num_tokens=size, most_rows=self.rows)
 
 
 def _open_stores(cfg: PlanSchema) -> list[PinnedStore]:
@@ -122,10 +124,14 @@ def _open_stores(cfg: PlanSchema) -> list[PinnedStore]:
             return pin(urls_of(cfg), World(0, 1, 0, CPU), named_urls(cfg.store.beside))
         except GranaryError as error:
             raise GranaryError(f"{error}; or plan without a store: give d_model=... (and seq_len=...)") from error
+    tokens = cfg.schedule.tokens
+    if tokens is None or cfg.schedule.epochs is not None:
+        raise GranaryError("without a store nobody knows how long an epoch is: give schedule.tokens, no epochs")
     sides = [[side] if isinstance(side, str) else side or [] for side in (cfg.hook, cfg.reads, cfg.writes)]
     names = [name for side in sides for name in side] or ["planned"]
     if cfg.layers is None and any("*" in name for name in names):
         raise GranaryError(f"{names[0]}: without a store nobody knows how many layers that is: give layers=...")
+    contexts = max(cfg.stream.lanes * cfg.stream.mix_contexts, math.ceil(tokens / cfg.seq_len / EPOCHS))
     store: Any = SimpleNamespace(
         url="no store",
         hooks=[name.replace("*", str(layer)) for name in names for layer in range(cfg.layers or 1)],
@@ -133,16 +139,7 @@ def _open_stores(cfg: PlanSchema) -> list[PinnedStore]:
         seq_len=cfg.seq_len,
         width=lambda hook: cfg.d_model,
         dtype_of=lambda hook: storage_type(cfg.store_dtype).read,
-        shard_contexts=lambda shard: range(cfg.stream.lanes * cfg.stream.mix_contexts),  # more are not held at a time
+        shard_contexts=lambda shard: range(contexts),
         mask=lambda contexts: np.ones((len(contexts), cfg.seq_len), np.bool_),
     )
     return [PinnedStore(store, 1.0, (0,))]
-
-
-def _length(cfg: PlanSchema) -> StreamLength:
-    """Without a store."""
-    tokens, size = cfg.schedule.tokens, cfg.stream.batch_size
-    if tokens is None or tokens <= 0 or cfg.schedule.epochs is not None:
-        raise GranaryError("without a store nobody knows how long an epoch is: give schedule.tokens above 0, no epochs")
-    steps = math.ceil(tokens / size)
-    return StreamLength(steps, steps * size, (0, steps))

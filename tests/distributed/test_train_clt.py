@@ -49,6 +49,6 @@ def test_latents_of_several_groups_are_not_split(folder: Path) -> None:
     done = train(folder, "split", "nproc=2", "parallel=latent")
     assert done.returncode != 0
     assert (
-        "error: parallel=latent splits one group of latents, a clt has 3: use parallel=layers, ddp or fsdp"
-        in done.stderr
+        "error: parallel=latent splits the one group of latents of other dictionaries, a clt has its latents layer by "
+        "layer: use parallel=layers, ddp or fsdp" in done.stderr
     )

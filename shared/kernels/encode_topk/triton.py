@@ -193,15 +193,18 @@ def tiles(x_ND: torch.Tensor, W_FD: torch.Tensor, compute_dtype: str) -> Iterato
     workspace_bytes = config_for(d_model)["WORKSPACE_MB"] << 20
     tile = min(num_latents, max(SMALLEST_TILE, workspace_bytes // (4 * tile_rows) // 128 * 128))
     workspace = torch.empty(tile_rows * tile, dtype=torch.float32, device=x_ND.device)
-    for start in range(0, num_latents, tile):
-        columns = slice(start, min(start + tile, num_latents))
+    for columns in spans(num_latents, tile):
         W_CD = W_FD[columns].to(dtype)
-        for first in range(0, num_rows, tile_rows):
-            rows = slice(first, min(first + tile_rows, num_rows))
+        for rows in spans(num_rows, tile_rows):
             shape = rows.stop - rows.start, columns.stop - columns.start
             z_TC = workspace[: shape[0] * shape[1]].view(shape)
             _matmul_float32(x_ND[rows], W_CD, z_TC)
             yield rows, columns, z_TC
+
+
+def spans(count: int, size: int) -> list[slice]:
+    """`count` rows or columns in tiles of `size`, the last maybe smaller."""
+    return [slice(start, min(start + size, count)) for start in range(0, count, size)]
 
 
 def _matmul_float32(x_ND: torch.Tensor, W_CD: torch.Tensor, out_NC: torch.Tensor) -> None:

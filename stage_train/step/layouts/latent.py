@@ -23,7 +23,9 @@ from shared.sae.learn.config import LearningConfig
 from shared.sae.learn.inputs import BatchFacts, Losses, StepInputs
 from shared.sae.learn.objective import Objective
 from shared.sae.optim import Optimiser, OptimiserConfig, RowShare, make_optimiser
+from shared.sae.variants import VARIANTS
 from shared.sae.variants.base import Dictionary
+from shared.sae.variants.one_group import OneGroup
 from stage_train.config import TrainSchema
 from stage_train.step.layouts.base import (
     Layout,
@@ -61,12 +63,12 @@ class LatentParallel(Layout):
         return self.world.size // self.latent
 
     def check(self, config: DictionaryConfig, cfg: TrainSchema) -> None:
-        """What several groups of latents hold is not cut. Raises GranaryError for those too."""
+        """Latents that lie layer by layer are not cut, be it one layer. Raises GranaryError for those too."""
         super().check(config, cfg)
-        if config.num_groups > 1:
+        if not issubclass(VARIANTS[config.kind], OneGroup):
             raise GranaryError(
-                f"parallel=latent splits one group of latents, a {config.kind} has {config.num_groups}: use "
-                "parallel=layers, ddp or fsdp"
+                f"parallel=latent splits the one group of latents of other dictionaries, a {config.kind} has its "
+                "latents layer by layer: use parallel=layers, ddp or fsdp"
             )
 
     def num_latents(self, config: DictionaryConfig) -> int:

@@ -32,6 +32,7 @@ LARGE = [
     "sae.encoder_init=transpose",
 ]
 
+ONE_LAYER = ["variant=clt", "reads=layers.0.mlp_in", "writes=layers.0.mlp_out"]
 TWO_LAYERS = ["variant=clt", "layers=2", "reads=layers.*.mlp_in", "writes=layers.*.mlp_out"]
 
 
@@ -247,6 +248,10 @@ def test_the_table_names_peak_total_and_what_is_assumed(server: ForkServer) -> N
         (
             [*LARGE, *TWO_LAYERS, "sae.d_latent=2048", "memory_gib=0.01", "device.name=cuda"],
             "take more ranks, fewer latents, or a larger memory",  # its latents can't be split
+        ),
+        (
+            [*LARGE, *ONE_LAYER, "parallel=latent"],
+            "a clt has its latents layer by layer: use parallel=layers, ddp or fsdp",
         ),
         ([*LARGE, "sae.expantion=4"], "did you mean 'sae.expansion'"),
         (["store.url=nowhere"], "or plan without a store: give d_model"),
