@@ -74,6 +74,11 @@ class RunSpec:
         # What is wrong with the dictionary is told before what is wrong with the length.
         cfg.sae.to_configs(cfg.variant, sites, widths)
         length = stream_length(data, order_of(cfg), tokens=cfg.schedule.tokens, epochs=cfg.schedule.epochs)
+        return cls.of(cfg, sites, widths, length)
+
+    @classmethod
+    def of(cls, cfg: TrainSchema, sites: Sites, widths: SiteWidths, length: StreamLength) -> Self:
+        """Of a run whose sites and length are known. Raises GranaryError naming the key that makes no sense."""
         config = as_dict(cfg)
         dictionary, learning = cfg.sae.to_configs(cfg.variant, sites, widths, length.tokens)
         with torch.device("meta"):
