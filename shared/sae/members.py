@@ -98,7 +98,7 @@ def of_circuit_tracer(path: Path, device: str | torch.device = "cpu") -> list[Me
     ]
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Opened:
     """Opens a folder of this project; the weights are compared with their digests the first time."""
 
