@@ -53,6 +53,7 @@ STAGES = [
     Stage("step a", "steps", 60, "a"),
     Stage("step b", "steps", 90, "b"),
     Stage("step cached", "steps", 40, "cached"),
+    Stage("auxk", "auxk", 60),
     Stage("load", "load", 60),
     Stage("staging", "staging", 60),
     Stage("probes", "probes", 60),

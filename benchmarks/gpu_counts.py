@@ -1,6 +1,7 @@
 """What a training step does on a GPU, counted without one: launches, traffic beside the kernels, waits, memory.
 
-    python benchmarks/gpu_counts.py [--shapes a b] [--kind topk] [--moments float32] [--verbose]
+    python benchmarks/gpu_counts.py [--shapes a b] [--kind topk] [--moments float32]
+        [--quiet 64] [--verbose]
 
 Tensors hold no data (``shared.kernels.fake_cuda``): any size is counted in seconds. BatchTopK reads on the host how
 many pairs passed, so that its step cannot be followed. The last line is one JSON object.
@@ -8,6 +9,7 @@ many pairs passed, so that its step cannot be followed. The last line is one JSO
 
 import argparse
 import collections
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -17,18 +19,18 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from gpu_stages.context import SHAPES
-from gpu_stages.trainee import make_trainee
+from gpu_stages.trainee import QUIET, make_trainee
 from step_providers import Shape
 
 from shared.kernels.fake_cuda import DEVICE, FakeCuda
 
 
 def count(
-    shape: Shape, kind: str = "topk", moments: str = "float32"
+    shape: Shape, kind: str = "topk", moments: str = "float32", quiet: int = QUIET
 ) -> tuple[dict[str, Any], dict[str, tuple[int, int]]]:
     """The step's figures, and (calls, bytes) of each operation beside the kernels and products."""
     with FakeCuda() as record:
-        trainee = make_trainee(shape, DEVICE, kind=kind, moments=moments)
+        trainee = make_trainee(shape, DEVICE, kind=kind, moments=moments, quiet=quiet)
         x = torch.empty(shape.batch, shape.d_model, dtype=torch.bfloat16, device=DEVICE)
         trainee.step(x)  # the first makes what stays
         before = record.alive_bytes
@@ -44,6 +46,7 @@ def count(
         "shape": str(shape),
         "kind": kind,
         "moments": moments,
+        "quiet": quiet,
         "kernel_launches": dict(collections.Counter(launch.kernel for launch in record.launches)),
         "other_operations": len(record.operations),
         "other_gb": sum(size for _, size in beside.values()) / 1e9,
@@ -61,11 +64,12 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="*", default=["a", "b"], choices=list(SHAPES))
     parser.add_argument("--kind", default="topk", choices=("topk", "transcoder"))
     parser.add_argument("--moments", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--quiet", type=int, nargs="*", default=[QUIET], help="one latent in so many is dead")
     parser.add_argument("--verbose", action="store_true", help="the operations beside the kernels, largest first")
     options = parser.parse_args()
     results = []
-    for name in options.shapes:
-        figures, beside = count(SHAPES[name], options.kind, options.moments)
+    for name, quiet in itertools.product(options.shapes, options.quiet):
+        figures, beside = count(SHAPES[name], options.kind, options.moments, quiet)
         results.append(figures)
         for key, value in figures.items():
             print(f"{key}: {value}")

@@ -1,6 +1,7 @@
 """Stages ``step a`` and so on: the whole step at full size, its parts, its memory, and a profile of one step."""
 
 import gc
+from typing import Any
 
 import torch
 from step_providers import Shape, make_batch
@@ -15,7 +16,8 @@ def run(context: Context, name: str) -> None:
     shape = context.shape(name)
     x = make_batch(shape, context.device)
     for moments in ("float32", "bfloat16"):
-        measure(context, shape, x, moments)
+        options = {"pair_gradients": not context.fallback, "moments": moments}
+        measure(context, shape, x, f"moments {moments}", **options)
         gc.collect()  # what is left of a trainee, before the next one is made
     if not context.fallback:
         parts(context, shape, x)
@@ -23,16 +25,15 @@ def run(context: Context, name: str) -> None:
         profile(context, shape, x)  # last: launches stay slower once a profiler was there
 
 
-def measure(context: Context, shape: Shape, x: torch.Tensor, moments: str) -> None:
-    """One step's time and peak memory."""
-    options = {"pair_gradients": not context.fallback, "moments": moments}
-    trainee = make_trainee(shape, context.device, kernels=context.kernels, **options)  # type: ignore[arg-type]
+def measure(context: Context, shape: Shape, x: torch.Tensor, name: str, **options: Any) -> None:
+    """Time and peak memory of one step of a ``make_trainee`` with these `options`."""
+    trainee = make_trainee(shape, context.device, kernels=context.kernels, **options)
     if not context.rehearse:
         torch.cuda.reset_peak_memory_stats()
     times = context.steady(lambda: trainee.step(x))
     peak = 0 if context.rehearse else torch.cuda.max_memory_allocated()
     context.say(
-        f"step, moments {moments}", shape=str(shape), ms=times, tokens_per_s=shape.batch / times * 1e3,
+        f"step, {name}", shape=str(shape), ms=times, tokens_per_s=shape.batch / times * 1e3,
         state_gb=trainee.state_bytes / 1e9, above_state_gb=(peak - trainee.state_bytes) / 1e9,
     )  # fmt: skip
 

@@ -9,7 +9,7 @@ from step_providers import Shape, make_batch
 from torch import Tensor
 
 from shared.sae.config import DictionaryConfig
-from shared.sae.learn.dead import DeadLatents
+from shared.sae.learn.dead import DeadLatents, in_turn, most_dead
 from shared.sae.learn.inputs import StepInputs
 from shared.sae.learn.many_groups import ManyGroups
 from shared.sae.learn.objective import Objective
@@ -22,7 +22,8 @@ SITES = {"crosscoder": 2, "clt": 4}
 """Sites of a kind on each side, of `d_model` each; of a CLT its layers."""
 FITTED_ROWS = 64
 QUIET = 64
-"""One latent in so many is too quiet to be picked, and counts as dead: AuxK has them to revive."""
+"""Where nothing else is said, one latent in so many is too quiet to be picked, and counts as dead: AuxK has them to
+revive, so many at a time as in training."""
 
 
 @dataclass
@@ -46,17 +47,18 @@ def make_trainee(
     moments: str = "float32",
     pair_gradients: bool = True,
     lr: float = 1e-4,
+    quiet: int = QUIET,
 ) -> Trainee:
     """The whole recipe: AuxK, clipping, projection, exact Adam. Starts are the same for the same shape and kind.
 
-    A batch has the columns of all sites that are read, side by side: see ``SITES``.
+    A batch has the columns of all sites that are read, side by side: see ``SITES``. One latent in `quiet` is dead.
     """
     made, config = described(shape, kind)
     with torch.device(device):
         dictionary = made(config, kernels=kernels, compute_dtype=compute_dtype)
         objective = Objective(dictionary)
     num_latents = config.d_latent
-    dead_R = torch.arange(0, num_latents, QUIET, device=device)
+    dead_R = torch.arange(0, num_latents, quiet, device=device)
     if device != "meta":  # where there are no values
         sample = start(dictionary, shape, dead_R)
         if isinstance(objective.rule, ManyGroups):  # as training does before the first step: a search from 0 is long
@@ -64,10 +66,11 @@ def make_trainee(
     optimiser = make_optimiser(dictionary, AdamConfig(lr=lr, moments=moments), pair_gradients=pair_gradients)
     if pair_gradients:
         objective.pair_gradients = optimiser.pairs
+    together_R = in_turn(dead_R, most_dead(dictionary.widths), turn=0)
     tracker = DeadLatents(num_latents, 10_000_000, device=device)
 
     def step(x: Tensor) -> Tensor:
-        losses = objective.losses(x, written(dictionary, x), StepInputs(dead=dead_R))
+        losses = objective.losses(x, written(dictionary, x), StepInputs(dead=together_R))
         optimiser.zero_grad()
         losses.total.backward()
         optimiser.step()

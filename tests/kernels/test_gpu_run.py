@@ -39,7 +39,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-DEAR = ["compile", "checks even", "train", "step a", "step cached", "load", "staging", "probes"]
+DEAR = ["compile", "checks even", "train", "step a", "step cached", "auxk", "load", "staging", "probes"]
 
 
 @pytest.mark.parametrize("stages", [["machine", "checks ragged", "tests"], pytest.param(DEAR, marks=pytest.mark.slow)])

@@ -14,6 +14,7 @@ from shared.parallel import World, all_reduce_sum
 from shared.sae.config import DictionaryConfig
 from shared.sae.learn.batch_facts import Reduce, alone
 from shared.sae.learn.config import LearningConfig
+from shared.sae.learn.dead import in_turn, most_dead
 from shared.sae.learn.inputs import BatchFacts, Losses, StepInputs
 from shared.sae.learn.objective import Objective
 from shared.sae.optim import Optimiser, OptimiserConfig, make_optimiser
@@ -25,8 +26,6 @@ T = TypeVar("T")
 
 # Tensors up to this size share one message.
 SMALL_ELEMENTS = 1 << 18
-# Of the dead latents' rows in one matrix; AuxK makes about seven copies: 3.8 GB. It is part of what fixes the result.
-DEAD_ELEMENTS = 1 << 27
 
 
 class Layout:
@@ -131,7 +130,7 @@ class Layout:
 
     def look_at_dead(self, objective: Objective, dead_now_F: Tensor, turn: int) -> Tensor:
         """Indices of the dead latents held here that AuxK has in look number `turn`. Waits for the device."""
-        return in_turn(dead_now_F.nonzero().squeeze(1), most_dead(objective), turn)
+        return in_turn(dead_now_F.nonzero().squeeze(1), most_dead(objective.dictionary.config.widths), turn)
 
     def mean_over_latents(self, held: Tensor) -> float:
         """The mean of a number for each latent held here, over all latents."""
@@ -157,20 +156,6 @@ def of_owner(name: str, known: Mapping[str, T]) -> T | None:
     words = name.split(".")
     ends = (".".join(words[start:]) for start in range(len(words)))
     return next((known[end] for end in ends if end in known), None)
-
-
-def most_dead(objective: Objective) -> int:
-    """How many dead latents AuxK has at a time on one rank: as many as keep what it makes of their rows bounded."""
-    widths = objective.dictionary.config.widths
-    return max(1, DEAD_ELEMENTS // max(widths.d_in, widths.d_out))
-
-
-def in_turn(dead_R: Tensor, most: int, turn: int) -> Tensor:
-    """`most` of them if they are more, others at each turn: after ``ceil(R / most)`` turns each has been there."""
-    num_dead = len(dead_R)
-    if num_dead <= most:
-        return dead_R
-    return dead_R.roll(-(turn * most) % num_dead)[:most]
 
 
 def give_memory(objective: Objective, device: torch.device) -> None:

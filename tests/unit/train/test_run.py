@@ -15,12 +15,12 @@ from shared.basics.errors import GranaryError
 from shared.basics.metrics_file import read_metrics
 from shared.sae import load_provenance
 from shared.sae.folder import describe
+from shared.sae.learn import dead
 from shared.sae.learn.objective import Objective
 from shared.store import Store
 from stage_train.state.checkpoint import newest_checkpoint
 from stage_train.state.export import export
 from stage_train.state.tensor_files import TensorWriter
-from stage_train.step.layouts import base
 from tests.closeness import REORDERED, SAME_RUN, assert_close_in_norm
 from tests.training import Runs, assert_same_run, assert_same_weights, timeless, watching, weights
 
@@ -75,7 +75,7 @@ def test_stopped_and_resumed_equals_uninterrupted(train: Runs, stop: int) -> Non
 def test_resumed_where_dead_latents_take_turns(train: Runs, monkeypatch: pytest.MonkeyPatch, stop: int) -> None:
     """One at a time, as where they are too many for AuxK's memory: not what all together give, and as repeatable."""
     all_together = train("all")
-    monkeypatch.setattr(base, "DEAD_ELEMENTS", 1)
+    monkeypatch.setattr(dead, "DEAD_ELEMENTS", 1)
     straight = train("straight")
     assert not torch.equal(weights(all_together)["W_enc"], weights(straight)["W_enc"])
     train.stopped("parts", step=stop)

@@ -2,7 +2,7 @@
 
 import torch
 
-from stage_train.step.layouts.base import in_turn
+from shared.sae.learn.dead import in_turn
 
 
 def test_few_dead_latents_are_all_there() -> None:
