@@ -90,7 +90,7 @@ def plan(
     """The memory for a prompt of `num_tokens`, with weights, recording and rows of `dtype`."""
     number = BYTES[dtype]
     L, H, E, D, T = model.layers, model.heads, model.head_width, model.width, num_tokens
-    latents = sum(map(_firing, dictionaries)) * T
+    latents = sum(map(latents_per_token, dictionaries)) * T
     kept = min(latents, cfg.max_features)
     R, B = kept + cfg.logits.most, min(cfg.batch, kept + cfg.logits.most)
     others = (2 * L + 1) * T + L + 1
@@ -130,8 +130,8 @@ def _encoding(config: DictionaryConfig, num_tokens: int) -> int:
     return FLOAT32 * numbers + 2 * numbers // config.num_groups + TILES * FLOAT32 * tile
 
 
-def _firing(config: DictionaryConfig) -> int:
-    """Latents per token of a whole dictionary."""
+def latents_per_token(config: DictionaryConfig) -> int:
+    """Of a whole dictionary; a guess where no k says so."""
     if config.k is None:
         return L0_GUESS * config.num_groups
     is_each = getattr(config, "k_scope", "all") == "layer"

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from shared.kernels.add_at import add_at
 from stage_trace.influence import ROWS_AT_A_TIME, Wiring, influence
 from stage_trace.leaves import Columns
 from stage_trace.targets import Features, Targets
@@ -125,5 +126,7 @@ def _fold(
     folded_RS = rows_RS.new_empty(len(rows_RS), fewer.total)
     for start in range(0, len(in_order), ROWS_AT_A_TIME):
         some = rows_RS[in_order[start : start + ROWS_AT_A_TIME]]
-        folded_RS[start : start + len(some)] = some[:, kept].index_add(1, into, some[:, out])
+        added_SR = some[:, kept].T.contiguous()
+        add_at(added_SR, into, some[:, out].T)
+        folded_RS[start : start + len(some)] = added_SR.T
     return folded_RS, fewer

@@ -19,7 +19,8 @@ NOT_RUN = {
     "RDZV=": "needs a second machine: tests/distributed runs two agents on one",
     "pip install": "needs the network",
     "make explore": "needs a latents folder, and serves until it is stopped: tests/pipeline/test_explore.py runs it",
-    "granary trace": "needs a transcoder of each layer: tests/pipeline/test_trace.py runs it",
+    "granary trace R": "needs a transcoder of each layer: tests/pipeline/test_trace.py runs it",
+    "granary trace runs/": "needs a transcoder of each layer: tests/pipeline/test_trace.py runs it",
     "granary explore": "needs a latents folder, and serves until it is stopped: tests/pipeline/test_explore.py runs it",
 }
 
@@ -54,6 +55,7 @@ SMALL = {
     "stage_eval": ("name=demo", "debug=tiny_eval"),
     "stage_inspect": ("name=demo", "contexts=2"),
     "transcoders": ("name=demo", "debug=tiny_train", "schedule.tokens=2_000", "contexts=2"),
+    "weights": ("--tokens=1000",),  # of granary trace
 }
 STAGES = {"harvest": "stage_harvest", "train": "stage_train", "eval": "stage_eval", "inspect": "stage_inspect"}
 TOOLS = ("find", "export", "import")  # of granary inspect: they take no keys

@@ -10,6 +10,7 @@ import numpy as np
 
 from shared.latents import layout
 from shared.latents.folder import Latents
+from shared.latents.global_weights import COLUMNS, GlobalWeightsWriter, WeightsMeta
 from shared.latents.meta import Meta
 from shared.latents.vocabulary import Vocabulary
 from shared.latents.writer import LatentsWriter
@@ -140,3 +141,25 @@ def _write_windows(writer: LatentsWriter, rng: Any, windows: int, vocabulary: in
     smile = np.array([1 + byte for byte in "😀".encode()])
     tokens[:, 5:9] = smile
     writer.append("windows/tokens", tokens)
+
+
+def synthetic_weights(folder: Path, hashes: tuple[str, str], num_latents: int = 12) -> None:
+    """Global weights in which latent 6, the first of layer 1, is fed by latent 5, the last of layer 0, and no other.
+
+    The two layers are those of one dictionary, or of two, by the `hashes` of their weights.
+    """
+    F = num_latents
+    writer = GlobalWeightsWriter(open_io(folder), 2)
+    for direction, at, other in (("sources", 6, 5), ("targets", 5, 6)):
+        held = np.full((F, 2), -1)
+        held[at, 0] = other
+        for name, dtype in COLUMNS.items():
+            value = held if name == "latent" else np.where(held < 0, 0, -1.5 if dtype == "float32" else 3)
+            writer.append(f"{direction}/{name}", value.astype(dtype))
+    writer.append("fired", np.full(F, 7, np.uint32))
+    layers = [
+        {"layer": 0, "num_latents": 6, "first": 0, "sha256": hashes[0]},
+        {"layer": 1, "num_latents": F - 6, "first": 6 * (hashes[0] == hashes[1]), "sha256": hashes[1]},
+    ]
+    whole = [{**one, "dictionary": "", "norm_factor": 1.0} for one in layers]
+    writer.finish(WeightsMeta(layers=whole, most=2, tokens=100, store={}, model={}, versions={}))

@@ -18,6 +18,7 @@ runs/demo/                  run_dir: all of one study
     latents/                stage_inspect: what each latent does (format 3)
     explorer/               pages of it for any web host
     latents.html            some of them in one file
+    weights/                stage_trace: what feeds each latent of several layers and what it feeds
     comparison.json         of several SAEs
     comparison.html
 """
@@ -66,6 +67,11 @@ class RunFolder:
     def pages_file(self) -> Path:
         """Some of these pages in one file."""
         return self.path / "latents.html"
+
+    @property
+    def global_weights(self) -> Path:
+        """What feeds each latent of a set of dictionaries, and what it feeds."""
+        return self.path / "weights"
 
     # Of a training run
 

@@ -1,6 +1,7 @@
 """Sets of dictionaries that together stand in for one kind of place at every layer, such as a transcoder per MLP."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,23 +13,31 @@ from shared.basics.files import making_folder
 from shared.basics.numbers import natural_key
 from shared.lm.hookpoint import HookPoint
 from shared.sae.folder import is_own, load_provenance
+from shared.sae.formats.circuit_tracer_folder import matches
 from shared.sae.formats.folded import Folded
 from shared.sae.loading import Change, check_new, load
+from shared.sae.members import of_circuit_tracer
 from shared.sae.variants import CLT, Dictionary
 
 
 def load_set(where: str | Path | Sequence[str | Path], *, device: str | torch.device = "cpu") -> dict[int, Dictionary]:
-    """Dictionaries by the layer that they write, ascending: of a folder with one per layer in it, or a list of them.
+    """Dictionaries by the layer that they write, ascending: of a folder with one per layer in it, a list of them, or a
+    folder of transcoders in circuit-tracer's format.
 
     What counts is the site that each records, not how its folder is called; layers may be missing. Raises GranaryError
     for a folder without dictionaries, one that does not record a single written site, and a layer that has two.
     """
-    folders = folders_of(where) if isinstance(where, str | Path) else list(where)
-    if not folders:
+    opened: list[tuple[str, Callable[[], Dictionary]]]
+    if isinstance(where, str | Path) and matches(Path(where)):
+        opened = [(member.name, member.open) for member in of_circuit_tracer(Path(where), device)]
+    else:
+        folders = folders_of(where) if isinstance(where, str | Path) else list(where)
+        opened = [(str(folder), partial(load, folder, device=device)) for folder in folders]
+    if not opened:
         raise GranaryError(f"no dictionary in {where}: give the folder that holds one per layer, or a list of folders")
-    found: dict[int, tuple[str | Path, Dictionary]] = {}
-    for folder in folders:
-        one = load(folder, device=device)
+    found: dict[int, tuple[str, Dictionary]] = {}
+    for folder, read in opened:
+        one = read()
         if one.sites is None or len(one.sites.writes) != 1:
             raise GranaryError(f"{folder} does not record the one site that it writes, so it has no layer in a set")
         layer = HookPoint.parse(one.sites.writes[0]).layer
@@ -60,6 +69,8 @@ def convert_set(source: str | Path, target: Path, to: str, change: Change | None
         raise GranaryError(f"format {to!r} can't be written for a set: choose from {', '.join(SET_FORMATS)}")
     from shared.sae.formats import circuit_tracer  # needs omegaconf, which loading does not
 
+    if matches(Path(source)):
+        raise GranaryError(f"{source} is in circuit-tracer's format already")
     check_new(target)
     if is_own(Path(source)) and isinstance(made := load(source), CLT):
         clt = folded(made, load_provenance(source), change, str(source))

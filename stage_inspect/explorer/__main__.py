@@ -57,7 +57,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def run(arguments: argparse.Namespace) -> None:
     """Serve or write."""
+    from stage_inspect.explorer.feeds import connect
+
     opened = [open_run(url) for url in arguments.run]
+    connect(opened, say)
     if arguments.folder is None and arguments.html is None:
         serve(opened, arguments)
         return

@@ -15,6 +15,7 @@ from shared.latents import Example, Latents
 from shared.latents.examples import DECILES
 from shared.latents.folder import Related
 from stage_inspect.explorer.columns import COLUMNS, Column
+from stage_inspect.explorer.feeds import Feeds
 from stage_inspect.explorer.limits import TOKEN_HITS
 
 TOP, PER_DECILE, SILENT = 24, 3, 6  # examples of each kind that a page begins with
@@ -30,6 +31,8 @@ class Documents:
 
     def __init__(self, latents: Latents, title: str) -> None:
         self.latents, self.title = latents, title
+        self.feeds: Feeds | None = None
+        """What lies between this dictionary's latents and those of others, where that is known."""
         self.columns = [column for column in COLUMNS if column.name in latents.table]
         self.dtypes = {column.name: self._stored(column).dtype.str[1:] for column in self.columns}
         """How a column's numbers are sent: u4 or f4."""
@@ -163,6 +166,7 @@ class Documents:
             "neighbours": related(near),
             "together": {name: related(group) for name, group in together.items()},
             "together_tokens": latents.meta.together_tokens,
+            "feeds": self.feeds.of(index) if self.feeds is not None else None,
             "explanations": [
                 {
                     "text": said.text,

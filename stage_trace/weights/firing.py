@@ -134,7 +134,7 @@ def firing(
             for part, (values_NK, indices_NK) in zip(parts, dictionary.split(picks.values, picks.indices), strict=True):
                 part.append(unpadded(indices_NK, values_NK))
             seen(store.seq_len)
-        for place, part, group in zip(source.places, parts, dictionary.groups, strict=True):
-            found[place.layers[0]] = Firing.of(part, group.num_latents)
+        for place, group in zip(source.places, dictionary.groups, strict=True):
+            found[place.layers[0]] = Firing.of(parts.pop(0), group.num_latents)  # its parts are freed behind it
         del dictionary
     return found, sum(map(len, masks))

@@ -29,7 +29,7 @@ from shared.store import Store
 from shared.store.choose import choose_contexts
 from shared.store.io.open import open_io
 from stage_trace.known import Known
-from stage_trace.plan import L0_GUESS
+from stage_trace.plan import latents_per_token
 from stage_trace.replacement import check_places
 from stage_trace.session import Source
 from stage_trace.sources import find_sources, need_any
@@ -45,6 +45,8 @@ FACTOR_CONTEXTS, FACTOR_TOKENS = 16, 256
 """Of the sample, whose documents' beginnings the mean norm factors are taken over."""
 FIRING_BYTES, TILE_BYTES, TERM_BYTES = 40, 130, 90
 """Of a firing, while those of one layer are sorted; of a pair of a tile; of two firings that are looked at."""
+UNSORTED_BYTES = 12
+"""Of a firing that waits for the last context, in lists whose ends the heap keeps: of all layers of a CLT at once."""
 
 
 def make_weights(
@@ -143,10 +145,11 @@ def plan(layers: Sequence[Layer], tokens: int, sources: Sequence[Source], most: 
     """The memory that it will take beside the model: firing of the sample, connections, one layer's rows, one tile."""
     widest = max(one.num_latents for one in layers)
     width = len(layers[0].weights.folded.input_scale)
-    ks = [source.config.k if source.config is not None else None for source in sources]
-    each = sum(k if k is not None else L0_GUESS * len(one.places) for k, one in zip(ks, sources, strict=True))
+    configs = [source.config for source in sources if source.config is not None]
+    each = [latents_per_token(config) for config in configs]
+    waiting = max(k - k // config.num_groups for k, config in zip(each, configs, strict=True))
     held = {
-        "firing of the sample": FIRING_BYTES * each * tokens,
+        "firing of the sample": (FIRING_BYTES * sum(each) + UNSORTED_BYTES * waiting) * tokens,
         "connections": 20 * most * (sum(one.num_latents for one in layers) + widest),
         "rows of a layer": 8 * widest * width,
         "a tile": TILE_BYTES * min(CELLS, widest * widest) + TERM_BYTES * TERMS,

@@ -14,10 +14,11 @@ import pytest
 from shared.latents import Latents
 from stage_inspect.explorer import publish
 from stage_inspect.explorer.documents import Documents
+from stage_inspect.explorer.feeds import connect
 from stage_inspect.explorer.server import Run
 from tests.browser.chromium import Browser, open_browser
 from tests.exploring import serving
-from tests.latents import HOSTILE, synthetic_latents
+from tests.latents import HOSTILE, synthetic_latents, synthetic_weights
 
 pytestmark = pytest.mark.browser
 NAME = HOSTILE[0]
@@ -42,7 +43,11 @@ def latents(tmp_path_factory: pytest.TempPathFactory) -> Latents:
 
 @pytest.fixture(scope="module")
 def documents(latents: Latents) -> Documents:
-    return Documents(latents, "made up")
+    """Latent 6 of the dictionary's second layer is fed by latent 5 of its first."""
+    synthetic_weights(Path(latents.url).parent / "weights", ("0" * 64,) * 2, latents.num_latents)
+    made = Documents(latents, "made up")
+    connect([made], pytest.fail)
+    return made
 
 
 @dataclass(frozen=True)
@@ -149,6 +154,21 @@ def test_scores_of_a_concept_stand_with_their_intervals(browser: Browser, place:
         ["0.500 0.40\u20130.60", "0.610", "0.700", "0.390", "0.980 0.91\u20130.99"],
         ["0.500 0.40\u20130.60", "\u2013", "0.700", "0.390", "0.980"],
     ]
+
+
+def test_what_feeds_a_latent_leads_to_it(browser: Browser, place: Place) -> None:
+    browser.go(f"{place.url}#/latent/6")
+    assert [text.split()[:3] for text in browser.run(FEEDS)] == [["0", "/", "5"]]
+    assert browser.run("return document.querySelector('.feeds h3').innerText") == "Fed by"
+    browser.run("document.querySelector('.feeds a').click()")
+    browser.settle()
+    assert browser.text("h1") == "5"
+    assert browser.run("return document.querySelector('.feeds h3').innerText") == "Feeds"
+    browser.run("document.querySelector('.feeds a').click()")
+    browser.settle()
+    assert browser.text("h1") == "6"
+    browser.go(f"{place.url}#/latent/8")
+    assert browser.run("return document.querySelector('.feeds')") is None
 
 
 def test_a_split_character_is_whole(browser: Browser, place: Place) -> None:
@@ -263,6 +283,7 @@ def shown_latents(browser: Browser) -> list[int]:
     return rows
 
 
+FEEDS = "return [...document.querySelectorAll('.feeds li a')].map((link) => link.innerText)"
 # Colours as the browser computes them, each laid over what is below it.
 CONTRAST = """
 const canvas = Object.assign(document.createElement('canvas'), {width: 1, height: 1});

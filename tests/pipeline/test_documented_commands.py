@@ -20,7 +20,7 @@ from tests.foreign_transcoders import write_gemma_scope
 
 BLOCKS = [block for block in blocks() if block.runnable]
 # Blocks all of whose commands hold one of these take little time.
-FAST = ("granary store", "granary convert", "examples/steer.py", "granary export")
+FAST = ("granary store", "granary convert", "examples/steer.py", "granary export", "granary trace weights")
 TEXT = "def read(self, path):\n    return path.read_text()\n"
 
 
@@ -81,6 +81,9 @@ def what_it_begins_with(study: Path, first: str, work: Path) -> None:
         for name in ("demo", "mine"):
             shutil.rmtree(work / "runs" / name)
             shutil.copytree(work / "runs/mlps", work / "runs" / name)
+    if "trace weights" in first:
+        shutil.copytree(work / "runs/mlps", work / "runs/code")
+        shutil.copytree(work / "set", work / "runs/code/transcoders")
     if makes == "convert" and "runs/mine/transcoders" in first:
         shutil.copytree(work / "set", work / "runs/mine/transcoders")
 

@@ -1,10 +1,12 @@
 """``granary trace`` as a user runs it: files and scores, a plan before anything is loaded, and clear refusals."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 
+from shared.latents.global_weights import GlobalWeights
 from shared.lm import model_identity
 from tests.cli import ForkServer
 from tests.tracing import bundled_transcoder
@@ -62,3 +64,22 @@ def test_wrong_input_is_one_line(
     done = stages.run("stage_trace", *given, f"out_dir={tmp_path}")
     assert told in done.error
     assert not (tmp_path / "graph.json").exists()
+
+
+def test_weights_of_a_harvested_store(stages: ForkServer, run: Path, tmp_path: Path) -> None:
+    """Beside the dictionaries, where a page of them looks; wrong input is one line, and nothing is written."""
+    here = stages.at(tmp_path)
+    sites = ["hooks.layers=[0,1,2]", "hooks.sites=[mlp_in]"]
+    done = here.run("stage_harvest", "debug=tiny_harvest", "name=mlps", *sites)
+    assert done.code == 0, done.stderr
+    shutil.copytree(run, tmp_path / "tc")
+    done = here.run("granary", "trace", "weights", "tc", "--store", "runs/mlps/store", "--tokens", "400")
+    assert done.code == 0, done.stderr
+    assert "memory    about" in done.stderr
+    weights = GlobalWeights.open(tmp_path / "tc/weights")
+    assert f"{weights.num_latents:,} latents" in done.stdout
+    assert any(weights.sources(1, latent) for latent in range(96))
+    assert (tmp_path / "tc/weights/weights.html").is_file()
+    done = here.run("granary", "trace", "weights", "tc", "--store", "nowhere", "--out", "other")
+    assert "nowhere" in done.error
+    assert not (tmp_path / "other").exists()

@@ -4,12 +4,12 @@ The tensors keep their place in the files: what is float32 is mapped, and single
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any, Self
 
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -46,6 +46,8 @@ class TracerFolder:
     is_clt: bool
     sites: tuple[Sites, ...]
     """By layer."""
+    shapes: tuple[Mapping[str, tuple[int, ...]], ...]
+    """By layer: of each tensor in its files."""
 
     @classmethod
     def open(cls, folder: Path) -> Self:
@@ -69,16 +71,12 @@ class TracerFolder:
             raise GranaryError(f"{folder} has layers {layers}: circuit-tracer's folders hold all from 0 on")
         sites = tuple(Sites((f"layers.{n}.{places[0]}",), (f"layers.{n}.{places[1]}",)) for n in layers)
         model = config.get("model_name")
-        return cls(folder, model if isinstance(model, str) else None, is_clt, sites)
+        shapes = tuple(_shapes(matrix.file for matrix in _matrices(folder, is_clt, layer)) for layer in layers)
+        return cls(folder, model if isinstance(model, str) else None, is_clt, sites, shapes)
 
     def matrices(self, layer: int) -> tuple[Matrix, Matrix]:
         """Encoder and decoder; a row of a CLT's decoder lies over all layers that it writes."""
-        if self.is_clt:
-            return tuple(  # type: ignore[return-value]
-                Matrix(self.folder / f"{name}_{layer}.safetensors", f"{name}_{layer}") for name in ("W_enc", "W_dec")
-            )
-        file = self.folder / f"layer_{layer}.safetensors"
-        return Matrix(file, "W_enc"), Matrix(file, "W_dec")
+        return _matrices(self.folder, self.is_clt, layer)
 
     def threshold(self, layer: int) -> str:
         """What a layer's encoder file calls the thresholds of its latents."""
@@ -113,20 +111,35 @@ class TracerFolder:
         return found
 
     def shape(self, layer: int) -> tuple[int, int, int]:
-        """(latents, width read, width of a decoder row) of a layer, from the files' headers."""
-        sizes = []
-        for matrix in self.matrices(layer):
-            try:
-                with safe_open(matrix.file, framework="pt") as file:
-                    sizes.append(file.get_slice(matrix.name).get_shape())
-            except (OSError, SafetensorError) as error:
-                raise GranaryError(f"{matrix.file} is not there, or damaged: {error}") from None
-        encoder, decoder = sizes
+        """(latents, width read, width of a decoder row) of a layer."""
+        names = [matrix.name for matrix in self.matrices(layer)]
+        encoder, decoder = (self.shapes[layer].get(name, ()) for name in names)
         if len(encoder) != 2 or len(decoder) not in (2, 3) or encoder[0] != decoder[0]:
             raise GranaryError(f"{self.folder}: W_enc {encoder} and W_dec {decoder} of layer {layer} do not fit")
-        return encoder[0], encoder[1], int(torch.Size(decoder[1:]).numel())
+        return encoder[0], encoder[1], prod(decoder[1:])
 
     def has(self, layer: int, name: str) -> bool:
-        """Whether a layer's encoder file holds this tensor."""
-        with safe_open(self.matrices(layer)[0].file, framework="pt") as file:
-            return name in file.keys()  # noqa: SIM118 (not a dict)
+        """Whether a layer's files hold this tensor."""
+        return name in self.shapes[layer]
+
+
+def _matrices(folder: Path, is_clt: bool, layer: int) -> tuple[Matrix, Matrix]:
+    if not is_clt:
+        file = folder / f"layer_{layer}.safetensors"
+        return Matrix(file, "W_enc"), Matrix(file, "W_dec")
+    encoder, decoder = (
+        Matrix(folder / f"{name}_{layer}.safetensors", f"{name}_{layer}") for name in ("W_enc", "W_dec")
+    )
+    return encoder, decoder
+
+
+def _shapes(files: Iterable[Path]) -> dict[str, tuple[int, ...]]:
+    """Of all tensors in some files, from their headers; raises GranaryError for a file that is damaged."""
+    found: dict[str, tuple[int, ...]] = {}
+    for path in dict.fromkeys(files):
+        try:
+            with safe_open(path, framework="pt") as file:
+                found |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError) as error:
+            raise GranaryError(f"{path} is not there, or damaged: {error}") from None
+    return found

@@ -48,7 +48,7 @@ function nameOf({ note, explanations, tokens }) {
 function dead(source, latent) {
   return [
     h("p.remark", {}, `It fired on none of the ${count(source.meta.tokens)} tokens.`),
-    h("div.columns", {}, logits(latent), neighbours(source, latent)),
+    h("div.columns", {}, logits(latent), neighbours(source, latent), feeds(source, latent)),
   ];
 }
 
@@ -56,7 +56,7 @@ function body(source, latent) {
   return h("div.latent", {}, facts(source, latent),
     h("div.reading", {}, examplesPanel(source, latent)),
     h("div.rest", {}, activations(latent), logits(latent), firesOn(latent), neighbours(source, latent),
-      together(source, latent), notesPanel(source, latent)));
+      together(source, latent), feeds(source, latent), notesPanel(source, latent)));
 }
 
 function facts(source, { numbers }) {
@@ -132,4 +132,23 @@ function together(source, { together: found, together_tokens: tokens }) {
   show(there[0][0]);
   return panel("Fires together with", choice("Measure", there, there[0][0], show), list,
     h("p.caption", {}, `Among all latents, on a sample of ${count(tokens)} tokens.`));
+}
+
+function feeds(source, { feeds: found }) {
+  if (!found || !(found.sources.length + found.targets.length)) return null;
+  const rows = (list) => list.map(([layer, latent, value, href, name, tokens]) =>
+    [otherLatent(source, `${layer} / ${latent}`, href, name, tokens), value]);
+  const end = (title, list) => list.length ? h("div", {}, h("h3", {}, title), barList(rows(list))) : null;
+  return panel("Across layers", h("div.pair.feeds", {},
+    end("Fed by", found.sources), end("Feeds", found.targets)),
+    h("p.caption", {}, `Layer / latent, and what passes along the residual stream: target-weighted expected residual `
+      + `attribution on ${count(found.tokens)} tokens. Paths through attention are not in it.`));
+}
+
+/** A latent of any layer, a link where its page is here: in this run, or in one that is served beside it. */
+function otherLatent(source, place, href, name, tokens) {
+  const label = [h("b", {}, place), " ",
+    name ?? h("span.dim", {}, tokens.slice(0, 4).map((token) => [chip(token), " "]))];
+  const isHere = href && (!href.startsWith("#") || source.has(Number(href.split("/").at(-1))));
+  return isHere ? h("a", { href }, label) : h("span", {}, label);
 }

@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ from stage_trace.replacement import places_of
 from stage_trace.session import Source
 from stage_trace.sweep import sweep
 from stage_trace.targets import Features
-from stage_trace.weights import build, firing
+from stage_trace.weights import build, firing, job
 from stage_trace.weights.__main__ import main
 from stage_trace.weights.build import write_weights
 from stage_trace.weights.firing import Firing, Together, unpadded
@@ -299,6 +300,18 @@ def test_wrong_input_is_one_line(
     assert exit_.value.code == 2
     assert told in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_all_layers_of_a_clt_are_planned_to_wait_at_once() -> None:
+    """Transcoders are read one after the other: of equal firing they take less."""
+    parts = linear_parts(make_model("llama"))
+    told = {}
+    for kind in ("transcoders", "clt"):
+        made = SETS[kind](2)
+        sources = [replace(as_source(one), config=replace(one.config, k=4 if kind == "clt" else 2)) for one in made]
+        (line,) = job.plan(layers_of(sources, parts, dict.fromkeys(range(9), 1.0)), 1_000_000, sources, 4)
+        told[kind] = re.search(r"firing of the sample ([\d.]+) MB", line)
+    assert [float(found[1]) for found in told.values() if found] == [160.0, 184.0]
 
 
 def test_a_site_that_the_store_lacks_is_told(planted: tuple[Path, Path], tmp_path: Path) -> None:

@@ -4,10 +4,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from omegaconf import OmegaConf
 
 from shared.basics.errors import GranaryError
-from shared.sae.sets import convert_set
+from shared.sae.sets import convert_set, load_set
 from shared.sae.sites import Sites
 from tests.circuits import LAYERS, PROVENANCE, READS, WRITES, assert_same, of_clt, of_set, save_set, started
 
@@ -26,6 +27,13 @@ def test_f07_f08_f09_a_set_is_folded(tmp_path: Path, kind: str, given: dict[str,
     assert convert_set(tmp_path / "ours", tmp_path / "theirs", "circuit_tracer") == "granary set"
     for layer in range(LAYERS):
         assert_same(made[layer], x[layer], *of_set(tmp_path / "theirs", layer, x[layer]))
+    with pytest.raises(GranaryError, match="circuit-tracer's format already"):
+        convert_set(tmp_path / "theirs", tmp_path / "again", "circuit_tracer")
+    read = load_set(tmp_path / "theirs")
+    assert list(read) == list(range(LAYERS))
+    for layer, one in read.items():
+        theirs, ours = (each.decode(each.encode(x[layer])) for each in (one, made[layer]))
+        torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-4)
     config = OmegaConf.load(tmp_path / "theirs" / "config.yaml")
     assert config.model_name == "owner/model"
     assert (config.feature_input_hook, config.feature_output_hook) == ("mlp.hook_in", "mlp.hook_out")
@@ -37,6 +45,8 @@ def test_f19_a_clt_row_is_cut_by_target(tmp_path: Path, given: dict[str, Any]) -
     made.save_pretrained(tmp_path / "ours", PROVENANCE)
     assert convert_set(tmp_path / "ours", tmp_path / "theirs", "circuit_tracer") == "granary clt"
     assert_same(made, x_ND, *of_clt(tmp_path / "theirs", x_ND))
+    with pytest.raises(GranaryError, match="does not record the one site that it writes"):
+        load_set(tmp_path / "theirs")
 
 
 def test_f06_f50_what_the_folders_cannot_hold(tmp_path: Path) -> None:
