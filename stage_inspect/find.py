@@ -92,6 +92,8 @@ def find(arguments: argparse.Namespace) -> None:
                 f"{one.auroc_low:.2f}-{one.auroc_high:.2f}",
             )
     console = ShownConsole(soft_wrap=True)
+    # A narrow terminal breaks lines; the table itself would leave out the concepts, the column that may shrink.
+    console.width = max(console.width, console.measure(table, options=console.options.update(width=1 << 10)).maximum)
     console.print(table)
     for name, why in found.left_out.items():
         console.print(f"left out: {name}, {why}", markup=False)

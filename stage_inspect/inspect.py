@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from shared.basics.errors import GranaryError
 from shared.basics.files import lock_folder, make_folders
+from shared.basics.memory import return_freed_blocks
 from shared.basics.units import human_bytes, human_time
 from shared.basics.waiting import wait_until
 from shared.latents.layout import META, NOTES
@@ -35,6 +36,7 @@ log = logging.getLogger(__name__)
 
 def inspect(cfg: InspectSchema) -> None:
     """Run the stage; raises GranaryError for every wrong input before any long work."""
+    return_freed_blocks()
     world = init_world(cfg.device.name, cfg.device.threads)
     job = InspectJob.from_config(cfg)
     dictionary = job.folder.load(world.device)

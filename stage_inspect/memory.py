@@ -8,6 +8,7 @@ import numpy as np
 
 from shared.basics.units import human_bytes
 from shared.latents.layout import BINS, SUMS
+from shared.lm.head import head_size
 from shared.sae.variants import Dictionary
 from stage_inspect.finish.together import CELLS, FILLED, PAIRS
 from stage_inspect.finish.weights import BLOCK_ELEMENTS, MOST_COMPARED, ROWS
@@ -27,10 +28,14 @@ BESIDE_BYTES = sum(np.dtype(dtype).itemsize for dtype in BESIDE.values())  # of 
 PAIR_BYTES = 160  # of one (token, latent) while a batch is counted: its columns, sorted copies, groups and keys
 PENDING_BYTES, UPDATE_BYTES = 12, 40  # of a key that does not count yet, and while it is made to
 MERGE_COPIES = 3  # of records while they are joined, sorted and written
-CELL_BYTES, TERM_BYTES = 48, 80  # of a pair of latents, and of a term of its sums, while they are compared
+TABLE_BYTES, TABLE_TERM_BYTES = 24, 40  # of a cell of the table of pairs of latents, and of a term added to it
+SORTED_TERM_BYTES = 80  # of a term of the sums of pairs that are found by sorting
+PAIR_SCORE_BYTES = 130  # of a pair that was found, while it is scored and ranked
 SAMPLED_BYTES = 64  # of one (token, latent) of the sample in which they are
 POOL_BYTES = 40  # of one in the windows of which the pool is chosen
 PLANE_COPIES = 4  # of the float64 matrix of which the map's axes are
+LOGIT_BYTES = 36  # of a logit of a block: itself, its cell, its deviation, and those of the block before
+LATER_BYTES = 32 << 20  # of code that is first loaded on the way, stacks of threads, and the holes of heaps
 
 
 @dataclass(frozen=True)
@@ -38,7 +43,7 @@ class Memory:
     """Bytes by what they are for. The pass and what follows it do not meet in memory."""
 
     base: int
-    """The most that the process has taken so far: libraries and the dictionary."""
+    """The most that the process has taken so far, libraries and the dictionary; and `LATER_BYTES`."""
     keys: int
     part: int
     batch: int
@@ -84,11 +89,11 @@ def estimate(job: InspectJob, dictionary: Dictionary, settings: Settings) -> Mem
     block = min(F, LATENTS_PER_BLOCK)
     merge = sum(logs(block, all_pairs * block / F).values()) * MERGE_COPIES + 2 * state * block / F
     sampled = min(settings.together_tokens, all_tokens) * fired
-    cells = min(F * F, max(CELLS, F)) if sampled * fired >= FILLED * F * F else 0
-    comparing = sampled * SAMPLED_BYTES + cells * CELL_BYTES + min(PAIRS, sampled * fired) * TERM_BYTES
+    terms = min(PAIRS, sampled * fired)
+    comparing = sampled * SAMPLED_BYTES + pairing(F, terms, is_table=sampled * fired >= FILLED * F * F)
     pool = min(POOL_MARGIN * settings.pool * settings.window, all_tokens) * fired * POOL_BYTES
     return Memory(
-        base=1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+        base=1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss + LATER_BYTES,
         keys=int(F * sum(kept.values()) * 4 + sum(pending) * PENDING_BYTES + max(pending) * UPDATE_BYTES),
         part=int(sum(found.values()) + state),
         batch=int(copies),
@@ -96,14 +101,28 @@ def estimate(job: InspectJob, dictionary: Dictionary, settings: Settings) -> Mem
     )
 
 
+def pairing(F: int, terms: float, *, is_table: bool) -> float:
+    """Bytes taken while the pairs of a block of latents are counted, then ranked, from at most so many terms."""
+    if not is_table:
+        return terms * SORTED_TERM_BYTES
+    cells = min(F * F, max(CELLS, F))
+    return max(cells * TABLE_BYTES + terms * TABLE_TERM_BYTES, cells * PAIR_SCORE_BYTES)
+
+
 def weights(job: InspectJob, dictionary: Dictionary) -> int:
-    """Bytes taken while the weights are looked at, beside the dictionary itself."""
+    """Bytes taken while the weights are looked at, beside the dictionary itself; on a GPU they are its own."""
+    if dictionary.b_dec.is_cuda:
+        return 0
     F, D = job.num_latents, dictionary.widths.d_out
     rows = min(F, ROWS) * D * 8 * 3
     copies = F * D * 4 if len(dictionary.groups) > 1 else 0
     compared = F * D * 4 + BLOCK_ELEMENTS * 4 * 2 if F <= MOST_COMPARED else 0
     plane = D * D * 8 * PLANE_COPIES + rows
-    return copies + max(compared, plane)
+    logits = 0
+    if job.model is not None:
+        head, vocabulary = head_size(job.model.path, job.model.revision)
+        logits = head + F * D * 4 + min(max(BLOCK_ELEMENTS, vocabulary), F * vocabulary) * LOGIT_BYTES
+    return copies + max(compared, plane, logits)
 
 
 def records(latents: int, count: int, found: float) -> float:

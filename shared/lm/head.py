@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from shared.lm.identity import load_config
 from shared.lm.load import load_part, truncate_config
@@ -32,10 +32,17 @@ class LogitHead:
         return logits_NV - logits_NV.mean(1, keepdim=True)
 
 
+def head_size(path: str, revision: str | None = None) -> tuple[int, int]:
+    """Bytes that `load_head` takes at most, and V; reads the model's configuration only."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(_config_of_one_layer(path, revision))
+    size = sum(4 * weight.numel() for weight in model.parameters())
+    return size, len(model.get_output_embeddings().weight)
+
+
 def load_head(path: str, revision: str | None = None, *, device: torch.device | str = "cpu") -> LogitHead:
     """The head of the model at `path`; only one of its layers is read with it. Raises as `load_causal_lm`."""
-    config = copy.deepcopy(load_config(path, revision))
-    truncate_config(config, 1)
+    config = _config_of_one_layer(path, revision)
     model = load_part(AutoModelForCausalLM, path, config, "float32", revision, "eager")
     W_VD = model.get_output_embeddings().weight.detach().float()
     holder = final_norm(model)
@@ -51,3 +58,9 @@ def load_head(path: str, revision: str | None = None, *, device: torch.device | 
                 norm(torch.ones_like(signs_D)[None]).sub(norm(-torch.ones_like(signs_D)[None])).abs().max() < 1e-3
             )
     return LogitHead(W_VD.to(device), gain_D.clone().to(device), is_centred)
+
+
+def _config_of_one_layer(path: str, revision: str | None) -> PretrainedConfig:
+    config = copy.deepcopy(load_config(path, revision))
+    truncate_config(config, 1)
+    return config

@@ -45,11 +45,7 @@ def finish(io: ObjectIO, job: InspectJob, dictionary: Dictionary, settings: Sett
     num_blocks = len(files[0]) - 1
     candidates = whole_of(files, "pool/place").astype(np.int64)
     pool = choose_pool(candidates, settings.pool, chance)
-    wanted = pool
-    for block in range(num_blocks):
-        merged = merge_block(files, block, block * LATENTS_PER_BLOCK, settings, chance)
-        parts.write(io, parts.merged_key(block), identity, [merged], replace=True)
-        wanted = np.union1d(wanted, window_starts(merged))
+    wanted = np.union1d(pool, merge(io, files, settings, chance, identity))
 
     edges = position_edges(job.store.seq_len)
     writer = LatentsWriter.begin(io, {"window": settings.window, "positions": len(edges)})
@@ -69,6 +65,16 @@ def finish(io: ObjectIO, job: InspectJob, dictionary: Dictionary, settings: Sett
     writer.finish(meta)
     parts.remove(io)
     return meta
+
+
+def merge(io: ObjectIO, files: list[parts.PartFile], settings: Settings, chance: Chance, identity: str) -> Ints:
+    """Put each block of latents, merged from all parts; returns places of the windows that its records need."""
+    wanted = np.empty(0, np.int64)
+    for block in range(len(files[0]) - 1):
+        merged = merge_block(files, block, block * LATENTS_PER_BLOCK, settings, chance)
+        parts.write(io, parts.merged_key(block), identity, [merged], replace=True)
+        wanted = np.union1d(wanted, window_starts(merged))
+    return wanted
 
 
 def open_part(io: ObjectIO, number: int, identity: str) -> parts.PartFile:

@@ -15,7 +15,7 @@ from stage_inspect.scan.log import Columns
 from stage_inspect.scan.pairs import Ints, lengths, ragged, stable_order, starts_of
 
 LEAST = 5
-CELLS = 1 << 22  # of a block's table of pairs
+CELLS = 1 << 20  # of a block's table of pairs
 PAIRS = 1 << 22  # terms looked at together
 FILLED = 1 / 8  # terms per cell from which a table of all cells costs less than sorting the terms
 

@@ -261,7 +261,7 @@ def test_marked_spans(study: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "told"),
     [
-        ("{", "line 1 is no JSON"),
+        ("{", "line 1 is not JSON"),
         ('{"start": 1}', "either a text or a document"),
         ('{"text": "ab", "start": 1, "end": 3, "label": "x"}', "ends at 3, its text at 2"),
         ('{"text": "ab", "start": 1, "end": 1, "label": "x"}', "start below end"),
