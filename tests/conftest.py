@@ -1,5 +1,6 @@
 """Fixtures every test may use."""
 
+import importlib.util
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,6 +20,12 @@ if TYPE_CHECKING:
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported, which some test's imports may do at any time
+
+if importlib.util.find_spec("hypothesis"):  # the peers' environment has none
+    from hypothesis import settings
+
+    settings.register_profile("no deadline", deadline=None)  # a busy machine is no failure
+    settings.load_profile("no deadline")
 
 REPOSITORY = isolation.REPOSITORY
 BEFORE, LEFT = pytest.StashKey[set[str]](), pytest.StashKey[list[str]]()

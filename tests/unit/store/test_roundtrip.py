@@ -114,7 +114,7 @@ def test_the_same_store_at_every_kind_of_url(tmp_path, scheme):
     assert torch.equal(store.read_context(HOOK, 7), as_read(synthetic_context(plan, HOOK, 7), "bfloat16"))
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     num_contexts=st.integers(1, 9),
     seq_len=st.integers(1, 40),

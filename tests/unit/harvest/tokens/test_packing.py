@@ -141,7 +141,7 @@ def test_settings_that_cannot_be_packed_are_refused(changes: dict[str, object], 
         Packer.from_config(schema(**changes), SPECIAL)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     lengths=st.lists(st.integers(0, 30), max_size=12),
     seq_len=st.integers(2, 17),

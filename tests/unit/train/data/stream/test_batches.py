@@ -82,7 +82,7 @@ def streams(data: TrainingData, order: StreamOrder, world: int, **options: int) 
 shapes = st.tuples(st.integers(1, 24), st.integers(1, 12))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     shapes,
     st.integers(1, 40),
@@ -115,7 +115,7 @@ def test_every_token_once_per_epoch_at_any_world_size(
     alone[0].close()
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.data(), st.integers(1, 30), st.integers(1, 4), st.booleans())
 def test_resume_anywhere_at_another_world_size(draw: st.DataObject, batch_size: int, mix: int, drop_last: bool) -> None:
     data = MemoryStore(13, 9, density=0.9).data()

@@ -68,7 +68,7 @@ def batches(
     return found, streams[0].state_dict(), skipped
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     st.integers(4, 16), st.integers(1, 9), st.integers(1, 30), st.integers(1, 3), st.sets(st.integers(0, 15)), st.data()
 )
