@@ -356,9 +356,9 @@ def unnamed_keys() -> list[str]:
 def sweep_name(overrides: Sequence[str], unnamed: Collection[str]) -> str:
     """Folder of one run of a sweep: ``sae.k=16`` and ``sae.expansion=8`` give ``expansion=8,k=16``.
 
-    A key goes by its last part, unless another key ends alike; keys in `unnamed` are left out. Items of a list are
-    joined by ``+``. A value that can't be part of a folder's name, such as a path, is a digest of it, and so is a name
-    that is too long for a folder.
+    A key goes by its last part, unless another that fixes the result ends alike; keys in `unnamed` are left out.
+    Items of a list are joined by ``+``. A value that can't be part of a folder's name, such as a path, is a digest of
+    it, and so is a name that is too long for a folder.
     """
     given = OverridesParser.create().parse_overrides(sorted(overrides))
     parts = [f"{_key_name(one.key_or_group)}={_value_name(one)}" for one in given if one.key_or_group not in unnamed]
@@ -368,7 +368,8 @@ def sweep_name(overrides: Sequence[str], unnamed: Collection[str]) -> str:
 
 def _key_name(key: str) -> str:
     last = key.rpartition(".")[2]
-    return key if sum(name.rpartition(".")[2] == last for name, _ in marks(TrainSchema)) > 1 else last
+    others = (name for name, mark in marks(TrainSchema) if mark.identity and name != key)
+    return key if any(name.rpartition(".")[2] == last for name in others) else last
 
 
 def _value_name(override: Override) -> str:
