@@ -11,12 +11,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from granary.sweep import is_grid, shared_arguments
+from shared.basics.display import masked
 from shared.basics.documents import typed_at
 from shared.basics.errors import GranaryError
 from shared.basics.run_folder import RunFolder
 from shared.basics.yaml_file import read_yaml
 from shared.launch.outcome import ending_in_one_line
-from shared.launch.stage import run_child
+from shared.launch.stage import run_child, spelt_out
+from stage_train.config import TrainSchema
 
 HELP = """\
 usage: granary transcoders [key=value ...]
@@ -64,7 +66,8 @@ def check_same_set(folder: Path, train: Sequence[str]) -> None:
     if not record.is_file():
         return
     recorded = typed_at(read_yaml(record), "hydra.overrides.task", list[str], record)
-    before, wanted = ({str(one) for one in words if not str(one).startswith(FREE)} for words in (recorded, train))
+    wanted_words = [masked(word) for word in spelt_out(train, TrainSchema)]  # as the record has them
+    before, wanted = ({one for one in words if not one.startswith(FREE)} for words in (recorded, wanted_words))
     if before != wanted:
         raise GranaryError(
             f"{folder} holds a set that was trained with other settings ({', '.join(sorted(before ^ wanted))}): name "

@@ -67,7 +67,7 @@ def run_stage(task: Callable[[Any], None], config_name: str, afterwards: Callabl
     with ending_in_one_line(*on_interrupt):
         refuse_password(*sys.argv[1:])
         schema = schema_of(config_name)
-        arguments = expand_launcher(expand_counts(expand_shorthands(quote_text(sys.argv[1:])), schema))
+        arguments = expand_launcher(spelt_out(sys.argv[1:], schema))
         sys.argv[1:] = name_swept_keys(arguments, schema) + rank_overrides()
         try:
             hydra.main(version_base="1.3", config_path="pkg://conf", config_name=config_name)(run)()
@@ -76,6 +76,14 @@ def run_stage(task: Callable[[Any], None], config_name: str, afterwards: Callabl
                 raise
             fail(f"a Slurm job failed: {str(error).strip().splitlines()[-1]}")
         afterwards()
+
+
+def spelt_out(arguments: Sequence[str], schema: type) -> list[str]:
+    """A command line as Hydra sees and records it: shorthands written out, counts as whole numbers, text quoted.
+
+    Raises GranaryError naming the key for a count that is no whole number.
+    """
+    return expand_counts(expand_shorthands(quote_text(arguments)), schema)
 
 
 def mask_saved() -> None:

@@ -6,7 +6,10 @@ import pytest
 from omegaconf import OmegaConf
 
 from granary.transcoders import check_same_set, chosen_layers, commands, layers_of
+from shared.basics.display import masked
 from shared.basics.errors import GranaryError
+from shared.launch.stage import spelt_out
+from stage_train.config import TrainSchema
 
 
 def test_f48_layers_in_the_order_of_their_numbers() -> None:
@@ -51,11 +54,13 @@ def test_another_kind_and_a_single_layer() -> None:
 
 
 def test_a_folder_is_of_one_set(tmp_path: Path) -> None:
-    """Other layers of it, or other processes, are the same set; other settings are not."""
-    train, _ = commands(["name=x", "sae.k=16"], [0, 1])
+    """Other layers, processes or spellings are the same set; other settings are not. The record is Hydra's."""
+    url = "store.url='s3://bucket/store?X-Amz-Signature=f00d'"
+    train, _ = commands(["name=x", "sae.k=16", "schedule.tokens=2_000", url], [0, 1])
     check_same_set(tmp_path, train)
-    task = [word for word in train if not word.startswith(("-m", "hydra."))]
+    task = [masked(word) for word in spelt_out(train, TrainSchema) if not word.startswith(("-m", "hydra."))]
+    assert "schedule.tokens=2000" in task
     OmegaConf.save(OmegaConf.create({"hydra": {"overrides": {"task": task}}}), tmp_path / "multirun.yaml")
-    check_same_set(tmp_path, commands(["name=x", "sae.k=16", "nproc=2"], [2])[0])
+    check_same_set(tmp_path, commands(["name=x", "sae.k=16", "nproc=2", "schedule.tokens=2e3", url], [2])[0])
     with pytest.raises(GranaryError, match=r"other settings \(sae\.k=16, sae\.k=32\): name this one by set=NAME"):
-        check_same_set(tmp_path, commands(["name=x", "sae.k=32"], [0, 1])[0])
+        check_same_set(tmp_path, commands(["name=x", "sae.k=32", "schedule.tokens=2000", url], [0, 1])[0])
