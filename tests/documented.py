@@ -45,7 +45,7 @@ STAND_INS = (
     (r"hooks\.layers=\[0,1,2,3,4\]", "hooks.layers=[0,1]"),
     (r"hooks\.layers=\[0,8,16-20\]", "hooks.layers=[0,1-2]"),
     (r"stream\.batch_size=\d+", "stream.batch_size=256"),
-    (r"nproc=8|--nproc-per-node=8", "{0}=2"),
+    (r"nproc=8|--nproc-per-node=(8|16)", "{0}=2"),
     (r"URL", "runs/demo/store"),
 )
 # What makes a stage small; a key that the command gives itself stays as it is given.

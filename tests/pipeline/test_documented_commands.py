@@ -77,7 +77,7 @@ def what_it_begins_with(study: Path, first: str, work: Path) -> None:
     if "corpus=store" in first:  # a store that is there already is what it reads
         left_out = ["chat"]
     shutil.copytree(study, work, ignore=shutil.ignore_patterns(*left_out))
-    if "transcoder" in first and makes != "harvest":
+    if ("transcoder" in first or "mlp_in" in first) and makes != "harvest":
         for name in ("demo", "mine"):
             shutil.rmtree(work / "runs" / name)
             shutil.copytree(work / "runs/mlps", work / "runs" / name)
