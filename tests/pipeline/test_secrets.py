@@ -5,31 +5,16 @@ from pathlib import Path
 import pytest
 
 from tests.cli import ForkServer
+from tests.disk_commands import INSPECT, TRAIN
 from tests.inspection import small_sae, small_store
 
 SECRET = "hush"
 STORE = f"store?X-Amz-Date=1&X-Amz-Signature={SECRET}"
-TRAIN = (
-    "sae.d_latent=24",
-    "sae.k=2",
-    "sae.dead_after_tokens=400",
-    "stream.batch_size=64",
-    "schedule.tokens=500",
-    "logger.progress=false",
-)
 STAGES = {
     "train": ("stage_train", *TRAIN),
     "packed": ("stage_train", "-m", *TRAIN, "packed=true", "optim.lr=1e-3,2e-3"),
     "eval": ("stage_eval", "sae.path=dictionary", "contexts=1", "downstream=false"),
-    "inspect": (
-        "stage_inspect",
-        "sae.path=dictionary",
-        "logits=false",
-        "device=cpu",
-        "latents.window=16",
-        "latents.together_tokens=400",
-        "latents.pool=12",
-    ),
+    "inspect": ("stage_inspect", "sae.path=dictionary", *INSPECT),
     "plan": ("stage_train.plan", *TRAIN),
 }
 

@@ -4,7 +4,7 @@ Shape letters: N rows of this rank's batch, D a width, F latents (those held her
 """
 
 from collections.abc import Mapping, Sequence
-from typing import TypeVar
+from typing import TypedDict, TypeVar, Unpack
 
 import torch
 import torch.distributed as dist
@@ -26,6 +26,14 @@ T = TypeVar("T")
 
 # Tensors up to this size share one message.
 SMALL_ELEMENTS = 1 << 18
+
+
+class Making(TypedDict):
+    """What a dictionary is made with, beside its config."""
+
+    kernels: str
+    compute_dtype: str
+    generator: torch.Generator
 
 
 class Layout:
@@ -63,18 +71,16 @@ class Layout:
         return config.d_latent
 
     def objective(
-        self,
-        config: DictionaryConfig,
-        learning: LearningConfig,
-        *,
-        in_parts: bool,
-        kernels: str,
-        compute_dtype: str,
-        generator: torch.Generator,
+        self, config: DictionaryConfig, learning: LearningConfig, *, in_parts: bool, **how: Unpack[Making]
     ) -> Objective:
         """A dictionary to begin with, and how it is learnt, for ``distribute``: the whole, or `in_parts` the rank's."""
-        made = VARIANTS[config.kind](config, kernels=kernels, compute_dtype=compute_dtype, generator=generator)
-        return Objective(made, learning)
+        if in_parts:
+            return self.own_part(config, learning, **how)
+        return Objective(VARIANTS[config.kind](config, **how), learning)
+
+    def own_part(self, config: DictionaryConfig, learning: LearningConfig, **how: Unpack[Making]) -> Objective:
+        """The rank's part, of a dictionary that ``begins_in_parts``."""
+        raise NotImplementedError
 
     def distribute(self, objective: Objective, *, has_values: bool = True) -> Objective:
         """The rank's part of a whole dictionary, on the rank's device.

@@ -5,7 +5,7 @@ summed and scattered. The update runs on the rank's own rows, which the unit-nor
 """
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 import torch.distributed as dist
@@ -22,7 +22,7 @@ from shared.sae.learn.objective import Objective
 from shared.sae.optim import Optimiser, OptimiserConfig, RowShare, make_optimiser
 from shared.sae.roles import Role
 from shared.sae.variants.base import Dictionary
-from stage_train.step.layouts.base import Layout, give_memory, joint_norm, scatter_rows, take
+from stage_train.step.layouts.base import Layout, Making, give_memory, joint_norm, scatter_rows, take
 from stage_train.step.layouts.part import GroupShard, part_of
 from stage_train.step.layouts.split import latents_of_shard
 
@@ -58,21 +58,9 @@ class FullySharded(Layout):
         owner."""
         return config.num_groups == 1
 
-    def objective(
-        self,
-        config: DictionaryConfig,
-        learning: LearningConfig,
-        *,
-        in_parts: bool,
-        kernels: str,
-        compute_dtype: str,
-        generator: torch.Generator,
-    ) -> Objective:
-        """The latents whose rows the rank will hold, or the whole."""
-        how = {"kernels": kernels, "compute_dtype": compute_dtype}
-        if in_parts:
-            return part_of(config, learning, self.mesh.get_group("dp"), **how, generator=generator)
-        return super().objective(config, learning, in_parts=False, **how, generator=generator)
+    def own_part(self, config: DictionaryConfig, learning: LearningConfig, **how: Unpack[Making]) -> Objective:
+        """The latents whose rows the rank will hold."""
+        return part_of(config, learning, self.mesh.get_group("dp"), **how)
 
     def num_latents(self, config: DictionaryConfig) -> int:
         """All: they are gathered for a step. Raises GranaryError when their rows do not divide among the ranks."""

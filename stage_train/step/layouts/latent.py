@@ -9,6 +9,7 @@ Shape letters: N rows, D d_model, F latents held here, L ranks of the group, R d
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Unpack
 
 import torch
 import torch.distributed as dist
@@ -29,6 +30,7 @@ from shared.sae.variants.one_group import OneGroup
 from stage_train.config import TrainSchema
 from stage_train.step.layouts.base import (
     Layout,
+    Making,
     give_memory,
     gradients,
     joint_norm,
@@ -79,21 +81,9 @@ class LatentParallel(Layout):
         """It has one group of latents."""
         return True
 
-    def objective(
-        self,
-        config: DictionaryConfig,
-        learning: LearningConfig,
-        *,
-        in_parts: bool,
-        kernels: str,
-        compute_dtype: str,
-        generator: torch.Generator,
-    ) -> Objective:
-        """The rank's own latents, or the whole."""
-        how = {"kernels": kernels, "compute_dtype": compute_dtype}
-        if in_parts:
-            return part_of(config, learning, self.latent_group, **how, generator=generator)
-        return super().objective(config, learning, in_parts=False, **how, generator=generator)
+    def own_part(self, config: DictionaryConfig, learning: LearningConfig, **how: Unpack[Making]) -> Objective:
+        """The rank's own latents."""
+        return part_of(config, learning, self.latent_group, **how)
 
     def distribute(self, objective: Objective, *, has_values: bool = True) -> Objective:
         """The rank's own latents; out of a whole, no other rank than the first has more at any time."""

@@ -6,6 +6,7 @@ counts, and norms of rows; never activations. With ``parallel.latent`` as many r
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Unpack
 
 import torch
 import torch.distributed as dist
@@ -24,7 +25,7 @@ from shared.sae.variants.clt import CLTConfig
 from shared.sae.variants.clt_part import CLTPart, LayerShare, shares_of
 from stage_train.config import OnDamage, TrainSchema
 from stage_train.state.pieces import Pieces
-from stage_train.step.layouts.base import Layout, give_memory, gradients, joint_norm, of_owner
+from stage_train.step.layouts.base import Layout, Making, give_memory, gradients, joint_norm, of_owner
 
 # Newer versions of torch have other names for them.
 gather_tensor = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -126,20 +127,11 @@ class LayerParallel(Layout):
         share = self.shares(config.num_groups)[self.world.rank]
         return len(share.layers) * (config.d_latent // config.num_groups // self.parts)
 
-    def objective(
-        self,
-        config: DictionaryConfig,
-        learning: LearningConfig,
-        *,
-        in_parts: bool,
-        kernels: str,
-        compute_dtype: str,
-        generator: torch.Generator,
-    ) -> Objective:
-        """The rank's own part: the whole is nowhere."""
+    def own_part(self, config: DictionaryConfig, learning: LearningConfig, **how: Unpack[Making]) -> Objective:
+        """Its layers and what it writes."""
         shares = self.shares(config.num_groups)
         share = shares[self.world.rank]
-        part = CLTPart(config, share, kernels=kernels, compute_dtype=compute_dtype, generator=generator)
+        part = CLTPart(config, share, **how)
         objective = Objective(part, learning)
         objective.shard = Ranks(shares, self.world.rank, part.config.per_layer, self._layer_group)
         return objective
