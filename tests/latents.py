@@ -77,11 +77,12 @@ def synthetic_latents(
         elif group == "logits":
             writer.append(path, np.sort(rng.normal(size=(F, layout.LOGITS)).astype(np.float32))[:, ::-1])
     writer.append("together/fired", fired // 2)
-    _write_examples(writer, rng, alive & (np.arange(F) < (recorded or F)), scale, top, sample, R, window)
+    rows = _write_examples(writer, rng, alive & (np.arange(F) < (recorded or F)), scale, top, sample, R, window)
     _write_windows(writer, rng, R, V, window)
     writer.append("silent/window", np.arange(0, R, 2))
-    writer.append("silent/offsets", np.arange(F + 1) * 2)
-    writer.append("silent/fired", np.tile([0, 1], F))
+    fired_in = [np.unique(own[own % 2 == 0] // 2) for own in rows]
+    writer.append("silent/offsets", np.cumsum([0, *map(len, fired_in)]))
+    writer.append("silent/fired", np.concatenate(fired_in))
     writer.vocabulary(synthetic_vocabulary())
     writer.finish(synthetic_meta(F, axes, top, sample))
     return Latents.open(folder)
@@ -111,8 +112,11 @@ def synthetic_meta(num_latents: int, axes: dict[str, int], top: int, sample: int
 
 def _write_examples(
     writer: LatentsWriter, rng: Any, alive: Any, scale: Any, top: int, sample: int, windows: int, window: int
-) -> None:
-    """`top` records and a sample for each living latent, each with two active tokens beside its peak."""
+) -> list[Any]:
+    """`top` records and a sample for each living latent, each with two active tokens beside its peak.
+
+    Returns the windows of each latent's records.
+    """
     F, each = len(alive), top + sample
     counts = alive * each
     writer.append("examples/offsets", np.cumsum([0, *counts]))
@@ -127,6 +131,7 @@ def _write_examples(
     writer.append("examples/active", np.full(num, 2))
     writer.append("active/offset", np.tile([1, 2], num))
     writer.append("active/share", np.tile(np.array([0.5, 0.125], np.float16), num))
+    return [own if is_alive else own[:0] for own, is_alive in zip(rows["window"], alive, strict=True)]
 
 
 def _write_windows(writer: LatentsWriter, rng: Any, windows: int, vocabulary: int, window: int) -> None:

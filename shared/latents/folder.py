@@ -257,9 +257,9 @@ class Latents:
             raise GranaryError(f"the examples of latent {index} in {self.url} are damaged: run granary inspect again")
         return records, int(self.array("examples/top").row(index))
 
-    def examples(self, records: Records) -> list[Example]:
-        """Records with their text."""
-        return self._windows.examples(records, self.vocabulary)
+    def examples(self, records: Records, *, within_window: bool = False) -> list[Example]:
+        """Records with their text: what is around each peak, or the peak's own window."""
+        return self._windows.examples(records, self.vocabulary, within_window=within_window)
 
     @cached_property
     def _windows(self) -> WindowTable:

@@ -1,0 +1,189 @@
+"""From judgements to figures: balanced accuracy, F1, area under the curve, Pearson, each with a 95 % interval.
+
+An interval of a share is Wilson's (1927); that of balanced accuracy, the mean of two independent shares, combines
+theirs by the method of variance recovery (Newcombe 1998). The others are bootstraps over examples (Efron 1979), active
+and silent ones drawn apart. A judgement without an answer is in no figure: it is counted beside them.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Doubles = npt.NDArray[np.float64]
+Interval = tuple[float, float]
+
+Z = 1.959963984540054  # of the normal distribution, two-sided 95 %
+RESAMPLES = 1000
+ENDS = (0.025, 0.975)
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What was said of one example."""
+
+    truth: bool
+    said: bool | None
+    """None: there was no answer, or none that could be read."""
+    place: tuple[int, int]
+    """Context and position of the example's first token."""
+    quantile: int | None = None
+    certainty: float | None = None
+    """The larger, the surer that it is active: a probability, or a similarity."""
+    reason: str | None = None
+    """Why there is none, where `said` is None."""
+    is_endpoints: bool = False
+    """Whether the endpoint failed, so that asking again may help."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """A score: None where nothing could be judged, `details` with the reason."""
+
+    value: float | None
+    low: float | None = None
+    high: float | None = None
+    details: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def missing(cls, reason: str) -> "Result":
+        """No score, and why."""
+        return cls(None, details={"reason": reason})
+
+    @property
+    def brief(self) -> dict[str, Any]:
+        """For a control, beside the score that it controls."""
+        kept = {key: self.details[key] for key in ("reason", "f1", "auc", "counts") if key in self.details}
+        return {"value": self.value, "low": self.low, "high": self.high, **kept}
+
+
+def wilson(hits: int, total: int) -> Interval:
+    """Interval of a share; (0, 1) of none."""
+    if not total:
+        return 0.0, 1.0
+    share, spread = hits / total, Z * Z / total
+    middle = (share + spread / 2) / (1 + spread)
+    half = Z * math.sqrt(share * (1 - share) / total + spread / (4 * total)) / (1 + spread)
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def mean_of_shares(one: tuple[int, int], other: tuple[int, int]) -> tuple[float, float, float]:
+    """(mean, low, high) of two shares, each (hits, total)."""
+    shares = [hits / total for hits, total in (one, other)]
+    ends = [wilson(hits, total) for hits, total in (one, other)]
+    mean = sum(shares) / 2
+    below = math.hypot(*(share - low for share, (low, _) in zip(shares, ends, strict=True))) / 2
+    above = math.hypot(*(high - share for share, (_, high) in zip(shares, ends, strict=True))) / 2
+    return mean, max(0.0, mean - below), min(1.0, mean + above)
+
+
+def auc(active: Doubles, silent: Doubles) -> float:
+    """The chance that an active example has the larger certainty, ties by half."""
+    ordered = np.sort(silent)
+    below, upto = np.searchsorted(ordered, active, "left"), np.searchsorted(ordered, active, "right")
+    return float((below + upto).mean() / 2 / len(silent))
+
+
+def bootstrap(figure: Callable[..., float], *groups: Doubles, seed: int = 0) -> Interval | None:
+    """Interval of a figure of groups of examples, each drawn again by itself; None where most draws have no figure."""
+    rng = np.random.default_rng(seed)
+    drawn = [figure(*(group[rng.integers(0, len(group), len(group))] for group in groups)) for _ in range(RESAMPLES)]
+    values = np.array([value for value in drawn if math.isfinite(value)])
+    if len(values) < RESAMPLES / 2:
+        return None
+    low, high = np.quantile(values, ENDS).tolist()
+    return low, high
+
+
+def f1_of(active: Doubles, silent: Doubles) -> float:
+    """2 TP / (2 TP + FP + FN), from what was said (0 or 1) of the active and the silent; 0 where no yes is right."""
+    right, wrong = active.sum(), silent.sum()
+    return float(2 * right / (right + wrong + len(active)))
+
+
+def classified(judgements: Sequence[Judgement], why_no_certainty: str) -> Result:
+    """Balanced accuracy of yes and no, (TPR + TNR) / 2, with F1, the area under the curve, and each tenth by rank.
+
+    None where of the active or of the silent examples no answer could be read.
+    """
+    read = [one for one in judgements if one.said is not None]
+    active, silent = ([one for one in read if one.truth == truth] for truth in (True, False))
+    details: dict[str, Any] = {"counts": counts(judgements), "failed": failed(judgements), "wrong": wrong(judgements)}
+    if not active or not silent:
+        return Result(None, details={"reason": "no answer could be read", **details})
+    right = sum(not one.said for one in silent)
+    value, low, high = mean_of_shares((sum(bool(one.said) for one in active), len(active)), (right, len(silent)))
+    said = [np.array([float(bool(one.said)) for one in ones]) for ones in (active, silent)]
+    details["f1"] = figure(f1_of, *said)
+    details["auc"] = area(active, silent, why_no_certainty)
+    details["by_quantile"] = [
+        {"quantile": quantile, **tenth([one for one in active if one.quantile == quantile], silent, right)}
+        for quantile in sorted({one.quantile for one in active if one.quantile is not None})
+    ]
+    return Result(value, low, high, details)
+
+
+def tenth(active: Sequence[Judgement], silent: Sequence[Judgement], right: int) -> dict[str, Any]:
+    """One tenth of the active examples against all silent ones."""
+    hits = sum(bool(one.said) for one in active)
+    value, low, high = mean_of_shares((hits, len(active)), (right, len(silent)))
+    sure = [[one.certainty for one in ones if one.certainty is not None] for ones in (active, silent)]
+    return {
+        "examples": len(active),
+        "value": value,
+        "low": low,
+        "high": high,
+        "f1": 2 * hits / (hits + len(silent) - right + len(active)),
+        "auc": auc(np.array(sure[0]), np.array(sure[1])) if all(sure) else None,
+    }
+
+
+def area(active: Sequence[Judgement], silent: Sequence[Judgement], why_not: str) -> dict[str, Any]:
+    """The area under the curve with its interval, of the examples with a certainty; null with a reason without."""
+    sure = [np.array([one.certainty for one in ones if one.certainty is not None]) for ones in (active, silent)]
+    if not all(map(len, sure)):
+        return {"value": None, "reason": why_not}
+    return figure(auc, *sure)
+
+
+def figure(of: Callable[..., float], *groups: Doubles) -> dict[str, Any]:
+    """A figure with its bootstrap interval."""
+    low, high = bootstrap(of, *groups) or (None, None)
+    return {"value": of(*groups), "low": low, "high": high}
+
+
+def counts(judgements: Sequence[Judgement]) -> dict[str, int]:
+    """How many examples there were of each kind, and how many had no answer."""
+    return {
+        "active": sum(one.truth for one in judgements),
+        "silent": sum(not one.truth for one in judgements),
+        "failed": sum(one.said is None for one in judgements),
+    }
+
+
+def failed(judgements: Sequence[Judgement]) -> list[dict[str, Any]]:
+    """Examples without an answer that could be read."""
+    return [
+        {"place": list(one.place), "reason": one.reason, "again": one.is_endpoints}
+        for one in judgements
+        if one.said is None
+    ]
+
+
+def wrong(judgements: Sequence[Judgement]) -> list[dict[str, Any]]:
+    """Examples of which the wrong thing was said."""
+    return [
+        {"place": list(one.place), "active": one.truth, "quantile": one.quantile}
+        for one in judgements
+        if one.said is not None and one.said != one.truth
+    ]
+
+
+def pearson(x: Doubles, y: Doubles) -> float:
+    """Correlation; NaN where either is constant."""
+    x, y = x - x.mean(), y - y.mean()
+    norm = math.sqrt(float(x @ x) * float(y @ y))
+    return float(x @ y) / norm if norm > 0 else math.nan
