@@ -3,6 +3,7 @@
 A piece is what tokens that share a character make together (`shared.latents.vocabulary`): a mark is never inside one.
 """
 
+import re
 from collections.abc import Sequence
 
 import numpy as np
@@ -23,7 +24,7 @@ CONVENTIONS = {
 
 def plain(example: Example) -> str:
     """The text without marks."""
-    return "".join(_unmarked(piece.text) for piece in example.pieces)
+    return "".join(_unmarked(example))
 
 
 def explained(example: Example) -> str:
@@ -44,11 +45,11 @@ def active_pieces(example: Example) -> list[bool]:
 def marked(example: Example, hot: Sequence[bool]) -> str:
     """The text with runs of these pieces in ``<<`` and ``>>``."""
     found, is_open = "", False
-    for piece, is_hot in zip(example.pieces, hot, strict=True):
+    for text, is_hot in zip(_unmarked(example), hot, strict=True):
         if is_hot != is_open:
             found += "<<" if is_hot else ">>"
             is_open = is_hot
-        found += _unmarked(piece.text)
+        found += text
     return found + (">>" if is_open else "")
 
 
@@ -89,5 +90,11 @@ def _peaks(example: Example) -> list[float]:
     return [float(example.values[piece.start : piece.stop].max()) for piece in example.pieces]
 
 
-def _unmarked(text: str) -> str:
-    return text.replace("<<", "< <").replace(">>", "> >")
+def _unmarked(example: Example) -> list[str]:
+    """The pieces' texts without what looks like a mark, also where two pieces make one together."""
+    found, last = [], ""
+    for piece in example.pieces:
+        parts = re.sub(r"(?<=<)(?=<)|(?<=>)(?=>)", " ", last + piece.text)
+        found.append(parts[len(last) :])
+        last = piece.text[-1:] or last
+    return found

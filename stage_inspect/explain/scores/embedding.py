@@ -12,7 +12,7 @@ import numpy as np
 from stage_inspect.explain import marks
 from stage_inspect.explain.endpoint.request import Failure, Request, embedding, vectors_of
 from stage_inspect.explain.examples import Tested
-from stage_inspect.explain.scores.measure import Judgement, Result, auc, counts, failed, figure
+from stage_inspect.explain.scores.measure import Judgement, Result, auc, auc_of, counts, failed, figure
 from stage_inspect.explain.scores.scorer import Answers, Case, NotPossibleError, said
 
 INSTRUCTION = "Find texts that hold this pattern: "
@@ -57,7 +57,7 @@ class Embedding:
         details = {"counts": counts(judged), "failed": failed(judged)}
         if not all(map(len, sides)):
             return Result(None, details={"reason": "no vectors could be had", **details})
-        whole = figure(auc, *sides)
+        whole = figure(auc_of, sides[0], sides[1])
         by_quantile = [
             {
                 "quantile": q,

@@ -82,26 +82,21 @@ def mean_of_shares(one: tuple[int, int], other: tuple[int, int]) -> tuple[float,
 
 def auc(active: Doubles, silent: Doubles) -> float:
     """The chance that an active example has the larger certainty, ties by half."""
-    ordered = np.sort(silent)
-    below, upto = np.searchsorted(ordered, active, "left"), np.searchsorted(ordered, active, "right")
-    return float((below + upto).mean() / 2 / len(silent))
+    return float(auc_of(active, silent, np.ones((1, len(active))), np.ones((1, len(silent))))[0])
 
 
-def bootstrap(figure: Callable[..., float], *groups: Doubles, seed: int = 0) -> Interval | None:
-    """Interval of a figure of groups of examples, each drawn again by itself; None where most draws have no figure."""
-    rng = np.random.default_rng(seed)
-    drawn = [figure(*(group[rng.integers(0, len(group), len(group))] for group in groups)) for _ in range(RESAMPLES)]
-    values = np.array([value for value in drawn if math.isfinite(value)])
-    if len(values) < RESAMPLES / 2:
-        return None
-    low, high = np.quantile(values, ENDS).tolist()
-    return low, high
+def auc_of(active: Doubles, silent: Doubles, often_RA: Doubles, often_RS: Doubles) -> Doubles:
+    """`auc` [R], where in draw r the examples occur so often."""
+    wins_AS = (active[:, None] > silent) + 0.5 * (active[:, None] == silent)
+    found: Doubles = ((often_RA @ wins_AS) * often_RS).sum(1) / (often_RA.sum(1) * often_RS.sum(1))
+    return found
 
 
-def f1_of(active: Doubles, silent: Doubles) -> float:
-    """2 TP / (2 TP + FP + FN), from what was said (0 or 1) of the active and the silent; 0 where no yes is right."""
-    right, wrong = active.sum(), silent.sum()
-    return float(2 * right / (right + wrong + len(active)))
+def f1_of(active: Doubles, silent: Doubles, often_RA: Doubles, often_RS: Doubles) -> Doubles:
+    """2 TP / (2 TP + FP + FN) [R] from what was said, 0 or 1; 0 where no yes is right."""
+    right_R, wrong_R = often_RA @ active, often_RS @ silent
+    found: Doubles = 2 * right_R / (right_R + wrong_R + often_RA.sum(1))
+    return found
 
 
 def classified(judgements: Sequence[Judgement], why_no_certainty: str) -> Result:
@@ -117,7 +112,7 @@ def classified(judgements: Sequence[Judgement], why_no_certainty: str) -> Result
     right = sum(not one.said for one in silent)
     value, low, high = mean_of_shares((sum(bool(one.said) for one in active), len(active)), (right, len(silent)))
     said = [np.array([float(bool(one.said)) for one in ones]) for ones in (active, silent)]
-    details["f1"] = figure(f1_of, *said)
+    details["f1"] = figure(f1_of, said[0], said[1])
     details["auc"] = area(active, silent, why_no_certainty)
     details["by_quantile"] = [
         {"quantile": quantile, **tenth([one for one in active if one.quantile == quantile], silent, right)}
@@ -146,13 +141,19 @@ def area(active: Sequence[Judgement], silent: Sequence[Judgement], why_not: str)
     sure = [np.array([one.certainty for one in ones if one.certainty is not None]) for ones in (active, silent)]
     if not all(map(len, sure)):
         return {"value": None, "reason": why_not}
-    return figure(auc, *sure)
+    return figure(auc_of, sure[0], sure[1])
 
 
-def figure(of: Callable[..., float], *groups: Doubles) -> dict[str, Any]:
-    """A figure with its bootstrap interval."""
-    low, high = bootstrap(of, *groups) or (None, None)
-    return {"value": of(*groups), "low": low, "high": high}
+def figure(of: Callable[..., Doubles], active: Doubles, silent: Doubles) -> dict[str, Any]:
+    """A figure with its bootstrap interval: examples drawn again, active and silent ones apart."""
+    rng = np.random.default_rng(0)
+    often = []
+    for group in (active, silent):
+        drawn = rng.multinomial(len(group), np.full(len(group), 1 / len(group)), RESAMPLES)
+        often.append(np.concatenate([np.ones((1, len(group))), drawn]))  # the first row: as it is
+    values_R = of(active, silent, *often)
+    low, high = np.quantile(values_R[1:], ENDS).tolist()
+    return {"value": float(values_R[0]), "low": low, "high": high}
 
 
 def counts(judgements: Sequence[Judgement]) -> dict[str, int]:

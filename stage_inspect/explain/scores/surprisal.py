@@ -14,7 +14,7 @@ import numpy as np
 from shared.basics.errors import GranaryError
 from stage_inspect.explain import marks
 from stage_inspect.explain.endpoint.request import Failure, Request, echo, read_tokens_or_none
-from stage_inspect.explain.scores.measure import Judgement, Result, auc, counts, failed, figure
+from stage_inspect.explain.scores.measure import Judgement, Result, auc_of, counts, failed, figure
 from stage_inspect.explain.scores.scorer import NO_LOGPROBS, Answers, Case, NotPossibleError, said
 
 BEFORE = "The following is a text with this pattern: {}\n\n"
@@ -61,7 +61,7 @@ class Surprisal:
         details = {"counts": counts(judged), "failed": failed(judged)}
         if not all(map(len, sides)):
             return Result(None, details={"reason": NO_LOGPROBS, **details})
-        whole = figure(auc, *sides)
+        whole = figure(auc_of, sides[0], sides[1])
         return Result(whole["value"], whole["low"], whole["high"], details)
 
 

@@ -1,0 +1,102 @@
+"""``granary explain`` as a process that is killed at any place: nothing paid for is lost, nothing is asked twice."""
+
+import random
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from shared.latents.folder import Latents
+from stage_inspect.explain.sides import BLOCK
+from tests.cli import ForkServer
+from tests.endpoint import Body, Reply, Stub, excerpts, stub
+from tests.latents import synthetic_latents
+
+CONCURRENCY = 2
+KEY = "sk-hush-hush"
+
+
+def answer(_: Stub, __: str, body: Body) -> Reply:
+    """Explains, or judges by the length of each text; as a model of temperature 0, the same every time."""
+    time.sleep(0.01)
+    if "[EXPLANATION]" in body["messages"][0]["content"]:
+        return f"[EXPLANATION]: {len(body['messages'][1]['content'])} letters"
+    return str([len(text) % 2 for text in excerpts(body)])
+
+
+def content(folder: Path) -> tuple[Any, ...]:
+    """What the notes hold, without times."""
+    notes = Latents.open(folder).notes
+    told = [(one.latent, one.text, one.method, one.author) for one in notes.explanations()]
+    scores = [
+        (own.latent, one.scorer, one.value, one.low, one.high)
+        for own in notes.explanations()
+        for one in notes.scores(own.id)
+    ]
+    return sorted(told), sorted(scores)
+
+
+def test_kill_anywhere(stages: ForkServer, tmp_path: Path) -> None:
+    rng = random.Random(0)
+    for name in ("whole", "killed"):
+        synthetic_latents(tmp_path / name, 4, top=20, sample=60, num_windows=4 * BLOCK * 6)
+    with stub(answer) as told:
+        command = ["--endpoint", told.url, "--model", "m", "--concurrency", str(CONCURRENCY), "--latents", "0:3"]
+        command += ["--test", "10", "--train", "10", "--scores", "detection"]
+        done = stages.at(tmp_path).run("stage_inspect.explain", "whole", *command)
+        assert done.code == 0, done.stderr
+        once, told.answered = told.answered, Counter()
+        assert set(once.values()) == {1}
+        kills = 0
+        for _ in range(4):
+            child = stages.at(tmp_path).start("stage_inspect.explain", "killed", *command)
+            target = len(told.asked) + rng.randint(1, max(2, len(once) // 4))
+            while len(told.asked) < target and child.poll() is None:
+                time.sleep(0.001)
+            child.kill()
+            kills += child.wait() == -9
+        done = stages.at(tmp_path).run("stage_inspect.explain", "killed", *command)
+        assert done.code == 0, done.stderr
+        assert kills > 1
+        assert set(told.answered) == set(once)
+        # What was on its way when the process died is all that is asked again.
+        assert sum(told.answered.values()) - len(once) <= kills * CONCURRENCY
+        assert content(tmp_path / "killed") == content(tmp_path / "whole")
+        before = len(told.asked)
+        assert stages.at(tmp_path).run("stage_inspect.explain", "killed", *command).code == 0
+        assert len(told.asked) == before
+        assert content(tmp_path / "killed") == content(tmp_path / "whole")
+
+
+def test_the_key_is_in_no_file_and_no_line(stages: ForkServer, tmp_path: Path) -> None:
+    synthetic_latents(tmp_path / "latents", 4, top=20, sample=60, num_windows=4 * BLOCK * 6)
+    with stub(lambda *_: (403, {}, f"{KEY} may not")) as told:
+        child = stages.at(tmp_path).start(
+            "stage_inspect.explain",
+            "latents",
+            "--endpoint",
+            told.url,
+            "--model",
+            "m",
+            variables={"GRANARY_API_KEY": KEY},
+        )
+        done = child.finish()
+    assert told.headers[0]["Authorization"].endswith(KEY)
+    assert done.code == 2
+    assert "HTTP 403" in done.stderr
+    assert KEY not in done.stdout + done.stderr
+    assert not any(KEY.encode() in path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
+
+
+def test_ceiling_is_one_line_and_the_same_command_goes_on(stages: ForkServer, tmp_path: Path) -> None:
+    synthetic_latents(tmp_path / "latents", 4, top=20, sample=60, num_windows=4 * BLOCK * 6)
+    with stub(answer) as told:
+        command = ["latents", "--endpoint", told.url, "--model", "m", "--latents", "0:3", "--scores"]
+        done = stages.at(tmp_path).run("stage_inspect.explain", *command, "--max-tokens", "10")
+        assert done.code == 2
+        assert [line for line in done.stderr.splitlines() if line.startswith("error: ")] == [
+            "error: the ceiling of tokens is reached after 0 requests and 0 tokens: all answers are kept, and the same "
+            "command goes on from them"
+        ]
+        assert stages.at(tmp_path).run("stage_inspect.explain", *command).code == 0
+        assert len(told.asked) == 3
