@@ -21,6 +21,7 @@ NOT_RUN = {
     "make explore": "needs a latents folder, and serves until it is stopped: tests/pipeline/test_explore.py runs it",
     "granary trace R": "needs a transcoder of each layer: tests/pipeline/test_trace.py runs it",
     "granary trace runs/": "needs a transcoder of each layer: tests/pipeline/test_trace.py runs it",
+    "--endpoint": "needs a language model that listens: tests/pipeline/test_explain.py runs it against a stub",
     "granary explore": "needs a latents folder, and serves until it is stopped: tests/pipeline/test_explore.py runs it",
 }
 

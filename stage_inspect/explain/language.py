@@ -21,7 +21,7 @@ from stage_inspect.explain.endpoint.client import Asker
 from stage_inspect.explain.endpoint.request import Failure, text_of
 from stage_inspect.explain.examples import Chosen, choose
 from stage_inspect.explain.explainers import details, explanation_in, question
-from stage_inspect.explain.scores.all import scored
+from stage_inspect.explain.scores.all import SCORERS, scored
 from stage_inspect.explain.scores.measure import Result
 from stage_inspect.explain.scores.scorer import Case, Judge
 from stage_inspect.explain.sides import Sides
@@ -101,7 +101,7 @@ def score(
             case = Case(examples_of(plan, number), plan.judge)
             other = shuffled(newest, number)
             for name in names:
-                settings = settings_of(plan, name, own, other)
+                settings = settings_of(plan, SCORERS[name](case).record, name, own, other)
                 if any(is_done(one.scorer, one.details, name, settings) for one in notes.scores(own.id)):
                     continue
                 result = scored(name, case, asker, own.text, other)
@@ -126,18 +126,18 @@ def shuffled(explanations: dict[int, Explanation], number: int) -> str | None:
     return None
 
 
-def settings_of(plan: Plan, name: str, own: Explanation, other: str | None) -> str:
+def settings_of(plan: Plan, record: dict[str, Any], name: str, own: Explanation, other: str | None) -> str:
     """A hash of what decides a score beside the code: the same again is not asked again."""
     judge = plan.judge
-    decides = [name, own.text, other, judge.url, judge.model, judge.logprobs, judge.embedding_model]
+    decides: list[Any] = [record, name, own.text, other, judge.url, judge.model, judge.logprobs, judge.embedding_model]
     decides += [plan.sides.seed, plan.sides.unit, plan.num_train, plan.num_test]
-    return hashlib.sha256(json.dumps(decides).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
 
 
 def is_done(scorer: str, details: dict[str, Any], name: str, settings: str) -> bool:
     """Whether a score is this one, and no request of it is worth asking again."""
-    failed = details.get("failed")
-    again = isinstance(failed, list) and any(isinstance(one, dict) and one.get("again") for one in failed)
+    unread = details.get("unread")
+    again = isinstance(unread, list) and any(isinstance(one, dict) and one.get("again") for one in unread)
     return scorer == name and details.get("settings") == settings and not again
 
 
@@ -148,5 +148,8 @@ def ends(result: Result) -> tuple[float | None, float | None, float | None]:
 
 def recorded(plan: Plan, settings: str, result: Result) -> dict[str, Any]:
     """What is kept beside a score."""
-    judge, sides = plan.judge, plan.sides
-    return {"judge": judge.model, "seed": sides.seed, "apart": sides.unit, "settings": settings, **result.details}
+    judge, sides, seq_len = plan.judge, plan.sides, plan.latents.meta.seq_len
+    details = dict(result.details)
+    if "failed" in details:
+        details["failed"] = [{**one, "place": one["place"][0] * seq_len + one["place"][1]} for one in details["failed"]]
+    return {"judge": judge.model, "seed": sides.seed, "apart": sides.unit, "settings": settings, **details}

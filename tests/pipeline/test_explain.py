@@ -1,10 +1,19 @@
 """``granary explain`` as a process that is killed at any place: nothing paid for is lost, nothing is asked twice."""
 
+import json
+import os
 import random
+import shutil
+import socket
+import subprocess
 import time
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+import httpx
+import pytest
 
 from shared.latents.folder import Latents
 from stage_inspect.explain.sides import BLOCK
@@ -13,6 +22,7 @@ from tests.endpoint import Body, Reply, Stub, excerpts, stub
 from tests.latents import synthetic_latents
 
 CONCURRENCY = 2
+SCORES = ("detection", "intruder", "surprisal")
 KEY = "sk-hush-hush"
 
 
@@ -100,3 +110,48 @@ def test_ceiling_is_one_line_and_the_same_command_goes_on(stages: ForkServer, tm
         ]
         assert stages.at(tmp_path).run("stage_inspect.explain", *command).code == 0
         assert len(told.asked) == 3
+
+
+@pytest.mark.slow
+def test_a_real_server_with_a_real_model(stages: ForkServer, tmp_path: Path, realdata: Path) -> None:
+    """``transformers serve`` over a small model: the protocol is real, and what the model says is no explanation.
+
+    GRANARY_SERVE names a Python that has transformers with its extra ``serving``.
+    """
+    python = os.environ.get("GRANARY_SERVE")
+    if python is None:
+        pytest.skip("GRANARY_SERVE names no Python with transformers[serving]")
+    model = tmp_path / "model"
+    shutil.copytree(realdata / "stories260K-hf", model)
+    config = json.loads((model / "tokenizer_config.json").read_text())
+    config["chat_template"] = "{{ bos_token }}{% for m in messages %}{{ m['content'][-300:] }}\n{% endfor %}"
+    (model / "tokenizer_config.json").write_text(json.dumps(config))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [python, "-m", "transformers.cli.transformers", "serve", str(model), "--port", str(port)]
+    command += ["--host", "127.0.0.1", "--device", "cpu"]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
+        try:
+            url = f"http://127.0.0.1:{port}"
+            while True:
+                with suppress(httpx.TransportError):
+                    if httpx.get(f"{url}/health", timeout=5).status_code == 200:
+                        break
+                assert server.poll() is None
+                time.sleep(0.5)
+            latents = synthetic_latents(tmp_path / "latents", 4, top=20, sample=60, num_windows=4 * BLOCK * 6)
+            latents.notes.add_explanation(0, "letters", method="person", author="me")
+            base = ["latents", "--endpoint", f"{url}/v1", "--model", str(model), "--latents", "0", "--test", "4"]
+            done = stages.at(tmp_path).run("stage_inspect.explain", *base, "--train", "4", "--scores")
+            assert done.code == 0, done.stderr
+            assert "1 requests" in done.stdout
+            done = stages.at(tmp_path).run("stage_inspect.explain", *base, "--of", "person", "--scores", *SCORES)
+            assert done.code == 0, done.stderr
+        finally:
+            server.kill()
+    notes = Latents.open(tmp_path / "latents").notes
+    found = {one.scorer: one for own in notes.explanations(0) for one in notes.scores(own.id)}
+    assert set(found) == set(SCORES)
+    assert all(not row["again"] for one in found.values() for row in one.details["unread"])
+    assert found["surprisal"].details["why"] == "the endpoint gives no log probabilities"

@@ -178,7 +178,7 @@ class Asker:
 
 def wait_before(attempt: int) -> float:
     """Seconds before try number `attempt` (1 is the first repetition): between half and all of a doubling wait."""
-    return random.uniform(0.5, 1) * min(LONGEST_WAIT, FIRST_WAIT * 2 ** (attempt - 1))
+    return random.uniform(0.5, 1.0) * float(min(LONGEST_WAIT, FIRST_WAIT * 2 ** (attempt - 1)))
 
 
 def retry_after(header: str | None) -> float | None:

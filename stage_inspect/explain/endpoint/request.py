@@ -169,4 +169,5 @@ def _choice(answer: str) -> dict[str, Any]:
     choices = typed_at(parse_json(answer, "answer"), "choices", list[dict[str, Any]], "answer")
     if not choices:
         raise GranaryError("the answer has no choices")
-    return choices[0]
+    found: dict[str, Any] = choices[0]
+    return found

@@ -12,7 +12,7 @@ import numpy as np
 from stage_inspect.explain import marks
 from stage_inspect.explain.endpoint.request import Failure, Request, embedding, vectors_of
 from stage_inspect.explain.examples import Tested
-from stage_inspect.explain.scores.measure import Judgement, Result, auc, auc_of, counts, failed, figure
+from stage_inspect.explain.scores.measure import Judgement, Result, auc, auc_of, counts, figure, unread
 from stage_inspect.explain.scores.scorer import Answers, Case, NotPossibleError, said
 
 INSTRUCTION = "Find texts that hold this pattern: "
@@ -50,22 +50,20 @@ class Embedding:
             for one, vector in zip(some, found if len(found) == len(some) else [None] * len(some), strict=True):
                 near = cosine(query, vector) if query is not None and vector is not None else None
                 is_said = None if near is None else near > 0
-                judged.append(
-                    Judgement(one.is_active, is_said, one.place, one.quantile, near, "no vector", near is None)
-                )
+                judged.append(Judgement(one.is_active, is_said, one, near, "no vector", near is None))
         sides = [np.array([o.certainty for o in judged if o.truth == t and o.certainty is not None]) for t in (1, 0)]
-        details = {"counts": counts(judged), "failed": failed(judged)}
+        details = {"counts": counts(judged), "unread": unread(judged)}
         if not all(map(len, sides)):
-            return Result(None, details={"reason": "no vectors could be had", **details})
+            return Result(None, details={"why": "no vectors could be had", **details})
         whole = figure(auc_of, sides[0], sides[1])
         by_quantile = [
             {
                 "quantile": q,
                 "value": auc(
-                    np.array([o.certainty for o in judged if o.quantile == q and o.said is not None]), sides[1]
+                    np.array([o.certainty for o in judged if o.of.quantile == q and o.said is not None]), sides[1]
                 ),
             }
-            for q in sorted({o.quantile for o in judged if o.quantile is not None and o.said is not None})
+            for q in sorted({o.of.quantile for o in judged if o.of.quantile is not None and o.said is not None})
         ]
         return Result(whole["value"], whole["low"], whole["high"], {"by_quantile": by_quantile, **details})
 

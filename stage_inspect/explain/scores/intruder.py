@@ -14,7 +14,7 @@ from stage_inspect.explain import marks
 from stage_inspect.explain.endpoint.request import Failure, Request, chat
 from stage_inspect.explain.examples import Tested
 from stage_inspect.explain.prompts.files import Prompt
-from stage_inspect.explain.scores.measure import Judgement, Result, failed, wilson
+from stage_inspect.explain.scores.measure import Judgement, Result, unread, wilson
 from stage_inspect.explain.scores.scorer import Answers, Case, NotPossibleError
 from stage_inspect.explain.scores.yes_or_no import whole_number
 
@@ -64,18 +64,18 @@ class Intruder:
     def score(self, answers: Answers) -> Result:
         judged, missing = [], []
         for (texts, place), answer in zip(self.questions, answers, strict=True):
-            at = texts[place].place
+            intruder = texts[place]
             number = None if isinstance(answer, Failure) else whole_number(answer, 1, TEXTS)
             if number is not None:
                 judged.append(number - 1 == place)
                 continue
             failure = answer if isinstance(answer, Failure) else Failure("the answer is no number of a text", False)
-            missing.append(Judgement(False, None, at, reason=failure.reason, is_endpoints=failure.is_endpoints))
+            missing.append(Judgement(False, None, intruder, reason=failure.reason, is_endpoints=failure.is_endpoints))
         details = {
             "chance": 1 / TEXTS,
-            "counts": {"questions": len(answers), "failed": len(missing)},
-            "failed": failed(missing),
+            "counts": {"questions": len(answers), "unread": len(missing)},
+            "unread": unread(missing),
         }
         if not judged:
-            return Result(None, details={"reason": "no answer could be read", **details})
+            return Result(None, details={"why": "no answer could be read", **details})
         return Result(sum(judged) / len(judged), *wilson(sum(judged), len(judged)), details)

@@ -13,6 +13,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from stage_inspect.explain.examples import Tested
+
+MOST_SHOWN = 16  # wrong examples that are kept whole
+
 Doubles = npt.NDArray[np.float64]
 Interval = tuple[float, float]
 
@@ -28,9 +32,7 @@ class Judgement:
     truth: bool
     said: bool | None
     """None: there was no answer, or none that could be read."""
-    place: tuple[int, int]
-    """Context and position of the example's first token."""
-    quantile: int | None = None
+    of: Tested
     certainty: float | None = None
     """The larger, the surer that it is active: a probability, or a similarity."""
     reason: str | None = None
@@ -51,12 +53,12 @@ class Result:
     @classmethod
     def missing(cls, reason: str) -> "Result":
         """No score, and why."""
-        return cls(None, details={"reason": reason})
+        return cls(None, details={"why": reason})
 
     @property
     def brief(self) -> dict[str, Any]:
         """For a control, beside the score that it controls."""
-        kept = {key: self.details[key] for key in ("reason", "f1", "auc", "counts") if key in self.details}
+        kept: dict[str, Any] = {key: self.details[key] for key in ("why", "f1", "auc", "counts") if key in self.details}
         return {"value": self.value, "low": self.low, "high": self.high, **kept}
 
 
@@ -106,17 +108,17 @@ def classified(judgements: Sequence[Judgement], why_no_certainty: str) -> Result
     """
     read = [one for one in judgements if one.said is not None]
     active, silent = ([one for one in read if one.truth == truth] for truth in (True, False))
-    details: dict[str, Any] = {"counts": counts(judgements), "failed": failed(judgements), "wrong": wrong(judgements)}
+    details: dict[str, Any] = {"counts": counts(judgements), "unread": unread(judgements), "failed": failed(judgements)}
     if not active or not silent:
-        return Result(None, details={"reason": "no answer could be read", **details})
+        return Result(None, details={"why": "no answer could be read", **details})
     right = sum(not one.said for one in silent)
     value, low, high = mean_of_shares((sum(bool(one.said) for one in active), len(active)), (right, len(silent)))
     said = [np.array([float(bool(one.said)) for one in ones]) for ones in (active, silent)]
     details["f1"] = figure(f1_of, said[0], said[1])
     details["auc"] = area(active, silent, why_no_certainty)
     details["by_quantile"] = [
-        {"quantile": quantile, **tenth([one for one in active if one.quantile == quantile], silent, right)}
-        for quantile in sorted({one.quantile for one in active if one.quantile is not None})
+        {"quantile": quantile, **tenth([one for one in active if one.of.quantile == quantile], silent, right)}
+        for quantile in sorted({one.of.quantile for one in active if one.of.quantile is not None})
     ]
     return Result(value, low, high, details)
 
@@ -140,7 +142,7 @@ def area(active: Sequence[Judgement], silent: Sequence[Judgement], why_not: str)
     """The area under the curve with its interval, of the examples with a certainty; null with a reason without."""
     sure = [np.array([one.certainty for one in ones if one.certainty is not None]) for ones in (active, silent)]
     if not all(map(len, sure)):
-        return {"value": None, "reason": why_not}
+        return {"value": None, "why": why_not}
     return figure(auc_of, sure[0], sure[1])
 
 
@@ -161,25 +163,32 @@ def counts(judgements: Sequence[Judgement]) -> dict[str, int]:
     return {
         "active": sum(one.truth for one in judgements),
         "silent": sum(not one.truth for one in judgements),
-        "failed": sum(one.said is None for one in judgements),
+        "unread": sum(one.said is None for one in judgements),
+        "wrong": sum(one.said is not None and one.said != one.truth for one in judgements),
     }
 
 
-def failed(judgements: Sequence[Judgement]) -> list[dict[str, Any]]:
-    """Examples without an answer that could be read."""
+def unread(judgements: Sequence[Judgement]) -> list[dict[str, Any]]:
+    """Examples without an answer that could be read: place, why, and whether asking again may help."""
     return [
-        {"place": list(one.place), "reason": one.reason, "again": one.is_endpoints}
+        {"place": list(one.of.place), "why": one.reason, "again": one.is_endpoints}
         for one in judgements
         if one.said is None
     ]
 
 
-def wrong(judgements: Sequence[Judgement]) -> list[dict[str, Any]]:
-    """Examples of which the wrong thing was said."""
+def failed(judgements: Sequence[Judgement]) -> list[dict[str, Any]]:
+    """The first examples of which the wrong thing was said, whole, as the explorer shows them."""
+    wrong = [one for one in judgements if one.said is not None and one.said != one.truth]
     return [
-        {"place": list(one.place), "active": one.truth, "quantile": one.quantile}
-        for one in judgements
-        if one.said is not None and one.said != one.truth
+        {
+            "kind": "false negative" if one.truth else "false positive",
+            "tokens": one.of.example.tokens.tolist(),
+            "values": [round(value, 4) for value in one.of.example.values.tolist()],
+            "peak": one.of.example.peak,
+            "place": [one.of.example.context, one.of.example.start + one.of.example.peak],
+        }
+        for one in sorted(wrong, key=lambda one: not one.truth)[:MOST_SHOWN]
     ]
 
 

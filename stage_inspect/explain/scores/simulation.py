@@ -16,7 +16,7 @@ import numpy as np
 from stage_inspect.explain.endpoint.request import Failure, Request, Token, chat, text_of, written_tokens
 from stage_inspect.explain.examples import Tested
 from stage_inspect.explain.prompts.files import Prompt
-from stage_inspect.explain.scores.measure import RESAMPLES, Doubles, Judgement, Result, counts, failed, pearson
+from stage_inspect.explain.scores.measure import RESAMPLES, Doubles, Judgement, Result, counts, pearson, unread
 from stage_inspect.explain.scores.scorer import NO_LOGPROBS, Answers, Case, said
 from stage_inspect.explain.scores.yes_or_no import listed_numbers
 
@@ -59,7 +59,7 @@ class Simulation:
             )
             judged.append(
                 Judgement(
-                    one.is_active, None if numbers is None else True, one.place, one.quantile,
+                    one.is_active, None if numbers is None else one.is_active, one,
                     reason=failure.reason if numbers is None else None, is_endpoints=failure.is_endpoints,
                 )
             )  # fmt: skip
@@ -67,9 +67,9 @@ class Simulation:
                 better = expected(written_tokens(answer), numbers)
                 is_expected &= better is not None
                 predicted.append((one, np.array(numbers if better is None else better, float)))
-        details: dict[str, Any] = {"counts": counts(judged), "failed": failed(judged)}
+        details: dict[str, Any] = {"counts": counts(judged), "unread": unread(judged)}
         if not predicted:
-            return Result(None, details={"reason": "no answer could be read", **details})
+            return Result(None, details={"why": "no answer could be read", **details})
         details["values"] = "expected" if is_expected else f"as written: {NO_LOGPROBS}"
         details["by_quantile"] = [
             {"quantile": quantile, "value": finite(together([p for p in predicted if p[0].quantile == quantile]))}
@@ -77,7 +77,7 @@ class Simulation:
         ]
         value = finite(together(predicted))
         if value is None:
-            return Result(None, details={"reason": "the predictions, or the activations, are all equal", **details})
+            return Result(None, details={"why": "the predictions, or the activations, are all equal", **details})
         low, high = drawn_again(predicted)
         return Result(value, low, high, details)
 

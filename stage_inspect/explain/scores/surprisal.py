@@ -14,7 +14,7 @@ import numpy as np
 from shared.basics.errors import GranaryError
 from stage_inspect.explain import marks
 from stage_inspect.explain.endpoint.request import Failure, Request, echo, read_tokens_or_none
-from stage_inspect.explain.scores.measure import Judgement, Result, auc_of, counts, failed, figure
+from stage_inspect.explain.scores.measure import Judgement, Result, auc_of, counts, figure, unread
 from stage_inspect.explain.scores.scorer import NO_LOGPROBS, Answers, Case, NotPossibleError, said
 
 BEFORE = "The following is a text with this pattern: {}\n\n"
@@ -53,14 +53,14 @@ class Surprisal:
             gain = None if told else float(means[0]) - float(means[1])  # type: ignore[arg-type]
             judged.append(
                 Judgement(
-                    one.is_active, None if gain is None else gain > 0, one.place, one.quantile, gain,
+                    one.is_active, None if gain is None else gain > 0, one, gain,
                     told[0].reason if told else None, bool(told) and told[0].is_endpoints,
                 )
             )  # fmt: skip
         sides = [np.array([o.certainty for o in judged if o.truth == t and o.certainty is not None]) for t in (1, 0)]
-        details = {"counts": counts(judged), "failed": failed(judged)}
+        details = {"counts": counts(judged), "unread": unread(judged)}
         if not all(map(len, sides)):
-            return Result(None, details={"reason": NO_LOGPROBS, **details})
+            return Result(None, details={"why": NO_LOGPROBS, **details})
         whole = figure(auc_of, sides[0], sides[1])
         return Result(whole["value"], whole["low"], whole["high"], details)
 

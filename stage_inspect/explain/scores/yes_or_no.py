@@ -92,8 +92,7 @@ def judgements(texts: Sequence[Text], answer: str | Failure) -> list[Judgement]:
         Judgement(
             truth=one.truth,
             said=bool(numbers[place]) if numbers is not None else None,
-            place=one.of.place,
-            quantile=one.of.quantile,
+            of=one.of,
             certainty=certainties[place],
             reason=reason,
             is_endpoints=is_endpoints,

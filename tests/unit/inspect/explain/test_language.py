@@ -1,5 +1,6 @@
 """Explanations and scores against judges of known worth, on real HTTP; the peers' faults by name."""
 
+import hashlib
 import itertools
 import json
 import shutil
@@ -7,7 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from shared.latents.folder import Latents
@@ -84,8 +84,13 @@ def constant(text: str) -> Callable[[Stub, str, Body], Reply]:
 
 
 def random_judge(seed: int) -> Callable[[Stub, str, Body], Reply]:
-    rng = np.random.default_rng(seed)
-    return lambda _, __, body: json.dumps(rng.integers(0, 2, len(excerpts(body))).tolist())
+    """By the hash of the question, so that no order of the threads changes what it says."""
+
+    def answer(_: Stub, __: str, body: Body) -> Reply:
+        digest = hashlib.sha256(json.dumps([seed, body["messages"]]).encode()).digest()
+        return json.dumps([byte % 2 for byte in digest[: len(excerpts(body))]])
+
+    return answer
 
 
 def test_a_perfect_judge_gives_one_and_its_controls_a_half(folder: Path) -> None:
@@ -100,7 +105,7 @@ def test_a_perfect_judge_gives_one_and_its_controls_a_half(folder: Path) -> None
         assert controls["shuffled"]["text"] == JUDGED.format(1)
         assert controls["empty"]["value"] == 0.5
         assert controls["shuffled"]["value"] < 0.75
-        assert one.details["counts"]["failed"] == 0
+        assert one.details["counts"]["unread"] == 0
     assert set(scores(folder)) == set(LISTS)
 
 
@@ -111,8 +116,10 @@ def test_always_one_answer_gives_a_half(folder: Path, always: str) -> None:
         run(folder, told, "--of", "person")
     for one in scores(folder).values():
         assert one.value == 0.5
-        assert one.details["auc"] == {"value": None, "reason": "the endpoint gives no log probabilities"}
-        assert {row["active"] for row in one.details["wrong"]} == {always == "0"}
+        assert one.details["auc"] == {"value": None, "why": "the endpoint gives no log probabilities"}
+        assert {row["kind"] for row in one.details["failed"]} == {
+            "false negative" if always == "0" else "false positive"
+        }
 
 
 def test_a_random_judge_has_a_half_in_its_interval(folder: Path) -> None:
@@ -136,10 +143,10 @@ def test_failures_counted(folder: Path, reply: Reply) -> None:
         run(folder, told, "--of", "person", "--scores", "detection", "--latents", "0")
     one = scores(folder)["detection"]
     assert one.value is None
-    assert one.details["reason"] == "no answer could be read"
+    assert one.details["why"] == "no answer could be read"
     counts = one.details["counts"]
-    assert counts["failed"] == len(one.details["failed"]) == counts["active"] + counts["silent"] > 0
-    assert not any(row["again"] for row in one.details["failed"])
+    assert counts["unread"] == len(one.details["unread"]) == counts["active"] + counts["silent"] > 0
+    assert not any(row["again"] for row in one.details["unread"])
     assert one.details["controls"]["empty"]["value"] is None
 
 
@@ -163,7 +170,7 @@ def test_some_failures_leave_the_others_their_score(folder: Path) -> None:
         run(folder, told, "--of", "person", "--scores", "detection")
     one = scores(folder)["detection"]
     assert one.value == 1
-    assert 0 < one.details["counts"]["failed"] < one.details["counts"]["active"] + one.details["counts"]["silent"]
+    assert 0 < one.details["counts"]["unread"] < one.details["counts"]["active"] + one.details["counts"]["silent"]
 
 
 def test_the_same_command_asks_nothing_again(folder: Path) -> None:
@@ -276,8 +283,8 @@ def test_scores_that_need_what_the_endpoint_lacks_say_so(folder: Path) -> None:
         )  # fmt: skip
     found = scores(folder)
     assert {name: one.value for name, one in found.items()} == dict.fromkeys(("embedding", "surprisal", "simulation"))
-    assert "--embedding-model" in found["embedding"].details["reason"]
-    assert "no log probabilities" in found["surprisal"].details["reason"]
+    assert "--embedding-model" in found["embedding"].details["why"]
+    assert "no log probabilities" in found["surprisal"].details["why"]
 
 
 def test_simulation_by_one_who_knows(folder: Path) -> None:
