@@ -38,7 +38,17 @@ def write(latents: Latents, folder: Path, chosen: str | None, model_id: str, sou
     config = {"model_name": model_id, "cache_ctx_len": width, "dataset_repo": str(latents.meta.store["url"])}
     config |= {"n_tokens": latents.meta.counts["tokens"], "n_splits": len(firsts)}
     (home / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    write_explanations(latents, folder / "explanations", numbers, source)
     return len(numbers)
+
+
+def write_explanations(latents: Latents, home: Path, numbers: list[int], source: str) -> None:
+    """``{hookpoint}_latent{i}.txt``, a JSON string each: the newest explanation of a latent that has one."""
+    home.mkdir(exist_ok=True)
+    newest = {one.latent: one.text for one in latents.notes.explanations()}
+    for number in numbers:
+        if number in newest:
+            (home / f"{source}_latent{number}.txt").write_text(json.dumps(newest[number]), encoding="utf-8")
 
 
 def write_file(latents: Latents, home: Path, numbers: list[int], first: int, last: int, width: int) -> None:

@@ -116,11 +116,11 @@ def test_ceiling_is_one_line_and_the_same_command_goes_on(stages: ForkServer, tm
 def test_a_real_server_with_a_real_model(stages: ForkServer, tmp_path: Path, realdata: Path) -> None:
     """``transformers serve`` over a small model: the protocol is real, and what the model says is no explanation.
 
-    GRANARY_SERVE names a Python that has transformers with its extra ``serving``.
+    SERVING_PYTHON names a Python that has transformers with its extra ``serving``.
     """
-    python = os.environ.get("GRANARY_SERVE")
+    python = os.environ.get("SERVING_PYTHON")
     if python is None:
-        pytest.skip("GRANARY_SERVE names no Python with transformers[serving]")
+        pytest.skip("SERVING_PYTHON names no Python with transformers[serving]")
     model = tmp_path / "model"
     shutil.copytree(realdata / "stories260K-hf", model)
     config = json.loads((model / "tokenizer_config.json").read_text())

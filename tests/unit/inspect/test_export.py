@@ -118,6 +118,9 @@ def check_upload(payload: dict[str, Any]) -> None:
 def test_delphi(latents: Latents, tmp_path: Path) -> None:
     folder = exported(latents, tmp_path, "delphi", "--latents", "0:5") / "latents" / "layers.2.resid_post"
     assert json.loads((folder / "config.json").read_text())["cache_ctx_len"] == 32
+    told = sorted((tmp_path / "delphi" / "explanations").iterdir())
+    assert [path.name for path in told] == ["layers.2.resid_post_latent1.txt"]
+    assert json.loads(told[0].read_text()).startswith("what follows def")
     tensors = load_file(folder / "0_139.safetensors")
     locations, tokens = tensors["locations"], tensors["tokens"]
     assert set(np.unique(locations[:, 2])) == {0, 1, 2, 4}
