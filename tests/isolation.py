@@ -25,7 +25,7 @@ KEPT = (
     "OMP_*", "KMP_*", "MKL_*", "OPENBLAS_*", "CUDA_*", "NVIDIA_*", "ROCR_*", "HIP_*",
     "ATEN_CPU_CAPABILITY", "ONEDNN_*", "DNNL_*", "GRANARY_BFLOAT16",
     "PYTEST_*", "COVERAGE_*", "COV_CORE_*", "PYTHONDONTWRITEBYTECODE", "PYTHONPYCACHEPREFIX",
-    "GRANARY_REALDATA", "CHROMIUM", "S3_DIR", "S3_PORT", "SLURM_CONF",
+    "GRANARY_REALDATA", "SERVING_PYTHON", "CHROMIUM", "S3_DIR", "S3_PORT", "SLURM_CONF",
 )  # fmt: skip
 # What pytest and its plugins keep in the checkout, and tools that someone may start meanwhile.
 TOOLS_LEAVE = {".pytest_cache", ".hypothesis", ".coverage", "__pycache__", ".mypy_cache", ".ruff_cache"}
