@@ -61,11 +61,15 @@ def commands(arguments: Sequence[str], layers: Sequence[int]) -> tuple[list[str]
 
 
 def check_same_set(folder: Path, train: Sequence[str]) -> None:
-    """Raise GranaryError where `folder` holds a set that other words trained: its folders would be taken for this."""
+    """Raise GranaryError where `folder` holds a set that other words trained: its folders would be taken for this.
+
+    A record that a full disk cut off says nothing: each run compares its own settings, too.
+    """
     record = folder / "multirun.yaml"
-    if not record.is_file():
+    try:
+        recorded = typed_at(read_yaml(record), "hydra.overrides.task", list[str], record)
+    except GranaryError:
         return
-    recorded = typed_at(read_yaml(record), "hydra.overrides.task", list[str], record)
     wanted_words = [masked(word) for word in spelt_out(train, TrainSchema)]  # as the record has them
     before, wanted = ({one for one in words if not one.startswith(FREE)} for words in (recorded, wanted_words))
     if before != wanted:

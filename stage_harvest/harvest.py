@@ -88,6 +88,8 @@ def begin(job: HarvestJob, world: World) -> bool:
         committed = sum(record.num_contexts for record in existing.committed().values())
         announce(job, plan, committed=committed, device=world.device, free=free)
         if existing.complete:
+            if not cfg.dry_run:
+                existing.sweep()
             report_complete(job, existing.summary())
         return not cfg.dry_run and not existing.complete
     if job.stored is not None:

@@ -102,8 +102,9 @@ def half_files(folder: Path) -> Iterator[str]:
     """Files under their final names that are not whole, by what their kind ends with."""
     for path in filter(Path.is_file, folder.rglob("*")):
         whole = WHOLE.get(path.suffix)
-        # .hydra is Hydra's own note of the command line; who reads it (a sweep's last grid) takes a torn one as none.
-        if whole is None or ".hydra" in path.parts or any(is_leftover(part) for part in path.parts):
+        # These are Hydra's own notes of the command line; who reads them takes a torn one as none.
+        is_hydras = ".hydra" in path.parts or path.name == "multirun.yaml"
+        if whole is None or is_hydras or any(is_leftover(part) for part in path.parts):
             continue
         try:
             if not whole(path):

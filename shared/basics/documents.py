@@ -19,9 +19,15 @@ SHOWN_CHARACTERS = 60
 
 
 def parse_json(data: str | bytes, where: Path | str) -> Any:
-    """The JSON value in `data`; raises GranaryError, naming `where`, for what is none."""
+    """The JSON value in `data`; raises GranaryError, naming `where`, for what is none.
+
+    Half of a surrogate pair, which JSON can escape and no file name, terminal or UTF-8 file can hold, is refused.
+    """
     try:
-        return json.loads(data)
+        value = json.loads(data)
+        if (rb"\ud" if isinstance(data, bytes) else r"\ud") in data.lower():
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
     except (ValueError, RecursionError) as error:
         raise GranaryError(f"{where} is not JSON: {first_line(error)}") from None
 

@@ -47,7 +47,8 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 def write_together(folder: Path, texts: Mapping[str, str]) -> None:
     """Write files that belong to one another: no former one is ever beside a new one.
 
-    The former ones stay until the contents of all are on disk, then all go and the new ones take their places.
+    The former ones stay until the contents of all are on disk, then all go, the first last, and the new ones take their
+    places. A disk that breaks meanwhile leaves some of one or some of the other.
     """
     with ExitStack() as stack:
         for name, text in texts.items():
@@ -55,7 +56,7 @@ def write_together(folder: Path, texts: Mapping[str, str]) -> None:
             file.write(text.encode())
             file.flush()
             os.fsync(file.fileno())
-        for name in texts:
+        for name in reversed(list(texts)):
             (folder / name).unlink(missing_ok=True)
 
 

@@ -96,6 +96,8 @@ ARRAYS: dict[str, ArraySpec] = {
     "vocabulary/special": _column("bool", "V"),
     "vocabulary/bytes": _column("uint8", "B"),
 }
+# Sizes that ``meta.json`` must give: of the axes that the code does not know.
+AXES = frozenset(axis for spec in ARRAYS.values() for axis in spec.axes[1:] if not axis.isdigit())
 # Present where the folder was made with a language model's head, or a tokenizer.
 OPTIONAL = frozenset(
     name for name in ARRAYS if name.startswith(("logits/", "table/logit_", "vocabulary/", "neighbours/"))

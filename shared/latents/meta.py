@@ -6,7 +6,7 @@ from typing import Any, Self
 
 from shared.basics.documents import parse_json, typed_at, typed_fields
 from shared.basics.errors import GranaryError
-from shared.latents.layout import FORMAT_VERSION, META
+from shared.latents.layout import AXES, FORMAT_VERSION, META
 from shared.store.io.base import ObjectIO, ObjectMissingError
 
 MOST = 2**48
@@ -90,7 +90,9 @@ class Meta:
         if found is not None:
             sizes = (found.num_latents, found.seq_len, found.together_tokens, *found.axes.values())
             window = found.axes.get("window", 0)
+            has_axes = all(found.axes.get(axis, 0) > 0 for axis in AXES)
             beside = (found.settings["before"], found.settings["after"])
-            if all(0 <= size < MOST for size in sizes) and all(0 <= one < window <= LONGEST_WINDOW for one in beside):
+            beside_fits = all(0 <= one < window <= LONGEST_WINDOW for one in beside)
+            if has_axes and beside_fits and all(0 <= size < MOST for size in sizes):
                 return found
         raise GranaryError(f"{META} of {io.url} is damaged or no latents folder's: run granary inspect again")

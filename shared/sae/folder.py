@@ -169,7 +169,7 @@ def describe(folder: Path) -> Description:
         raise GranaryError(f"{path} has format version {version}, this program reads up to {VERSION}")
     try:
         return _from_version_1(document, text) if version == 1 else _from_version_2(document, text)
-    except (KeyError, TypeError, AttributeError, IndexError) as error:
+    except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
         raise GranaryError(f"{path} is incomplete or of a wrong type: {error!r}") from None
 
 

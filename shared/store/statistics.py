@@ -22,6 +22,7 @@ BLOCK_ROWS = 64  # 1 MiB of float32 at d_model 4096: stays in the core's own cac
 BINS_PER_OCTAVE = 16  # the norm histogram's bins are 4.4 % wide
 OUTLIER_RATIO = 10.0  # an outlier dimension is one whose RMS is this many times the median dimension's
 MOST_BIN = BINS_PER_OCTAVE * 1000  # beyond, a norm is none that a float can hold
+MOST_GROUP = 48  # a context has fewer than 2^48 positions
 PERCENTILES = (5, 50, 95, 99)
 
 
@@ -104,6 +105,8 @@ class NormFigures:
         """Inverse of `to_json`; raises GranaryError for a value of another type."""
         given = {"by_position": [], **typed(dict[str, Any], record, where)}
         groups = typed_at(given, "by_position", list[tuple[int, list[Any]]], where)
+        if not all(0 <= group <= MOST_GROUP for group, _ in groups):
+            raise GranaryError(f"{where} has norms at positions that no context has")
         return cls(
             count=typed_at(given, "count", int, where),
             **{name: typed_at(given, name, float, where) for name in FLOATS},
@@ -123,7 +126,7 @@ def counter_of(bins: Any, where: str) -> Counter[int]:
     except (TypeError, ValueError):
         found = {"": ""}
     is_plain = {*map(type, found), *map(type, found.values())} <= {int}
-    if not is_plain or any(abs(bin_) > MOST_BIN for bin_ in found):
+    if not is_plain or any(abs(bin_) > MOST_BIN or count < 1 for bin_, count in found.items()):
         raise GranaryError(f"{where} has a histogram that is no list of pairs of bin and count")
     return Counter(found)
 

@@ -87,8 +87,8 @@ def numbers_of(io: ObjectIO) -> list[int]:
 
 
 def remove(io: ObjectIO) -> None:
-    """Delete all parts."""
-    for key in io.listing(FOLDER):
+    """Delete all parts, and what writers that no longer live have left beside them."""
+    for key in [*io.listing(FOLDER), *io.leftovers()]:
         io.delete(key)
 
 

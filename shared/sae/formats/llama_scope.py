@@ -19,7 +19,7 @@ import torch
 from shared.basics.errors import GranaryError
 from shared.sae.formats.raw import RawDictionary
 from shared.sae.formats.saelens import hook_record
-from shared.sae.formats.source import Source
+from shared.sae.formats.source import LARGEST, Source
 
 CONFIG, WEIGHTS = "hyperparams.json", "checkpoints/final"
 # How it was trained; top_k is that of the training, whose place the threshold has taken.
@@ -73,7 +73,7 @@ def read(source: Source) -> RawDictionary:
 def mean_norm(norms: Mapping[str, object], folder: Path) -> float:
     """The data set's mean norm of what is read, which is what is written."""
     found = norms.get("in")
-    if not isinstance(found, int | float) or not found > 0:
+    if not isinstance(found, int | float) or not 1 / LARGEST <= found <= LARGEST:
         raise GranaryError(f"{folder}: dataset_average_activation_norm does not say that of the input: {norms}")
     return float(found)
 

@@ -6,7 +6,6 @@ whoever knows them.
 """
 
 from collections.abc import Collection, Mapping
-from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from shared.basics.documents import read_json
 from shared.basics.errors import GranaryError
 from shared.sae.formats.files import read_pickled, read_safetensors, read_tensors
 
+LARGEST = 1e15  # of a number, so that what is computed from a few of them fits float32
 # What wrappers of a module put before the names of its tensors: torch.compile, DataParallel.
 WRAPPERS = ("_orig_mod.", "module.")
 UNKNOWN = (
@@ -122,9 +122,9 @@ class Document:
         return self.content.get(name)
 
     def number(self, name: str) -> float:
-        """A finite one."""
+        """A number of at most LARGEST."""
         value = self.get(name)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not isfinite(value):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= LARGEST:
             raise self._wrong(name, "a number")
         return float(value)
 

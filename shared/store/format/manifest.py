@@ -4,13 +4,12 @@ A shard exists when its record does. Records hold nothing that differs between t
 time), so that a store made in one go and one made in ten are equal byte for byte.
 """
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NoReturn, Self
 
-from shared.basics.documents import typed_fields
+from shared.basics.documents import parse_json, typed_fields
 from shared.basics.errors import GranaryError
 from shared.store.format import layout
 from shared.store.format.checksum import CRC_BYTES, crc32c
@@ -36,10 +35,10 @@ def seal(record: dict[str, Any]) -> bytes:
 def unseal(data: bytes, key: str) -> dict[str, Any]:
     """Inverse of `seal`; raises DamagedObjectError where any bit differs from what was sealed."""
     try:
-        sealed = json.loads(data)
+        sealed = parse_json(data, key)
         record: dict[str, Any] = sealed["record"]
         intact = seal(record) == data
-    except (ValueError, KeyError, TypeError, RecursionError):
+    except (GranaryError, ValueError, KeyError, TypeError, RecursionError):
         intact = False
     if not intact or not isinstance(record, dict):
         raise DamagedObjectError(f"{key} is damaged: it fails its own checksum", key=key)

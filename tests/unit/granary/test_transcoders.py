@@ -64,3 +64,5 @@ def test_a_folder_is_of_one_set(tmp_path: Path) -> None:
     check_same_set(tmp_path, commands(["name=x", "sae.k=16", "nproc=2", "schedule.tokens=2e3", url], [2])[0])
     with pytest.raises(GranaryError, match=r"other settings \(sae\.k=16, sae\.k=32\): name this one by set=NAME"):
         check_same_set(tmp_path, commands(["name=x", "sae.k=32", "schedule.tokens=2000", url], [0, 1])[0])
+    (tmp_path / "multirun.yaml").write_text("hydra:\n  over")  # as a full disk leaves it
+    check_same_set(tmp_path, train)
