@@ -29,6 +29,7 @@ COMMANDS = {
     "train": Command("stage_train", "train a sparse autoencoder, or a transcoder, from a store"),
     "eval": Command("stage_eval", "score trained ones: FVU, L0, loss recovered, plots, report"),
     "inspect": Command("stage_inspect", "what each latent does: examples, tokens, logits, neighbours; find, export"),
+    "explain": Command("stage_inspect.explain", "say what latents do, and how well that holds: rules, scored"),
     "explore": Command("stage_inspect.explorer", "pages that show what each latent does, served here or as files"),
     "trace": Command("stage_trace", "which latents made a model say what it says: an attribution graph of a text"),
     "sweep": Command("granary.sweep", "train a grid from one store (sae.k=8,16 ...), then compare it"),
