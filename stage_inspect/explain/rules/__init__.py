@@ -1,1 +1,1 @@
-"""Rules: explanations that are exact predicates on tokens, found without a language model, scored on other documents."""
+"""Explanations that are exact predicates on tokens, found without a language model, scored on other documents."""

@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 AUTHOR = "granary"
 SCORER = "rule_f1"
 EXPLAIN = """\
-A rule for each latent: a predicate on tokens that says when it fires, such as "token is ' self'; after '('". The rule of
-the best F1 is found on one half of the documents; F1, precision and recall, with 95 % intervals over documents, are those
-on the other half, at the true base rate. Exact, the same every time, and no language model is asked. Rules and scores are
-kept in the notes, in the place of the rules that were there; what people wrote stays.
+A rule for each latent: a predicate on tokens that says when it fires, such as "token is ' self'; after '('". The rule
+of the best F1 is found on one half of the documents; F1, precision and recall, with 95 % intervals over documents, are
+those on the other half, at the true base rate. Exact, the same every time, and no language model is asked. Rules and
+scores are kept in the notes, in the place of the rules that were there; what people wrote stays.
 """
 
 

@@ -154,7 +154,7 @@ def _parses(text: str) -> bool:
 
 
 def affixes(vocabulary: Vocabulary, used: npt.NDArray[np.integer]) -> dict[tuple[str, str], list[int]]:
-    """Tokens of the vocabulary by (where, letters) of one to three letters; where at least four used ones share them."""
+    """Tokens of the vocabulary by (where, letters), one to three letters that at least four used tokens share."""
     found: dict[tuple[str, str], list[int]] = {}
     texts = [text.strip() if not vocabulary.special[token] else "" for token, text in enumerate(vocabulary.texts)]
     for token, text in enumerate(texts):
