@@ -156,14 +156,14 @@ class Notes:
             for old in stale:
                 db.execute("DELETE FROM explanation WHERE id = ?", (old.id,))
                 _index(db, 2 * old.id, "explanation", 0, "")
-            for one in wanted.values():
+            for new in wanted.values():
                 number = db.execute(
                     "INSERT INTO explanation(latent, text, method, author, created, details) VALUES (?, ?, ?, ?, ?, ?)",
-                    (one.latent, one.text, method, author, time, json.dumps(one.details)),
+                    (new.latent, new.text, method, author, time, json.dumps(new.details)),
                 ).lastrowid
                 assert number is not None
-                _index(db, 2 * number, "explanation", one.latent, one.text)
-                for scorer, value, low, high, details in one.scores:
+                _index(db, 2 * number, "explanation", new.latent, new.text)
+                for scorer, value, low, high, details in new.scores:
                     db.execute(
                         "INSERT INTO score(explanation, scorer, value, low, high, created, details)"
                         " VALUES (?, ?, ?, ?, ?, ?, ?)",

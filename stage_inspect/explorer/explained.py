@@ -11,7 +11,13 @@ import numpy as np
 from shared.latents import Example, Latents
 from shared.latents.notes import Explanation, Score
 
-FACTS = ("precision", "recall", "base_rate", "auc", "train_f1")
+FACTS = {
+    "precision": "precision",
+    "recall": "recall",
+    "base_rate": "base rate",
+    "auc": "AUC",
+    "train_f1": "F1 where found",
+}
 MOST_FAILED = 16
 
 
@@ -36,7 +42,7 @@ def _scored(score: Score, shown: Callable[[Any], dict[str, Any] | None]) -> dict
     return {
         "scorer": score.scorer,
         **_measured({"value": score.value, "low": score.low, "high": score.high}),
-        "facts": [[name.replace("_", " "), short(details[name])] for name in FACTS if is_number(details.get(name))],
+        "facts": [[FACTS[name], short(details[name])] for name in FACTS if is_number(details.get(name))],
         "controls": [
             [str(name), _measured(control)]
             for name, control in (controls.items() if isinstance(controls, dict) else ())

@@ -147,9 +147,11 @@ def routes(run: Run, siblings: list[dict[str, Any]]) -> list[Route]:
         if latent >= documents.latents.num_latents:
             raise GranaryError(f"there is no latent {latent}")
         said = text(body, "text", NOTE_CHARACTERS).strip()
-        own = {one.id for one in notes.explanations(latent) if one.method == PERSON}
-        if body.get("id") in own:
-            notes.remove_explanation(body["id"])  # its scores were of the former text
+        former = body.get("id")
+        if former is not None and not isinstance(former, int):
+            raise GranaryError("id must be that of an explanation, or null")
+        if former in {one.id for one in notes.explanations(latent) if one.method == PERSON}:
+            notes.remove_explanation(former)  # its scores were of the former text
         if said:
             notes.add_explanation(latent, said, method=PERSON, author="explorer")
         return {}

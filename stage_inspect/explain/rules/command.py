@@ -116,7 +116,7 @@ def rules(inspected: "Inspected", corpus: "Corpus", chosen: list[int], tell: Any
             score = (SCORER, measured.value, measured.low, measured.high, details)
         rule = {"rule": one.rule.record(), "train_tokens": corpus.train.num_tokens,
                 "train_documents": len(corpus.train.heads)}  # fmt: skip
-        made.append(Made(latent, one.rule.text(vocabulary), rule, (score,)))  # type: ignore[arg-type]
+        made.append(Made(latent, one.rule.text(vocabulary), rule, (score,)))
     return made
 
 

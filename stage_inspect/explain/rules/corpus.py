@@ -88,13 +88,13 @@ def read(inspected: Inspected, runs: list[Ints], *, python: bool | None, tell: C
     parts = list(_parts(inspected, runs, labels, tell))
     F = inspected.latents.meta.num_latents
     heads: dict[bytes, None] = dict.fromkeys(head for part in parts for head in part.heads)
-    halves = [_joined(parts, side, F, [head for head in heads if side_of(head) == side]) for side in (0, 1)]
-    if not all(half.num_tokens for half in halves):
+    train, heldout = (_joined(parts, F, [head for head in heads if side_of(head) == side]) for side in (0, 1))
+    if not train.num_tokens or not heldout.num_tokens:
         raise GranaryError(
             f"rules are found on one half of the documents and scored on the other: {len(heads)} documents of"
             f" {inspected.store.url} are too few: give --tokens more, or --split all"
         )
-    return Corpus(*halves, labels)
+    return Corpus(train, heldout, labels)
 
 
 def side_of(head: bytes) -> int:
@@ -173,7 +173,7 @@ def _head(inspected: Inspected, document: Document) -> bytes:
     return hashlib.sha256(document.tokens[:HEAD].astype("<i8").tobytes()).digest()
 
 
-def _joined(parts: list[_Part], side: int, num_latents: int, heads: list[bytes]) -> Half:
+def _joined(parts: list[_Part], num_latents: int, heads: list[bytes]) -> Half:
     """The tokens of one half, and their pairs by latent."""
     number = {head: index for index, head in enumerate(heads)}
     kept, pairs, documents_N, base = [], [], [], 0

@@ -182,7 +182,8 @@ class Search:
 
     def _per_affix(self, counts: Ints) -> npt.NDArray[np.float64]:
         """Sums over the tokens of each affix."""
-        return np.bincount(self._affix, weights=counts[self._affix_token], minlength=len(self._affixes))
+        sums = np.bincount(self._affix, weights=counts[self._affix_token], minlength=len(self._affixes))
+        return sums.astype(np.float64)
 
     def _label(self, number: int, is_true: bool = True) -> Labelled:
         label = self.labels.all[number]
