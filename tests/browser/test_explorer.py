@@ -266,9 +266,10 @@ def test_notes_and_lists_are_written(browser: Browser, place: Place, latents: La
         assert browser.run("return document.querySelectorAll('textarea, .star').length") == 0
         return
     browser.go(f"{place.url}#/latent/9")
-    browser.run("document.querySelector('textarea').focus()")
+    browser.run("document.querySelector('[aria-label=Note]').focus()")
     browser.press(*"ends of lines")
-    browser.run("document.querySelector('form.stack button').click(); document.querySelector('.star').click()")
+    browser.run("document.querySelector('form:has([aria-label=Note]) button').click()")
+    browser.run("document.querySelector('.star').click()")
     browser.wait(lambda: latents.notes.note(9) == "ends of lines" and latents.notes.lists() == {"starred": [9]})
     browser.go(f"{place.url}#/lists")
     assert "ends of lines" in browser.text(".kept")
