@@ -24,8 +24,9 @@ from stage_inspect.explain.rules.labels import is_python
 from stage_inspect.explain.rules.score import Scoring
 from stage_inspect.explain.rules.search import Search, best_set
 from stage_inspect.inspect import inspect
-from tests.inspection import HOOK, inspect_config
-from tests.synthetic import synthetic_plan
+from tests.inspection import HOOK, inspect_config, small_sae, small_store
+from tests.synthetic import synthetic_plan, synthetic_store
+from tests.variants import PLACES, make
 
 WORDS = ["cat", "dog", " runs", " ran", " walking", " talking", " singing", " eating", "(", ")", "\n", "7", " the", "#"]
 T, CONTEXTS, D = 64, 48, 8
@@ -219,3 +220,33 @@ def test_source_is_told_from_prose() -> None:
     assert is_python(["import os\n", "def f(): pass\n", "Once upon a time"])
     assert not is_python(["Once upon a time", "there", "x = 1\n"])
     assert not is_python([])
+
+
+@pytest.mark.parametrize(
+    "kind", [kind if kind == "clt" else pytest.param(kind, marks=pytest.mark.slow) for kind in PLACES]
+)
+def test_every_kind_of_dictionary_has_rules(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    dictionary = make(kind).dictionary
+    sites, widths = PLACES[kind]
+    hooks = dict(zip([*sites.reads, *sites.writes], [*widths.reads, *widths.writes], strict=True))
+    plan = synthetic_plan(12, T, D, hooks=hooks, dtype="float32", heldout_fraction=0.2)
+    synthetic_store(tmp_path / "store", plan)
+    dictionary.save_pretrained(tmp_path / "sae")
+    with pytest.MonkeyPatch.context() as patch:
+        words = [bytes([97 + number % 26, 97 + number // 26 % 26]) for number in range(1000)]
+        patch.setattr("stage_inspect.finish.finish.recorded_vocabulary", lambda *_: (words, ()))
+        inspect(inspect_config(tmp_path))
+    main([str(tmp_path), "--tokens", "2000"])
+    assert "written to the notes" in capsys.readouterr().out
+    notes = Latents.open(tmp_path / "latents").notes
+    assert notes.explanations()
+    assert all(notes.scores(one.id)[0].scorer == "rule_f1" for one in notes.explanations())
+
+
+def test_a_folder_without_words_is_refused_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    small_store(tmp_path / "store")
+    small_sae(tmp_path / "sae")
+    inspect(inspect_config(tmp_path))
+    with pytest.raises(SystemExit):
+        main([str(tmp_path)])
+    assert "has no vocabulary: inspect again where the model's tokenizer is" in capsys.readouterr().err
