@@ -97,7 +97,7 @@ class Labels:
             *(Label(f"next {name}", f"before {name}") for name in CLASSES),
             *(Label(f"text {name}", name) for name in SURROUNDINGS),
             Label("text inside of a word", "inside of a word"),
-            *(Label(f"python {name}", f"Python: {python.CONCEPTS[name]}") for name in self._python),
+            *(Label(f"python {name}", f"Python {name}") for name in self._python),
             *(Label(f"position below {end}", f"among the first {end} tokens" if end > 1 else "first token")
               for end in POSITIONS),
         ]  # fmt: skip
