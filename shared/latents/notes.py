@@ -25,6 +25,8 @@ from shared.store.io.base import ObjectIO
 from shared.store.io.local import LocalIO
 
 VERSION = 1
+RULE = "rule"  # the method of explanations that are exact predicates
+NAMING = 0.5  # the F1 from which on a rule is a name
 SHORTEST = 3  # letters of a term that the trigram index can find
 
 
@@ -54,6 +56,22 @@ class Score:
     high: float | None
     created: str
     details: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """An explanation with its scores, before it is written."""
+
+    latent: int
+    text: str
+    details: dict[str, Any]
+    scores: tuple[tuple[str, float | None, float | None, float | None, dict[str, Any]], ...]
+    """(scorer, value, low, high, details) of each."""
+
+    def is_kept(self, there: Explanation, scores: Sequence[Score]) -> bool:
+        """Whether it is there already, and its scores."""
+        found = tuple((one.scorer, one.value, one.low, one.high, one.details) for one in scores)
+        return (there.text, there.details, found) == (self.text, self.details, self.scores)
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +132,54 @@ class Notes:
             db.execute("DELETE FROM explanation WHERE id = ?", (explanation,))
             _index(db, 2 * explanation, "explanation", 0, "")
 
+    def replace_explanations(self, method: str, author: str, latents: Sequence[int], made: Sequence[Made]) -> int:
+        """Put these, with their scores, in the place of all that a method and author said of these latents.
+
+        One transaction. What is there already, scores and all, stays as it is; returns how many were written.
+        """
+        there: dict[int, list[Explanation]] = {}
+        for one in self.explanations():
+            if (one.method, one.author) == (method, author):
+                there.setdefault(one.latent, []).append(one)
+        wanted = {one.latent: one for one in made}
+        stale: list[Explanation] = []
+        for latent in latents:
+            found = there.get(latent, [])
+            if len(found) == 1 and latent in wanted and wanted[latent].is_kept(found[0], self.scores(found[0].id)):
+                del wanted[latent]
+            else:
+                stale += found
+        if not stale and not wanted:
+            return 0
+        time = now()
+        with self._writing() as db:
+            for old in stale:
+                db.execute("DELETE FROM explanation WHERE id = ?", (old.id,))
+                _index(db, 2 * old.id, "explanation", 0, "")
+            for new in wanted.values():
+                number = db.execute(
+                    "INSERT INTO explanation(latent, text, method, author, created, details) VALUES (?, ?, ?, ?, ?, ?)",
+                    (new.latent, new.text, method, author, time, json.dumps(new.details)),
+                ).lastrowid
+                assert number is not None
+                _index(db, 2 * number, "explanation", new.latent, new.text)
+                for scorer, value, low, high, details in new.scores:
+                    db.execute(
+                        "INSERT INTO score(explanation, scorer, value, low, high, created, details)"
+                        " VALUES (?, ?, ?, ?, ?, ?, ?)",
+                        (number, scorer, value, low, high, time, json.dumps(details)),
+                    )
+        return len(wanted)
+
+    def best_scores(self, scorer: str) -> dict[int, float]:
+        """The largest value of this scorer by latent; latents without one are left out."""
+        rows = self._read(
+            "SELECT latent, max(value) FROM explanation JOIN score ON explanation.id = score.explanation"
+            " WHERE scorer = ? AND value IS NOT NULL GROUP BY latent",
+            (scorer,),
+        )
+        return {latent: value for latent, value in rows if isinstance(value, float)}
+
     def explanations(self, latent: int | None = None) -> list[Explanation]:
         """Those of a latent, or all; the oldest first."""
         where, values = ("WHERE latent = ?", (latent,)) if latent is not None else ("", ())
@@ -155,11 +221,17 @@ class Notes:
         return str(rows[0][0]) if rows else ""
 
     def name(self, latent: int) -> str | None:
-        """The first line of what a person noted on a latent, or its newest explanation; None where there is neither."""
+        """The first line of what a person noted on a latent, or its newest explanation; None where there is neither.
+
+        A rule is no name while something else is said; nor is one of an F1 below `NAMING`.
+        """
         if note := self.note(latent):
             return note.split("\n")[0]
         said = self.explanations(latent)
-        return said[-1].text if said else None
+        if others := [one for one in said if one.method != RULE]:
+            return others[-1].text
+        values = [one.value for one in self.scores(said[-1].id) if one.value is not None] if said else []
+        return said[-1].text if values and max(values) >= NAMING else None
 
     def set_note(self, latent: int, text: str) -> None:
         """Write the note on a latent; an empty text removes it."""

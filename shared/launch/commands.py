@@ -29,10 +29,8 @@ COMMANDS = {
     "train": Command("stage_train", "train a sparse autoencoder, or a transcoder, from a store"),
     "eval": Command("stage_eval", "score trained ones: FVU, L0, loss recovered, plots, report"),
     "inspect": Command("stage_inspect", "what each latent does: examples, tokens, logits, neighbours; find, export"),
+    "explain": Command("stage_inspect.explain", "say what latents do, by rules or a language model, each with scores"),
     "explore": Command("stage_inspect.explorer", "pages that show what each latent does, served here or as files"),
-    "explain": Command(
-        "stage_inspect.explain", "say what latents do, and score what is said, each score with controls"
-    ),
     "trace": Command("stage_trace", "which latents made a model say what it says: an attribution graph of a text"),
     "sweep": Command("granary.sweep", "train a grid from one store (sae.k=8,16 ...), then compare it"),
     "transcoders": Command("granary.transcoders", "a transcoder per layer from one pass, scored alone and together"),

@@ -1,1 +1,1 @@
-"""Explanations of latents, and how well they hold on documents that they were not made from."""
+"""What latents are said to do, and how well that holds: by rules or by a language model, each with scores."""

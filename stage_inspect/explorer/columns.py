@@ -40,3 +40,7 @@ COLUMNS = (
     Column("map_x", "x", "place on the map", "number", listed=False),
     Column("map_y", "y", "place on the map", "number", listed=False),
 )  # fmt: skip
+# Of the notes, not of the table: there where rules were looked for.
+RULE_F1 = Column(
+    "rule_f1", "Rule F1", "how well its best rule tells, on other documents, where it fires", "number", shown=True
+)

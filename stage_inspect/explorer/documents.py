@@ -3,7 +3,7 @@
 Text leaves here as strings and is shown as text nodes; it is never markup.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -14,7 +14,8 @@ from shared.basics.errors import GranaryError
 from shared.latents import Example, Latents
 from shared.latents.examples import DECILES
 from shared.latents.folder import Related
-from stage_inspect.explorer.columns import COLUMNS, Column
+from stage_inspect.explorer.columns import COLUMNS, RULE_F1, Column
+from stage_inspect.explorer.explained import explained, is_number, kept_example, short
 from stage_inspect.explorer.feeds import Feeds
 from stage_inspect.explorer.limits import TOKEN_HITS
 
@@ -33,7 +34,9 @@ class Documents:
         self.latents, self.title = latents, title
         self.feeds: Feeds | None = None
         """What lies between this dictionary's latents and those of others, where that is known."""
+        self._best = latents.notes.best_scores("rule_f1")
         self.columns = [column for column in COLUMNS if column.name in latents.table]
+        self.columns += [RULE_F1] if self._best else []
         self.dtypes = {column.name: self._stored(column).dtype.str[1:] for column in self.columns}
         """How a column's numbers are sent: u4 or f4."""
 
@@ -168,15 +171,7 @@ class Documents:
             "together_tokens": latents.meta.together_tokens,
             "feeds": self.feeds.of(index) if self.feeds is not None else None,
             "explanations": [
-                {
-                    "text": said.text,
-                    "method": said.method,
-                    "author": said.author,
-                    "scores": [
-                        [score.scorer, score.value, score.low, score.high] for score in latents.notes.scores(said.id)
-                    ],
-                }
-                for said in one.explanations
+                explained(said, latents.notes.scores(said.id), self._failed(index)) for said in one.explanations
             ],
             "note": one.note,
             "labels": one.labels,
@@ -209,6 +204,22 @@ class Documents:
         if rank is not None:
             found["rank"] = rank
         return found
+
+    def _failed(self, index: int) -> Callable[[Any], dict[str, Any] | None]:
+        """Failed examples of a score as the page shows them: kept with it, or numbers of the latent's records."""
+
+        def shown(record: Any) -> dict[str, Any] | None:
+            if isinstance(record, int) and not isinstance(record, bool):
+                records, _ = self.latents.records(index)
+                return (
+                    self.example(self.latents.examples(records.take([record]))[0])
+                    if 0 <= record < len(records)
+                    else None
+                )
+            one = kept_example(record, self.latents)
+            return self.example(one, str(record["kind"])) if one is not None else None
+
+        return shown
 
     def _groups(self, index: int) -> list[dict[str, Any]]:
         latents = self.latents
@@ -266,6 +277,11 @@ class Documents:
         return {"edges": [float(f"{edge:.6g}") for edge in edges], "counts": counts[first : last + 1].tolist()}
 
     def _stored(self, column: Column) -> npt.NDArray[Any]:
+        if column is RULE_F1:
+            found = np.full(self.latents.num_latents, np.nan, "<f4")
+            inside = {latent: value for latent, value in self._best.items() if 0 <= latent < len(found)}
+            found[list(inside)] = list(inside.values())
+            return found
         values = self.latents.table[column.name]
         is_count = column.kind == "count" and (not len(values) or int(values.max()) < 1 << 32)
         return values.astype("<u4" if is_count else "<f4")
@@ -301,16 +317,6 @@ class Documents:
 
 NUMBERS = ("fired", "density", "max", "mean", "std", "skew", "kurtosis", "windows", "documents",
            "encoder_decoder_cosine")  # fmt: skip
-
-
-def is_number(value: Any) -> bool:
-    """Whether a value from a file is a finite number."""
-    return isinstance(value, int | float) and bool(np.isfinite(value))
-
-
-def short(value: float) -> float:
-    """Four digits: enough for a colour, a bar and a tooltip."""
-    return float(f"{value:.4g}")
 
 
 def clean(value: float) -> float | int | None:

@@ -27,7 +27,7 @@ from shared.sae.for_store import check_whole, weights_sha256
 from shared.sae.loading import load
 from shared.sae.sites import side_by_side
 from shared.sae.variants import Dictionary
-from stage_inspect.explorer.documents import short
+from stage_inspect.explorer.explained import short
 from stage_inspect.explorer.limits import GENERATED_TOKENS, TEXT_CHARACTERS, TEXT_TOKENS
 
 NEXT_TOKENS = 8

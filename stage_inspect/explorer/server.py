@@ -6,6 +6,7 @@ GET  /data/...               `documents`
 GET  /api/search?q=          latents by words
 GET, POST /api/lists         lists of latents
 POST /api/note/{latent}      a note
+POST /api/said/{latent}      a person's explanation
 POST /api/text, /api/steer   the model on the spot
 /with/{n}/...                the same for each further run
 """
@@ -42,6 +43,7 @@ from stage_inspect.explorer.limits import (
 if TYPE_CHECKING:
     from stage_inspect.explorer.live import Live
 
+PERSON = "person"  # the method of an explanation that someone wrote
 TYPES = {".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml", ".html": "text/html"}
 
 
@@ -141,6 +143,19 @@ def routes(run: Run, siblings: list[dict[str, Any]]) -> list[Route]:
         notes.set_note(latent, text(body, "text", NOTE_CHARACTERS).strip())
         return {}
 
+    def put_said(body: Mapping[str, Any], latent: int) -> Any:
+        if latent >= documents.latents.num_latents:
+            raise GranaryError(f"there is no latent {latent}")
+        said = text(body, "text", NOTE_CHARACTERS).strip()
+        former = body.get("id")
+        if former is not None and not isinstance(former, int):
+            raise GranaryError("id must be that of an explanation, or null")
+        if former in {one.id for one in notes.explanations(latent) if one.method == PERSON}:
+            notes.remove_explanation(former)  # its scores were of the former text
+        if said:
+            notes.add_explanation(latent, said, method=PERSON, author="explorer")
+        return {}
+
     def read_text(body: Mapping[str, Any]) -> Any:
         return working(run).read(text(body, "text", TEXT_CHARACTERS))
 
@@ -166,6 +181,7 @@ def routes(run: Run, siblings: list[dict[str, Any]]) -> list[Route]:
         Route("/api/lists", get_lists, methods=["GET"]),
         Route("/api/lists", posted(put_list), methods=["POST"]),
         Route("/api/note/{latent:int}", posted(put_note), methods=["POST"]),
+        Route("/api/said/{latent:int}", posted(put_said), methods=["POST"]),
         Route("/api/text", posted(read_text), methods=["POST"]),
         Route("/api/steer", posted(steer), methods=["POST"]),
     ]

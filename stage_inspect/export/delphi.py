@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 
 from shared.basics.errors import GranaryError
 from shared.latents.folder import Latents
+from shared.latents.notes import RULE
 from stage_inspect.export.facts import chosen_latents
 
 PER_FILE = 512
@@ -38,17 +39,22 @@ def write(latents: Latents, folder: Path, chosen: str | None, model_id: str, sou
     config = {"model_name": model_id, "cache_ctx_len": width, "dataset_repo": str(latents.meta.store["url"])}
     config |= {"n_tokens": latents.meta.counts["tokens"], "n_splits": len(firsts)}
     (home / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    write_explanations(latents, folder / "explanations", numbers, source)
+    write_explanations(latents, folder, numbers, source)
     return len(numbers)
 
 
-def write_explanations(latents: Latents, home: Path, numbers: list[int], source: str) -> None:
-    """``{hookpoint}_latent{i}.txt``, a JSON string each: the newest explanation of a latent that has one."""
-    home.mkdir(exist_ok=True)
-    newest = {one.latent: one.text for one in latents.notes.explanations()}
+def write_explanations(latents: Latents, folder: Path, numbers: list[int], source: str) -> None:
+    """``explanations/{hookpoint}_latent{i}.txt``, a JSON string each: a latent's newest that is no rule, or its rule.
+
+    delphi has one explanation of a latent, and its scores are lists of judged examples, which a score here is not.
+    """
+    home = folder / "explanations"
     for number in numbers:
-        if number in newest:
-            (home / f"{source}_latent{number}.txt").write_text(json.dumps(newest[number]), encoding="utf-8")
+        said = latents.notes.explanations(number)
+        if said:
+            chosen = next((one for one in reversed(said) if one.method != RULE), said[-1])
+            home.mkdir(exist_ok=True)
+            (home / f"{source}_latent{number}.txt").write_text(json.dumps(chosen.text), encoding="utf-8")
 
 
 def write_file(latents: Latents, home: Path, numbers: list[int], first: int, last: int, width: int) -> None:

@@ -38,7 +38,7 @@ def write(latents: Latents, folder: Path, chosen: str | None, model_id: str, sou
         raise GranaryError(f"Neuronpedia takes latents up to {LARGEST_INDEX}")
     time = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
     home = folder / model_id / source
-    for name in ("features", "activations", "explanations", "upload"):
+    for name in ("features", "activations", "explanations", "explanation_scores", "upload"):
         (home / name).mkdir(parents=True, exist_ok=True)
     for name, record in descriptions(latents, model_id, source, time).items():
         (home / f"{name}.jsonl").write_text(json.dumps(record) + "\n", encoding="utf-8")
@@ -50,6 +50,8 @@ def write(latents: Latents, folder: Path, chosen: str | None, model_id: str, sou
         lines(home / "activations" / f"{batch}.jsonl.gz", rows)
         told = (row for n in some for row in explanation_rows(latents, n, common))
         lines(home / "explanations" / f"{batch}.jsonl.gz", told)
+        scores = (row for n in some for row in score_rows(latents, n))
+        lines(home / "explanation_scores" / f"{batch}.jsonl.gz", scores)
         payload = {"modelId": model_id, "source": source, "features": [upload(latents, n) for n in some]}
         (home / "upload" / f"{batch}.json").write_text(json.dumps(payload, allow_nan=False), encoding="utf-8")
     return len(numbers)
@@ -145,7 +147,7 @@ def explanation_rows(latents: Latents, index: int, common: dict[str, str]) -> li
     """Lines of ``explanations``."""
     return [
         {
-            "id": word(f"{latents.meta.dictionary['sha256']}:{one.id}"),
+            "id": explanation_id(latents, one.id),
             **common,
             "index": str(index),
             "description": one.text,
@@ -160,6 +162,29 @@ def explanation_rows(latents: Latents, index: int, common: dict[str, str]) -> li
             "scoreV2": None,
         }
         for one in latents.notes.explanations(index)
+    ]
+
+
+def explanation_id(latents: Latents, number: int) -> str:
+    """The id of an explanation, which its scores name."""
+    return word(f"{latents.meta.dictionary['sha256']}:{number}")
+
+
+def score_rows(latents: Latents, index: int) -> list[dict[str, Any]]:
+    """Lines of ``explanation_scores``, as Neuronpedia's table has them; a failed score has no value and is left out."""
+    return [
+        {
+            "id": word(f"{latents.meta.dictionary['sha256']}:{said.id}:{number}"),
+            "value": score.value,
+            "explanationId": explanation_id(latents, said.id),
+            "explanationScoreTypeName": score.scorer,
+            "explanationScoreModelName": said.author,
+            "jsonDetails": json.dumps({"low": score.low, "high": score.high, **score.details}),
+            "createdAt": score.created,
+        }
+        for said in latents.notes.explanations(index)
+        for number, score in enumerate(latents.notes.scores(said.id))
+        if score.value is not None
     ]
 
 

@@ -1,5 +1,6 @@
 """Tables for pandas, DuckDB and Spark: latents, examples and lists of related latents, one Parquet file each."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,12 @@ PER_GROUP = 64  # latents in a row group
 
 
 def write(latents: Latents, folder: Path, chosen: str | None, model_id: str, source: str) -> int:
-    """``latents.parquet``, ``examples.parquet``, ``related.parquet``; returns how many latents they hold."""
+    """``latents``, ``examples``, ``related`` and ``explanations.parquet``; returns how many latents they hold."""
     numbers = chosen_latents(chosen, latents)
     about = {b"granary": latents.meta.to_bytes(), b"model_id": model_id.encode(), b"source": source.encode()}
     table = pa.table({name: column[numbers] for name, column in latents.table.items()})
     pq.write_table(table.replace_schema_metadata(about), folder / "latents.parquet", compression="zstd")
-    for name, make in (("examples", examples), ("related", related)):
+    for name, make in (("examples", examples), ("related", related), ("explanations", explanations)):
         writer: pq.ParquetWriter | None = None
         for start in range(0, len(numbers), PER_GROUP):
             rows = [row for number in numbers[start : start + PER_GROUP] for row in make(latents, number)]
@@ -36,6 +37,13 @@ SCHEMAS = {
             ("latent", pa.int32()), ("kind", pa.string()), ("rank", pa.int32()), ("value", pa.float32()),
             ("context", pa.int64()), ("position", pa.int32()), ("document", pa.int32()), ("peak", pa.int32()),
             ("text", pa.string()), ("tokens", pa.list_(pa.int32())), ("values", pa.list_(pa.float32())),
+        ]
+    ),
+    "explanations": pa.schema(
+        [
+            ("latent", pa.int32()), ("explanation", pa.int64()), ("text", pa.string()), ("method", pa.string()),
+            ("author", pa.string()), ("scorer", pa.string()), ("value", pa.float64()), ("low", pa.float64()),
+            ("high", pa.float64()), ("details", pa.string()),
         ]
     ),
     "related": pa.schema(
@@ -69,3 +77,18 @@ def related(latents: Latents, number: int) -> list[dict[str, Any]]:
         for kind, found in {**lists, "pearson": latent.pearson}.items()
         for one in found
     ]
+
+
+def explanations(latents: Latents, number: int) -> list[dict[str, Any]]:
+    """Rows of one latent: each score of each explanation, and one without a score where there is none yet."""
+    rows = []
+    for said in latents.notes.explanations(number):
+        common = {"latent": number, "explanation": said.id, "text": said.text, "method": said.method,
+                  "author": said.author}  # fmt: skip
+        scores = latents.notes.scores(said.id)
+        rows += [
+            {**common, "scorer": one.scorer, "value": one.value, "low": one.low, "high": one.high,
+             "details": json.dumps(one.details)}
+            for one in scores
+        ] or [common]  # fmt: skip
+    return rows

@@ -30,7 +30,12 @@ MORE_SCORES = {"auroc_low": 0.91, "auroc_high": 0.99, "chosen_f1": 0.61}
 @pytest.fixture(scope="module")
 def latents(tmp_path_factory: pytest.TempPathFactory) -> Latents:
     made = synthetic_latents(tmp_path_factory.mktemp("browser") / "latents", 400, top=30, sample=30)
-    made.notes.add_explanation(5, NAME, method="rule", author='"><b>nobody</b>')
+    made.notes.add_explanation(5, NAME, method="default", author='"><b>nobody</b>')
+    failed = {"kind": NAME, "tokens": [260, 300], "values": [0, 1], "peak": 0, "place": 70}
+    details = {"precision": 0.5, "controls": {NAME: {"value": 0.25, "low": 0.125, "high": 0.5}}, "failed": [failed, 0]}
+    rule = made.notes.add_explanation(5, NAME, method="rule", author="granary")
+    made.notes.add_score(rule, "rule_f1", 0.75, 0.5, 1.0, details)
+    made.notes.add_score(rule, NAME, None, details={"why": NAME})
     made.notes.add_concept(
         NAME,
         f"regex {NAME}",
@@ -261,9 +266,10 @@ def test_notes_and_lists_are_written(browser: Browser, place: Place, latents: La
         assert browser.run("return document.querySelectorAll('textarea, .star').length") == 0
         return
     browser.go(f"{place.url}#/latent/9")
-    browser.run("document.querySelector('textarea').focus()")
+    browser.run("document.querySelector('[aria-label=Note]').focus()")
     browser.press(*"ends of lines")
-    browser.run("document.querySelector('form.stack button').click(); document.querySelector('.star').click()")
+    browser.run("document.querySelector('form:has([aria-label=Note]) button').click()")
+    browser.run("document.querySelector('.star').click()")
     browser.wait(lambda: latents.notes.note(9) == "ends of lines" and latents.notes.lists() == {"starred": [9]})
     browser.go(f"{place.url}#/lists")
     assert "ends of lines" in browser.text(".kept")
@@ -307,3 +313,23 @@ function ratio(element) {
 const texts = '.t, .caption, .from, .dim, dt, dd, small, h1, h2, h3, nav a, .name, .num, .choice button';
 return [...document.querySelectorAll(texts)].map(ratio);
 """
+
+
+def test_scores_stand_with_their_controls_and_failures(browser: Browser, place: Place, latents: Latents) -> None:
+    browser.go(f"{place.url}#/latents?sort=-rule_f1&rule_f1=0.5..")
+    assert browser.text(".title .caption").startswith("1 of ")
+    browser.go(f"{place.url}#/latent/5")
+    shown = browser.run("return document.querySelector('.explained .score').innerText")
+    assert all(text in shown for text in ("rule f1", "0.75", "0.5 to 1", f"control: {NAME}", "0.25", "precision"))
+    assert "failed" in browser.run("return document.querySelectorAll('.explained .score')[1].innerText")
+    browser.run("document.querySelector('.explained .score details').open = true")
+    assert browser.run("return document.querySelectorAll('.explained .score .examples li').length") == 2
+    if not place.writable:
+        assert not browser.run("return document.querySelectorAll('.explained form').length")
+        return
+    browser.go(f"{place.url}#/latent/11")
+    browser.run("document.querySelector('.explained details').open = true")
+    browser.run("document.querySelector('.explained textarea').value = 'my own words'")
+    browser.run("document.querySelector('.explained form button').click()")
+    browser.wait(lambda: [one.text for one in latents.notes.explanations(11)] == ["my own words"])
+    browser.wait(lambda: "my own words" in browser.text("p.name"))

@@ -4,9 +4,12 @@ import { choice, h, replace } from "./dom.js";
 import { count, number, share } from "./format.js";
 import { barList, histogram } from "./chart.js";
 import { examplesPanel } from "./examples.js";
+import { explainedPanel } from "./explained.js";
 import { notesPanel, starButton } from "./notes.js";
 import { beside, randomLatent } from "./random.js";
 import { chip } from "./tokens.js";
+
+const NAMING = 0.5; // the F1 from which on a rule is a name
 
 /** The page of latent `index`. */
 export async function latentPage(source, [argument]) {
@@ -39,7 +42,8 @@ function heading(source, latent, before, after) {
 }
 
 function nameOf({ note, explanations, tokens }) {
-  const said = explanations.at(-1);
+  const said = explanations.filter(({ method, scores }) =>
+    method !== "rule" || scores.some(({ value }) => value >= NAMING)).at(-1);
   if (note) return h("p.name", {}, note.split("\n")[0]);
   if (said) return h("p.name", {}, said.text, h("span.dim", {}, ` ${said.author}`));
   return tokens.on.length ? h("p.name.names", {}, tokens.on.slice(0, 6).map(([token]) => [chip(token), " "])) : null;
@@ -54,7 +58,7 @@ function dead(source, latent) {
 
 function body(source, latent) {
   return h("div.latent", {}, facts(source, latent),
-    h("div.reading", {}, examplesPanel(source, latent)),
+    h("div.reading", {}, examplesPanel(source, latent), explainedPanel(source, latent)),
     h("div.rest", {}, activations(latent), logits(latent), firesOn(latent), neighbours(source, latent),
       together(source, latent), feeds(source, latent), notesPanel(source, latent)));
 }

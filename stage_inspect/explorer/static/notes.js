@@ -1,16 +1,12 @@
 // What readers write down: a note on a latent, and lists of latents, kept in the latents folder.
 
 import { h, replace } from "./dom.js";
-import { number } from "./format.js";
 
 export const STARRED = "starred";
 
 /** The note on a latent; without a server it is only shown. */
 export function notesPanel(source, latent) {
   const index = latent.latent;
-  const explanations = latent.explanations.map(({ text, method, author, scores }) =>
-    h("li", {}, h("p", {}, text),
-      h("p.dim", {}, [author, method, ...scores.map(scored)].filter(Boolean).join(" · "))));
   const told = h("span.dim", { role: "status" });
   const text = h("textarea",
     { rows: "3", placeholder: "A name for it, or what you found", "aria-label": "Note", maxlength: "2000" },
@@ -29,15 +25,9 @@ export function notesPanel(source, latent) {
   const form = source.meta.writable && h("form.stack", { onsubmit: save }, text,
     h("div.row", {}, h("button", {}, "Save the note"), told));
   const labels = latent.labels.map((label) => [h("span.label-chip", {}, label), " "]);
-  if (!form && !explanations.length && !labels.length && !latent.note) return null;
+  if (!form && !labels.length && !latent.note) return null;
   return h("section.panel", {}, h("h2", {}, "Notes"), labels.length > 0 && h("p.told", {}, labels),
-    explanations.length > 0 && h("ul.told", {}, explanations),
     form || (latent.note && h("p", {}, latent.note)));
-}
-
-function scored([name, value, low, high]) {
-  if (value === null) return `${name}: failed`;
-  return `${name} ${number(value)}${low === null ? "" : ` (${number(low)} to ${number(high)})`}`;
 }
 
 /** A button that puts a latent on the list of starred ones, or takes it off. */

@@ -58,7 +58,7 @@ def test_version() -> None:
     ("name", "hint"),
     [
         ("trian", "did you mean train or trace?"),
-        ("qqq", "choose from harvest, train, eval, inspect, explore, explain, trace, sweep, transcoders"),
+        ("qqq", "choose from harvest, train, eval, inspect, explain, explore, trace, sweep, transcoders"),
     ],
 )
 def test_an_unknown_command_is_one_line(name: str, hint: str) -> None:

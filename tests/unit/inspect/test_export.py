@@ -22,7 +22,9 @@ from tests.latents import synthetic_latents
 @pytest.fixture(scope="module")
 def latents(tmp_path_factory: pytest.TempPathFactory) -> Latents:
     found = synthetic_latents(tmp_path_factory.mktemp("export") / "folder", 140)
-    found.notes.add_explanation(1, "what follows def " * 100, method="rule", author="granary")
+    said = found.notes.add_explanation(1, "what follows def " * 100, method="rule", author="granary")
+    found.notes.add_score(said, "rule_f1", 0.75, 0.5, 0.875, {"precision": 0.5})
+    found.notes.add_score(said, "detection", None, details={"why": "no answer"})
     return found
 
 
@@ -79,7 +81,7 @@ def test_neuronpedia(latents: Latents, tmp_path: Path) -> None:
     home = exported(latents, tmp_path, "neuronpedia", "--model-id", "M-1", "--source", "2-Set") / "m-1" / "2-set"
     assert {path.name for path in home.iterdir()} == {
         "release.jsonl", "model.jsonl", "sourceset.jsonl", "source.jsonl", "features", "activations", "explanations",
-        "upload",
+        "explanation_scores", "upload",
     }  # fmt: skip
     features = read_lines(home / "features" / "0.jsonl.gz")
     assert [row["index"] for row in features[:4]] == ["0", "1", "2", "4"]
@@ -187,3 +189,23 @@ def test_explanations_come_back(latents: Latents, tmp_path: Path, capsys: pytest
         explanations.main([mine.url, str(listed)])
     assert "explanation 2 is of latent 99" in capsys.readouterr().err
     assert not mine.notes.explanations(2)
+
+
+def test_scores_go_with_their_explanations(latents: Latents, tmp_path: Path) -> None:
+    """A failed score is empty where a format knows that, and left out where it doesn't; it is never 0."""
+    home = exported(latents, tmp_path, "neuronpedia", "--source", "2-granary-res", "--latents", "0:3")
+    (said,) = read_lines(next(home.rglob("explanations/0.jsonl.gz")))
+    (score,) = read_lines(next(home.rglob("explanation_scores/0.jsonl.gz")))
+    assert score["explanationId"] == said["id"] != score["id"]
+    assert (score["value"], score["explanationScoreTypeName"]) == (0.75, "rule_f1")
+    assert json.loads(score["jsonDetails"]) == {"low": 0.5, "high": 0.875, "precision": 0.5}
+    rows = pq.read_table(
+        exported(latents, tmp_path, "parquet", "--latents", "0:3") / "explanations.parquet"
+    ).to_pylist()
+    assert [(one["latent"], one["scorer"], one["value"]) for one in rows] == [
+        (1, "rule_f1", 0.75),
+        (1, "detection", None),
+    ]
+    (file,) = (exported(latents, tmp_path, "delphi", "--latents", "0:3") / "explanations").iterdir()
+    assert file.name.endswith("_latent1.txt")
+    assert json.loads(file.read_text()).startswith("what follows def")

@@ -69,8 +69,8 @@ def test_the_histogram_is_cut_to_what_is_filled(documents: Documents) -> None:
 
 def test_names_are_what_was_said_last(documents: Documents) -> None:
     notes = documents.latents.notes
-    notes.add_explanation(5, HOSTILE[0], method="rule", author="a stranger")
-    notes.add_explanation(5, "the second", method="rule", author="a stranger")
+    notes.add_explanation(5, HOSTILE[0], method="default", author="a stranger")
+    notes.add_explanation(5, "the second", method="default", author="a stranger")
     notes.set_note(6, "a note\nwith a second line")
     assert documents.names(range(8)) == {5: "the second", 6: "a note"}
     assert documents.rows(0)["5"][0] == "the second"
@@ -127,3 +127,24 @@ def test_a_folder_without_a_vocabulary_shows_numbers(tmp_path: Path) -> None:
     page = Documents(Latents.open(tmp_path), "").latent(1)
     assert latents.num_latents == 12
     assert page["groups"][0]["examples"][0]["pieces"][0].startswith("<token ")
+
+
+def test_scores_are_shown_with_controls_and_failures(documents: Documents) -> None:
+    """What a stranger's details hold in another form is left out; a number names one of the latent's records."""
+    notes = documents.latents.notes
+    said = notes.add_explanation(8, "a rule", method="rule", author="granary")
+    kept = {"kind": "false positive", "tokens": [101, 102], "values": [0, 1.5], "peak": 0, "place": 77}
+    strange = [{}, {**kept, "peak": 2}, {**kept, "values": [1]}, {**kept, "tokens": "no"}, "x", -1, 10**6, True]
+    control = {"value": 0.25, "low": 0.125, "high": 0.5}
+    details = {"precision": 0.5, "recall": "much", "controls": {"shuffled": control, "empty": 3}, "failed": [kept, 0]}
+    notes.add_score(said, "rule_f1", 0.75, 0.5, 1.0, {**details, "failed": [kept, 0, *strange]})
+    notes.add_score(said, "detection", None, details={"why": "no answer", "controls": [], "failed": {}})
+    good, failed = documents.latent(8)["explanations"][-1]["scores"]
+    assert [good[name] for name in ("scorer", "value", "low", "high")] == ["rule_f1", 0.75, 0.5, 1.0]
+    assert (good["facts"], good["controls"]) == ([["precision", 0.5]], [["shuffled", control]])
+    assert [one.get("rank") for one in good["failed"]] == ["false positive", None]
+    assert good["failed"][0]["at"] == [1]
+    assert (failed["value"], failed["why"], failed["controls"], failed["failed"]) == (None, "no answer", [], [])
+    again = Documents(documents.latents, "again")
+    assert np.frombuffer(again.column("rule_f1"), "<f4")[[8, 9]].tolist() == pytest.approx([0.75, np.nan], nan_ok=True)
+    assert documents.names([8]) == {8: "a rule"}

@@ -147,3 +147,18 @@ def test_search_finds_names_and_tokens(client: Client, latents: Latents) -> None
 def test_pages_are_small(client: Client) -> None:
     assert client.get("/data/latent/5.json").transferred < 100_000
     assert sum(len(gzip.compress(content)) for content in static_files().values()) < 60_000
+
+
+def test_a_person_changes_what_they_wrote_and_nothing_else(client: Client, latents: Latents) -> None:
+    rule = latents.notes.add_explanation(12, "token is 'a'", method="rule", author="granary")
+    latents.notes.add_score(rule, "rule_f1", 0.75)
+    assert client.post("/api/said/12", {"id": rule, "text": "the letter a"}).status == 200
+    kept, own = latents.notes.explanations(12)
+    assert (kept.id, kept.text, own.text, own.method) == (rule, "token is 'a'", "the letter a", "person")
+    assert len(latents.notes.scores(rule)) == 1
+    assert client.post("/api/said/12", {"id": own.id, "text": "a, alone"}).status == 200
+    assert [one.text for one in latents.notes.explanations(12)] == ["token is 'a'", "a, alone"]
+    assert client.post("/api/said/12", {"id": latents.notes.explanations(12)[1].id, "text": " "}).status == 200
+    assert client.post("/api/said/12", {"id": [rule], "text": ""}).status == 400
+    assert [one.id for one in latents.notes.explanations(12)] == [rule]
+    assert client.post("/api/said/130", {"text": "x"}).status == 400

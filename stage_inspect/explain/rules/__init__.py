@@ -1,0 +1,1 @@
+"""Explanations that are exact predicates on tokens, found without a language model, scored on other documents."""
