@@ -138,7 +138,7 @@ test-quantised: setup ## harvests with quantised weights; installs bitsandbytes 
 
 SLURM_FOLDER := /tmp/granary-slurm
 
-test-cluster: setup ## harvest, train and eval as jobs of a real Slurm, which is installed (Debian, root) and started here
+test-cluster: setup ## harvest, train, eval and inspect as jobs of a real Slurm, which is installed (Debian, root) and started here
 	@command -v slurmctld > /dev/null || { apt-get update -qq && apt-get install -qq -y slurm-wlm munge > /dev/null; }
 	@tests/servers/slurm_up.sh $(SLURM_FOLDER); trap 'tests/servers/slurm_down.sh $(SLURM_FOLDER)' EXIT; \
 	  SLURM_CONF=$(SLURM_FOLDER)/slurm.conf $(BIN)/python -m pytest -q -m cluster tests/cluster
