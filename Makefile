@@ -63,7 +63,7 @@ $(VENV_PEERS)/.installed: pyproject.toml constraints-peers.txt
 	@$(VENV_PEERS)/bin/python -m pip uninstall -q -y torchvision
 	@touch $@
 
-demo: setup ## text to a scored SAE and what its latents do: harvest, train, evaluate, inspect (2 to 6 minutes, 2 cores)
+demo: setup ## text to a scored SAE and what its latents do: harvest, train, evaluate, inspect (times: README, Measured)
 	@$(BIN)/python -m stage_harvest $(ARGS)
 	@$(BIN)/python -m stage_train
 	@$(BIN)/python -m stage_eval
