@@ -63,7 +63,7 @@ $(VENV_PEERS)/.installed: pyproject.toml constraints-peers.txt
 	@$(VENV_PEERS)/bin/python -m pip uninstall -q -y torchvision
 	@touch $@
 
-demo: setup ## text to a scored SAE and what its latents do: harvest, train, evaluate, inspect (2 to 6 minutes, 2 cores)
+demo: setup ## text to a scored SAE and what its latents do: harvest, train, evaluate, inspect (times: README, Measured)
 	@$(BIN)/python -m stage_harvest $(ARGS)
 	@$(BIN)/python -m stage_train
 	@$(BIN)/python -m stage_eval
@@ -138,7 +138,7 @@ test-quantised: setup ## harvests with quantised weights; installs bitsandbytes 
 
 SLURM_FOLDER := /tmp/granary-slurm
 
-test-cluster: setup ## harvest, train and eval as jobs of a real Slurm, which is installed (Debian, root) and started here
+test-cluster: setup ## harvest, train, eval and inspect as jobs of a real Slurm, which is installed (Debian, root) and started here
 	@command -v slurmctld > /dev/null || { apt-get update -qq && apt-get install -qq -y slurm-wlm munge > /dev/null; }
 	@tests/servers/slurm_up.sh $(SLURM_FOLDER); trap 'tests/servers/slurm_down.sh $(SLURM_FOLDER)' EXIT; \
 	  SLURM_CONF=$(SLURM_FOLDER)/slurm.conf $(BIN)/python -m pytest -q -m cluster tests/cluster

@@ -1,11 +1,11 @@
 """The memory that a process of an inspection takes at most, before it begins."""
 
 import math
-import resource
 from dataclasses import dataclass
 
 import numpy as np
 
+from shared.basics.memory import peak_memory
 from shared.basics.units import human_bytes
 from shared.latents.layout import BINS, SUMS
 from shared.lm.head import head_size
@@ -93,7 +93,7 @@ def estimate(job: InspectJob, dictionary: Dictionary, settings: Settings) -> Mem
     comparing = sampled * SAMPLED_BYTES + pairing(F, terms, is_table=sampled * fired >= FILLED * F * F)
     pool = min(POOL_MARGIN * settings.pool * settings.window, all_tokens) * fired * POOL_BYTES
     return Memory(
-        base=1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss + LATER_BYTES,
+        base=peak_memory() + LATER_BYTES,
         keys=int(F * sum(kept.values()) * 4 + sum(pending) * PENDING_BYTES + max(pending) * UPDATE_BYTES),
         part=int(sum(found.values()) + state),
         batch=int(copies),

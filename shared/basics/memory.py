@@ -1,7 +1,10 @@
-"""What the C library does with memory that is freed."""
+"""The memory that this process has taken, and what the C library does with what is freed."""
 
 import ctypes
+import re
+import resource
 from contextlib import suppress
+from pathlib import Path
 
 M_MMAP_THRESHOLD = -3  # of mallopt(3)
 BLOCK_BYTES = 1 << 21
@@ -15,3 +18,14 @@ def return_freed_blocks() -> None:
     """
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, BLOCK_BYTES)
+
+
+def peak_memory() -> int:
+    """The most bytes that this process has held so far.
+
+    Not `ru_maxrss` where /proc tells it: that of a process begins at what the one that started it held.
+    """
+    with suppress(OSError):
+        if found := re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text()):
+            return 1024 * int(found[1])
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -17,27 +17,26 @@ from shared.latents.folder import Latents
 from shared.latents.notes import RULE
 from stage_inspect.export.facts import chosen_latents
 
-PER_FILE = 512
 MULTIPLE = 32  # delphi divides a row into windows of 32 tokens
 LARGEST = 65_504.0
 SMALL_INDEX = 1 << 16
+TOKEN_BYTES = 8 << 30  # of the rows at most
 
 
 def write(latents: Latents, folder: Path, chosen: str | None, model_id: str, source: str) -> int:
-    """Files of `PER_FILE` latents each; returns how many latents they hold."""
+    """One file, for delphi takes the rows of the first for those of all; returns how many latents it holds."""
     numbers = [number for number in chosen_latents(chosen, latents) if latents.table["fired"][number]]
     if not numbers:
         raise GranaryError("none of these latents ever fires: delphi can't read an empty cache")
     home = folder / "latents" / source
-    home.mkdir(parents=True, exist_ok=True)
     settings = latents.meta.settings
     width = -(-(settings["before"] + 1 + settings["after"]) // MULTIPLE) * MULTIPLE
-    firsts = sorted({number // PER_FILE * PER_FILE for number in numbers})
-    for first in firsts:
-        last = min(first + PER_FILE, latents.num_latents) - 1
-        write_file(latents, home, [n for n in numbers if first <= n <= last], first, last, width)
+    if len(numbers) * (settings["top"] + settings["sample"]) * width * 8 > TOKEN_BYTES:
+        raise GranaryError(f"{len(numbers):,} latents are too many for delphi's one file: give fewer by --latents")
+    home.mkdir(parents=True, exist_ok=True)
+    write_file(latents, home, numbers, 0, latents.num_latents - 1, width)
     config = {"model_name": model_id, "cache_ctx_len": width, "dataset_repo": str(latents.meta.store["url"])}
-    config |= {"n_tokens": latents.meta.counts["tokens"], "n_splits": len(firsts)}
+    config |= {"n_tokens": latents.meta.counts["tokens"], "n_splits": 1}
     (home / "config.json").write_text(json.dumps(config), encoding="utf-8")
     write_explanations(latents, folder, numbers, source)
     return len(numbers)

@@ -5,7 +5,6 @@ they are freed. So the peak of a process is the largest sum of large blocks plus
 need not meet. On a GPU, whose allocator is told the sizes, it is the largest sum.
 """
 
-import resource
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -18,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import stage_train.step.layouts.fsdp
 import stage_train.step.layouts.latent
 import stage_train.step.layouts.layers  # noqa: F401 (all, so that LIBRARIES has them)
+from shared.basics.memory import peak_memory
 from shared.basics.units import GIB
 from shared.kernels.fake_cuda import FakeCuda
 from shared.kernels.trace import Trace
@@ -29,7 +29,7 @@ from stage_train.state.staging import local
 
 STATE = {"sae": "weights", "optim": "optimiser moments", "ema": "weight average"}
 # Bytes of a process that has imported what training imports, as this one has.
-LIBRARIES = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+LIBRARIES = peak_memory()
 
 
 @dataclass(frozen=True, kw_only=True)

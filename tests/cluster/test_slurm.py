@@ -1,4 +1,4 @@
-"""The three stages as jobs of a real Slurm: run to the end, warned, pre-empted, cancelled, failed.
+"""The stages as jobs of a real Slurm: run to the end, warned, pre-empted, cancelled, failed.
 
 The cluster is the one of tests/servers/slurm_up.sh: two nodes, and a partition `urgent` whose jobs pre-empt the others.
 """
@@ -16,6 +16,7 @@ import pytest
 from shared.store import Store
 from tests.cli import REPOSITORY
 from tests.harvesting import ENVIRONMENT, same_files
+from tests.inspection import content
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 
@@ -204,6 +205,50 @@ def test_one_training_of_a_sweep_is_cancelled_and_the_same_command_finishes_it(f
     alone = run(folder, "train", *LONG_TRAINING, "seed=4", "out_dir=alone4")
     assert alone.returncode == 0, alone.stderr
     assert (folder / "alone4/sae.safetensors").read_bytes() == (cut / "sae.safetensors").read_bytes()
+
+
+def test_an_inspection_over_two_nodes(folder: Path) -> None:
+    """Each node does one of two parts; the folder is that of one process, byte for byte."""
+    parts = ["debug=tiny_harvest", "name=parts", "corpus.contexts=320", "packing.seq_len=1024"]
+    made = run(folder, "harvest", *parts, "device.threads=1")
+    assert made.returncode == 0, made.stderr
+    made = run(folder, "train", "debug=tiny_train", "name=parts", "device.threads=1")
+    assert made.returncode == 0, made.stderr
+    inspected = ["name=parts", "device.threads=1"]
+    nodes = [*LAUNCHER, *inspected, "hydra.launcher.nodes=2", "nproc=1", "latents.url=inspected_by_nodes"]
+    done = run(folder, "inspect", *nodes)
+    assert done.returncode == 0, done.stderr + log_of(folder)
+    log = log_of(folder / "runs/parts/inspect")
+    assert re.search(r"parts +2,", log), log
+    assert len(re.findall(r"inspected [\d,]+ tokens", log)) == 1, log
+    again = run(folder, "inspect", *nodes)
+    assert again.returncode == 0, again.stderr
+    assert "is finished already" in log_of(folder / "runs/parts/inspect")
+    alone = run(folder, "inspect", *inspected, "latents.url=inspected_alone")
+    assert alone.returncode == 0, alone.stderr
+    assert content(folder / "inspected_by_nodes") == content(folder / "inspected_alone")
+
+
+def test_a_cancelled_inspection_stays_cancelled_and_the_same_command_finishes_it(
+    folder: Path, slow_store: Path
+) -> None:
+    """Its finished parts are kept; the folder is whole only with its last file."""
+    done = run(folder, "train", "debug=tiny_train", f"store.url={slow_store}", "out_dir=cancel_sae", "device.threads=1")
+    assert done.returncode == 0, done.stderr
+    inspected = ["name=slow", "sae.path=cancel_sae", f"store.url={slow_store}", "device.threads=1"]
+    waiting = submit(folder, "inspect", *inspected, "latents.url=cancelled_latents")
+    wait_for(lambda: (folder / "cancelled_latents").is_dir() and jobs("inspect"))
+    (job,) = jobs("inspect")
+    slurm("scancel", job)
+    assert waiting.wait(timeout=60) == 2
+    last = (folder / "submitted.log").read_text().splitlines()[-1]
+    assert re.fullmatch(r"error: Slurm job \d+(_\d+)? was cancelled; the same command again goes on from there", last)
+    assert not (folder / "cancelled_latents/meta.json").exists()
+    rerun = run(folder, "inspect", *LAUNCHER, *inspected, "latents.url=cancelled_latents")
+    assert rerun.returncode == 0, rerun.stderr + log_of(folder / "runs/slow/inspect")
+    alone = run(folder, "inspect", *inspected, "latents.url=undisturbed_latents")
+    assert alone.returncode == 0, alone.stderr
+    assert content(folder / "cancelled_latents") == content(folder / "undisturbed_latents")
 
 
 def test_a_job_that_fails_is_one_line(folder: Path) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from shared.basics.units import parse_bytes
 from shared.sae.config import SAEConfig
@@ -16,6 +17,7 @@ from shared.sae.sites import Sites
 from shared.sae.variants import SAE
 from stage_inspect.job import PART_TOKENS
 from tests.cli import Child, ForkServer, environment
+from tests.harvesting import make_model
 from tests.inspection import HOOK, content, small_sae, small_store
 
 SMALL = ("logits=false", "device=cpu", "latents.window=16", "latents.together_tokens=400", "latents.pool=12")
@@ -105,25 +107,42 @@ MEMORY_SHAPES = [(2048, 32), (32_768, 32), (262_144, 8)]
 @pytest.mark.parametrize(("latents", "contexts"), MEMORY_SHAPES)
 def test_the_peak_is_what_the_dry_run_told(tmp_path: Path, latents: int, contexts: int) -> None:
     """With the settings of real runs, 64 latents firing on a token; the figure told has two digits."""
-    small_store(tmp_path / "store", num_contexts=contexts, seq_len=512, d_model=32, shard_contexts=4)
-    config = SAEConfig(d_model=32, d_latent=latents, k=64, normalisation="none", sites=Sites.of(HOOK))
-    SAE(config, generator=torch.Generator().manual_seed(0)).save_pretrained(tmp_path / "sae")
-    command = [sys.executable, "-c", PEAK, f"run_dir={tmp_path}", "logits=false", "device=cpu"]
+    assert 0.9 <= peak_over_told(tmp_path, 32, latents, contexts, "logits=false") <= 1.1
+
+
+@pytest.mark.slow
+def test_the_peak_with_a_large_head_is_what_the_dry_run_told(tmp_path: Path) -> None:
+    """Llama 3's vocabulary at a quarter of its width: most is the head. What started the process is large itself."""
+    config = LlamaConfig(
+        vocab_size=128_256, hidden_size=1024, intermediate_size=64, num_hidden_layers=2, num_attention_heads=8,
+        num_key_value_heads=8,
+    )  # fmt: skip
+    make_model(tmp_path / "model", LlamaForCausalLM(config).bfloat16())
+    model = (f"model={tmp_path / 'model'}", "model.allow_other=true")
+    assert 0.9 <= peak_over_told(tmp_path, 1024, 2048, 8, *model) <= 1.1
+
+
+def peak_over_told(folder: Path, width: int, latents: int, contexts: int, *more: str) -> float:
+    """The peak of an inspection of random activations, over what its dry run told."""
+    small_store(folder / "store", num_contexts=contexts, seq_len=512, d_model=width, shard_contexts=4)
+    config = SAEConfig(d_model=width, d_latent=latents, k=64, normalisation="none", sites=Sites.of(HOOK))
+    SAE(config, generator=torch.Generator().manual_seed(0)).save_pretrained(folder / "sae")
+    command = [sys.executable, "-c", PEAK, f"run_dir={folder}", "device=cpu", *more]
     dry, done = (
-        subprocess.run([*command, *more], env=environment(), cwd=tmp_path, capture_output=True, text=True, check=True)
-        for more in (["dry_run=true"], [])
+        subprocess.run([*command, *last], env=environment(), cwd=folder, capture_output=True, text=True, check=True)
+        for last in (["dry_run=true"], [])
     )
     told = re.search(r"memory +([\d.]+ \w+) per process", dry.stderr)
     assert told is not None, dry.stderr
-    ratio = int(done.stdout.splitlines()[-1]) / parse_bytes(told[1], "memory")
-    assert 0.9 <= ratio <= 1.1
+    return int(done.stdout.splitlines()[-1]) / parse_bytes(told[1], "memory")
 
 
 # The stage, then the peak of its process in bytes.
 PEAK = """
-import resource, runpy
+import runpy
+from shared.basics.memory import peak_memory
 runpy.run_module("stage_inspect", run_name="__main__", alter_sys=True)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+print(peak_memory())
 """
 
 # The command with smaller parts, so that a small store has many.

@@ -136,6 +136,18 @@ def test_delphi(latents: Latents, tmp_path: Path) -> None:
     assert np.allclose(values, strongest.values[strongest.values != 0], rtol=1e-3)
 
 
+def test_delphi_has_the_rows_of_all_latents_in_one_file(tmp_path: Path) -> None:
+    """Its loader takes the tokens of the first file for those of every latent."""
+    many = synthetic_latents(tmp_path / "many", 600)
+    folder = exported(many, tmp_path, "delphi") / "latents" / "layers.2.resid_post"
+    (file,) = folder.glob("*.safetensors")
+    assert file.stem == "0_599"
+    tensors = load_file(file)
+    mine = tensors["locations"][tensors["locations"][:, 2] == 590]
+    strongest = many.top(590)[0]
+    assert tensors["tokens"][mine[0, 0], : len(strongest.tokens)].tolist() == strongest.tokens.tolist()
+
+
 def test_delphi_fp16_inf(latents: Latents, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What float16 can't hold is its largest number, not infinite."""
     true = latents.top(1)[0].value

@@ -291,3 +291,15 @@ def test_the_encoder_is_asked_for_whole_contexts(store: Store, tmp_path: Path) -
     assert all(len(batch.at_N) <= 2 * store.seq_len for batch in one)
     x = torch.zeros(0, 24)
     assert reader.encode(x)[0].shape == (0, 0)
+
+
+def test_an_example_record_takes_20_bytes_at_most(tmp_path: Path) -> None:
+    """With as many examples of a latent, and as long windows, as runs have; several tokens of each are active."""
+    small_store(tmp_path / "store", num_contexts=60, seq_len=256)
+    small_sae(tmp_path / "sae", d_latent=200, k=20)
+    inspect(inspect_config(tmp_path, **{"latents.window": 64, "latents.top": 100, "latents.sample": 128}))
+    folder = tmp_path / "latents"
+    records = len(Latents.open(folder).array("examples/value").all())
+    assert records > 100 * 200
+    stored = sum(len(data) for path, data in content(folder).items() if path.startswith(("examples/", "active/")))
+    assert stored <= 20 * records
