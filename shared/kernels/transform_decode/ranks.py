@@ -1,7 +1,7 @@
 """Where the rows of each transform lie among those of all."""
 
 from collections.abc import Iterator, Sequence
-from itertools import accumulate, pairwise
+from itertools import accumulate, groupby, pairwise
 
 import torch
 
@@ -32,6 +32,14 @@ class Ranks:
     def spans(self) -> Iterator[tuple[int, int]]:
         """First and last row of each transform, the last excluded."""
         return pairwise(self.offsets)
+
+    def runs(self) -> Iterator[tuple[int, slice]]:
+        """Neighbours of one rank, whose rows are a batch of equal matrices: the rank, and all their rows."""
+        first = 0
+        for rank, same in groupby(self.each):
+            last = first + rank * sum(1 for _ in same)
+            yield rank, slice(first, last)
+            first = last
 
     def on(self, device: torch.device) -> torch.Tensor:
         """`offsets`, int64 on a device; made once for each."""

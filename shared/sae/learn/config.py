@@ -146,6 +146,16 @@ def check(config: DictionaryConfig, learning: LearningConfig) -> None:
 
 def _check_groups(config: DictionaryConfig, learning: LearningConfig) -> None:
     """What is written for one group of latents alone."""
+    if not config.writes_rows:
+        for key, is_on in (
+            ("prefixes", learning.prefixes is not None),
+            ("init_subspace", learning.init_subspace is not None),
+            ("encoder_init=norm_search", learning.encoder_init == "norm_search"),
+        ):
+            if is_on:
+                raise GranaryError(
+                    f"sae.{key} is about rows of the decoder, which a {config.kind} has none of: leave it out"
+                )
     if config.num_groups == 1:
         return
     for key, is_on in (
