@@ -32,6 +32,8 @@ from shared.sae.variants.one_group import OneGroup
 from shared.sae.variants.transcoder import TranscoderConfig
 
 EXAMPLE = "variant.ranks={16:1,8:2,4:4}"
+# Of a rank, or of a number of transforms: a file may say anything.
+MOST_DIGITS = 7
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,20 +99,20 @@ class MoLTConfig(TranscoderConfig):
 
 
 def read_ranks(given: object) -> dict[str, int]:
-    """Counts by rank, the highest rank first. Raises GranaryError for what is none."""
-    if given is None or (isinstance(given, Mapping) and not given):
-        raise GranaryError(f"a molt needs its transforms: how many of each rank, such as {EXAMPLE}")
-    if not isinstance(given, Mapping):
-        raise GranaryError(f"variant.ranks={shortened(given)}: how many transforms of each rank, such as {EXAMPLE}")
+    """Counts by rank, the highest rank first, from ``{16: 1, 8: 2}`` or its text; raises GranaryError otherwise."""
+    if given is None or given == {}:
+        raise GranaryError(f"a molt needs its transforms, how many of each rank: give {EXAMPLE}")
+    text = given if isinstance(given, str) else shown(given) if isinstance(given, Mapping) else ""
+    entries = [entry.split(":") for entry in text.strip().removeprefix("{").removesuffix("}").split(",")]
     found: dict[int, int] = {}
-    for rank, count in given.items():
-        number = int(rank) if isinstance(rank, int) or (isinstance(rank, str) and rank.isdecimal()) else 0
-        if number < 1 or type(count) is not int or count < 1:
+    for entry in entries:
+        numbers = [int(part) if part.strip().isdecimal() and len(part) < MOST_DIGITS else 0 for part in entry]
+        if len(numbers) != 2 or 0 in numbers or numbers[0] in found:
             raise GranaryError(
-                f"variant.ranks={shown(given)}: {rank} is no rank, or {count} no number of transforms; both are whole "
-                f"and at least 1, such as {EXAMPLE}"
+                f"variant.ranks={shortened(given)}: a number of transforms for each rank, whole numbers from 1 on, and "
+                f"every rank once, such as {EXAMPLE}"
             )
-        found[number] = found.get(number, 0) + count
+        found[numbers[0]] = numbers[1]
     return {str(rank): found[rank] for rank in sorted(found, reverse=True)}
 
 
