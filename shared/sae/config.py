@@ -121,6 +121,11 @@ class DictionaryConfig:
         """Whether a latent adds a row of its own times its value; else what it adds depends on what was read."""
         return True
 
+    @property
+    def decoder_rows(self) -> int:
+        """Rows of the decoder, by which learning rates go that depend on its size."""
+        return self.d_latent
+
     def check_parts(self, parts: int) -> None:
         """Raise GranaryError where its latents, equally many in each of `parts`, are not such parts in all else."""
 

@@ -9,8 +9,8 @@ every transform has Frobenius norm 1 after each step, so that f_i alone says how
 
     |U V|^2 = sum((U^T U) * (V V^T)),   two [r, r] products
 
-Under normalisation=scale, the default of ``variant=molt``, x~ is x times a number and U_i V_i a linear map between raw
-activations; under centre_scale there is a row f_i U_i V_i mean beside it, which stays in the mean that is saved.
+Under normalisation=centre_scale U_i V_i is linear in what differs from the mean, so that in raw activations there is a
+constant row f_i U_i V_i mean beside it: it lies in the mean that is saved. Under scale and none the maps are linear.
 """
 
 import math
@@ -66,6 +66,11 @@ class MoLTConfig(TranscoderConfig):
     def writes_rows(self) -> bool:
         """What a latent adds is its map of what was read."""
         return False
+
+    @property
+    def decoder_rows(self) -> int:
+        """The sum of ranks."""
+        return sum(int(rank) * count for rank, count in self.ranks.items())
 
     @property
     def blocks(self) -> int:
