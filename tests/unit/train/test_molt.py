@@ -3,7 +3,6 @@
 from collections.abc import Callable
 
 import pytest
-import torch
 
 from shared.basics.errors import GranaryError
 from shared.basics.metrics_file import read_metrics
