@@ -148,8 +148,8 @@ class GroupTerms:
             return None
         group, num_aux = self.group, self.learning.num_aux(residual_ND.shape[1])
         if isinstance(group, MoLT):
-            dead = DeadMaps(dead_R, num_dead, num_aux)
-            return auxk_of_maps(group, residual_ND, centred_ND, dead, self.whole.shard)
+            dead_maps = DeadMaps(dead_R, num_dead, num_aux)
+            return auxk_of_maps(group, residual_ND, centred_ND, dead_maps, self.whole.shard)
         return auxk_loss(
             residual_ND,
             centred_ND,
