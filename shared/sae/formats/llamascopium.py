@@ -1,7 +1,7 @@
 """Llamascopium's mixtures of linear transforms: ``config.json`` + ``sae_weights.safetensors``. Read only.
 
-Tensors: W_E [D, F], b_E [F], of each rank r with c transforms U_matrices.{r} [c, D, r] and V_matrices.{r} [c, r, D], b_D
-[D]; latents are numbered by ascending rank. With m_i = |U_i V_i|, where ``sparsity_include_decoder_norm``, else 1,
+Tensors: W_E [D, F], b_E [F], b_D [D], of each rank r with c transforms U_matrices.{r} [c, D, r], V_matrices.{r}
+[c, r, D]; latents are numbered by ascending rank. With m_i = |U_i V_i|, where ``sparsity_include_decoder_norm``, else 1,
 
     z = (x W_E + b_E) m;   f = activation(z) / m;   y = sum_i f_i U_i V_i x + b_D
 
@@ -154,10 +154,8 @@ def read(source: Source) -> RawMoLT:
 
 def ranks_of(counts: Mapping[str, Any]) -> dict[int, int]:
     """Transforms of each rank; raises GranaryError for what is no such table."""
-    whole = all(
-        name.isdecimal() and type(count) is int and 0 < count < MOST_TRANSFORMS for name, count in counts.items()
-    )
-    if not counts or not whole:
+    are_whole = all(type(count) is int and 0 < count < MOST_TRANSFORMS for count in counts.values())
+    if not (counts and are_whole and all(name.isdecimal() for name in counts)):
         raise GranaryError(f"rank_counts={counts!s:.60}: a number of transforms for each rank")
     return {int(name): count for name, count in counts.items()}
 
