@@ -1,7 +1,7 @@
 """Llamascopium's mixtures of linear transforms: ``config.json`` + ``sae_weights.safetensors``. Read only.
 
 Tensors: W_E [D, F], b_E [F], b_D [D], of each rank r with c transforms U_matrices.{r} [c, D, r], V_matrices.{r}
-[c, r, D]; latents are numbered by ascending rank. With m_i = |U_i V_i|, where ``sparsity_include_decoder_norm``, else 1,
+[c, r, D]; latents are numbered by ascending rank. With m_i = |U_i V_i| where ``sparsity_include_decoder_norm``, or 1,
 
     z = (x W_E + b_E) m;   f = activation(z) / m;   y = sum_i f_i U_i V_i x + b_D
 
