@@ -36,6 +36,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, train_configs: None, planted_
 @pytest.mark.parametrize("sae", ["topk", "batchtopk", "relu", "jumprelu", "gated"])
 def test_learns_with_every_activation(runs: Runs, sae: str) -> None:
     k = [] if sae in ("topk", "batchtopk") else ["sae.k=null"]
+    k += ["sae.penalty_weight=1e-3"] if sae == "relu" else []  # so that something fires in every batch
     made = load(out := runs(sae, f"sae={sae}", *k))
     assert isinstance(made, MoLT)
     assert made.sites == Sites((READS,), (WRITES,))
