@@ -36,7 +36,6 @@ def runs(tmp_path_factory: pytest.TempPathFactory, train_configs: None, planted_
 @pytest.mark.parametrize("sae", ["topk", "batchtopk", "relu", "jumprelu", "gated"])
 def test_learns_with_every_activation(runs: Runs, sae: str) -> None:
     k = [] if sae in ("topk", "batchtopk") else ["sae.k=null"]
-    k += ["sae.penalty_weight=1e-3"] if sae == "relu" else []  # so that something fires in every batch
     made = load(out := runs(sae, f"sae={sae}", *k))
     assert isinstance(made, MoLT)
     assert made.sites == Sites((READS,), (WRITES,))
@@ -45,7 +44,8 @@ def test_learns_with_every_activation(runs: Runs, sae: str) -> None:
     lines = read_metrics(out)
     assert lines[-1]["fvu"] < 0.9 * lines[0]["fvu"]
     assert 0.999 < lines[-1]["load/effective"] < 8.001
-    assert lines[-1]["load/4"] + lines[-1]["load/2"] == pytest.approx(1, rel=1e-5)
+    if made.config.k is not None:  # else nothing may fire in a batch
+        assert lines[-1]["load/4"] + lines[-1]["load/2"] == pytest.approx(1, rel=1e-5)
 
 
 def test_stopped_and_continued(runs: Runs) -> None:
