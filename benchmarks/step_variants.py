@@ -2,6 +2,7 @@
 
 granary-transcoder   an SAE of the same shape (granary)
 granary-crosscoder   2 sites: an SAE of twice the width (granary-wide)
+granary-molt         transforms of ranks 64 to 4: a dense step by autograd (molt-dense)
 granary-clt          4 layers, batchtopk over all of them: a dense step by autograd (clt-dense), and the products
                      of its own encoders alone (clt-gemm, clt-gemm-onednn)
 """
@@ -21,6 +22,7 @@ RATIOS = (
     ("granary-crosscoder", ("granary-wide",), "<= 1.1"),
     ("granary-clt", ("clt-gemm", "clt-gemm-onednn"), "<= 2"),
     ("clt-dense", ("granary-clt",), "> 5"),
+    ("molt-dense", ("granary-molt",), "> 1.5"),
 )
 
 
@@ -70,12 +72,46 @@ def clt_dense(shape: Shape) -> Step:
     return step
 
 
+def molt_dense(shape: Shape) -> Step:
+    """Plain dense PyTorch of a MoLT: every transform of every token, by the products of all factors."""
+    from gpu_stages.trainee import ranks_of
+
+    ranks = torch.tensor([rank for rank, count in ranks_of(shape).items() for _ in range(count)])
+    latents, rows, d = len(ranks), int(ranks.sum()), shape.d_model
+    x = make_batch(shape)
+    y = x.roll(1, dims=1)
+    W_enc, V, U = (torch.nn.Parameter(F.normalize(torch.randn(n, d), dim=1)) for n in (latents, rows, rows))
+    b_enc, b_dec = torch.nn.Parameter(torch.zeros(latents)), torch.nn.Parameter(torch.zeros(d))
+    parameters = [W_enc, V, U, b_enc, b_dec]
+    optimiser = torch.optim.Adam(parameters, lr=1e-3)
+
+    def step() -> float:
+        z = torch.relu(F.linear(x, W_enc, b_enc))
+        values, indices = z.topk(shape.k)
+        f = torch.zeros_like(z).scatter(1, indices, values)
+        y_hat = (f.repeat_interleave(ranks, dim=1, output_size=rows) * (x @ V.T)) @ U + b_dec
+        loss = (y_hat - y).square().sum(1).mean()
+        optimiser.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimiser.step()
+        with torch.no_grad():
+            pairs = zip(U.split(ranks.tolist()), V.split(ranks.tolist()), strict=True)
+            norms = torch.stack([((u @ u.T) * (v @ v.T)).sum().sqrt() for u, v in pairs])
+            U.div_(norms.repeat_interleave(ranks)[:, None])
+        return float(loss.detach())
+
+    return step
+
+
 VARIANT_PROVIDERS: dict[str, Callable[[Shape], Step]] = {
     "granary-transcoder": partial(granary, kind="transcoder"),
     "granary-crosscoder": partial(granary, kind="crosscoder"),
     "granary-wide": wide,
     "granary-clt": partial(granary, kind="clt"),
     "clt-dense": clt_dense,
+    "granary-molt": partial(granary, kind="molt"),
+    "molt-dense": molt_dense,
     "clt-gemm": partial(of_all_layers, gemm),
     "clt-gemm-onednn": partial(of_all_layers, gemm_onednn),
 }

@@ -54,6 +54,11 @@ class InspectJob:
         folder = open_folder(cfg.sae.path, store, cfg.hook)
         if folder.sites.unit != "token":
             raise GranaryError(f"{cfg.sae.path} reads whole sequences: only dictionaries of tokens can be inspected")
+        if not folder.config.writes_rows:
+            raise GranaryError(
+                f"{cfg.sae.path} is a {folder.config.kind}, whose latents are maps of what they read: only "
+                "dictionaries whose latents write a row can be inspected"
+            )
         contexts = choose_contexts(store, cfg.split, cfg.contexts)
         return cls(cfg, store, folder, contexts, choose_model(cfg.model, store) if cfg.logits else None)
 

@@ -37,6 +37,10 @@ def places_of(config: DictionaryConfig, name: str) -> tuple[Place, ...]:
     sites = config.sites
     if sites is None:
         raise GranaryError(f"{name} does not record where it reads and writes: graphs need a transcoder that does")
+    if not config.writes_rows:
+        raise GranaryError(
+            f"{name} is a {config.kind}, whose latents are maps of what they read: graphs need latents that write a row"
+        )
     if config.num_groups > 1 and not config.follows_depth:
         raise GranaryError(
             f"{name} takes the k largest of all layers, so that later ones decide what earlier ones fire: use batchtopk"

@@ -24,8 +24,9 @@ class SAESchema:
     """Where a field that has no docstring here has its one."""
 
     k: int | None = MISSING
-    expansion: float = MISSING
-    """Latents per dimension of the activations that are read: F = expansion * d_model."""
+    expansion: float | None = MISSING
+    """Latents per dimension of the activations that are read: F = expansion * d_model; null where variant.* says how
+    many there are."""
     d_latent: int | None = key(count=True)
     """Number of latents, F; overrides expansion."""
     activation: str = MISSING
@@ -63,17 +64,16 @@ class SAESchema:
         `variant` is the config group of that name: the kind, and what only that kind has. `run_tokens` is the length
         of the run that ``dead_after_tokens=auto`` is a share of; None: a long one.
         """
-        if self.d_latent is None and not self.expansion > 0:
-            raise GranaryError(f"sae.expansion={self.expansion}: must be positive")
-        d_latent = self.d_latent if self.d_latent is not None else round(self.expansion * widths.d_in)
+        options = {name: value for name, value in variant.items() if name != "kind"}
+        kind = kind_of(str(variant["kind"]))
+        d_latent = self._num_latents(kind, options, widths)
         given = {field.name: getattr(self, field.name) for field in fields(self)}
         given["d_latent"] = d_latent
         given["prefixes"] = self._latents_of_prefixes(d_latent)
         given["dead_after_tokens"] = self._dead_after_tokens(run_tokens)
         artefact = {field.name for field in fields(DictionaryConfig)}
-        options = {name: value for name, value in variant.items() if name != "kind"}
         own = {name: value for name, value in given.items() if name in artefact}
-        kind, common = kind_of(str(variant["kind"])), {field.name for field in fields(LearningConfig)}
+        common = {field.name for field in fields(LearningConfig)}
         how = learning_of(kind.kind)
         taught = {field.name for field in fields(how)} - common
         structure = {name: value for name, value in options.items() if name not in taught}
@@ -84,6 +84,22 @@ class SAESchema:
         )
         check_trainable(config, learning)
         return config, learning
+
+    def _num_latents(self, kind: type[DictionaryConfig], structure: Mapping[str, Any], widths: SiteWidths) -> int:
+        """As ``d_latent``, the variant's own keys, or ``expansion`` say."""
+        of_structure = kind.latents_of(structure)
+        if of_structure is not None:
+            if self.expansion is not None or self.d_latent not in (None, of_structure):
+                raise GranaryError(
+                    f"variant={kind.kind} says itself how many latents there are, {of_structure}: set sae.expansion "
+                    "and sae.d_latent to null"
+                )
+            return of_structure
+        if self.d_latent is not None:
+            return self.d_latent
+        if self.expansion is None or not self.expansion > 0:
+            raise GranaryError(f"sae.expansion={self.expansion}: must be positive")
+        return round(self.expansion * widths.d_in)
 
     def _dead_after_tokens(self, run_tokens: int | None) -> int:
         """The number, or what ``auto`` stands for."""

@@ -135,7 +135,7 @@ def make_schedules(cfg: ScheduleSchema, lr: float | str, dictionary: DictionaryC
         return length_in_steps(getattr(cfg, name), total_steps, f"schedule.{name}")
 
     rate = LearningRate(
-        peak=peak_rate(lr, dictionary.d_latent),
+        peak=peak_rate(lr, dictionary.decoder_rows),
         total_steps=total_steps,
         warmup_steps=steps("warmup"),
         decay_steps=steps("decay"),

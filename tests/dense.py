@@ -9,7 +9,7 @@ from torch import Tensor
 
 from shared.sae.groups import LatentGroup
 from shared.sae.learn.config import LearningConfig
-from shared.sae.variants import Dictionary
+from shared.sae.variants import Dictionary, MoLT
 
 
 def assert_same_gradients(made: Dictionary, loss: Tensor, expected: Tensor) -> None:
@@ -37,7 +37,7 @@ def dense_loss(made: Dictionary, learning: LearningConfig, x_ND: Tensor, y_ND: T
             given_ND = given_ND - made.b_dec
         pre.append(given_ND @ group.W_enc.T + group.b_enc)
     latents = activate(made, learning, pre)
-    error_ND = decode(made, latents) + made.b_dec - target_ND
+    error_ND = decode(made, latents, normal_ND) + made.b_dec - target_ND
     if hasattr(made, "W_skip"):
         error_ND = error_ND + normal_ND @ made.W_skip.T
     loss = (error_ND.square() @ weight_D).mean()
@@ -51,7 +51,7 @@ def dense_loss(made: Dictionary, learning: LearningConfig, x_ND: Tensor, y_ND: T
         loss = loss + learning.auxk_alpha / len(groups) * auxk(group, learning, given_ND, residual_ND[:, writes], dead)
     if made.config.activation == "gated":
         (group, _) = groups[0]
-        gate_ND = torch.relu(pre[0]) @ group.W_dec.detach() + made.b_dec.detach() - target_ND
+        gate_ND = written(group, torch.relu(pre[0]), normal_ND, frozen=True) + made.b_dec.detach() - target_ND
         if hasattr(made, "W_skip"):
             gate_ND = gate_ND + (normal_ND @ made.W_skip.T).detach()
         loss = loss + (gate_ND.square() @ weight_D).mean()
@@ -129,12 +129,30 @@ def keep_batch(values_NF: Tensor, k: int) -> Tensor:
     return ((values_NF >= least) & (values_NF > 0)).to(values_NF)
 
 
-def decode(made: Dictionary, latents: list[Tensor]) -> Tensor:
-    """Sum over the groups of f W_dec, each into the columns that it writes."""
+def written(group: LatentGroup, f_NF: Tensor, read_ND: Tensor, *, frozen: bool = False) -> Tensor:
+    """``f W_dec``; of a MoLT the sum of its maps, each written out as a matrix, times f."""
+    if not isinstance(group, MoLT):
+        return f_NF @ (group.W_dec.detach() if frozen else group.W_dec)
+    maps_FED = maps(group).detach() if frozen else maps(group)
+    return torch.einsum("nf,fed,nd->ne", f_NF, maps_FED, read_ND)
+
+
+def maps(molt: MoLT) -> Tensor:
+    """``U_i V_i`` of every transform, [F, D_out, D_in]."""
+    return torch.stack([molt.U[first:last].T @ molt.V[first:last] for first, last in molt.ranks.spans()])
+
+
+def row_norms(group: LatentGroup) -> Tensor:
+    """What a latent of value 1 writes at most, [F]."""
+    return maps(group).flatten(1).norm(dim=1) if isinstance(group, MoLT) else group.W_dec.norm(dim=1)
+
+
+def decode(made: Dictionary, latents: list[Tensor], read_ND: Tensor) -> Tensor:
+    """Sum over the groups of what they write, each into the columns that are its own."""
     y_ND = torch.zeros(len(latents[0]), made.widths.d_out, dtype=latents[0].dtype)
     for group, (_, writes), f_NF in zip(made.groups, made.places, latents, strict=True):
         start, stop, _ = writes.indices(made.widths.d_out)
-        y_ND = y_ND + F.pad(f_NF @ group.W_dec, (start, made.widths.d_out - stop))
+        y_ND = y_ND + F.pad(written(group, f_NF, read_ND), (start, made.widths.d_out - stop))
     return y_ND
 
 
@@ -151,7 +169,7 @@ def penalty(made: Dictionary, group: LatentGroup, learning: LearningConfig, z_NF
     writes = made.places[list(made.groups).index(group)][1]
     gate = gates(made, group, writes)
     norms_are_1 = made.config.unit_norm_decoder and getattr(made.config, "tying", "none") != "per_target"
-    norm_F = group.W_dec.norm(dim=1) if gate is None and not norms_are_1 else gate
+    norm_F = row_norms(group) if gate is None and not norms_are_1 else gate
     if norm_F is not None:
         strength_NF = strength_NF * norm_F
     if learning.penalty == "tanh":
@@ -166,6 +184,6 @@ def auxk(group: LatentGroup, learning: LearningConfig, given_ND: Tensor, residua
         return given_ND.new_zeros(())
     k_aux = learning.num_aux(residual_ND.shape[1])
     z_NF = torch.relu(given_ND @ group.W_enc.T + group.b_enc) * dead_F
-    decoded_ND = (z_NF * keep(z_NF.detach(), min(k_aux, num_dead))) @ group.W_dec
+    decoded_ND = written(group, z_NF * keep(z_NF.detach(), min(k_aux, num_dead)), given_ND)
     error_N = (residual_ND - decoded_ND).square().sum(1) / residual_ND.square().sum(1)
     return min(num_dead / k_aux, 1.0) * error_N.mean()

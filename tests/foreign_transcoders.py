@@ -15,6 +15,7 @@ from tests.foreign import save_gemma_scope
 
 D, F, K, SITES = 8, 20, 4, 2
 D_OUT = 6
+MOLT_RANKS = {1: 4, 3: 2}
 SAELENS = {
     "transcoder": ("transcoder", "relu"),
     "skip_transcoder": ("skip_transcoder", "relu"),
@@ -151,6 +152,30 @@ def gemma_scope(x_ND: Tensor, *, skip: bool) -> tuple[Tensor, Tensor]:
     f_NF = z_NF.relu() * (z_NF > w["threshold"])
     y_ND = f_NF @ w["W_dec"] + w["b_dec"]
     return f_NF, y_ND + x_ND.double() @ w["W_skip"].T if skip else y_ND
+
+
+def write_llamascopium(folder: Path, **given: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """A MoLT as Llamascopium saves one on one device; its settings and weights."""
+    reads, writes = "blocks.2.mlp.hook_in", "blocks.2.hook_mlp_out"
+    cfg = {
+        "sae_type": "molt", "d_model": D, "expansion_factor": 0.75, "use_decoder_bias": True, "act_fn": "jumprelu",
+        "norm_activation": "dataset-wise", "sparsity_include_decoder_norm": True, "top_k": K,
+        "use_triton_kernel": False, "sparsity_threshold_for_triton_spmm_kernel": 0.996,
+        "jumprelu_threshold_window": 2.0, "hook_point_in": reads, "hook_point_out": writes,
+        "rank_counts": {str(rank): count for rank, count in MOLT_RANKS.items()}, **given,
+    }  # fmt: skip
+    generator, latents = torch.Generator().manual_seed(0), sum(MOLT_RANKS.values())
+    shapes: dict[str, tuple[int, ...]] = {"W_E": (D, latents), "b_E": (latents,), "b_D": (D,)}
+    for rank, count in MOLT_RANKS.items():
+        shapes |= {f"U_matrices.{rank}": (count, D, rank), f"V_matrices.{rank}": (count, rank, D)}
+    if cfg["act_fn"] == "jumprelu":
+        shapes["activation_function.log_jumprelu_threshold"] = (latents,)
+    tensors = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    norms = {f"dataset_average_activation_norm.{hook}": torch.tensor(n) for hook, n in ((reads, 9.0), (writes, 4.0))}
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(cfg))
+    save_file(tensors | norms, folder / "sae_weights.safetensors")
+    return cfg, tensors
 
 
 def crosscoder_learning(folder: Path, x_ND: Tensor) -> tuple[Tensor, Tensor]:

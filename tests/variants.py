@@ -19,10 +19,13 @@ ACTIVATIONS: dict[str, dict[str, Any]] = {
     "jumprelu": {"penalty": "tanh", "penalty_weight": 0.1, "bandwidth": 1.0},
     "gated": {"penalty": "l1", "penalty_weight": 0.1},
 }
+RANKS = {4: 2, 2: 6, 1: 10}
+"""Of the transforms of a MoLT."""
 PLACES: dict[str, tuple[Sites, SiteWidths]] = {
     "sae": (Sites.of(OUT), SiteWidths((9,), (9,))),
     "transcoder": (Sites((IN,), (OUT,)), SiteWidths((9,), (7,))),
     "skip_transcoder": (Sites((IN,), (OUT,)), SiteWidths((9,), (7,))),
+    "molt": (Sites((IN,), (OUT,)), SiteWidths((9,), (7,))),
     "clt": (
         Sites(
             ("layers.0.mlp_in", "layers.1.mlp_in", "layers.2.mlp_in"), tuple(f"layers.{n}.mlp_out" for n in range(3))
@@ -43,6 +46,8 @@ def make(kind: str, dtype: torch.dtype = torch.float32, seed: int = 0, **given: 
         "pre_bias": sites is None or sites.is_autoencoder,
         **given,
     }
+    if kind == "molt":
+        given = {"ranks": RANKS, **given, "d_latent": sum(given.get("ranks", RANKS).values())}
     given = {**ACTIVATIONS[given["activation"]], **given}
     how = learning_of(kind)
     taught = {field.name for field in fields(how)}

@@ -16,10 +16,13 @@ from shared.sae.learn.objective import Objective
 from shared.sae.optim import AdamConfig, make_optimiser
 from shared.sae.sites import SiteWidths
 from shared.sae.variants import VARIANTS, Dictionary
+from shared.sae.variants.molt import MoLT
 
 KINDS = ("topk", "batchtopk", "transcoder")
 SITES = {"crosscoder": 2, "clt": 4}
 """Sites of a kind on each side, of `d_model` each; of a CLT its layers."""
+LADDER = {64: 1, 32: 2, 16: 4, 8: 8, 4: 16}
+"""Ranks of one unit of a MoLT, of which there are as many as make a quarter of the shape's latents in rows."""
 FITTED_ROWS = 64
 QUIET = 64
 """Where nothing else is said, one latent in so many is too quiet to be picked, and counts as dead: AuxK has them to
@@ -74,6 +77,7 @@ def make_trainee(
         optimiser.zero_grad()
         losses.total.backward()
         optimiser.step()
+        objective.rule.after_step(None)
         tracker.update(losses.fired, len(x))
         return losses.reconstruction
 
@@ -93,7 +97,16 @@ def described(shape: Shape, kind: str) -> tuple[type[Dictionary], DictionaryConf
         "activation": "batchtopk" if kind in ("batchtopk", "clt") else "topk",
         "pre_bias": name == "sae",
     }
+    if kind == "molt":
+        fields["ranks"] = ranks_of(shape)
+        fields["d_latent"] = sum(fields["ranks"].values())
     return VARIANTS[name], VARIANTS[name].config_class.of(widths, fields)
+
+
+def ranks_of(shape: Shape) -> dict[int, int]:
+    """Of a MoLT."""
+    units = max(1, shape.d_latent // 4 // sum(rank * count for rank, count in LADDER.items()))
+    return {rank: units * count for rank, count in LADDER.items()}
 
 
 def written(dictionary: Dictionary, x: Tensor) -> Tensor:
@@ -107,9 +120,10 @@ def start(dictionary: Dictionary, shape: Shape, dead_R: Tensor) -> Tensor:
     device = dictionary.b_dec.device
     first = 0
     for group in dictionary.groups:
-        rows = torch.randn(group.W_dec.shape, device=device, generator=torch.Generator(device).manual_seed(0))
-        group.W_dec.copy_(rows.div_(rows.norm(dim=1, keepdim=True)))
-        group.W_enc.copy_(group.W_dec[:, : group.W_enc.shape[1]])
+        if not isinstance(group, MoLT):  # which is random already
+            rows = torch.randn(group.W_dec.shape, device=device, generator=torch.Generator(device).manual_seed(0))
+            group.W_dec.copy_(rows.div_(rows.norm(dim=1, keepdim=True)))
+            group.W_enc.copy_(group.W_dec[:, : group.W_enc.shape[1]])
         own_R = dead_R[(dead_R >= first) & (dead_R < first + group.num_latents)] - first
         group.W_enc[own_R] *= 0.1
         first += group.num_latents

@@ -15,7 +15,7 @@ from torch import Tensor
 from shared.sae.latents import SparseLatents
 
 # What latents have of each token beside values and indices, where they have it.
-BESIDE = ("token_mean", "token_scale", "skipped")
+BESIDE = ("token_mean", "token_scale", "skipped", "read")
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from shared.kernels.pairs import PairOrder, SortedPairs, sort_pairs
 from shared.kernels.product import product
 from shared.kernels.row_grad import latent_sum, row_grad
 from shared.kernels.row_update import row_update
+from shared.kernels.transform_decode import Ranks, transform_decode
 
 __all__ = [
     "COMPUTE_DTYPES",
@@ -26,6 +27,7 @@ __all__ = [
     "PairGradient",
     "PairGradients",
     "PairOrder",
+    "Ranks",
     "SortedPairs",
     "add_at",
     "attach_encoder",
@@ -45,4 +47,5 @@ __all__ = [
     "sparse_decode",
     "sparse_reconstruction",
     "take_rows",
+    "transform_decode",
 ]

@@ -106,6 +106,7 @@ def cases(d_models: Sequence[int], ks: Sequence[int], types: Sequence[str], arch
                     case_types = pair_types | _adam_types(f"*{moments}")
                     name = f"pair_update {label} unit_rows={unit_rows} moments {moments}"
                     yield _tuned_case(name, pair._pair_update, case_types, config)
+            yield from _transform_cases(d, weights)
         for moments in ("*fp32", "*bf16"):
             update_types = _adam_types(moments) | {"grad_ptr": "*fp32", "D": "i32"}
             for unit_rows in (False, True):
@@ -119,6 +120,18 @@ def cases(d_models: Sequence[int], ks: Sequence[int], types: Sequence[str], arch
                 )
     sum_types = {"coefficients_ptr": "*fp32", "offsets_ptr": "*i64", "out_ptr": "*fp32"}
     yield Case("latent_sum", grad._latent_sum, sum_types, {"BLOCK_P": grad.SUM_BLOCK_P})
+
+
+def _transform_cases(d_model: int, weights: str) -> Iterator[Case]:
+    from shared.kernels.transform_decode import triton as transform
+
+    types = dict.fromkeys(("latents_ptr", "firsts_ptr", "lasts_ptr", "offsets_ptr", "starts_ptr"), "*i64")
+    types |= dict.fromkeys(("h_ptr", "values_ptr", "out_ptr"), "*fp32")
+    types |= {"tokens_ptr": "*i32", "rows_ptr": weights, "W_ptr": weights}
+    types |= dict.fromkeys(("D", "H", "first_column", "num_columns"), "i32")
+    for kernel in (transform._project, transform._expand, transform._outer):
+        label = f"transform{kernel.fn.__name__} d={d_model} {weights[1:]}"
+        yield _tuned_case(label, kernel, types, transform.block_config(d_model))
 
 
 def _adam_types(moments: str) -> dict[str, str]:

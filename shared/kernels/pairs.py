@@ -44,6 +44,11 @@ class PairOrder:
             self._sorted = sort_pairs(self.indices_NK, self.num_latents)
         return self._sorted
 
+    def starts(self) -> list[int]:
+        """F + 1 numbers on the host: pairs of latent f are ``starts[f] : starts[f + 1]``. Waits for the device."""
+        starts: list[int] = self.get().offsets_F.tolist()
+        return starts
+
     def rows(self) -> torch.Tensor:
         """int32 [P]: the row of each sorted pair. Kernels read it in place of a 64-bit division per pair and thread."""
         if self._rows_P is None:

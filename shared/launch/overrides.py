@@ -1,7 +1,7 @@
 """The command line before Hydra sees it: shorthands, what a launcher implies, what secondary ranks must not do.
 
 ``model=PATH`` is accepted beside Hydra's ``model=<group option>``: a value that names no file of the group is taken as
-``model.path=PATH``; ``device=cpu`` likewise; ``hooks.layers=8,16`` is a list.
+``model.path=PATH``; ``device=cpu`` likewise; ``hooks.layers=8,16`` is a list, ``variant.ranks={16:1,8:2}`` a text.
 """
 
 import os
@@ -19,6 +19,8 @@ from shared.launch import commands
 VALUE_SHORTHANDS = {"model": "model.path", "device": "device.name"}
 # Keys that are lists by nature: a bare comma list is one value, and no sweep.
 LISTS = ("hooks.layers", "hooks.sites")
+# Keys whose value {a:b,...} is one text: Hydra would add its entries, key by key, to what the configuration knows.
+TABLES = ("variant.ranks",)
 # Hydra's key for what it leaves out of the name of a job.
 UNNAMED = "hydra.job.config.override_dirname.exclude_keys"
 
@@ -26,7 +28,7 @@ UNNAMED = "hydra.job.config.override_dirname.exclude_keys"
 def expand_shorthands(overrides: Sequence[str]) -> list[str]:
     """Rewrite ``model=/path/or/hub-id`` to ``model.path=...`` where no option of the group has that name.
 
-    Also ``hooks.layers=8,16`` to a list.
+    Also ``hooks.layers=8,16`` to a list, and ``variant.ranks={16:1,8:2}`` to a text.
     """
     expanded = []
     for override in overrides:
@@ -36,6 +38,8 @@ def expand_shorthands(overrides: Sequence[str]) -> list[str]:
             override = f"{VALUE_SHORTHANDS[group]}={value}"
         if group in LISTS and re.fullmatch(r"[\w-]+(,[\w-]+)+", value):
             override = f"{group}=[{value}]"
+        if group in TABLES and re.fullmatch(r"(\{[\w:, -]*\},?)+(?<!,)", value):
+            override = f"{group}=" + re.sub(r"\{.*?\}", lambda table: f'"{table[0]}"', value.replace(" ", ""))
         expanded.append(override)
     return expanded
 

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from shared.sae.latents import SAEOutput, SparseLatents
     from shared.sae.loading import load, load_config
     from shared.sae.sets import load_set
-    from shared.sae.variants import CLT, SAE, Crosscoder, Dictionary, SkipTranscoder, Transcoder
+    from shared.sae.variants import CLT, SAE, Crosscoder, Dictionary, MoLT, SkipTranscoder, Transcoder
 
 _HOMES = {
     "CLT": "variants",
@@ -17,6 +17,7 @@ _HOMES = {
     "Crosscoder": "variants",
     "Dictionary": "variants",
     "DictionaryConfig": "config",
+    "MoLT": "variants",
     "SAEConfig": "config",
     "SAEOutput": "latents",
     "SparseLatents": "latents",
@@ -34,6 +35,7 @@ __all__ = [
     "Crosscoder",
     "Dictionary",
     "DictionaryConfig",
+    "MoLT",
     "SAEConfig",
     "SAEOutput",
     "SkipTranscoder",

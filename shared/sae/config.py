@@ -116,6 +116,24 @@ class DictionaryConfig:
         """Groups of latents, of d_latent / num_groups each, that read and write places of their own."""
         return 1
 
+    @property
+    def writes_rows(self) -> bool:
+        """Whether a latent adds a row of its own times its value; else what it adds depends on what was read."""
+        return True
+
+    @property
+    def decoder_rows(self) -> int:
+        """Rows of the decoder, by which learning rates go that depend on its size."""
+        return self.d_latent
+
+    def check_parts(self, parts: int) -> None:
+        """Raise GranaryError where its latents, equally many in each of `parts`, are not such parts in all else."""
+
+    @classmethod
+    def latents_of(cls, structure: Mapping[str, Any]) -> int | None:
+        """How many latents its own keys say that there are; None: as many as the user wants."""
+        return None
+
     def own_fields(self) -> dict[str, Any]:
         """What it was made from beside widths and sites, in plain JSON types, keyed by field name."""
         fields = dataclasses.asdict(self)

@@ -5,11 +5,12 @@ Shapes: D_in sum of the widths that the group reads, D_out of those that it writ
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from shared.kernels import Compute, PairGradient, PairOrder, decode, sparse_decode, take_rows
+from shared.kernels import Compute, PairGradient, PairOrder, decode, product, sparse_decode, take_rows
 from shared.sae.activations import ACTIVATIONS, Activation, Encoder
 from shared.sae.config import DictionaryConfig
 from shared.sae.roles import Role
@@ -63,6 +64,8 @@ class LatentGroup(Computing):
     b_enc: nn.Parameter
     W_dec: nn.Parameter
     activation: Activation
+    writes_rows: ClassVar[bool] = True
+    """Whether a latent adds its row of W_dec times its value; else it is a map of what was read, and there is none."""
 
     def __init__(self, choice: ComputeChoice) -> None:
         """A group of a dictionary of several, which makes its matrices and activation."""
@@ -71,9 +74,13 @@ class LatentGroup(Computing):
 
     def make_matrices(self, d_in: int, d_out: int, num_latents: int) -> None:
         """Register the group's own parameters; their values are not set."""
+        self.make_encoder(d_in, num_latents)
+        self.W_dec = nn.Parameter(torch.empty(num_latents, d_out))
+
+    def make_encoder(self, d_in: int, num_latents: int) -> None:
+        """Those of the encoder alone."""
         self.W_enc = nn.Parameter(torch.empty(num_latents, d_in))
         self.b_enc = nn.Parameter(torch.zeros(num_latents))
-        self.W_dec = nn.Parameter(torch.empty(num_latents, d_out))
 
     def make_activation(self, config: DictionaryConfig, num_latents: int) -> None:
         """Register the activation that the config names."""
@@ -107,14 +114,30 @@ class LatentGroup(Computing):
         return take_rows(self.W_dec, latents_R, sink)
 
     def write(
-        self, values_NK: Tensor, indices_NK: Tensor, order: PairOrder, sink: PairGradient | None = None
+        self,
+        values_NK: Tensor,
+        indices_NK: Tensor,
+        order: PairOrder,
+        sink: PairGradient | None = None,
+        *,
+        read_ND: Tensor | None = None,
     ) -> Tensor:
-        """What picks decode to, [N, D_out], with gradients for the values and the decoder, or its `sink`."""
+        """What picks decode to, [N, D_out], with gradients for the values and the decoder, or its `sink`.
+
+        `read_ND` is what the encoder was given, for latents that are maps of it.
+        """
         return sparse_decode(values_NK, indices_NK, self.W_dec, order, compute=self.compute, sink=sink)
 
-    def written(self, values_NK: Tensor, indices_NK: Tensor) -> Tensor:
-        """The same without gradient."""
+    def write_all(self, f_NF: Tensor, read_ND: Tensor, *, frozen: bool = False) -> Tensor:
+        """The same of every latent; `frozen`: without a gradient for the decoder."""
+        return product(f_NF, self.W_dec.detach() if frozen else self.W_dec, compute=self.compute)
+
+    def written(self, values_NK: Tensor, indices_NK: Tensor, *, read_ND: Tensor | None = None) -> Tensor:
+        """What picks decode to, without gradient."""
         return decode(values_NK, indices_NK, self.W_dec, kernels=self.kernels)
+
+    def after_step(self) -> None:
+        """Put back, after an optimiser's step, what it holds fixed beside rows of unit norm."""
 
     @property
     def num_latents(self) -> int:

@@ -23,6 +23,8 @@ class SparseLatents:
     """[..., 1], under layer_norm only: what decode multiplies by."""
     skipped: torch.Tensor | None = None
     """[..., D_out], of a dictionary with a skip only: what reaches the output past the latents, which decode adds."""
+    read: torch.Tensor | None = None
+    """[..., D_in], of a dictionary whose latents are maps only: the normalised input, which decode maps."""
     all_features: torch.Tensor | None = None
     """[..., F], where ``encode`` was asked for it: the positive pre-activations, before the activation selects."""
 

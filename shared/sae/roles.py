@@ -11,7 +11,8 @@ class Role:
     """How a parameter or buffer takes part in learning and in being spread over processes."""
 
     latent_axis: int | None
-    """The axis with one entry per latent, which a layout may cut; None: every process holds the whole tensor."""
+    """The axis along which latents lie, each with as much as every other or as its rank says, which a layout may cut;
+    None: every process holds the whole tensor."""
     unit_rows: bool = False
     """Each latent's row has unit norm after every step."""
     rate: Rate = "encoder"

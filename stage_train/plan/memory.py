@@ -20,6 +20,7 @@ import stage_train.step.layouts.layers  # noqa: F401 (all, so that LIBRARIES has
 from shared.basics.memory import peak_memory
 from shared.basics.units import GIB
 from shared.kernels.fake_cuda import FakeCuda
+from shared.kernels.pairs import PairOrder
 from shared.kernels.trace import Trace
 from shared.sae.learn import init
 from stage_train.data.inputs import mixes_on_gpu, order_of
@@ -62,6 +63,11 @@ def begin_once(run: PlannedRun) -> ExitStack:
     return stack
 
 
+def all_alike(order: PairOrder) -> list[int]:
+    """Where the pairs of each latent begin, of latents that fire alike."""
+    return [order.indices_NK.numel() * number // order.num_latents for number in range(order.num_latents + 1)]
+
+
 def find_memory(run: PlannedRun) -> Memory:
     """Follow the start and one step of a rank."""
     spec, cfg, cuda, held = run.spec, run.cfg, run.cuda, dict[str, list[torch.Tensor]]()
@@ -70,13 +76,15 @@ def find_memory(run: PlannedRun) -> Memory:
     pool = stream.buffer_bytes
     beside = cuda and not mixes_on_gpu(cfg.stream.buffer, pool, free=(cfg.memory_gib or 80) * GIB)  # an empty one
     masks = run.tokens.mask_bits.nbytes + run.tokens.counts.nbytes
+    made = spec.dictionary
+    rows = made.decoder_rows * run.num_latents // made.d_latent  # of the decoder, held here
     dead = {
-        count: round(run.dead_fraction * count)
-        for count in (run.num_latents, spec.dictionary.d_latent // spec.dictionary.num_groups)
+        count: round(run.dead_fraction * count) for count in (run.num_latents, made.d_latent // made.num_groups, rows)
     }
     trace = Trace(picks=run.picks, lengths=dead)
     found = trace.storages
     with run.layout(cfg.parallel, CPU) as layout, FakeTensorMode(allow_non_fake_inputs=True), trace, ExitStack() as gpu:
+        gpu.enter_context(patch.object(PairOrder, "starts", all_alike))
         if run.triton:
             gpu.enter_context(FakeCuda("cpu"))
         found.moment = "start"

@@ -24,7 +24,7 @@ def optimiser_config(cfg: OptimSchema, sae: DictionaryConfig) -> OptimiserConfig
         for name in sorted(names):
             raise GranaryError(f"optim.kind={kind} {need} optim.{name}: begin from optim={kind}")
     return config_type(
-        lr=peak_rate(cfg.lr, sae.d_latent),
+        lr=peak_rate(cfg.lr, sae.decoder_rows),
         clip_norm=cfg.clip_norm,
         decoder_factor=cfg.decoder_factor,
         bias_factor=bias_factor(cfg.bias_factor, sae),

@@ -135,14 +135,14 @@ def bias_factor(value: float | str, sae: DictionaryConfig) -> float:
     return value
 
 
-def peak_rate(lr: float | str, num_latents: int) -> float:
-    """The number, or what a name in RATES stands for. Raises GranaryError for another name."""
+def peak_rate(lr: float | str, rows: int) -> float:
+    """The number, or what a name in RATES stands for, F being the decoder's `rows`; raises GranaryError for others."""
     if isinstance(lr, str):
         if lr not in RATES:
             raise GranaryError(
                 f"optim.lr={lr}: give a number, by_width for 1e-2 sqrt(2048 / F), or auto for 2e-4 / sqrt(F / 2^14)"
             )
-        return RATES[lr](num_latents)
+        return RATES[lr](rows)
     return lr
 
 

@@ -101,6 +101,8 @@ class Trainer:
         self.metrics = MetricSums((*METRICS, *objective.metric_names), device)
         self.grad_norm = torch.zeros((), device=device)
         self._stopwatch = Stopwatch()
+        self._warned = False
+        """Whether the metrics of the last window were worth a warning: each spell of them is told once."""
 
     @property
     def world(self) -> World:
@@ -176,6 +178,10 @@ class Trainer:
             line["skipped_tokens"] = int(skipped)
         self.reset_clock()
         self.check_finite(means["loss"])
+        warning = self.objective.warning(means)
+        if warning is not None and not self._warned and self.world.is_main:
+            log.warning("%s", warning)
+        self._warned = warning is not None
         return line
 
     def reset_clock(self) -> None:

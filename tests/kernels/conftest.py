@@ -23,8 +23,28 @@ def let_the_interpreter_index() -> None:
     interpreter._patch_lang_tensor = patched
 
 
+def let_the_interpreter_multiply_bfloat16() -> None:
+    """Triton 3.6's interpreter keeps bfloat16 as 16-bit integers, and its product takes them for numbers."""
+    import numpy as np
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    multiply = interpreter.InterpreterBuilder.create_dot
+
+    def wide(handle):
+        if handle.dtype.scalar != tl.bfloat16:
+            return handle
+        return interpreter.TensorHandle((handle.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+
+    def patched(self, a, b, d, *options):
+        return multiply(self, wide(a), wide(b), d, *options)
+
+    interpreter.InterpreterBuilder.create_dot = patched
+
+
 if HAS_TRITON and DEVICE == "cpu":
     let_the_interpreter_index()
+    let_the_interpreter_multiply_bfloat16()
 
 
 def poisoned_empty(*args, **kwargs):

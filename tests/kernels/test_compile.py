@@ -22,6 +22,7 @@ def test_every_shipped_kernel_compiles_for_sm_80_and_sm_90_without_spilling():
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in result.stdout.splitlines()[2:]]
     assert result.returncode == 0, result.stdout + result.stderr
     kernels = ("select", "unpack", "count", "emit", "decode", "residual", "residual_grad", "dot_picks", "row_grad")
+    kernels += ("transform_project", "transform_expand", "transform_outer")
     for kernel in (*kernels, "chunk_sums", "latent_sum", "row_update", "pair_norm", "pair_update"):
         for architecture in ("sm_80", "sm_90"):
             assert any(

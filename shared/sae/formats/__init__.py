@@ -1,7 +1,7 @@
 """Other projects' folders: which one a folder is, read it, write it.
 
 Each format module has ``matches``, ``read`` and, where this project can write it, ``save`` and ``HOLDS``: the
-activations that it holds of each kind of dictionary. They meet in `shared.sae.formats.raw.RawDictionary`.
+activations that it holds of each kind of dictionary. They meet in `shared.sae.formats.raw.RawDictionary`, but for maps.
 """
 
 from collections.abc import Collection, Mapping
@@ -17,12 +17,14 @@ from shared.sae.formats import (
     dictionary_learning,
     gemma_scope,
     llama_scope,
+    llamascopium,
     opensae,
     plain,
     saelens,
     sparsify,
 )
 from shared.sae.formats.held import check_held
+from shared.sae.formats.llamascopium import RawMoLT
 from shared.sae.formats.raw import RawDictionary
 from shared.sae.formats.source import Source
 
@@ -33,6 +35,7 @@ FORMATS: dict[str, ModuleType] = {
     "dictionary_learning": dictionary_learning,
     "opensae": opensae,
     "llama_scope": llama_scope,
+    "llamascopium": llamascopium,
     "gemma_scope": gemma_scope,
     "plain": plain,
 }
@@ -45,14 +48,16 @@ def foreign(folder: Path) -> str | None:
     return next((name for name, module in FORMATS.items() if module.matches(folder)), None)
 
 
-def load(name: str, path: Path, ignore: Collection[str] = (), given: Mapping[str, Any] | None = None) -> RawDictionary:
+def load(
+    name: str, path: Path, ignore: Collection[str] = (), given: Mapping[str, Any] | None = None
+) -> RawDictionary | RawMoLT:
     """The dictionary in a folder, or a lone file of weights, of the format `name`.
 
     The keys and tensors in `ignore` are left out; `given` are settings that the files do not say. Raises GranaryError
     for what can't be read, and for a key or tensor that the reader does not know.
     """
     source = Source(path, ignore, given=given) if path.is_dir() else Source(path.parent, ignore, path, given)
-    raw: RawDictionary = FORMATS[name].read(source)
+    raw: RawDictionary | RawMoLT = FORMATS[name].read(source)
     source.close()
     return raw
 

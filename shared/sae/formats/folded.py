@@ -13,7 +13,7 @@ from torch import Tensor
 
 from shared.basics.errors import GranaryError
 from shared.sae.config import DictionaryConfig
-from shared.sae.formats.held import calibration_hint, check_gate
+from shared.sae.formats.held import calibration_hint, check_gate, named
 from shared.sae.formats.sides import Sides
 from shared.sae.sites import Sites
 
@@ -55,6 +55,8 @@ class Folded:
 
         Raises GranaryError, naming the format `form`, for what has no such function.
         """
+        if not config.writes_rows:
+            raise GranaryError(f"the {form} format has no {named(config.kind)}: their latents are maps, not rows")
         if config.activation == "topk":
             raise GranaryError(
                 f"the {form} format has no topk: its latents fire by a threshold. {calibration_hint(config.k)}"

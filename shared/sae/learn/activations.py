@@ -50,7 +50,8 @@ class Rule:
         raise NotImplementedError
 
     def after_step(self, facts: BatchFacts | None) -> None:
-        """What the activation learns beside gradients, from any one of the step's facts."""
+        """What the activation learns beside gradients, from any one of the step's facts, and what its group holds."""
+        self.own.group.after_step()
 
     def start(self) -> None:
         """Set the activation's own parameters to where learning begins."""
@@ -152,6 +153,7 @@ class BatchTopKRule(Rule):
     @torch.no_grad()
     def after_step(self, facts: BatchFacts | None) -> None:
         """Move the inference threshold towards the least value that the batch kept."""
+        super().after_step(facts)
         if facts is not None and facts.least is not None:
             threshold = self.activation.threshold
             threshold.lerp_(facts.least.to(threshold), 1 - self.terms.learning.threshold_decay)

@@ -86,7 +86,7 @@ class PartTerms(LossTerms):
         first, _ = part.share.span(part.config.per_layer)
         return Exchange(self.ranks, indices, [first] * len(indices), len(part.decoders))
 
-    def decoded(self, picks: Sequence[Picks]) -> Tensor:
+    def decoded(self, picks: Sequence[Picks], centred_ND: Tensor) -> Tensor:
         part = self.part
         y_ND = picks[0][0].new_zeros(len(picks[0][0]), len(part.b_dec))
         for (W_dec, writes), one in zip(part.decoders, picks, strict=True):

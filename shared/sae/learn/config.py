@@ -131,6 +131,7 @@ def learning_of(kind: str) -> type[LearningConfig]:
 def check(config: DictionaryConfig, learning: LearningConfig) -> None:
     """Raise GranaryError, one line with the reason, for a way of learning that the dictionary does not allow."""
     _check_sparsity(config, learning)
+    _check_maps(config, learning)
     _check_prefixes(config, learning)
     _check_groups(config, learning)
     if learning.encoder_init == "norm_search" and config.unit_norm_decoder:
@@ -142,6 +143,21 @@ def check(config: DictionaryConfig, learning: LearningConfig) -> None:
         raise GranaryError(
             f"sae.init_subspace={learning.init_subspace} is more than the {config.widths.d_out} dimensions"
         )
+
+
+def _check_maps(config: DictionaryConfig, learning: LearningConfig) -> None:
+    """What is about rows that latents write, where there are such."""
+    if config.writes_rows:
+        return
+    for key, is_on in (
+        ("prefixes", learning.prefixes is not None),
+        ("init_subspace", learning.init_subspace is not None),
+        ("encoder_init=norm_search", learning.encoder_init == "norm_search"),
+    ):
+        if is_on:
+            raise GranaryError(
+                f"sae.{key} is about rows of the decoder, which a {config.kind} has none of: leave it out"
+            )
 
 
 def _check_groups(config: DictionaryConfig, learning: LearningConfig) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from shared.kernels import product
 from shared.sae.learn.inputs import Losses, StepInputs, dead_indices
 from shared.sae.learn.losses import penalty_per_latent, preact_loss, weighted_square_error
+from shared.sae.learn.maps import load_of_maps
 from shared.sae.learn.terms import LossTerms
 
 
@@ -43,7 +44,7 @@ def dense_losses(terms: LossTerms, x: Tensor, y: Tensor, inputs: StepInputs, for
         input_ND = centred_ND - (shared - shared.detach())
     z_NF = product(input_ND, group.W_enc.T, group.b_enc, compute=group.compute)
     f_NF = form.activation(z_NF)
-    decoded_ND = product(f_NF, group.W_dec, compute=group.compute)
+    decoded_ND = group.write_all(f_NF, input_ND)
     error_ND = terms.shard.sum_forward(decoded_ND) + b_dec - wanted_ND
     reconstruction = weighted_square_error(error_ND, terms.loss_weight())
     total = reconstruction
@@ -56,7 +57,7 @@ def dense_losses(terms: LossTerms, x: Tensor, y: Tensor, inputs: StepInputs, for
         metrics["penalty"] = penalty.detach()
     if form.gate is not None:
         # The gate must be a good encoder by itself; frozen, the decoder learns from the magnitudes alone.
-        gate_ND = product(form.gate(z_NF), group.W_dec.detach(), compute=group.compute)
+        gate_ND = group.write_all(form.gate(z_NF), input_ND, frozen=True)
         gate_ND = terms.shard.sum_forward(gate_ND) + b_dec.detach()
         gate = weighted_square_error(gate_ND - wanted_ND.detach(), terms.loss_weight())
         total = total + gate
@@ -75,6 +76,8 @@ def dense_losses(terms: LossTerms, x: Tensor, y: Tensor, inputs: StepInputs, for
         metrics |= terms.fvu_by_site(error_ND)
         metrics["l0"] = f_NF.count_nonzero() / len(f_NF)  # f >= 0; a sum of booleans would copy them to float32
         fired = (f_NF > 0).any(0)
+        if not group.writes_rows:
+            metrics |= load_of_maps(terms, f_NF.count_nonzero(0), len(f_NF))
     return Losses(total=total, reconstruction=metrics["reconstruction"], fired=fired, metrics=metrics)
 
 

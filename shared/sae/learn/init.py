@@ -17,7 +17,9 @@ from shared.sae.learn.config import SkipLearningConfig
 from shared.sae.learn.losses import weighted_square_error
 from shared.sae.learn.objective import Objective
 from shared.sae.learn.skip import start_skip
+from shared.sae.learn.start_maps import start_maps
 from shared.sae.variants.base import Dictionary, per_column
+from shared.sae.variants.molt import MoLT
 from shared.sae.variants.one_group import OneGroup
 
 # Tokens of the sample that activations without a fixed L0 look at for their scale.
@@ -161,7 +163,10 @@ def initialise(
         if isinstance(learning, SkipLearningConfig):
             assert isinstance(dictionary, OneGroup)
             start_skip(dictionary, learning, centred_MD, target_MD)
-        start_decoder_from_data(objective, x_MD, y_MD)
+        if isinstance(dictionary, MoLT):
+            start_maps(objective, dictionary, x_MD, y_MD)
+        else:
+            start_decoder_from_data(objective, x_MD, y_MD)
     set_scale(objective, x_MD, y_MD)
 
 
@@ -255,7 +260,7 @@ def set_scale(objective: Objective, x_MD: Tensor, y_MD: Tensor) -> None:
                 torch.mul(first_FD, times, out=matrix_FD)
         rule.fit_to_sample(centred_MD)
         parts = parts_of_sample(objective, len(centred_MD))
-        return torch.cat([terms.decoded(terms.fire(centred_MD[part])) for part in parts])
+        return torch.cat([terms.decoded(terms.fire(centred_MD[part]), centred_MD[part]) for part in parts])
 
     def loss_with(encoder: float, decoder: float) -> float:
         error = weighted_square_error(decoded_with(encoder, decoder) - wanted_MD, weight_D)

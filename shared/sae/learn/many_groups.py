@@ -245,9 +245,9 @@ class ManyGroups:
 
     def after_step(self, facts: BatchFacts | None) -> None:
         """What the activations learn beside gradients."""
-        if facts is not None:
-            for rule, own in zip(self.rules, facts.groups, strict=True):
-                rule.after_step(own)
+        of_groups = [None] * len(self.rules) if facts is None else facts.groups
+        for rule, own in zip(self.rules, of_groups, strict=True):
+            rule.after_step(own)
 
     # The start
 

@@ -1,6 +1,6 @@
 """What a dictionary learns from: the losses of a batch, and what they must know of it."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from shared.sae.learn.clt_part import PartOfGroups, PartTerms
 from shared.sae.learn.config import LearningConfig, check, learning_of
 from shared.sae.learn.inputs import BatchFacts, Losses, StepInputs
 from shared.sae.learn.many_groups import ManyGroups
+from shared.sae.learn.maps import collapse, load_names
 from shared.sae.learn.terms import LossTerms
 from shared.sae.variants.base import Dictionary
 from shared.sae.variants.clt_part import CLTPart
@@ -39,10 +40,15 @@ class Objective(nn.Module):
     @property
     def metric_names(self) -> tuple[str, ...]:
         """Metrics of its losses beside those that all have: FVU at each written site, where there are several, and L0
-        of each group, likewise."""
+        of each group, likewise; the load of a MoLT's transforms."""
         names = self.dictionary.written_sites
         fvus = tuple(f"fvu/{name}" for name in names) if len(names) > 1 else ()
-        return (*fvus, *(f"l0/{name}" for name in self.dictionary.group_names))
+        loads = load_names(self.dictionary.config)
+        return (*fvus, *(f"l0/{name}" for name in self.dictionary.group_names), *loads)
+
+    def warning(self, means: Mapping[str, float]) -> str | None:
+        """What the user must hear of the metrics of some steps; None: nothing."""
+        return collapse(self.dictionary.config, means)
 
     @property
     def shard(self) -> LatentShard:

@@ -10,11 +10,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from shared.kernels import PairOrder, attach_encoder, sparse_decode, sparse_reconstruction
+from shared.kernels import PairOrder, attach_encoder, sparse_reconstruction
 from shared.sae.latent_shard import WHOLE
 from shared.sae.latents import SparseLatents
 from shared.sae.learn.inputs import Losses, StepInputs
 from shared.sae.learn.losses import weighted_square_error
+from shared.sae.learn.maps import load_of_maps
 from shared.sae.learn.terms import LossTerms
 
 
@@ -55,13 +56,14 @@ def sparse_losses(terms: LossTerms, x: Tensor, y: Tensor, inputs: StepInputs, se
     # Without extra picks the encoder and the decoder share one sort of the pairs.
     main_order = order if picks.main is picks.indices_NK else PairOrder(picks.main, num_latents)
     alone = learning.prefixes is None and picks.extra is None and terms.shard is WHOLE and wanted_ND is target_ND
+    alone = alone and group.writes_rows
     if alone:  # one reconstruction, of latents that are all here
         reconstruction, fvu, residual_ND = sparse_reconstruction(
             main_values, picks.main, group.W_dec, b_dec, target_ND, terms.loss_weight(), terms.fvu_weight(),
             main_order, compute=group.compute, sink=own.sink("W_dec"),
         )  # fmt: skip
     elif learning.prefixes is None:
-        decoded_ND = _decode(terms, main_values, picks.main, main_order)
+        decoded_ND = _decode(terms, main_values, picks.main, main_order, centred_ND)
         error_ND = decoded_ND + b_dec - wanted_ND
         reconstruction = weighted_square_error(error_ND, terms.loss_weight())
     else:
@@ -73,7 +75,7 @@ def sparse_losses(terms: LossTerms, x: Tensor, y: Tensor, inputs: StepInputs, se
     total = reconstruction
     if picks.extra is not None:
         extra_values = values_NK[:, -picks.extra.shape[1] :]
-        extra_ND = _decode(terms, extra_values, picks.extra, PairOrder(picks.extra, num_latents))
+        extra_ND = _decode(terms, extra_values, picks.extra, PairOrder(picks.extra, num_latents), centred_ND)
         multi = weighted_square_error(error_ND + extra_ND, terms.loss_weight())
         total = total + learning.multi_topk_weight * multi
         metrics["multi_topk"] = multi.detach()
@@ -89,6 +91,8 @@ def sparse_losses(terms: LossTerms, x: Tensor, y: Tensor, inputs: StepInputs, se
         metrics["l0"] = (picks.main >= 0).sum(dtype=torch.float32) / picks.main.shape[0]
         fired = torch.zeros(num_latents + 1, dtype=torch.bool, device=x.device)
         fired.index_fill_(0, picks.main.reshape(-1) % (num_latents + 1), True)  # padding, -1, to the last slot
+        if not group.writes_rows:
+            metrics |= load_of_maps(terms, _counts(picks.main, num_latents), len(x))
     return Losses(
         total=total,
         reconstruction=metrics["reconstruction"],
@@ -98,14 +102,18 @@ def sparse_losses(terms: LossTerms, x: Tensor, y: Tensor, inputs: StepInputs, se
     )
 
 
-def _decode(terms: LossTerms, values_NK: Tensor, indices_NK: Tensor, order: PairOrder) -> Tensor:
+def _decode(
+    terms: LossTerms, values_NK: Tensor, indices_NK: Tensor, order: PairOrder, read_ND: Tensor | None = None
+) -> Tensor:
     """Decoded latents without b_dec, over all parts."""
     own = terms.sole
-    decoded_ND = sparse_decode(
-        values_NK, indices_NK, own.group.W_dec, order,
-        compute=own.group.compute, sink=own.sink("W_dec"),
-    )  # fmt: skip
+    decoded_ND = own.group.write(values_NK, indices_NK, order, own.sink("W_dec"), read_ND=read_ND)
     return terms.shard.sum_forward(decoded_ND)
+
+
+def _counts(indices_NK: Tensor, num_latents: int) -> Tensor:
+    """How often each latent is among the picks, [F]."""
+    return torch.bincount(indices_NK.reshape(-1) % (num_latents + 1), minlength=num_latents + 1)[:-1]
 
 
 def _decode_prefixes(terms: LossTerms, values_NK: Tensor, indices_NK: Tensor, prefixes: tuple[int, ...]) -> Tensor:

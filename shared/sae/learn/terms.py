@@ -11,9 +11,11 @@ from shared.kernels import DeadRows, PairGradient, PairGradients, take_rows
 from shared.sae.groups import LatentGroup
 from shared.sae.latent_shard import WHOLE, LatentShard
 from shared.sae.learn.config import LearningConfig
+from shared.sae.learn.dead_maps import DeadMaps, auxk_of_maps
 from shared.sae.learn.inputs import dead_indices
 from shared.sae.learn.losses import auxk_loss, reconstruction_weight, weighted_square_error
 from shared.sae.variants.base import Dictionary, Picks
+from shared.sae.variants.molt import MoLT
 
 
 class LossTerms:
@@ -44,11 +46,11 @@ class LossTerms:
         """What each of the dictionary's decoders is given at inference, by its own numbers."""
         return self.dictionary.split(*self.dictionary.fire(centred_ND))
 
-    def decoded(self, picks: Sequence[Picks]) -> Tensor:
-        """What they decode to, without b_dec, [N, D_out] in the decoder's units."""
+    def decoded(self, picks: Sequence[Picks], centred_ND: Tensor) -> Tensor:
+        """What they decode to, without b_dec, [N, D_out] in the decoder's units; `centred_ND` is what they are of."""
         dictionary = self.dictionary
         if len(picks) == 1:
-            return self.shard.written(dictionary.groups[0], *picks[0])
+            return self.shard.written(dictionary.groups[0], *picks[0], centred_ND)
         y_ND = picks[0][0].new_zeros(len(picks[0][0]), dictionary.b_dec.shape[0])
         for group, (_, writes), one in zip(dictionary.groups, dictionary.places, picks, strict=True):
             y_ND[:, writes] += group.written(*one)
@@ -144,7 +146,10 @@ class GroupTerms:
         num_dead = self.whole.shard.count_dead(dead_R.numel())
         if num_dead == 0:
             return None
-        group = self.group
+        group, num_aux = self.group, self.learning.num_aux(residual_ND.shape[1])
+        if isinstance(group, MoLT):
+            dead_maps = DeadMaps(dead_R, num_dead, num_aux)
+            return auxk_of_maps(group, residual_ND, centred_ND, dead_maps, self.whole.shard)
         return auxk_loss(
             residual_ND,
             centred_ND,
@@ -154,7 +159,7 @@ class GroupTerms:
                 group.decoder_rows(dead_R, self.sink("W_dec")),
                 num_dead,
             ),
-            self.learning.num_aux(residual_ND.shape[1]),
+            num_aux,
             shard=self.whole.shard,
             compute=group.compute,
         )

@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from shared.kernels import decode
 from shared.sae.config import DictionaryConfig
 from shared.sae.groups import LatentGroup, draw_share, random_unit_rows
 from shared.sae.latents import SparseLatents
@@ -32,19 +31,28 @@ class OneGroup(LatentGroup, Dictionary):
         """`held`: the latents held here, whose first weights are their rows of the whole's; None: all."""
         Dictionary.__init__(self, config, kernels=kernels, compute_dtype=compute_dtype)
         held = range(config.d_latent) if held is None else held
-        self.make_matrices(self.widths.d_in, self.widths.d_out, len(held))
+        self.make_held(held)
         self.b_dec = nn.Parameter(torch.zeros(self.widths.d_out))
         self.make_activation(config, len(held))
         self.make_normalisation()
-        if not self.W_dec.is_meta:
-            self._draw(self.W_dec, held, generator)
-            with torch.no_grad():
-                if config.is_autoencoder:
-                    self.W_enc.copy_(self.W_dec)
-                else:
-                    self._draw(self.W_enc, held, generator)
+        if not self.W_enc.is_meta:
+            self.draw(held, generator)
 
-    def _draw(self, W_FD: Tensor, held: range, generator: torch.Generator | None) -> None:
+    def make_held(self, held: range) -> None:
+        """Register the matrices of these latents; their values are not set."""
+        self.make_matrices(self.widths.d_in, self.widths.d_out, len(held))
+
+    def draw(self, held: range, generator: torch.Generator | None) -> None:
+        """First values of the matrices of these latents."""
+        self.draw_rows(self.W_dec, held, generator)
+        with torch.no_grad():
+            if self.config.is_autoencoder:
+                self.W_enc.copy_(self.W_dec)
+            else:
+                self.draw_rows(self.W_enc, held, generator)
+
+    def draw_rows(self, W_FD: Tensor, held: range, generator: torch.Generator | None) -> None:
+        """Random rows of unit norm, those of all latents that are held."""
         if len(held) == self.config.d_latent:
             random_unit_rows(W_FD, generator)
         else:
@@ -68,9 +76,9 @@ class OneGroup(LatentGroup, Dictionary):
         """All are of the one group."""
         return [(values_NK, indices_NK)]
 
-    def decoded(self, values_NK: Tensor, indices_NK: Tensor) -> Tensor:
+    def decoded(self, values_NK: Tensor, indices_NK: Tensor, read_ND: Tensor | None = None) -> Tensor:
         """Without b_dec, [N, D_out]."""
-        return decode(values_NK, indices_NK, self.W_dec, kernels=self.kernels)
+        return self.written(values_NK, indices_NK, read_ND=read_ND)
 
     def centred(self, normal_ND: Tensor) -> Tensor:
         """What the encoder multiplies, from the normalised input."""
@@ -92,7 +100,13 @@ class OneGroup(LatentGroup, Dictionary):
         if return_all_features:
             features = torch.relu(F.linear(centred_ND, self.W_enc, self.b_enc)).view(*x.shape[:-1], -1)
         return SparseLatents(
-            values.view(shape), indices.view(shape), token_mean, token_scale, self.skip(normal), features
+            values.view(shape),
+            indices.view(shape),
+            token_mean,
+            token_scale,
+            self.skip(normal),
+            read=None if self.writes_rows else normal,
+            all_features=features,
         )
 
     @torch.no_grad()
@@ -100,7 +114,9 @@ class OneGroup(LatentGroup, Dictionary):
         """Reconstruction [..., D_out] of what is written, in the units of raw activations. No gradient."""
         width = latents.values.shape[-1]
         y_hat_ND = self.decoded(
-            latents.values.reshape(-1, width).to(self.W_dec.dtype), latents.indices.reshape(-1, width)
+            latents.values.reshape(-1, width).to(self.b_dec.dtype),
+            latents.indices.reshape(-1, width),
+            None if latents.read is None else latents.read.reshape(-1, self.widths.d_in),
         )
         y_hat = (y_hat_ND + self.b_dec).view(*latents.values.shape[:-1], self.widths.d_out)
         if latents.skipped is not None:

@@ -31,11 +31,6 @@ class TiedGroup(LatentGroup):
         """Random first values of what it has alone."""
         raise NotImplementedError
 
-    def make_encoder(self, d_in: int, num_latents: int) -> None:
-        """Register its own parameters but the decoder's."""
-        self.W_enc = nn.Parameter(torch.empty(num_latents, d_in))
-        self.b_enc = nn.Parameter(torch.zeros(num_latents))
-
     @property
     def W_dec(self) -> Tensor:  # type: ignore[override]  # noqa: N802 (it stands for a parameter)
         """As without tying, [F, sum of the targets' widths], with gradient: as large as that."""
@@ -67,7 +62,13 @@ class PerSource(TiedGroup):
         return torch.einsum("rt,rd->rtd", self.shares[latents_R], self.W_row[latents_R]).flatten(1)
 
     def write(
-        self, values_NK: Tensor, indices_NK: Tensor, order: PairOrder, sink: PairGradient | None = None
+        self,
+        values_NK: Tensor,
+        indices_NK: Tensor,
+        order: PairOrder,
+        sink: PairGradient | None = None,
+        *,
+        read_ND: Tensor | None = None,
     ) -> Tensor:
         """Every target is a row of its own in one sum over picks, so that W_row is gathered, and learns, once."""
         values_MK, indices_MK = self._by_target(values_NK, indices_NK)
@@ -75,7 +76,7 @@ class PerSource(TiedGroup):
         y_MD = sparse_decode(values_MK, indices_MK, self.W_row, order_M, compute=self.compute)
         return y_MD.view(self.targets, len(values_NK), -1).transpose(0, 1).flatten(1)
 
-    def written(self, values_NK: Tensor, indices_NK: Tensor) -> Tensor:
+    def written(self, values_NK: Tensor, indices_NK: Tensor, *, read_ND: Tensor | None = None) -> Tensor:
         """Without gradient."""
         y_MD = decode(*self._by_target(values_NK, indices_NK), self.W_row, kernels=self.kernels)
         return y_MD.view(self.targets, len(values_NK), -1).transpose(0, 1).flatten(1)
@@ -164,13 +165,19 @@ class PerTarget(TiedGroup):
         return torch.cat([W_FD.index_select(0, latents_R) for W_FD in self._matrices], 1)
 
     def write(
-        self, values_NK: Tensor, indices_NK: Tensor, order: PairOrder, sink: PairGradient | None = None
+        self,
+        values_NK: Tensor,
+        indices_NK: Tensor,
+        order: PairOrder,
+        sink: PairGradient | None = None,
+        *,
+        read_ND: Tensor | None = None,
     ) -> Tensor:
         """Target after target."""
         parts = [sparse_decode(values_NK, indices_NK, W, order, compute=self.compute) for W in self._matrices]
         return torch.cat(parts, 1)
 
-    def written(self, values_NK: Tensor, indices_NK: Tensor) -> Tensor:
+    def written(self, values_NK: Tensor, indices_NK: Tensor, *, read_ND: Tensor | None = None) -> Tensor:
         """Without gradient."""
         return torch.cat([decode(values_NK, indices_NK, W, kernels=self.kernels) for W in self._matrices], 1)
 

@@ -14,6 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
+from shared.basics.errors import GranaryError
 from shared.parallel import World, all_reduce_sum
 from shared.sae.config import DictionaryConfig
 from shared.sae.learn.config import LearningConfig
@@ -22,6 +23,7 @@ from shared.sae.learn.objective import Objective
 from shared.sae.optim import Optimiser, OptimiserConfig, RowShare, make_optimiser
 from shared.sae.roles import Role
 from shared.sae.variants.base import Dictionary
+from stage_train.config import TrainSchema
 from stage_train.step.layouts.base import Layout, Making, give_memory, joint_norm, scatter_rows, take
 from stage_train.step.layouts.part import GroupShard, part_of
 from stage_train.step.layouts.split import latents_of_shard
@@ -57,6 +59,15 @@ class FullySharded(Layout):
         """Where one group of latents is cut; the first rank makes a CLT, of whose layers ``layers`` deals each to its
         owner."""
         return config.num_groups == 1
+
+    def check(self, config: DictionaryConfig, cfg: TrainSchema) -> None:
+        """Raises GranaryError also where rows do not learn each by itself."""
+        super().check(config, cfg)
+        if not config.writes_rows:
+            raise GranaryError(
+                f"parallel=fsdp cuts matrices by rows, and the rows of a {config.kind}'s transform belong together: "
+                "use parallel=latent or ddp"
+            )
 
     def own_part(self, config: DictionaryConfig, learning: LearningConfig, **how: Unpack[Making]) -> Objective:
         """The latents whose rows the rank will hold."""

@@ -75,6 +75,7 @@ class LatentParallel(Layout):
 
     def num_latents(self, config: DictionaryConfig) -> int:
         """An equal share of them. Raises GranaryError when there is none."""
+        config.check_parts(self.latent)
         return latents_of_part(config.d_latent, self.latent)
 
     def begins_in_parts(self, config: DictionaryConfig) -> bool:

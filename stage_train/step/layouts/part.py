@@ -174,9 +174,13 @@ class GroupShard(LatentShard):
         dist.all_gather(gathered, best_NK, group=self.group)
         return torch.cat(gathered, dim=1).topk(k, dim=1).values
 
-    def written(self, group: LatentGroup, values_NK: Tensor, indices_NK: Tensor) -> Tensor:
+    def written(self, group: LatentGroup, values_NK: Tensor, indices_NK: Tensor, read_ND: Tensor) -> Tensor:
         """By the group's first rank, which gets everyone's rows a block of columns at a time: a row of the result is
-        then the sum, in one order, that one process makes of it."""
+        then the sum, in one order, that one process makes of it. Of latents that have no such rows, everyone's sum."""
+        if not group.writes_rows:
+            y_ND = group.written(values_NK, indices_NK, read_ND=read_ND)
+            dist.all_reduce(y_ND, group=self.group)
+            return y_ND
         values_NK, indices_NK = values_NK.clone(), torch.where(indices_NK < 0, -1, indices_NK + self.first)
         dist.all_reduce(values_NK, group=self.group)  # each slot is one rank's, and 0 on the others
         dist.all_reduce(indices_NK, dist.ReduceOp.MAX, group=self.group)

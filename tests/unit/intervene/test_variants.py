@@ -14,7 +14,8 @@ from shared.lm import capture
 from shared.lm.hookpoint import HookPoint
 from shared.sae.learn.init import initialise
 from shared.sae.sites import Sites, SiteWidths
-from shared.sae.variants import Dictionary
+from shared.sae.variants import Dictionary, MoLT
+from tests.dense import maps
 from tests.splicing import BOS, D, prompt, tiny_llama
 from tests.variants import make
 
@@ -22,6 +23,7 @@ SITES = {
     "sae": Sites.of("layers.1.resid_post"),
     "transcoder": Sites(("layers.1.mlp_in",), ("layers.1.mlp_out",)),
     "skip_transcoder": Sites(("layers.1.mlp_in",), ("layers.1.mlp_out",)),
+    "molt": Sites(("layers.1.mlp_in",), ("layers.1.mlp_out",)),
     "crosscoder": Sites(("layers.0.mlp_in", "layers.1.mlp_in"), ("layers.1.mlp_out", "layers.2.mlp_out")),
     "clt": Sites(tuple(f"layers.{n}.mlp_in" for n in range(3)), tuple(f"layers.{n}.mlp_out" for n in range(3))),
 }
@@ -45,6 +47,8 @@ def fitted(model: LlamaForCausalLM, kind: str, **given: Any) -> Dictionary:
     sites = SITES[kind]
     widths = SiteWidths((D,) * len(sites.reads), (D,) * len(sites.writes))
     activation = "batchtopk" if kind == "clt" else "topk"
+    if kind == "molt":
+        given["ranks"] = {4: 6, 2: 18, 1: 36}
     objective = make(kind, places=(sites, widths), d_latent=60, activation=activation, **given)
     tokens = prompt(8, 12)
     x, y = (activations(model, names, tokens).flatten(0, 1) for names in (sites.reads, sites.writes))
@@ -68,8 +72,9 @@ def test_without_edits_the_logits_are_the_model_s(model: LlamaForCausalLM, kind:
 
 @pytest.mark.parametrize("kind", SITES)
 @torch.no_grad()
-def test_an_edit_adds_the_latent_s_row_where_it_writes(model: LlamaForCausalLM, kind: str) -> None:
-    """The first written site shows it alone: what comes later sees a changed stream."""
+def test_an_edit_adds_what_the_latent_writes(model: LlamaForCausalLM, kind: str) -> None:
+    """Its row, or its map of what each token read. The first written site shows it alone: what comes later sees
+    a changed stream."""
     made = fitted(model, kind)
     tokens, latent = prompt(), 3
     first = SITES[kind].writes[0]
@@ -81,8 +86,11 @@ def test_an_edit_adds_the_latent_s_row_where_it_writes(model: LlamaForCausalLM, 
         model(tokens)
     group = made.groups[0]
     row = torch.zeros(made.widths.d_out)
-    row[made.places[0][1]] = group.W_dec[latent]
-    moved = 2.5 * (made.denormalise(row) - made.denormalise(torch.zeros_like(row)))[:D]
+    if isinstance(group, MoLT):
+        row = made.normalise(activations(model, SITES[kind].reads, tokens))[0] @ maps(group)[latent].T
+    else:
+        row[made.places[0][1]] = group.W_dec[latent]
+    moved = 2.5 * (made.denormalise(row) - made.denormalise(torch.zeros_like(row)))[..., :D]
     expected = torch.where((tokens != BOS)[..., None], y + moved, y)
     torch.testing.assert_close(seen[HookPoint.parse(first)], expected, rtol=1e-4, atol=1e-4)
 

@@ -155,6 +155,18 @@ def test_a_transcoder_is_planned_from_what_it_reads_and_writes(plan: Callable[..
     assert other["stream"] == 2 * sae["stream"]
 
 
+def test_a_molt_is_planned_by_the_ranks_of_what_fires(plan: Callable[..., dict[str, object]]) -> None:
+    """Products of the encoder, and those of each pick: V x, U h, and their gradients, 5 of a mean rank of 10."""
+    base = ["d_model=64", "device.name=cpu", "sae.encoder_init=transpose", "sae.auxk_alpha=0", "variant=molt"]
+    base += ["variant.ranks={20:8,5:16}", "reads=layers.2.mlp_in", "writes=layers.2.mlp_out", "schedule.tokens=100_000"]
+    flop = []
+    for k in (2, 6):
+        pace = plan(*base, f"sae.k={k}")["pace"]
+        assert isinstance(pace, dict)
+        flop.append(pace["gflop_per_token"] * 1e9)
+    assert flop[1] - flop[0] == pytest.approx(4 * 5 * 2 * 10 * 64, rel=0.05)
+
+
 def test_a_pattern_stands_for_as_many_layers_as_are_said(
     server: ForkServer, plan: Callable[..., dict[str, object]]
 ) -> None:

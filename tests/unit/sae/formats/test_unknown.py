@@ -24,7 +24,7 @@ from tests.foreign import (
     write_opensae,
     write_saelens,
 )
-from tests.foreign_transcoders import SITES, write_crosscoder
+from tests.foreign_transcoders import SITES, write_crosscoder, write_llamascopium
 from tests.foreign_transcoders import D as D_SITE
 from tests.formulas import PROVENANCE, D, F, K, activations, assert_same, make_sae
 
@@ -62,6 +62,7 @@ def every_folder(root: Path) -> dict[str, Path]:
     make_sae("topk", "none", True).save_pretrained(root / "ours", PROVENANCE)
     convert(root / "ours", root / "sparsify", "sparsify")
     write_crosscoder(root / "crosscoder_learning", 2, normalised=True)
+    write_llamascopium(root / "llamascopium")
     return {
         "crosscoder_learning": root / "crosscoder_learning/final.pt",
         "saelens": root / "saelens/sae_weights.safetensors",
@@ -70,12 +71,14 @@ def every_folder(root: Path) -> dict[str, Path]:
         "dictionary_learning": root / "dictionary_learning/ae.pt",
         "gemma_scope": root / "gemma_scope/params.safetensors",
         "sparsify": root / "sparsify/sae.safetensors",
+        "llamascopium": root / "llamascopium/sae_weights.safetensors",
     }
 
 
 def read_by(name: str) -> torch.Tensor:
     """Activations of the width that the folder of this format reads."""
-    return torch.randn(20, SITES * D_SITE) if name == "crosscoder_learning" else activations()
+    widths = {"crosscoder_learning": SITES * D_SITE, "llamascopium": D_SITE}
+    return torch.randn(20, widths[name]) if name in widths else activations()
 
 
 def read_weights_file(path: Path) -> dict[str, torch.Tensor]:

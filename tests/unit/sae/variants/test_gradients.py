@@ -45,6 +45,10 @@ CASES: list[tuple[str, dict[str, Any]]] = [
         )
     ),
     ("skip_transcoder", {"skip_init": "ridge", "normalisation": "scale"}),
+    *(("molt", {"activation": activation}) for activation in ACTIVATIONS),
+    ("molt", {"activation": "jumprelu", "penalty": "l0", "normalisation": "scale"}),
+    ("molt", {"activation": "relu", "unit_norm_decoder": False}),
+    ("molt", {"auxk_k": 1, "normalisation": "none"}),
 ]
 
 
