@@ -25,7 +25,7 @@ def parse_json(data: str | bytes, where: Path | str) -> Any:
     """
     try:
         value = json.loads(data)
-        if (rb"\ud" if isinstance(data, bytes) else r"\ud") in data.lower():
+        if rb"\ud" in data.lower() if isinstance(data, bytes) else r"\ud" in data.lower():
             json.dumps(value, ensure_ascii=False).encode()
         return value
     except (ValueError, RecursionError) as error:
