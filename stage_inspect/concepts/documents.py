@@ -34,18 +34,17 @@ class Document:
 
 def documents(store: Store, contexts: Ints, vocabulary: Vocabulary) -> Iterator[Document]:
     """Every document that has a token in `contexts`, which are ascending neighbours."""
-    packing = store.plan.provenance.get("packing", {})
-    goes_on = packing.get("long_documents") == "split" and packing.get("mode") != "separate"
+    is_split = goes_on(store)
     first, last = int(contexts[0]), int(contexts[-1])
-    low = max(0, first - REACH) if goes_on else first
-    high = min(store.num_contexts, last + 1 + REACH) if goes_on else last + 1
+    low = max(0, first - REACH) if is_split else first
+    high = min(store.num_contexts, last + 1 + REACH) if is_split else last + 1
     rows = np.arange(low, high)
     tokens_BT, segments_BT = store.tokens(rows), store.segments(rows)
     T = store.seq_len
     flat, segment = tokens_BT.reshape(-1), segments_BT.reshape(-1)
     begins = np.diff(segment, prepend=segment[0] - 1) != 0
     begins[::T] = True
-    if goes_on:
+    if is_split:
         begins[T::T] = segment[T - 1 : -1 : T] < 0
     cuts = np.append(np.flatnonzero(begins), len(flat))
     for start, stop in zip(cuts[:-1].tolist(), cuts[1:].tolist(), strict=True):
@@ -55,6 +54,12 @@ def documents(store: Store, contexts: Ints, vocabulary: Vocabulary) -> Iterator[
             parts_of = {(low + first // T, int(segment[first])): first - start for first in firsts}
             whole = flat[start:stop].astype(np.int64)
             yield document(whole, np.arange(start, stop) + low * T, vocabulary, parts_of)
+
+
+def goes_on(store: Store) -> bool:
+    """Whether a document that fills a context to its end may go on in the next, in whatever way it was packed."""
+    packing = store.plan.provenance.get("packing")
+    return isinstance(packing, dict) and packing.get("long_documents") == "split"
 
 
 def document(

@@ -123,7 +123,7 @@ def sides(arguments: argparse.Namespace, latents: "Latents") -> "Sides":
     except GranaryError as error:
         if arguments.store is not None:
             raise
-        say(f"without the store, so whole blocks of contexts are for explanations or for tests: {error}")
+        say(f"without the store, so no examples of the first document of a context: {error}")
         return Sides(None, arguments.seed)
     return Sides(store, arguments.seed)
 

@@ -16,7 +16,6 @@ import httpx
 import pytest
 
 from shared.latents.folder import Latents
-from stage_inspect.explain.sides import BLOCK
 from tests.cli import ForkServer
 from tests.endpoint import Body, Reply, Stub, excerpts, stub
 from tests.latents import synthetic_latents
@@ -49,7 +48,7 @@ def content(folder: Path) -> tuple[Any, ...]:
 def test_kill_anywhere(stages: ForkServer, tmp_path: Path) -> None:
     rng = random.Random(0)
     for name in ("whole", "killed"):
-        synthetic_latents(tmp_path / name, 4, top=20, sample=60, num_windows=4 * BLOCK * 6)
+        synthetic_latents(tmp_path / name, 4, top=20, sample=60, num_windows=1536)
     with stub(answer) as told:
         command = ["--endpoint", told.url, "--model", "m", "--concurrency", str(CONCURRENCY), "--latents", "0:3"]
         command += ["--test", "10", "--train", "10", "--scores", "detection"]
@@ -79,7 +78,7 @@ def test_kill_anywhere(stages: ForkServer, tmp_path: Path) -> None:
 
 
 def test_the_key_is_in_no_file_and_no_line(stages: ForkServer, tmp_path: Path) -> None:
-    synthetic_latents(tmp_path / "latents", 4, top=20, sample=60, num_windows=4 * BLOCK * 6)
+    synthetic_latents(tmp_path / "latents", 4, top=20, sample=60, num_windows=1536)
     with stub(lambda *_: (403, {}, f"{KEY} may not")) as told:
         child = stages.at(tmp_path).start(
             "stage_inspect.explain",
@@ -99,7 +98,7 @@ def test_the_key_is_in_no_file_and_no_line(stages: ForkServer, tmp_path: Path) -
 
 
 def test_ceiling_is_one_line_and_the_same_command_goes_on(stages: ForkServer, tmp_path: Path) -> None:
-    synthetic_latents(tmp_path / "latents", 4, top=20, sample=60, num_windows=4 * BLOCK * 6)
+    synthetic_latents(tmp_path / "latents", 4, top=20, sample=60, num_windows=1536)
     with stub(answer) as told:
         command = ["latents", "--endpoint", told.url, "--model", "m", "--latents", "0:3", "--scores"]
         done = stages.at(tmp_path).run("stage_inspect.explain", *command, "--max-tokens", "10")
@@ -140,7 +139,7 @@ def test_a_real_server_with_a_real_model(stages: ForkServer, tmp_path: Path, rea
                         break
                 assert server.poll() is None
                 time.sleep(0.5)
-            latents = synthetic_latents(tmp_path / "latents", 4, top=20, sample=60, num_windows=4 * BLOCK * 6)
+            latents = synthetic_latents(tmp_path / "latents", 4, top=20, sample=60, num_windows=1536)
             latents.notes.add_explanation(0, "letters", method="person", author="me")
             base = ["latents", "--endpoint", f"{url}/v1", "--model", str(model), "--latents", "0", "--test", "4"]
             done = stages.at(tmp_path).run("stage_inspect.explain", *base, "--train", "4", "--scores")

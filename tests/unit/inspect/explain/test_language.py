@@ -16,7 +16,7 @@ from stage_inspect.explain.endpoint import client
 from stage_inspect.explain.examples import choose
 from stage_inspect.explain.scores.scorer import Case, Judge
 from stage_inspect.explain.scores.yes_or_no import YesOrNo, listed_numbers
-from stage_inspect.explain.sides import BLOCK, Sides
+from stage_inspect.explain.sides import Sides
 from tests.endpoint import Body, Reply, Stub, chat_answer, excerpts, stub
 from tests.latents import synthetic_latents
 
@@ -28,7 +28,7 @@ LISTS = ("detection", "fuzzing", "fuzzing_active")
 def latents(tmp_path_factory: pytest.TempPathFactory) -> Latents:
     """Windows of four contexts' worth of blocks, so that both sides have some."""
     folder = tmp_path_factory.mktemp("explain") / "latents"
-    return synthetic_latents(folder, 6, top=20, sample=60, num_windows=4 * BLOCK * 12)
+    return synthetic_latents(folder, 6, top=20, sample=60, num_windows=3072)
 
 
 @pytest.fixture
@@ -215,8 +215,10 @@ def test_train_test_leak(latents: Latents) -> None:
     for number in (0, 1, 2):
         chosen = choose(latents, number, sides, 40, 50)
         assert min(len(chosen.train), len(chosen.active), len(chosen.silent)) > 4
-        train = {one.context // BLOCK for one in chosen.train + chosen.train_silent}
-        assert not train & {one.example.context // BLOCK for one in chosen.tested}
+        train = {(one.context, one.document) for one in chosen.train + chosen.train_silent}
+        tested = {(one.example.context, one.example.document) for one in chosen.tested}
+        assert not train & tested
+        assert {document for _, document in train | tested} == {1}  # the first ones may have begun in another context
         texts = [one.example.tokens.tobytes() for one in chosen.tested]
         assert len(set(texts)) == len(texts)
         assert not {one.tokens.tobytes() for one in chosen.train} & set(texts)
