@@ -25,6 +25,7 @@ from stage_inspect.explain.scores.all import SCORERS, scored
 from stage_inspect.explain.scores.measure import Result
 from stage_inspect.explain.scores.scorer import Case, Judge
 from stage_inspect.explain.sides import Sides
+from stage_inspect.explain.steering import Steering
 
 AT_ONCE = 64  # latents whose explanations are asked for together
 
@@ -39,6 +40,7 @@ class Plan:
     sides: Sides
     num_train: int
     num_test: int
+    steering: Steering | None = None
 
 
 @contextmanager
@@ -98,7 +100,7 @@ def score(
     for number in plan.numbers:
         own = newest.get(number)
         if own is not None:
-            case = Case(examples_of(plan, number), plan.judge)
+            case = Case(examples_of(plan, number), plan.judge, plan.steering)
             other = shuffled(newest, number)
             for name in names:
                 settings = settings_of(plan, SCORERS[name](case).record, name, own, other)

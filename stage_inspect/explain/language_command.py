@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from shared.basics.errors import GranaryError
@@ -19,7 +20,9 @@ OpenAI-compatible endpoint: a model on this machine or a service. A key is read 
 Answers are kept in the latents folder: the same command goes on where it was stopped, and pays for nothing twice.
 """
 EXPLAINERS = ("default", "contrastive", "logits")
-SCORES = ("detection", "fuzzing", "fuzzing_active", "intruder", "simulation", "embedding", "surprisal")
+SCORES = (
+    "detection", "fuzzing", "fuzzing_active", "intruder", "simulation", "embedding", "surprisal", "intervention",
+)  # fmt: skip
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -50,6 +53,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--store", metavar="URL", help="the store, where it has moved; it tells which parts are of one document")
     add("--seed", type=int, default=0, help="of which documents are for the test (0)")
     add("--embedding-model", metavar="NAME", help="for the score embedding")
+    add("--steer", type=float, default=4.0, metavar="X", help="intervention: times the latent's largest value (4)")
+    add("--dictionary", type=Path, metavar="FOLDER", help="intervention: the dictionary, where it has moved")
+    add("--subject", metavar="MODEL", help="intervention: the model that was harvested, where it has moved")
     add("--no-logprobs", action="store_true", help="for an endpoint that refuses to be asked for log probabilities")
     add("--key-variable", metavar="NAME", default="GRANARY_API_KEY", help="environment variable with the key")
     add("--concurrency", type=int, default=8, metavar="N", help="requests side by side (8)")
@@ -78,6 +84,7 @@ def run(arguments: argparse.Namespace) -> None:
     from stage_inspect.explain.endpoint.budget import Budget, Ceilings
     from stage_inspect.explain.endpoint.client import Asker, Endpoint
     from stage_inspect.explain.scores.scorer import Judge
+    from stage_inspect.explain.steering import Steering
     from stage_inspect.export.facts import chosen_latents, words
 
     try:
@@ -86,6 +93,8 @@ def run(arguments: argparse.Namespace) -> None:
         raise GranaryError("language models are asked by httpx: pip install 'granary-sae[explain]'") from None
     if arguments.train < 2 or arguments.test < 2:
         raise GranaryError("--train and --test are at least 2")
+    if not 0 < arguments.steer < float("inf"):
+        raise GranaryError("--steer is above 0")
     endpoint = Endpoint.of(
         arguments.endpoint, arguments.key_variable, arguments.concurrency, arguments.timeout, arguments.retries
     )
@@ -94,7 +103,11 @@ def run(arguments: argparse.Namespace) -> None:
     words(latents)
     numbers = [number for number in chosen_latents(arguments.latents, latents) if latents.table["fired"][number]]
     judge = Judge(endpoint.url, arguments.model, not arguments.no_logprobs, arguments.embedding_model)
-    plan = language.Plan(latents, numbers, judge, sides(arguments, latents), arguments.train, arguments.test)
+    steering = None
+    if "intervention" in arguments.scores:
+        steering = Steering(latents, arguments.steer, arguments.seed, arguments.subject, arguments.dictionary)
+    apart = sides(arguments, latents)
+    plan = language.Plan(latents, numbers, judge, apart, arguments.train, arguments.test, steering)
     with language.alone(latents), Asker(endpoint, latents.notes, budget) as asker:
         if arguments.of is None:
             with tqdm(total=len(numbers), unit="latent", desc="explain") as bar:

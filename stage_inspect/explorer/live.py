@@ -41,9 +41,13 @@ class LiveSettings:
     model: str
     revision: str | None
     dtype: str
+    flag: str = "--model"
+    """That of the command line which names the model."""
 
     @classmethod
-    def find(cls, latents: Latents, model: str | None, dictionary: Path | None) -> "LiveSettings":
+    def find(
+        cls, latents: Latents, model: str | None, dictionary: Path | None, flag: str = "--model"
+    ) -> "LiveSettings":
         """From the command line, else from the folder's records. Raises GranaryError for what is not here."""
         recorded, was_at = latents.meta.model, Path(str(latents.meta.dictionary.get("path", "")))
         # A run folder that was moved, or is looked at from elsewhere, has it beside the latents.
@@ -55,8 +59,8 @@ class LiveSettings:
         is_named = revision or recorded.get("id") == "bundled"  # not a folder that lay somewhere
         path = model or (recorded.get("id") if is_named else recorded.get("path"))
         if path is None:
-            raise GranaryError("the latents folder does not record its model: give --model PATH")
-        return cls(folder, str(path), revision, str(recorded.get("dtype", "float32")))
+            raise GranaryError(f"the latents folder does not record its model: give {flag} PATH")
+        return cls(folder, str(path), revision, str(recorded.get("dtype", "float32")), flag)
 
 
 class Live:
@@ -95,7 +99,8 @@ class Live:
         loaded = load_tokenizer(self.settings.model, self.settings.revision)
         recorded = self.latents.meta.tokenizer.get("hash")
         if recorded is not None and recorded != tokenizer_hash(loaded):
-            raise GranaryError(f"the tokenizer of {self.settings.model} is not that of the harvest: give --model PATH")
+            asked = self.settings
+            raise GranaryError(f"the tokenizer of {asked.model} is not that of the harvest: give {asked.flag} PATH")
         return loaded
 
     @property
@@ -133,8 +138,6 @@ class Live:
 
     def steer(self, prompt: str, latent: int, mode: str, strength: float, tokens: int) -> dict[str, Any]:
         """The model's greedy continuation of `prompt` with one latent edited, and without. Raises GranaryError."""
-        if not self.can_steer:
-            raise GranaryError("the dictionary has sites that are no places of one model: it can't be spliced into it")
         if mode not in MODES:
             raise GranaryError(f"there is no edit {mode!r}: choose from {', '.join(MODES)}")
         if not 1 <= tokens <= GENERATED_TOKENS:
@@ -146,8 +149,7 @@ class Live:
             if is_cut:
                 raise GranaryError(f"the prompt has more than {TEXT_TOKENS} tokens")
             edit = Edit([latent], mode, strength)
-            hook = self.reads[0] if self.latents.meta.dictionary["kind"] == "sae" else None
-            spliced = [SplicedModel(self.model, self.dictionary, hook, edits=edits) for edits in ([], [edit])]
+            spliced = [self.spliced([]), self.spliced([edit])]
             texts = [self._continue(one, ids, tokens) for one in spliced]
             with torch.no_grad():
                 before_V, after_V = (one(input_ids=ids[None]).logits[0, -1].float().softmax(-1) for one in spliced)
@@ -159,6 +161,13 @@ class Live:
             "steered": texts[1],
             "next": [[self._text(token), float(before_V[token]), float(after_V[token])] for token in shown],
         }
+
+    def spliced(self, edits: list[Edit]) -> SplicedModel:
+        """The model with the dictionary in it. Raises GranaryError for sites that are no places of one model."""
+        if not self.can_steer:
+            raise GranaryError("the dictionary has sites that are no places of one model: it can't be spliced into it")
+        hook = self.reads[0] if self.latents.meta.dictionary["kind"] == "sae" else None
+        return SplicedModel(self.model, self.dictionary, hook, edits=edits)
 
     def _encode(self, text: str) -> tuple[Tensor, bool]:
         """(ids [T] that begin with BOS where the model has one, whether the text was longer)."""

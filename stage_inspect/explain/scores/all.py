@@ -5,6 +5,7 @@ from typing import Any
 
 from stage_inspect.explain.endpoint.client import Asker
 from stage_inspect.explain.scores.embedding import Embedding
+from stage_inspect.explain.scores.intervention import Intervention
 from stage_inspect.explain.scores.intruder import Intruder
 from stage_inspect.explain.scores.measure import Result
 from stage_inspect.explain.scores.scorer import Case, NotPossibleError, Scorer
@@ -20,6 +21,7 @@ SCORERS: dict[str, Callable[[Case], Scorer]] = {
     "simulation": Simulation,
     "embedding": Embedding,
     "surprisal": Surprisal,
+    "intervention": Intervention,
 }
 DEFAULT = ("detection", "fuzzing", "fuzzing_active")
 

@@ -12,6 +12,7 @@ from shared.basics.errors import GranaryError
 from stage_inspect.explain.endpoint.request import Failure, Request
 from stage_inspect.explain.examples import Chosen
 from stage_inspect.explain.scores.measure import Result
+from stage_inspect.explain.steering import Steering
 
 Answers = Sequence[str | Failure]
 
@@ -45,10 +46,11 @@ class Scorer(Protocol):
 
 @dataclass(frozen=True)
 class Case:
-    """A latent to be scored: its examples, and the judge."""
+    """A latent to be scored: its examples, the judge, and who steers the latent, for the score of that."""
 
     chosen: Chosen
     judge: Judge
+    steering: Steering | None = None
 
 
 def said(explanation: str) -> str:

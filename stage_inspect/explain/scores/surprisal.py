@@ -39,8 +39,7 @@ class Surprisal:
         judge = self.case.judge
         if not judge.logprobs:
             raise NotPossibleError(NO_LOGPROBS)
-        self._prefix = BEFORE.format(said(explanation))
-        prefixes = (self._prefix, NEUTRAL)
+        prefixes = (BEFORE.format(said(explanation)), NEUTRAL)
         return [echo(judge.url, judge.model, prefix + text) for text in self.texts for prefix in prefixes]
 
     def score(self, answers: Answers) -> Result:
@@ -66,9 +65,19 @@ class Surprisal:
 
 
 def mean_logprob(answer: str | Failure, text: str) -> float | Failure:
-    """Mean log probability of the tokens of an echo that lie in `text`, which the prompt ended with.
+    """Mean log probability of the tokens of an echo that lie in `text`, which the prompt ended with."""
+    told = echoed(answer)
+    if isinstance(told, Failure):
+        return told
+    tokens, end = told
+    inside = [value for place, value in tokens if place >= end - len(text)]
+    return float(np.mean(inside)) if inside else Failure(NO_LOGPROBS, is_endpoints=False)
 
-    One token was written behind it: it begins where the prompt ends, and the last place is left out.
+
+def echoed(answer: str | Failure) -> tuple[list[tuple[int, float]], int] | Failure:
+    """(place, log probability) of the tokens of a prompt, and where the prompt ends.
+
+    One token was written behind it: it begins where the prompt ends, and is left out.
     """
     if isinstance(answer, Failure):
         return answer
@@ -79,5 +88,4 @@ def mean_logprob(answer: str | Failure, text: str) -> float | Failure:
     if tokens is None:
         return Failure(NO_LOGPROBS, is_endpoints=False)
     end = tokens[-1][0]
-    inside = [value for place, value in tokens if end - len(text) <= place < end]
-    return float(np.mean(inside)) if inside else Failure(NO_LOGPROBS, is_endpoints=False)
+    return [token for token in tokens if token[0] < end], end
