@@ -1,4 +1,7 @@
-"""Take in explanations that Neuronpedia exports: ``granary inspect import runs/demo explanations/*.jsonl.gz``."""
+"""Take in explanations of others: ``granary inspect import runs/demo explanations/*.jsonl.gz``.
+
+Files are Neuronpedia's exports; a folder is one of delphi's results, with scores.
+"""
 
 import argparse
 import gzip
@@ -14,6 +17,7 @@ from shared.launch.outcome import ending_in_one_line
 from stage_inspect.find import latents_url
 
 Row = tuple[int, str, str, str, dict[str, Any]]
+UNKNOWN = "unknown"
 GZIP = b"\x1f\x8b"
 
 
@@ -21,23 +25,29 @@ def main(argv: list[str] | None = None) -> None:
     """Import; a wrong input is one line on stderr and status 2, and nothing is taken."""
     parser = argparse.ArgumentParser(prog=f"{program('inspect')} import", description=__doc__)
     parser.add_argument("run", metavar="RUN", help="a run's folder, or a latents folder")
-    parser.add_argument("files", metavar="FILE", nargs="+", type=Path, help="JSON lines, or a JSON list; also gzipped")
+    parser.add_argument(
+        "files", metavar="FILE", nargs="+", type=Path, help="JSON lines or a JSON list, also gzipped; or a folder"
+    )
+    parser.add_argument("--hookpoint", metavar="NAME", help="of delphi's, where its folder holds several")
     arguments = parser.parse_args(argv)
     with ending_in_one_line():
-        count = take(arguments.run, arguments.files)
+        count = take(arguments.run, arguments.files, arguments.hookpoint)
         print(f"{count} explanations taken")  # noqa: T201
 
 
-def take(run: str, paths: list[Path]) -> int:
+def take(run: str, paths: list[Path], hookpoint: str | None = None) -> int:
     """Add the explanations of all files, those that are there already left out; returns how many were added."""
     from shared.latents.folder import Latents
+    from stage_inspect.delphi_results import DELPHI, read_results
 
     latents = Latents.open(latents_url(run))
     there = {(one.latent, one.text, one.method, one.author) for one in latents.notes.explanations()}
-    rows = [row for path in paths for row in read(path, latents.num_latents)]
+    results = [one for path in paths if path.is_dir() for one in read_results(path, hookpoint, latents.num_latents)]
+    rows = [row for path in paths if not path.is_dir() for row in read(path, latents.num_latents)]
     new = {row[:4]: row for row in rows if row[:4] not in there}
     latents.notes.add_explanations(list(new.values()))
-    return len(new)
+    count = latents.notes.replace_explanations(DELPHI, UNKNOWN, [one.latent for one in results], results)
+    return len(new) + count
 
 
 def read(path: Path, num_latents: int) -> Iterator[Row]:
@@ -65,7 +75,7 @@ def row(record: Any, where: str, num_latents: int) -> Row:
     if not 0 <= latent < num_latents or not text:
         raise GranaryError(f"{where} is of latent {latent}, or empty: there are {num_latents} latents")
     kept = {name: record[name] for name in ("id", "modelId", "layer") if isinstance(record.get(name), str)}
-    method, author = (str(record.get(name) or "unknown") for name in ("typeName", "explanationModelName"))
+    method, author = (str(record.get(name) or UNKNOWN) for name in ("typeName", "explanationModelName"))
     return latent, text, method, author, kept
 
 

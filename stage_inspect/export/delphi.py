@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from shared.basics.errors import GranaryError
 from shared.latents.folder import Latents
 from shared.latents.notes import RULE
+from stage_inspect.export.delphi_scores import write_scores
 from stage_inspect.export.facts import chosen_latents
 
 MULTIPLE = 32  # delphi divides a row into windows of 32 tokens
@@ -45,7 +46,7 @@ def write(latents: Latents, folder: Path, chosen: str | None, model_id: str, sou
 def write_explanations(latents: Latents, folder: Path, numbers: list[int], source: str) -> None:
     """``explanations/{hookpoint}_latent{i}.txt``, a JSON string each: a latent's newest that is no rule, or its rule.
 
-    delphi has one explanation of a latent, and its scores are lists of judged examples, which a score here is not.
+    delphi has one explanation of a latent. The scores of that go with it where they are lists of judged examples.
     """
     home = folder / "explanations"
     for number in numbers:
@@ -54,6 +55,7 @@ def write_explanations(latents: Latents, folder: Path, numbers: list[int], sourc
             chosen = next((one for one in reversed(said) if one.method != RULE), said[-1])
             home.mkdir(exist_ok=True)
             (home / f"{source}_latent{number}.txt").write_text(json.dumps(chosen.text), encoding="utf-8")
+            write_scores(latents, folder / "scores", chosen, f"{source}_latent{number}.txt")
 
 
 def write_file(latents: Latents, home: Path, numbers: list[int], first: int, last: int, width: int) -> None:

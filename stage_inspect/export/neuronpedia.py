@@ -21,6 +21,7 @@ BATCH = 128
 LARGEST_INDEX = 10_000_000
 MOST_LOGITS, MOST_TOKENS, LONGEST_EXPLANATION = 20, 1024, 512
 STEER = 10  # default strength of a direction whose largest activation is not given
+SCORE_TYPES = {"detection": "eleuther_recall", "fuzzing": "eleuther_fuzz", "embedding": "eleuther_embedding"}
 LETTERS = "0123456789abcdefghijklmnopqrstuvwxyz"
 
 
@@ -171,14 +172,17 @@ def explanation_id(latents: Latents, number: int) -> str:
 
 
 def score_rows(latents: Latents, index: int) -> list[dict[str, Any]]:
-    """Lines of ``explanation_scores``, as Neuronpedia's table has them; a failed score has no value and is left out."""
+    """Lines of ``explanation_scores``, as Neuronpedia's table has them; a failed score has no value and is left out.
+
+    Where Neuronpedia has a name for a score it is called by that; the model is the one that judged.
+    """
     return [
         {
             "id": word(f"{latents.meta.dictionary['sha256']}:{said.id}:{number}"),
             "value": score.value,
             "explanationId": explanation_id(latents, said.id),
-            "explanationScoreTypeName": score.scorer,
-            "explanationScoreModelName": said.author,
+            "explanationScoreTypeName": SCORE_TYPES.get(score.scorer, score.scorer),
+            "explanationScoreModelName": str(score.details.get("judge", said.author)),
             "jsonDetails": json.dumps({"low": score.low, "high": score.high, **score.details}),
             "createdAt": score.created,
         }

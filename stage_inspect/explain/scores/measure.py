@@ -109,6 +109,7 @@ def classified(judgements: Sequence[Judgement], why_no_certainty: str) -> Result
     read = [one for one in judgements if one.said is not None]
     active, silent = ([one for one in read if one.truth == truth] for truth in (True, False))
     details: dict[str, Any] = {"counts": counts(judgements), "unread": unread(judgements), "failed": failed(judgements)}
+    details["judged"] = judged(judgements)
     if not active or not silent:
         return Result(None, details={"why": "no answer could be read", **details})
     right = sum(not one.said for one in silent)
@@ -175,6 +176,11 @@ def unread(judgements: Sequence[Judgement]) -> list[dict[str, Any]]:
         for one in judgements
         if one.said is None
     ]
+
+
+def judged(judgements: Sequence[Judgement]) -> list[list[Any]]:
+    """Every judgement: place, tenth by rank, truth, what was said, how surely; null for what there is not."""
+    return [[*one.of.place, one.of.quantile, one.truth, one.said, one.certainty] for one in judgements]
 
 
 def failed(judgements: Sequence[Judgement]) -> list[dict[str, Any]]:

@@ -221,3 +221,66 @@ def test_scores_go_with_their_explanations(latents: Latents, tmp_path: Path) -> 
     (file,) = (exported(latents, tmp_path, "delphi", "--latents", "0:3") / "explanations").iterdir()
     assert file.name.endswith("_latent1.txt")
     assert json.loads(file.read_text()).startswith("what follows def")
+
+
+def test_names_of_neuronpedia_and_the_model_that_judged(tmp_path: Path) -> None:
+    mine = synthetic_latents(tmp_path / "mine", 3)
+    said = mine.notes.add_explanation(1, "x", method="default", author="who explained")
+    for name in ("detection", "fuzzing", "embedding", "surprisal"):
+        mine.notes.add_score(said, name, 0.75, details={"judge": "who judged"})
+    home = exported(mine, tmp_path, "neuronpedia", "--source", "2-granary-res")
+    rows = read_lines(next(home.rglob("explanation_scores/0.jsonl.gz")))
+    kinds = ["eleuther_recall", "eleuther_fuzz", "eleuther_embedding", "surprisal"]
+    assert sorted(row["explanationScoreTypeName"] for row in rows) == sorted(kinds)
+    assert {row["explanationScoreModelName"] for row in rows} == {"who judged"}
+
+
+def results(folder: Path, hookpoint: str, latent: int, text: Any, rows: Any = None) -> Path:
+    """A folder of delphi's results."""
+    for kind, content in (("explanations", text), ("scores/fuzz", rows)):
+        if content is not None:
+            (folder / kind).mkdir(parents=True, exist_ok=True)
+            (folder / kind / f"{hookpoint}_latent{latent}.txt").write_text(json.dumps(content))
+    return folder
+
+
+def test_delphi_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of 4 active 3 are right, of 2 silent 1; one answer was not read and is no zero."""
+    mine = synthetic_latents(tmp_path / "mine", 4)
+    told = [(True, True)] * 3 + [(True, False), (False, True), (False, False), (False, None)]
+    rows = [{"activating": truth, "prediction": said, "probability": None} for truth, said in told]
+    folder = results(tmp_path / "delphi", "layers.2", 1, " what it does ", rows)
+    for expected in ("1 explanations taken", "0 explanations taken"):
+        explanations.main([mine.url, str(folder)])
+        assert expected in capsys.readouterr().out
+    (said,) = mine.notes.explanations(1)
+    assert (said.text, said.method, said.author) == ("what it does", "delphi", "unknown")
+    (score,) = mine.notes.scores(said.id)
+    assert (score.scorer, score.value) == ("fuzzing", (3 / 4 + 1 / 2) / 2)
+    assert score.low < score.value < score.high
+    assert score.details["counts"] == {"active": 4, "silent": 3, "unread": 1}
+    results(folder, "layers.3", 2, "another")
+    explanations.main([mine.url, str(folder), "--hookpoint", "layers.3"])
+    assert [one.text for one in mine.notes.explanations(2)] == ["another"]
+    assert mine.notes.explanations(1) == [said]
+
+
+def test_wrong_results_of_delphi_are_told_and_nothing_is_taken(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mine = synthetic_latents(tmp_path / "mine", 4)
+    two = results(results(tmp_path / "two", "layers.2", 1, "x"), "layers.3", 1, "x")
+    (tmp_path / "empty").mkdir()
+    for folder, more, expected in (
+        (two, [], "layers.2, layers.3: choose with --hookpoint"),
+        (two, ["--hookpoint", "layers.9"], "no explanations of --hookpoint layers.9"),
+        (tmp_path / "empty", [], "no explanations that delphi wrote"),
+        (results(tmp_path / "far", "l", 4, "x"), [], "there are 4 latents"),
+        (results(tmp_path / "form", "l", 1, {"x": 1}), [], "l_latent1.txt"),
+        (results(tmp_path / "rows", "l", 1, "x", [{"activating": 1}]), [], "example 1 has no activating"),
+        (results(tmp_path / "list", "l", 1, "x", {"a": 1}), [], "l_latent1.txt"),
+    ):
+        with pytest.raises(SystemExit):
+            explanations.main([mine.url, str(folder), *more])
+        assert expected in capsys.readouterr().err
+    assert not mine.notes.explanations()

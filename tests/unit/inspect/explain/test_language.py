@@ -17,6 +17,8 @@ from stage_inspect.explain.examples import choose
 from stage_inspect.explain.scores.scorer import Case, Judge
 from stage_inspect.explain.scores.yes_or_no import YesOrNo, listed_numbers
 from stage_inspect.explain.sides import Sides
+from stage_inspect.explanations import take
+from stage_inspect.export.__main__ import main as export
 from tests.endpoint import Body, Reply, Stub, chat_answer, excerpts, stub
 from tests.latents import synthetic_latents
 
@@ -128,6 +130,27 @@ def test_a_random_judge_has_a_half_in_its_interval(folder: Path) -> None:
     for one in scores(folder).values():
         assert one.low < 0.5 < one.high
         assert one.low < one.value < one.high
+
+
+def test_scores_go_to_delphi_and_come_back(folder: Path, latents: Latents, tmp_path: Path) -> None:
+    """Every judged example, with its strings and activations: the same figures from delphi's files."""
+    with stub(random_judge(3)) as told:
+        run(folder, told, "--of", "person")
+    export([str(folder), str(tmp_path / "delphi"), "--to", "delphi"])
+    shutil.copytree(latents.url, tmp_path / "other")
+    assert take(str(tmp_path / "other"), [tmp_path / "delphi"]) == 2
+    mine, theirs = scores(folder), scores(tmp_path / "other")
+    assert set(theirs) == {"detection", "fuzzing"}
+    for name, one in theirs.items():
+        assert (one.value, one.low, one.high) == (mine[name].value, mine[name].low, mine[name].high)
+        assert one.details["f1"] == mine[name].details["f1"]
+    (file,) = (tmp_path / "delphi" / "scores" / "detection").iterdir()
+    rows = json.loads(file.read_text())
+    assert len(rows) == len(mine["detection"].details["judged"])
+    for row in rows:
+        assert len(row["str_tokens"]) == len(row["activations"])
+        assert any(row["activations"]) == row["activating"] == (row["distance"] >= 0)
+        assert row["correct"] == (row["prediction"] == row["activating"])
 
 
 @pytest.mark.parametrize(
