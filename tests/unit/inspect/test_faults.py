@@ -171,7 +171,7 @@ def test_every_kind_of_dictionary(tmp_path: Path, kind: str) -> None:
 
 
 def test_a_dictionary_without_decoder_rows_is_refused(tmp_path: Path) -> None:
-    sites, widths = PLACES["molt"]
+    sites, _ = PLACES["molt"]
     small_store(tmp_path / "store", hooks=dict(zip((*sites.reads, *sites.writes), (9, 7), strict=True)))
     make("molt").dictionary.save_pretrained(tmp_path / "sae")
     with pytest.raises(GranaryError, match=r"is a molt, whose latents are maps"):
