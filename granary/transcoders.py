@@ -86,7 +86,7 @@ def layers_of(hooks: Sequence[str]) -> list[int]:
 
 
 def chosen_layers(arguments: Sequence[str]) -> list[int]:
-    """As ``layer=0,3`` says, or all that the store has. Raises GranaryError where that is none."""
+    """Return what ``layer=0,3`` says, or all that the store has. Raises GranaryError where that is none."""
     values = dict(argument.split("=", 1) for argument in arguments if "=" in argument)
     if "layer" in values:
         try:

@@ -160,7 +160,7 @@ class HarvestJob:
 
     @property
     def window_bytes(self) -> int | None:
-        """Of store.window; raises GranaryError for what is no size."""
+        """The bytes that store.window says. Raises GranaryError for what is no size."""
         window = self.cfg.store.window
         return None if window is None else parse_bytes(window, "store.window")
 

@@ -61,7 +61,7 @@ class Memory:
 
 
 def estimate(job: InspectJob, dictionary: Dictionary, settings: Settings) -> Memory:
-    """From the sizes alone, and what fires on the first tokens."""
+    """Estimate from the sizes alone, and what fires on the first tokens."""
     F, T = job.num_latents, job.store.seq_len
     fired, beside = first_firing(job, dictionary)
     of_context = dict(zip(job.contexts.tolist(), job.trainable.tolist(), strict=True))

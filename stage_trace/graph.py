@@ -136,7 +136,7 @@ class Graph:
         return scores(self.rows_RS, self.wiring, is_error_S)
 
     def node(self, identifier: str) -> Node:
-        """By its id; raises GranaryError for one that there is not."""
+        """Return the node of an id. Raises GranaryError for one that there is not."""
         for node in (*self.sources, *self.logits):
             if node.id == identifier:
                 return node

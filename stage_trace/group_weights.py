@@ -39,21 +39,21 @@ class GroupRows(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class HeldRows:
-    """Of a group in memory."""
+    """Rows of the matrices of a group in memory."""
 
     group: LatentGroup
 
     def encoder(self, latents: Tensor) -> Tensor:
-        """From the parameter."""
+        """Take rows of the parameter."""
         return self.group.W_enc[latents]
 
     def decoder(self, latents: Tensor, columns: slice) -> Tensor:
-        """From the parameters, which may be tied."""
+        """Take rows of the parameters, which may be tied."""
         return self.group.decoder_rows(latents)[:, columns]
 
 
 class NoRows:
-    """Of a layer without a dictionary."""
+    """What stands for the rows of a layer without a dictionary."""
 
     def encoder(self, latents: Tensor) -> Tensor:
         raise IndexError(f"there is no latent {latents.tolist()}")
@@ -72,7 +72,7 @@ class Folded:
 
     @classmethod
     def of(cls, dictionary: Dictionary, number: int, like: Tensor) -> "Folded":
-        """Of group `number`, whose input is as it is where the dictionary has no normalisation."""
+        """Fold group `number`, whose input stays as it is where the dictionary has no normalisation."""
         reads, writes = dictionary.places[number]
         widths = dictionary.widths
         output_scale = per_column(dictionary.output_scale.to(like), widths.writes).expand(widths.d_out)[writes]
@@ -95,14 +95,14 @@ class GroupWeights:
 
     @classmethod
     def of(cls, dictionary: Dictionary, rows: GroupRows, number: int, place: Place, like: Tensor) -> "GroupWeights":
-        """Of group `number`, in the type of `like`."""
+        """Make those of group `number`, in the type of `like`."""
         activation = dictionary.groups[number].activation
         gain_F = torch.exp(activation.r_mag.to(like)) if isinstance(activation, Gated) else None
         return cls(place, rows, Folded.of(dictionary, number, like), gain_F)
 
     @classmethod
     def none(cls, place: Place, like_D: Tensor) -> "GroupWeights":
-        """Of a layer without a dictionary."""
+        """Make those of a layer without a dictionary."""
         ones_D = torch.ones_like(like_D)
         return cls(place, NoRows(), Folded(torch.zeros_like(like_D), ones_D, ones_D))
 

@@ -35,7 +35,7 @@ Split = dict[tuple[str, str], list[tuple[int, int, float]]]
 
 @dataclass(frozen=True, slots=True)
 class Heads:
-    """Of every source and target: what all heads carry together, and the strongest ones."""
+    """What all heads together and the strongest ones carry from every source to every target."""
 
     moved_SB: Tensor
     weight_SBM: Tensor

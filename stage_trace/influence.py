@@ -68,7 +68,7 @@ class Scores:
 
 
 def scores(rows_RS: Tensor, wiring: Wiring, is_error_S: Tensor, is_dropped_S: Tensor | None = None) -> Scores:
-    """With the columns `is_dropped_S` left out before rows are normalised."""
+    """Compute both with the columns `is_dropped_S` left out before rows are normalised."""
     if is_dropped_S is not None:
         rows_RS = rows_RS.masked_fill(is_dropped_S, 0)
     found_S = influence(rows_RS, wiring)

@@ -37,7 +37,7 @@ class Known:
 
     @classmethod
     def find(cls, sources: Sequence[Source], given: Sequence[str] | None) -> "Known":
-        """Of the folders `given`, or of those beside the dictionaries where it is None.
+        """Look into the folders `given`, or into those beside the dictionaries where it is None.
 
         Raises GranaryError for a given folder that is none, or that was made from none of the dictionaries.
         """
@@ -78,7 +78,7 @@ class Known:
         return latents.notes.name(numbers[latent]) or ""
 
     def words(self, layer: int, most: int) -> tuple[list[list[str]], list[list[str]]]:
-        """Of each of a layer's latents, tokens that it fires on and that it writes for; empty where not known."""
+        """Return the tokens on which each of a layer's latents fires and for which it writes; empty where not known."""
         if layer not in self.by_layer:
             return [], []
         latents, numbers = self.by_layer[layer]

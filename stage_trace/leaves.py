@@ -28,7 +28,7 @@ class Columns:
 
     @classmethod
     def of(cls, replacement: Replacement) -> "Columns":
-        """For one prompt."""
+        """Lay out the columns of one prompt."""
         fixed = torch.nonzero(replacement.fixed_T).flatten().tolist()
         return cls(replacement.num_latents, len(replacement.layers), len(replacement.fixed_T), tuple(fixed))
 
@@ -49,7 +49,7 @@ class Columns:
 
     @property
     def tokens(self) -> slice:
-        """By position."""
+        """The columns of the tokens, by position."""
         return slice(self.biases.stop, self.biases.stop + self.num_positions)
 
     @property

@@ -46,7 +46,7 @@ class ModelShape:
 
     @classmethod
     def of(cls, config: PretrainedConfig) -> "ModelShape":
-        """From a configuration; parameters are counted on a model without memory."""
+        """Take the shape from a configuration; parameters are counted on a model without memory."""
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
         heads, width = config.num_attention_heads, config.hidden_size
@@ -74,11 +74,11 @@ class Plan:
 
     @property
     def peak(self) -> int:
-        """Of the largest phase."""
+        """Bytes of the largest phase."""
         return max(self.phases.values())
 
     def lines(self) -> list[str]:
-        """For a terminal."""
+        """Return the plan for a terminal."""
         about = "about" if self.is_guess else "at most"
         held = ", ".join(f"{name} {human_bytes(size)}" for name, size in self.phases.items())
         return [f"memory       {human_bytes(self.peak)} at the peak ({held}), for {about} {self.latents:,} features"]
@@ -131,7 +131,7 @@ def _encoding(config: DictionaryConfig, num_tokens: int) -> int:
 
 
 def latents_per_token(config: DictionaryConfig) -> int:
-    """Of a whole dictionary; a guess where no k says so."""
+    """Return how many of a whole dictionary fire; a guess where no k says so."""
     if config.k is None:
         return L0_GUESS * config.num_groups
     is_each = getattr(config, "k_scope", "all") == "layer"

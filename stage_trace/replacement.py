@@ -33,7 +33,7 @@ READABLE = ("mlp_in", "resid_mid", "resid_pre")
 
 
 def places_of(config: DictionaryConfig, name: str) -> tuple[Place, ...]:
-    """Of each group; raises GranaryError, naming `name`, for anything but stand-ins of MLPs."""
+    """Return those of each group. Raises GranaryError, naming `name`, for anything but stand-ins of MLPs."""
     sites = config.sites
     if sites is None:
         raise GranaryError(f"{name} does not record where it reads and writes: graphs need a transcoder that does")

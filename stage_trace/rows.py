@@ -89,7 +89,7 @@ def gap(rows_BS: Tensor, goal_B: Tensor) -> float:
 
 
 def wiring(row_layers: Tensor, row_columns: Tensor, probabilities: Tensor, columns: Columns) -> Wiring:
-    """Of rows of features, and of the logits below them."""
+    """Compute that of rows of features, and of the logits below them."""
     may_drop_S = torch.ones(columns.total, dtype=torch.bool)
     may_drop_S[columns.tokens] = False
     n = len(probabilities)

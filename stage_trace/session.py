@@ -54,7 +54,7 @@ class Session:
 
     @property
     def columns(self) -> Columns:
-        """Of all active features."""
+        """The columns of all active features."""
         return Columns.of(self.replacement)
 
     def numbers(self, nodes: Iterable[Node]) -> Tensor:

@@ -38,7 +38,7 @@ class Features:
 
     @classmethod
     def of(cls, replacement: Replacement) -> "Features":
-        """Of one prompt."""
+        """Find those of one prompt."""
         latents = [layer.latents for layer in replacement.layers]
         return cls(
             replacement,

@@ -28,7 +28,7 @@ class Words:
     @classmethod
     @torch.no_grad()
     def of(cls, session: Session, nodes: Sequence[Node]) -> "Words":
-        """Of every feature among `nodes`, a layer at a time."""
+        """Compute those of every feature among `nodes`, a layer at a time."""
         promotes, suppresses = {}, {}
         norm, W_U_VD = session.parts.final_norm, session.parts.W_U_VD
         for layer, stand_in in enumerate(session.replacement.layers):

@@ -106,7 +106,7 @@ class LoggerKind(Enum):
 
 
 class WandbMode(Enum):
-    """As wandb names them."""
+    """Whether wandb sends its records, keeps them here or does nothing; named as wandb does."""
 
     online = "online"
     offline = "offline"

@@ -52,7 +52,7 @@ class Run:
 
     @property
     def name(self) -> str:
-        """Of its folder."""
+        """The name of the run's folder."""
         return self.spec.folder.name
 
     @property
@@ -105,7 +105,7 @@ class Run:
         self.start.checkpoints.save(self.step, self.trainer.tensors(), self._state())
 
     def wait_for_save(self) -> None:
-        """Until the last checkpoint is on disk."""
+        """Wait until the last checkpoint is on disk."""
         self.start.checkpoints.wait()
 
     def _state(self) -> dict[str, Any]:

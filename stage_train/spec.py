@@ -78,7 +78,7 @@ class RunSpec:
 
     @classmethod
     def of(cls, cfg: TrainSchema, sites: Sites, widths: SiteWidths, length: StreamLength) -> Self:
-        """Of a run whose sites and length are known. Raises GranaryError naming the key that makes no sense."""
+        """Specify a run whose sites and length are known. Raises GranaryError naming the key that makes no sense."""
         config = as_dict(cfg)
         dictionary, learning = cfg.sae.to_configs(cfg.variant, sites, widths, length.tokens)
         with torch.device("meta"):

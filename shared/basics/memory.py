@@ -11,7 +11,7 @@ BLOCK_BYTES = 1 << 21
 
 
 def return_freed_blocks() -> None:
-    """From here on a block of 2 MiB or more goes back to the system when it is freed.
+    """Have the process give a block of 2 MiB or more back to the system when it is freed, from here on.
 
     glibc else raises its threshold, up to 32 MiB, as blocks are freed, and holds on to those below it in a heap with
     holes. Where there is another C library nothing happens.

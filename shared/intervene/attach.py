@@ -153,7 +153,7 @@ class Attached(Mapping[str, SAE]):
     # ---- what a forward gave ---------------------------------------------------------------------------------------
 
     def activations(self, name: str) -> list[Tensor]:
-        """Of the model's last forward, [..., features], one tensor for each time that the module ran.
+        """Those of the model's last forward, [..., features], one tensor for each time that the module ran.
 
         Raises GranaryError where it did not run.
         """

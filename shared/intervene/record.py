@@ -94,7 +94,7 @@ class Record:
 
     @property
     def rows(self) -> int:
-        """Of the batch; 0 where nothing is on record."""
+        """The rows of the batch; 0 where nothing is on record."""
         return len(self.parts[0].is_padding_BT) if self.parts else 0
 
     def real_tokens(self) -> Tensor | None:
@@ -111,7 +111,7 @@ class Record:
         return self.rows == len(tokens_BT) and torch.equal(torch.cat(found, dim=1), tokens_BT[:, self._first :])
 
     def features(self) -> Features | None:
-        """Of all tokens on record; None before the first."""
+        """The features of all tokens on record; None before the first."""
         found = [part.features for part in self.parts if part.features is not None]
         if not found:
             return None

@@ -28,6 +28,6 @@ class AdamStep:
 
     @property
     def scalars(self) -> tuple[float, ...]:
-        """As the kernels take them; 1 - beta is made here, since in float32 1 - 0.999 is off by 1e-5 of itself."""
+        """Return what the kernels take; 1 - beta is made here, since in float32 1 - 0.999 is off by 1e-5 of itself."""
         (beta1, beta2), (correction1, correction2) = self.betas, self.corrections
         return self.lr, beta1, 1 - beta1, beta2, 1 - beta2, self.eps, correction1, correction2, self.step

@@ -14,7 +14,7 @@ RESERVED = 1024
 
 @dataclass(frozen=True, slots=True)
 class Resources:
-    """Of one program of a kernel."""
+    """What one program of a kernel takes."""
 
     warps: int
     registers: int

@@ -134,7 +134,7 @@ class GlobalWeights:
 
     @property
     def num_latents(self) -> int:
-        """Of all layers."""
+        """The latents of all layers."""
         return int(self._ends[-1])
 
     def number(self, layer: int, latent: int) -> int:

@@ -79,7 +79,7 @@ def expand_launcher(arguments: Sequence[str]) -> list[str]:
 
 
 def name_swept_keys(arguments: Sequence[str], schema: type) -> list[str]:
-    """In a sweep, keys that are no part of a folder's name are one where they take several values.
+    """Name keys that are no part of a sweep folder's name as one where they take several values.
 
     Two stores in one sweep are else two runs in one folder. ``name`` and ``run_dir`` move the whole sweep.
     """
@@ -93,7 +93,7 @@ def name_swept_keys(arguments: Sequence[str], schema: type) -> list[str]:
 
 
 def rank_overrides() -> list[str]:
-    """Under torchrun only rank 0 owns the run folder and the log file."""
+    """Return what a rank is given: under torchrun only rank 0 owns the run folder and the log file."""
     if os.environ.get("RANK", "0") == "0":
         return []
     return ["hydra.output_subdir=null", "hydra/job_logging=rank"]

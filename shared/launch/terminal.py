@@ -15,7 +15,7 @@ class ShownFormatter(logging.Formatter):
     """A line of the log, nothing in which acts on the terminal."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """As its base does, then `shown`."""
+        """Format as its base does, then escape as `shown` does."""
         return shown(super().format(record))
 
 
@@ -29,7 +29,7 @@ class LogFile(logging.FileHandler):
         super().__init__(filename, delay=True)
 
     def emit(self, record: logging.LogRecord) -> None:
-        """As its base does, which does not catch that the file can't be opened."""
+        """Write as its base does, which does not catch that the file can't be opened."""
         try:
             super().emit(record)
         except OSError:

@@ -109,7 +109,7 @@ def load_part(
     tp_mesh: DeviceMesh | None = None,
     extra: Mapping[str, Any] | None = None,
 ) -> PreTrainedModel:
-    """As much of a model as `config` describes, on the CPU, as `auto_class` makes it; raises as `load_trunk`."""
+    """Load as much of a model as `config` describes, on the CPU, as `auto_class` makes it; raises as `load_trunk`."""
     extra = dict(extra or {})
     if attn_implementation == "sdpa":
         # Plain sdpa silently leaves out Gemma 2's softcapping of the attention scores and gpt-oss's sinks; ours is sdpa

@@ -33,7 +33,7 @@ class ModulePoint:
 
     @classmethod
     def parse(cls, name: str) -> Self:
-        """From the form above; the path may be a pattern. Raises GranaryError for an empty one."""
+        """Read the form above; the path may be a pattern. Raises GranaryError for an empty one."""
         match = _PATTERN.fullmatch(name)
         if match is None:
             raise GranaryError("a place in a model needs a name: that of a module, as model.named_modules() gives it")

@@ -50,7 +50,7 @@ class Activation(nn.Module):
         raise NotImplementedError
 
     def roles(self) -> dict[str, Role]:
-        """Of its parameters and buffers, by name: one entry per latent each, unless a class says otherwise."""
+        """Return those of its parameters and buffers, by name: one entry per latent each, unless a class differs."""
         return {name: Role(latent_axis=0) for name in self.state_dict()}
 
 
@@ -113,7 +113,7 @@ class ReLU(Activation):
     """Every positive pre-activation."""
 
     def encode(self, encoder: Encoder, x_ND: Tensor) -> tuple[Tensor, Tensor]:
-        """In descending order."""
+        """Encode in descending order."""
         return encode_above(encoder, x_ND, 0.0)
 
 
@@ -125,7 +125,7 @@ class JumpReLU(Activation):
         self.log_threshold = nn.Parameter(torch.zeros(num_latents))
 
     def encode(self, encoder: Encoder, x_ND: Tensor) -> tuple[Tensor, Tensor]:
-        """In descending order."""
+        """Encode in descending order."""
         return encode_above(encoder, x_ND, self.log_threshold.exp())
 
 
@@ -141,7 +141,7 @@ class Gated(Activation):
         self.b_mag = nn.Parameter(torch.zeros(num_latents))
 
     def encode(self, encoder: Encoder, x_ND: Tensor) -> tuple[Tensor, Tensor]:
-        """In descending order of z; a latent whose gate is open and whose magnitude is not positive is padding."""
+        """Encode in descending order of z; a latent of open gate whose magnitude is not positive is padding."""
         z_NK, indices_NK = encode_above(encoder, x_ND, 0.0)
         latents_NK = indices_NK.clamp_min(0)
         pull_NK = z_NK - encoder.b_enc[latents_NK]

@@ -174,7 +174,7 @@ def describe(folder: Path) -> Description:
 
 
 def from_document(document: Mapping[str, Any], provenance: Mapping[str, Any]) -> Description:
-    """From what ``to_document`` gave, or version 1's flat config, and another provenance."""
+    """Read what ``to_document`` gave, or version 1's flat config, with another provenance."""
     if "format" in document:
         return _from_version_2({**document, "provenance": provenance}, "")
     return _from_version_1({"config": document, "provenance": provenance}, "")

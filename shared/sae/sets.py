@@ -88,7 +88,7 @@ def convert_set(source: str | Path, target: Path, to: str, change: Change | None
 
 
 def folded(made: Dictionary, provenance: dict[str, Any], change: Change | None, where: str) -> Folded:
-    """On raw activations, as circuit-tracer reads it, once `change` is made."""
+    """Return a dictionary on raw activations, as circuit-tracer reads it, once `change` is made."""
     if change is not None:
         made, provenance = change(where, made, provenance)
     tensors = made.untied() if isinstance(made, CLT) else made.state_dict()

@@ -50,7 +50,7 @@ class Sites:
         return None
 
     def record(self) -> dict[str, object]:
-        """As a provenance holds them: one ``hook`` of an SAE, or ``reads`` and ``writes``."""
+        """Return what a provenance holds: one ``hook`` of an SAE, or ``reads`` and ``writes``."""
         if self.is_autoencoder and len(self.reads) == 1:
             return {"hook": self.reads[0]}
         return {"reads": list(self.reads), "writes": list(self.writes)}

@@ -16,7 +16,7 @@ from shared.sae.variants.transcoder import TranscoderConfig
 
 
 def configs(folder: TracerFolder) -> list[DictionaryConfig]:
-    """Of each layer's transcoder, or of the one CLT, from the files' headers.
+    """Return those of each layer's transcoder, or of the one CLT, from the files' headers.
 
     Raises GranaryError for matrices that do not fit together.
     """
@@ -48,7 +48,7 @@ def configs(folder: TracerFolder) -> list[DictionaryConfig]:
 
 
 def transcoder(folder: TracerFolder, config: DictionaryConfig, layer: int) -> Dictionary:
-    """Of one layer; what is float32 in the file stays there, mapped. Raises GranaryError for what does not fit."""
+    """Read that of one layer; float32 of the file stays there, mapped. Raises GranaryError for what does not fit."""
     held = folder.tensors(layer)
     made = SkipTranscoder if config.kind == SkipTranscoderConfig.kind else Transcoder
     skip = {"W_skip": held["W_skip"]} if "W_skip" in held else {}

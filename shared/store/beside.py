@@ -71,7 +71,7 @@ class StoresBeside(Store):
         return store.statistics(own, shards)
 
     def digest(self, shards: Iterable[int] | None = None) -> str:
-        """Over the digests of all, by name."""
+        """The digest over those of all stores, by name."""
         chosen = sorted(self.committed() if shards is None else shards)
         parts = {"": self.main.digest(chosen), **{name: one.digest(chosen) for name, one in self.beside.items()}}
         return hashlib.sha256(repr(sorted(parts.items())).encode()).hexdigest()

@@ -314,7 +314,7 @@ class ShardWriter:
 
 
 def drain(running: Iterable[Future[Any]]) -> None:
-    """After an error: no thread may still look at the caller's memory."""
+    """Wait, after an error, until no thread looks at the caller's memory."""
     for future in running:
         future.cancel()
     for future in running:

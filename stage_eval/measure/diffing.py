@@ -27,7 +27,7 @@ class DiffSums(Sums):
 
     @classmethod
     def of(cls, dictionary: Dictionary) -> Self | None:
-        """For a crosscoder of two sites of one width; None for others."""
+        """Make the sums for a crosscoder of two sites of one width; None for other dictionaries."""
         writes = dictionary.widths.writes
         if not isinstance(dictionary, Crosscoder) or len(writes) != 2 or writes[0] != writes[1]:
             return None
@@ -49,7 +49,7 @@ class DiffSums(Sums):
 
 
 def diff_figures(sums: DiffSums, alive_F: Tensor, names: tuple[str, ...]) -> DiffFigures:
-    """Of the latents that fired, on rank 0 with the sums of all ranks."""
+    """Compute the figures of the latents that fired, on rank 0 with the sums of all ranks."""
     found = {name: values_F[alive_F] for name, values_F in sums.per_latent().items()}
     norm_A, specific_A = found["relative_norm"], sums.scaling.specific().cpu()[alive_F]
     only_first, shared_from, shared_to, only_second = CUTS

@@ -94,7 +94,7 @@ def new_sums(one: Loaded, session: Session) -> ReconstructionSums:
 
 
 def first_to_write(wanted: Sequence[Sites]) -> dict[str, Sites]:
-    """For each written site the first of `wanted` that reads it from the store for that."""
+    """Return, for each written site, the first of `wanted` that reads it from the store for that."""
     return {site: sites for sites in reversed(wanted) for site in sites.writes}
 
 

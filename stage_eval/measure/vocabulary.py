@@ -33,7 +33,7 @@ class TokenScores:
 
 
 class VocabularyHead(nn.Module):
-    """From the hidden state after the final norm to float32 logits, as the model itself does it."""
+    """Maps the hidden state after the final norm to float32 logits, as the model itself does it."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()

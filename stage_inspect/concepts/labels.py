@@ -28,12 +28,12 @@ class Concepts:
 
     @property
     def names(self) -> list[str]:
-        """In the order of the rows that `mark` gives."""
+        """The concepts' names, in the order of the rows that `mark` gives."""
         return [*self.python, *self.regex, *self.tokens, *map(marked_name, self.marked.labels)]
 
     @property
     def scopes(self) -> list[int]:
-        """Of each concept, in which of the scopes that `mark` gives it is looked for: 0 all tokens, 1 marked text."""
+        """The scope that `mark` gives in which each concept is looked for: 0 all tokens, 1 marked text."""
         return [0] * (len(self.names) - len(self.marked.labels)) + [1] * len(self.marked.labels)
 
     @property

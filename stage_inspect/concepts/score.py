@@ -39,7 +39,7 @@ class Tally:
 
     @classmethod
     def empty(cls, concepts: int, scopes: int, latents: int) -> "Tally":
-        """Before the first batch."""
+        """Make the tally before the first batch."""
         return cls(
             np.zeros((concepts, latents, BINS), np.uint32),
             np.zeros((scopes, latents, BINS), np.uint32),
@@ -174,7 +174,7 @@ def f1(right: npt.NDArray[np.number], said: npt.NDArray[np.number], examples: np
 
 
 def auroc(yes_RB: Doubles, all_RB: Doubles, examples_R: Doubles, tokens_R: Doubles) -> Doubles:
-    """Of one latent, with its silent tokens as the lowest value; 0.5 where there is nothing to tell apart."""
+    """Compute that of one latent, its silent tokens as the lowest value; 0.5 where there is nothing to tell apart."""
     positive = np.column_stack([examples_R - yes_RB.sum(1), yes_RB])
     negative = np.column_stack([tokens_R - all_RB.sum(1), all_RB]) - positive
     below = negative.cumsum(1) - negative

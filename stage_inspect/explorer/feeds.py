@@ -74,7 +74,7 @@ def connect(runs: Sequence[Pages], tell: Callable[[str], object]) -> None:
 
 
 def sha256_of(latents: Latents) -> str:
-    """Of the weights that a latents folder was made from."""
+    """Return that of the weights that a latents folder was made from."""
     return str(latents.meta.dictionary.get("sha256"))
 
 

@@ -48,7 +48,7 @@ class LiveSettings:
     def find(
         cls, latents: Latents, model: str | None, dictionary: Path | None, flag: str = "--model"
     ) -> "LiveSettings":
-        """From the command line, else from the folder's records. Raises GranaryError for what is not here."""
+        """Take them from the command line, else from the folder's records. Raises GranaryError for what is not here."""
         recorded, was_at = latents.meta.model, Path(str(latents.meta.dictionary.get("path", "")))
         # A run folder that was moved, or is looked at from elsewhere, has it beside the latents.
         places = [dictionary] if dictionary else [was_at, Path(latents.url).parent / was_at.name]

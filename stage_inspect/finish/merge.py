@@ -44,7 +44,7 @@ def merge_block(files: list[PartFile], block: int, first: int, settings: Setting
 
 
 def smallest(columns: Columns, name: str, count: int, chance: Chance) -> Columns:
-    """Of each latent the `count` records of the smallest keys, and of equal keys the earliest, in that order."""
+    """Choose each latent's `count` records of the smallest keys, of equal keys the earliest, in that order."""
     order = np.lexsort((columns["place"], full_keys(name, columns, chance), columns["latent"]))
     latent = columns["latent"][order].astype(np.int64)
     starts = starts_of(latent)

@@ -45,7 +45,7 @@ class BatchReader:
     isolated: bool
 
     def batches(self, contexts: Ints) -> Iterator[Batch]:
-        """In the order of the contexts, which ascend."""
+        """Yield batches in the order of the contexts, which ascend."""
         units = self._units(contexts)
         reads = read_ahead(self.store, ((int(context), self.sites.reads) for unit in units for context in unit))
         for unit in units:

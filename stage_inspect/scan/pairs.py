@@ -25,7 +25,7 @@ class Pairs:
 
     @classmethod
     def of(cls, at_N: Ints, indices_NK: Ints, values_NK: Floats, num_latents: int) -> "Pairs":
-        """From sparse latents of the flat positions `at_N`, ascending; index -1 is padding."""
+        """Make them from sparse latents of the flat positions `at_N`, ascending; index -1 is padding."""
         fired = indices_NK >= 0
         latent = indices_NK[fired]
         order = stable_order(latent, num_latents)

@@ -40,7 +40,7 @@ class Firing:
 
     @classmethod
     def of(cls, parts: Sequence[tuple[Tensor, Tensor, Tensor]], num_latents: int) -> "Firing":
-        """From what `unpadded` gives of some tokens after others."""
+        """Make it from what `unpadded` gives of some tokens after others."""
         latent_P, value_P, count_N = (torch.cat(columns) for columns in zip(*parts, strict=True))
         tokens = torch.arange(len(count_N), dtype=torch.int32, device=count_N.device)
         counts = torch.bincount(latent_P.long(), minlength=num_latents)
@@ -59,7 +59,7 @@ class Firing:
         return self.ends.diff()
 
     def of_block(self, block: slice) -> tuple[Tensor, Tensor, Tensor]:
-        """Of latents start to stop of `block`: row within the block, token and value of each firing, [E] each."""
+        """Return each firing of latents start to stop of `block`: row within the block, token and value, [E] each."""
         some_E = self.order_P[int(self.ends[block.start]) : int(self.ends[block.stop])]
         return self.latent_P[some_E].long() - block.start, self.token_P[some_E].long(), self.value_P[some_E].double()
 
@@ -85,7 +85,7 @@ def _before(count: Tensor) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Together:
-    """Of the latents of a block of targets and all sources of a layer, [B, F] each, float64 sums over the sample."""
+    """How a block of targets fires with all sources of a layer: [B, F] each, float64 sums over the sample."""
 
     both: Tensor
     """Tokens on which both fire."""
@@ -96,7 +96,7 @@ class Together:
 
     @classmethod
     def count(cls, target: Firing, block: slice, source: Firing) -> "Together":
-        """In the order of tokens, some pairs at a time."""
+        """Count in the order of tokens, some pairs at a time."""
         rows, F = block.stop - block.start, len(source.ends) - 1
         both, source_sum, product = (
             torch.zeros(rows * F, dtype=torch.float64, device=target.ends.device) for _ in range(3)
@@ -117,7 +117,7 @@ class Together:
 def firing(
     store: Store, sources: Sequence[Source], contexts: npt.NDArray[np.int64], seen: Callable[[int], object]
 ) -> tuple[dict[int, Firing], int]:
-    """Of every layer that a dictionary reads, over the trainable tokens of `contexts`, and how many these are.
+    """Find that of every layer that a dictionary reads, over the trainable tokens of `contexts`, and their number.
 
     One dictionary at a time is in memory. `seen` is told of each context that a dictionary has read.
     """

@@ -76,7 +76,7 @@ class PinnedTokens:
         return cls(tuple(stores), data, blocks, tuple(dropped))
 
     def statistics(self, site: str) -> HookStatistics:
-        """Of the tokens that training reads; with a window, of the first block's."""
+        """Return those of the tokens that training reads; with a window, of the first block's."""
         parts = [part.store.statistics(site, part.measured_shards) for part in self.stores]
         if self.dropped is not None:
             parts = [rows.taken_from(site, whole) for rows, whole in zip(self.dropped, parts, strict=True)]
@@ -87,13 +87,13 @@ class RunInputs(Protocol):
     """What a run asks of the activations that it learns from, beside batches."""
 
     def statistics(self, site: str) -> HookStatistics:
-        """Of the tokens that training reads."""
+        """Return those of the tokens that training reads."""
 
     def sample(self, sites: Sites, seed: int) -> tuple[Tensor, Tensor]:
         """A few thousand tokens: x [M, d_in] and y [M, d_out], float32, row i the same token in both."""
 
     def records(self) -> list[dict[str, Any]]:
-        """Of each store, what a checkpoint holds."""
+        """Return what a checkpoint holds of each store."""
 
     def origin(self) -> dict[str, Any]:
         """Where the activations are from: model, length of a context, stores."""
@@ -135,11 +135,11 @@ class TrainingInputs:
         return cls(cfg, world, tokens, names)
 
     def statistics(self, site: str) -> HookStatistics:
-        """Of the tokens that training reads."""
+        """Return those of the tokens that training reads."""
         return self._statistics[site]
 
     def records(self) -> list[dict[str, Any]]:
-        """Of each store, what a checkpoint holds."""
+        """Return what a checkpoint holds of each store."""
         return [part.record() for part in self.stores]
 
     def origin(self) -> dict[str, Any]:

@@ -36,7 +36,7 @@ class SiteSums:
 
     @classmethod
     def zero(cls, width: int) -> Self:
-        """Of no rows."""
+        """Make the sums of no rows."""
         return cls(np.zeros(width), np.zeros(width), 0.0)
 
     def add(self, total_D: NDArray[np.float64], squares_D: NDArray[np.float64], norms: float) -> None:
@@ -58,7 +58,7 @@ class DroppedRows:
 
     @classmethod
     def none(cls, bounds: Mapping[str, float], widths: Mapping[str, int]) -> Self:
-        """Before any is found."""
+        """Make the record of a store of which no row is dropped."""
         return cls(bounds, [], {site: SiteSums.zero(width) for site, width in widths.items()})
 
     def add(self, row: int, positions: NDArray[np.int64], rows: Mapping[str, NDArray[np.float64]]) -> None:

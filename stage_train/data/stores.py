@@ -26,7 +26,7 @@ class PinnedStore:
 
     @property
     def slice(self) -> StoreSlice:
-        """As the stream reads it."""
+        """The store's part that the stream reads."""
         contexts = [np.asarray(self.store.shard_contexts(shard), np.int64) for shard in self.shards]
         return StoreSlice(self.store, np.concatenate([np.empty(0, np.int64), *contexts]), self.weight)
 

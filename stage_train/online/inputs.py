@@ -19,14 +19,14 @@ from stage_train.data.stream.permutation import Purpose, random_order
 
 
 class BufferedInputs:
-    """Of the rows that are in the buffers when it is made."""
+    """What a run asks of the activations, answered from the rows that are in the buffers when it is made."""
 
     def __init__(self, rows: Mapping[str, Tensor], model: Mapping[str, Any]) -> None:
         """`rows` [N, D] of each place; `model` is the record of what computed them."""
         self.rows, self.model = rows, model
 
     def statistics(self, site: str) -> HookStatistics:
-        """Of the first filling. Raises GranaryError where an activation is not finite."""
+        """Return those of the first filling. Raises GranaryError where an activation is not finite."""
         found = RowStatistics.empty(self.rows[site].shape[1])
         for block_ND in torch.split(self.rows[site], BLOCK_ROWS):
             block_1ND = block_ND.float().cpu().numpy().copy()[None]

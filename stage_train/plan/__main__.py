@@ -42,7 +42,7 @@ def register() -> None:
 
 
 def planned(overrides: Sequence[str]) -> PlanSchema:
-    """As ``python -m stage_train`` composes it; what is for Hydra alone says nothing about a run."""
+    """Compose the configuration as ``python -m stage_train`` does; what is for Hydra alone says nothing about a run."""
     given = [one for one in overrides if not one.startswith("hydra")]
     # Hydra's own node, which names the output folder, is not there: nothing is written.
     filled = fill(compose("train", ["out_dir=${run_dir}/sae", *expand_counts(expand_shorthands(given), PlanSchema)]))

@@ -82,7 +82,7 @@ class PlannedRun:
 
     @property
     def dead_fraction(self) -> float:
-        """Of the latents, for AuxK."""
+        """Share of the latents that AuxK works on."""
         learning = self.spec.learning
         dies = learning.auxk_alpha > 0 and self.spec.length.tokens > learning.dead_after_tokens
         return self.cfg.dead_fraction if dies else 0.0

@@ -118,7 +118,7 @@ class Checkpoints:
         self._pending = self._publisher.submit(self._publish, future, partial, final)
 
     def wait(self) -> None:
-        """Until the last save is complete on disk and pointed to. Raises GranaryError when the disk is full."""
+        """Wait until the last save is whole on disk and pointed to. Raises GranaryError when the disk is full."""
         if self._pending is None:
             return
         pending, self._pending = self._pending, None

@@ -69,7 +69,7 @@ def _continues(held: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
 
 
 def identity_in(folder: Path) -> Mapping[str, Any] | None:
-    """Of the run that a folder holds a checkpoint or an exported SAE of; None without either."""
+    """Return that of the run whose checkpoint or exported SAE a folder holds; None without either."""
     for state in sorted(folder.glob(f"checkpoints/step-*/{STATE}"), reverse=True):
         if not state_is_intact(state.parent):
             continue  # one before it tells as well

@@ -90,7 +90,7 @@ class TensorWriter(BlockingAsyncStager, StorageWriter):
         return [WriteResult(item.index, parts[fqn].nbytes, written) for fqn, item in items.items()]
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        """On the coordinator, when all ranks have written."""
+        """End the save, on the coordinator, when all ranks have written."""
         files = {one.storage_data.file: one.storage_data.digest for of_rank in results for one in of_rank}
         write_digests(self.folder, files)
 
@@ -99,7 +99,7 @@ class TensorWriter(BlockingAsyncStager, StorageWriter):
         return [replace(plan, storage_data=rank) for rank, plan in enumerate(plans)]
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
-        """As it is."""
+        """Return the plan as it is."""
         return plan
 
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
@@ -118,7 +118,7 @@ class TensorReader(HuggingFaceStorageReader):
     """torch's reader, which refuses a checkpoint that lacks parts of a tensor: it would leave them as they are."""
 
     def read_metadata(self) -> Metadata:
-        """From the headers of all files of the folder. Raises ValueError naming a tensor that is not whole."""
+        """Read the headers of all files of the folder. Raises ValueError naming a tensor that is not whole."""
         metadata: Metadata = super().read_metadata()
         for name, tensor in metadata.state_dict_metadata.items():
             assert isinstance(tensor, TensorStorageMetadata)

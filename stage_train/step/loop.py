@@ -26,7 +26,7 @@ class Learner(Protocol):
 
     @property
     def name(self) -> str:
-        """Of its folder."""
+        """The name of the run's folder."""
 
     @property
     def step(self) -> int:
@@ -46,7 +46,7 @@ class Learner(Protocol):
         """Begin to write one."""
 
     def wait_for_save(self) -> None:
-        """Until it is on disk."""
+        """Wait until the checkpoint is on disk."""
 
     def close(self) -> None:
         """End recording."""
@@ -140,7 +140,7 @@ class Loop:
                     run.save()
 
     def wait_for_saves(self) -> None:
-        """Until what is pending anywhere, also of runs that have ended, is on disk."""
+        """Wait until what is pending anywhere, also of runs that have ended, is on disk."""
         for run in self.runs:
             run.wait_for_save()
 

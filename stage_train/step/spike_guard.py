@@ -55,7 +55,7 @@ class SpikeGuard:
         return False
 
     def state(self) -> dict[str, object]:
-        """As JSON."""
+        """Return what ``restore`` takes, as JSON."""
         return {"losses": list(self.losses), "refused": self.refused}
 
     def restore(self, state: dict[str, object]) -> None:

@@ -24,7 +24,7 @@ class WeightAverage:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """After optimiser step number `step`, counted from 0."""
+        """Average in the weights after optimiser step number `step`, counted from 0."""
         decay = min(self.decay, (1 + step) / (10 + step))
         for name, average in self.tensors.items():
             average.lerp_(self.weights[name].detach(), 1 - decay)

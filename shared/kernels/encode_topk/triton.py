@@ -138,7 +138,7 @@ def config_for(d_model: int) -> dict[str, int]:
 
 
 def select_config(k: int, warp_columns: int) -> dict[str, int]:
-    """Of ``_select``: slots of a row's candidate buffer, warps at 16 keys per thread, and columns of one turn.
+    """Choose for ``_select``: slots of a row's candidate buffer, warps at 16 keys per thread, columns of one turn.
 
     For up to 128 picks a row is one warp's, and a turn has no barrier. A buffer of at least 2 k + 1 turn is cut when it
     is full: cutting earlier keeps the bar fresher, but costs more than it saves (measured on an H100 at k 64 and 128).
@@ -150,7 +150,7 @@ def select_config(k: int, warp_columns: int) -> dict[str, int]:
 
 
 def unpack_config(k: int, config: dict[str, int]) -> dict[str, int]:
-    """Of ``_unpack``, for the buffers of ``_select``."""
+    """Choose for ``_unpack``, which reads the buffers of ``_select``."""
     slots: int = triton.next_power_of_2(k)
     warps = max(4, config["num_warps"])
     return {"CAPACITY": config["CAPACITY"], "SLOTS": slots, "RANK_BLOCK": RANK_BLOCK, "num_warps": warps}

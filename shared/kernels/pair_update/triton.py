@@ -129,7 +129,7 @@ class PairWalk:
 
     @property
     def arguments(self) -> tuple[torch.Tensor, ...]:
-        """As the kernels take them."""
+        """Return what the kernels take, in their order."""
         return (*self.term.arguments, self.slot_F, self.extra_RD)
 
 

@@ -169,7 +169,7 @@ class Walk:
 
     @property
     def arguments(self) -> tuple[torch.Tensor, ...]:
-        """As the kernels take them."""
+        """Return what the kernels take, in their order."""
         return self.coefficients_P, self.tokens_P, self.offsets_F, self.rows_ND, self.chunks_CD
 
 

@@ -143,7 +143,7 @@ class Tiles:
 
     @property
     def arguments(self) -> tuple[torch.Tensor, ...]:
-        """As the kernels take them."""
+        """Return what the kernels take, in their order."""
         return self.latents_T, self.firsts_T, self.lasts_T
 
 

@@ -51,7 +51,7 @@ class Folded:
         provenance: Mapping[str, Any],
         form: str,
     ) -> Self:
-        """From a config and its ``state_dict``; `places` are the columns that each group reads and writes.
+        """Fold a config and its ``state_dict``; `places` are the columns that each group reads and writes.
 
         Raises GranaryError, naming the format `form`, for what has no such function.
         """

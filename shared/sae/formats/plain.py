@@ -32,7 +32,7 @@ NAMES: dict[str, dict[str, bool]] = {
 
 
 def matches(folder: Path) -> bool:
-    """Never: such a file is read where the user says so."""
+    """Whether a folder says that it is one: it never does, such a file is read where the user says so."""
     return False
 
 

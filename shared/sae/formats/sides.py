@@ -31,7 +31,7 @@ class Sides:
 
     @classmethod
     def of(cls, config: DictionaryConfig, tensors: Mapping[str, Tensor]) -> Self:
-        """From a config and its ``state_dict``; ones and zeros where nothing of it can be folded."""
+        """Make them from a config and its ``state_dict``; ones and zeros where nothing of it can be folded."""
         if config.normalisation not in ("scale", "centre_scale"):
             d_in, d_out = torch.zeros(config.widths.d_in).double(), torch.zeros(config.widths.d_out).double()
             return cls(d_in + 1, d_in, d_out + 1, d_out)

@@ -67,7 +67,7 @@ def read(source: Source) -> RawDictionary:
 
 
 def kind_of(cfg: Document) -> str:
-    """Of dictionary."""
+    """Return the kind of dictionary."""
     transcodes, skips = cfg.flag("transcode", False), cfg.flag("skip_connection", False)
     if skips and not transcodes:
         raise GranaryError(f"{cfg.where} has skip_connection=True with transcode=False: a skip of what it gives back")

@@ -46,7 +46,7 @@ class Rule:
     def facts(
         self, centred: Sequence[Tensor], num_tokens: int, k: int | None, reduce_all: Reduce, reduce_rows: Reduce
     ) -> list[BatchFacts]:
-        """Of the micro-batches' encoder inputs; see ``Objective.facts``."""
+        """Collect those of the micro-batches' encoder inputs; see ``Objective.facts``."""
         raise NotImplementedError
 
     def after_step(self, facts: BatchFacts | None) -> None:
@@ -68,11 +68,11 @@ class TopKRule(Rule):
     looks_at_all = True
 
     def losses(self, x: Tensor, y: Tensor, inputs: StepInputs) -> Losses:
-        """By the sparse step."""
+        """Compute them by the sparse step."""
         return sparse_losses(self.terms, x, y, inputs, self.select)
 
     def select(self, centred_ND: Tensor, inputs: StepInputs) -> Selection:
-        """In descending order: the first k columns are the main ones."""
+        """Select in descending order: the first k columns are the main ones."""
         own, learning, activation = self.own, self.terms.learning, self.own.group.activation
         assert isinstance(activation, TopK)
         k = activation.k if inputs.k is None else inputs.k
@@ -102,7 +102,7 @@ class BatchTopKRule(Rule):
         return activation
 
     def losses(self, x: Tensor, y: Tensor, inputs: StepInputs) -> Losses:
-        """By the sparse step; rows without facts are the batch."""
+        """Compute them by the sparse step; rows without facts are the batch."""
         if inputs.facts is None:
             with torch.no_grad():
                 centred_ND = self.terms.prepare(x, y)[0]
@@ -130,7 +130,7 @@ class BatchTopKRule(Rule):
         return Selection(values_NM.masked_fill(indices_NM < 0, 0), indices_NM, main, extra)
 
     def needs_facts(self, *, cut: bool) -> bool:
-        """Always: which pairs are kept is the whole batch's choice."""
+        """Whether facts are needed: they are, as which pairs are kept is the whole batch's choice."""
         return True
 
     def facts(
@@ -170,7 +170,7 @@ class DenseRule(Rule):
     """Activations whose L0 is free."""
 
     def losses(self, x: Tensor, y: Tensor, inputs: StepInputs) -> Losses:
-        """By dense products."""
+        """Compute them by dense products."""
         return dense_losses(self.terms, x, y, inputs, self.form())
 
     def form(self) -> DenseForm:
@@ -178,7 +178,7 @@ class DenseRule(Rule):
         raise NotImplementedError
 
     def needs_facts(self, *, cut: bool) -> bool:
-        """For tanh_quad, whose frequencies are the whole batch's."""
+        """Whether facts are needed: for tanh_quad, whose frequencies are the whole batch's."""
         return self.terms.learning.penalty == "tanh_quad" and cut
 
     def facts(

@@ -110,14 +110,14 @@ class _Spans:
         return slice(start, start + self.sizes[rank][slot])
 
     def read(self, messages_RNP: Tensor, layers: int) -> list[Tensor]:
-        """Of the first layers, [N, R] each."""
+        """Read those of the first layers, [N, R] each."""
         return [
             torch.cat([messages_RNP[rank, :, self._span(rank, slot)] for rank, slot in self.ranks.homes(layer)], 1)
             for layer in range(layers)
         ]
 
     def scatter(self, grads: Sequence[Tensor]) -> Tensor:
-        """For each process, the gradients of what it sent."""
+        """Return to each process the gradients of what it sent."""
         parts = grads[0].new_zeros(len(self.sizes), len(grads[0]), self.longest)
         for layer, grad_NR in enumerate(grads):
             homes = self.ranks.homes(layer)
@@ -127,6 +127,6 @@ class _Spans:
         return parts
 
     def own(self, sums_NP: Tensor) -> list[Tensor]:
-        """Of the layers here."""
+        """The spans of the layers here."""
         rank = self.ranks.rank
         return [sums_NP[:, self._span(rank, slot)] for slot in range(len(self.sizes[rank]))]

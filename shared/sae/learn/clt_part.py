@@ -81,7 +81,7 @@ class PartTerms(LossTerms):
         return list(zip(exchange.values([values_NK for values_NK, _ in own]), exchange.indices, strict=True))
 
     def exchange(self, indices: Sequence[Tensor]) -> Exchange:
-        """With what the layers here fire."""
+        """Exchange what the layers here fire."""
         part = self.part
         first, _ = part.share.span(part.config.per_layer)
         return Exchange(self.ranks, indices, [first] * len(indices), len(part.decoders))
@@ -229,8 +229,10 @@ def best_of_shares(part: CLTPart, given: Sequence[Tensor], k: int) -> list[Picks
 
 
 def chosen(ranks: LayerRanks, own: Sequence[Picks], k: int, *, together: bool) -> list[Picks]:
-    """Of the k best of every share of a layer, `own` those of the layers here, the k best of each layer, or of all
-    together: those that are here."""
+    """Choose the k best of each layer, or of all together, from the k best of every share; returns those that are here.
+
+    `own` are the shares of the layers here.
+    """
     if not together and ranks.own.parts == 1:
         return list(own)
     mine_SNK = ranks.padded([values_NK for values_NK, _ in own])

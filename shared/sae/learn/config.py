@@ -102,7 +102,7 @@ class LearningConfig:
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> Self:
-        """From a record of ``to_dict``, of which another version may know other keys: those are left out."""
+        """Read a record of ``to_dict``, of which another version may know other keys: those are left out."""
         known = {field.name for field in dataclasses.fields(cls)}
         return cls(**{name: value for name, value in fields.items() if name in known})
 

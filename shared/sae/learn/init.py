@@ -172,7 +172,7 @@ def initialise(
 
 @dataclass(frozen=True)
 class Moments:
-    """Of activations of several sites side by side: mean and variance, and the mean norm of a token of each site."""
+    """Mean and variance of activations of several sites side by side, and the mean norm of a token of each site."""
 
     mean_D: Tensor
     variance_D: Tensor
@@ -181,7 +181,7 @@ class Moments:
 
     @classmethod
     def of(cls, statistics: Sequence[ActivationStatistics] | None, sample_MD: Tensor, widths: tuple[int, ...]) -> Self:
-        """From the data set's statistics, or the sample's own; raises GranaryError where a site does not vary."""
+        """Take the data set's statistics, or the sample's own. Raises GranaryError where a site does not vary."""
         if statistics is None:
             mean_D, variance_D = sample_MD.mean(0), sample_MD.var(0, correction=0)
             norms = tuple(float(site_MD.norm(dim=1).mean()) for site_MD in sample_MD.split(widths, dim=1))

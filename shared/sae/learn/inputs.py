@@ -27,7 +27,7 @@ class BatchFacts:
     """tanh_quad: the batch's mean of tanh(c f) per latent, [F]."""
 
     def for_one_row(self) -> Self:
-        """For a row that stands in where a rank has none: it picks nothing."""
+        """Make those of a row that stands in where a rank has none: it picks nothing."""
         if self.groups:
             return replace(self, groups=tuple(one.for_one_row() for one in self.groups))
         if self.values is None or self.indices is None:

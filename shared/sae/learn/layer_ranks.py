@@ -31,7 +31,7 @@ class LayerRanks(LatentShard):
 
     @property
     def own(self) -> LayerShare:
-        """Of this process."""
+        """The share of this process."""
         return self.shares[self.rank]
 
     def gather(self, mine: Tensor) -> Tensor:
@@ -43,11 +43,11 @@ class LayerRanks(LatentShard):
         raise NotImplementedError
 
     def sum(self, tensor: Tensor) -> None:
-        """Over all processes, in place."""
+        """Sum over all processes, in place."""
         raise NotImplementedError
 
     def sum_in_layer(self, tensor: Tensor) -> None:
-        """Over those that own the same layers, in place."""
+        """Sum over those that own the same layers, in place."""
         raise NotImplementedError
 
     def gather_in_layer(self, mine: Tensor) -> Tensor:
@@ -132,7 +132,7 @@ class Exchange:
         return message_P
 
     def values(self, own: Sequence[Tensor]) -> list[Tensor]:
-        """Of each layer [N, K], from the `own` values [N, K] of the layers here. No gradient."""
+        """Return each layer's [N, K], from the `own` values [N, K] of the layers here. No gradient."""
         sent = [values_NK[mask_NK] for values_NK, mask_NK in zip(own, self._masks_NK, strict=True)]
         values_RP = self.ranks.gather(self._message(sent))
         found = []

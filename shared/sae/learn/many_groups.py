@@ -218,7 +218,7 @@ class ManyGroups:
     def facts(
         self, centred: Sequence[Tensor], num_tokens: int, k: int | None, reduce_all: Reduce, reduce_rows: Reduce
     ) -> list[BatchFacts]:
-        """Of the micro-batches' encoder inputs; see ``Objective.facts``."""
+        """Collect those of the micro-batches' encoder inputs; see ``Objective.facts``."""
         parts = [self._columns(normal_ND) for normal_ND in centred]
         return self._facts(list(zip(*parts, strict=True)), num_tokens, k, reduce_all)
 

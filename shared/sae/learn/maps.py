@@ -24,7 +24,7 @@ COLLAPSED = 0.8
 
 
 def load_names(config: DictionaryConfig) -> tuple[str, ...]:
-    """Of the metrics."""
+    """Return the names of the metrics of the load."""
     if not isinstance(config, MoLTConfig):
         return ()
     return ("load/max", "load/effective", *(f"load/{rank}" for rank in config.ranks))

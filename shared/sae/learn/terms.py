@@ -97,7 +97,7 @@ class LossTerms:
 
     @property
     def sole(self) -> "GroupTerms":
-        """Of the only group."""
+        """Return those of the only group."""
         (group,) = self.groups
         return group
 

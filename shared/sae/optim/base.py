@@ -258,7 +258,7 @@ class Optimiser:
 
 
 def project(grad: Tensor, weight: Tensor, unit_rows: bool) -> Tensor:
-    """Without each row's component along the weight's row, which has unit norm."""
+    """Remove from a gradient each row's component along the weight's row, which has unit norm."""
     return grad - (grad * weight).sum(1, keepdim=True) * weight if unit_rows else grad
 
 

@@ -108,7 +108,7 @@ class Dictionary(Computing):
 
     @property
     def group_names(self) -> tuple[str, ...]:
-        """Of groups that read a site each, its name, or where that is not known its number; empty where one group is
+        """Names of groups that read a site each, or their numbers where no site is known; empty where one group is
         all."""
         if self.config.num_groups == 1:
             return ()

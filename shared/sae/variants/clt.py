@@ -83,7 +83,7 @@ class CLTConfig(DictionaryConfig):
 
     @property
     def widths(self) -> SiteWidths:
-        """As many sites on each side as layers."""
+        """Widths of as many sites on each side as layers."""
         return SiteWidths(self.read_widths, self.write_widths)
 
     @property
@@ -98,7 +98,7 @@ class CLTConfig(DictionaryConfig):
 
     @classmethod
     def from_widths(cls, widths: SiteWidths) -> dict[str, Any]:
-        """As many on each side."""
+        """Make a config of as many sites on each side."""
         return {"read_widths": widths.reads, "write_widths": widths.writes}
 
 
@@ -262,7 +262,7 @@ class CLT(Dictionary):
 
 
 def largest(picks: list[Picks], k: int) -> list[Picks]:
-    """Of picks of several groups, the k largest values of each token; at a tie the first group has precedence."""
+    """Keep each token's k largest values of picks of several groups; at a tie the first group has precedence."""
     values_NC = torch.cat([values_NK for values_NK, _ in picks], 1)
     places_NK = values_NC.topk(min(k, values_NC.shape[1]), dim=1).indices
     kept_NC = torch.zeros_like(values_NC, dtype=torch.bool).scatter_(1, places_NK, True)

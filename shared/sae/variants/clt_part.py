@@ -31,7 +31,7 @@ class LayerShare:
     parts: int = 1
 
     def sites(self, sites: Sites) -> Sites:
-        """Of a whole CLT's, those that the process reads and must produce."""
+        """Return those of a whole CLT's that the process reads and must produce."""
         reads, writes = ([side[layer] for layer in self.layers] for side in (sites.reads, sites.writes))
         return Sites(tuple(reads), tuple(writes), sites.unit)
 
@@ -57,7 +57,7 @@ def deal_layers(layers: int, owners: int) -> list[tuple[int, ...]]:
 
 
 def shares_of(layers: int, ranks: int, parts: int) -> list[LayerShare]:
-    """Of every rank; `parts` ranks, one after the other, own the same layers."""
+    """Return every rank's; `parts` ranks, one after the other, own the same layers."""
     hands = deal_layers(layers, ranks // parts)
     return [LayerShare(hand, part, parts) for hand in hands for part in range(parts)]
 
@@ -74,7 +74,7 @@ class Cut:
 
 
 class PartDecoder(nn.Module):
-    """Of the decoder of a layer that another process encodes, the columns that are written here."""
+    """The columns that are written here of the decoder of a layer that another process encodes."""
 
     def __init__(self, num_latents: int, d_out: int) -> None:
         super().__init__()
@@ -115,7 +115,7 @@ class CLTPart(CLT):
 
     @property
     def columns(self) -> list[int]:
-        """Of each written site, how many are here."""
+        """How many columns of each written site are here."""
         return [self.share.span(width)[1] for width in self.widths.writes]
 
     def _first_target(self, layer: int) -> int:
@@ -169,13 +169,13 @@ class CLTPart(CLT):
 
     @property
     def widths(self) -> SiteWidths:
-        """Of the sites that are read and written here."""
+        """Widths of the sites that are read and written here."""
         whole, layers = self.config.widths, self.share.layers
         return SiteWidths(tuple(whole.reads[layer] for layer in layers), tuple(whole.writes[layer] for layer in layers))
 
     @property
     def places(self) -> tuple[tuple[slice, slice], ...]:
-        """Of the layers owned here: what each reads of what is read here, and writes of what is written here."""
+        """What each layer owned here reads of what is read here, and writes of what is written here."""
         starts = [0, *accumulate(self.widths.reads)]
         decoders = self.decoders
         return tuple(
@@ -189,14 +189,14 @@ class CLTPart(CLT):
         return sum(group.num_latents for group in self.groups)
 
     def own_columns(self, y: Tensor) -> Tensor:
-        """Of whole written sites side by side, [..., sum of their widths], the columns that are written here."""
+        """Return the columns that are written here of whole written sites side by side, [..., sum of widths]."""
         if self.share.parts == 1:
             return y
         parts = y.split(self.widths.writes, -1)
         return torch.cat([part.narrow(-1, *self.share.span(part.shape[-1])) for part in parts], -1)
 
     def roles(self) -> dict[str, Role]:
-        """As in the whole, for what is here."""
+        """Return the whole's, for what is here."""
         held, unit = self.state_dict().keys(), self.config.unit_norm_decoder
         shared = LatentGroup.group_roles(self.groups[0], unit_norm_decoder=unit)
         own = {
@@ -205,7 +205,7 @@ class CLTPart(CLT):
         return {name: role for name, role in {**own, **Dictionary.roles(self)}.items() if name in held}
 
     def cuts(self) -> dict[str, Cut]:
-        """Of what the whole has in pieces: which are here. What is not named is here as it is."""
+        """Return which pieces of the whole are here. What is not named is here as it is."""
         whole, per_layer, part = self.config.widths, self.config.per_layer, self.share.span
         found = {}
         starts = {side: [0, *accumulate(sites)] for side, sites in (("in", whole.reads), ("out", whole.writes))}
@@ -225,7 +225,7 @@ class CLTPart(CLT):
         return found
 
     def latent_cut(self) -> Cut:
-        """Of a vector with an entry for each latent of the whole."""
+        """Return that of a vector with an entry for each latent of the whole."""
         first, rows = self.share.span(self.config.per_layer)
         spans = tuple((layer * self.config.per_layer + first, rows) for layer in self.share.layers)
         return Cut((self.config.d_latent,), 0, spans)

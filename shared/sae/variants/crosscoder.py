@@ -74,11 +74,11 @@ class Crosscoder(OneGroup):
         return torch.stack([part.norm(dim=1) for part in self.W_dec.split(self.widths.writes, dim=1)])
 
     def choice_norm(self) -> Tensor | None:
-        """Under ``gate=sum``, the sum over sites of a row's norms."""
+        """Return, under ``gate=sum``, the sum over sites of a row's norms."""
         if self.config.gate == "joint" or not ACTIVATION_KINDS[self.config.activation].fixes_l0:
             return None
         return self.site_norms().sum(0).detach()
 
     def decoder_norm(self) -> Tensor | None:
-        """As the gate says."""
+        """Return what the gate says."""
         return self.site_norms().sum(0) if self.config.gate == "sum" else super().decoder_norm()

@@ -79,7 +79,7 @@ class MoLTConfig(TranscoderConfig):
 
     @property
     def rank_of_each(self) -> tuple[int, ...]:
-        """Of every latent: block by block, the highest rank of each block first."""
+        """The rank of every latent: block by block, the highest rank of each block first."""
         block = [int(rank) for rank, count in self.ranks.items() for _ in range(count // self.blocks)]
         return tuple(block * self.blocks)
 
@@ -122,7 +122,7 @@ def read_ranks(given: object) -> dict[str, int]:
 
 
 def shown(ranks: Mapping[Any, Any]) -> str:
-    """As they are written on a command line."""
+    """Return ranks as they are written on a command line."""
     return "{" + ",".join(f"{rank}:{count}" for rank, count in ranks.items()) + "}"
 
 

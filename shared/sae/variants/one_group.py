@@ -77,7 +77,7 @@ class OneGroup(LatentGroup, Dictionary):
         return [(values_NK, indices_NK)]
 
     def decoded(self, values_NK: Tensor, indices_NK: Tensor, read_ND: Tensor | None = None) -> Tensor:
-        """Without b_dec, [N, D_out]."""
+        """Decode without b_dec, [N, D_out]."""
         return self.written(values_NK, indices_NK, read_ND=read_ND)
 
     def centred(self, normal_ND: Tensor) -> Tensor:

@@ -33,11 +33,11 @@ class TiedGroup(LatentGroup):
 
     @property
     def W_dec(self) -> Tensor:  # type: ignore[override]  # noqa: N802 (it stands for a parameter)
-        """As without tying, [F, sum of the targets' widths], with gradient: as large as that."""
+        """The decoder as without tying, [F, sum of the targets' widths], with gradient: as large as that."""
         return self.decoder_rows(torch.arange(self.num_latents, device=self.W_enc.device))
 
     def group_roles(self, *, unit_norm_decoder: bool) -> dict[str, Role]:
-        """Without the decoder's."""
+        """Return the group's, without the decoder's."""
         roles = super().group_roles(unit_norm_decoder=unit_norm_decoder)
         del roles["W_dec"]
         return roles
@@ -77,7 +77,7 @@ class PerSource(TiedGroup):
         return y_MD.view(self.targets, len(values_NK), -1).transpose(0, 1).flatten(1)
 
     def written(self, values_NK: Tensor, indices_NK: Tensor, *, read_ND: Tensor | None = None) -> Tensor:
-        """Without gradient."""
+        """Write without gradient."""
         y_MD = decode(*self._by_target(values_NK, indices_NK), self.W_row, kernels=self.kernels)
         return y_MD.view(self.targets, len(values_NK), -1).transpose(0, 1).flatten(1)
 
@@ -88,7 +88,7 @@ class PerSource(TiedGroup):
         return (shares_TNK * values_NK).flatten(0, 1), indices_NK.repeat(self.targets, 1)
 
     def decoder_norm(self) -> Tensor | None:
-        """Of the whole row."""
+        """Return that of the whole row."""
         return None if self.has_unit_rows else self.shares.norm(dim=1) * self.W_row.norm(dim=1)
 
     @torch.no_grad()
@@ -125,7 +125,7 @@ class TargetDecoders(nn.Module):
             random_unit_rows(W_FD, generator)
 
     def roles(self, *, unit_norm_decoder: bool) -> dict[str, Role]:
-        """Of each matrix."""
+        """Return those of each matrix."""
         role = Role(latent_axis=0, rate="decoder", is_matrix=True, unit_rows=unit_norm_decoder)
         return {f"W.{number}": role for number in range(len(self.W))}
 
@@ -178,11 +178,11 @@ class PerTarget(TiedGroup):
         return torch.cat(parts, 1)
 
     def written(self, values_NK: Tensor, indices_NK: Tensor, *, read_ND: Tensor | None = None) -> Tensor:
-        """Without gradient."""
+        """Write without gradient."""
         return torch.cat([decode(values_NK, indices_NK, W, kernels=self.kernels) for W in self._matrices], 1)
 
     def decoder_norm(self) -> Tensor | None:
-        """Also with rows of unit norm at each target: an earlier layer has more of them."""
+        """Return the norms, with rows of unit norm at each target too: an earlier layer has more of them."""
         return torch.stack([W_FD.square().sum(1) for W_FD in self._matrices]).sum(0).sqrt()
 
 

@@ -35,12 +35,12 @@ class OneOf:
         return self.channel
 
     def text(self, vocabulary: Vocabulary) -> str:
-        """For people."""
+        """Return the condition for people."""
         shown = [repr(vocabulary.text_of(token)) for token in self.ids]
         return f"{SAID[self.channel]} {either(shown)}"
 
     def record(self) -> dict[str, Any]:
-        """For machines."""
+        """Return the condition for machines."""
         return {self.channel: list(self.ids)}
 
 
@@ -61,11 +61,11 @@ class Affix:
         return self.channel
 
     def text(self, vocabulary: Vocabulary) -> str:
-        """For people."""
+        """Return the condition for people."""
         return f"token {'starts with' if self.where == 'begins' else 'ends in'} {self.letters!r}"
 
     def record(self) -> dict[str, Any]:
-        """For machines, as a regular expression would say it."""
+        """Return the condition for machines, as a regular expression would say it."""
         return {self.where: self.letters}
 
 
@@ -85,11 +85,11 @@ class Labelled:
         return self.name
 
     def text(self, vocabulary: Vocabulary) -> str:
-        """For people."""
+        """Return the condition for people."""
         return self.said if self.is_true else f"not {self.said}"
 
     def record(self) -> dict[str, Any]:
-        """For machines."""
+        """Return the condition for machines."""
         return {"label": self.name, "is": self.is_true}
 
 

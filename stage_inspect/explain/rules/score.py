@@ -32,7 +32,7 @@ class Measured:
     recall: float
 
     def record(self) -> dict[str, Any]:
-        """As the notes keep it."""
+        """Return the figures as the notes keep them."""
         return {"value": self.value, "low": self.low, "high": self.high, "precision": self.precision,
                 "recall": self.recall}  # fmt: skip
 
@@ -50,7 +50,7 @@ class Scoring:
         self._all_U = self._by_unit(np.arange(half.num_tokens))
 
     def said(self, rule: Rule) -> npt.NDArray[np.bool_]:
-        """On which tokens [N] a rule holds."""
+        """Say on which tokens [N] a rule holds."""
         return np.asarray(rule.holds(self.half.channels, self.half.labels_NJ, self._size))
 
     def measure(self, said_N: npt.NDArray[np.bool_], latent: int) -> Measured | None:

@@ -69,7 +69,7 @@ class Embedding:
 
 
 def cosine(x: list[float], y: list[float]) -> float | None:
-    """Of two vectors; None where they have no angle."""
+    """Compute that of two vectors; None where they have no angle."""
     if len(x) != len(y):
         return None
     norm = float(np.linalg.norm(x) * np.linalg.norm(y))

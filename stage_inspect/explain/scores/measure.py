@@ -57,7 +57,7 @@ class Result:
 
     @property
     def brief(self) -> dict[str, Any]:
-        """For a control, beside the score that it controls."""
+        """Return the figures of a control, beside the score that it controls."""
         kept: dict[str, Any] = {key: self.details[key] for key in ("why", "f1", "auc", "counts") if key in self.details}
         return {"value": self.value, "low": self.low, "high": self.high, **kept}
 

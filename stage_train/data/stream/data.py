@@ -55,7 +55,7 @@ class Blocks(Protocol):
         """Whether a block can be read now."""
 
     def wait(self, block: int) -> None:
-        """Until it can."""
+        """Wait until a block can be read."""
 
 
 class TrainingData:

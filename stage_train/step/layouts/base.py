@@ -51,7 +51,7 @@ class Layout:
 
     @property
     def stream_world(self) -> int:
-        """Into how many shares the lanes are cut."""
+        """The number of shares into which the lanes are cut."""
         return self.world.size
 
     def begins_in_parts(self, config: DictionaryConfig) -> bool:
@@ -104,7 +104,7 @@ class Layout:
     # One step
 
     def zero_gradients(self, optimiser: Optimiser) -> None:
-        """Before the first backward of a step."""
+        """Clear what is left of the step before; called before the first backward of a step."""
         optimiser.zero_grad()
 
     def facts(
@@ -117,7 +117,7 @@ class Layout:
         return objective.facts(parts, num_tokens, k=k, reduce_all=reduce, reduce_rows=reduce)
 
     def losses(self, objective: Objective, x_ND: Tensor, y_ND: Tensor, inputs: StepInputs) -> Losses:
-        """Of some of this rank's rows."""
+        """Compute the losses of some of this rank's rows."""
         losses: Losses = objective(x_ND, y_ND, inputs)
         return losses
 

@@ -39,7 +39,7 @@ class LocalRows:
         self.rows = {name: parameter.to_local().detach() for name, parameter in self.sharded.items()}
 
     def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
-        """As an optimiser asks for them."""
+        """Yield names and parameters as an optimiser asks for them."""
         yield from self.rows.items()
 
     def roles(self) -> Mapping[str, Role]:
@@ -113,12 +113,12 @@ class FullySharded(Layout):
             part.copy_(distribute_tensor(values, self.mesh, [Shard(0)]).to_local() if sharded else values)
 
     def optimiser(self, objective: Objective, config: OptimiserConfig) -> Optimiser:
-        """Of the rank's own rows."""
+        """Build that of the rank's own rows."""
         assert self._local is not None
         return make_optimiser(self._local, config, rows=RowShare(self.world.size, all_reduce_sum))
 
     def zero_gradients(self, optimiser: Optimiser) -> None:
-        """Of the sharded parameters and of their local views."""
+        """Clear the gradients of the sharded parameters and of their local views."""
         assert self._local is not None
         optimiser.zero_grad()
         for parameter in self._local.sharded.values():

@@ -127,7 +127,7 @@ class LatentParallel(Layout):
         return role is not None and role.latent_axis is None
 
     def optimiser(self, objective: Objective, config: OptimiserConfig) -> Optimiser:
-        """Of the latents held here."""
+        """Build that of the latents held here."""
         return make_optimiser(objective.dictionary, config, rows=RowShare(self.latent, self._sum_over_latents))
 
     def _sum_over_latents(self, tensor: Tensor) -> None:
@@ -152,7 +152,7 @@ class LatentParallel(Layout):
         return losses
 
     def reduce_gradients(self, optimiser: Optimiser) -> Tensor:
-        """Over the data-parallel ranks that hold the same latents."""
+        """Sum gradients over the data-parallel ranks that hold the same latents."""
         found = gradients(optimiser)
         if self.stream_world > 1:
             sum_over(found, self.dp_group)
@@ -161,12 +161,12 @@ class LatentParallel(Layout):
         return joint_norm(parts, [grad for name, grad in named.items() if self.is_whole(name)], self.latent_group)
 
     def merge_dead(self, tokens_since_fired_F: Tensor) -> None:
-        """Over the ranks that hold the same latents."""
+        """Take the smallest counts of the ranks that hold the same latents."""
         if self.stream_world > 1:
             dist.all_reduce(tokens_since_fired_F, dist.ReduceOp.MIN, group=self.dp_group)
 
     def look_at_dead(self, objective: Objective, dead_now_F: Tensor, turn: int) -> Tensor:
-        """Also counts the whole group's, so that all its ranks agree whether AuxK is on."""
+        """Count the whole group's dead latents too, so that all its ranks agree whether AuxK is on."""
         own_R = super().look_at_dead(objective, dead_now_F, turn)
         count = dead_now_F.new_tensor(len(own_R), dtype=torch.int64)
         dist.all_reduce(count, group=self.latent_group)

@@ -33,7 +33,7 @@ sum_and_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sc
 
 
 class Ranks(LayerRanks):
-    """By torch.distributed."""
+    """What processes that own layers of one CLT exchange, by torch.distributed."""
 
     def __init__(
         self, shares: Sequence[LayerShare], rank: int, per_layer: int, layer_group: dist.ProcessGroup | None
@@ -88,11 +88,11 @@ class LayerParallel(Layout):
 
     @property
     def stream_world(self) -> int:
-        """One."""
+        """The number of shares of the rows: one."""
         return 1
 
     def shares(self, num_layers: int) -> list[LayerShare]:
-        """Of all ranks."""
+        """Return the shares of all ranks."""
         return shares_of(num_layers, self.world.size, self.parts)
 
     def sites(self, sites: Sites) -> Sites:
@@ -119,11 +119,11 @@ class LayerParallel(Layout):
             )
 
     def begins_in_parts(self, config: DictionaryConfig) -> bool:
-        """Always."""
+        """Whether each rank makes its part alone: it always does."""
         return True
 
     def num_latents(self, config: DictionaryConfig) -> int:
-        """Of the rank's layers, its share."""
+        """Return how many the rank computes: its share of its layers' latents."""
         share = self.shares(config.num_groups)[self.world.rank]
         return len(share.layers) * (config.d_latent // config.num_groups // self.parts)
 
@@ -142,7 +142,7 @@ class LayerParallel(Layout):
         return objective
 
     def optimiser(self, objective: Objective, config: OptimiserConfig) -> Optimiser:
-        """Of the rank's part; what unit norm asks of a row is added up over the ranks that hold pieces of it."""
+        """Build that of the rank's part; what unit norm asks of a row is summed over the ranks that hold its pieces."""
         part, ranks = _part(objective), _ranks(objective)
         layers = {f"layers.{layer}.W_dec": layer for layer in range(len(part.decoders))}
 
@@ -172,7 +172,7 @@ class LayerParallel(Layout):
         """No other rank encodes the same latents."""
 
     def look_at_dead(self, objective: Objective, dead_now_F: Tensor, turn: int) -> Tensor:
-        """Also tells every rank which latents of each layer are dead."""
+        """Tell every rank, too, which latents of each layer are dead."""
         part, ranks = _part(objective), _ranks(objective)
         rows, own_R = part.groups[0].num_latents, super().look_at_dead(objective, dead_now_F, turn)
         mine_F = torch.zeros_like(dead_now_F, dtype=torch.uint8).index_fill_(0, own_R, 1)
@@ -190,7 +190,7 @@ class LayerParallel(Layout):
         return float(sums[0] / sums[1])
 
     def means_of_groups(self, objective: Objective, held: Tensor) -> list[float]:
-        """Of all layers, each of which some rank holds, or several share."""
+        """Return the means of all layers, each of which some rank holds, or several share."""
         part, ranks = _part(objective), _ranks(objective)
         sums_L = held.new_zeros(ranks.num_layers)
         sums_L[list(part.share.layers)] = held.view(len(part.share.layers), -1).sum(1)

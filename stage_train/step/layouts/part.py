@@ -109,7 +109,7 @@ class GroupTopK(TopK):
     group: dist.ProcessGroup
 
     def select(self, encoder: Encoder, centred_ND: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """As ``best_of_group``."""
+        """Select as ``best_of_group`` does."""
         own = min(k, encoder.W_enc.shape[0])
         return best_of_group(*super().select(encoder, centred_ND, own), self.group, k)
 
@@ -157,7 +157,7 @@ class GroupShard(LatentShard):
         return self.num_dead
 
     def kth_largest(self, values_NR: Tensor, k: int) -> Tensor:
-        """Of the candidates of all ranks; every rank sends as many, with zeros where it has fewer."""
+        """Find it among all ranks' candidates; every rank sends as many, with zeros where it has fewer."""
         return self._largest(values_NR, k)[:, -1:]
 
     def least_of_largest(self, values_NK: Tensor, indices_NK: Tensor, count: int) -> Tensor:
@@ -175,8 +175,11 @@ class GroupShard(LatentShard):
         return torch.cat(gathered, dim=1).topk(k, dim=1).values
 
     def written(self, group: LatentGroup, values_NK: Tensor, indices_NK: Tensor, read_ND: Tensor) -> Tensor:
-        """By the group's first rank, which gets everyone's rows a block of columns at a time: a row of the result is
-        then the sum, in one order, that one process makes of it. Of latents that have no such rows, everyone's sum."""
+        """Write on the group's first rank, which gets everyone's rows a block of columns at a time.
+
+        A row of the result is then the sum, in one order, that one process makes of it. Of latents that have no such
+        rows it is everyone's sum.
+        """
         if not group.writes_rows:
             y_ND = group.written(values_NK, indices_NK, read_ND=read_ND)
             dist.all_reduce(y_ND, group=self.group)
