@@ -11,12 +11,14 @@ from shared.lm.tokenizer import SpecialIds
 from shared.store import Store
 from stage_harvest.config import BosPlacement, LongDocuments, PackingMode
 from stage_harvest.tokens.packing import Packer
+from stage_inspect.concepts.documents import documents
 from stage_inspect.explain import beginnings
 from stage_inspect.explain.beginnings import Beginnings
 from stage_inspect.explain.examples import choose
 from stage_inspect.explain.sides import Sides
 from stage_inspect.inspect import inspect
 from tests.inspection import WIDTH, inspect_config, small_sae
+from tests.latents import synthetic_vocabulary
 from tests.synthetic import synthetic_plan, synthetic_shard
 
 T = 16
@@ -107,6 +109,17 @@ def test_no_document_on_both_sides(tmp_path: Path, mode: str) -> None:
         assert min(len(train), len(tested)) > 4
         assert {len(one) for one in train + tested} == {1}
         assert not set.union(*train) & set.union(*tested)
-        for side, documents in zip(of_long, (train, tested), strict=True):
-            side.add(sum({41} == one for one in documents) > 1)
+        for side, of_side in zip(of_long, (train, tested), strict=True):
+            side.add(sum({41} == one for one in of_side) > 1)
     assert of_long == [{False, True}, {False, True}]  # many parts of the long one, all on one side
+
+
+@pytest.mark.parametrize("mode", ["isolated", "separate"])
+def test_documents_are_put_together_as_they_are_dealt_out(tmp_path: Path, mode: str) -> None:
+    """Concepts and rules read whole texts: those of the same parts, also where each context holds one document."""
+    store = packed_store(tmp_path, PackingMode(mode), LongDocuments.split, BosPlacement.none)
+    truth = scanned(store)
+    whole = list(documents(store, np.arange(40), synthetic_vocabulary()))
+    assert max(len(one.tokens) for one in whole) > T
+    for one in whole:
+        assert {truth[part] for part in one.parts} == {int(one.places[0])}
