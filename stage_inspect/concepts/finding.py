@@ -57,5 +57,5 @@ class Finding:
 
 
 def records(result: Result) -> dict[str, list[dict[str, Any]]]:
-    """Of each concept its latents with their scores, as JSON holds them."""
+    """The latents of each concept with their scores, as JSON holds them."""
     return {name: [asdict(one) for one in matches] for name, matches in result.matches.items()}

@@ -64,7 +64,7 @@ class Searching:
         self._listener: threading.Thread | None = None
 
     def progress(self) -> dict[str, Any]:
-        """Of the search that was started last; its state is none before the first."""
+        """Tell how far the search is that was started last; the state is none before the first."""
         with self._lock:
             return {"state": "none"} if self._progress is None else asdict(self._progress)
 

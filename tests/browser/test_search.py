@@ -43,7 +43,7 @@ def test_a_search_by_click_and_one_by_keyboard(browser: Browser, url: str) -> No
     browser.press(*"self")
     browser.run("document.querySelector('.search .primary').click()")
     browser.wait(lambda: browser.text(TOLD) == "Found: /self/.")
-    assert browser.text(".concepts section h2").startswith("/self/")
+    browser.wait(lambda: browser.text(".concepts section h2").startswith("/self/"))
     assert browser.run("return document.querySelector('.concepts tbody th a').getAttribute('href')") == "#/latent/4"
 
     browser.run("document.querySelector('.search textarea').value = ''")
@@ -56,6 +56,12 @@ def test_a_search_by_click_and_one_by_keyboard(browser: Browser, url: str) -> No
     assert browser.run("return document.activeElement.innerText") == "Search"
     assert not browser.run("return document.querySelector('.search progress').offsetParent")
 
+    browser.run(CHOOSE_PYTHON)
+    browser.run("document.querySelector('.search .primary').click()")
+    browser.wait(lambda: browser.text(TOLD) == "Found: self.")
+    browser.wait(lambda: browser.text(".concepts section h2").startswith("self"))  # before all that was found earlier
+
+    browser.run(CHOOSE_REGEX)
     browser.run("document.querySelector('.search textarea').value = ''")
     browser.run("document.querySelector('.search textarea').focus()")
     browser.press("(")
@@ -65,6 +71,18 @@ def test_a_search_by_click_and_one_by_keyboard(browser: Browser, url: str) -> No
     assert [one for one in browser.requested() if not one.startswith(url)] == []
 
 
+CHOOSE_PYTHON, CHOOSE_REGEX = (
+    f"const kind = document.querySelector('.search select'); kind.value = '{kind}';"
+    f"kind.dispatchEvent(new Event('change')); {then}"
+    for kind, then in (
+        (
+            "python",
+            "const what = document.querySelector('.asked select'); what.value = 'self';"
+            "what.dispatchEvent(new Event('input'))",
+        ),
+        ("regex", ""),
+    )
+)
 # Controls of the form that a screen reader could not name.
 UNNAMED = """
 return [...document.querySelectorAll('.search :is(input, select, textarea, progress)')]

@@ -8,8 +8,13 @@ import { searchPanel } from "./search.js";
 /** The page. */
 export async function conceptsPage(source) {
   const panels = h("div.columns.concepts");
-  const draw = async () => replace(panels, (await source.concepts()).map((concept) => panelOf(source, concept)));
-  await draw();
+  const draw = async (first) => {
+    const concepts = await source.concepts();
+    const isFirst = ({ name }) => first.includes(name);
+    const ordered = [...concepts.filter(isFirst), ...concepts.filter((concept) => !isFirst(concept))];
+    replace(panels, ordered.map((concept) => panelOf(source, concept)));
+  };
+  await draw([]);
   const search = source.meta.find && searchPanel(source, draw);
   return {
     title: "Concepts",

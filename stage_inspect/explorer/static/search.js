@@ -13,7 +13,7 @@ const KINDS = {
 const SPLITS = { heldout: "held out", train: "training", all: "all" };
 const remembered = { kind: "regex", texts: { regex: "", token: "", python: "all" }, split: "heldout", contexts: "" };
 
-/** {content, leave, shown}: a form that starts a search; `found` is called when there are new results. */
+/** {content, leave, shown}: a form that starts a search; `found` gets the names of the concepts that have results. */
 export function searchPanel(source, found) {
   const { find } = source.meta;
   let timer = 0;
@@ -44,7 +44,8 @@ export function searchPanel(source, found) {
     const what = remembered.kind === "python"
       ? h("select", common, h("option", { value: "all" }, "all of them"),
         Object.entries(find.python).map(([value, definition]) => h("option", { value }, `${value}: ${definition}`)))
-      : h("textarea", { ...common, rows: "1", placeholder, maxlength: String(find.concepts * (find.characters + 1)), spellcheck: "false", autocapitalize: "off",
+      : h("textarea", { ...common, rows: "1", placeholder, maxlength: String(find.concepts * (find.characters + 1)),
+        spellcheck: "false", autocapitalize: "off",
         onkeydown: (event) => event.key === "Enter" && (event.ctrlKey || event.metaKey) && begin(event) });
     what.value = remembered.texts[remembered.kind];
     const label = remembered.kind === "python" ? "Concept" : `${name}, one on each line`;
@@ -99,7 +100,7 @@ export function searchPanel(source, found) {
     } else if (state === "done") {
       replace(told, `Found: ${concepts.join(", ")}.`,
         Object.entries(absent).map(([name, why]) => h("span.error", {}, ` Left out: ${name}, ${why}.`)));
-      if (wasRunning) found();
+      if (wasRunning) found(concepts).catch((problem) => replace(told, h("span.error", {}, problem.message)));
     }
     if (had && !isRunning) start.focus();
     wasRunning = isRunning;
