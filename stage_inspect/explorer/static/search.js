@@ -23,7 +23,7 @@ export function searchPanel(source, found) {
   const bar = h("progress", { "aria-label": "Tokens read", max: "1" });
   const far = h("span.dim.num");
   const start = h("button.primary", {}, "Search");
-  const cancel = h("button", { type: "button", onclick: () => end() }, "Cancel");
+  const cancel = h("button", { type: "button", onclick: () => telling(() => source.ask("find/cancel", {})) }, "Cancel");
   const running = h("div.row.running", { hidden: true }, bar, far, cancel);
   const hint = h("p.caption", { id: "concept-hint" });
   const field = h("div.asked");
@@ -63,15 +63,8 @@ export function searchPanel(source, found) {
     if (!running.hidden) cancel.focus();
   }
 
-  async function end() {
-    cancel.disabled = true;
-    await telling(() => source.ask("find/cancel", {}));
-    cancel.disabled = false;
-  }
-
   /** Show what the server answers; an error is its sentence. */
   async function telling(ask) {
-    clearTimeout(timer);
     try {
       show(await ask());
     } catch (error) {
@@ -81,6 +74,7 @@ export function searchPanel(source, found) {
 
   function show({ state, tokens, total, error, concepts, left_out: absent }) {
     if (left) return;
+    clearTimeout(timer);
     const had = running.contains(document.activeElement);
     const isRunning = state === "running";
     running.hidden = !isRunning;
