@@ -35,6 +35,8 @@ PLACES: dict[str, tuple[Sites, SiteWidths]] = {
     "crosscoder": (Sites.of(IN, OUT), SiteWidths((9, 4), (9, 4))),
 }
 """Where each kind reads and writes, of unequal widths."""
+OF_ROWS = tuple(kind for kind in PLACES if kind != "molt")
+"""Kinds whose latents write a row each, which is what can be inspected."""
 
 
 def make(kind: str, dtype: torch.dtype = torch.float32, seed: int = 0, **given: Any) -> Objective:

@@ -76,7 +76,10 @@ def _table(gpu: str) -> dict[str, dict[str, int]]:
 
 
 def _read(path: Path) -> dict[str, dict[str, int]]:
-    if not path.is_file():
+    """The choices in a file; what is no table of whole numbers counts as not measured, so that no run fails by it."""
+    try:
+        table = json.loads(path.read_text(encoding="utf-8"))
+        found = {str(name): dict(choice) for name, choice in table.items()}
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
         return {}
-    table: dict[str, dict[str, int]] = json.loads(path.read_text())
-    return table
+    return {name: choice for name, choice in found.items() if {type(size) for size in choice.values()} <= {int}}

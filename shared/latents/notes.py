@@ -223,15 +223,15 @@ class Notes:
     def name(self, latent: int) -> str | None:
         """The first line of what a person noted on a latent, or its newest explanation; None where there is neither.
 
-        A rule is no name while something else is said; nor is one of an F1 below `NAMING`.
+        A rule is no name while something else is said; nor is one of an F1 below `NAMING`, or whose interval meets that
+        of a control, as "any token" does of a latent that fires nearly everywhere.
         """
         if note := self.note(latent):
             return note.split("\n")[0]
         said = self.explanations(latent)
         if others := [one for one in said if one.method != RULE]:
             return others[-1].text
-        values = [one.value for one in self.scores(said[-1].id) if one.value is not None] if said else []
-        return said[-1].text if values and max(values) >= NAMING else None
+        return said[-1].text if said and any(map(_is_good, self.scores(said[-1].id))) else None
 
     def set_note(self, latent: int, text: str) -> None:
         """Write the note on a latent; an empty text removes it."""
@@ -388,6 +388,17 @@ def _index(db: sqlite3.Connection, row: int, kind: str, latent: int, text: str) 
     db.execute("DELETE FROM search WHERE rowid = ?", (row,))
     if text:
         db.execute("INSERT INTO search(rowid, text, kind, latent) VALUES (?, ?, ?, ?)", (row, text, kind, latent))
+
+
+def _is_good(score: Score) -> bool:
+    """Whether a rule of this score may name its latent."""
+    if score.value is None or score.value < NAMING:
+        return False
+    controls = score.details.get("controls")
+    highest = (
+        [one.get("high") for one in controls.values() if isinstance(one, dict)] if isinstance(controls, dict) else []
+    )
+    return all(score.low is not None and score.low > high for high in highest if isinstance(high, int | float))
 
 
 def conditions(text: str) -> tuple[str, list[str]]:

@@ -94,3 +94,16 @@ def test_a_torn_write_leaves_the_file_as_it_was(monkeypatch):
     with pytest.raises(OSError, match="no space"):
         tuning.save("NVIDIA H200", {tuning.key("row_grad", 64): {"BLOCK_P": 4}})
     assert path.read_text() == before
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "3", '{"a": 1}', '{"a": {"rows": "x"}}', "[" * 100_000, "\ud800"])
+def test_a_damaged_file_measured_nothing(monkeypatch, text):
+    path = tuning.tuning_file("Some GPU")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(text.encode("utf-8", "surrogatepass"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Some GPU")
+    tuning._table.cache_clear()
+    assert tuning.tuned("row_grad", 64, {"rows": 4}) == {"rows": 4}
+    tuning.save("Some GPU", {tuning.key("row_grad", 64): {"rows": 8}})
+    assert tuning.tuned("row_grad", 64, {"rows": 4}) == {"rows": 8}

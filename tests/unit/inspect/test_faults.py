@@ -11,7 +11,6 @@ from shared.basics.errors import GranaryError
 from shared.latents.folder import Latents
 from shared.sae.loading import load
 from shared.sae.sites import side_by_side
-from shared.sae.variants import VARIANTS
 from shared.store import Store
 from stage_inspect import job as jobs
 from stage_inspect.finish.weights import decoder_rows
@@ -21,7 +20,7 @@ from stage_inspect.scan.settings import Settings
 from stage_inspect.scan.state import PartState, Wanted
 from tests.inspection import HOOK, LATENTS, WIDTH, content, inspect_config, small_sae, small_store
 from tests.synthetic import synthetic_plan, synthetic_shard, synthetic_tokens
-from tests.variants import PLACES, make
+from tests.variants import OF_ROWS, PLACES, make
 
 
 def padded_store(folder: Path, *, hole: bool = False) -> Store:
@@ -146,7 +145,7 @@ def test_values_are_those_that_encode_gives(tmp_path: Path, normalisation: str) 
     assert value.item() == pytest.approx(one.value, rel=1e-6)
 
 
-@pytest.mark.parametrize("kind", [kind for kind in VARIANTS if kind != "sae"])
+@pytest.mark.parametrize("kind", [kind for kind in OF_ROWS if kind != "sae"])
 def test_every_kind_of_dictionary(tmp_path: Path, kind: str) -> None:
     dictionary = make(kind).dictionary
     sites, widths = PLACES[kind]
@@ -169,3 +168,11 @@ def test_every_kind_of_dictionary(tmp_path: Path, kind: str) -> None:
     )
     cosines[latent] = -2
     assert near.latent == int(cosines.argmax())
+
+
+def test_a_dictionary_without_decoder_rows_is_refused(tmp_path: Path) -> None:
+    sites, _ = PLACES["molt"]
+    small_store(tmp_path / "store", hooks=dict(zip((*sites.reads, *sites.writes), (9, 7), strict=True)))
+    make("molt").dictionary.save_pretrained(tmp_path / "sae")
+    with pytest.raises(GranaryError, match=r"is a molt, whose latents are maps"):
+        inspect(inspect_config(tmp_path))

@@ -26,7 +26,7 @@ from stage_inspect.explain.rules.search import Search, best_set
 from stage_inspect.inspect import inspect
 from tests.inspection import HOOK, inspect_config, small_sae, small_store
 from tests.synthetic import synthetic_plan, synthetic_store
-from tests.variants import PLACES, make
+from tests.variants import OF_ROWS, PLACES, make
 
 WORDS = ["cat", "dog", " runs", " ran", " walking", " talking", " singing", " eating", "(", ")", "\n", "7", " the", "#"]
 T, CONTEXTS, D = 64, 48, 8
@@ -223,7 +223,7 @@ def test_source_is_told_from_prose() -> None:
 
 
 @pytest.mark.parametrize(
-    "kind", [kind if kind == "clt" else pytest.param(kind, marks=pytest.mark.slow) for kind in PLACES]
+    "kind", [kind if kind == "clt" else pytest.param(kind, marks=pytest.mark.slow) for kind in OF_ROWS]
 )
 def test_every_kind_of_dictionary_has_rules(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     dictionary = make(kind).dictionary

@@ -97,3 +97,22 @@ def test_a_disk_that_is_full_is_one_line(notes: Notes) -> None:
     with pytest.raises(GranaryError, match=r"notes\.sqlite can't be written \(database or disk is full\)"):
         notes.set_note(1, "much " * 100_000)
     assert Notes(notes.path, writable=True).note(1) == "before"
+
+
+@pytest.mark.parametrize(
+    ("value", "low", "controls", "is_name"),
+    [
+        (0.9, 0.8, {"empty": {"value": 0.1, "low": 0.0, "high": 0.2}}, True),
+        (0.65, 0.6, {"empty": {"value": 0.65, "low": 0.6, "high": 0.7}}, False),  # "any token" of a dense latent
+        (0.65, 0.6, {"shuffled": {"value": 0.1, "low": 0, "high": 0.2}, "empty": {"value": 0.6, "high": 0.61}}, False),
+        (0.4, 0.3, {}, False),
+        (None, None, {}, False),
+        (0.9, None, "of another kind", True),
+    ],
+)
+def test_a_rule_is_a_name_where_it_beats_its_controls(
+    notes: Notes, value: float | None, low: float | None, controls: object, is_name: bool
+) -> None:
+    rule = notes.add_explanation(3, "token is 'a'", method="rule", author="granary")
+    notes.add_score(rule, "rule_f1", value, low, 1.0, {"controls": controls})
+    assert (notes.name(3) == "token is 'a'") == is_name
