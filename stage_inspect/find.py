@@ -3,16 +3,19 @@
 import argparse
 import json
 import os
-from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from shared.basics.config import Split
-from shared.basics.errors import GranaryError
 from shared.basics.files import write_text
 from shared.basics.run_folder import RunFolder
 from shared.launch.commands import program
 from shared.launch.outcome import ending_in_one_line
 from shared.launch.terminal import ShownConsole
+from stage_inspect.concepts.question import Question
+
+if TYPE_CHECKING:
+    from stage_inspect.concepts.search import Result
 
 FIND = """\
 Which latents stand for a concept. A concept is a regular expression, a set of tokens, spans that you marked (a JSON
@@ -57,24 +60,34 @@ def latents_url(run: str) -> str:
 
 def find(arguments: argparse.Namespace) -> None:
     """Search, show and keep; raises GranaryError for every wrong input before the pass."""
-    from rich.table import Table
     from tqdm import tqdm
 
-    from shared.latents.folder import Latents
-    from shared.store.choose import choose_contexts
-    from stage_inspect.concepts.labels import parse
-    from stage_inspect.concepts.search import Inspected, search
+    from stage_inspect.concepts.finding import Finding, records
 
-    if arguments.count < 1:
-        raise GranaryError(f"--count {arguments.count}: at least 1")
-    latents = Latents.open(latents_url(arguments.run))
-    inspected = Inspected.open(latents, arguments.sae, arguments.store)
-    concepts = parse(arguments.python, arguments.regex, arguments.token, inspected.vocabulary, arguments.spans)
-    contexts = choose_contexts(inspected.store, Split(arguments.split), arguments.contexts)
-    with tqdm(total=len(contexts) * inspected.store.seq_len, unit="tok", unit_scale=True, desc="find") as bar:
-        found = search(inspected, concepts, contexts, arguments.count, bar.update)
-    title = f"{arguments.split} tokens of {inspected.store.url}: chosen on {found.documents[0]:,} documents, scored on"
-    table = Table(title=f"{title} {found.documents[1]:,} others", title_justify="left")
+    question = Question(
+        python=arguments.python,
+        regex=arguments.regex,
+        token=arguments.token,
+        spans=arguments.spans,
+        split=Split(arguments.split),
+        contexts=arguments.contexts,
+        count=arguments.count,
+    )
+    finding = Finding(latents_url(arguments.run), arguments.sae, arguments.store, question)
+    with tqdm(total=finding.tokens, unit="tok", unit_scale=True, desc="find") as bar:
+        found = finding.run(bar.update)
+    show(found, f"{arguments.split} tokens of {finding.store_url}")
+    finding.keep(found)
+    if arguments.json is not None:
+        write_text(arguments.json, json.dumps(records(found), indent=1) + "\n")
+
+
+def show(found: "Result", tokens: str) -> None:
+    """Print the latents of each concept as a table; `tokens` says among which they were looked for."""
+    from rich.table import Table
+
+    title = f"{tokens}: chosen on {found.documents[0]:,} documents, scored on {found.documents[1]:,} others"
+    table = Table(title=title, title_justify="left")
     table.add_column("concept")
     for name in ("latent", "F1", "95 %", "F1 chosen", "prec.", "recall", "AUROC", "95 %"):
         table.add_column(name, justify="right", no_wrap=True)
@@ -97,18 +110,6 @@ def find(arguments: argparse.Namespace) -> None:
     console.print(table)
     for name, why in found.left_out.items():
         console.print(f"left out: {name}, {why}", markup=False)
-    record = {name: [asdict(one) for one in matches] for name, matches in found.matches.items()}
-    for name, rows in record.items():
-        result = {
-            "split": arguments.split,
-            "contexts": len(contexts),
-            "documents": list(found.documents),
-            "latents": rows,
-        }
-        if latents.notes.writable:
-            latents.notes.add_concept(name, concepts.definitions[name], result)
-    if arguments.json is not None:
-        write_text(arguments.json, json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -87,7 +87,7 @@ def serving(runs: Sequence[Run]) -> Iterator[Client]:
     """Serve these runs at a free port of this machine until the block ends."""
     listening = bind(HOST, 0)
     port = listening.getsockname()[1]
-    server = uvicorn.Server(uvicorn.Config(make_app(runs, port), log_level="warning", ws="none", lifespan="off"))
+    server = uvicorn.Server(uvicorn.Config(make_app(runs, port), log_level="warning", ws="none"))
     thread = threading.Thread(target=server.run, args=([listening],))
     thread.start()
     try:

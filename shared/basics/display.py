@@ -25,6 +25,11 @@ def shown(text: str) -> str:
     return ACTING.sub(lambda found: ascii(found[0])[1:-1], masked(text))
 
 
+def one_line(error: object) -> str:
+    """What an error says, on one line as it is shown."""
+    return shown(" ".join(str(error).split()))
+
+
 def masked(text: str) -> str:
     """`text` with the password of every URL in it replaced by ``***``, and the values of secrets in its query."""
     return SECRET.sub(rf"\1{MASK}", TOKEN.sub(rf"\1{MASK}@", PASSWORD.sub(rf"\1{MASK}@", text)))

@@ -14,7 +14,7 @@ from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
 from shared.basics.disk import describe, disk_fault
-from shared.basics.display import shown
+from shared.basics.display import one_line
 from shared.basics.errors import GranaryError
 from shared.launch.config_errors import describe_config_error
 
@@ -60,7 +60,7 @@ def fail(message: str) -> NoReturn:
         time.sleep(2)  # a fault all ranks share is told once: rank 0's exit makes torchrun end this one first
     where = f" (rank {rank})" if rank != "0" else ""
     with suppress(OSError):  # a stderr that can't be written either; the status says it
-        print(f"error{where}: {shown(' '.join(message.split()))}", file=sys.stderr, flush=True)  # noqa: T201
+        print(f"error{where}: {one_line(message)}", file=sys.stderr, flush=True)  # noqa: T201
     sys.exit(2)
 
 

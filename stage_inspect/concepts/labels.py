@@ -92,7 +92,7 @@ def parse(
     for text in regexes:
         try:
             patterns[f"/{text}/"] = re.compile(text, re.MULTILINE)
-        except re.error as error:
+        except (re.error, OverflowError, RecursionError) as error:
             raise GranaryError(f"{text!r} is no regular expression: {error}") from None
     sets = {}
     for text in tokens:

@@ -44,14 +44,16 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", help="model folder, hub id or bundled; default: the one that was harvested")
     parser.add_argument("--dictionary", type=Path, help="folder of the dictionary; default: where it was")
     written = "; without a name: beside the latents as {}, where the reports link to it"
+    parser.add_argument("--store", metavar="URL", help="the store, for searches; default: where it was")
     told = "write the pages into this folder, for any web host, and end" + written.format("explorer/")
     parser.add_argument("--folder", type=Path, nargs="?", const=BESIDE, help=told)
     told = "write one HTML file of some latents, and end" + written.format("latents.html")
     parser.add_argument("--html", type=Path, nargs="?", const=BESIDE, help=told)
     parser.add_argument("--latents", help="which go into --html: numbers separated by commas; default: 200 by chance")
     arguments = parser.parse_args(argv)
-    if len(arguments.run) > 1 and (arguments.folder or arguments.html or arguments.model or arguments.dictionary):
-        parser.error("--folder, --html, --model and --dictionary are for one run")
+    of_one = ("folder", "html", "model", "dictionary", "store")
+    if len(arguments.run) > 1 and any(getattr(arguments, name) for name in of_one):
+        parser.error("--folder, --html, --model, --dictionary and --store are for one run")
     return arguments
 
 
@@ -104,6 +106,7 @@ def serve(opened: "list[Documents]", arguments: argparse.Namespace) -> None:
         import uvicorn
 
         from stage_inspect.explorer.guard import HOST
+        from stage_inspect.explorer.searching import Place, Searching
         from stage_inspect.explorer.server import Run, make_app
     except ModuleNotFoundError as error:
         raise GranaryError(f"the explorer needs {error.name}: pip install 'granary-sae[explore]'") from error
@@ -121,7 +124,9 @@ def serve(opened: "list[Documents]", arguments: argparse.Namespace) -> None:
                     raise
                 why_not = str(error)
                 say(f"without the pages that run the model: {error}")
-        runs.append(Run(documents, live, why_not))
+        sae = arguments.dictionary if live is None else live.settings.dictionary
+        searching = Searching(Place(documents.latents.url, None if sae is None else str(sae), arguments.store))
+        runs.append(Run(documents, live, why_not, searching))
     listening = bind(HOST, arguments.port)
     port = listening.getsockname()[1]
     say(f"{', '.join(one.title for one in opened)}: http://{HOST}:{port}/  (Ctrl-C ends it)")

@@ -112,7 +112,7 @@ def grouped(latents: Sequence[int], size: int) -> Iterator[tuple[int, list[int]]
 
 def nothing_live(chunk: int) -> dict[str, Any]:
     """What pages without a server can do."""
-    return {"chunk": chunk, "live": None, "steer": False, "writable": False}
+    return {"chunk": chunk, "live": None, "steer": False, "find": None, "writable": False}
 
 
 def page(script: str, style: str, data: str) -> str:

@@ -8,11 +8,14 @@ GET, POST /api/lists         lists of latents
 POST /api/note/{latent}      a note
 POST /api/said/{latent}      a person's explanation
 POST /api/text, /api/steer   the model on the spot
+GET, POST /api/find          a search for a concept's latents: how far it is, and its start
+POST /api/find/cancel        its end
 /with/{n}/...                the same for each further run
 """
 
 import json
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
@@ -26,12 +29,17 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Mount, Route
 
+from shared.basics.config import Split
 from shared.basics.documents import parse_json, typed
 from shared.basics.errors import GranaryError
+from stage_inspect.concepts.python import CONCEPTS as PYTHON
+from stage_inspect.concepts.question import Question
 from stage_inspect.explorer.documents import Documents
 from stage_inspect.explorer.guard import Guard
 from stage_inspect.explorer.limits import (
     BODY_BYTES,
+    CONCEPT_CHARACTERS,
+    CONCEPTS,
     GENERATED_TOKENS,
     LIST_LATENTS,
     NAME_CHARACTERS,
@@ -39,6 +47,7 @@ from stage_inspect.explorer.limits import (
     QUERY_CHARACTERS,
     TEXT_CHARACTERS,
 )
+from stage_inspect.explorer.searching import Searching
 
 if TYPE_CHECKING:
     from stage_inspect.explorer.live import Live
@@ -55,6 +64,13 @@ class Run:
     live: "Live | None"
     why_not: str = ""
     """Why there is no live model."""
+    searching: Searching | None = None
+    """Starts searches for concepts; None: nobody may."""
+
+    @property
+    def can_search(self) -> bool:
+        """Whether a search can be started, and its result be kept."""
+        return self.searching is not None and self.documents.latents.notes.writable
 
 
 @cache
@@ -65,14 +81,23 @@ def static_files() -> Mapping[str, bytes]:
 
 
 def make_app(runs: Sequence[Run], port: int) -> Starlette:
-    """The application for these runs, the first of them at the root."""
+    """The application for these runs, the first of them at the root; with it ends every search that it started."""
     first, *others = runs
     siblings = [{"number": number, "title": run.documents.title} for number, run in enumerate(others, start=1)]
     mounted = [Mount(f"/with/{number}", routes=routes(run, [])) for number, run in enumerate(others, start=1)]
+
+    @asynccontextmanager
+    async def ending_searches(_: Starlette) -> AsyncIterator[None]:
+        yield
+        for run in runs:
+            if run.searching is not None:
+                await run_in_threadpool(run.searching.cancel)
+
     app = Starlette(
         routes=[*mounted, *routes(first, siblings)],
         middleware=[Middleware(Guard, port=port), Middleware(GZipMiddleware, minimum_size=1000, compresslevel=3)],
         exception_handlers={GranaryError: refused, 404: missing, 405: missing},
+        lifespan=ending_searches,
     )
     app.router.redirect_slashes = False
     return app
@@ -82,6 +107,12 @@ def routes(run: Run, siblings: list[dict[str, Any]]) -> list[Route]:
     """All of one run."""
     documents, notes = run.documents, run.documents.latents.notes
     live = {"characters": TEXT_CHARACTERS, "generated": GENERATED_TOKENS} if run.live is not None else None
+    find = {
+        "concepts": CONCEPTS,
+        "characters": CONCEPT_CHARACTERS,
+        "python": PYTHON,
+        "splits": [split.value for split in Split],
+    }
 
     async def page(_: Request) -> Response:
         return Response(static_files()["index.html"], media_type="text/html")
@@ -98,6 +129,7 @@ def routes(run: Run, siblings: list[dict[str, Any]]) -> list[Route]:
                 live=live,
                 steer=run.live is not None and run.live.can_steer,
                 writable=notes.writable,
+                find=find if run.can_search else None,
                 siblings=siblings,
             )
         )
@@ -168,6 +200,15 @@ def routes(run: Run, siblings: list[dict[str, Any]]) -> list[Route]:
             whole(body, "tokens", GENERATED_TOKENS + 1),
         )
 
+    def get_search(_: Request) -> Response:
+        return answer(searching(run).progress())
+
+    def start_search(body: Mapping[str, Any]) -> Any:
+        return searching(run).start(question(body))
+
+    def cancel_search(_: Mapping[str, Any]) -> Any:
+        return searching(run).cancel()
+
     return [
         Route("/", page),
         Route("/static/{name}", static),
@@ -184,6 +225,9 @@ def routes(run: Run, siblings: list[dict[str, Any]]) -> list[Route]:
         Route("/api/said/{latent:int}", posted(put_said), methods=["POST"]),
         Route("/api/text", posted(read_text), methods=["POST"]),
         Route("/api/steer", posted(steer), methods=["POST"]),
+        Route("/api/find", get_search, methods=["GET"]),
+        Route("/api/find", posted(start_search), methods=["POST"]),
+        Route("/api/find/cancel", posted(cancel_search), methods=["POST"]),
     ]
 
 
@@ -207,6 +251,33 @@ def working(run: Run) -> "Live":
     if run.live is None:
         raise GranaryError(run.why_not)
     return run.live
+
+
+def searching(run: Run) -> Searching:
+    """What starts this run's searches, or GranaryError where its notes can't keep a result."""
+    if run.searching is None or not run.can_search:
+        raise GranaryError("the notes of this latents folder can't be written: use granary inspect find")
+    return run.searching
+
+
+def question(body: Mapping[str, Any]) -> Question:
+    """What a request looks for; a file of spans is for the command alone."""
+    python, regex, token = (texts(body, kind, CONCEPTS, CONCEPT_CHARACTERS) for kind in ("python", "regex", "token"))
+    if len(python) + len(regex) + len(token) > CONCEPTS:
+        raise GranaryError(f"look for {CONCEPTS} concepts at a time at most")
+    split = body.get("split", Split.heldout.value)
+    if split not in [one.value for one in Split]:
+        raise GranaryError(f"split must be one of {', '.join(one.value for one in Split)}")
+    contexts = None if body.get("contexts") is None else whole(body, "contexts", 1 << 40)
+    return Question(python=python, regex=regex, token=token, split=Split(split), contexts=contexts)
+
+
+def texts(body: Mapping[str, Any], key: str, most: int, longest: int) -> list[str]:
+    """A list of strings of the request, empty where it is left out."""
+    found = body.get(key, [])
+    if not isinstance(found, list) or len(found) > most:
+        raise GranaryError(f"{key} must be a list of at most {most} texts")
+    return [text({key: one}, key, longest) for one in found]
 
 
 def text(body: Mapping[str, Any], key: str, longest: int) -> str:

@@ -4,6 +4,8 @@ import json
 import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from urllib.request import urlopen
 
@@ -12,7 +14,9 @@ import pytest
 from shared.basics.pages_link import slot
 from stage_inspect.explorer.__main__ import main
 from tests.cli import environment
+from tests.exploring import Client
 from tests.latents import synthetic_latents
+from tests.planted import planted_study
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +43,45 @@ def test_it_serves_until_it_is_interrupted(study: Path) -> None:
         process.communicate()
     assert (output, errors) == ("", "")
     assert process.returncode in (0, 130)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_search_ends_with_the_server(tmp_path: Path, sent: signal.Signals) -> None:
+    """Also one that hangs in a regular expression, and under a server that can't end anything any more."""
+    planted_study(tmp_path)
+    command = [sys.executable, "-m", "stage_inspect.explorer", str(tmp_path), "--port", "0", "--no-model"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment())
+    try:
+        assert process.stdout is not None
+        client = Client(int(process.stdout.readline().split("127.0.0.1:")[1].split("/")[0]))
+        client.post("/api/find", {"regex": [r"((?:.|\n)+)+\x00"]})
+        wait(lambda: client.get("/api/find").json()["total"] is not None)
+        children = [
+            int(pid)
+            for file in Path(f"/proc/{process.pid}/task").glob("*/children")
+            for pid in file.read_text().split()
+        ]
+        assert len(children) == 2  # the search, and what multiprocessing itself starts
+        process.send_signal(sent)
+        _, errors = process.communicate(timeout=60)
+        wait(lambda: not any(map(is_alive, children)))
+    finally:
+        process.kill()
+        process.communicate()
+    assert errors == "" or sent is signal.SIGKILL
+
+
+def is_alive(pid: int) -> bool:
+    stat = Path(f"/proc/{pid}/stat")
+    return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+def wait(condition: Callable[[], bool]) -> None:
+    limit = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < limit
+        time.sleep(0.1)
 
 
 def test_it_writes_files(study: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

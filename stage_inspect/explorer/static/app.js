@@ -18,12 +18,12 @@ import { randomLatent } from "./random.js";
 const PAGES = [
   { path: "overview", name: "Overview", key: "o", page: overviewPage },
   { path: "latents", name: "Latents", key: "t", page: tablePage },
-  { path: "text", name: "Text", key: "x", page: textPage, needs: "live" },
-  { path: "steer", name: "Steer", key: "s", page: steerPage, needs: "steer" },
+  { path: "text", name: "Text", key: "x", page: textPage, needs: ["live"] },
+  { path: "steer", name: "Steer", key: "s", page: steerPage, needs: ["steer"] },
   { path: "compare", name: "Compare", key: "c", page: comparePage },
-  { path: "concepts", name: "Concepts", key: "p", page: conceptsPage, needs: "concepts" },
-  { path: "map", name: "Map", key: "m", page: mapPage, needs: "map" },
-  { path: "lists", name: "Lists", key: "l", page: listsPage, needs: "writable" },
+  { path: "concepts", name: "Concepts", key: "p", page: conceptsPage, needs: ["concepts", "find"] },
+  { path: "map", name: "Map", key: "m", page: mapPage, needs: ["map"] },
+  { path: "lists", name: "Lists", key: "l", page: listsPage, needs: ["writable"] },
 ];
 
 const body = document.body;
@@ -42,7 +42,7 @@ async function start() {
     replace(body, h("main", {}, h("h1", {}, "Nothing to show"), h("p", {}, error.message)));
     return;
   }
-  const shown = PAGES.filter(({ needs }) => !needs || source.meta[needs]);
+  const shown = PAGES.filter(isHere);
   help = helpDialog(shown);
   replace(body,
     h("a.skip", { href: "#main", onclick: (event) => { event.preventDefault(); view.focus(); } },
@@ -63,12 +63,17 @@ async function start() {
   await show();
 }
 
+/** Whether these pages have something for a page to show or to do. */
+function isHere({ needs }) {
+  return !needs || needs.some((need) => source.meta[need]);
+}
+
 /** Show what the address names: #/page/argument?key=value. */
 async function show() {
   const mine = (turn += 1);
   const [path, query = ""] = (location.hash.slice(2) || "overview").split("?");
   const [name, ...rest] = path.split("/");
-  const found = PAGES.find((page) => page.path === name && (!page.needs || source.meta[page.needs]));
+  const found = PAGES.find((page) => page.path === name && isHere(page));
   const make = name === "latent" ? latentPage : found?.page;
   hide();
   leave?.();

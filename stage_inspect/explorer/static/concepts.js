@@ -1,21 +1,33 @@
 // The latents of a concept: how well each tells the tokens that are examples of it.
 
-import { h } from "./dom.js";
+import { h, replace } from "./dom.js";
 import { figure } from "./format.js";
 import { latentLink } from "./latent.js";
+import { searchPanel } from "./search.js";
 
 /** The page. */
 export async function conceptsPage(source) {
-  const concepts = await source.concepts();
+  const panels = h("div.columns.concepts");
+  const draw = async (first) => {
+    const concepts = await source.concepts();
+    const isFirst = ({ name }) => first.includes(name);
+    const ordered = [...concepts.filter(isFirst), ...concepts.filter((concept) => !isFirst(concept))];
+    replace(panels, ordered.map((concept) => panelOf(source, concept)));
+  };
+  await draw([]);
+  const search = source.meta.find && searchPanel(source, draw);
   return {
     title: "Concepts",
     content: [
       h("div.title", {}, h("div", {}, h("h1", {}, "Concepts"),
         h("p.lead", {}, "The latents that tell a concept best, by F1 at their best threshold. Latent and threshold were chosen on "
           + "some documents (F1 chosen) and all other scores are those of others, with 95 % intervals over documents. "
-          + "granary inspect find adds to them."))),
-      h("div.columns.concepts", {}, concepts.map((concept) => panelOf(source, concept))),
+          + `${search ? "A search here, or granary inspect find," : "granary inspect find"} adds to them.`))),
+      search?.content,
+      panels,
     ],
+    shown: search?.shown,
+    leave: search?.leave,
   };
 }
 
