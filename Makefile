@@ -59,7 +59,8 @@ $(VENV_PEERS)/.installed: pyproject.toml constraints-peers.txt
 	  sae-lens eai-sparsify dictionary-learning pytest pytest-xdist
 	@# Of these one module each is used; their own pins do not go with the others'.
 	@$(VENV_PEERS)/bin/python -m pip install -q --disable-pip-version-check --no-deps -c constraints-peers.txt circuit-tracer sae-dashboard \
-	  eai-delphi dataclasses-json marshmallow typing-inspect eindex-callum orjson
+	  eai-delphi dataclasses-json marshmallow typing-inspect eindex-callum orjson \
+	  asyncer blobfile faiss-cpu lxml pycryptodomex sentence-transformers
 	@$(VENV_PEERS)/bin/python -m pip uninstall -q -y torchvision
 	@touch $@
 
