@@ -135,7 +135,7 @@ def test_scores_are_shown_with_controls_and_failures(documents: Documents) -> No
     said = notes.add_explanation(8, "a rule", method="rule", author="granary")
     kept = {"kind": "false positive", "tokens": [101, 102], "values": [0, 1.5], "peak": 0, "place": 77}
     strange = [{}, {**kept, "peak": 2}, {**kept, "values": [1]}, {**kept, "tokens": "no"}, "x", -1, 10**6, True]
-    control = {"value": 0.25, "low": 0.125, "high": 0.5}
+    control = {"value": 0.25, "low": 0.125, "high": 0.375}
     details = {"precision": 0.5, "recall": "much", "controls": {"shuffled": control, "empty": 3}, "failed": [kept, 0]}
     notes.add_score(said, "rule_f1", 0.75, 0.5, 1.0, {**details, "failed": [kept, 0, *strange]})
     notes.add_score(said, "detection", None, details={"why": "no answer", "controls": [], "failed": {}})
