@@ -63,3 +63,9 @@ class PairOrder:
             sorted_P = coefficients_NK.detach().reshape(-1)[self.get().order_P]
             self._last = weakref.ref(coefficients_NK), sorted_P
         return self._last[1]
+
+    def unsort(self, values_P: torch.Tensor) -> torch.Tensor:
+        """[N, K]: values of the sorted pairs, each in the place of its pick."""
+        values_NK = torch.empty(self.indices_NK.shape, dtype=values_P.dtype, device=values_P.device)
+        values_NK.view(-1)[self.get().order_P] = values_P
+        return values_NK

@@ -61,6 +61,4 @@ def backward(
         dvalues_P[pairs] = (t_pr * h_pr).sum(1)
         torch.mm((h_pr * values_p1).T, grad_pE, out=dU_RE[rows])
         torch.mm((t_pr * values_p1).T, x_ND.index_select(0, tokens_p), out=dV_RD[rows])
-    dvalues_NK = torch.empty_like(values_NK, memory_format=torch.contiguous_format)
-    dvalues_NK.view(-1)[order.get().order_P] = dvalues_P
-    return dvalues_NK, dV_RD, dU_RE
+    return order.unsort(dvalues_P), dV_RD, dU_RE

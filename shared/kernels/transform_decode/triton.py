@@ -181,17 +181,15 @@ def forward(
     ranks: Ranks,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What is decoded [N, E] and V_i x of every pair, both float32."""
-    tiles, width, order_P = Tiles.of(order), U_RE.shape[1], order.get().order_P
+    tiles, width, num_pairs = Tiles.of(order), U_RE.shape[1], order.indices_NK.numel()
     h_PH, values_P = project(x_ND, V_RD, order, tiles, ranks), order.sort(values_NK)
-    places_P = torch.empty_like(order_P)
-    places_P[order_P] = torch.arange(len(order_P), device=order_P.device)
-    places_NK = torch.where(order.indices_NK < 0, -1, places_P.view(order.indices_NK.shape))
+    places_NK = torch.where(order.indices_NK < 0, -1, order.unsort(torch.arange(num_pairs, device=x_ND.device)))
     ones_NK = torch.ones(places_NK.shape, dtype=torch.float32, device=x_ND.device)
     y_NE = torch.empty(len(x_ND), width, dtype=torch.float32, device=x_ND.device)
     config = block_config(width)
     for start in range(0, width, COLUMNS):
         columns = min(COLUMNS, width - start)
-        part_PC = torch.empty(len(order_P), columns, dtype=torch.float32, device=x_ND.device)
+        part_PC = torch.empty(num_pairs, columns, dtype=torch.float32, device=x_ND.device)
         _expand[(len(tiles.firsts_T), triton.cdiv(columns, config["BLOCK_D"]))](
             h_PH, values_P, *tiles.arguments, ranks.on(x_ND.device), U_RE, part_PC,
             width, ranks.largest, start, columns, **config,
@@ -215,6 +213,8 @@ def backward(
     values_P = order.sort(values_NK)
     t_PH = project(grad_NE, U_RE, order, Tiles.of(order), ranks)
     dvalues_P = (t_PH * kept).sum(1)
-    dvalues_NK = torch.empty(values_NK.shape, dtype=torch.float32, device=x_ND.device)
-    dvalues_NK.view(-1)[order.get().order_P] = dvalues_P
-    return dvalues_NK, outer(t_PH, values_P, x_ND, order, ranks), outer(kept, values_P, grad_NE, order, ranks)
+    return (
+        order.unsort(dvalues_P),
+        outer(t_PH, values_P, x_ND, order, ranks),
+        outer(kept, values_P, grad_NE, order, ranks),
+    )
