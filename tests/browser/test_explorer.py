@@ -16,7 +16,7 @@ from stage_inspect.explorer import publish
 from stage_inspect.explorer.documents import Documents
 from stage_inspect.explorer.feeds import connect
 from stage_inspect.explorer.server import Run
-from tests.browser.chromium import Browser, open_browser
+from tests.browser.chromium import Browser
 from tests.exploring import serving
 from tests.latents import HOSTILE, synthetic_latents, synthetic_weights
 
@@ -96,12 +96,6 @@ def place(
         file = tmp_path_factory.mktemp("file") / "latents.html"
         publish.write_page(documents, range(100), file)
         yield Place(file.as_uri(), False)
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with open_browser() as browser:
-        yield browser
 
 
 @pytest.fixture(autouse=True)

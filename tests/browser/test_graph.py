@@ -1,7 +1,6 @@
 """The page of an attribution graph in a real Chromium: opened as a file, nothing asked elsewhere, groups saved."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,7 @@ import pytest
 
 from shared.sae.for_store import weights_sha256
 from stage_trace.trace import trace
-from tests.browser.chromium import Browser, open_browser
+from tests.browser.chromium import Browser
 from tests.latents import synthetic_latents
 from tests.tracing import bundled_transcoder
 
@@ -31,12 +30,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     graph = trace("bundled", root / "tc", TEXT)
     graph.prune().save(root / "out", certificate=graph.certify(3))
     return root / "out"
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with open_browser() as opened:
-        yield opened
 
 
 def click(browser: Browser, selector: str, number: int = 0) -> None:

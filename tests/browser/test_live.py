@@ -9,17 +9,11 @@ from shared.lm import load_tokenizer
 from stage_inspect.explorer.documents import Documents
 from stage_inspect.explorer.live import Live, LiveSettings
 from stage_inspect.explorer.server import Run
-from tests.browser.chromium import Browser, open_browser
+from tests.browser.chromium import Browser
 from tests.exploring import opened_study, serving, small_study
 
 pytestmark = pytest.mark.browser
 HOSTILE = "<img src=x onerror=alert(1)>"
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with open_browser() as browser:
-        yield browser
 
 
 @pytest.fixture(scope="module")

@@ -8,19 +8,13 @@ from shared.latents import Latents
 from stage_inspect.explorer.documents import Documents
 from stage_inspect.explorer.searching import Place, Searching
 from stage_inspect.explorer.server import Run
-from tests.browser.chromium import Browser, open_browser
+from tests.browser.chromium import Browser
 from tests.exploring import serving
 from tests.planted import planted_study
 
 pytestmark = pytest.mark.browser
 ENDLESS = r"((?:.|\n)+)+\x00"  # tries every way to divide a document
 TOLD = ".search [role=status]"
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with open_browser() as browser:
-        yield browser
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,6 @@
 """The page of global weights in a real Chromium: opened as a file, nothing asked elsewhere, texts as text."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +10,7 @@ from shared.latents.global_weights import COLUMNS, DIRECTIONS, GlobalWeights, Gl
 from shared.store.io.open import open_io
 from stage_trace.known import Known
 from stage_trace.weights.page import weights_page
-from tests.browser.chromium import Browser, open_browser
+from tests.browser.chromium import Browser
 from tests.latents import synthetic_latents
 
 pytestmark = pytest.mark.browser
@@ -40,12 +39,6 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     known = Known({0: (latents, range(EACH))})
     (root / "weights.html").write_text(weights_page(GlobalWeights.open(root), known), encoding="utf-8")
     return root / "weights.html"
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with open_browser() as opened:
-        yield opened
 
 
 @pytest.mark.parametrize(("width", "dark"), [(1280, False), (1280, True), (390, False)])
