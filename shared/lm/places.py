@@ -4,8 +4,10 @@ A hook point is found by module, never by editing the model's code. The ends of 
 are what goes into it and comes out of it in every family; what lies between is in the table of `shared.lm.families`.
 """
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
+import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 from transformers import PretrainedConfig, PreTrainedModel
@@ -116,6 +118,20 @@ def without_wrappers(model: nn.Module) -> nn.Module:
         if not isinstance(inner, nn.Module) or inner is model:
             return model
         model = inner
+
+
+def body_of(model: nn.Module, points: Iterable[Point]) -> nn.Module:
+    """The module whose forward is the forward of all `points`: the trunk, where each is a site of a decoder.
+
+    A module by its path may lie outside of the trunk, as a head does, so with one it is the whole model.
+    """
+    is_decoder = all(isinstance(point, HookPoint) for point in points)
+    return trunk(model) if is_decoder else without_wrappers(model)
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model's inputs go: the device of its first parameter, the CPU for one without."""
+    return next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
 
 
 def _find_blocks(model: nn.Module) -> tuple[nn.Module, str]:
