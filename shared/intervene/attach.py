@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from shared.basics.errors import GranaryError
 from shared.intervene.edits import Edit, apply_edits, check_edits
-from shared.intervene.folder import Saved, read_attached, write_attached
+from shared.intervene.folder import Layout, read_attached, write_attached
+from shared.intervene.saved import Saved
 from shared.intervene.tokens import of_activation, real_tokens
 from shared.lm.hooks import hook_at
 from shared.lm.modulepoint import Point
@@ -145,12 +146,12 @@ class Attached(Mapping[str, SAE]):
         """Put a trained SAE at a place."""
         self._given[name], self.saved[name] = saved.sae, saved
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write a folder with one dictionary folder for each SAE, and nothing of the model.
+    def save_pretrained(self, folder: str | Path, *, layout: Layout = "granary") -> None:
+        """Write a folder with one dictionary folder for each SAE, or in PEFT's `layout`, and nothing of the model.
 
         Raises GranaryError for a folder that holds files, and where an SAE is not trained yet.
         """
-        write_attached(Path(folder), {name: self.saved.get(name, Saved(self[name])) for name in self})
+        write_attached(Path(folder), {name: self.saved.get(name, Saved(self[name])) for name in self}, layout)
 
     # ---- what a forward gave ---------------------------------------------------------------------------------------
 

@@ -25,7 +25,8 @@ import stage_train.config
 from shared.basics.errors import GranaryError, first_line
 from shared.basics.metrics_file import read_metrics
 from shared.intervene.attach import Attached
-from shared.intervene.folder import Saved, folder_name
+from shared.intervene.folder import folder_name
+from shared.intervene.saved import Saved
 from shared.launch.counts import expand_counts
 from shared.launch.overrides import expand_shorthands
 from shared.launch.schema import fill
