@@ -89,8 +89,7 @@ inspect: setup ## what each latent of a trained SAE does: a pass over the store,
 	@$(STAGE) stage_inspect $(ARGS)
 
 sweep: setup ## train and compare K=8,16 x EXPANSION=4,8 on the store of runs/NAME; PACKED=1: from one pass over it
-	@$(BIN)/python -m stage_train -m name=$(NAME) nproc=$(NPROC) sae.k=$(K) sae.expansion=$(EXPANSION) $(packed) $(ARGS)
-	@$(STAGE) stage_eval name=$(NAME) sae.path=runs/$(NAME)/sweep sae.last_grid=true
+	@$(BIN)/python -m granary sweep name=$(NAME) nproc=$(NPROC) sae.k=$(K) sae.expansion=$(EXPANSION) $(packed) $(ARGS)
 
 transcoders: setup ## a transcoder for every layer's MLP from one pass over the store of runs/NAME, scored alone and all at once
 	@$(BIN)/python -m granary transcoders name=$(NAME) nproc=$(NPROC) $(ARGS)

@@ -4,6 +4,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from granary.stages import configure, evaluate, harvest, inspect, train, train_together
     from shared.basics.errors import GranaryError
     from shared.intervene.attach import Attached, attach
     from shared.intervene.edits import Edit
@@ -69,8 +70,12 @@ _HOMES = {
     "TrainingData": "stage_train.data.stream",
     "Transcoder": "shared.sae",
     "attach": "shared.intervene.attach",
+    "configure": "granary.stages",
     "convert": "shared.sae.loading",
+    "evaluate": "granary.stages",
     "fit": "stage_train.online.fit",
+    "harvest": "granary.stages",
+    "inspect": "granary.stages",
     "load": "shared.sae",
     "load_causal_lm": "shared.lm",
     "load_config": "shared.sae",
@@ -78,6 +83,8 @@ _HOMES = {
     "load_set": "shared.sae",
     "load_tokenizer": "shared.lm",
     "trace": "stage_trace.trace",
+    "train": "granary.stages",
+    "train_together": "granary.stages",
 }
 
 __all__ = [
@@ -110,8 +117,12 @@ __all__ = [
     "Transcoder",
     "__version__",
     "attach",
+    "configure",
     "convert",
+    "evaluate",
     "fit",
+    "harvest",
+    "inspect",
     "load",
     "load_causal_lm",
     "load_config",
@@ -119,6 +130,8 @@ __all__ = [
     "load_set",
     "load_tokenizer",
     "trace",
+    "train",
+    "train_together",
 ]
 
 
