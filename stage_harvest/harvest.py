@@ -234,7 +234,7 @@ def compute_shards(
     gate = WindowGate(store, alone=mesh_rank.tp_mesh is None)
     forward = ShardForward(
         trunk,
-        job.hooks if is_writer else [],
+        job.points if is_writer else [],
         packing=cfg.packing.mode,
         batch_contexts=job.batch_contexts,
         device=device,

@@ -23,8 +23,8 @@ from shared.intervene.folder import Layout, read_attached, write_attached
 from shared.intervene.saved import Saved
 from shared.intervene.tokens import of_activation, real_tokens
 from shared.lm.hooks import hook_at
-from shared.lm.modulepoint import Point
-from shared.lm.places import device_of, locate, without_wrappers
+from shared.lm.modulepoint import ModulePoint, Point
+from shared.lm.places import Location, device_of, locate, without_wrappers
 from shared.lm.recomputation import remembering
 from shared.lm.splicing import splice
 from shared.lm.targets import resolve
@@ -67,14 +67,16 @@ def attach(
     if not wanted:
         raise GranaryError("nothing to attach: give places of the model, each with an SAE or an SAEConfig")
     places: dict[str, Point] = {}
+    taken: list[Location] = []
     given: dict[str, SAE | SAEConfig] = {}
     for target, what in wanted.items():
         _check_kind(target, what)
         for point in resolve(inner, target):
-            name = str(point)
-            if name in places:
+            name, location = str(point), locate(inner, point)
+            if name in places or (isinstance(point, ModulePoint) and location in taken):
                 raise GranaryError(f"{name} is named twice, the second time by {target}: each place gets one SAE")
             places[name], given[name] = point, what  # type: ignore[assignment]
+            taken.append(location)
     return Attached(model, places, given, saved, mode=mode, keep_error=keep_error, edits=edits or {})
 
 

@@ -5,6 +5,7 @@ are what goes into it and comes out of it in every family; what lies between is 
 """
 
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import NamedTuple
 
 import torch
@@ -59,16 +60,23 @@ def locate(model: nn.Module, point: Point) -> Location:
 
 
 def _locate_module(model: nn.Module, point: ModulePoint) -> Location:
-    try:
-        module = without_wrappers(model).get_submodule(point.path)
-    except AttributeError:
-        raise GranaryError(f"{type(model).__name__} has no module {point.path}") from None
+    module = find_module(model, point.path)
+    if module is None:
+        raise GranaryError(f"{type(model).__name__} has no module {point.path}")
     axis = point.axis
     if axis is None and isinstance(module, _ConvNd):
         axis = -1 - len(module.kernel_size)
     elif axis is None and isinstance(module, nn.Linear | nn.LayerNorm | nn.RMSNorm | nn.Embedding):
         axis = -1
     return Location(module, point.side, point.select, axis)
+
+
+def find_module(model: nn.Module, path: str) -> nn.Module | None:
+    """The module at a path of the model, or of its trunk, by whose paths a store names modules; None without one."""
+    for root in (without_wrappers(model), trunk(model)):
+        with suppress(AttributeError):
+            return root.get_submodule(path)
+    return None
 
 
 def _locate_hook(model: nn.Module, hook: HookPoint) -> Location:
@@ -121,12 +129,12 @@ def without_wrappers(model: nn.Module) -> nn.Module:
 
 
 def body_of(model: nn.Module, points: Iterable[Point]) -> nn.Module:
-    """The module whose forward is the forward of all `points`: the trunk, where each is a site of a decoder.
-
-    A module by its path may lie outside of the trunk, as a head does, so with one it is the whole model.
-    """
-    is_decoder = all(isinstance(point, HookPoint) for point in points)
-    return trunk(model) if is_decoder else without_wrappers(model)
+    """The module whose forward is the forward of all `points`: the trunk, or where one lies outside of it, as a head
+    does, the whole model."""
+    body = trunk(model)
+    inside = {id(module) for module in body.modules()}
+    is_inside = all(isinstance(point, HookPoint) or id(locate(model, point).module) in inside for point in points)
+    return body if is_inside else without_wrappers(model)
 
 
 def device_of(model: nn.Module) -> torch.device:
