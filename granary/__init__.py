@@ -4,6 +4,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from granary.hub import push_to_hub
     from granary.stages import configure, evaluate, harvest, inspect, train, train_together
     from shared.basics.errors import GranaryError
     from shared.intervene.attach import Attached, attach
@@ -82,6 +83,7 @@ _HOMES = {
     "load_provenance": "shared.sae",
     "load_set": "shared.sae",
     "load_tokenizer": "shared.lm",
+    "push_to_hub": "granary.hub",
     "trace": "stage_trace.trace",
     "train": "granary.stages",
     "train_together": "granary.stages",
@@ -129,6 +131,7 @@ __all__ = [
     "load_provenance",
     "load_set",
     "load_tokenizer",
+    "push_to_hub",
     "trace",
     "train",
     "train_together",
