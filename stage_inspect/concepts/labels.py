@@ -10,8 +10,8 @@ import numpy.typing as npt
 
 from shared.basics.errors import GranaryError
 from shared.latents.vocabulary import Vocabulary
-from stage_inspect.concepts import python
-from stage_inspect.concepts.documents import Document
+from shared.text import python
+from shared.text.documents import Document
 from stage_inspect.concepts.marked import MarkedSpans
 
 Marks = npt.NDArray[np.bool_]

@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 
 from shared.basics.errors import GranaryError
-from stage_inspect.concepts.documents import REACH, Document, documents
+from shared.text.documents import REACH, Document, documents
 from stage_inspect.concepts.search import Inspected
 from stage_inspect.explain.rules.grammar import Channel
 from stage_inspect.explain.rules.labels import SAMPLE, Labels, is_python

@@ -13,8 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from shared.latents.vocabulary import Vocabulary
-from stage_inspect.concepts import python
-from stage_inspect.concepts.documents import Document, is_special
+from shared.text import python
+from shared.text.documents import Document, is_special
 from stage_inspect.concepts.labels import Marks, touched
 from stage_inspect.scan.pairs import Ints
 

@@ -11,8 +11,8 @@ import pytest
 from shared.basics.errors import GranaryError
 from shared.latents.folder import Latents
 from shared.latents.vocabulary import Vocabulary
-from stage_inspect.concepts import python
-from stage_inspect.concepts.documents import document, documents
+from shared.text import python
+from shared.text.documents import document, documents
 from stage_inspect.concepts.labels import Concepts, parse, touched
 from stage_inspect.concepts.marked import MarkedSpans
 from stage_inspect.concepts.score import Detail, Tally, choose, score

@@ -9,11 +9,11 @@ import pytest
 from shared.latents.folder import Latents
 from shared.lm.tokenizer import SpecialIds
 from shared.store import Store
+from shared.text import beginnings
+from shared.text.beginnings import Beginnings
+from shared.text.documents import documents
 from stage_harvest.config import BosPlacement, LongDocuments, PackingMode
 from stage_harvest.tokens.packing import Packer
-from stage_inspect.concepts.documents import documents
-from stage_inspect.explain import beginnings
-from stage_inspect.explain.beginnings import Beginnings
 from stage_inspect.explain.examples import choose
 from stage_inspect.explain.sides import Sides
 from stage_inspect.inspect import inspect

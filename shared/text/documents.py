@@ -8,10 +8,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
+import numpy.typing as npt
 
 from shared.latents.vocabulary import Vocabulary
 from shared.store import Store
-from stage_inspect.scan.pairs import Ints
+
+Ints = npt.NDArray[np.int64]
 
 REACH = 64  # contexts that a document is followed over, on each side
 

@@ -6,8 +6,7 @@ from functools import lru_cache
 import numpy as np
 
 from shared.store import Store
-from stage_inspect.concepts.documents import goes_on
-from stage_inspect.scan.pairs import Ints
+from shared.text.documents import Ints, goes_on
 
 ROWS = 64  # contexts whose segments are read together
 BLOCKS = 4096  # of them that are remembered
