@@ -1,14 +1,20 @@
-"""Concepts of Python source, with the truth from Python's own tokenizer: spans of characters by the concept's name."""
+"""Concepts of Python source, with the truth from Python's own tokenizer: spans of characters by the concept's name.
 
+And whether a text is Python at all, as Python's own parser says.
+"""
+
+import ast
 import io
 import keyword
 import token as kinds
 import tokenize
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import accumulate
 
-Span = tuple[int, int]
+from shared.latents.vocabulary import Vocabulary
+from shared.store import Store
+from shared.text.documents import Ints, Span, documents
 
 CONCEPTS = {
     "string": "string literals, docstrings too",
@@ -31,6 +37,7 @@ CONCEPTS = {
     "exception": "names that end in Error or Exception",
     "dunder": "names between two underscores on each side",
 }
+SAMPLE = 32  # documents looked at to see whether the text is Python
 ENDS = frozenset((tokenize.NEWLINE, tokenize.NL, tokenize.COMMENT, tokenize.INDENT, tokenize.DEDENT, tokenize.ENCODING))
 
 
@@ -151,3 +158,28 @@ def _tokens(text: str) -> Iterator[tokenize.TokenInfo]:
             yield from tokenize.generate_tokens(io.StringIO(text).readline)
         except (tokenize.TokenError, SyntaxError, IndentationError):
             return
+
+
+def looks_like_python(store: Store, runs: Sequence[Ints], vocabulary: Vocabulary) -> bool:
+    """Whether most of the first documents of these runs of neighbouring contexts are Python."""
+    seen: list[str] = []
+    for run in runs:
+        seen += [one.text for one in documents(store, run[:1], vocabulary)]
+        if len(seen) >= SAMPLE:
+            break
+    return is_python(seen[:SAMPLE])
+
+
+def is_python(texts: Sequence[str]) -> bool:
+    """Whether most of these texts are Python, as Python's own parser says."""
+    return 2 * sum(map(_parses, texts)) > len(texts)
+
+
+def _parses(text: str) -> bool:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            # A line of prose may be a name alone; source has statements.
+            return any(not isinstance(one, ast.Expr) for one in ast.parse(text).body)
+        except (SyntaxError, ValueError, RecursionError, MemoryError):
+            return False
