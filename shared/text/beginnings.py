@@ -46,7 +46,7 @@ class Beginnings:
         """The first tokens, `HEAD` or more, of a document that begins here and reaches at least as far."""
         context, position = divmod(place, self.store.seq_len)
         rows = range(context, min(self.store.num_contexts, context + 1 + -(-HEAD // self.store.seq_len)))
-        return self.store.tokens(rows).reshape(-1)[position:]
+        return self.store.tokens(rows).reshape(-1)[position:].astype(np.int64)
 
     def _place(self, context: int, document: int) -> int:
         start = int(np.argmax(self.store.segments([context])[0] == document))
