@@ -23,7 +23,9 @@ class Resamples:
     """R draws of documents with replacement."""
 
     def __init__(self, documents: int, seed: int) -> None:
-        draws = np.random.default_rng(seed).multinomial(documents, np.full(documents, 1 / documents), RESAMPLES)
+        draws: npt.NDArray[np.number] = np.full((RESAMPLES, documents), np.nan)  # one document can't differ
+        if documents > 1:
+            draws = np.random.default_rng(seed).multinomial(documents, np.full(documents, 1 / documents), RESAMPLES)
         self.often_RU = np.concatenate([np.ones((1, documents)), draws])
 
     def sums(self, value_N: npt.NDArray[np.generic], document_N: Ints) -> Doubles:
