@@ -10,6 +10,7 @@ from shared.sae.config import SAEConfig
 from shared.sae.rows import decoder_rows, raw_rows
 from shared.sae.sites import Sites
 from shared.sae.variants import SAE
+from stage_eval.results.supervised import SupervisedFigures
 from stage_eval.supervised.ablation import ablated, along, at_random, chosen
 from stage_eval.supervised.codes import Codes
 from stage_eval.supervised.labels import Pair
@@ -19,8 +20,10 @@ from stage_eval.supervised.probing import probe_concept
 from stage_eval.supervised.removal import remove
 from stage_eval.supervised.resamples import ranged
 from stage_eval.supervised.sample import Task
+from stage_eval.supervised.score import NO_ROWS, score
 from stage_eval.supervised.splitting import Written, absorption, shares, split
 from tests.labelled import codes, concept, material, noise
+from tests.variants import PLACES, make
 
 N, D, F = 480, 8, 12
 YES = np.arange(N) % 4 < 2
@@ -204,7 +207,7 @@ PAIR = Pair("left", "right", ())
 
 @pytest.mark.parametrize("spurious", [0, 1])
 def test_a_spurious_label_with_latents_of_its_own_is_removed(spurious: int) -> None:
-    """The biased probe leans on the larger of two directions; one latent writes where it is, another where it is not."""
+    """The biased probe leans on the larger of two directions: one latent writes it, another its opposite elsewhere."""
     x_ND = noise(N, D, scale=1.0)
     rows, value_NF = torch.zeros(F, D, dtype=torch.float64), torch.zeros(N, F, dtype=torch.float64)
     for label, side in enumerate((("both", "first"), ("both", "second"))):
@@ -268,3 +271,27 @@ def test_random_latents_are_those_that_fire_and_the_same_for_a_seed() -> None:
     assert len(set(map(tuple, itertools.chain(drawn, at_random(codes(value_NF), np.arange(N), 2, seed=5))))) > 2
     assert [len(one) for one in at_random(codes(value_NF), np.arange(N), 100, seed=4)] == [6] * 5
     assert chosen(np.array([0.0, 3.0, -1.0, 2.0]), 3) == [1, 3]
+
+
+@pytest.mark.parametrize("kind", PLACES)
+def test_every_kind_of_dictionary_is_scored(kind: str) -> None:
+    """Against what is written; a dictionary whose latents write no row has the scores that need none."""
+    dictionary = make(kind).dictionary
+    x_ND = noise(N, dictionary.widths.d_in, scale=1.0).float()
+    y_ND = x_ND if dictionary.config.is_autoencoder else noise(N, dictionary.widths.d_out, seed=1, scale=1.0).float()
+    x_ND[YES] += 3
+    task = Task("concept string", ("yes", "no"), np.where(YES, 0, 1))
+    of = material(task, x_ND)
+    of.y_ND = y_ND
+    of.sample.tasks["kinds"] = KINDS
+    found = score(dictionary, of, 100)
+    assert found.probes is not None
+    assert found.probes.activation.value == pytest.approx(1, abs=0.01)
+    assert len(found.concepts[0].best) == 5
+    if kind == "molt":
+        assert found.perturbation is None
+        assert found.left_out == dict.fromkeys(("absorption", "perturbation", "removal"), NO_ROWS)
+    else:
+        assert found.perturbation is not None
+        assert found.left_out == {}
+    assert SupervisedFigures.from_json(found.to_json()) == found
