@@ -32,7 +32,7 @@ class Probes(Record):
 
 @dataclass(frozen=True, kw_only=True)
 class Absorption(Record):
-    """Of the examples that a probe on the whole activation finds: what the concept's own latents leave to others."""
+    """What a concept's own latents leave to others, of the examples that a probe on the whole activation finds."""
 
     full: Ranged
     """Share on which all main latents are silent and another makes up the probe's projection. Lower is better."""

@@ -37,12 +37,12 @@ class Material:
 
     @cached_property
     def fitted(self) -> Resamples:
-        """Of the documents that probes are fitted on."""
+        """Resamples of the documents that probes are fitted on."""
         return Resamples(self.sample.documents[0], self.seed)
 
     @cached_property
     def tested(self) -> Resamples:
-        """Of the documents that figures are of."""
+        """Resamples of the documents that figures are of."""
         return Resamples(self.sample.documents[1], self.seed)
 
     def rows(self, task: Task) -> Rows:
@@ -63,6 +63,6 @@ class Material:
         return self._probes[name]
 
     def logits(self, probe: Probe, rows: Ints, *, written: bool = True) -> np.ndarray:
-        """Of a probe on whole activations, float64 [n]."""
+        """Log odds of a probe on whole activations, float64 [n]."""
         found: np.ndarray = probe.logits((self.y_ND if written else self.x_ND)[torch.from_numpy(rows)]).numpy()
         return found

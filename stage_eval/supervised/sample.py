@@ -96,7 +96,7 @@ class _Part:
 
 
 def draw(store: Store, data: EvaluationData, vocabulary: Vocabulary, seed: int, most: int) -> Sample:
-    """At most `most` tokens of each group of each task in each half.
+    """Draw at most `most` tokens of each group of each task in each half.
 
     Raises GranaryError where the text is not Python, and where no task has tokens enough.
     """

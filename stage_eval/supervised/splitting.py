@@ -87,8 +87,8 @@ def split(material: Material, codes: Codes, task: Task) -> Split:
 def absorption(
     material: Material, codes: Codes, task: Task, main: list[int], written: Written
 ) -> tuple[Doubles, Doubles, Ints]:
-    """Of the examples of the scoring half that a probe on the whole activation finds, [n] each: full (0 or 1),
-    fraction, and the document."""
+    """Full absorption (0 or 1), its fraction, and the document, [n] each: of the scoring half's examples that a probe on
+    the whole activation finds."""
     probe = material.probe(task, "yes")
     tested = material.rows(task).tested
     found = tested[task.of("yes")[tested] & (material.logits(probe, tested) > 0)]
