@@ -6,6 +6,7 @@ And whether a text is Python at all, as Python's own parser says.
 import ast
 import io
 import keyword
+import re
 import token as kinds
 import tokenize
 import warnings
@@ -37,6 +38,7 @@ CONCEPTS = {
     "exception": "names that end in Error or Exception",
     "dunder": "names between two underscores on each side",
 }
+MOST_MARGINS = 16  # lines at the margin at which the rest of a text is cut off to see whether it is Python
 SAMPLE = 32  # documents looked at to see whether the text is Python
 ENDS = frozenset((tokenize.NEWLINE, tokenize.NL, tokenize.COMMENT, tokenize.INDENT, tokenize.DEDENT, tokenize.ENCODING))
 
@@ -173,6 +175,15 @@ def looks_like_python(store: Store, runs: Sequence[Ints], vocabulary: Vocabulary
 def is_python(texts: Sequence[str]) -> bool:
     """Whether most of these texts are Python, as Python's own parser says."""
     return 2 * sum(map(_parses, texts)) > len(texts)
+
+
+def parsed_length(text: str) -> int:
+    """How many characters from the start on are Python: all; of a text that was cut, those before one of its last
+    lines at the margin; 0 of one that is no Python."""
+    if _parses(text):
+        return len(text)
+    margins = [line.start() for line in re.finditer(r"^\S", text, re.MULTILINE)]
+    return next((start for start in margins[: -MOST_MARGINS - 1 : -1] if _parses(text[:start])), 0)
 
 
 def _parses(text: str) -> bool:

@@ -18,7 +18,7 @@ from shared.latents.vocabulary import Vocabulary
 from shared.store import Store
 from shared.text.beginnings import Beginnings
 from shared.text.documents import Ints, Marks, documents
-from shared.text.python import looks_like_python
+from shared.text.python import looks_like_python, parsed_length
 from stage_eval.measure.data import EvaluationData
 from stage_eval.supervised.labels import Labeller, strata
 
@@ -149,6 +149,7 @@ def _parts(
         bits_P, document_P = np.zeros(len(run) * T, np.int64), np.full(len(run) * T, -1)
         for document in documents(store, run, vocabulary):
             here = (document.places >= first) & (document.places < first + len(bits_P))
+            here &= document.starts[1:] <= parsed_length(document.text)  # elsewhere labels would be wrong
             at = document.places[here] - first
             bits_P[at] = labeller.bits(document)[here]
             document_P[at] = heads.setdefault(beginnings.head(document), len(heads))

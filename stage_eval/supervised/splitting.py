@@ -87,8 +87,8 @@ def split(material: Material, codes: Codes, task: Task) -> Split:
 def absorption(
     material: Material, codes: Codes, task: Task, main: list[int], written: Written
 ) -> tuple[Doubles, Doubles, Ints]:
-    """Full absorption (0 or 1), its fraction, and the document, [n] each: of the scoring half's examples that a probe on
-    the whole activation finds."""
+    """Full absorption (0 or 1), its fraction, and the document, [n] each, of examples that a probe on the activation
+    finds in the scoring half."""
     probe = material.probe(task, "yes")
     tested = material.rows(task).tested
     found = tested[task.of("yes")[tested] & (material.logits(probe, tested) > 0)]

@@ -28,14 +28,15 @@ from tests.pipeline.test_eval import fails, read_report, run, run_processes
 from tests.python_store import HOOK, T, label_sae, python_store, source
 
 SOURCES = 40
+PROSE = "Once upon a time there was a stone by the river, and it's there if none was in it. "
 SETTINGS = ("downstream=false", "split=all", "supervised=true", "supervised_examples=200")
 
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The store, with one of its documents twice, and two dictionaries of the same latents in other orders."""
+    """The store, with one of its documents twice and one that is no Python, and dictionaries of the same latents."""
     folder = tmp_path_factory.mktemp("supervised")
-    python_store(folder / "store", [*map(source, range(SOURCES)), source(0)])
+    python_store(folder / "store", [*map(source, range(SOURCES)), PROSE * 9, source(0)])
     label_sae(folder / "sae")
     label_sae(folder / "saes" / "one")
     label_sae(folder / "saes" / "two", first=3)
@@ -118,7 +119,7 @@ def test_a_wrong_input_is_one_line(study: Path, tmp_path: Path) -> None:
     few = fails(*arguments(study, tmp_path, *SETTINGS[:3], "contexts=1"))
     assert "none of its tasks has 20 tokens" in few
     assert fails(*arguments(study, tmp_path, *SETTINGS[:3], "supervised_examples=5")).endswith("at least 20")
-    python_store(tmp_path / "prose", ["Once upon a time there was a stone by the river. " * 9] * 4)
+    python_store(tmp_path / "prose", [PROSE * 9] * 4)
     label_sae(tmp_path / "sae")
     told = fails(f"run_dir={tmp_path}", f"store.url={tmp_path / 'prose'}", *SETTINGS)
     assert "is not Python" in told
@@ -135,6 +136,9 @@ def test_the_draw_is_a_function_of_the_seed_and_the_text(study: Path) -> None:
     assert (np.diff(place) > 0).all()
     assert (store.tokens(data.contexts).reshape(-1)[place] == sample.token_N).all()
     assert store.mask(data.contexts).reshape(-1)[place].all()
+    # Never the prose, whose words Python has too.
+    texts = {at: one.text for one in documents(store, np.arange(store.num_contexts), vocabulary) for at in one.places}
+    assert not any("Once upon" in texts[at] for at in place)
     # Halves: by a walk over all documents, and never one document in both.
     beginnings, half, head_of = Beginnings(store), {}, {}
     for document in documents(store, np.arange(store.num_contexts), vocabulary):

@@ -5,7 +5,7 @@ import numpy as np
 from shared.latents.vocabulary import Vocabulary
 from shared.text import python
 from shared.text.documents import document, touched
-from shared.text.python import is_python
+from shared.text.python import is_python, parsed_length
 from tests.planted import SOURCE
 
 
@@ -52,3 +52,12 @@ def test_source_is_told_from_prose() -> None:
     assert is_python(["import os\n", "def f(): pass\n", "Once upon a time"])
     assert not is_python(["Once upon a time", "there", "x = 1\n"])
     assert not is_python([])
+
+
+def test_how_much_of_a_text_is_python() -> None:
+    assert parsed_length(SOURCE) == len(SOURCE)
+    for cut in range(SOURCE.index("def bark"), len(SOURCE) - 1, 7):
+        assert parsed_length(SOURCE[:cut]) in (SOURCE.index("@wraps"), cut)
+    assert parsed_length("x = 1\n" + "it's prose, not code\n" * 40) == 0
+    assert parsed_length("x = 1\nprint 2\n") == len("x = 1\n")
+    assert parsed_length("It is a truth universally acknowledged.") == parsed_length("") == 0
