@@ -98,6 +98,9 @@ def check_settings(cfg: EvalSchema, folders: Sequence[SAEFolder]) -> None:
         raise GranaryError(f"sae.per_pass={cfg.sae.per_pass}: it must be at least 1")
     if cfg.batch_contexts is not None and cfg.batch_contexts < 1:
         raise GranaryError(f"batch_contexts={cfg.batch_contexts}: it must be at least 1, or null")
+    whole = [folder.path for folder in folders if folder.sites.unit != "token"]
+    if cfg.supervised and whole:
+        raise GranaryError(f"supervised=true draws single tokens, and {whole[0]} reads whole sequences")
     if not cfg.joint:
         return
     if not cfg.downstream:

@@ -1,6 +1,6 @@
 """The supervised scores on the pages of one evaluation and of a comparison."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from stage_eval.results.comparison import ComparisonRow
 from stage_eval.results.supervised import (
@@ -18,7 +18,7 @@ from stage_eval.show.supervised_plots import supervised_plots
 from stage_eval.show.sweep_plots import label_plots
 from stage_eval.show.text import number
 
-SUPERVISED_HEADINGS = ("1 latent", "5 latents", "activation", "split", "absorbed", "TPP", "SCR")
+SUPERVISED_HEADINGS = ("1 latent", "5 latents", "split", "absorbed", "TPP", "SCR")
 MEANING = (
     ("1 latent, 5 latents", "balanced accuracy of a probe that sees the latents of the largest difference of means"),
     ("5 coordinates", "the same with coordinates of the activation: a control"),
@@ -66,23 +66,29 @@ def supervised_comparison(
     """The section of the comparison's page for one site; none where no SAE has supervised scores."""
     if all(row.supervised is None for row in rows):
         return []
-    body = [(text(labels[row.name]), *map(text, supervised_cells(row.supervised))) for row in rows]
+    body = [(text(labels[row.name]), *map(_cell, headline_figures(row.supervised))) for row in rows]
     return [
         page.section(
             f"Labels of Python{of_site}",
+            page.paragraph(whole_activation(row.supervised for row in rows)),
             page.figures(numbered(label_plots(rows), index)),
             _spaced(page.table(("SAE", *SUPERVISED_HEADINGS), body)),
         )
     ]
 
 
-def supervised_cells(outline: SupervisedOutline | None) -> list[str]:
+def whole_activation(outlines: Iterable[SupervisedOutline | None]) -> str:
+    """What there is to be found by latents: the same for all dictionaries that read one site."""
+    found = next((one.activation for one in outlines if one is not None), None)
+    return f"A probe on the whole activation tells the concepts with {number(None if found is None else found.value)}."
+
+
+def headline_figures(outline: SupervisedOutline | None) -> list[Ranged | None]:
     """The figures under `SUPERVISED_HEADINGS`."""
     if outline is None:
-        return ["-"] * len(SUPERVISED_HEADINGS)
+        return [None] * len(SUPERVISED_HEADINGS)
     absorbed, perturbed, removed = outline.absorbed_fraction, outline.perturbation, outline.removal
-    found = (outline.latents_1, outline.latents_5, outline.activation, outline.split, absorbed, perturbed, removed)
-    return ["-" if one is None else number(one.value) for one in found]
+    return [outline.latents_1, outline.latents_5, outline.split, absorbed, perturbed, removed]
 
 
 def _cards(outline: SupervisedOutline) -> list[tuple[str, str, str]]:

@@ -55,7 +55,7 @@ def label_plots(rows: Sequence[ComparisonRow]) -> list[Plot]:
         ),
         (
             "perturbation",
-            "targeted perturbation",
+            "TPP",
             f"What probes lose by {count} latents of their kind, less the others.",
         ),
         ("removal", "SCR", f"Share given back to biased probes by ablating {count} latents."),

@@ -9,7 +9,7 @@ from shared.launch.terminal import ShownConsole
 from stage_eval.results.evaluation import Evaluation
 from stage_eval.results.figures import Downstream, JointDownstream
 from stage_eval.results.supervised import SupervisedOutline
-from stage_eval.show.supervised import SUPERVISED_HEADINGS, supervised_cells
+from stage_eval.show.supervised import SUPERVISED_HEADINGS, headline_figures, whole_activation
 from stage_eval.show.text import differing, middle_cut, number, percent, small_sample
 
 WIDE = 110
@@ -69,12 +69,14 @@ def results_table(hook: str, evaluations: Sequence[Evaluation], *, wide: bool) -
 
 def supervised_table(names: Sequence[str], outlines: Sequence[SupervisedOutline | None]) -> Table:
     """The headlines of the supervised scores."""
-    table = Table(title="labels of Python's tokenizer", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    title = f"labels of Python's tokenizer. {whole_activation(outlines)}"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("SAE", overflow="fold")
     for heading in SUPERVISED_HEADINGS:
         table.add_column(heading, justify="right", no_wrap=True)
     for name, one in zip(differing(names), outlines, strict=True):
-        table.add_row(middle_cut(name), *supervised_cells(one))
+        shown = (None if found is None else found.value for found in headline_figures(one))
+        table.add_row(middle_cut(name), *map(number, shown))
     return table
 
 

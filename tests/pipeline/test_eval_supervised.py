@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jsonschema
@@ -10,13 +11,16 @@ import pytest
 import torch
 
 from shared.basics.config import Split
+from shared.basics.errors import GranaryError
 from shared.latents.vocabulary import Vocabulary
 from shared.lm.token_bytes import token_bytes
 from shared.lm.tokenizer import load_tokenizer, special_ids
 from shared.parallel import World
+from shared.sae.sites import Sites
 from shared.store import Store
 from shared.text.beginnings import Beginnings
 from shared.text.documents import documents
+from stage_eval.evaluate import check_settings
 from stage_eval.measure.data import load_data
 from stage_eval.measure.session import PassSettings, Session
 from stage_eval.results.evaluation import Evaluation
@@ -176,3 +180,10 @@ def test_the_draw_is_a_function_of_the_seed_and_the_text(study: Path) -> None:
         assert torch.equal(whole[number], store.read_context(HOOK, context)[int(sample.position_N[number])])
     other = draw(store, data, vocabulary, 1, 50)
     assert other.documents != sample.documents or (other.token_N[:50] != sample.token_N[:50]).any()
+
+
+def test_dictionaries_of_sequences_are_refused() -> None:
+    folder = SimpleNamespace(path="here", sites=Sites((HOOK,), (HOOK,), unit="sequence"))
+    settings = SimpleNamespace(supervised=True, joint=False, batch_contexts=None, sae=SimpleNamespace(per_pass=1))
+    with pytest.raises(GranaryError, match="here reads whole sequences"):
+        check_settings(settings, [folder])  # type: ignore[arg-type, list-item]
