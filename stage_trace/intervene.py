@@ -70,7 +70,7 @@ def intervene(graph: Graph, values: Mapping[str, float] | Sequence[Change], mode
 
     Raises GranaryError for a graph that was read from a file, and for nodes that are no features.
     """
-    session = _session(graph)
+    session = graph.need_session()
     try:
         mode = Mode(mode)
     except ValueError:
@@ -142,12 +142,6 @@ def predict(graph: Graph, values: Mapping[str, float], *, direct: bool = False) 
         free = rows[(columns[rows] >= 0) & (given_S[columns[rows].clamp_min(0)] == 0)]
         relative_S[columns[free]] = change_R[free] / activation_S[columns[free]]
     return Outcome(graph.targets, change_R)
-
-
-def _session(graph: Graph) -> Session:
-    if graph.session is None:
-        raise GranaryError("this graph was read from a file: trace the prompt again to intervene")
-    return graph.session
 
 
 def _change(node: Node, value: float) -> Change:

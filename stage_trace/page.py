@@ -14,6 +14,7 @@ from stage_trace.graph import Edge, Graph
 from stage_trace.heads import Split
 from stage_trace.known import Known
 from stage_trace.nodes import Kind, Node
+from stage_trace.spliced import Spliced
 from stage_trace.vocabulary import Words
 
 ESCAPES = {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026", "\u2028": "\\u2028", "\u2029": "\\u2029"}
@@ -35,6 +36,7 @@ class Page:
     words: Words | None
     known: Known
     heads: Split
+    spliced: Spliced | None = None
 
     def html(self) -> str:
         """The whole page."""
@@ -85,7 +87,7 @@ def _data(shown: Page) -> dict[str, Any]:
         ],
         "pinned": graph.pinned,
         "supernodes": graph.supernodes,
-        "facts": _facts(graph, certificate),
+        "facts": _facts(graph, certificate, shown.spliced),
         "certificate": None if certificate is None else certificate.to_dict(),
         "certificate_text": None if certificate is None else _told(certificate),
         "footer": _footer(graph),
@@ -124,7 +126,7 @@ def _node(graph: Graph, node: Node, words: Words | None, known: Known) -> dict[s
     return made
 
 
-def _facts(graph: Graph, certificate: Certificate | None) -> list[tuple[str, str, str]]:
+def _facts(graph: Graph, certificate: Certificate | None, spliced: Spliced | None) -> list[tuple[str, str, str]]:
     """(name, value, what it means) of the figures at the top."""
     strict, theirs = graph.scores["strict"], graph.scores["circuit-tracer"]
     facts = [
@@ -140,6 +142,14 @@ def _facts(graph: Graph, certificate: Certificate | None) -> list[tuple[str, str
         ),
         ("Rows add up", f"{graph.worst_gap:.0e}", "worst gap between a row's sum and what it explains"),
     ]
+    if spliced is not None:
+        said = "" if graph.decode is None else f", and then says “{graph.decode([spliced.said])}”"
+        losses = "" if spliced.loss is None else f"; loss {spliced.loss:.2f} for {spliced.loss_of_model:.2f} nats"
+        told = (
+            f"nats KL at the end of the prompt with all dictionaries spliced in{said} ({spliced.probability:.0%});"
+            f" over the prompt {spliced.kl:.2f}, the same token at {spliced.agreeing} of {spliced.positions}{losses}"
+        )
+        facts.append(("Replacement model", f"{spliced.kl_last:.2f}", told))
     if certificate is not None:
         held, norms, free = (certificate.rank_correlation(mode) for mode in MEASURED)
         if held is not None and norms is not None and free is not None:

@@ -28,7 +28,14 @@ def test_a_text_becomes_files_and_scores(stages: ForkServer, run: Path, tmp_path
     done = stages.run("stage_trace", str(run), TEXT, f"out_dir={tmp_path}", "ablations=2", "device.threads=1")
     assert done.code == 0, done.stderr
     said = done.stdout + done.stderr
-    for part in ("every one adds up to", "replacement", "completeness", "certificate", "graph.html"):
+    for part in (
+        "every one adds up to",
+        "replacement",
+        "completeness",
+        "spliced      with",
+        "certificate",
+        "graph.html",
+    ):
         assert part in said
     assert "no transcoder stands in for layers 3: their MLPs are all error" in said
     document = json.loads((tmp_path / "graph.json").read_text())

@@ -85,5 +85,9 @@ def score_next_tokens(head: nn.Module, hidden_QND: Sequence[Tensor], labels_N: T
 
 def chunk_rows(head: nn.Module, hidden_ND: Tensor) -> int:
     """How many positions' logits fit into `LOGIT_BYTES`."""
-    vocabulary: int = head(hidden_ND[:1]).shape[-1]
+    return rows_at_once(head(hidden_ND[:1]).shape[-1])
+
+
+def rows_at_once(vocabulary: int) -> int:
+    """The same for so many tokens."""
     return max(1, LOGIT_BYTES // (COPIES * 4 * vocabulary))
