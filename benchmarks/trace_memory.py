@@ -112,7 +112,7 @@ def measure(shape: Shape) -> tuple[float, float]:
         text = "read" * (shape.tokens - 1)
         arguments = [
             f"{folder}/tc", f"model={folder}/model", f"text={text}", f"out_dir={folder}/out", "device.threads=1",
-            f"max_features={shape.features}", f"batch={shape.batch}", "ablations=2", "device.name=cpu",
+            f"max_features={shape.features}", f"batch={shape.batch}", "ablations=2", "ranked=0", "device.name=cpu",
         ]  # fmt: skip
         said = watch(WATCHED, arguments)
     found = re.search(r"PEAK (\d+)", said)

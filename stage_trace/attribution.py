@@ -24,9 +24,9 @@ class AttributionGraph(Graph):
         """What the edges say of the same, over paths of every length or over single edges."""
         return predict(self, values, direct=direct)
 
-    def certify(self, most: int = 10) -> Certificate:
-        """Ablate the most influential features, predicted against actual."""
-        return certify(self, most)
+    def certify(self, most: int = 10, ranked: int = 100) -> Certificate:
+        """Ablate the `most` influential features, predicted against actual, and the `ranked` first with all free."""
+        return certify(self, most, ranked)
 
     def spliced(self) -> Spliced:
         """What the model says with all dictionaries in the place of its MLPs, against what it says itself."""

@@ -65,7 +65,7 @@ def trace_text(cfg: TraceSchema) -> None:
         log.info("%s", line)
     spliced = graph.spliced()
     log.info("%s", _replaced(spliced, tokenizer))
-    certificate = graph.certify(cfg.ablations) if cfg.ablations else None
+    certificate = graph.certify(cfg.ablations, cfg.ranked) if cfg.ablations else None
     if certificate is not None:
         for line in _certified(certificate):
             log.info("%s", line)
@@ -111,10 +111,17 @@ def _certified(certificate: Certificate) -> list[str]:
     if None in found:
         return ["certificate  too few features to rank"]
     held, norms, free = found
-    return [
+    influence = certificate.influence_correlation()
+    lines = [
         f"certificate  {len(certificate.ablations)} features ablated: rank correlation of predicted and actual change"
         f" {held:.2f} with attention and norms held, {norms:.2f} with norms held, {free:.2f} all free"
     ]
+    if influence is not None:
+        lines.append(
+            f"influence    {len(certificate.divergences)} features ablated, all free: rank correlation of influence and"
+            f" KL {influence:.2f}"
+        )
+    return lines
 
 
 def _check(cfg: TraceSchema) -> None:
@@ -125,6 +132,7 @@ def _check(cfg: TraceSchema) -> None:
         ("max_features", cfg.max_features, 1),
         ("batch", cfg.batch, 1),
         ("ablations", cfg.ablations, 0),
+        ("ranked", cfg.ranked, 0),
     ):
         if value < least:
             raise GranaryError(f"{name}={value}: must be at least {least}")

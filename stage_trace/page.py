@@ -153,7 +153,9 @@ def _facts(graph: Graph, certificate: Certificate | None, spliced: Spliced | Non
     if certificate is not None:
         held, norms, free = (certificate.rank_correlation(mode) for mode in MEASURED)
         if held is not None and norms is not None and free is not None:
-            told = f"rank correlation with attention and norms held; {norms:.2f} with norms held, {free:.2f} all free"
+            told = (
+                f"rank correlation of ablations with attention and norms held; {norms:.2f} norms held, {free:.2f} free"
+            )
             facts.append(("Agrees with the model", f"{held:.2f}", told))
     shown = sum(node.kind is Kind.feature for node in graph.nodes)
     drawn, edges = min(len(graph.edges), MOST_EDGES), len(graph.edges)
@@ -171,7 +173,15 @@ def _told(certificate: Certificate) -> str:
     held, norms, free = (certificate.rank_correlation(mode) for mode in MEASURED)
     if held is None or norms is None or free is None:
         return f"{said} Too few features for a rank correlation."
-    return f"{said} Rank correlation {held:.2f} both held, {norms:.2f} norms held, {free:.2f} free."
+    said += f" Rank correlation {held:.2f} both held, {norms:.2f} norms held, {free:.2f} free."
+    influence = certificate.influence_correlation()
+    if influence is None:
+        return said
+    return (
+        f"{said} And which features matter at all: over the {len(certificate.divergences)} most influential, the rank"
+        " correlation of a feature's influence with what its ablation does to the whole distribution of the next token"
+        f" (KL, everything free) is {influence:.2f}."
+    )
 
 
 def _footer(graph: Graph) -> str:

@@ -28,7 +28,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     meta["dictionary"]["sha256"] = weights_sha256(root / "tc" / "layer_0")
     (where / "meta.json").write_text(json.dumps(meta))
     graph = trace("bundled", root / "tc", TEXT)
-    graph.prune().save(root / "out", certificate=graph.certify(3))
+    graph.prune().save(root / "out", certificate=graph.certify(3, 8), spliced=graph.spliced())
     return root / "out"
 
 

@@ -25,7 +25,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_text_becomes_files_and_scores(stages: ForkServer, run: Path, tmp_path: Path) -> None:
-    done = stages.run("stage_trace", str(run), TEXT, f"out_dir={tmp_path}", "ablations=2", "device.threads=1")
+    done = stages.run(
+        "stage_trace", str(run), TEXT, f"out_dir={tmp_path}", "ablations=3", "ranked=5", "device.threads=1"
+    )
     assert done.code == 0, done.stderr
     said = done.stdout + done.stderr
     for part in (
@@ -34,6 +36,7 @@ def test_a_text_becomes_files_and_scores(stages: ForkServer, run: Path, tmp_path
         "completeness",
         "spliced      with",
         "certificate",
+        "influence",
         "graph.html",
     ):
         assert part in said

@@ -136,5 +136,5 @@ def test_where_nothing_fires_all_is_error_and_the_graph_is_saved(tmp_path: Path)
     for scores in bare.scores.values():
         assert 0 < scores.replacement < 1
         assert 0 < scores.completeness < 1
-    document = json.loads(bare.prune().save(tmp_path, certificate=bare.certify(3))[0].read_text())
+    document = json.loads(bare.prune().save(tmp_path, certificate=bare.certify(3, 5))[0].read_text())
     assert {node["feature_type"] for node in document["nodes"]} == {"mlp reconstruction error", "embedding", "logit"}
