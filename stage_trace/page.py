@@ -5,6 +5,7 @@ it into the document as text alone, so that no token of a prompt can become mark
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any
@@ -40,18 +41,18 @@ class Page:
 
     def html(self) -> str:
         """The whole page."""
-        return self_contained("page", _data(self))
+        return self_contained("Attribution graph", "page.html", ("pins.js", "page.js"), _data(self))
 
 
-def self_contained(name: str, data: Any) -> str:
-    """The page called `name` with style, code and `data` inside it."""
+def self_contained(title: str, body: str, scripts: Sequence[str], data: Any) -> str:
+    """A page with style, code and `data` inside it; `body` and `scripts` are files of the assets."""
     assets = files("stage_trace") / "assets"
 
     def read(file: str) -> str:
         return (assets / file).read_text(encoding="utf-8")
 
-    code = read("common.js") + read(f"{name}.js")
-    return read(f"{name}.html") % {"css": read("page.css"), "js": code, "data": in_script(data)}
+    parts = {"title": title, "css": read("page.css"), "body": read(body), "data": in_script(data)}
+    return read("frame.html") % (parts | {"js": "".join(map(read, ("common.js", *scripts)))})
 
 
 def in_script(value: Any) -> str:
@@ -90,6 +91,7 @@ def _data(shown: Page) -> dict[str, Any]:
         "facts": _facts(graph, certificate, shown.spliced),
         "certificate": None if certificate is None else certificate.to_dict(),
         "certificate_text": None if certificate is None else _told(certificate),
+        "spliced_text": None if shown.spliced is None else _replaced(shown.spliced, graph),
         "footer": _footer(graph),
         "document": {**shown.document, "links": []},  # the page has them already
     }
@@ -143,11 +145,9 @@ def _facts(graph: Graph, certificate: Certificate | None, spliced: Spliced | Non
         ("Rows add up", f"{graph.worst_gap:.0e}", "worst gap between a row's sum and what it explains"),
     ]
     if spliced is not None:
-        said = "" if graph.decode is None else f", and then says “{graph.decode([spliced.said])}”"
-        losses = "" if spliced.loss is None else f"; loss {spliced.loss:.2f} for {spliced.loss_of_model:.2f} nats"
         told = (
-            f"nats KL at the end of the prompt with all dictionaries spliced in{said} ({spliced.probability:.0%});"
-            f" over the prompt {spliced.kl:.2f}, the same token at {spliced.agreeing} of {spliced.positions}{losses}"
+            f"nats KL at the end with all dictionaries spliced in; {spliced.kl:.2f} over the prompt, same token at"
+            f" {spliced.agreeing} of {spliced.positions}"
         )
         facts.append(("Replacement model", f"{spliced.kl_last:.2f}", told))
     if certificate is not None:
@@ -182,6 +182,23 @@ def _told(certificate: Certificate) -> str:
         " correlation of a feature's influence with what its ablation does to the whole distribution of the next token"
         f" (KL, everything free) is {influence:.2f}."
     )
+
+
+def _replaced(spliced: Spliced, graph: Graph) -> str:
+    """What the replacement model makes of the prompt."""
+    told = (
+        "The replacement model has all dictionaries in the place of MLPs at once, each encoding what those before it"
+        " have made of the stream, without errors."
+    )
+    if graph.decode is not None:
+        told += f" It says “{graph.decode([spliced.said])}” ({spliced.probability:.0%})."
+    told += (
+        f" KL {spliced.kl_last:.2f} nats there, {spliced.kl:.2f} over the prompt, and the same likeliest token at"
+        f" {spliced.agreeing} of {spliced.positions} positions."
+    )
+    if spliced.loss is not None:
+        told += f" Its loss on the prompt is {spliced.loss:.2f} nats, the model's {spliced.loss_of_model:.2f}."
+    return told
 
 
 def _footer(graph: Graph) -> str:
