@@ -37,7 +37,7 @@ class VocabularyHead(nn.Module):
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
-        self.projection: nn.Module = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+        self.projection: nn.Module = model.get_output_embeddings()
         self.softcap: float | None = getattr(model.config, "final_logit_softcapping", None)
 
     def forward(self, hidden_ND: Tensor) -> Tensor:
