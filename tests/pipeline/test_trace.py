@@ -46,7 +46,7 @@ def test_a_text_becomes_files_and_scores(stages: ForkServer, run: Path, tmp_path
     assert len(document["nodes"]) > 10
 
 
-def test_a_dry_run_plans_before_anything_is_loaded(stages: ForkServer, run: Path, tmp_path: Path) -> None:
+def test_f46_a_dry_run_plans_before_anything_is_loaded(stages: ForkServer, run: Path, tmp_path: Path) -> None:
     """It needs no more than configurations and file headers; nothing is written beside Hydra's records."""
     out = tmp_path / "out"
     done = stages.run("stage_trace", f"{run}/layer*", TEXT, f"out_dir={out}", "dry_run=true")

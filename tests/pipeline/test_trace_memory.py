@@ -37,7 +37,7 @@ def llama_8b(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_a_dry_run_plans_an_8b_model_from_headers(stages: ForkServer, llama_8b: Path) -> None:
+def test_f46_a_dry_run_plans_an_8b_model_from_headers(stages: ForkServer, llama_8b: Path) -> None:
     """What it reads are headers and configurations: there is nothing else in the files."""
     done = stages.run(
         "stage_trace", f"{llama_8b}/tc", f"model={llama_8b}/model", "model.dtype=bfloat16", "text=The capital is",

@@ -23,7 +23,7 @@ def features(graph: AttributionGraph, layer: int = 0) -> list[Node]:
     return [node for node in graph.sources if node.kind is Kind.feature and node.layer == layer]
 
 
-def test_a_constrained_intervention_is_the_edge(graph: AttributionGraph) -> None:
+def test_f39_a_constrained_intervention_is_the_edge(graph: AttributionGraph) -> None:
     """Of a value that is set, not only of an ablation, and of two at once; through skips."""
     assert graph.session is not None
     made = [bundled_transcoder(layer, skip=True, threshold=0.8) for layer in range(4)]

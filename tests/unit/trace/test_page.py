@@ -17,7 +17,7 @@ from tests.latents import synthetic_latents
 from tests.tracing import bundled_transcoder, make_clt
 
 
-def test_the_page_is_whole_and_escapes_everything(graph: AttributionGraph, tmp_path: Path) -> None:
+def test_f42_the_page_is_whole_and_escapes_everything(graph: AttributionGraph, tmp_path: Path) -> None:
     hostile = replace(graph.prune(), names=("</script><img src=x onerror=alert(1)>", "\u2028"))
     page = hostile.save(tmp_path, certificate=graph.certify(3, 5), spliced=graph.spliced())[-1].read_text()
     assert len(page) < 3_000_000
