@@ -66,6 +66,17 @@ class Certificate:
             return None
         return spearman(self._column(lambda one: one.predicted), self._column(lambda one: one.actual[mode]))
 
+    def ceiling(self) -> float | None:
+        """Spearman's, of the model's own response with norm factors held and with everything free.
+
+        Nothing that holds norm factors, a graph of perfect dictionaries included, can be expected to rank what happens
+        with everything free much better. None for fewer than `FEWEST` features.
+        """
+        if len(self.ablations) < FEWEST:
+            return None
+        held, free = (self._column(lambda one: one.actual[Mode.norms]), self._column(lambda one: one.actual[Mode.open]))
+        return spearman(held, free)
+
     def relative_error(self, mode: Mode) -> float | None:
         """Root mean square of the difference over that of what happened."""
         if len(self.ablations) < FEWEST:
@@ -85,6 +96,7 @@ class Certificate:
                 }
                 for mode in MEASURED
             },
+            "ceiling": self.ceiling(),
             "influence": {"features": len(self.divergences), "rank_correlation": self.influence_correlation()},
             "ablations": [
                 {

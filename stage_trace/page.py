@@ -173,7 +173,11 @@ def _told(certificate: Certificate) -> str:
     held, norms, free = (certificate.rank_correlation(mode) for mode in MEASURED)
     if held is None or norms is None or free is None:
         return f"{said} Too few features for a rank correlation."
-    said += f" Rank correlation {held:.2f} both held, {norms:.2f} norms held, {free:.2f} free."
+    said += (
+        f" Rank correlation {held:.2f} both held, {norms:.2f} norms held, {free:.2f} free. The model's own response"
+        f" with norms held ranks against its free one by {certificate.ceiling() or 0.0:.2f}: no graph that holds norms"
+        " can be expected to do much better."
+    )
     influence = certificate.influence_correlation()
     if influence is None:
         return said

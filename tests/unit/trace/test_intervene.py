@@ -107,10 +107,13 @@ def test_a_certificate_compares_prediction_and_model(graph: AttributionGraph) ->
     assert -1 <= held <= 1
     first = certificate.ablations[0]
     assert first.actual[Mode.open] == graph.intervene({first.node.id: 0.0}, Mode.open).of(certificate.logit.id)
+    held, free = (torch.tensor([one.actual[mode] for one in certificate.ablations]) for mode in (Mode.norms, Mode.open))
+    assert certificate.ceiling() == pytest.approx(spearman(held, free))
     few = certify(graph, 2, 2)
+    assert few.ceiling() is None
     assert few.rank_correlation(Mode.open) is None
     assert few.influence_correlation() is None
-    assert set(certificate.to_dict()) == {"logit", "frozen", "norms", "open", "influence", "ablations"}
+    assert set(certificate.to_dict()) == {"logit", "frozen", "norms", "open", "ceiling", "influence", "ablations"}
 
 
 def test_influence_is_ranked_against_the_divergence_of_a_free_ablation(graph: AttributionGraph) -> None:

@@ -32,7 +32,8 @@ def test_f42_the_page_is_whole_and_escapes_everything(graph: AttributionGraph, t
     assert len(data["nodes"]) == len(hostile.nodes)
     assert data["document"]["metadata"]["prompt"] == graph.prompt.text
     (told,) = (told for name, _, told in data["facts"] if name == "Replacement model")
-    assert re.search(r"the same token at \d+ of \d+; loss [\d.]+ for [\d.]+ nats", told)
+    assert re.search(r"[\d.]+ over the prompt, same token at \d+ of \d+", told)
+    assert re.search(r"Its loss on the prompt is [\d.]+ nats, the model's [\d.]+\.", data["spliced_text"])
 
 
 def test_marks_that_a_reader_saved_are_kept(graph: AttributionGraph, tmp_path: Path) -> None:
