@@ -58,8 +58,11 @@ class Threshold:
         Raises GranaryError for another activation, for an L0 that can't be had, and for a store that does not fit.
         """
         config = made.config
-        if not ACTIVATION_KINDS[config.activation].fixes_l0:
+        by = ACTIVATION_KINDS[config.activation]
+        if not by.fixes_l0:
             raise GranaryError(f"{where} has {config.activation}, whose latents need no k: --threshold is for topk")
+        if not by.is_learnt:
+            raise GranaryError(f"{where} has {config.activation}, whose values may be negative: no threshold has them")
         if made.sites is None:
             raise GranaryError(f"{where} does not record where it reads and writes: give --reads and --writes")
         store = Store.open(self.store)
