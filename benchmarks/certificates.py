@@ -2,7 +2,9 @@
 
 For each prompt the ten most influential features are set to zero one by one, and what the graph's edges predict for the
 first logit is ranked against what the model does: with attention patterns and norm factors held, with norm factors
-held, and with everything free. Prompts are of code, or with `--stories` of children's stories.
+held, and with everything free. The ceiling ranks the model's response with norms held against its free one. A hundred
+are set to zero with everything free, and their influence is ranked against the divergence of the next token's
+distribution. Prompts are of code, or with `--stories` of children's stories.
 """
 
 import argparse
@@ -52,12 +54,13 @@ def main() -> None:
     rows = []
     for text in STORIES if options.stories else CODE:
         graph = trace(model, options.run, text, tokenizer=tokenizer)
-        certificate, strict = graph.certify(10), graph.scores["strict"]
+        certificate, strict = graph.certify(10, 100), graph.scores["strict"]
         found = [certificate.rank_correlation(mode) or 0.0 for mode in MEASURED]
+        found += [certificate.ceiling() or 0.0, certificate.influence_correlation() or 0.0]
         rows.append([*found, strict.replacement, strict.completeness])
         told = "  ".join(f"{value:5.2f}" for value in rows[-1])
         print(f"{told}  gap {graph.worst_gap:.0e}  {text[-40:]!r} -> {graph.logits[0].text!r}", flush=True)
-    print("both held, norms held, all free; strict replacement, completeness")
+    print("both held, norms held, all free; ceiling; influence and KL, all free; strict replacement, completeness")
     for name, of in (("mean", mean), ("median", median)):
         print("  ".join(f"{of(column):5.2f}" for column in zip(*rows, strict=True)), name)
 

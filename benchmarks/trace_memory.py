@@ -54,6 +54,12 @@ class Shape:
     batch: int = 128
     is_clt: bool = False
 
+    @property
+    def decoders(self) -> int:
+        """Bytes of all decoder rows on disk."""
+        written = self.layers * (self.layers + 1) // 2 if self.is_clt else self.layers
+        return 4 * self.latents * self.width * written
+
     def config(self, number: int) -> TranscoderConfig | CLTConfig:
         """Of the dictionary of layer `number`, or of all."""
         layers = range(self.layers) if self.is_clt else [number]
@@ -74,6 +80,8 @@ SHAPES = {
     "a wide dictionary": Shape(width=512, layers=2, latents=65_536, k=8, tokens=32, features=256),
     "a large model": Shape(width=768, layers=10, latents=2048, k=8, tokens=24, features=256),
     "a CLT": Shape(width=256, layers=6, latents=8192, k=16, tokens=64, features=1024, is_clt=True),
+    # Llama-3.1-8B's proportions, an eighth as wide and half as deep: 32 latents to a feature of the stream.
+    "8B, scaled down": Shape(width=512, layers=16, latents=16_384, k=64, tokens=32, features=512),
 }
 QUICK = Shape(width=256, layers=4, latents=2048, k=16, tokens=96, features=512)
 
@@ -91,7 +99,8 @@ def main() -> None:
             taken, planned = measure(shape)
             taken -= base
             print(
-                f"{name}: planned {human_bytes(planned)}, taken {human_bytes(taken)}, {taken / planned:.2f} of the plan"
+                f"{name}: planned {human_bytes(planned)}, taken {human_bytes(taken)},"
+                f" {taken / planned:.2f} of the plan, {taken / shape.decoders:.2f} of the decoders"
             )
     print_8b()
 
@@ -103,7 +112,7 @@ def measure(shape: Shape) -> tuple[float, float]:
         text = "read" * (shape.tokens - 1)
         arguments = [
             f"{folder}/tc", f"model={folder}/model", f"text={text}", f"out_dir={folder}/out", "device.threads=1",
-            f"max_features={shape.features}", f"batch={shape.batch}", "ablations=2", "device.name=cpu",
+            f"max_features={shape.features}", f"batch={shape.batch}", "ablations=2", "ranked=0", "device.name=cpu",
         ]  # fmt: skip
         said = watch(WATCHED, arguments)
     found = re.search(r"PEAK (\d+)", said)

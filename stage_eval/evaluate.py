@@ -19,6 +19,7 @@ from shared.basics.errors import GranaryError
 from shared.basics.pages_link import link_pages
 from shared.basics.run_folder import RunFolder
 from shared.lm import load_causal_lm
+from shared.lm.next_token import VocabularyHead, check_head
 from shared.lm.recorded import ModelChoice, choose_model
 from shared.parallel import barrier, init_world, shutdown
 from shared.store.beside import open_beside
@@ -30,7 +31,6 @@ from stage_eval.measure.downstream import check_splices, joint_figures
 from stage_eval.measure.passes import conditions_for, downstream_pass, reconstruction_pass
 from stage_eval.measure.reconstruction import per_latent_figures
 from stage_eval.measure.session import Loaded, PassSettings, Session
-from stage_eval.measure.vocabulary import VocabularyHead, check_head
 from stage_eval.output import (
     COMPARISON,
     EVALUATION,

@@ -9,6 +9,7 @@ from stage_trace.files import save
 from stage_trace.graph import Graph
 from stage_trace.intervene import Change, Mode, Outcome, intervene, predict
 from stage_trace.known import Known
+from stage_trace.spliced import Spliced, splice_all
 
 
 @dataclass(frozen=True)
@@ -23,15 +24,20 @@ class AttributionGraph(Graph):
         """What the edges say of the same, over paths of every length or over single edges."""
         return predict(self, values, direct=direct)
 
-    def certify(self, most: int = 10) -> Certificate:
-        """Ablate the most influential features, predicted against actual."""
-        return certify(self, most)
+    def certify(self, most: int = 10, ranked: int = 100) -> Certificate:
+        """Ablate the `most` influential features, predicted against actual, and the `ranked` first with all free."""
+        return certify(self, most, ranked)
+
+    def spliced(self) -> Spliced:
+        """What the model says with all dictionaries in the place of its MLPs, against what it says itself."""
+        return splice_all(self.need_session())
 
     def save(
         self,
         folder: str | Path,
         *,
         certificate: Certificate | None = None,
+        spliced: Spliced | None = None,
         latents: Sequence[str | Path] | None = None,
     ) -> list[Path]:
         """Write ``graph.json``, its index and ``graph.html``; returns where they are.
@@ -40,4 +46,4 @@ class AttributionGraph(Graph):
         """
         sources = [] if self.session is None else list(dict.fromkeys(one for one, _ in self.session.sources.values()))
         known = Known.find(sources, None if latents is None else list(map(str, latents)))
-        return save(self, Path(folder), certificate, known)
+        return save(self, Path(folder), certificate, known, spliced)

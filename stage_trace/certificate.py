@@ -4,6 +4,10 @@ The prediction follows the graph's edges along paths of every length. What the m
 attention patterns and norm factors held, which tests the dictionaries and the edges; with norm factors alone held; and
 with everything free to respond. The last two test the graph's own premise, that patterns and factors may be held, and
 say which of them may not.
+
+A second figure asks for less, of many more features: whether those with more influence move the next token's whole
+distribution more, with everything free. Influence has no sign and is of all logits, so that it is ranked against a
+divergence, not against the change of one logit.
 """
 
 from collections.abc import Callable, Mapping
@@ -14,7 +18,7 @@ import torch
 from torch import Tensor
 
 from stage_trace.graph import Graph
-from stage_trace.intervene import Mode, intervene, predict
+from stage_trace.intervene import Mode, Outcome, intervene, predict
 from stage_trace.nodes import Kind, Node
 
 FEWEST = 3
@@ -32,17 +36,46 @@ class Ablation:
 
 
 @dataclass(frozen=True, slots=True)
+class Divergence:
+    """One feature set to zero with everything free, and what the next token's distribution does."""
+
+    node: Node
+    kl: float
+    """KL(before || after), in nats."""
+
+
+@dataclass(frozen=True, slots=True)
 class Certificate:
     """Ablations of the most influential features."""
 
     logit: Node
     ablations: tuple[Ablation, ...]
+    divergences: tuple[Divergence, ...] = ()
+    """Of many more features, the most influential first."""
+
+    def influence_correlation(self) -> float | None:
+        """Spearman's, of the features' influence with their divergence; None for fewer than `FEWEST` features."""
+        if len(self.divergences) < FEWEST:
+            return None
+        influence = torch.tensor([one.node.influence or 0.0 for one in self.divergences], dtype=torch.float64)
+        return spearman(influence, torch.tensor([one.kl for one in self.divergences], dtype=torch.float64))
 
     def rank_correlation(self, mode: Mode) -> float | None:
         """Spearman's, of what was predicted with what happened; None for fewer than `FEWEST` features."""
         if len(self.ablations) < FEWEST:
             return None
         return spearman(self._column(lambda one: one.predicted), self._column(lambda one: one.actual[mode]))
+
+    def ceiling(self) -> float | None:
+        """Spearman's, of the model's own response with norm factors held and with everything free.
+
+        Nothing that holds norm factors, a graph of perfect dictionaries included, can be expected to rank what happens
+        with everything free much better. None for fewer than `FEWEST` features.
+        """
+        if len(self.ablations) < FEWEST:
+            return None
+        held, free = (self._column(lambda one: one.actual[Mode.norms]), self._column(lambda one: one.actual[Mode.open]))
+        return spearman(held, free)
 
     def relative_error(self, mode: Mode) -> float | None:
         """Root mean square of the difference over that of what happened."""
@@ -63,6 +96,8 @@ class Certificate:
                 }
                 for mode in MEASURED
             },
+            "ceiling": self.ceiling(),
+            "influence": {"features": len(self.divergences), "rank_correlation": self.influence_correlation()},
             "ablations": [
                 {
                     "node_id": one.node.id,
@@ -77,18 +112,29 @@ class Certificate:
         return torch.tensor([of(one) for one in self.ablations], dtype=torch.float64)
 
 
-def certify(graph: Graph, most: int = 10) -> Certificate:
-    """Ablate the `most` influential features of `graph`, each alone."""
+def certify(graph: Graph, most: int = 10, ranked: int = 100) -> Certificate:
+    """Ablate the `most` influential features of `graph`, each alone, and with everything free the `ranked` first."""
     features = [node for node in graph.sources if node.kind is Kind.feature]
-    features = sorted(features, key=lambda node: -(node.influence or 0.0))[:most]
+    features.sort(key=lambda node: -(node.influence or 0.0))
     logit = graph.logits[0]
+    divergences = []
+
+    def free(node: Node) -> Outcome:
+        outcome = intervene(graph, {node.id: 0.0}, Mode.open)
+        assert outcome.kl is not None
+        divergences.append(Divergence(node, outcome.kl))
+        return outcome
 
     def ablate(node: Node) -> Ablation:
         values = {node.id: 0.0}
-        actual = {mode: intervene(graph, values, mode).of(logit.id) for mode in MEASURED}
+        outcomes = {mode: free(node) if mode is Mode.open else intervene(graph, values, mode) for mode in MEASURED}
+        actual = {mode: outcome.of(logit.id) for mode, outcome in outcomes.items()}
         return Ablation(node, predict(graph, values).of(logit.id), actual)
 
-    return Certificate(logit, tuple(map(ablate, features)))
+    ablations = tuple(map(ablate, features[:most]))
+    for node in features[most:ranked]:
+        free(node)
+    return Certificate(logit, ablations, tuple(divergences[:ranked]))
 
 
 def spearman(x: Tensor, y: Tensor) -> float:

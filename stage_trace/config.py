@@ -77,7 +77,10 @@ class TraceSchema:
     """Folders of ``granary inspect`` whose examples the page shows; null: those called latents in the dictionaries'
     folders or beside them."""
     ablations: int = MISSING
-    """How many features the certificate ablates; 0 leaves it out."""
+    """How many features the certificate ablates, predicted against actual; 0 leaves it out."""
+    ranked: int = MISSING
+    """How many features it ablates with everything free, one forward pass each, to rank their influence against what
+    the next token's distribution does; 0 leaves that out."""
     dry_run: bool = MISSING
     """Print what memory it will need, and stop before anything is loaded."""
 

@@ -19,6 +19,7 @@ from stage_trace.heads import Split, split_edges
 from stage_trace.known import Known
 from stage_trace.nodes import Kind, Node, cantor
 from stage_trace.page import Page
+from stage_trace.spliced import Spliced
 from stage_trace.vocabulary import Words
 
 SCHEMA_VERSION = 1
@@ -32,7 +33,13 @@ FEATURE_TYPES = {
 }
 
 
-def save(graph: Graph, folder: Path, certificate: Certificate | None = None, known: Known | None = None) -> list[Path]:
+def save(
+    graph: Graph,
+    folder: Path,
+    certificate: Certificate | None = None,
+    known: Known | None = None,
+    spliced: Spliced | None = None,
+) -> list[Path]:
     """Write all files of `graph` into `folder`; they take their places together. Returns where they are.
 
     Pinned nodes and supernodes of a graph.json of the same prompt that lies there, which a reader has saved from the
@@ -45,7 +52,7 @@ def save(graph: Graph, folder: Path, certificate: Certificate | None = None, kno
     files = {
         "graph.json": f"{dumps(document)}\n",
         "graph-metadata.json": f"{dumps({'graphs': [document['metadata']]})}\n",
-        "graph.html": Page(graph, document, certificate, words, known, heads).html(),
+        "graph.html": Page(graph, document, certificate, words, known, heads, spliced).html(),
     }
     write_together(folder, files)
     return [folder / name for name in files]

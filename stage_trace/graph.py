@@ -135,6 +135,12 @@ class Graph:
         is_error_S |= torch.tensor([node.kind not in (Kind.token, Kind.feature) for node in self.sources])
         return scores(self.rows_RS, self.wiring, is_error_S)
 
+    def need_session(self) -> Session:
+        """What the model is run on again with; raises GranaryError for a graph that was read from a file."""
+        if self.session is None:
+            raise GranaryError("this graph was read from a file: trace the prompt again to run its model")
+        return self.session
+
     def node(self, identifier: str) -> Node:
         """Return the node of an id. Raises GranaryError for one that there is not."""
         for node in (*self.sources, *self.logits):

@@ -55,6 +55,8 @@ class Outcome:
     targets: tuple[Node, ...]
     change_R: Tensor
     """After less before."""
+    kl: float | None = None
+    """KL(before || after) of the next token, in nats, over the whole vocabulary; None of what was only predicted."""
 
     def of(self, identifier: str) -> float:
         """The change of one node; raises GranaryError for one that has no row."""
@@ -70,7 +72,7 @@ def intervene(graph: Graph, values: Mapping[str, float] | Sequence[Change], mode
 
     Raises GranaryError for a graph that was read from a file, and for nodes that are no features.
     """
-    session = _session(graph)
+    session = graph.need_session()
     try:
         mode = Mode(mode)
     except ValueError:
@@ -117,7 +119,9 @@ def intervene(graph: Graph, values: Mapping[str, float] | Sequence[Change], mode
     tokens = torch.tensor([node.number for node in graph.logits], device=features_N.device)
     vector_BD = session.parts.logit_vectors(tokens, before.final_TD.dtype)
     logits_B = vector_BD @ (after.final_TD[-1] - before.final_TD[-1])
-    return Outcome(graph.targets, torch.cat([features_N, logits_B]).cpu())
+    said_V, says_V = (torch.log_softmax(one.logits_V.double(), -1) for one in (before, after))
+    kl = float((said_V.exp() * (said_V - says_V)).sum())
+    return Outcome(graph.targets, torch.cat([features_N, logits_B]).cpu(), kl)
 
 
 def predict(graph: Graph, values: Mapping[str, float], *, direct: bool = False) -> Outcome:
@@ -142,12 +146,6 @@ def predict(graph: Graph, values: Mapping[str, float], *, direct: bool = False) 
         free = rows[(columns[rows] >= 0) & (given_S[columns[rows].clamp_min(0)] == 0)]
         relative_S[columns[free]] = change_R[free] / activation_S[columns[free]]
     return Outcome(graph.targets, change_R)
-
-
-def _session(graph: Graph) -> Session:
-    if graph.session is None:
-        raise GranaryError("this graph was read from a file: trace the prompt again to intervene")
-    return graph.session
 
 
 def _change(node: Node, value: float) -> Change:

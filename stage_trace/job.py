@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedTokenizerBase
+
 from shared.basics.config import ModelInput
 from shared.basics.errors import GranaryError
 from shared.basics.memory import return_freed_blocks
@@ -22,6 +24,7 @@ from stage_trace.plan import ModelShape, plan
 from stage_trace.prompt import encode
 from stage_trace.session import Source
 from stage_trace.sources import find_sources, need_any
+from stage_trace.spliced import Spliced
 from stage_trace.trace import TraceSettings, trace_sources
 
 log = logging.getLogger(__name__)
@@ -60,7 +63,9 @@ def trace_text(cfg: TraceSchema) -> None:
     graph = trace_sources(model, sources, cfg.text, tokenizer, settings)
     for line in summary(graph, sources):
         log.info("%s", line)
-    certificate = graph.certify(cfg.ablations) if cfg.ablations else None
+    spliced = graph.spliced()
+    log.info("%s", _replaced(spliced, tokenizer))
+    certificate = graph.certify(cfg.ablations, cfg.ranked) if cfg.ablations else None
     if certificate is not None:
         for line in _certified(certificate):
             log.info("%s", line)
@@ -68,7 +73,7 @@ def trace_text(cfg: TraceSchema) -> None:
     pruned = graph.prune(cfg.prune.nodes, cfg.prune.edges)
     shown = sum(node.kind is Kind.feature for node in pruned.nodes)
     log.info("shown        %d features, %d nodes, %d edges", shown, len(pruned.nodes), len(pruned.edges))
-    written = pruned.save(Path(cfg.out_dir), certificate=certificate, latents=latents)
+    written = pruned.save(Path(cfg.out_dir), certificate=certificate, spliced=spliced, latents=latents)
     page = written[-1]
     log.info("open %s (%s)", page, human_bytes(page.stat().st_size))
 
@@ -91,15 +96,32 @@ def summary(graph: AttributionGraph, sources: list[Source]) -> list[str]:
     return lines
 
 
+def _replaced(spliced: Spliced, tokenizer: PreTrainedTokenizerBase) -> str:
+    said = str(tokenizer.decode([spliced.said]))
+    losses = "" if spliced.loss is None else f", loss {spliced.loss:.2f} for {spliced.loss_of_model:.2f} nats"
+    return (
+        f"spliced      with all dictionaries in the MLPs' place says {said!r} {spliced.probability:.1%},"
+        f" KL {spliced.kl_last:.2f} nats; over the prompt KL {spliced.kl:.2f}, the same token at {spliced.agreeing}"
+        f" of {spliced.positions}{losses}"
+    )
+
+
 def _certified(certificate: Certificate) -> list[str]:
     found = [certificate.rank_correlation(mode) for mode in (Mode.frozen, Mode.norms, Mode.open)]
     if None in found:
         return ["certificate  too few features to rank"]
     held, norms, free = found
-    return [
+    influence = certificate.influence_correlation()
+    lines = [
         f"certificate  {len(certificate.ablations)} features ablated: rank correlation of predicted and actual change"
         f" {held:.2f} with attention and norms held, {norms:.2f} with norms held, {free:.2f} all free"
     ]
+    if influence is not None:
+        lines.append(
+            f"influence    {len(certificate.divergences)} features ablated, all free: rank correlation of influence and"
+            f" KL {influence:.2f}"
+        )
+    return lines
 
 
 def _check(cfg: TraceSchema) -> None:
@@ -110,6 +132,7 @@ def _check(cfg: TraceSchema) -> None:
         ("max_features", cfg.max_features, 1),
         ("batch", cfg.batch, 1),
         ("ablations", cfg.ablations, 0),
+        ("ranked", cfg.ranked, 0),
     ):
         if value < least:
             raise GranaryError(f"{name}={value}: must be at least {least}")

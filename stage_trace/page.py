@@ -5,6 +5,7 @@ it into the document as text alone, so that no token of a prompt can become mark
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any
@@ -14,6 +15,7 @@ from stage_trace.graph import Edge, Graph
 from stage_trace.heads import Split
 from stage_trace.known import Known
 from stage_trace.nodes import Kind, Node
+from stage_trace.spliced import Spliced
 from stage_trace.vocabulary import Words
 
 ESCAPES = {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026", "\u2028": "\\u2028", "\u2029": "\\u2029"}
@@ -35,21 +37,22 @@ class Page:
     words: Words | None
     known: Known
     heads: Split
+    spliced: Spliced | None = None
 
     def html(self) -> str:
         """The whole page."""
-        return self_contained("page", _data(self))
+        return self_contained("Attribution graph", "page.html", ("pins.js", "page.js"), _data(self))
 
 
-def self_contained(name: str, data: Any) -> str:
-    """The page called `name` with style, code and `data` inside it."""
+def self_contained(title: str, body: str, scripts: Sequence[str], data: Any) -> str:
+    """A page with style, code and `data` inside it; `body` and `scripts` are files of the assets."""
     assets = files("stage_trace") / "assets"
 
     def read(file: str) -> str:
         return (assets / file).read_text(encoding="utf-8")
 
-    code = read("common.js") + read(f"{name}.js")
-    return read(f"{name}.html") % {"css": read("page.css"), "js": code, "data": in_script(data)}
+    parts = {"title": title, "css": read("page.css"), "body": read(body), "data": in_script(data)}
+    return read("frame.html") % (parts | {"js": "".join(map(read, ("common.js", *scripts)))})
 
 
 def in_script(value: Any) -> str:
@@ -85,9 +88,10 @@ def _data(shown: Page) -> dict[str, Any]:
         ],
         "pinned": graph.pinned,
         "supernodes": graph.supernodes,
-        "facts": _facts(graph, certificate),
+        "facts": _facts(graph, certificate, shown.spliced),
         "certificate": None if certificate is None else certificate.to_dict(),
         "certificate_text": None if certificate is None else _told(certificate),
+        "spliced_text": None if shown.spliced is None else _replaced(shown.spliced, graph),
         "footer": _footer(graph),
         "document": {**shown.document, "links": []},  # the page has them already
     }
@@ -124,7 +128,7 @@ def _node(graph: Graph, node: Node, words: Words | None, known: Known) -> dict[s
     return made
 
 
-def _facts(graph: Graph, certificate: Certificate | None) -> list[tuple[str, str, str]]:
+def _facts(graph: Graph, certificate: Certificate | None, spliced: Spliced | None) -> list[tuple[str, str, str]]:
     """(name, value, what it means) of the figures at the top."""
     strict, theirs = graph.scores["strict"], graph.scores["circuit-tracer"]
     facts = [
@@ -140,10 +144,18 @@ def _facts(graph: Graph, certificate: Certificate | None) -> list[tuple[str, str
         ),
         ("Rows add up", f"{graph.worst_gap:.0e}", "worst gap between a row's sum and what it explains"),
     ]
+    if spliced is not None:
+        told = (
+            f"nats KL at the end with all dictionaries spliced in; {spliced.kl:.2f} over the prompt, same token at"
+            f" {spliced.agreeing} of {spliced.positions}"
+        )
+        facts.append(("Replacement model", f"{spliced.kl_last:.2f}", told))
     if certificate is not None:
         held, norms, free = (certificate.rank_correlation(mode) for mode in MEASURED)
         if held is not None and norms is not None and free is not None:
-            told = f"rank correlation with attention and norms held; {norms:.2f} with norms held, {free:.2f} all free"
+            told = (
+                f"rank correlation of ablations with attention and norms held; {norms:.2f} norms held, {free:.2f} free"
+            )
             facts.append(("Agrees with the model", f"{held:.2f}", told))
     shown = sum(node.kind is Kind.feature for node in graph.nodes)
     drawn, edges = min(len(graph.edges), MOST_EDGES), len(graph.edges)
@@ -161,7 +173,36 @@ def _told(certificate: Certificate) -> str:
     held, norms, free = (certificate.rank_correlation(mode) for mode in MEASURED)
     if held is None or norms is None or free is None:
         return f"{said} Too few features for a rank correlation."
-    return f"{said} Rank correlation {held:.2f} both held, {norms:.2f} norms held, {free:.2f} free."
+    said += (
+        f" Rank correlation {held:.2f} both held, {norms:.2f} norms held, {free:.2f} free. The model's own response"
+        f" with norms held ranks against its free one by {certificate.ceiling() or 0.0:.2f}: no graph that holds norms"
+        " can be expected to do much better."
+    )
+    influence = certificate.influence_correlation()
+    if influence is None:
+        return said
+    return (
+        f"{said} And which features matter at all: over the {len(certificate.divergences)} most influential, the rank"
+        " correlation of a feature's influence with what its ablation does to the whole distribution of the next token"
+        f" (KL, everything free) is {influence:.2f}."
+    )
+
+
+def _replaced(spliced: Spliced, graph: Graph) -> str:
+    """What the replacement model makes of the prompt."""
+    told = (
+        "The replacement model has all dictionaries in the place of MLPs at once, each encoding what those before it"
+        " have made of the stream, without errors."
+    )
+    if graph.decode is not None:
+        told += f" It says “{graph.decode([spliced.said])}” ({spliced.probability:.0%})."
+    told += (
+        f" KL {spliced.kl_last:.2f} nats there, {spliced.kl:.2f} over the prompt, and the same likeliest token at"
+        f" {spliced.agreeing} of {spliced.positions} positions."
+    )
+    if spliced.loss is not None:
+        told += f" Its loss on the prompt is {spliced.loss:.2f} nats, the model's {spliced.loss_of_model:.2f}."
+    return told
 
 
 def _footer(graph: Graph) -> str:

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 from shared.basics.units import human_bytes
 from shared.lm.families import family_of
 from shared.lm.linear_parts import LINEAR_PATHS
+from shared.lm.next_token import COPIES, rows_at_once
 from shared.sae.config import DictionaryConfig
 from stage_trace.config import TraceSchema
 from stage_trace.influence import ROWS_AT_A_TIME
@@ -108,7 +109,8 @@ def plan(
     sweep = number * (B * S + T * B * (model.states * D + 4 * E))
     matrix, final = number * R * S, number * R * final_S
     in_double = ROWS_AT_A_TIME * S * (2 * number + 3 * DOUBLE)  # the rows taken, their absolute values, their shares
-    again = patterns + sites  # an intervention records too
+    again = patterns + sites  # a run of the replacement model, or an intervention, records too
+    words = COPIES * FLOAT32 * model.vocabulary * min(T, rows_at_once(model.vocabulary))
     return Plan(
         {
             "model": weights,
@@ -116,7 +118,7 @@ def plan(
             "dictionaries": held + encoding,
             "rows": held + matrix + max(final, sweep, in_double),
             "scores": held + 2 * final + in_double,
-            "ablations": held + final + final // number + again + max(forward, encoding),
+            "runs": held + final + final // number + again + max(forward, encoding, words),
         },
         latents,
         any(one.activation != "topk" for one in dictionaries),

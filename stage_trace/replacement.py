@@ -87,6 +87,13 @@ class LayerLatents:
         """Decoder rows [n, D] of `some` of them for the MLP of `layer`, one of `layers`."""
         return self.weights.decoder(layer, self.latent_N[some])
 
+    def written(self, layer: int, like_TD: Tensor) -> Tensor:
+        """[T, D]: what they add to the MLP of `layer`, all of them at every position."""
+        written_TD = torch.zeros_like(like_TD)
+        for position, some in self.by_position():
+            written_TD[position] = self.value_N[some] @ self.decoder(layer, some)
+        return written_TD
+
     def by_position(self) -> Iterator[tuple[int, slice]]:
         """Every position with latents, and where they lie."""
         counts = torch.bincount(self.position_N).tolist()
@@ -158,17 +165,21 @@ def read_parts(
     """What `dictionary`, with the `rows` of its groups, gives to each layer that it reads; in the recording's type."""
     found = {}
     for number, place in enumerate(places):
-        x_TD = recording.sites[place.read]
-        layer = place.layers[0]
-        latents = active(dictionary, rows[number], number, place, x_TD, fixed_T)
-        folded, D = latents.weights.folded, x_TD.shape[1]
-        own = dictionary.places[number][1]
-        bias_D = (dictionary.b_dec.to(x_TD)[own] / folded.output_scale + dictionary.output_mean.to(x_TD)[own])[:D]
-        skip = raw_skip(dictionary, folded)
-        if skip is not None:
-            bias_D = bias_D - skip @ folded.input_mean
-        found[layer] = Part(latents, bias_D, skip)
+        latents = active(dictionary, rows[number], number, place, recording.sites[place.read], fixed_T)
+        found[place.layers[0]] = own_part(dictionary, number, latents)
     return found
+
+
+def own_part(dictionary: Dictionary, number: int, latents: LayerLatents) -> Part:
+    """What group `number` of `dictionary` gives: `latents`, and the bias and skip of the first MLP that they write."""
+    folded = latents.weights.folded
+    scale, own = folded.output_scale, dictionary.places[number][1]
+    bias_D = dictionary.b_dec.to(scale)[own] / scale + dictionary.output_mean.to(scale)[own]
+    bias_D = bias_D[: len(folded.input_mean)]
+    skip = raw_skip(dictionary, folded)
+    if skip is not None:
+        bias_D = bias_D - skip @ folded.input_mean
+    return Part(latents, bias_D, skip)
 
 
 @torch.no_grad()
@@ -182,8 +193,7 @@ def stand_in(parts: Mapping[int, Part], layer: int, recording: Recording, fixed_
     error_TD = rest_TD - part.bias_D
     for source in parts.values():
         if layer in source.latents.layers:
-            for position, some in source.latents.by_position():
-                error_TD[position] -= source.latents.value_N[some] @ source.latents.decoder(layer, some)
+            error_TD -= source.latents.written(layer, error_TD)
     error_TD[fixed_T] = 0
     return LayerStandIn(part.latents, part.bias_D, part.skip, error_TD, rest_TD[fixed_T])
 

@@ -22,10 +22,10 @@ from shared.sae.variants import CLT, Dictionary
 
 def load_set(where: str | Path | Sequence[str | Path], *, device: str | torch.device = "cpu") -> dict[int, Dictionary]:
     """Dictionaries by the layer that they write, ascending: of a folder with one per layer in it, a list of them, or a
-    folder of transcoders in circuit-tracer's format.
+    folder in circuit-tracer's format. A CLT, which writes several, stands at the first of them.
 
-    What counts is the site that each records, not how its folder is called; layers may be missing. Raises GranaryError
-    for a folder without dictionaries, one that does not record a single written site, and a layer that has two.
+    What counts is the sites that each records, not how its folder is called; layers may be missing. Raises GranaryError
+    for a folder without dictionaries, one that does not record what it writes, and a layer that has two.
     """
     opened: list[tuple[str, Callable[[], Dictionary]]]
     if isinstance(where, str | Path) and matches(Path(where)):
@@ -35,16 +35,19 @@ def load_set(where: str | Path | Sequence[str | Path], *, device: str | torch.de
         opened = [(str(folder), partial(load, folder, device=device)) for folder in folders]
     if not opened:
         raise GranaryError(f"no dictionary in {where}: give the folder that holds one per layer, or a list of folders")
-    found: dict[int, tuple[str, Dictionary]] = {}
+    found: dict[int, Dictionary] = {}
+    taken: dict[int, str] = {}
     for folder, read in opened:
         one = read()
-        if one.sites is None or len(one.sites.writes) != 1:
+        if one.sites is None or not (len(one.sites.writes) == 1 or isinstance(one, CLT)):
             raise GranaryError(f"{folder} does not record the one site that it writes, so it has no layer in a set")
-        layer = HookPoint.parse(one.sites.writes[0]).layer
-        if layer in found:
-            raise GranaryError(f"{found[layer][0]} and {folder} both write layer {layer}: a set has one per layer")
-        found[layer] = folder, one
-    return {layer: found[layer][1] for layer in sorted(found)}
+        layers = [HookPoint.parse(site).layer for site in one.sites.writes]
+        for layer in layers:
+            if layer in taken:
+                raise GranaryError(f"{taken[layer]} and {folder} both write layer {layer}: a set has one per layer")
+            taken[layer] = folder
+        found[min(layers)] = one
+    return dict(sorted(found.items()))
 
 
 def folders_of(where: str | Path) -> list[Path]:
@@ -79,9 +82,10 @@ def convert_set(source: str | Path, target: Path, to: str, change: Change | None
         return "granary clt"
     first = next(iter(folders_of(source)), None)
     provenance = {} if first is None else load_provenance(first)  # the model is that of all layers
-    layers = {
-        layer: folded(one, provenance, change, f"{source}, layer {layer}") for layer, one in load_set(source).items()
-    }
+    made_of = load_set(source)
+    if any(isinstance(one, CLT) for one in made_of.values()):
+        raise GranaryError(f"{source} holds a CLT, which fills a folder of its own: give the folder that it lies in")
+    layers = {layer: folded(one, provenance, change, f"{source}, layer {layer}") for layer, one in made_of.items()}
     with telling_disk_errors(target), making_folder(target) as filled:
         circuit_tracer.save_set(layers, filled, target.name)
     return "granary set"

@@ -20,12 +20,12 @@ from transformers import PreTrainedModel
 from shared.basics.errors import GranaryError
 from shared.kernels import add_at
 from shared.lm import packed_inputs, splice_through
+from shared.lm.next_token import VocabularyHead, score_next_tokens
 from shared.lm.packed import document_length
 from shared.lm.targets import point_of
 from shared.sae.sites import Sites
 from stage_eval.measure.confidence import Estimate, ratio_of_sums
 from stage_eval.measure.sums import Rows, Sums
-from stage_eval.measure.vocabulary import VocabularyHead, score_next_tokens
 from stage_eval.results.figures import Downstream, JointDownstream
 
 Replacement = Callable[[Tensor], Tensor]

@@ -15,6 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from shared.lm.next_token import VocabularyHead
 from shared.sae.sites import Sites
 from shared.sae.variants import Dictionary
 from stage_eval.measure.activations import ActivationSums
@@ -32,7 +33,6 @@ from stage_eval.measure.downstream import (
 )
 from stage_eval.measure.session import Loaded, Session
 from stage_eval.measure.sums import ReconstructionSums, Rows, Sums
-from stage_eval.measure.vocabulary import VocabularyHead
 
 SAE_ROWS = 4096
 """Tokens that go through an SAE at a time."""

@@ -174,7 +174,8 @@ function select(node) {
 }
 
 function tell(node, event) {
-  const lines = [make("b", "", title(node))];
+  const lines = [make("b", "", title(node))], about = hint(node);
+  if (about) lines.push(make("span", "", about), make("br"));
   if (isInner(node) && node.kind !== "bias") lines.push(make("span", "", `at “${pieces[node.position]}” (${node.position})`));
   if (node.influence !== null) lines.push(make("br"), make("span", "", `${percent(node.influence)} of the influence`));
   const tip = $("tip");
@@ -193,6 +194,13 @@ const ABOUT = {
 };
 const title = (node) => (node.kind === "token" || node.kind === "logit" ? visible(node.text) : node.name || node.label);
 const NAMES = { feature: (node) => `L${node.layer}/${node.latent}`, error: (node) => `L${node.layer} error`, fixed: (node) => `L${node.layer} MLP` };
+// What a feature without a name is about: the tokens that it fires on, or those that it writes for.
+function hint(node) {
+  if (node.kind !== "feature" || node.name) return "";
+  const card = cardOf(node), on = card?.tokens.slice(0, 4).map(([token]) => visible(token)) ?? [];
+  const up = (card?.promoted.length ? card.promoted : node.promotes ?? []).slice(0, 3).map(visible);
+  return [on.length ? `on ${on.join(" ")}` : "", up.length ? `for ${up.join(" ")}` : ""].filter(Boolean).join("  →  ");
+}
 const short = (node) => (NAMES[node.kind] ? `${NAMES[node.kind](node)}  ${pieces[node.position]}${node.name ? `  ${node.name}` : ""}` : node.kind === "bias" ? node.label : `${node.kind === "token" ? "token" : "says"}  ${title(node)}`);
 
 // What a node's details are made of, in this order; each gives an element or null.
@@ -215,7 +223,7 @@ function overview() {
   const most = top.length ? top[0].influence : 1;
   return [
     make("h2", "", "Most influential features"),
-    make("p", "quiet", "Choose one, here or in the graph, to see what feeds it and what it feeds. Larger marks matter more."),
+    make("p", "quiet", "Choose one, here or in the graph, to see what feeds it and what it feeds. Larger marks matter more. Arrow keys go on from there, / searches."),
     make("ul", "feeds", ...top.map((node) => line(node, node.influence / most, percent(node.influence), false))),
   ];
 }
@@ -277,17 +285,20 @@ function line(node, share, text, isMinus, told = "") {
   const fill = make("i");
   fill.style.width = `${Math.max(2, 100 * share).toFixed(1)}%`;
   const row = button("", () => select(node), isMinus ? "minus" : "");
-  row.append(make("span", "name", short(node), told ? make("small", "", told) : ""), make("span", "track", fill), make("span", "num", text));
-  row.title = told ? `${short(node)}: carried by ${told}` : short(node);
+  const said = [hint(node), told && `by ${told}`].filter(Boolean);
+  row.append(make("span", "name", short(node)), make("span", "track", fill), make("span", "num", text), ...said.map((one) => make("small", "", one)));
+  row.title = [short(node), ...said].join("\n");
   return make("li", "", row);
 }
 
+const FIRST = 10;  // of a list, until all are asked for
 function feeds(name, held, end) {
   if (!held.length) return null;
   const most = held[0].share;
-  const rows = held.slice(0, 10).map((link) => line(link[end], link.share / most, figure(link.weight), link.weight < 0, carried(link)));
-  const more = held.length > 10 ? make("p", "quiet", `and ${held.length - 10} more`) : null;
-  return make("div", "", make("h4", "", name), make("ul", "feeds", ...rows), more);
+  const rows = (some) => some.map((link) => line(link[end], link.share / most, figure(link.weight), link.weight < 0, carried(link)));
+  const list = make("ul", "feeds", ...rows(held.slice(0, FIRST)));
+  const more = button(`Show all ${held.length}`, () => { list.append(...rows(held.slice(FIRST))); more.remove(); });
+  return make("div", "", make("h4", "", name), list, held.length > FIRST ? more : null);
 }
 
 function command(node) {
@@ -297,91 +308,22 @@ function command(node) {
     card ? make("h4", "", `in the explorer, as latent ${card.number}`) : null, card ? make("pre", "snippet", `granary explore ${quoted}`) : null);
 }
 
-// Pinned nodes, and groups of them that count as one.
-function pin(node, on) {
-  if (on) state.pinned.add(node.id); else { state.pinned.delete(node.id); state.chosen.delete(node.id); state.groups.forEach((group) => { group.ids = group.ids.filter((id) => id !== node.id); }); }
-  state.groups = state.groups.filter((group) => group.ids.length);
-  refresh();
+// Arrows: left and right to the neighbour of the same layer, up to what the node feeds most, down to what feeds it most.
+function neighbour(node, key) {
+  if (key === "ArrowUp") return node.outputs[0]?.target;
+  if (key === "ArrowDown") return node.inputs[0]?.source;
+  const row = nodes.filter((one) => one.layer === node.layer && (one.kind === "token") === (node.kind === "token") && (one.kind === "logit") === (node.kind === "logit"));
+  row.sort((a, b) => a.x - b.x || b.y - a.y);
+  return row[row.indexOf(node) + (key === "ArrowLeft" ? -1 : 1)];
 }
-function units() {
-  const grouped = new Set(state.groups.flatMap((group) => group.ids));
-  const alone = [...state.pinned].filter((id) => byId.has(id) && !grouped.has(id)).map((id) => ({ name: short(byId.get(id)), ids: [id] }));
-  return [...state.groups, ...alone].map((unit) => ({ ...unit, nodes: unit.ids.filter((id) => byId.has(id)).map((id) => byId.get(id)) })).filter((unit) => unit.nodes.length);
-}
-function pins() {
-  const box = $("pinned"), held = units();
-  if (!held.length) {
-    box.replaceChildren(make("p", "", "Pin nodes to keep them together, group those that mean the same, and save both with the graph."));
-    return;
-  }
-  const grouped = new Set(state.groups.flatMap((group) => group.ids));
-  const chips = [...state.pinned].filter((id) => byId.has(id) && !grouped.has(id)).map((id) => {
-    const pick = button(short(byId.get(id)), () => { state.chosen[state.chosen.has(id) ? "delete" : "add"](id); pins(); }, "pick");
-    pick.setAttribute("aria-pressed", state.chosen.has(id));
-    return make("span", state.chosen.has(id) ? "chip chosen" : "chip", pick, close(`unpin ${short(byId.get(id))}`, () => pin(byId.get(id), false)));
-  });
-  const groups = state.groups.map((group, index) => make("span", "chip chosen", make("b", "", group.name), ` ${group.ids.length} nodes`, close(`ungroup ${group.name}`, () => { state.groups.splice(index, 1); pins(); })));
-  const name = make("input");
-  name.placeholder = "Name of the group";
-  name.setAttribute("aria-label", "Name of the group");
-  const form = make("form", "group-form", name, make("button", "button", `Group ${state.chosen.size} chosen`), button("Save graph.json", download));
-  form.querySelector("button").disabled = state.chosen.size < 2;
-  form.addEventListener("submit", (event) => {
-    event.preventDefault();
-    state.groups.push({ name: name.value.trim() || `group ${state.groups.length + 1}`, ids: [...state.chosen] });
-    state.chosen.clear();
-    pins();
-  });
-  const share = held.flatMap((unit) => unit.nodes).reduce((sum, node) => sum + (node.influence ?? 0), 0);
-  box.replaceChildren(make("div", "chips", ...groups, ...chips), form, make("p", "", `They hold ${percent(share)} of the influence. Choose chips to group them.`), subgraph(held));
-}
-function close(label, onClick) {
-  const made = button("×", onClick, "");
-  made.setAttribute("aria-label", label);
-  return made;
-}
-function subgraph(held) {
-  const mean = (unit, of) => unit.nodes.reduce((sum, node) => sum + of(node), 0) / unit.nodes.length;
-  const height = (unit) => mean(unit, (node) => (node.kind === "bias" ? node.layer : node.layer));
-  const levels = [...new Set(held.map((unit) => Math.round(height(unit))))].sort((a, b) => b - a);
-  const width = Math.max(320, $("pinned").clientWidth), box = shape("svg", { width: "100%", viewBox: `0 0 ${width} ${levels.length * 58 + 8}` });
-  const place = new Map();
-  levels.forEach((level, row) => {
-    const level_units = held.filter((unit) => Math.round(height(unit)) === level).sort((a, b) => mean(a, (node) => node.position) - mean(b, (node) => node.position));
-    level_units.forEach((unit, index) => place.set(unit, { x: (width * (index + 0.5)) / level_units.length, y: 24 + 58 * row, w: Math.min(176, width / level_units.length - 8) }));
-  });
-  const sums = [];
-  for (const target of held) for (const source of held) {
-    if (source === target) continue;
-    let weight = 0, share = 0;
-    for (const node of target.nodes) for (const link of node.inputs) if (source.nodes.includes(link.source)) { weight += link.weight; share += link.share / target.nodes.length; }
-    if (share) sums.push({ source, target, weight, share });
-  }
-  for (const { source, target, weight, share } of sums) {
-    const a = place.get(source), b = place.get(target);
-    box.append(shape("path", { class: weight < 0 ? "link minus" : "link", d: `M${a.x} ${a.y - 15}C${a.x} ${a.y - 34} ${b.x} ${b.y + 34} ${b.x} ${b.y + 15}`, "stroke-width": 0.8 + 6 * share, opacity: 0.4 + 0.5 * Math.min(1, share) }));
-  }
-  for (const unit of held) {
-    const { x, y, w } = place.get(unit), group = shape("g", { class: `node ${unit.nodes.length > 1 ? "logit" : unit.nodes[0].kind === "logit" ? "logit" : "token"}` });
-    group.append(shape("rect", { class: "mark", x: x - w / 2, y: y - 15, width: w, height: 30, rx: 7 }));
-    const text = shape("text", { x, y: y + 4, "text-anchor": "middle" }), room = Math.floor(w / 6.3);
-    text.textContent = [...unit.name].length > room ? `${[...unit.name].slice(0, room - 1).join("")}…` : unit.name;
-    group.append(text);
-    group.addEventListener("click", () => select(unit.nodes[0]));
-    box.append(group);
-  }
-  return box;
-}
-function download() {
-  const saved = structuredClone(data.document);
-  saved.qParams.pinnedIds = [...state.pinned];
-  saved.links = links.map((link) => ({ source: link.source.id, target: link.target.id, weight: link.weight, ...(link.heads.length ? { granary_heads: link.heads } : {}) }));
-  saved.qParams.supernodes = state.groups.map((group) => [group.name, ...group.ids]);
-  const anchor = make("a");
-  anchor.href = URL.createObjectURL(new Blob([JSON.stringify(saved)], { type: "application/json" }));
-  anchor.download = "graph.json";
-  anchor.click();
-  URL.revokeObjectURL(anchor.href);
+function key(event) {
+  if (event.target.closest("input")) { if (event.key === "Escape") event.target.blur(); return; }
+  if (event.key === "Escape") select(null);
+  if (event.key === "/") { event.preventDefault(); $("search").focus(); }
+  if (!event.key.startsWith("Arrow") || !state.selected || event.altKey || event.ctrlKey || event.metaKey) return;
+  const next = neighbour(state.selected, event.key);
+  event.preventDefault();
+  if (next) { select(next); next.group.focus({ preventScroll: true }); }
 }
 
 function search() {
@@ -412,12 +354,18 @@ function certificate() {
   box.append(make("div", "scroll", make("table", "", make("thead", "", make("tr", "", ...head.map((name) => make("th", "", name)))), make("tbody", "", ...rows))));
 }
 
+function spliced() {
+  if (data.spliced_text) $("spliced").append(make("p", "", data.spliced_text));
+  else $("spliced").hidden = true;
+}
+
 header();
 certificate();
+spliced();
 draw();
 $("scroll").scrollLeft = $("scroll").scrollWidth; // what is said stands above the last token
 $("scroll").addEventListener("scroll", follow, { passive: true });
 $("search").addEventListener("input", search);
-addEventListener("keydown", (event) => { if (event.key === "Escape") select(null); });
+addEventListener("keydown", key);
 let resizing = 0;
 addEventListener("resize", () => { clearTimeout(resizing); resizing = setTimeout(() => { draw(); search(); }, 120); });

@@ -27,10 +27,10 @@ function feeds(title, held, nothing) {
     const other = byKey.get(key);
     const bar = make("i", "");
     bar.style.width = `${(100 * Math.abs(value)) / most}%`;
-    const name = make("span", "name", other?.name || said(key), make("small", "", short(other?.firing ?? [])));
+    const name = make("span", "name", other?.name || said(key)), about = make("small", "", short(other?.firing ?? []));
     const line = button("", () => open(key), value < 0 ? "minus" : "");
     line.title = `virtual weight ${figure(weight)}, both fire on ${both} tokens of the sample`;
-    line.append(name, make("span", "track", bar), make("span", "num", figure(value)));
+    line.append(name, make("span", "track", bar), make("span", "num", figure(value)), about);
     line.disabled = other === undefined;
     return make("li", "", line);
   });

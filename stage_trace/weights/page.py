@@ -23,7 +23,9 @@ def weights_page(weights: GlobalWeights, known: Known) -> str:
         "all" if len(chosen) == weights.num_latents else f"of {weights.num_latents:,}, those with the strongest sources"
     )
     return self_contained(
-        "weights",
+        "Global weights",
+        "weights.html",
+        ("weights.js",),
         {
             "facts": [
                 ("Shown", shown, told),

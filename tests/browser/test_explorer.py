@@ -170,6 +170,20 @@ def test_what_feeds_a_latent_leads_to_it(browser: Browser, place: Place) -> None
     assert browser.run("return document.querySelector('.feeds')") is None
 
 
+@pytest.mark.parametrize("width", [1280, 390])
+def test_what_long_lists_hold_stays_in_their_panels(browser: Browser, place: Place, width: int) -> None:
+    """Names and tokens of any length, in the lists that lie side by side and across layers."""
+    browser.resize(width, 900)
+    browser.go(f"{place.url}#/latent/6")
+    names = "document.querySelectorAll('.pair .name')"
+    assert browser.run(f"return {names}.length") > 1
+    browser.run(f"{names}.forEach((name) => {{ name.textContent = 'x'.repeat(400); }})")
+    try:
+        assert browser.run("return document.documentElement.scrollWidth - document.documentElement.clientWidth") <= 0
+    finally:
+        browser.resize(1280, 900)
+
+
 def test_a_split_character_is_whole(browser: Browser, place: Place) -> None:
     browser.go(f"{place.url}#/latent/5")
     assert "😀" in browser.text(".examples")

@@ -28,7 +28,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     meta["dictionary"]["sha256"] = weights_sha256(root / "tc" / "layer_0")
     (where / "meta.json").write_text(json.dumps(meta))
     graph = trace("bundled", root / "tc", TEXT)
-    graph.prune().save(root / "out", certificate=graph.certify(3))
+    graph.prune().save(root / "out", certificate=graph.certify(3, 8), spliced=graph.spliced())
     return root / "out"
 
 
@@ -84,3 +84,28 @@ def test_groups_are_saved_with_the_graph_and_kept(browser: Browser, folder: Path
     assert saved["qParams"]["pinnedIds"] == group[1:]
     assert saved["links"] == written["links"]
     assert {**saved, "qParams": 0} == {**written, "qParams": 0}
+
+
+def test_keys_walk_the_graph_and_lists_are_shown_whole(browser: Browser, folder: Path) -> None:
+    browser.resize(1280, 900)
+    browser.go(f"file://{folder}/graph.html")
+    assert browser.text("#spliced").split("\n")[-1].startswith("The replacement model has all dictionaries in")
+    browser.run("select(nodes.find((node) => node.kind === 'logit'))")
+    held = browser.run("return state.selected.inputs.length")
+    assert held > 10
+    assert browser.run("return document.querySelectorAll('#detail .feeds li').length") == 10
+    browser.run("[...document.querySelectorAll('#detail .button')].at(-1).click()")
+    assert browser.run("return document.querySelectorAll('#detail .feeds li').length") == held
+    strongest = browser.run("return state.selected.inputs[0].source.id")
+    browser.press("ARROW_DOWN")
+    assert browser.run("return state.selected.id") == strongest
+    assert browser.run("return document.activeElement === state.selected.group")
+    browser.run("select(nodes.filter((node) => node.kind === 'token')[1])")
+    browser.press("ARROW_RIGHT")
+    assert browser.run("return [state.selected.kind, state.selected.position]") == ["token", 2]
+    browser.press("/")
+    browser.press("r", "e", "ARROW_LEFT")  # in the field, where it moves the caret
+    assert browser.run("return [$('search').value, state.selected.position]") == ["re", 2]
+    browser.press("ESCAPE")
+    browser.press("ESCAPE")
+    assert browser.run("return state.selected") is None

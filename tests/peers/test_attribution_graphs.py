@@ -80,7 +80,7 @@ def in_its_order(graph: Graph) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("kind", ["plain", "skip", "clt"])
-def test_its_adjacency_from_the_same_transcoders_is_ours(tmp_path: Path, old_model: Path, kind: str) -> None:
+def test_f51_its_adjacency_from_the_same_transcoders_is_ours(tmp_path: Path, old_model: Path, kind: str) -> None:
     """The prompt is given as ids, since it takes an id of 0 for no BOS."""
     made: list[Dictionary] = [bundled_transcoder(layer, skip=kind == "skip", threshold=0.8) for layer in range(4)]
     if kind == "clt":
@@ -110,7 +110,7 @@ def graph() -> Graph:
 
 
 @pytest.mark.parametrize(("node_share", "edge_share"), [(0.8, 0.98), (0.5, 0.9), (0.95, 0.99), (0.0, 0.5)])
-def test_scores_and_masks_are_its_own_on_one_matrix(
+def test_f36_scores_and_masks_are_its_own_on_one_matrix(
     tmp_path: Path, graph: Graph, node_share: float, edge_share: float
 ) -> None:
     square = in_its_order(graph)
@@ -151,7 +151,7 @@ def test_scores_and_masks_are_its_own_on_one_matrix(
     assert torch.equal(kept.edges_RS, edges)
 
 
-def test_its_models_and_its_server_read_our_files(tmp_path: Path, graph: Graph) -> None:
+def test_f40_its_models_and_its_server_read_our_files(tmp_path: Path, graph: Graph) -> None:
     graph.prune().save(tmp_path / "out")
     shown = json.loads((tmp_path / "out" / "graph.json").read_text())
     parsed = json.loads(side("parse", tmp_path / "out" / "graph.json"))

@@ -4,6 +4,7 @@ Only its transcoder modules are imported: the rest needs packages of other pins 
 """
 
 import importlib.util
+import json
 import sys
 import types
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from shared.sae.sets import convert_set
+from shared.sae.sets import convert_set, load_set
 from shared.sae.sites import Sites
 from tests.circuits import LAYERS, PROVENANCE, READS, WRITES, D, assert_same, save_set, started
 
@@ -62,3 +63,32 @@ def test_a_clt(tmp_path: Path, activation: str) -> None:
         latents_LNF = loaded.encode(x_LND)
         y_LND = loaded.decode(latents_LNF)
     assert_same(made, x_ND, torch.cat(list(latents_LNF), 1).double(), torch.cat(list(y_LND), 1).double())
+
+
+@pytest.mark.parametrize("activation", ["relu", "jump_relu"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_a_clt_of_its_own_is_read(tmp_path: Path, activation: str, dtype: torch.dtype) -> None:
+    """Made and written by the package; what it encodes and reconstructs of its own file, in float32, is ours."""
+    from circuit_tracer.transcoder.cross_layer_transcoder import CrossLayerTranscoder, load_clt
+
+    generator = torch.Generator().manual_seed(0)
+    theirs = CrossLayerTranscoder(
+        LAYERS, 20, D, activation, lazy_decoder=False, device=torch.device("cpu"), dtype=dtype
+    ).requires_grad_(False)
+    for parameter in theirs.parameters():
+        parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    if activation == "jump_relu":
+        theirs.activation_function.threshold.abs_()
+    theirs.to_safetensors(str(tmp_path))
+    places = {"feature_input_hook": theirs.feature_input_hook, "feature_output_hook": theirs.feature_output_hook}
+    config = {"model_name": "owner/model", "model_kind": "cross_layer_transcoder", "scan": "it", **places}
+    (tmp_path / "config.yaml").write_text(json.dumps(config))
+    (found,) = load_set(tmp_path).values()
+    assert found.sites == Sites(tuple(site.replace("mlp_in", "resid_mid") for site in READS), WRITES)
+    x_LND = 2 * torch.randn(LAYERS, 50, D, generator=generator)
+    loaded = load_clt(str(tmp_path), device=torch.device("cpu"), dtype=torch.float32)
+    with torch.no_grad():
+        latents_LNF = loaded.encode(x_LND)
+        y_LND = loaded.decode(latents_LNF)
+    x_ND = torch.cat(list(x_LND), 1)
+    assert_same(found, x_ND, torch.cat(list(latents_LNF), 1).double(), torch.cat(list(y_LND), 1).double())

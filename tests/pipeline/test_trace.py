@@ -25,10 +25,20 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_text_becomes_files_and_scores(stages: ForkServer, run: Path, tmp_path: Path) -> None:
-    done = stages.run("stage_trace", str(run), TEXT, f"out_dir={tmp_path}", "ablations=2", "device.threads=1")
+    done = stages.run(
+        "stage_trace", str(run), TEXT, f"out_dir={tmp_path}", "ablations=3", "ranked=5", "device.threads=1"
+    )
     assert done.code == 0, done.stderr
     said = done.stdout + done.stderr
-    for part in ("every one adds up to", "replacement", "completeness", "certificate", "graph.html"):
+    for part in (
+        "every one adds up to",
+        "replacement",
+        "completeness",
+        "spliced      with",
+        "certificate",
+        "influence",
+        "graph.html",
+    ):
         assert part in said
     assert "no transcoder stands in for layers 3: their MLPs are all error" in said
     document = json.loads((tmp_path / "graph.json").read_text())
@@ -36,7 +46,7 @@ def test_a_text_becomes_files_and_scores(stages: ForkServer, run: Path, tmp_path
     assert len(document["nodes"]) > 10
 
 
-def test_a_dry_run_plans_before_anything_is_loaded(stages: ForkServer, run: Path, tmp_path: Path) -> None:
+def test_f46_a_dry_run_plans_before_anything_is_loaded(stages: ForkServer, run: Path, tmp_path: Path) -> None:
     """It needs no more than configurations and file headers; nothing is written beside Hydra's records."""
     out = tmp_path / "out"
     done = stages.run("stage_trace", f"{run}/layer*", TEXT, f"out_dir={out}", "dry_run=true")

@@ -63,7 +63,7 @@ def test_without_branches_a_logit_is_its_token_alone() -> None:
     assert columns.num_features == 0  # nothing fires anywhere
 
 
-def test_error_is_output_minus_everything() -> None:
+def test_f31_error_is_output_minus_everything() -> None:
     """Skip and biases are in the reconstruction, by the dictionary's own decode where it has no skip."""
     for skip in (False, True):
         traced = make_traced("llama", torch.float32, skip=skip)
@@ -94,7 +94,7 @@ def test_rows_read_no_later_position_and_no_later_layer() -> None:
     assert float(features[~(early | not_below)].abs().min()) > 0
 
 
-def test_the_softcap_of_logits_is_outside_and_that_of_scores_inside() -> None:
+def test_f44_the_softcap_of_logits_is_outside_and_that_of_scores_inside() -> None:
     """Probabilities are capped, what a row explains is not; attention's cap is part of the pattern."""
     model = make_model("gemma2", torch.float32)
     model.config.final_logit_softcapping = 2.0

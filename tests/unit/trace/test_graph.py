@@ -8,14 +8,15 @@ import pytest
 import torch
 
 from shared.basics.errors import GranaryError
+from shared.sae import Dictionary
 from stage_trace.attribution import AttributionGraph
 from stage_trace.files import dumps, to_document
 from stage_trace.nodes import Kind, Node, cantor, check_unique, uncantor
 from stage_trace.trace import TraceSettings, trace
-from tests.tracing import bundled_transcoder
+from tests.tracing import bundled_transcoder, make_clt
 
 
-def test_nodes_and_edges_are_rows_and_columns(graph: AttributionGraph) -> None:
+def test_f34_f35_nodes_and_edges_are_rows_and_columns(graph: AttributionGraph) -> None:
     assert len(graph.sources) == graph.columns.total == graph.rows_RS.shape[1]
     assert len(graph.targets) == len(graph.rows_RS)
     assert graph.worst_gap < 1e-4
@@ -31,7 +32,7 @@ def test_nodes_and_edges_are_rows_and_columns(graph: AttributionGraph) -> None:
     assert total == pytest.approx(float(expected), rel=1e-4)
 
 
-def test_probabilities_are_those_of_the_full_softmax(graph: AttributionGraph) -> None:
+def test_f35_probabilities_are_those_of_the_full_softmax(graph: AttributionGraph) -> None:
     session = graph.session
     assert session is not None
     probabilities = torch.softmax(session.recording.logits_V, -1)
@@ -40,7 +41,7 @@ def test_probabilities_are_those_of_the_full_softmax(graph: AttributionGraph) ->
     assert [node.is_first for node in graph.logits] == [True] + [False] * (len(graph.logits) - 1)
 
 
-def test_ids_are_unique_where_a_latent_of_layer_0_is_numbered_like_a_layer() -> None:
+def test_f30_ids_are_unique_where_a_latent_of_layer_0_is_numbered_like_a_layer() -> None:
     """An error called 0_{layer}_{position} would be the feature of that latent."""
     nodes = [Node(Kind.feature, 0, 5, number) for number in range(4)] + [Node(Kind.error, n, 5, -1) for n in range(4)]
     nodes += [Node(Kind.fixed, n, 5, -1) for n in range(4)] + [Node(Kind.bias, n, 0, -1) for n in range(5)]
@@ -49,7 +50,7 @@ def test_ids_are_unique_where_a_latent_of_layer_0_is_numbered_like_a_layer() -> 
         check_unique([*nodes, Node(Kind.feature, 0, 5, 1)])
 
 
-def test_feature_numbers_round_trip() -> None:
+def test_f40_feature_numbers_round_trip() -> None:
     for layer, latent in ((0, 0), (3, 1), (0, 131_071), (61, 16_777_215)):
         assert uncantor(cantor(layer, latent)) == (layer, latent)
 
@@ -87,7 +88,7 @@ def test_scores_of_a_chosen_part(graph: AttributionGraph) -> None:
         graph.subgraph_scores(["9_9_9"])
 
 
-def test_the_files_are_the_same_twice(graph: AttributionGraph, tmp_path: Path) -> None:
+def test_f41_the_files_are_the_same_twice(graph: AttributionGraph, tmp_path: Path) -> None:
     """No time, no hash() of a text."""
     pruned = graph.prune()
     first = {path.name: path.read_bytes() for path in pruned.save(tmp_path / "a")}
@@ -97,7 +98,7 @@ def test_the_files_are_the_same_twice(graph: AttributionGraph, tmp_path: Path) -
     assert set(first) == {"graph.json", "graph-metadata.json", "graph.html"}
 
 
-def test_the_json_is_the_fields_schema(graph: AttributionGraph) -> None:
+def test_f40_the_json_is_the_fields_schema(graph: AttributionGraph) -> None:
     marked = replace(graph.prune(), pinned=("0_1_2",), supernodes=(("both", "0_1_2", "0_1_3"),))
     document = json.loads(dumps(to_document(marked, "graph")))
     assert document["metadata"]["prompt_tokens"][0] == "<s>"
@@ -128,7 +129,7 @@ def test_dictionaries_that_do_not_fit_are_refused(graph: AttributionGraph) -> No
         trace(model, [], "x")
 
 
-def test_where_nothing_fires_all_is_error_and_the_graph_is_saved(tmp_path: Path) -> None:
+def test_f33_where_nothing_fires_all_is_error_and_the_graph_is_saved(tmp_path: Path) -> None:
     """Not at the last position either: nothing is missing a row, and scores are those of tokens and errors alone."""
     bare = trace("bundled", [bundled_transcoder(layer, threshold=1e9) for layer in range(4)], "def f(x):")
     assert bare.columns.num_features == 0
@@ -136,5 +137,27 @@ def test_where_nothing_fires_all_is_error_and_the_graph_is_saved(tmp_path: Path)
     for scores in bare.scores.values():
         assert 0 < scores.replacement < 1
         assert 0 < scores.completeness < 1
-    document = json.loads(bare.prune().save(tmp_path, certificate=bare.certify(3))[0].read_text())
+    document = json.loads(bare.prune().save(tmp_path, certificate=bare.certify(3, 5))[0].read_text())
     assert {node["feature_type"] for node in document["nodes"]} == {"mlp reconstruction error", "embedding", "logit"}
+
+
+@pytest.mark.parametrize("kind", ["set", "clt"])
+def test_f33_where_nothing_fires_at_the_last_position_alone(kind: str) -> None:
+    """Rows add up, errors stand there for all of each MLP, and the replacement model runs."""
+    made: list[Dictionary] = [bundled_transcoder(layer, threshold=0.8) for layer in range(4)]
+    if kind == "clt":
+        made = [make_clt(4, width=128, latents=48)]
+    full = trace("bundled", made, "def f(x):")
+    last = len(full.prompt.ids) - 1
+    groups = [group for one in made for group in one.groups]
+    for layer, group in enumerate(groups):
+        there = [node.activation for node in full.sources if (node.layer, node.position) == (layer, last)]
+        most = max((value for value in there if value is not None), default=0.0)
+        group.activation.threshold.fill_(max(most + 1e-3, float(group.activation.threshold)))  # type: ignore[operator]
+    graph = trace("bundled", made, "def f(x):")
+    fired = {node.position for node in graph.sources if node.kind is Kind.feature}
+    assert fired
+    assert last not in fired
+    assert graph.worst_gap < 1e-4
+    assert graph.spliced().positions == last
+    assert len(graph.prune().edges) > 0

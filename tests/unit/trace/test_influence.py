@@ -85,7 +85,7 @@ def test_dropped_columns_are_as_if_they_were_not_there() -> None:
 
 @pytest.mark.parametrize("node_share", [0.0, 0.3, 0.8, 1.0])
 @pytest.mark.parametrize("edge_share", [0.0, 0.5, 0.98, 1.0])
-def test_pruning_keeps_what_the_definition_keeps(node_share: float, edge_share: float) -> None:
+def test_f37_pruning_keeps_what_the_definition_keeps(node_share: float, edge_share: float) -> None:
     """At both ends too."""
     rows, wires = make(1)
     kept = prune(rows, wires, node_share, edge_share)
@@ -127,7 +127,7 @@ def dense_prune(rows: Tensor, node_share: float, edge_share: float) -> tuple[Ten
     return keep[:COLUMNS], inner
 
 
-def test_no_influence_at_all_is_no_error() -> None:
+def test_f38_no_influence_at_all_is_no_error() -> None:
     """Nothing fires and nothing is explained."""
     rows, wires = make()
     kept = prune(torch.zeros_like(rows), wires, 0.8, 0.98)

@@ -23,7 +23,7 @@ def features(graph: AttributionGraph, layer: int = 0) -> list[Node]:
     return [node for node in graph.sources if node.kind is Kind.feature and node.layer == layer]
 
 
-def test_a_constrained_intervention_is_the_edge(graph: AttributionGraph) -> None:
+def test_f39_a_constrained_intervention_is_the_edge(graph: AttributionGraph) -> None:
     """Of a value that is set, not only of an ablation, and of two at once; through skips."""
     assert graph.session is not None
     made = [bundled_transcoder(layer, skip=True, threshold=0.8) for layer in range(4)]
@@ -100,15 +100,46 @@ def test_what_is_no_feature_is_refused(graph: AttributionGraph) -> None:
 
 
 def test_a_certificate_compares_prediction_and_model(graph: AttributionGraph) -> None:
-    certificate = certify(graph, 4)
+    certificate = certify(graph, 4, 6)
     assert len(certificate.ablations) == 4
     held = certificate.rank_correlation(Mode.frozen)
     assert held is not None
     assert -1 <= held <= 1
     first = certificate.ablations[0]
     assert first.actual[Mode.open] == graph.intervene({first.node.id: 0.0}, Mode.open).of(certificate.logit.id)
-    assert certify(graph, 2).rank_correlation(Mode.open) is None
-    assert set(certificate.to_dict()) == {"logit", "frozen", "norms", "open", "ablations"}
+    held, free = (torch.tensor([one.actual[mode] for one in certificate.ablations]) for mode in (Mode.norms, Mode.open))
+    assert certificate.ceiling() == pytest.approx(spearman(held, free))
+    few = certify(graph, 2, 2)
+    assert few.ceiling() is None
+    assert few.rank_correlation(Mode.open) is None
+    assert few.influence_correlation() is None
+    assert set(certificate.to_dict()) == {"logit", "frozen", "norms", "open", "ceiling", "influence", "ablations"}
+
+
+def test_influence_is_ranked_against_the_divergence_of_a_free_ablation(graph: AttributionGraph) -> None:
+    """Of one feature by the formula on the model's own logits; in the order of influence, one entry each."""
+    certificate, session = certify(graph, 2, 5), graph.session
+    assert session is not None
+    influence = [one.node.influence or 0.0 for one in certificate.divergences]
+    assert len(set(influence)) == 5
+    assert influence == sorted(influence, reverse=True)
+    node = certificate.divergences[3].node
+    latents = session.replacement.layers[node.layer].latents
+    at = (latents.position_N == node.position) & (latents.latent_N == node.number)
+    row_D = latents.value_N[at] * latents.decoder(node.layer, at)[0]
+
+    def without(x: torch.Tensor) -> torch.Tensor:
+        return x - row_D * (torch.arange(x.shape[1]) == node.position)[None, :, None]
+
+    handle = hook_at(locate(session.model, HookPoint(node.layer, "mlp_out")), without)
+    with torch.no_grad():
+        after = session.model(session.tokens_T[None]).logits[0, -1].log_softmax(-1)
+    handle.remove()
+    before = session.recording.logits_V.log_softmax(-1)
+    kl = float((before.exp() * (before - after)).sum())
+    assert certificate.divergences[3].kl == pytest.approx(kl, rel=1e-2, abs=1e-6)
+    expected = spearman(torch.tensor(influence), torch.tensor([one.kl for one in certificate.divergences]))
+    assert certificate.influence_correlation() == pytest.approx(expected)
 
 
 def test_rank_correlation() -> None:

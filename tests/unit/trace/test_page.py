@@ -17,9 +17,9 @@ from tests.latents import synthetic_latents
 from tests.tracing import bundled_transcoder, make_clt
 
 
-def test_the_page_is_whole_and_escapes_everything(graph: AttributionGraph, tmp_path: Path) -> None:
+def test_f42_the_page_is_whole_and_escapes_everything(graph: AttributionGraph, tmp_path: Path) -> None:
     hostile = replace(graph.prune(), names=("</script><img src=x onerror=alert(1)>", "\u2028"))
-    page = hostile.save(tmp_path, certificate=graph.certify(3))[-1].read_text()
+    page = hostile.save(tmp_path, certificate=graph.certify(3, 5), spliced=graph.spliced())[-1].read_text()
     assert len(page) < 3_000_000
     assert not re.search(r"https?:|//\w+\.|url\(|@import|<link[^>]*href=\"(?!data:)", page)
     assert page.count("</script>") == 2  # its own two
@@ -31,6 +31,9 @@ def test_the_page_is_whole_and_escapes_everything(graph: AttributionGraph, tmp_p
     assert "</script><b>" in data["prompt"]
     assert len(data["nodes"]) == len(hostile.nodes)
     assert data["document"]["metadata"]["prompt"] == graph.prompt.text
+    (told,) = (told for name, _, told in data["facts"] if name == "Replacement model")
+    assert re.search(r"[\d.]+ over the prompt, same token at \d+ of \d+", told)
+    assert re.search(r"Its loss on the prompt is [\d.]+ nats, the model's [\d.]+\.", data["spliced_text"])
 
 
 def test_marks_that_a_reader_saved_are_kept(graph: AttributionGraph, tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ def planned(model: ModelShape, tokens: int, features: int = 4096, dtype: str = "
     return plan(model, configs, tokens, dtype, cfg)
 
 
-def test_an_8b_model_is_planned_from_shapes_alone() -> None:
+def test_f46_an_8b_model_is_planned_from_shapes_alone() -> None:
     model = llama_8b()
     assert model.parameters == 8_030_261_248
     short, long = planned(model, 32), planned(model, 512)

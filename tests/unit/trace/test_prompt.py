@@ -13,7 +13,7 @@ from stage_trace.targets import Logits
 TOKENIZER = load_tokenizer("bundled")
 
 
-def test_bos_is_put_before_a_text_and_missed_in_ids(caplog: pytest.LogCaptureFixture) -> None:
+def test_f45_bos_is_put_before_a_text_and_missed_in_ids(caplog: pytest.LogCaptureFixture) -> None:
     """The bundled model's BOS is id 0, which is an id like any other."""
     ids, said = encode("def f", TOKENIZER)
     assert ids[0] == TOKENIZER.bos_token_id == 0
@@ -30,7 +30,7 @@ def test_what_is_no_prompt_is_refused(prompt: str | list[int], told: str) -> Non
         encode(prompt, TOKENIZER)
 
 
-def test_fixed_positions_follow_the_rule_of_a_harvest() -> None:
+def test_f32_fixed_positions_follow_the_rule_of_a_harvest() -> None:
     """Special tokens wherever they stand, not the first position as such."""
     assert fixed_positions([0, 5, 1, 7], TOKENIZER).tolist() == [True, False, True, False]
     assert fixed_positions([5, 6], TOKENIZER).tolist() == [False, False]

@@ -42,7 +42,7 @@ CASES = [(family, "mlp_in", False) for family in TRACED] + [
 
 
 @pytest.mark.parametrize(("family", "read", "skip"), CASES)
-def test_rows_add_up_and_engines_agree(family: str, read: str, skip: bool) -> None:
+def test_f29_rows_add_up_and_engines_agree(family: str, read: str, skip: bool) -> None:
     traced = make_traced(family, read=read, skip=skip)
     targets = all_targets(traced)
     args = (traced.recording, traced.replacement, traced.columns, targets)
@@ -57,7 +57,7 @@ def test_rows_add_up_and_engines_agree(family: str, read: str, skip: bool) -> No
 
 
 @pytest.mark.parametrize("activation", ["relu", "batchtopk", "jumprelu", "gated"])
-def test_rows_add_up_for_every_activation(activation: str) -> None:
+def test_f29_rows_add_up_for_every_activation(activation: str) -> None:
     traced = make_traced("llama", activation=activation)
     assert traced.replacement.num_latents > 10
     targets = all_targets(traced)
@@ -66,7 +66,7 @@ def test_rows_add_up_for_every_activation(activation: str) -> None:
 
 
 @pytest.mark.parametrize("tying", ["none", "per_source", "per_target"])
-def test_rows_of_a_clt_add_up_and_engines_agree(tying: str) -> None:
+def test_f29_rows_of_a_clt_add_up_and_engines_agree(tying: str) -> None:
     """Latents write later MLPs too; its errors are what the dictionary's own reconstruction leaves."""
     traced = of_dictionaries(make_model("llama"), [make_clt(3, tying=tying)])
     assert traced.replacement.num_latents > 10
@@ -83,7 +83,7 @@ def test_rows_of_a_clt_add_up_and_engines_agree(tying: str) -> None:
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3", "pythia"])
-def test_rows_add_up_in_float32(family: str) -> None:
+def test_f29_rows_add_up_in_float32(family: str) -> None:
     traced = make_traced(family, torch.float32)
     targets = all_targets(traced)
     swept = sweep(traced.parts, traced.recording, traced.replacement, traced.columns, targets)
@@ -91,7 +91,7 @@ def test_rows_add_up_in_float32(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", ["qwen3", "gemma2", "pythia"])
-def test_replaced_model_leaves_no_hook(family: str) -> None:
+def test_f43_replaced_model_leaves_no_hook(family: str) -> None:
     """What the traced model says is what the model says, and the model is afterwards what it was."""
     model = make_model(family, torch.float32)
     tokens_T = torch.randint(3, 50, (9,))

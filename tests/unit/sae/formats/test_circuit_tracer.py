@@ -45,8 +45,13 @@ def test_f19_a_clt_row_is_cut_by_target(tmp_path: Path, given: dict[str, Any]) -
     made.save_pretrained(tmp_path / "ours", PROVENANCE)
     assert convert_set(tmp_path / "ours", tmp_path / "theirs", "circuit_tracer") == "granary clt"
     assert_same(made, x_ND, *of_clt(tmp_path / "theirs", x_ND))
-    with pytest.raises(GranaryError, match="does not record the one site that it writes"):
-        load_set(tmp_path / "theirs")
+    for folder in ("ours", "theirs"):
+        (read,) = load_set(tmp_path / folder).items()
+        assert read[0] == 0
+        torch.testing.assert_close(read[1](x_ND).x_hat, made(x_ND).x_hat, rtol=1e-4, atol=1e-4)
+    assert read[1].sites == made.sites
+    with pytest.raises(GranaryError, match="holds a CLT, which fills a folder of its own"):
+        convert_set(tmp_path, tmp_path / "again", "circuit_tracer")
 
 
 def test_f06_f50_what_the_folders_cannot_hold(tmp_path: Path) -> None:

@@ -4,15 +4,15 @@ import pytest
 import torch
 from torch import nn
 
-from stage_eval.measure import vocabulary
-from stage_eval.measure.vocabulary import score_next_tokens
+from shared.lm import next_token
+from shared.lm.next_token import score_next_tokens
 
 N, D, V = 11, 5, 7
 
 
 @pytest.mark.parametrize("rows", [1, 4, 100])
 def test_chunks_do_not_change_the_scores(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
-    monkeypatch.setattr(vocabulary, "LOGIT_BYTES", rows * vocabulary.COPIES * 4 * V)
+    monkeypatch.setattr(next_token, "LOGIT_BYTES", rows * next_token.COPIES * 4 * V)
     generator = torch.Generator().manual_seed(0)
     head = nn.Linear(D, V, bias=False).requires_grad_(False)
     clean, other = torch.randn(2, N, D, generator=generator)

@@ -37,7 +37,7 @@ class VocabularyHead(nn.Module):
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
-        self.projection: nn.Module = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+        self.projection: nn.Module = model.get_output_embeddings()
         self.softcap: float | None = getattr(model.config, "final_logit_softcapping", None)
 
     def forward(self, hidden_ND: Tensor) -> Tensor:
@@ -85,5 +85,9 @@ def score_next_tokens(head: nn.Module, hidden_QND: Sequence[Tensor], labels_N: T
 
 def chunk_rows(head: nn.Module, hidden_ND: Tensor) -> int:
     """How many positions' logits fit into `LOGIT_BYTES`."""
-    vocabulary: int = head(hidden_ND[:1]).shape[-1]
+    return rows_at_once(head(hidden_ND[:1]).shape[-1])
+
+
+def rows_at_once(vocabulary: int) -> int:
+    """The same for so many tokens."""
     return max(1, LOGIT_BYTES // (COPIES * 4 * vocabulary))
