@@ -15,7 +15,7 @@ from shared.sae.optim import OptimiserConfig
 from shared.sae.sites import Sites, SiteWidths
 from shared.sae.variants import VARIANTS
 from stage_train.config import OptimSchema, ScheduleSchema, TrainSchema, as_dict
-from stage_train.data.inputs import order_of
+from stage_train.data.inputs import order_for
 from stage_train.data.sites import resolve_sites, site_formats
 from stage_train.data.stores import PinnedStore
 from stage_train.data.stream import TrainingData
@@ -73,7 +73,8 @@ class RunSpec:
         widths = sites.widths({name: width for name, (width, _) in site_formats(sites.names, stores).items()})
         # What is wrong with the dictionary is told before what is wrong with the length.
         cfg.sae.to_configs(cfg.variant, sites, widths)
-        length = stream_length(data, order_of(cfg), tokens=cfg.schedule.tokens, epochs=cfg.schedule.epochs)
+        order = order_for(cfg, sites.unit, data.seq_len)
+        length = stream_length(data, order, tokens=cfg.schedule.tokens, epochs=cfg.schedule.epochs)
         return cls.of(cfg, sites, widths, length)
 
     @classmethod
