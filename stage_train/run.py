@@ -176,9 +176,14 @@ def make_objective(
         copy_weights(objective.dictionary, cfg.init_from)
     elif begins:
         sites = layout.sites(spec.sites)
-        x_MD, y_MD = inputs.sample(sites, cfg.seed)
+        x, y_MD = inputs.sample(sites, cfg.seed)
         reads, writes = ([inputs.statistics(site) for site in side] for side in (sites.reads, sites.writes))
-        initialise(objective, reads, x_MD, writes, y_MD)
+        heads = None
+        if spec.attention is not None and getattr(spec.learning, "qk_init", None) == "model":
+            from shared.lm.attention import model_heads  # transformers: needed by no other variant
+
+            heads = model_heads(spec.attention.path, spec.attention.revision, spec.attention.layer)
+        initialise(objective, reads, x, writes, y_MD, heads=heads)
     return objective
 
 

@@ -41,8 +41,20 @@ class Contexts:
         """One position of zeros, where a process has none and must take part all the same."""
         return cls.whole(like.rows_CTD.new_zeros(1, 1, like.rows_CTD.shape[-1]))
 
+    def to(self, device: torch.device) -> "Contexts":
+        """The same contexts on `device`."""
+        return Contexts(self.rows_CTD.to(device), self.documents_CT.to(device), self.places_N.to(device))
+
     def __len__(self) -> int:
         return len(self.places_N)
+
+    def part(self, contexts: slice) -> "tuple[Contexts, slice]":
+        """Some of the contexts, and which of the N positions are theirs. Waits for the device."""
+        T = self.documents_CT.shape[1]
+        bounds = torch.tensor([contexts.start * T, contexts.stop * T], device=self.places_N.device)
+        first, last = torch.searchsorted(self.places_N, bounds).tolist()
+        places_N = self.places_N[first:last] - contexts.start * T
+        return Contexts(self.rows_CTD[contexts], self.documents_CT[contexts], places_N), slice(first, last)
 
     def with_rows(self, rows_CTD: Tensor) -> "Contexts":
         """The same contexts with other activations."""
@@ -61,3 +73,13 @@ class Contexts:
 
 Rows = Tensor | Contexts
 """What an encoder is given: rows of tokens [N, D], or whole contexts. ``len`` is the number of tokens."""
+
+
+def in_parts(rows: Rows, size: int) -> list[tuple[Rows, slice]]:
+    """Pieces of `size` tokens, of whole contexts as many positions but one context at least; and which of them all."""
+    if isinstance(rows, Tensor):
+        cuts = [slice(start, start + size) for start in range(0, len(rows), size)]
+        return [(rows[cut], cut) for cut in cuts]
+    C, T = rows.documents_CT.shape
+    contexts = max(1, size // T)
+    return [rows.part(slice(start, min(start + contexts, C))) for start in range(0, C, contexts)]

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from shared.kernels import PairOrder, attach_encoder, product, take_rows
-from shared.sae.activations import TopK, encode_above
+from shared.sae.activations import TopK
 from shared.sae.learn import batch_facts
 from shared.sae.learn.activations import RULES, BatchTopKRule, Rule, TopKRule
 from shared.sae.learn.batch_facts import Reduce, SelectionMemory
@@ -104,7 +104,7 @@ class ManyGroups:
                 found.append(activation.select(rule.own.group.encoder(), one, min(k, rule.own.d_latent)))
             return largest(found, k) if self.together else found
         return [
-            encode_above(rule.own.group.encoder(), one, self._lowest(rule.own))
+            rule.own.group.encoder().above(one, self._lowest(rule.own))
             for rule, one in zip(self.rules, given, strict=True)
         ]
 

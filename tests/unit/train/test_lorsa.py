@@ -1,0 +1,89 @@
+"""A Lorsa by the configuration's own words: trained on whole contexts, continued, packed; what can't be is one line."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from shared.basics.errors import GranaryError
+from shared.basics.metrics_file import read_metrics
+from shared.sae import Lorsa, load
+from shared.sae.sites import Sites
+from shared.store import Store
+from tests.training import Runs, assert_same_run
+
+READS, WRITES = "layers.1.attn_in", "layers.1.attn_out"
+WORDS = (
+    "variant=lorsa",
+    "variant.attention=plain",
+    "variant.qk_init=random",
+    "variant.qk_heads=4",
+    "variant.qk_width=3",
+    "sae.expansion=2",
+    "stream.batch_size=64",
+    "schedule.tokens=4_000",
+    "logger.every=10",
+    f"reads={READS}",
+    f"writes={WRITES}",
+)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory, train_configs: None, planted_store: Callable[..., Store]) -> Runs:
+    folder = tmp_path_factory.mktemp("lorsa")
+    planted_store(folder / "store", hooks=(READS, WRITES))
+    return Runs(folder, *WORDS)
+
+
+@pytest.mark.parametrize("sae", ["topk", "batchtopk", "relu", "jumprelu", "gated"])
+def test_learns_with_every_activation(runs: Runs, sae: str) -> None:
+    k = [] if sae in ("topk", "batchtopk") else ["sae.k=null"]
+    made = load(out := runs(sae, f"sae={sae}", *k))
+    assert isinstance(made, Lorsa)
+    assert made.sites == Sites((READS,), (WRITES,), "sequence")
+    lines = read_metrics(out)
+    assert lines[-1]["fvu"] < 0.9 * lines[0]["fvu"]
+    if sae == "topk":
+        assert lines[-1]["l0"] == 3
+
+
+def test_stopped_and_continued(runs: Runs) -> None:
+    straight = runs("straight", "optim.ema_decay=0.9", "optim.micro_batch=40")
+    runs.stopped("broken", "optim.ema_decay=0.9", "optim.micro_batch=40", step=30)
+    assert_same_run(straight, runs("broken", "optim.ema_decay=0.9", "optim.micro_batch=40"))
+
+
+def test_two_from_one_pass(runs: Runs) -> None:
+    alone = runs("one", "sae.k=2")
+    runs.together({"a": ["sae.k=2"], "b": ["variant.qk_heads=2"]})
+    assert_same_run(alone, runs.folder / "a")
+
+
+def test_contexts_whole(runs: Runs) -> None:
+    """A Lorsa and a dictionary of tokens do not share a stream, and neither takes what the other reads."""
+    token = ["variant.kind=transcoder", *(f"~variant.{key}" for key in ("attention", "model", "qk_heads"))]
+    token += ["~variant.qk_width", "~variant.qk_init"]
+    with pytest.raises(GranaryError, match=f"{READS} -> {WRITES} is learnt from whole contexts and .* shuffled tokens"):
+        runs.together({"a": [], "b": token})
+    with pytest.raises(GranaryError, match=r"batch_size=40: this variant learns from whole contexts, of 16 positions"):
+        runs("bad", "stream.batch_size=40")
+    made = load(runs("one", "sae.k=2"))
+    with pytest.raises(GranaryError, match=r"reads whole contexts .* shuffled tokens have lost what came before them"):
+        made.encode(torch.zeros(5, 12))
+
+
+def test_wrong_words_are_one_line(runs: Runs) -> None:
+    for words, told in (
+        (["variant.attention=own"], "variant.attention=own: choose from model, plain"),
+        (["variant.qk_heads=5"], "variant.qk_heads=5: 24 latents do not divide among them"),
+        (["variant.qk_heads=null"], "variant.attention=plain needs variant.qk_heads and variant.qk_width"),
+        (["variant.qk_init=model"], "variant.attention=plain has no model to begin from"),
+        (["variant.attention=model"], "variant.qk_width=3 is for variant.attention=plain"),
+        (
+            ["variant.attention=model", "variant.qk_width=null", f"reads={WRITES}", f"writes={READS}"],
+            "layers.N.attn_in",
+        ),
+        ([f"writes={READS}"], "a lorsa of layers.1.attn_in to itself would learn to copy it"),
+    ):
+        with pytest.raises(GranaryError, match=told):
+            runs("bad", *words)
