@@ -91,7 +91,10 @@ class RunSpec:
         variant: Mapping[str, Any] | None = None,
         attention: AttentionSource | None = None,
     ) -> Self:
-        """Specify a run whose sites and length are known; `variant` is that group, complete (None: as it is). Raises GranaryError naming the key that makes no sense."""
+        """Specify a run whose sites and length are known; `variant` is that group, complete (None: as it is).
+
+        Raises GranaryError naming the key that makes no sense.
+        """
         config = as_dict(cfg)
         dictionary, learning = cfg.sae.to_configs(
             cfg.variant if variant is None else variant, sites, widths, length.tokens

@@ -91,9 +91,8 @@ def heads_of(model: PreTrainedModel, layer: int) -> ModelHeads:
 
     def split(linear: nn.Linear) -> tuple[Tensor, Tensor]:
         W_hED = linear.weight.float().unflatten(0, (-1, shape.width))
-        b_hE = (
-            torch.zeros(W_hED.shape[:2]) if linear.bias is None else linear.bias.float().unflatten(0, (-1, shape.width))
-        )
+        bias = torch.zeros(len(linear.weight)) if linear.bias is None else linear.bias.float()
+        b_hE = bias.unflatten(0, (-1, shape.width))
         copies = shape.heads // len(W_hED)
         return W_hED.repeat_interleave(copies, 0), b_hE.repeat_interleave(copies, 0)
 

@@ -131,8 +131,9 @@ def initialise(
     """Set normalisation, b_dec, directions and scale from data.
 
     `statistics` are the whole data set's (None: the sample's own) of every site that is read; `sample` [M, D_in] are
-    raw activations, a few thousand tokens, or whole contexts of which M count. The last two are those of what is written, at the same tokens; not looked
-    at for an autoencoder. `heads` are the language model's, of the layer that a Lorsa begins from. Raises GranaryError when there is nothing to learn from.
+    raw activations, a few thousand tokens, or whole contexts of which M count. The last two are those of what is
+    written, at the same tokens; not looked at for an autoencoder. `heads` are the language model's, of the layer that a
+    Lorsa begins from. Raises GranaryError when there is nothing to learn from.
     """
     dictionary, learning, rule = objective.dictionary, objective.learning, objective.rule
     widths = dictionary.widths

@@ -100,8 +100,8 @@ class Objective(nn.Module):
     ) -> list[BatchFacts]:
         """What ``losses`` of each micro-batch must know of the whole batch, of `num_tokens` tokens.
 
-        `parts` are this rank's micro-batches of raw activations, as ``losses`` takes them. `reduce_all` sums over all ranks,
-        `reduce_rows` over those that hold the same latents; all call it together. `k` overrides the config's.
+        `parts` are this rank's micro-batches of raw activations, as ``losses`` takes them. `reduce_all` sums over all
+        ranks, `reduce_rows` over those that hold the same latents; all call it together. `k` overrides the config's.
         """
         with torch.no_grad():
             centred: Any = [self.terms.given(part) for part in parts]

@@ -1,6 +1,7 @@
 """Low-rank sparse attention, Lorsa (He et al. 2025, 2504.20938): a sparse stand-in for an attention layer.
 
-    z[t, i] = sum_s A_h[t, s] w_V,i . x~_s + b_V,i;   f = activation(z);   y^_t = denormalise(sum_i f[t, i] w_O,i + b_dec)
+    z[t, i] = sum_s A_h[t, s] w_V,i . x~_s + b_V,i;   f = activation(z)
+    y^_t = denormalise(sum_i f[t, i] w_O,i + b_dec)
 
 It reads what attention reads (``attn_in``) and produces what attention adds (``attn_out``). H heads of queries and keys
 make patterns A_h, and each serves F / H latents, h = i H // F: latents are heads whose values and outputs have rank 1.

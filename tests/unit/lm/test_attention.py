@@ -70,5 +70,5 @@ def test_what_is_not_known_is_one_line() -> None:
     with pytest.raises(GranaryError, match="dynamic RoPE, which depends on the longest sequence"):
         shape_of(model, 0)
     other = AutoModel.from_config(FAMILIES["pythia"]())
-    with pytest.raises(GranaryError, match="not that of GPTNeoXModel .gpt_neox.: give variant.attention=plain"):
+    with pytest.raises(GranaryError, match=r"not that of GPTNeoXModel .gpt_neox.: give variant.attention=plain"):
         shape_of(other, 0)
