@@ -55,6 +55,11 @@ class PlannedRun:
         stores = _open_stores(cfg)
         self.tokens = TrainingData([part.slice for part in stores]) if tokens is None else tokens
         self.spec = RunSpec.resolve(cfg, stores, self.tokens)
+        if self.spec.sites.unit == "sequence":
+            raise GranaryError(
+                f"granary plan follows steps on tokens, and a {self.spec.dictionary.kind} learns from whole contexts: "
+                "the table of memory in docs/lorsa.md says what it takes"
+            )
         self.formats = site_formats(self.spec.sites.names, stores)
         with self.layout(cfg.parallel, CPU) as layout:
             self.share, self.num_latents = layout.stream_world, layout.num_latents(self.spec.dictionary)
