@@ -21,7 +21,7 @@ from shared.sae.learn.init import initialise
 from shared.sae.learn.objective import Objective
 from stage_train.config import TrainSchema
 from stage_train.data.inputs import RunInputs
-from stage_train.data.stream import Batch, BatchStream
+from stage_train.data.stream import AnyBatch, BatchStream
 from stage_train.show.curves import draw_curves
 from stage_train.show.loggers import Logger, make_loggers
 from stage_train.spec import RunSpec
@@ -65,7 +65,7 @@ class Run:
         """Whether all steps are done."""
         return self.step >= self.spec.length.steps
 
-    def learn(self, batch: Batch) -> Mapping[str, float | int] | None:
+    def learn(self, batch: AnyBatch) -> Mapping[str, float | int] | None:
         """One step; the metrics where it is time to log. Raises GranaryError when training has diverged."""
         if not self._begun:
             self._begin()

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from shared.sae.contexts import Contexts, Rows
+from shared.sae.contexts import Contexts, Given
 from shared.sae.groups import LatentGroup
 from shared.sae.learn.config import LearningConfig
 from shared.sae.variants import Dictionary, Lorsa, MoLT
@@ -23,7 +23,7 @@ def assert_same_gradients(made: Dictionary, loss: Tensor, expected: Tensor, *, k
         assert float(other.norm()) > 0, name
 
 
-def dense_loss(made: Dictionary, learning: LearningConfig, x: Rows, y_ND: Tensor, dead_F: Tensor) -> Tensor:
+def dense_loss(made: Dictionary, learning: LearningConfig, x: Given, y_ND: Tensor, dead_F: Tensor) -> Tensor:
     """The total loss; `dead_F` is bool over all latents, group after group. A Lorsa's `x` are whole contexts."""
     x_ND = x if isinstance(x, Tensor) else x.counted(x.rows_CTD)
     normal_ND = (x_ND - made.input_mean) * columns(made.input_scale, made.widths.reads)

@@ -63,11 +63,12 @@ def model_heads(path: str, revision: str | None, layer: int) -> ModelHeads:
 
 def shape_of(model: PreTrainedModel, layer: int) -> AttentionShape:
     """That of a layer of `model`, whose weights are not looked at. Raises GranaryError for what is not known."""
-    config, attention = trunk(model).config, _attention(model, layer)
+    body: Any = trunk(model)
+    config, attention = body.config, _attention(model, layer)
     _check_known(type(model).__name__, config.model_type)
     if not attention.is_causal:
         raise GranaryError(f"{type(model).__name__} attends to later positions, which no lorsa does")
-    rotary = type(trunk(model).rotary_emb)(config)  # on the CPU, with values
+    rotary: Any = type(body.rotary_emb)(config)  # on the CPU, with values
     kind = f"{attention.layer_type}_" if isinstance(rotary.rope_type, dict) else ""
     rope_type = rotary.rope_type[attention.layer_type] if kind else rotary.rope_type
     if rope_type in BY_LENGTH:
@@ -114,6 +115,7 @@ def _check_known(model: str, model_type: str) -> None:
 
 
 def _attention(model: PreTrainedModel, layer: int) -> Any:
-    family = family_of(trunk(model).config)
+    body: Any = trunk(model)
+    family = family_of(body.config)
     assert family is not None
     return decoder_blocks(model)[layer].get_submodule(family.attention)

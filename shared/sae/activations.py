@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from shared.kernels import Compute, encode_batchtopk, encode_threshold, encode_topk
 from shared.sae.config import DictionaryConfig
-from shared.sae.contexts import Rows
+from shared.sae.contexts import Given
 from shared.sae.roles import Role
 
 
@@ -37,15 +37,15 @@ class Encoder:
         """Latents held here."""
         return self.W_enc.shape[0]
 
-    def topk(self, x: Rows, k: int) -> tuple[Tensor, Tensor]:
+    def topk(self, x: Given, k: int) -> tuple[Tensor, Tensor]:
         """The k largest positive z of each token: values [N, k] in descending order and indices, -1 for padding."""
         return encode_topk(_tokens(x), self.W_enc, self.b_enc, k, compute=self.compute)
 
-    def above(self, x: Rows, threshold: Tensor | float) -> tuple[Tensor, Tensor]:
+    def above(self, x: Given, threshold: Tensor | float) -> tuple[Tensor, Tensor]:
         """All z above a threshold, a scalar or [F]: values [N, M] in descending order and indices, -1 for padding."""
         return encode_threshold(_tokens(x), self.W_enc, self.b_enc, threshold, compute=self.compute)
 
-    def largest_of_batch(self, x: Rows, k: int) -> tuple[Tensor, Tensor]:
+    def largest_of_batch(self, x: Given, k: int) -> tuple[Tensor, Tensor]:
         """The N k largest positive z of all tokens, likewise."""
         return encode_batchtopk(_tokens(x), self.W_enc, self.b_enc, k, compute=self.compute)
 
@@ -56,8 +56,8 @@ class Encoder:
         return torch.where(indices_NK < 0, 0, values_NK / self.norm_F[indices_NK.clamp_min(0)])
 
 
-def _tokens(x: Rows) -> Tensor:
-    """Rows of a linear encoder, which no dictionary gives whole contexts."""
+def _tokens(x: Given) -> Tensor:
+    """Given of a linear encoder, which no dictionary gives whole contexts."""
     assert isinstance(x, Tensor)
     return x
 
@@ -69,7 +69,7 @@ class Activation(nn.Module):
         """`num_latents` are those held here, fewer than the config's in a shard."""
         super().__init__()
 
-    def encode(self, encoder: Encoder, x: Rows) -> tuple[Tensor, Tensor]:
+    def encode(self, encoder: Encoder, x: Given) -> tuple[Tensor, Tensor]:
         """Inference: values [N, K] and int64 indices [N, K], -1 for padding; a row does not depend on the others."""
         raise NotImplementedError
 
@@ -86,11 +86,11 @@ class TopK(Activation):
         assert config.k is not None
         self.k = config.k
 
-    def encode(self, encoder: Encoder, x: Rows) -> tuple[Tensor, Tensor]:
+    def encode(self, encoder: Encoder, x: Given) -> tuple[Tensor, Tensor]:
         """Values in descending order, exactly k slots."""
         return self.select(encoder, x, self.k)
 
-    def select(self, encoder: Encoder, x: Rows, k: int) -> tuple[Tensor, Tensor]:
+    def select(self, encoder: Encoder, x: Given, k: int) -> tuple[Tensor, Tensor]:
         """Values [N, K] in descending order and int64 indices [N, K], -1 where nothing fires. No gradient."""
         return encoder.topk(x, k)
 
@@ -107,7 +107,7 @@ class BatchTopK(Activation):
         super().__init__(config, num_latents)
         self.register_buffer("threshold", torch.zeros(()))
 
-    def encode(self, encoder: Encoder, x: Rows) -> tuple[Tensor, Tensor]:
+    def encode(self, encoder: Encoder, x: Given) -> tuple[Tensor, Tensor]:
         """Every z above the learnt threshold, in descending order."""
         return encoder.above(x, self.threshold)
 
@@ -119,7 +119,7 @@ class BatchTopK(Activation):
 class ReLU(Activation):
     """Every positive pre-activation."""
 
-    def encode(self, encoder: Encoder, x: Rows) -> tuple[Tensor, Tensor]:
+    def encode(self, encoder: Encoder, x: Given) -> tuple[Tensor, Tensor]:
         """Encode in descending order."""
         return encoder.above(x, 0.0)
 
@@ -131,7 +131,7 @@ class JumpReLU(Activation):
         super().__init__(config, num_latents)
         self.log_threshold = nn.Parameter(torch.zeros(num_latents))
 
-    def encode(self, encoder: Encoder, x: Rows) -> tuple[Tensor, Tensor]:
+    def encode(self, encoder: Encoder, x: Given) -> tuple[Tensor, Tensor]:
         """Encode in descending order."""
         return encoder.above(x, self.log_threshold.exp())
 
@@ -147,7 +147,7 @@ class Gated(Activation):
         self.r_mag = nn.Parameter(torch.zeros(num_latents))
         self.b_mag = nn.Parameter(torch.zeros(num_latents))
 
-    def encode(self, encoder: Encoder, x: Rows) -> tuple[Tensor, Tensor]:
+    def encode(self, encoder: Encoder, x: Given) -> tuple[Tensor, Tensor]:
         """Encode in descending order of z; a latent of open gate whose magnitude is not positive is padding."""
         z_NK, indices_NK = encoder.above(x, 0.0)
         latents_NK = indices_NK.clamp_min(0)

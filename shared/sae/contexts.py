@@ -61,7 +61,7 @@ class Contexts:
         return replace(self, rows_CTD=rows_CTD)
 
     def counted(self, rows_CTD: Tensor) -> Tensor:
-        """Rows [N, D] of the positions that count, out of those of all."""
+        """Given [N, D] of the positions that count, out of those of all."""
         return rows_CTD.flatten(0, 1).index_select(0, self.places_N)
 
     def spread(self, rows_ND: Tensor) -> Tensor:
@@ -71,11 +71,11 @@ class Contexts:
         return all_SD.index_copy_(0, self.places_N, rows_ND).unflatten(0, (C, T))
 
 
-Rows = Tensor | Contexts
+Given = Tensor | Contexts
 """What an encoder is given: rows of tokens [N, D], or whole contexts. ``len`` is the number of tokens."""
 
 
-def in_parts(rows: Rows, size: int) -> list[tuple[Rows, slice]]:
+def in_parts(rows: Given, size: int) -> list[tuple[Given, slice]]:
     """Pieces of `size` tokens, of whole contexts as many positions but one context at least; and which of them all."""
     if isinstance(rows, Tensor):
         cuts = [slice(start, start + size) for start in range(0, len(rows), size)]

@@ -22,7 +22,7 @@ from shared.kernels import (
 )
 from shared.sae.activations import ACTIVATIONS, Activation, Encoder
 from shared.sae.config import DictionaryConfig
-from shared.sae.contexts import Rows
+from shared.sae.contexts import Given
 from shared.sae.roles import Role
 
 
@@ -115,25 +115,25 @@ class LatentGroup(Computing):
         with torch.no_grad():
             return Encoder(self.W_enc * norm_F[:, None], self.b_enc * norm_F, self.compute, norm_F)
 
-    def fire(self, centred: Rows) -> tuple[Tensor, Tensor]:
+    def fire(self, centred: Given) -> tuple[Tensor, Tensor]:
         """Inference: latents [N, K] of what the encoder multiplies, and their int64 indices, -1 for padding."""
         encoder = self.encoder()
         values_NK, indices_NK = self.activation.encode(encoder, centred)
         return encoder.unweighted(values_NK, indices_NK), indices_NK
 
-    def preactivations(self, given: Rows) -> Tensor:
+    def preactivations(self, given: Given) -> Tensor:
         """z [N, F] of all latents, with every gradient."""
         assert isinstance(given, Tensor)
         return product(given, self.W_enc.T, self.b_enc, compute=self.compute)
 
-    def preactivations_of(self, latents_R: Tensor, given: Rows) -> Tensor:
+    def preactivations_of(self, latents_R: Tensor, given: Given) -> Tensor:
         """z [N, R] of distinct latents, with gradients for what they alone have."""
         assert isinstance(given, Tensor)
         return product(given, self.W_enc[latents_R].T, self.b_enc[latents_R], compute=self.compute)
 
     def attach(
         self,
-        given: Rows,
+        given: Given,
         pre_bias: Tensor | None,
         values_NK: Tensor,
         indices_NK: Tensor,
@@ -147,7 +147,7 @@ class LatentGroup(Computing):
         )
 
     def decoder_rows(self, latents_R: Tensor, sink: PairGradient | None = None) -> Tensor:
-        """Rows [R, D_out] of the decoder, of distinct latents; with a `sink` its gradient goes there."""
+        """Given [R, D_out] of the decoder, of distinct latents; with a `sink` its gradient goes there."""
         return take_rows(self.W_dec, latents_R, sink)
 
     def write(
@@ -157,7 +157,7 @@ class LatentGroup(Computing):
         order: PairOrder,
         sink: PairGradient | None = None,
         *,
-        read: Rows | None = None,
+        read: Given | None = None,
     ) -> Tensor:
         """What picks decode to, [N, D_out], with gradients for the values and the decoder, or its `sink`.
 
@@ -165,15 +165,15 @@ class LatentGroup(Computing):
         """
         return sparse_decode(values_NK, indices_NK, self.W_dec, order, compute=self.compute, sink=sink)
 
-    def write_all(self, f_NF: Tensor, read: Rows, *, frozen: bool = False) -> Tensor:
+    def write_all(self, f_NF: Tensor, read: Given, *, frozen: bool = False) -> Tensor:
         """The same of every latent; `frozen`: without a gradient for the decoder."""
         return product(f_NF, self.W_dec.detach() if frozen else self.W_dec, compute=self.compute)
 
-    def write_some(self, f_NR: Tensor, latents_R: Tensor, read: Rows) -> Tensor:
+    def write_some(self, f_NR: Tensor, latents_R: Tensor, read: Given) -> Tensor:
         """``write_all`` of some latents, which are distinct."""
         return product(f_NR, self.W_dec[latents_R], compute=self.compute)
 
-    def written(self, values_NK: Tensor, indices_NK: Tensor, *, read: Rows | None = None) -> Tensor:
+    def written(self, values_NK: Tensor, indices_NK: Tensor, *, read: Given | None = None) -> Tensor:
         """What picks decode to, without gradient."""
         return decode(values_NK, indices_NK, self.W_dec, kernels=self.kernels)
 
@@ -195,7 +195,7 @@ class LatentGroup(Computing):
         }
 
 
-# Rows drawn at a time where they are not drawn in place. A multiple of 16: normal_ draws so many values at once, so
+# Given drawn at a time where they are not drawn in place. A multiple of 16: normal_ draws so many values at once, so
 # that blocks get the bits that the whole would.
 BLOCK_ROWS = 4096
 

@@ -22,14 +22,14 @@ from shared.kernels import add_at
 from shared.lm import packed_inputs, splice_through
 from shared.lm.hookpoint import HookPoint
 from shared.lm.packed import document_length
-from shared.sae.contexts import Contexts, Rows
+from shared.sae.contexts import Contexts, Given
 from shared.sae.sites import Sites
 from stage_eval.measure.confidence import Estimate, ratio_of_sums
 from stage_eval.measure.sums import Rows, Sums
 from stage_eval.measure.vocabulary import VocabularyHead, score_next_tokens
 from stage_eval.results.figures import Downstream, JointDownstream
 
-Replacement = Callable[[Rows], Tensor]
+Replacement = Callable[[Given], Tensor]
 """Float32 activations of the read sites, [M, d_in], or whole contexts in which M positions count, to what takes the
 place of the written ones, [M, d_out]."""
 
@@ -78,8 +78,8 @@ class Batch:
         return Batch(tokens_BT, segments_BT, self.packing, replaced_BT, scored_BT)
 
     @property
-    def documents_BT(self) -> Tensor:
-        """What attends to itself alone: documents, or where they see each other all of a context; -1 for padding."""
+    def documents(self) -> Tensor:
+        """int64 [B, T]: what attends to itself alone, documents or, where they see each other, all of a context."""
         return as_attended(self.segments_BT, isolated=self.packing != "joined")
 
     def forwards(self) -> "list[Batch]":
@@ -110,7 +110,7 @@ def scored_positions(mask_BT: Tensor, segments_BT: Tensor) -> Tensor:
     return scored_BT
 
 
-def zero_replacement(x: Rows) -> Tensor:
+def zero_replacement(x: Given) -> Tensor:
     """Zero ablation."""
     assert isinstance(x, Tensor)
     return torch.zeros_like(x)
@@ -119,7 +119,7 @@ def zero_replacement(x: Rows) -> Tensor:
 def mean_replacement(mean_D: Tensor) -> Replacement:
     """Mean ablation: every position gets the training mean."""
 
-    def replace(x: Rows) -> Tensor:
+    def replace(x: Given) -> Tensor:
         assert isinstance(x, Tensor)
         return mean_D.to(x).expand_as(x)
 
@@ -195,9 +195,9 @@ def spliced(model: PreTrainedModel, splice: Splice, batch: Batch) -> AbstractCon
     replaced_BT = batch.replaced_BT
 
     def replace(x_BTD: Tensor) -> Tensor:
-        x: Rows = x_BTD[replaced_BT].float()
+        x: Given = x_BTD[replaced_BT].float()
         if splice.sites.unit == "sequence":
-            x = Contexts.of(x_BTD.float(), batch.documents_BT, replaced_BT)
+            x = Contexts.of(x_BTD.float(), batch.documents, replaced_BT)
         y_MD = splice.replacement(x)
         y_BTD = y_MD.new_zeros(*replaced_BT.shape, y_MD.shape[-1])
         y_BTD[replaced_BT] = y_MD

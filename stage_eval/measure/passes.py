@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from shared.sae.contexts import Contexts, Rows, in_parts
+from shared.sae.contexts import Contexts, Given, in_parts
 from shared.sae.sites import Sites, side_by_side
 from shared.sae.variants import Dictionary
 from stage_eval.measure.activations import ActivationSums
@@ -33,8 +33,7 @@ from stage_eval.measure.downstream import (
     zero_replacement,
 )
 from stage_eval.measure.session import Loaded, Session
-from stage_eval.measure.sums import ReconstructionSums, Sums
-from stage_eval.measure.sums import Rows as RowGroups
+from stage_eval.measure.sums import ReconstructionSums, Rows, Sums
 from stage_eval.measure.vocabulary import VocabularyHead
 
 SAE_ROWS = 4096
@@ -95,7 +94,7 @@ def whole(session: Session, context: int, read: Mapping[str, Tensor], sites: Sit
     return Contexts.of(x_1TD, as_attended(segments_1T, isolated=session.store.isolated), counts_T[None])
 
 
-def decoded(dictionary: Dictionary, x: Rows) -> Tensor:
+def decoded(dictionary: Dictionary, x: Given) -> Tensor:
     """What a dictionary makes of what it reads."""
     result: Tensor = dictionary(x).x_hat
     return result
@@ -118,12 +117,12 @@ def first_to_write(wanted: Sequence[Sites]) -> dict[str, Sites]:
 
 
 def add_tokens(
-    dictionary: Dictionary, x: Rows, y_ND: Tensor, rows: RowGroups, total: ReconstructionSums, diff: DiffSums | None
+    dictionary: Dictionary, x: Given, y_ND: Tensor, rows: Rows, total: ReconstructionSums, diff: DiffSums | None
 ) -> None:
     """Add what a dictionary makes of x to produce y, a bounded number of rows at a time; for an SAE y is x."""
     for given, part in in_parts(x, SAE_ROWS):
         latents = dictionary.encode(given)
-        chunk = RowGroups(rows.context_N[part], rows.position_N[part], rows.frequency_N[part])
+        chunk = Rows(rows.context_N[part], rows.position_N[part], rows.frequency_N[part])
         total.add(y_ND[part], dictionary.decode(latents), latents.values, latents.indices, chunk)
         if diff is not None:
             assert isinstance(given, Tensor)
@@ -198,7 +197,7 @@ def mean_ablation(site: str, session: Session) -> Splice:
 def reconstruct(one: Loaded) -> Replacement:
     """The dictionary's reconstruction as a replacement, a bounded number of rows at a time."""
 
-    def replace(x: Rows) -> Tensor:
+    def replace(x: Given) -> Tensor:
         if not len(x):
             return one.dictionary.b_dec.new_zeros(0, one.widths.d_out)
         return torch.cat([decoded(one.dictionary, part) for part, _ in in_parts(x, SAE_ROWS)])
@@ -206,9 +205,9 @@ def reconstruct(one: Loaded) -> Replacement:
     return replace
 
 
-def to_device(rows: RowGroups, device: torch.device) -> RowGroups:
+def to_device(rows: Rows, device: torch.device) -> Rows:
     """The rows' indices on `device`."""
-    return RowGroups(rows.context_N.to(device), rows.position_N.to(device), rows.frequency_N.to(device))
+    return Rows(rows.context_N.to(device), rows.position_N.to(device), rows.frequency_N.to(device))
 
 
 def progress(name: str, ranges: Sequence[tuple[int, int]], times: int, session: Session) -> "tqdm[None]":

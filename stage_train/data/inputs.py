@@ -12,7 +12,7 @@ from torch import Tensor
 from shared.basics.errors import GranaryError
 from shared.basics.units import GIB
 from shared.parallel import World, barrier
-from shared.sae.contexts import Contexts, Rows
+from shared.sae.contexts import Contexts, Given
 from shared.sae.sites import Sites, Unit, side_by_side
 from shared.store import HookStatistics
 from stage_train.config import BufferPlace, OnDamage, TrainSchema
@@ -119,7 +119,7 @@ class RunInputs(Protocol):
     def statistics(self, site: str) -> HookStatistics:
         """Return those of the tokens that training reads."""
 
-    def sample(self, sites: Sites, seed: int) -> tuple[Rows, Tensor]:
+    def sample(self, sites: Sites, seed: int) -> tuple[Given, Tensor]:
         """A few thousand tokens: x [M, d_in], or whole contexts in which M count, and y [M, d_out], float32; row i is
         the same token in both."""
 
@@ -183,7 +183,7 @@ class TrainingInputs:
             "stores": [part.record() | {"shards": len(part.shards)} for part in self.stores],
         }
 
-    def sample(self, sites: Sites, seed: int) -> tuple[Rows, Tensor]:
+    def sample(self, sites: Sites, seed: int) -> tuple[Given, Tensor]:
         """A few thousand tokens: x [M, d_in], or whole contexts in which M count, and y [M, d_out], float32; row i is
         the same token in both.
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from shared.basics.errors import GranaryError
 from shared.parallel import World, all_reduce_sum
-from shared.sae.contexts import Contexts, Rows
+from shared.sae.contexts import Contexts, Given
 from shared.sae.learn.dead import DeadLatents
 from shared.sae.learn.inputs import StepInputs
 from shared.sae.learn.objective import Objective
@@ -244,7 +244,7 @@ class Trainer:
     def _look_at_dead(self, step: int) -> Tensor:
         return self.layout.look_at_dead(self.objective, self.dead_now_F, step // DEAD_EVERY)
 
-    def _backward(self, x: Rows, y_ND: Tensor, inputs: StepInputs, batch_tokens: int) -> Tensor:
+    def _backward(self, x: Given, y_ND: Tensor, inputs: StepInputs, batch_tokens: int) -> Tensor:
         """Add the gradient of some rows, as their share of the global batch; returns which latents fired, [F]."""
         count = len(x)
         if not count:  # a row that counts for nothing below
@@ -256,7 +256,7 @@ class Trainer:
         return losses.fired & (count > 0)
 
 
-def one_row(x: Rows, y_ND: Tensor) -> tuple[Rows, Tensor]:
+def one_row(x: Given, y_ND: Tensor) -> tuple[Given, Tensor]:
     """Zeros in the place of no rows, for a rank that must take part."""
     if isinstance(x, Contexts):
         return Contexts.stand_in(x), y_ND.new_zeros(1, y_ND.shape[1])

@@ -31,6 +31,12 @@ class Form:
     norm_eps: float | None = None
     """RMSNorm of queries and keys before the rotation (Qwen 3); None: none."""
 
+    @property
+    def idle_from(self) -> int | None:
+        """From which feature on a bias of keys adds the same to all scores of a query, and so does nothing; None: each
+        does something. Of the gradient of such a bias rounding would leave what an optimiser takes for one."""
+        return None if self.softcap is not None or self.norm_eps is not None else 2 * len(self.frequencies)
+
 
 @dataclass(frozen=True, slots=True)
 class QueryKey:

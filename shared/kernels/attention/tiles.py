@@ -197,4 +197,9 @@ def gradients(read: Attended, W_FD: Tensor, b_F: Tensor, spread: Spread) -> list
         for total, place, part in zip(found, places, parts, strict=True):
             if total is not None and part is not None:
                 total[place] += next(grads)
+    idle = read.form.idle_from
+    if idle is not None:
+        db_K_HE = found[2 + QueryKey.__match_args__.index("b_K_GE")]
+        assert db_K_HE is not None
+        db_K_HE[:, idle:] = 0
     return found

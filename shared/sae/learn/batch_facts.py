@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from shared.sae.activations import Encoder
-from shared.sae.contexts import Rows
+from shared.sae.contexts import Given
 from shared.sae.groups import LatentGroup
 from shared.sae.learn.inputs import BatchFacts
 
@@ -36,7 +36,7 @@ def alone(tensor: Tensor) -> None:
 
 def frequencies(
     group: LatentGroup,
-    centred: Sequence[Rows],
+    centred: Sequence[Given],
     num_tokens: int,
     strength: Callable[[Tensor], Tensor],
     reduce_rows: Reduce,
@@ -51,7 +51,7 @@ def frequencies(
 
 def select_over_batch(
     encoders: Sequence[Encoder],
-    centred: Sequence[Sequence[Rows]],
+    centred: Sequence[Sequence[Given]],
     *,
     wanted: int,
     most: int,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from shared.sae.contexts import Rows
+from shared.sae.contexts import Given
 from shared.sae.groups import LatentGroup
 from shared.sae.latent_shard import LatentShard
 
@@ -25,7 +25,7 @@ class Dead:
     """How many of them reconstruct, per token."""
 
 
-def auxk_of_any(group: LatentGroup, residual_ND: Tensor, centred: Rows, dead: Dead, shard: LatentShard) -> Tensor:
+def auxk_of_any(group: LatentGroup, residual_ND: Tensor, centred: Given, dead: Dead, shard: LatentShard) -> Tensor:
     """What ``losses.auxk_loss`` is for rows: ``scale * mean_n |e_n - e_hat_n|^2 / |e_n|^2``, with gradients for what
     the dead latents alone have. Pass the residual e and the encoder's input detached."""
     z_NR = torch.relu(group.preactivations_of(dead.latents_R, centred))

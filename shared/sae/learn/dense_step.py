@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from shared.sae.contexts import Rows
+from shared.sae.contexts import Given
 from shared.sae.learn.inputs import Losses, StepInputs, dead_indices
 from shared.sae.learn.losses import penalty_per_latent, preact_loss, weighted_square_error
 from shared.sae.learn.maps import load_of_maps
@@ -31,7 +31,7 @@ class DenseForm:
     """What reconstructs by itself, and alone decides about sparsity, beside the latents; None: nothing does."""
 
 
-def dense_losses(terms: LossTerms, x: Rows, y: Tensor, inputs: StepInputs, form: DenseForm) -> Losses:
+def dense_losses(terms: LossTerms, x: Given, y: Tensor, inputs: StepInputs, form: DenseForm) -> Losses:
     """See ``Objective.losses``."""
     own, learning = terms.sole, terms.learning
     group, b_dec = own.group, terms.dictionary.b_dec

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from shared.basics.errors import GranaryError
 from shared.kernels import PairOrder, row_grad
-from shared.sae.contexts import Contexts, Rows, in_parts
+from shared.sae.contexts import Contexts, Given, in_parts
 from shared.sae.learn.config import SkipLearningConfig
 from shared.sae.learn.losses import weighted_square_error
 from shared.sae.learn.objective import Objective
@@ -122,7 +122,7 @@ def into_subspace(W_FD: Tensor, points_MD: Tensor, rank: int) -> Tensor:
 def initialise(
     objective: Objective,
     statistics: Sequence[ActivationStatistics] | None,
-    sample: Rows,
+    sample: Given,
     target_statistics: Sequence[ActivationStatistics] | None = None,
     target_sample: Tensor | None = None,
     *,
@@ -138,7 +138,7 @@ def initialise(
     dictionary, learning, rule = objective.dictionary, objective.learning, objective.rule
     widths = dictionary.widths
     if isinstance(sample, Contexts):
-        x: Rows = sample.to(dictionary.b_dec.device)
+        x: Given = sample.to(dictionary.b_dec.device)
         x_MD = sample.counted(sample.rows_CTD).to(dictionary.b_dec)
     else:
         x = x_MD = sample.reshape(-1, widths.d_in).to(dictionary.b_dec)
@@ -226,7 +226,7 @@ def centre(moments: Moments, dictionary: Dictionary, mean_D: Tensor, scale: Tens
     variance_D.copy_(moments.variance_D * per_column(scale, moments.widths).square())
 
 
-def start_decoder_from_data(objective: Objective, x: Rows, y_MD: Tensor) -> None:
+def start_decoder_from_data(objective: Objective, x: Given, y_MD: Tensor) -> None:
     """Each decoder row as the mean of what is wanted where its latent fires, with its strength for a weight, made unit.
 
     The encoder's transpose lies in another space. Latents that no token of the sample fires keep their random rows.
@@ -246,7 +246,7 @@ def start_decoder_from_data(objective: Objective, x: Rows, y_MD: Tensor) -> None
     dictionary.start_decoders(sums, objective.terms.row_norms(sums))
 
 
-def looked_at(objective: Objective, x: Rows, y_MD: Tensor) -> tuple[Rows, Tensor]:
+def looked_at(objective: Objective, x: Given, y_MD: Tensor) -> tuple[Given, Tensor]:
     """The tokens of the sample that the start looks at: where half of all latents may fire, few."""
     if objective.rule.looks_at_all:
         return x, y_MD
@@ -254,14 +254,14 @@ def looked_at(objective: Objective, x: Rows, y_MD: Tensor) -> tuple[Rows, Tensor
     return few, y_MD[part]
 
 
-def parts_of_sample(objective: Objective, centred: Rows) -> list[tuple[Rows, slice]]:
+def parts_of_sample(objective: Objective, centred: Given) -> list[tuple[Given, slice]]:
     """Its tokens in parts that are encoded at a time: all, where the number of picks is fixed."""
     if objective.rule.looks_at_all:
         return [(centred, slice(0, len(centred)))]
     return in_parts(centred, max(1, SEARCH_PAIRS // objective.dictionary.config.d_latent))
 
 
-def set_scale(objective: Objective, x: Rows, y_MD: Tensor) -> None:
+def set_scale(objective: Objective, x: Given, y_MD: Tensor) -> None:
     """The encoder's and decoder's rows times what ``encoder_init`` says, and thresholds that follow from them."""
     dictionary, learning, rule, terms = objective.dictionary, objective.learning, objective.rule, objective.terms
     x, y_MD = looked_at(objective, x, y_MD)

@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from shared.kernels import PairOrder, attach_encoder, product, take_rows
 from shared.sae.activations import TopK
+from shared.sae.contexts import Given
 from shared.sae.learn import batch_facts
 from shared.sae.learn.activations import RULES, BatchTopKRule, Rule, TopKRule
 from shared.sae.learn.batch_facts import Reduce, SelectionMemory
@@ -40,12 +41,12 @@ class ManyGroups:
         self.scale_search, self.overshoot, self.looks_at_all = first.scale_search, first.overshoot, first.looks_at_all
         self._dead: tuple[Tensor, list[Tensor]] | None = None
 
-    def losses(self, x: Tensor, y: Tensor, inputs: StepInputs) -> Losses:
+    def losses(self, x: Given, y: Tensor, inputs: StepInputs) -> Losses:
         """See ``Objective.losses``."""
         terms, learning = self.terms, self.terms.learning
         with torch.no_grad():
-            normal_ND, target_ND, _, _ = terms.prepare(x, y)
-            given = self._columns(normal_ND)
+            normal, target_ND, _, _ = terms.prepare(x, y)
+            given = self._columns(normal)
         firing = [
             self._fire(rule, given_ND, picks)
             for rule, given_ND, picks in zip(self.rules, given, self._choose(given, inputs, len(x)), strict=True)
@@ -79,9 +80,10 @@ class ManyGroups:
 
     # What fires
 
-    def _columns(self, normal_ND: Tensor) -> list[Tensor]:
+    def _columns(self, normal: Given) -> list[Tensor]:
         """What each group reads."""
-        return [normal_ND[:, rule.own.reads].contiguous() for rule in self.rules]
+        assert isinstance(normal, Tensor)
+        return [normal[:, rule.own.reads].contiguous() for rule in self.rules]
 
     @torch.no_grad()
     def _choose(self, given: Sequence[Tensor], inputs: StepInputs, rows: int) -> list[Picks]:
@@ -216,10 +218,10 @@ class ManyGroups:
         return self.rules[0].needs_facts(cut=cut)
 
     def facts(
-        self, centred: Sequence[Tensor], num_tokens: int, k: int | None, reduce_all: Reduce, reduce_rows: Reduce
+        self, centred: Sequence[Given], num_tokens: int, k: int | None, reduce_all: Reduce, reduce_rows: Reduce
     ) -> list[BatchFacts]:
         """Collect those of the micro-batches' encoder inputs; see ``Objective.facts``."""
-        parts = [self._columns(normal_ND) for normal_ND in centred]
+        parts = [self._columns(normal) for normal in centred]
         return self._facts(list(zip(*parts, strict=True)), num_tokens, k, reduce_all)
 
     def _facts(
@@ -256,15 +258,15 @@ class ManyGroups:
         for rule in self.rules:
             rule.start()
 
-    def fit_to_sample(self, centred_MD: Tensor) -> None:
+    def fit_to_sample(self, centred: Given) -> None:
         """Set what follows from the encoders and a sample of their inputs [M, D_in]."""
-        given = self._columns(centred_MD)
+        given = self._columns(centred)
         if not (self.together and self._batch_rules):
             for rule, one in zip(self.rules, given, strict=True):
                 rule.fit_to_sample(one)
             return
         memory, self.memory = self.memory, SelectionMemory(0.0)
-        (facts,) = self._facts([[one] for one in given], len(centred_MD), None, batch_facts.alone)
+        (facts,) = self._facts([[one] for one in given], len(centred), None, batch_facts.alone)
         self.memory = memory
         for rule, own in zip(self._batch_rules, facts.groups, strict=True):
             assert own.least is not None

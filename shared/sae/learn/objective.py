@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from shared.kernels import PairGradients
-from shared.sae.contexts import Rows
+from shared.sae.contexts import Given
 from shared.sae.latent_shard import LatentShard
 from shared.sae.learn.activations import RULES, Rule
 from shared.sae.learn.batch_facts import Reduce, alone
@@ -70,11 +70,11 @@ class Objective(nn.Module):
     def pair_gradients(self, gradients: PairGradients | None) -> None:
         self.terms.pair_gradients = gradients
 
-    def forward(self, x: Rows, y: Tensor, inputs: StepInputs | None = None) -> Losses:
+    def forward(self, x: Given, y: Tensor, inputs: StepInputs | None = None) -> Losses:
         """See ``losses``."""
         return self.losses(x, y, inputs)
 
-    def losses(self, x: Rows, y: Tensor | None = None, inputs: StepInputs | None = None) -> Losses:
+    def losses(self, x: Given, y: Tensor | None = None, inputs: StepInputs | None = None) -> Losses:
         """Loss of a batch of raw activations x, [N, D_in] or whole contexts of which N positions count, that must give
         y [N, D_out]; None: x itself.
 
@@ -91,7 +91,7 @@ class Objective(nn.Module):
 
     def facts(
         self,
-        parts: Sequence[Rows],
+        parts: Sequence[Given],
         num_tokens: int,
         *,
         k: int | None = None,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from shared.kernels import PairOrder, sparse_reconstruction
-from shared.sae.contexts import Rows
+from shared.sae.contexts import Given
 from shared.sae.latent_shard import WHOLE
 from shared.sae.latents import SparseLatents
 from shared.sae.learn.inputs import Losses, StepInputs
@@ -32,11 +32,11 @@ class Selection:
     """Likewise for the others; None without Multi-TopK."""
 
 
-Select = Callable[[Rows, StepInputs], Selection]
+Select = Callable[[Given, StepInputs], Selection]
 """From the encoder's input, [N, D_in] or whole contexts, to what fires."""
 
 
-def sparse_losses(terms: LossTerms, x: Rows, y: Tensor, inputs: StepInputs, select: Select) -> Losses:
+def sparse_losses(terms: LossTerms, x: Given, y: Tensor, inputs: StepInputs, select: Select) -> Losses:
     """See ``Objective.losses``."""
     own, learning = terms.sole, terms.learning
     group, b_dec = own.group, terms.dictionary.b_dec
@@ -103,7 +103,7 @@ def sparse_losses(terms: LossTerms, x: Rows, y: Tensor, inputs: StepInputs, sele
 
 
 def _decode(
-    terms: LossTerms, values_NK: Tensor, indices_NK: Tensor, order: PairOrder, read: Rows | None = None
+    terms: LossTerms, values_NK: Tensor, indices_NK: Tensor, order: PairOrder, read: Given | None = None
 ) -> Tensor:
     """Decoded latents without b_dec, over all parts."""
     own = terms.sole

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from shared.kernels import DeadRows, PairGradient, PairGradients, take_rows
-from shared.sae.contexts import Contexts, Rows
+from shared.sae.contexts import Contexts, Given
 from shared.sae.groups import LatentGroup
 from shared.sae.latent_shard import WHOLE, LatentShard
 from shared.sae.learn.config import LearningConfig
@@ -30,30 +30,30 @@ class LossTerms:
         self.pair_gradients: PairGradients | None = None
         """Where gradients that are sums over pairs go instead of ``.grad``."""
 
-    def prepare(self, x: Rows, y: Tensor) -> tuple[Rows, Tensor, Tensor | None, Tensor | None]:
+    def prepare(self, x: Given, y: Tensor) -> tuple[Given, Tensor, Tensor | None, Tensor | None]:
         """What the encoder multiplies, what the decoder must give, and layer_norm's mean and scale."""
         normal, token_mean, token_scale = self.dictionary.read(x)
         if isinstance(normal, Contexts):  # which are never what must be given
             return normal, self.dictionary.target(y, y), token_mean, token_scale
         return self.dictionary.centred(normal), self.dictionary.target(y, normal), token_mean, token_scale
 
-    def given(self, x: Rows) -> Rows:
+    def given(self, x: Given) -> Given:
         """What the encoder multiplies."""
         normal = self.dictionary.read(x)[0]
         return normal if isinstance(normal, Contexts) else self.dictionary.centred(normal)
 
-    def wanted(self, target_ND: Tensor, centred: Rows) -> Tensor:
+    def wanted(self, target_ND: Tensor, centred: Given) -> Tensor:
         """What latents and b_dec must give: the target itself, or with a skip what that leaves over, with gradient."""
         skipped_ND = None if isinstance(centred, Contexts) else self.dictionary.skip(centred)
         return target_ND if skipped_ND is None else target_ND - skipped_ND
 
     # What the start of learning looks at: overridden where other processes hold parts of the columns
 
-    def fire(self, centred: Rows) -> list[Picks]:
+    def fire(self, centred: Given) -> list[Picks]:
         """What each of the dictionary's decoders is given at inference, by its own numbers."""
         return self.dictionary.split(*self.dictionary.fire(centred))
 
-    def decoded(self, picks: Sequence[Picks], centred: Rows) -> Tensor:
+    def decoded(self, picks: Sequence[Picks], centred: Given) -> Tensor:
         """What they decode to, without b_dec, [N, D_out] in the decoder's units; `centred` is what they are of."""
         dictionary = self.dictionary
         if len(picks) == 1:
@@ -145,7 +145,7 @@ class GroupTerms:
         gradients = self.whole.pair_gradients
         return None if gradients is None else gradients.get(f"{self.prefix}{name}")
 
-    def auxk(self, residual_ND: Tensor, centred: Rows, dead: Tensor | None) -> Tensor | None:
+    def auxk(self, residual_ND: Tensor, centred: Given, dead: Tensor | None) -> Tensor | None:
         """The AuxK loss of its dead latents, by their own numbers; None where it is off or nothing is dead."""
         if dead is None or self.learning.auxk_alpha == 0:
             return None

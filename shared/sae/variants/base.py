@@ -17,7 +17,7 @@ from shared.basics.errors import GranaryError
 from shared.kernels import Compute
 from shared.sae import folder as on_disk
 from shared.sae.config import DictionaryConfig
-from shared.sae.contexts import Rows
+from shared.sae.contexts import Given
 from shared.sae.groups import ComputeChoice, Computing, LatentGroup
 from shared.sae.latents import SAEOutput, SparseLatents
 from shared.sae.roles import Rate, Role
@@ -148,7 +148,7 @@ class Dictionary(Computing):
             return x, None, None
         return (x - self.input_mean) * per_column(self.input_scale, self.widths.reads), None, None
 
-    def read(self, x: Rows) -> tuple[Rows, Tensor | None, Tensor | None]:
+    def read(self, x: Given) -> tuple[Given, Tensor | None, Tensor | None]:
         """``normalise`` of what is learnt from. Raises GranaryError for whole contexts where tokens are read."""
         if not isinstance(x, Tensor):
             raise GranaryError(f"the {self._name} reads tokens one by one, and was given whole contexts: give rows")
@@ -191,7 +191,7 @@ class Dictionary(Computing):
         return normal_ND
 
     def fire(self, centred: Any) -> Picks:
-        """Latents of what the encoders multiply, ``Rows`` of its unit, by their numbers in the dictionary."""
+        """Latents of what the encoders multiply, ``Given`` of its unit, by their numbers in the dictionary."""
         raise NotImplementedError
 
     def split(self, values_NK: Tensor, indices_NK: Tensor) -> list[Picks]:

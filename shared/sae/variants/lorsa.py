@@ -33,7 +33,7 @@ from shared.kernels.attention import (
 )
 from shared.sae.activations import Encoder
 from shared.sae.config import DictionaryConfig
-from shared.sae.contexts import Contexts, Rows
+from shared.sae.contexts import Contexts, Given
 from shared.sae.latents import SAEOutput, SparseLatents
 from shared.sae.roles import Role
 from shared.sae.sites import Unit
@@ -114,21 +114,21 @@ class AttentionEncoder(Encoder):
     heads: QueryKey
     form: Form
 
-    def read(self, x: Rows) -> Attended:
+    def read(self, x: Given) -> Attended:
         """What the operations of attention take."""
         assert isinstance(x, Contexts)
         return Attended(x.rows_CTD, x.documents_CT, x.places_N, self.heads, self.form, self.compute)
 
-    def topk(self, x: Rows, k: int) -> tuple[Tensor, Tensor]:
+    def topk(self, x: Given, k: int) -> tuple[Tensor, Tensor]:
         """The k largest positive z of each position that counts."""
         return topk(self.read(x), self.W_enc, self.b_enc, k)
 
-    def above(self, x: Rows, threshold: Tensor | float) -> tuple[Tensor, Tensor]:
+    def above(self, x: Given, threshold: Tensor | float) -> tuple[Tensor, Tensor]:
         """All z above a threshold, a scalar or [F]."""
         bar = torch.as_tensor(threshold, dtype=self.W_enc.dtype, device=self.W_enc.device)
         return above(self.read(x), self.W_enc, self.b_enc, bar)
 
-    def largest_of_batch(self, x: Rows, k: int) -> tuple[Tensor, Tensor]:
+    def largest_of_batch(self, x: Given, k: int) -> tuple[Tensor, Tensor]:
         """The N k largest positive z of all positions that count."""
         return largest_of_batch(self.read(x), self.W_enc, self.b_enc, k)
 
@@ -148,7 +148,7 @@ class Lorsa(OneGroup):
     b_K: nn.Parameter
 
     def make_held(self, held: range) -> None:
-        """Rows of values and outputs, and the heads that serve them."""
+        """Given of values and outputs, and the heads that serve them."""
         self.make_matrices(self.widths.d_in, self.widths.d_out, len(held))
         own, width = len(self.own_heads(held)), self.config.qk_width
         self.W_Q, self.W_K = (nn.Parameter(torch.empty(own, width, self.widths.d_in)) for _ in "QK")
@@ -183,18 +183,18 @@ class Lorsa(OneGroup):
         """The encoder as the choice sees it."""
         return AttentionEncoder(self.W_enc, self.b_enc, self.compute, None, self.query_key, self.config.form)
 
-    def preactivations(self, given: Rows) -> Tensor:
+    def preactivations(self, given: Given) -> Tensor:
         """z [N, F] of all latents, with every gradient."""
         return attend_all(self.encoder().read(given), self.W_enc, self.b_enc)
 
-    def preactivations_of(self, latents_R: Tensor, given: Rows) -> Tensor:
+    def preactivations_of(self, latents_R: Tensor, given: Given) -> Tensor:
         """z [N, R] of distinct latents, with gradients for their rows: heads are what the others make them."""
         heads_R = latents_R // self.config.latents_per_head
         return attend_some(self.encoder().read(given), heads_R, self.W_enc[latents_R], self.b_enc[latents_R])
 
     def attach(
         self,
-        given: Rows,
+        given: Given,
         pre_bias: Tensor | None,
         values_NK: Tensor,
         indices_NK: Tensor,
@@ -204,7 +204,7 @@ class Lorsa(OneGroup):
         """Chosen z as a differentiable function of the encoder, its heads included."""
         return attach_attention(self.encoder().read(given), values_NK, indices_NK, self.W_enc, self.b_enc)
 
-    def patterns(self, x: Rows) -> Tensor:
+    def patterns(self, x: Given) -> Tensor:
         """A [C, H, T, T] of raw activations, rows are queries: for looking at; nothing in training calls it."""
         contexts = self.contexts_of(x)
         rows = self.normalise(contexts.rows_CTD)[0]
@@ -212,7 +212,7 @@ class Lorsa(OneGroup):
 
     # What it reads
 
-    def contexts_of(self, x: Rows) -> Contexts:
+    def contexts_of(self, x: Given) -> Contexts:
         """Whole contexts, where they are given as [..., T, D_in] each of them one document.
 
         Raises GranaryError for rows of tokens [N, D_in], which say nothing of what came before them.
@@ -226,13 +226,13 @@ class Lorsa(OneGroup):
             )
         return Contexts.whole(x.flatten(0, -3))
 
-    def read(self, x: Rows) -> tuple[Rows, Tensor | None, Tensor | None]:
+    def read(self, x: Given) -> tuple[Given, Tensor | None, Tensor | None]:
         """``normalise`` of all positions of what is learnt from."""
         contexts = self.contexts_of(x)
         return contexts.with_rows(self.normalise(contexts.rows_CTD)[0]), None, None
 
     @torch.no_grad()
-    def encode(self, x: Rows, *, return_all_features: bool = False) -> SparseLatents:
+    def encode(self, x: Given, *, return_all_features: bool = False) -> SparseLatents:
         """Active latents of raw activations: of ``Contexts`` those of the N positions that count, [N, K]; of
         [..., T, D_in], each [T, D_in] one document, [..., T, K]. No gradient.
 
@@ -248,7 +248,7 @@ class Lorsa(OneGroup):
             all_features=None if features is None else features.view(*shape, -1),
         )
 
-    def forward(self, x: Rows, *, return_all_features: bool = False) -> SAEOutput:
+    def forward(self, x: Given, *, return_all_features: bool = False) -> SAEOutput:
         """Encode and decode, without gradient."""
         latents = self.encode(x, return_all_features=return_all_features)
         return SAEOutput(self.decode(latents), latents)

@@ -25,7 +25,7 @@ from shared.basics.documents import shortened
 from shared.basics.errors import GranaryError
 from shared.kernels import PairGradient, PairOrder, Ranks, product, transform_decode
 from shared.sae.config import DictionaryConfig
-from shared.sae.contexts import Rows
+from shared.sae.contexts import Given
 from shared.sae.latents import SparseLatents
 from shared.sae.roles import Role
 from shared.sae.sites import Sites, SiteWidths
@@ -190,20 +190,20 @@ class MoLT(OneGroup):
         order: PairOrder,
         sink: PairGradient | None = None,
         *,
-        read: Rows | None = None,
+        read: Given | None = None,
     ) -> Tensor:
         """What picks decode to, [N, D_out], with gradients for the values and both factors."""
         assert isinstance(read, Tensor)
         return transform_decode(values_NK, indices_NK, read, self.V, self.U, order, self.ranks, compute=self.compute)
 
-    def write_all(self, f_NF: Tensor, read: Rows, *, frozen: bool = False) -> Tensor:
+    def write_all(self, f_NF: Tensor, read: Given, *, frozen: bool = False) -> Tensor:
         """The same of every transform, by two products of the sum of ranks; `frozen`: no gradient for the factors."""
         assert isinstance(read, Tensor)
         V_RD, U_RE = (self.V.detach(), self.U.detach()) if frozen else (self.V, self.U)
         h_NR = product(read, V_RD.T, compute=self.compute)
         return product(self.ranks.spread(f_NF) * h_NR, U_RE, compute=self.compute)
 
-    def write_some(self, f_NR: Tensor, latents_R: Tensor, read: Rows) -> Tensor:
+    def write_some(self, f_NR: Tensor, latents_R: Tensor, read: Given) -> Tensor:
         """``write_all`` of some latents, which are distinct."""
         assert isinstance(read, Tensor)
         is_one_F = torch.zeros(self.num_latents, dtype=torch.bool, device=f_NR.device).index_fill_(0, latents_R, True)
@@ -215,7 +215,7 @@ class MoLT(OneGroup):
         return product(f_Nr * h_Nr, self.U.index_select(0, rows), compute=self.compute)
 
     @torch.no_grad()
-    def written(self, values_NK: Tensor, indices_NK: Tensor, *, read: Rows | None = None) -> Tensor:
+    def written(self, values_NK: Tensor, indices_NK: Tensor, *, read: Given | None = None) -> Tensor:
         """What picks decode to, without gradient."""
         return self.write(values_NK, indices_NK, PairOrder(indices_NK, self.num_latents), read=read)
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shared.sae.config import DictionaryConfig
-from shared.sae.contexts import Rows
+from shared.sae.contexts import Given
 from shared.sae.groups import LatentGroup, draw_share, random_unit_rows
 from shared.sae.latents import SparseLatents
 from shared.sae.roles import Role
@@ -77,7 +77,7 @@ class OneGroup(LatentGroup, Dictionary):
         """All are of the one group."""
         return [(values_NK, indices_NK)]
 
-    def decoded(self, values_NK: Tensor, indices_NK: Tensor, read: Rows | None = None) -> Tensor:
+    def decoded(self, values_NK: Tensor, indices_NK: Tensor, read: Given | None = None) -> Tensor:
         """Decode without b_dec, [N, D_out]."""
         return self.written(values_NK, indices_NK, read=read)
 

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from shared.sae.contexts import Contexts, Rows
+from shared.sae.contexts import Contexts, Given
 from shared.sae.sites import Sites, side_by_side
 
 
@@ -23,11 +23,11 @@ class Batch:
     index: int
     """Number of the batch within its epoch."""
     num_tokens: int
-    """Rows of the global batch, all ranks together, those included that `skip_damaged` left out."""
+    """Given of the global batch, all ranks together, those included that `skip_damaged` left out."""
     most_rows: int
-    """Rows of the rank that has most, likewise."""
+    """Given of the rank that has most, likewise."""
 
-    def parts(self, sites: Sites, most: int | None) -> list[tuple[Rows, Tensor]]:
+    def parts(self, sites: Sites, most: int | None) -> list[tuple[Given, Tensor]]:
         """What is read and what must be written, at most `most` rows at a time; one tensor where that is the same.
 
         Equally many on every rank, if empty ones: all of them take part in what the ranks do together.
@@ -57,7 +57,7 @@ class ContextBatch:
     most_contexts: int
     """Contexts of the rank that has most, likewise."""
 
-    def parts(self, sites: Sites, most: int | None) -> list[tuple[Rows, Tensor]]:
+    def parts(self, sites: Sites, most: int | None) -> list[tuple[Given, Tensor]]:
         """What is read, whole contexts, and what must be written where they count, [N, D].
 
         At most `most` positions at a time, but one context at least; equally many parts on every rank.
@@ -66,7 +66,7 @@ class ContextBatch:
         number = 1 if most is None else -(-self.most_contexts // max(1, most // length))
         cut = [tensor.tensor_split(number) for tensor in (self.documents_CT, self.counts_CT)]
         sides = [side_by_side(self.activations, names).tensor_split(number) for names in (sites.reads, sites.writes)]
-        found: list[tuple[Rows, Tensor]] = []
+        found: list[tuple[Given, Tensor]] = []
         for x_CTD, y_CTD, documents_CT, counts_CT in zip(*sides, *cut, strict=True):
             contexts = Contexts.of(x_CTD, documents_CT, counts_CT)
             found.append((contexts, contexts.counted(y_CTD)))

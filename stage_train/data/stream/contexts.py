@@ -192,7 +192,7 @@ class ContextStream(StoreStream[ContextOrder, ContextPlan, ContextBatch]):
         for site in self._pool.rows_SxT_D:
             out_N_D = self._buffer("out", site, len(own) * length)[: len(index_N)]
             self._gather(site, index_N, out_N_D)
-            activations[site] = out_N_D.unflatten(0, (len(rows), length))
+            activations[site] = out_N_D.view(len(rows), length, out_N_D.shape[1])
         self._pool.release([one.slot for one in held])
         self._read_ahead()
         all_rows = plan.rows_of(self._batch)

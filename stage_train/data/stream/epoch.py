@@ -7,7 +7,7 @@ not appear: a process serves some of the lanes, and does nothing else differentl
 import bisect
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,7 +39,7 @@ class Order(Protocol):
     def plan(self, counts: NDArray[np.int64], contexts: NDArray[np.int64], epoch: int) -> "Plan":
         """The order of an epoch that reads these contexts."""
 
-    __dataclass_fields__: Any
+    __dataclass_fields__: ClassVar[dict[str, Any]]
 
 
 class Plan(Protocol):

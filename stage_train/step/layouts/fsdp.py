@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from shared.basics.errors import GranaryError
 from shared.parallel import World, all_reduce_sum
 from shared.sae.config import DictionaryConfig
-from shared.sae.contexts import Rows
+from shared.sae.contexts import Given
 from shared.sae.learn.config import LearningConfig
 from shared.sae.learn.inputs import Losses, StepInputs
 from shared.sae.learn.objective import Objective
@@ -130,7 +130,7 @@ class FullySharded(Layout):
         for parameter in self._local.sharded.values():
             parameter.grad = None
 
-    def losses(self, objective: Objective, x: Rows, y_ND: Tensor, inputs: StepInputs) -> Losses:
+    def losses(self, objective: Objective, x: Given, y_ND: Tensor, inputs: StepInputs) -> Losses:
         """Gradients leave the rank once per step, with the last micro-batch."""
         assert isinstance(objective, FSDPModule)
         objective.set_requires_gradient_sync(inputs.last)

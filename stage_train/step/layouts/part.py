@@ -15,7 +15,7 @@ from torch import Tensor
 from shared.kernels import decode
 from shared.sae.activations import Activation, BatchTopK, Encoder, Gated, JumpReLU, ReLU, TopK
 from shared.sae.config import DictionaryConfig
-from shared.sae.contexts import Rows
+from shared.sae.contexts import Given
 from shared.sae.groups import LatentGroup
 from shared.sae.latent_shard import LatentShard
 from shared.sae.learn.config import LearningConfig
@@ -95,7 +95,7 @@ class GroupActivation(Activation):
 
     group: dist.ProcessGroup
 
-    def encode(self, encoder: Encoder, x: Rows) -> tuple[Tensor, Tensor]:
+    def encode(self, encoder: Encoder, x: Given) -> tuple[Tensor, Tensor]:
         """What fires here in the slots that it has in the whole."""
         values_NK, indices_NK = super().encode(encoder, x)
         width = torch.tensor(values_NK.shape[1], device=values_NK.device)
@@ -109,7 +109,7 @@ class GroupTopK(TopK):
 
     group: dist.ProcessGroup
 
-    def select(self, encoder: Encoder, x: Rows, k: int) -> tuple[Tensor, Tensor]:
+    def select(self, encoder: Encoder, x: Given, k: int) -> tuple[Tensor, Tensor]:
         """Select as ``best_of_group`` does."""
         own = min(k, encoder.num_latents)
         return best_of_group(*super().select(encoder, x, own), self.group, k)
@@ -175,7 +175,7 @@ class GroupShard(LatentShard):
         dist.all_gather(gathered, best_NK, group=self.group)
         return torch.cat(gathered, dim=1).topk(k, dim=1).values
 
-    def written(self, group: LatentGroup, values_NK: Tensor, indices_NK: Tensor, read: Rows) -> Tensor:
+    def written(self, group: LatentGroup, values_NK: Tensor, indices_NK: Tensor, read: Given) -> Tensor:
         """Write on the group's first rank, which gets everyone's rows a block of columns at a time.
 
         A row of the result is then the sum, in one order, that one process makes of it. Of latents that have no such
