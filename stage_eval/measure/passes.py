@@ -9,6 +9,7 @@ replaced positions.
 import sys
 from collections.abc import Mapping, Sequence
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -69,6 +70,8 @@ def reconstruction_pass(
                 if describes[site] == sites:
                     described[site].add(at_tokens[site], rows.position_N)
                     described[site].add_bos(at_bos[site])
+            x: Given
+            bos_x: Given
             x, y_ND = sites.pick(at_tokens)
             bos_x, bos_y_MD = sites.pick(at_bos)
             if sites.unit == "sequence":
@@ -120,12 +123,12 @@ def add_tokens(
     dictionary: Dictionary, x: Given, y_ND: Tensor, rows: Rows, total: ReconstructionSums, diff: DiffSums | None
 ) -> None:
     """Add what a dictionary makes of x to produce y, a bounded number of rows at a time; for an SAE y is x."""
+    given: Any  # what the dictionary's unit says
     for given, part in in_parts(x, SAE_ROWS):
         latents = dictionary.encode(given)
         chunk = Rows(rows.context_N[part], rows.position_N[part], rows.frequency_N[part])
         total.add(y_ND[part], dictionary.decode(latents), latents.values, latents.indices, chunk)
         if diff is not None:
-            assert isinstance(given, Tensor)
             diff.add(given, y_ND[part], latents)
 
 

@@ -162,8 +162,8 @@ class PartOfGroups(ManyGroups):
             return ranks.sum
         return alone if ranks.own.parts == 1 else ranks.sum_in_layer
 
-    def facts(self, centred: Sequence[Tensor], num_tokens: int, k: int | None, *_: Reduce) -> Any:
-        parts = [self._columns(normal_ND) for normal_ND in centred]
+    def facts(self, centred: Sequence[Given], num_tokens: int, k: int | None, *_: Reduce) -> Any:
+        parts = [self._columns(normal) for normal in centred]
         return self._facts(list(zip(*parts, strict=True)), num_tokens, k, self._reduce)
 
     def fit_to_sample(self, centred: Given) -> None:

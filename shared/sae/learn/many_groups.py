@@ -69,7 +69,7 @@ class ManyGroups:
             metrics[name] = metrics[name] + loss.detach() if name in metrics else loss.detach()
         with torch.no_grad():
             counts = [fired.is_on_NK.sum(dtype=torch.float32) for fired in firing]
-            metrics["l0"] = sum(counts, start=x.new_zeros(())) / len(x)
+            metrics["l0"] = sum(counts, start=y.new_zeros(())) / len(x)
             metrics |= {f"l0/{name}": count / len(x) for name, count in zip(self._names(), counts, strict=False)}
             fired_F = torch.cat([self._fired(rule.own, one) for rule, one in zip(self.rules, firing, strict=True)])
         return Losses(total=total, reconstruction=metrics["reconstruction"], fired=fired_F, metrics=metrics)
