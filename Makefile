@@ -30,7 +30,7 @@ endif
 
 LOCKED := $(if $(shell command -v flock),flock pyproject.toml)
 
-.PHONY: help setup setup-peers demo harvest plan train eval inspect explore trace sweep transcoders check compile-kernels docs-config bench
+.PHONY: help setup setup-peers demo harvest plan train eval inspect explore trace sweep transcoders check compile-kernels docs docs-config bench
 .PHONY: bench-gpu clean bit-identical test test-all test-browser test-processors test-s3 test-peers test-quantised
 .PHONY: test-cluster
 
@@ -89,14 +89,17 @@ inspect: setup ## what each latent of a trained SAE does: a pass over the store,
 	@$(STAGE) stage_inspect $(ARGS)
 
 sweep: setup ## train and compare K=8,16 x EXPANSION=4,8 on the store of runs/NAME; PACKED=1: from one pass over it
-	@$(BIN)/python -m stage_train -m name=$(NAME) nproc=$(NPROC) sae.k=$(K) sae.expansion=$(EXPANSION) $(packed) $(ARGS)
-	@$(STAGE) stage_eval name=$(NAME) sae.path=runs/$(NAME)/sweep sae.last_grid=true
+	@$(BIN)/python -m granary sweep name=$(NAME) nproc=$(NPROC) sae.k=$(K) sae.expansion=$(EXPANSION) $(packed) $(ARGS)
 
 transcoders: setup ## a transcoder for every layer's MLP from one pass over the store of runs/NAME, scored alone and all at once
 	@$(BIN)/python -m granary transcoders name=$(NAME) nproc=$(NPROC) $(ARGS)
 
 explore: setup ## pages that show what each latent of runs/NAME does; ARGS="--html latents.html" writes a file instead
 	@$(BIN)/python -m stage_inspect.explorer runs/$(NAME) $(ARGS)
+
+docs: setup ## the documentation and the Python reference as a site in build/site
+	@$(BIN)/python -c 'import latex2mathml, material, mkdocstrings_handlers' 2>/dev/null || $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev,docs]'
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
 
 # Two workers, one thread each: most tests wait for imports of processes they start.
 PYTEST_ALONE := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q

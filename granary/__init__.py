@@ -4,6 +4,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from granary.hub import push_to_hub
+    from granary.stages import configure, evaluate, harvest, inspect, train, train_together
     from shared.basics.errors import GranaryError
     from shared.intervene.attach import Attached, attach
     from shared.intervene.edits import Edit
@@ -71,15 +73,22 @@ _HOMES = {
     "TrainingData": "stage_train.data.stream",
     "Transcoder": "shared.sae",
     "attach": "shared.intervene.attach",
+    "configure": "granary.stages",
     "convert": "shared.sae.loading",
+    "evaluate": "granary.stages",
     "fit": "stage_train.online.fit",
+    "harvest": "granary.stages",
+    "inspect": "granary.stages",
     "load": "shared.sae",
     "load_causal_lm": "shared.lm",
     "load_config": "shared.sae",
     "load_provenance": "shared.sae",
     "load_set": "shared.sae",
     "load_tokenizer": "shared.lm",
+    "push_to_hub": "granary.hub",
     "trace": "stage_trace.trace",
+    "train": "granary.stages",
+    "train_together": "granary.stages",
 }
 
 __all__ = [
@@ -113,15 +122,22 @@ __all__ = [
     "Transcoder",
     "__version__",
     "attach",
+    "configure",
     "convert",
+    "evaluate",
     "fit",
+    "harvest",
+    "inspect",
     "load",
     "load_causal_lm",
     "load_config",
     "load_provenance",
     "load_set",
     "load_tokenizer",
+    "push_to_hub",
     "trace",
+    "train",
+    "train_together",
 ]
 
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
+from shared.basics.errors import GranaryError
 from shared.launch.outcome import ending_in_one_line
 from shared.launch.stage import run_child
 
@@ -37,9 +38,16 @@ def commands(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def shared_arguments(arguments: Sequence[str]) -> list[str]:
-    """Those that evaluation must be told too."""
+    """Those that evaluation must be told too. Raises GranaryError, before anything is trained, for several values."""
     keys = [(argument, argument.partition("=")[0]) for argument in arguments]
-    return [argument for argument, key in keys if key in SHARED or key.startswith(SHARED_GROUPS)]
+    told = [(argument, key) for argument, key in keys if key in SHARED or key.startswith(SHARED_GROUPS)]
+    for argument, key in told:
+        if is_grid([argument]):
+            raise GranaryError(
+                f"{argument}: what is trained together is scored together, with one {key}: run the command "
+                "once for each, with its own name="
+            )
+    return [argument for argument, _ in told]
 
 
 def is_grid(arguments: Sequence[str]) -> bool:

@@ -38,6 +38,7 @@ COMMANDS = {
     "packed": Command("stage_train.packed", "train the SAEs that a file lists from one pass over a store"),
     "export": Command("stage_train.export", "the SAE of a run's newest checkpoint"),
     "store": Command("shared.store", "look at, check or clean a store: info, ls, verify, drop-incomplete"),
+    "push": Command("granary.hub", "publish a dictionary, or what its latents do, on the Hugging Face hub"),
     "convert": Command("shared.sae", "read and write folders of other projects; find a threshold", ("convert",)),
 }
 

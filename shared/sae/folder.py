@@ -26,6 +26,7 @@ from shared.basics.errors import GranaryError
 from shared.basics.files import replacing
 from shared.basics.run_folder import CONFIG_FILE, WEIGHTS_FILE, RunFolder
 from shared.launch import commands
+from shared.sae import releases
 from shared.sae.config import DictionaryConfig
 from shared.sae.sites import Sites, SiteWidths
 from shared.sae.weights_file import Digests, digests_in, write_weights
@@ -289,7 +290,10 @@ def is_own(folder: Path) -> bool:
 
 
 def locate(path_or_hub_id: str | Path) -> Path:
-    """A local folder as it is; owner/name, or hf://owner/name/folder, is downloaded from the Hugging Face hub."""
+    """A local folder as it is; owner/name, hf://owner/name/folder and release:id are downloaded from the hub.
+
+    Raises GranaryError where there is none.
+    """
     path = Path(path_or_hub_id)
     if path.is_dir():
         return path
@@ -297,6 +301,8 @@ def locate(path_or_hub_id: str | Path) -> Path:
     if path.is_file():
         command = commands.line("convert", name, "NEW", "--to", "granary", "--as", "FORMAT")
         raise GranaryError(f"{name} is a file, not the folder of an SAE: {command} reads one")
+    if releases.is_named(name):
+        name = releases.place_of(name)
     owner, _, rest = name.removeprefix("hf://").partition("/")
     repository, _, inside = rest.partition("/")
     is_path = path.is_absolute() or name.startswith((".", "~")) or (inside and not name.startswith("hf://"))

@@ -4,7 +4,6 @@ import sys
 from collections.abc import Sequence
 from contextlib import suppress
 
-from hydra import compose, initialize_config_module
 from hydra.core.config_store import ConfigStore
 
 import stage_train.config
@@ -12,10 +11,8 @@ from shared.basics.display import refuse_password, shown
 from shared.basics.errors import GranaryError
 from shared.basics.field_docs import docs
 from shared.launch.commands import program
-from shared.launch.counts import expand_counts
+from shared.launch.compose import composed
 from shared.launch.outcome import ending_in_one_line
-from shared.launch.overrides import expand_shorthands, quote_text
-from shared.launch.schema import fill
 from stage_train.plan.config import OWN, PlanSchema
 
 HELP = """\
@@ -45,7 +42,7 @@ def planned(overrides: Sequence[str]) -> PlanSchema:
     """Compose the configuration as ``python -m stage_train`` does; what is for Hydra alone says nothing about a run."""
     given = [one for one in overrides if not one.startswith("hydra")]
     # Hydra's own node, which names the output folder, is not there: nothing is written.
-    filled = fill(compose("train", ["out_dir=${run_dir}/sae", *expand_counts(expand_shorthands(given), PlanSchema)]))
+    filled = composed("train", ["out_dir=${run_dir}/sae", *given])
     assert isinstance(filled, PlanSchema)
     return filled
 
@@ -58,10 +55,9 @@ def main() -> None:
         print(HELP.format(program=program("plan"), options="\n".join(options)))  # noqa: T201
         return
     register()
-    with ending_in_one_line(), initialize_config_module("conf", version_base="1.3"):
+    with ending_in_one_line():
         refuse_password(*sys.argv[1:])
-        overrides = quote_text(sys.argv[1:])
-        cfg = planned(overrides)
+        cfg = planned(sys.argv[1:])
         from shared.basics.units import GIB
         from stage_train.plan.memory import find_memory
         from stage_train.plan.report import as_json, find_pace, table
@@ -75,7 +71,7 @@ def main() -> None:
             return
         for changes in [*([f"optim.micro_batch={size}"] for size in MICRO_BATCHES if size < run.rows), *ALTERNATIVES]:
             with suppress(GranaryError):  # makes no sense here
-                needed = find_memory(PlannedRun(planned([*overrides, *changes]), run.tokens)).total
+                needed = find_memory(PlannedRun(planned([*sys.argv[1:], *changes]), run.tokens)).total
                 if needed <= most * GIB:
                     advice = f"{' '.join(changes)} takes {needed / GIB:.2f} GiB"
                     break

@@ -20,7 +20,14 @@ from tests.foreign_transcoders import write_gemma_scope
 
 BLOCKS = [block for block in blocks() if block.runnable]
 # Blocks all of whose commands hold one of these take little time.
-FAST = ("granary store", "granary convert", "examples/steer.py", "granary export", "granary trace weights")
+FAST = (
+    "granary store",
+    "granary convert",
+    "granary push",
+    "examples/steer.py",
+    "granary export",
+    "granary trace weights",
+)
 TEXT = "def read(self, path):\n    return path.read_text()\n"
 
 

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from hydra import initialize_config_module
 
 from stage_train.plan.__main__ import planned, register
 from stage_train.plan.memory import LIBRARIES, Memory, find_memory
@@ -86,8 +85,7 @@ def check(stores: dict[int, Path], tmp_path: Path) -> Check:
             shared.append("sae.k=4")
         tiny = [*overrides(16, ["stream.batch_size=64", "schedule.tokens=256"]), "sae.d_latent=64", *shared]
         register()
-        with initialize_config_module("conf", version_base="1.3"):
-            cfg = planned(measured)
+        cfg = planned(measured)
         jobs = tmp_path / "jobs.json"
         jobs.write_text(json.dumps([tiny, measured]))
         launch = ["-m", "shared.launch.torchrun", "--standalone", f"--nproc-per-node={cfg.nproc}"]

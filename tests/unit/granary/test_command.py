@@ -1,6 +1,7 @@
 """The command line of ``granary``: what it shows, what it refuses, what a sweep makes of its arguments."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 
 from granary import __main__, __version__, sweep
 from granary.neighbours import COMMON
+from shared.basics.errors import GranaryError
 from shared.launch.commands import COMMANDS
 
 
@@ -84,6 +86,13 @@ def test_a_sweep_trains_what_it_is_given_and_scores_what_it_trained() -> None:
 def test_a_sweep_of_nothing_is_that_of_the_makefile() -> None:
     train, _ = sweep.commands(["name=mine", "variant.x=[1,2]"])
     assert train == ["-m", "sae.k=8,16", "sae.expansion=4,8", "name=mine", "variant.x=[1,2]"]
+
+
+@pytest.mark.parametrize("several", ["store.url=a,b", "name=one,two", "nproc=choice(1,2)"])
+def test_what_training_and_evaluation_share_is_one_value(several: str) -> None:
+    key = re.escape(several.partition("=")[0])
+    with pytest.raises(GranaryError, match=rf"{key}=.* with one {key}: run the command once for each"):
+        sweep.commands([several, "sae.k=8,16"])
 
 
 def test_a_sweep_into_another_folder_is_scored_there() -> None:

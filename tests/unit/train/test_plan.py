@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from hydra import initialize_config_module
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from shared.basics.units import GIB
@@ -72,9 +71,8 @@ def test_state_is_counted_as_it_is_made(kind: str) -> None:
     optimiser = make_optimiser(sae, OPTIMISERS[kind].config_type(lr=1e-3))
     sizes = [sum(tensor.nbytes for tensor in part.state_dict().values()) for part in (sae, optimiser)]
     register()
-    with initialize_config_module("conf", version_base="1.3"):
-        own = ["d_model=8", "seq_len=16"]
-        cfg = planned([*own, "sae.d_latent=32", "sae.k=3", "device.name=cpu", f"optim={kind}", "stream.lanes=4"])
+    own = ["d_model=8", "seq_len=16"]
+    cfg = planned([*own, "sae.d_latent=32", "sae.k=3", "device.name=cpu", f"optim={kind}", "stream.lanes=4"])
     memory = find_memory(PlannedRun(cfg))
     counters = memory.disk - (cfg.checkpoint.keep + 1) * sum(sizes) - sizes[0]
     assert 0 <= counters <= (cfg.checkpoint.keep + 1) * (32 * 9 + 256)  # of dead latents, metrics
@@ -87,10 +85,9 @@ def test_the_pool_is_as_large_as_the_stream_makes_it(
 ) -> None:
     url = planted_store(tmp_path / "store").url
     register()
-    with initialize_config_module("conf", version_base="1.3"):
-        # So large a batch that the peak comes in the step, when the stream is there.
-        step = ["stream.batch_size=256", "stream.lanes=4", "sae.encoder_init=transpose"]
-        cfg = planned([f"store.url={url}", "device.name=cpu", *step])
+    # So large a batch that the peak comes in the step, when the stream is there.
+    step = ["stream.batch_size=256", "stream.lanes=4", "sae.encoder_init=transpose"]
+    cfg = planned([f"store.url={url}", "device.name=cpu", *step])
     cfg = replace(cfg, nproc=nproc, stream=replace(cfg.stream, prefetch_gib=prefetch / GIB))
     run = PlannedRun(cfg)
     memory, data = find_memory(run), run.tokens
