@@ -7,10 +7,15 @@ import torch
 
 from shared.basics.errors import GranaryError
 from shared.basics.metrics_file import read_metrics
+from shared.intervene.splice import SplicedModel
 from shared.sae import Lorsa, load
+from shared.sae.calibrate import Threshold
+from shared.sae.formats.folded import Folded
 from shared.sae.sites import Sites
 from shared.store import Store
 from stage_train.job import Job
+from stage_train.plan.run import PlannedRun
+from tests.splicing import tiny_llama
 from tests.training import WORLD, Runs, assert_same_run
 
 READS, WRITES = "layers.1.attn_in", "layers.1.attn_out"
@@ -62,7 +67,9 @@ def test_two_from_one_pass(runs: Runs) -> None:
 
 def test_contexts_whole(runs: Runs) -> None:
     """A Lorsa and a dictionary of tokens do not share a stream, and neither takes what the other reads."""
-    tokens = Runs(runs.folder).cfg("b", "variant=transcoder", f"reads={READS}", f"writes={WRITES}")
+    tokens = Runs(runs.folder).cfg(
+        "b", "variant=transcoder", f"reads={READS}", f"writes={WRITES}", "stream.batch_size=64"
+    )
     with pytest.raises(GranaryError, match=f"{READS} -> {WRITES} is learnt from whole contexts and .* shuffled tokens"):
         Job([runs.cfg("a"), tokens], WORLD)
     with pytest.raises(GranaryError, match=r"batch_size=40: this variant learns from whole contexts, of 16 positions"):
@@ -87,3 +94,18 @@ def test_wrong_words_are_one_line(runs: Runs) -> None:
     ):
         with pytest.raises(GranaryError, match=told):
             runs("bad", *words)
+
+
+def test_what_goes_by_tokens_refuses_it(runs: Runs) -> None:
+    made = load(runs("one", "sae.k=2"))
+    for work, told in (
+        (lambda: SplicedModel(tiny_llama(), made), "granary eval splices it into whole ones"),
+        (lambda: Threshold("store").apply("mine", made, {}), "mine is a lorsa, which reads whole contexts"),
+        (
+            lambda: Folded.of(made.config, made.state_dict(), made.places, {}, "circuit_tracer"),
+            "the circuit_tracer format has no lorsas: their latents attend to other tokens",
+        ),
+        (lambda: PlannedRun(runs.cfg("plan")), "granary plan follows steps on tokens, and a lorsa"),
+    ):
+        with pytest.raises(GranaryError, match=told):
+            work()

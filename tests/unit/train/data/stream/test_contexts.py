@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from shared.basics.errors import GranaryError
 from shared.sae.sites import Sites
 from shared.store import DamagedObjectError
-from stage_train.data.stream import ContextBatch, ContextOrder, ContextStream
+from stage_train.data.stream import ContextBatch, ContextOrder, ContextStream, StoreSlice, TrainingData
 from stage_train.data.stream.length import stream_length
 from tests.unit.train.data.stream.test_batches import FIRST, HOOKS, SECOND, MemoryStore
 
@@ -194,3 +194,30 @@ def test_sizes_that_cut_contexts_are_refused() -> None:
         ContextOrder(batch_size=10, seq_len=T, seed=0)
     with pytest.raises(GranaryError, match="3 contexts do not divide among 2 processes: give a multiple of 12"):
         streams(DocumentStore(9), order(3), 2)
+
+
+def test_a_window_is_read_block_after_block() -> None:
+    class Blocks:
+        firsts = np.array([0, 5, 9])
+        done = 1
+
+        def ready(self, block: int) -> bool:
+            return block < self.done
+
+        def wait(self, block: int) -> None:
+            self.done = max(self.done, block + 1)
+
+    store = DocumentStore(9)
+    data = TrainingData([StoreSlice(store, np.arange(9))], Blocks())  # type: ignore[arg-type]
+    for skipped in range(5):
+        made = [ContextStream(data, HOOKS, order(2), rank=r, world=2, io_threads=1) for r in range(2)]
+        state = {**made[0].state_dict(), "epoch": skipped // 3, "batch": skipped % 3}
+        for stream in made:
+            stream.load_state_dict(state)
+        batches = take(made)
+        [stream.close() for stream in made]
+        if not skipped:
+            straight = batches
+        assert batches == straight[skipped:]
+    first, second = ({number for batch in part for number in batch} for part in (straight[:3], straight[3:]))
+    assert (first, second) == (set(range(5)), set(range(5, 9)))
