@@ -27,7 +27,7 @@ WORDS = (
     "variant.qk_width=3",
     "sae.expansion=2",
     "stream.batch_size=64",
-    "schedule.tokens=3_000",
+    "schedule.tokens=2_000",
     "logger.every=10",
     f"reads={READS}",
     f"writes={WRITES}",
@@ -41,7 +41,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory, train_configs: None, planted_
     return Runs(folder, *WORDS)
 
 
-@pytest.mark.parametrize("sae", ["topk", "batchtopk", "jumprelu"])
+@pytest.mark.parametrize(
+    "sae", ["topk", *(pytest.param(name, marks=pytest.mark.slow) for name in ("batchtopk", "jumprelu"))]
+)
 def test_learns_with_every_activation(runs: Runs, sae: str) -> None:
     k = [] if sae in ("topk", "batchtopk") else ["sae.k=null"]
     made = load(out := runs(sae, f"sae={sae}", *k))
@@ -55,10 +57,11 @@ def test_learns_with_every_activation(runs: Runs, sae: str) -> None:
 
 def test_stopped_and_continued(runs: Runs) -> None:
     straight = runs("straight", "optim.ema_decay=0.9", "optim.micro_batch=40")
-    runs.stopped("broken", "optim.ema_decay=0.9", "optim.micro_batch=40", step=20)
+    runs.stopped("broken", "optim.ema_decay=0.9", "optim.micro_batch=40", step=16)
     assert_same_run(straight, runs("broken", "optim.ema_decay=0.9", "optim.micro_batch=40"))
 
 
+@pytest.mark.slow
 def test_two_from_one_pass(runs: Runs) -> None:
     alone = runs("one", "sae.k=2")
     runs.together({"a": ["sae.k=2"], "b": ["variant.qk_heads=2"]})
@@ -71,7 +74,7 @@ def test_contexts_whole(runs: Runs) -> None:
         "b", "variant=transcoder", f"reads={READS}", f"writes={WRITES}", "stream.batch_size=64"
     )
     with pytest.raises(GranaryError, match=f"{READS} -> {WRITES} is learnt from whole contexts and .* shuffled tokens"):
-        Job([runs.cfg("a"), tokens], WORLD)
+        Job([runs.cfg("mixed"), tokens], WORLD)
     with pytest.raises(GranaryError, match=r"batch_size=40: this variant learns from whole contexts, of 16 positions"):
         runs("bad", "stream.batch_size=40")
     made = load(runs("one", "sae.k=2"))
