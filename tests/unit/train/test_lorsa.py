@@ -56,9 +56,10 @@ def test_learns_with_every_activation(runs: Runs, sae: str) -> None:
 
 
 def test_stopped_and_continued(runs: Runs) -> None:
-    straight = runs("straight", "optim.ema_decay=0.9", "optim.micro_batch=40")
-    runs.stopped("broken", "optim.ema_decay=0.9", "optim.micro_batch=40", step=16)
-    assert_same_run(straight, runs("broken", "optim.ema_decay=0.9", "optim.micro_batch=40"))
+    words = ("optim.ema_decay=0.9", "optim.micro_batch=40", "schedule.tokens=1_000")
+    straight = runs("straight", *words)
+    runs.stopped("broken", *words, step=8)
+    assert_same_run(straight, runs("broken", *words))
 
 
 @pytest.mark.slow
@@ -71,7 +72,7 @@ def test_two_from_one_pass(runs: Runs) -> None:
 def test_contexts_whole(runs: Runs) -> None:
     """A Lorsa and a dictionary of tokens do not share a stream, and neither takes what the other reads."""
     tokens = Runs(runs.folder).cfg(
-        "b", "variant=transcoder", f"reads={READS}", f"writes={WRITES}", "stream.batch_size=64"
+        "tokens", "variant=transcoder", f"reads={READS}", f"writes={WRITES}", "stream.batch_size=64"
     )
     with pytest.raises(GranaryError, match=f"{READS} -> {WRITES} is learnt from whole contexts and .* shuffled tokens"):
         Job([runs.cfg("mixed"), tokens], WORLD)
