@@ -31,7 +31,7 @@ endif
 LOCKED := $(if $(shell command -v flock),flock pyproject.toml)
 
 .PHONY: help setup setup-peers demo harvest plan train eval inspect explore trace sweep transcoders check compile-kernels docs docs-config bench
-.PHONY: bench-gpu clean bit-identical test test-all test-browser test-processors test-s3 test-peers test-quantised
+.PHONY: bench-gpu clean bit-identical test test-all test-browser test-notebooks test-processors test-s3 test-peers test-quantised
 .PHONY: test-cluster
 
 help: ## this list
@@ -106,10 +106,10 @@ PYTEST_ALONE := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
 PYTEST := $(PYTEST_ALONE) -n 2 --dist loadfile
 
 test: setup ## the default tests, in a random order; ARGS=--randomly-seed=N repeats one
-	@$(PYTEST) -m "not slow and not gpu and not s3 and not cluster and not peers and not quantised and not browser" $(ARGS)
+	@$(PYTEST) -m "not slow and not gpu and not s3 and not cluster and not peers and not quantised and not browser and not notebooks" $(ARGS)
 
 test-all: setup ## the default and the slow tests
-	@$(PYTEST) -m "not s3 and not cluster and not peers and not quantised and not browser" $(ARGS)
+	@$(PYTEST) -m "not s3 and not cluster and not peers and not quantised and not browser and not notebooks" $(ARGS)
 
 # As on other processors: the instructions that PyTorch and oneDNN may use, and the bfloat16 product we find then.
 PROCESSORS := \
@@ -132,6 +132,10 @@ $(VENV_TRACER)/.installed: constraints-tracer.txt
 test-browser: setup ## the explorer and the page of a graph in a real Chromium; on Debian: apt-get install chromium chromium-driver
 	@command -v chromedriver > /dev/null || { echo "error: no chromedriver: on Debian, apt-get install chromium chromium-driver" >&2; exit 1; }
 	@$(PYTEST_ALONE) -m browser tests/browser $(ARGS)
+
+test-notebooks: setup ## runs the notebooks, from their first cell to the last; installs a Jupyter kernel
+	@$(BIN)/python -c 'import ipykernel, nbclient' 2>/dev/null || $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev,notebooks]'
+	@$(PYTEST_ALONE) -m notebooks tests/notebooks $(ARGS)
 
 test-peers: setup-peers ## formats and graphs against the real SAELens, sparsify, dictionary_learning, circuit-tracer
 	@OMP_NUM_THREADS=1 $(VENV_PEERS)/bin/python -m pytest -q -m peers tests/peers

@@ -66,8 +66,12 @@ class HooksSchema:
 
     layers: Any = MISSING
     """``all``, ``16``, ``0-7`` or a list ``[0,8,16-20]``; layers are counted from 0."""
-    sites: list[str] = MISSING
-    """Of resid_pre, attn_in, attn_out, resid_mid, mlp_in, mlp_out, resid_post (docs/harvest.md)."""
+    sites: list[str] | None = MISSING
+    """Of resid_pre, attn_in, attn_out, resid_mid, mlp_in, mlp_out, resid_post (docs/harvest.md); null: resid_post, or
+    none where modules are named."""
+    modules: Any = MISSING
+    """Modules of the decoder's layers: a path such as ``layers.2.mlp.down_proj:in``, a pattern ``re:.*o_proj``, or a
+    list of them (docs/harvest.md); null: none."""
 
 
 @dataclass(kw_only=True)

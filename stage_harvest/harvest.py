@@ -231,25 +231,21 @@ def compute_shards(
     """Make `shards`, each written while the next is computed."""
     cfg = job.cfg
     is_writer = mesh_rank.part == 0
-    gate = WindowGate(store)
+    gate = WindowGate(store, alone=mesh_rank.tp_mesh is None)
     forward = ShardForward(
         trunk,
-        job.hooks if is_writer else [],
+        job.points if is_writer else [],
         packing=cfg.packing.mode,
         batch_contexts=job.batch_contexts,
         device=device,
     )
     if not is_writer:
-        for shard in shards:
-            if not gate.wait(shard):
-                return
+        for shard in gate.let_through(shards):
             forward.run(store.tokens(store.shard_contexts(shard)), store.segments(store.shard_contexts(shard)), {})
         return
     dtype = staging_dtype(store.plan, DTYPES[cfg.model.dtype.value])
     with BackgroundWriter(store, dtype, pin=device.type == "cuda") as writer:
-        for shard in shards:
-            if not gate.wait(shard):
-                break
+        for shard in gate.let_through(shards):
             contexts = store.shard_contexts(shard)
             staging = writer.staging()
             filled = forward.run(
@@ -267,6 +263,10 @@ def finish(job: HarvestJob, store: Store) -> None:
     if training_ended(store):
         made = store.num_shards - len(store.pending())
         log.info("training has ended: %d of %d shards were made, and no more are needed", made, store.num_shards)
+        return
+    left_out = set(store.pending())
+    if left_out and left_out <= store.passed_shards():
+        log.info("%d shards that training had passed were left out; the others are made", len(left_out))
         return
     report_complete(job, store.finalize())
 

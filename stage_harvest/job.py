@@ -31,6 +31,8 @@ from shared.lm import (
     tokenizer_hash,
 )
 from shared.lm.hookpoint import HookPoint, describe_hooks, hook_points
+from shared.lm.module_sites import ModuleSite, module_sites
+from shared.lm.modulepoint import Point
 from shared.store import StorePlan, WindowPlan, bytes_planned
 from shared.store.adding import place_of_addition
 from shared.store.capacity import shard_bytes
@@ -48,6 +50,8 @@ from stage_harvest.tokens.tokenise import Tokeniser
 
 log = logging.getLogger(__name__)
 
+MOST_NAMED = 4  # modules on one line
+
 
 @dataclass(frozen=True)
 class HarvestJob:
@@ -56,6 +60,7 @@ class HarvestJob:
     cfg: HarvestSchema
     config: PretrainedConfig
     hooks: list[HookPoint]
+    modules: list[ModuleSite]
     identity: ModelIdentity
     tokenizer: PreTrainedTokenizerBase | None
     """None where the model has none, and the corpus may do without."""
@@ -76,12 +81,7 @@ class HarvestJob:
         if stored is not None:
             cfg = following(cfg, stored.store, given_keys())
         config = load_config(cfg.model.path, cfg.model.revision)
-        if not cfg.hooks.sites:
-            raise GranaryError("hooks.sites is empty: name at least one, for example hooks.sites=[resid_post]")
-        wanted = cfg.hooks.layers
-        layers = ",".join(map(str, wanted)) if isinstance(wanted, list) else str(wanted)
-        hooks = hook_points(layers, dict.fromkeys(cfg.hooks.sites), config.num_hidden_layers)
-        check_hooks(config, hooks)
+        hooks, modules = chosen_hooks(cfg, config)
         check_tensor_parallel(config, cfg.tensor_parallel)
         if cfg.model.quantisation is not None:
             quantisation_config(cfg.model.quantisation)
@@ -93,6 +93,8 @@ class HarvestJob:
                 f"packing.seq_len={cfg.packing.seq_len}, but the model has {limit} positions:"
                 f" set packing.seq_len={limit} or less"
             )
+        if modules and cfg.tensor_parallel > 1:
+            raise GranaryError("hooks.modules does not go with tensor_parallel, which splits modules: use replicas")
         if cfg.batch_contexts is not None and cfg.batch_contexts < 1:
             raise GranaryError(f"batch_contexts={cfg.batch_contexts}: it must be at least 1, or null")
         if cfg.corpus.contexts is not None and cfg.corpus.contexts < 1:
@@ -104,7 +106,7 @@ class HarvestJob:
         today = parse_date(cfg.chat.date)
         identity = model_identity(cfg.model.path, cfg.model.revision, cfg.model.dtype.value)
         if stored is not None:
-            return cls(cfg, config, hooks, identity, None, "", None, stored, stored)
+            return cls(cfg, config, hooks, modules, identity, None, "", None, stored, stored)
         corpus = open_corpus(cfg.corpus)
         tokenizer, no_tokenizer = None, ""
         try:
@@ -115,7 +117,7 @@ class HarvestJob:
             no_tokenizer = str(error)
             log.info("no tokenizer: the corpus must hold token ids, and special tokens are not known")
         chats = None if tokenizer is None else ChatRenderer(tokenizer, today, cfg.chat.variables)
-        return cls(cfg, config, hooks, identity, tokenizer, no_tokenizer, chats, corpus, None)
+        return cls(cfg, config, hooks, modules, identity, tokenizer, no_tokenizer, chats, corpus, None)
 
     @property
     def batch_contexts(self) -> int:
@@ -131,7 +133,22 @@ class HarvestJob:
     @property
     def depth(self) -> tuple[int, bool]:
         """(layers to load, whether the last of them needs its MLP)."""
-        return needed_depth(self.hooks)
+        depth, last_mlp = needed_depth(self.hooks) if self.hooks else (1, False)
+        for site in self.modules:
+            if site.layer is not None and site.layer + 1 >= depth:
+                depth, last_mlp = site.layer + 1, True
+        return depth, last_mlp
+
+    @property
+    def points(self) -> list[Point]:
+        """Every place that is kept."""
+        return [*self.hooks, *(site.point for site in self.modules)]
+
+    @property
+    def widths(self) -> dict[str, int]:
+        """Features of each site, by its name in the store."""
+        widths = {str(hook): self.config.hidden_size for hook in self.hooks}
+        return widths | {site.point.site: site.width for site in self.modules}
 
     @cached_property
     def special(self) -> SpecialIds:
@@ -175,7 +192,7 @@ class HarvestJob:
         return StorePlan(
             num_contexts=num_contexts,
             seq_len=cfg.packing.seq_len,
-            hooks={str(hook): self.config.hidden_size for hook in self.hooks},
+            hooks=self.widths,
             dtype=cfg.store.dtype,
             shard_contexts=cfg.store.shard_contexts,
             chunk_tokens=cfg.store.chunk_tokens,
@@ -244,6 +261,30 @@ class HarvestJob:
         }
 
 
+def chosen_hooks(cfg: HarvestSchema, config: PretrainedConfig) -> tuple[list[HookPoint], list[ModuleSite]]:
+    """The sites and the modules that are asked for; raises GranaryError where the model lacks one."""
+    wanted = cfg.hooks
+    targets = [wanted.modules] if isinstance(wanted.modules, str) else wanted.modules or []
+    if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
+        raise GranaryError(f"hooks.modules={wanted.modules}: a path of a module, a pattern re:..., or a list of them")
+    modules = module_sites(config, targets) if targets else []
+    sites = wanted.sites if wanted.sites is not None else [] if modules else ["resid_post"]
+    if not sites and not modules:
+        raise GranaryError("hooks.sites is empty: name at least one, for example hooks.sites=[resid_post]")
+    layers = ",".join(map(str, wanted.layers)) if isinstance(wanted.layers, list) else str(wanted.layers)
+    hooks = hook_points(layers, dict.fromkeys(sites), config.num_hidden_layers)
+    check_hooks(config, hooks)
+    return hooks, modules
+
+
+def described(job: HarvestJob) -> str:
+    """The sites in one short line."""
+    sites = f"{describe_hooks(job.hooks)}; d_model {job.config.hidden_size}" if job.hooks else ""
+    names = [f"{site.point} ({site.width})" for site in job.modules]
+    more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
+    return "; ".join(part for part in (sites, ", ".join(names[:MOST_NAMED]) + more) if part)
+
+
 def needs_tokenizer(corpus: Corpus) -> bool:
     """Whether the corpus, or a part of it, is known to be text before it is read."""
     if isinstance(corpus, Mixture):
@@ -298,7 +339,7 @@ def announce(job: HarvestJob, plan: StorePlan, *, committed: int, device: torch.
     weights = "" if job.cfg.model.quantisation is None else f" with {job.cfg.model.quantisation} weights"
     lines = {
         "model": f"{job.identity['id']}, {job.identity['dtype']}{weights} on {device}, {layers} of {total} layers",
-        "hooks": f"{describe_hooks(job.hooks)}; d_model {job.config.hidden_size}",
+        "hooks": described(job),
         "corpus": job.corpus.description,
         "contexts": f"{plan.num_contexts:,} x {plan.seq_len:,} = {plan.num_contexts * plan.seq_len:,} tokens,"
         f" {job.cfg.packing.mode.value} documents, {job.batch_contexts} per forward",

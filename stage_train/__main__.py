@@ -1,8 +1,11 @@
 """Entry point of training: ``python -m stage_train store.url=... sae.k=... out_dir=...``."""
 
+import sys
+
 from shared.launch.stage import run_stage
 from stage_train import many
 from stage_train.config import TrainSchema, register
+from stage_train.online import driver
 
 
 def main(cfg: TrainSchema) -> None:
@@ -15,5 +18,8 @@ def main(cfg: TrainSchema) -> None:
     train([cfg])
 
 
-register()
-run_stage(main, "train", afterwards=many.train_gathered)
+if driver.is_wanted(sys.argv[1:]):
+    driver.main()
+else:
+    register()
+    run_stage(main, "train", afterwards=many.train_gathered)

@@ -26,6 +26,7 @@ from stage_train.config import TrainSchema, as_dict
 from stage_train.data.inputs import PinnedTokens, TrainingInputs, order_of
 from stage_train.data.sites import resolve_sites
 from stage_train.data.stores import PinnedStore, pin, repin, urls_of
+from stage_train.online.driver import is_in_memory
 from stage_train.run import Run, eval_command, finish, write_config
 from stage_train.show.progress import ProgressBar
 from stage_train.spec import RunSpec, on_device
@@ -279,6 +280,8 @@ class Job:
         what = f"the SAE is in {self._folder}; score it"
         if not self.alone:
             what = f"{len(self.specs)} SAEs are in {self._folder}; compare them"
+        if is_in_memory():
+            what = f"the SAE is in {self._folder}, its activations are gone; harvest other text, and score it"
         saes = self._folder if self.alone else self._folder / "*"
         log.info("%s with: %s", what, eval_command(self.specs[0].cfg, saes))
 

@@ -22,6 +22,7 @@ from shared.sae.learn.objective import Objective
 from stage_train.config import TrainSchema
 from stage_train.data.inputs import RunInputs
 from stage_train.data.stream import AnyBatch, BatchStream
+from stage_train.online.driver import is_in_memory
 from stage_train.show.curves import draw_curves
 from stage_train.show.loggers import Logger, make_loggers
 from stage_train.spec import RunSpec
@@ -239,6 +240,6 @@ def eval_command(cfg: TrainSchema, saes: Path) -> str:
         arguments.append(commands.override("sae.path", str(saes)))
         if saes.parent.resolve() == Path(cfg.run_dir).resolve():
             arguments.append(commands.override("out_dir", str(saes)))
-    if not RunFolder(Path(cfg.run_dir)).is_own_store(cfg.store.url):
+    if not (RunFolder(Path(cfg.run_dir)).is_own_store(cfg.store.url) or is_in_memory()):
         arguments.append(commands.override("store.url", cfg.store.url))
     return commands.line("eval", *arguments)

@@ -32,7 +32,7 @@ def small_store(folder: Path, num_contexts: int = 21, seq_len: int = 64, **chang
 def small_sae(folder: Path, activation: str = "topk", *, seed: int = 0, **changes: Any) -> SAE:
     """A random SAE of `LATENTS` latents, of which number 3 never fires."""
     generator = torch.Generator().manual_seed(seed)
-    fields = {"d_latent": LATENTS, "normalisation": "none", "k": 5 if activation in ("topk", "batchtopk") else None}
+    fields = {"d_latent": LATENTS, "normalisation": "none", "k": 5 if "topk" in activation else None}
     config = SAEConfig(d_model=WIDTH, activation=activation, sites=Sites.of(HOOK), **{**fields, **changes})
     sae = SAE(config, generator=generator)
     with torch.no_grad():

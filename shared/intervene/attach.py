@@ -7,7 +7,7 @@
 The places are those of ``shared.lm.targets``. Outside the context the model is what it was, bit for bit.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -19,11 +19,12 @@ from torch import Tensor, nn
 
 from shared.basics.errors import GranaryError
 from shared.intervene.edits import Edit, apply_edits, check_edits
-from shared.intervene.folder import Saved, read_attached, write_attached
-from shared.intervene.tokens import real_tokens
+from shared.intervene.folder import Layout, read_attached, write_attached
+from shared.intervene.saved import Saved
+from shared.intervene.tokens import of_activation, real_tokens
 from shared.lm.hooks import hook_at
-from shared.lm.modulepoint import Point
-from shared.lm.places import locate, without_wrappers
+from shared.lm.modulepoint import ModulePoint, Point
+from shared.lm.places import Location, device_of, locate, without_wrappers
 from shared.lm.recomputation import remembering
 from shared.lm.splicing import splice
 from shared.lm.targets import resolve
@@ -58,7 +59,7 @@ def attach(
     """
     inner = without_wrappers(model)
     if isinstance(targets, str | Path):
-        device = next((tensor.device for tensor in inner.parameters()), torch.device("cpu"))
+        device = device_of(inner)
         saved = read_attached(targets, device)
         wanted: Mapping[str, Dictionary | SAEConfig] = {name: one.sae for name, one in saved.items()}
     else:
@@ -66,14 +67,16 @@ def attach(
     if not wanted:
         raise GranaryError("nothing to attach: give places of the model, each with an SAE or an SAEConfig")
     places: dict[str, Point] = {}
+    taken: list[Location] = []
     given: dict[str, SAE | SAEConfig] = {}
     for target, what in wanted.items():
         _check_kind(target, what)
         for point in resolve(inner, target):
-            name = str(point)
-            if name in places:
+            name, location = str(point), locate(inner, point)
+            if name in places or (isinstance(point, ModulePoint) and location in taken):
                 raise GranaryError(f"{name} is named twice, the second time by {target}: each place gets one SAE")
             places[name], given[name] = point, what  # type: ignore[assignment]
+            taken.append(location)
     return Attached(model, places, given, saved, mode=mode, keep_error=keep_error, edits=edits or {})
 
 
@@ -103,6 +106,8 @@ class Attached(Mapping[str, SAE]):
         self._seen: dict[str, list[Tensor]] = {}
         self._real: Tensor | None = None
         self._is_inside = False
+        self._awaited: frozenset[str] = frozenset()
+        """The places behind which the forward ends; none: it runs to its end."""
         with ExitStack() as stack:
             stack.enter_context(uncompiled(self.inner))
             for name, point in self.places.items():
@@ -143,12 +148,12 @@ class Attached(Mapping[str, SAE]):
         """Put a trained SAE at a place."""
         self._given[name], self.saved[name] = saved.sae, saved
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write a folder with one dictionary folder for each SAE, and nothing of the model.
+    def save_pretrained(self, folder: str | Path, *, layout: Layout = "granary") -> None:
+        """Write a folder with one dictionary folder for each SAE, or in PEFT's `layout`, and nothing of the model.
 
         Raises GranaryError for a folder that holds files, and where an SAE is not trained yet.
         """
-        write_attached(Path(folder), {name: self.saved.get(name, Saved(self[name])) for name in self})
+        write_attached(Path(folder), {name: self.saved.get(name, Saved(self[name])) for name in self}, layout)
 
     # ---- what a forward gave ---------------------------------------------------------------------------------------
 
@@ -176,6 +181,20 @@ class Attached(Mapping[str, SAE]):
                 f"{name} ran {len(found)} times: saes[{name!r}].encode(one) of saes.activations({name!r})"
             )
         return self[name].encode(found[0].to(self[name].b_dec.device))
+
+    def run_as_far(self, names: Iterable[str], forward: Callable[[], object]) -> bool:
+        """Call `forward`, which ends as soon as all the places of `names` have run; whether it ended so.
+
+        What it would have given is lost. For models of ``shared.lm.early_end`` alone.
+        """
+        self._awaited = frozenset(names)
+        try:
+            forward()
+        except _ReachedError:
+            return True
+        finally:
+            self._awaited = frozenset()
+        return False
 
     # ---- closing ---------------------------------------------------------------------------------------------------
 
@@ -211,6 +230,8 @@ class Attached(Mapping[str, SAE]):
     def _see(self, name: str, activation: Tensor) -> None:
         if self._is_inside:  # else gradient checkpointing runs the layer again, or it is called by itself
             self._seen.setdefault(name, []).append(activation.detach())
+            if self._awaited and self._awaited <= self._seen.keys():
+                raise _ReachedError
 
     def _replaced(self, name: str, activation: Tensor, *, edits: Sequence[Edit], keep_error: bool) -> Tensor:
         """What the model goes on from."""
@@ -227,17 +248,11 @@ class Attached(Mapping[str, SAE]):
 
     def _rows(self, activation: Tensor) -> Tensor:
         where = self._acting(activation)
-        return activation.flatten(0, -2) if where is None else activation[where.to(activation.device)]
+        return activation.flatten(0, -2) if where is None else activation[where]
 
     def _acting(self, activation: Tensor) -> Tensor | None:
-        """bool, of the shape of `activation` without its last axis; None: all. A place that is not of the tokens of
-        the forward, such as one of a vision tower, has another shape than they."""
-        if self._real is None:
-            return None
-        if activation.shape[:-1] == self._real.shape:
-            return self._real.to(activation.device)
-        flat = self._real.flatten()
-        return flat.to(activation.device) if activation.shape[:-1] == flat.shape else None
+        """bool, of the shape of `activation` without its last axis; None: all."""
+        return None if self._real is None else of_activation(self._real, activation)
 
     def _check(self, *, keep_error: bool, edits: Edits) -> None:
         if self.mode not in ("observe", "replace"):
@@ -251,6 +266,10 @@ class Attached(Mapping[str, SAE]):
         if self.mode == "replace":
             for name in self.untrained:
                 self[name]  # says that it is not there yet
+
+
+class _ReachedError(Exception):
+    """Ends a forward of which nothing more is wanted."""
 
 
 def _check_kind(target: str, what: object) -> None:

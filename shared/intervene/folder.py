@@ -3,34 +3,30 @@
     folder/model.layers.2.mlp/config.json, sae.safetensors
 
 Which place an SAE belongs to stands in its ``config.json`` as its site, and nowhere else: the folders' names are for
-people. So a folder of SAEs that ``stage_train`` made, or one of them, is read alike.
+people. So a folder of SAEs that ``stage_train`` made, or one of them, is read alike; PEFT's layout is that of
+``shared.intervene.adapters``.
 """
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Literal, get_args
 
 import torch
 
 from shared.basics.disk import telling_disk_errors
 from shared.basics.errors import GranaryError
 from shared.basics.files import making_folder
+from shared.intervene.adapters import is_adapter, read_adapter, write_adapter
+from shared.intervene.saved import Saved
 from shared.sae.folder import describe, locate
 from shared.sae.loading import check_new, load
 from shared.sae.sets import folders_of
 from shared.sae.sites import Sites
 from shared.sae.variants import SAE
 
-
-@dataclass(frozen=True)
-class Saved:
-    """An SAE with what its folder says beside."""
-
-    sae: SAE
-    provenance: Mapping[str, Any] = field(default_factory=dict)
-    training: Mapping[str, Any] = field(default_factory=dict)
+Layout = Literal["granary", "peft"]
 
 
 def read_attached(path_or_hub_id: str | Path, device: torch.device) -> dict[str, Saved]:
@@ -39,7 +35,11 @@ def read_attached(path_or_hub_id: str | Path, device: torch.device) -> dict[str,
     Raises GranaryError for one without SAEs, for a dictionary that is no SAE or records no place, and for a place that
     two record.
     """
-    folders = folders_of(locate(path_or_hub_id))
+    where = locate(path_or_hub_id)
+    if is_adapter(where):
+        read = read_adapter(where)
+        return {name: replace(one, sae=one.sae.to(device).requires_grad_(False)) for name, one in read.items()}
+    folders = folders_of(where)
     if not folders:
         raise GranaryError(f"there is no SAE in {path_or_hub_id}: give a folder that save_pretrained wrote")
     found: dict[str, Saved] = {}
@@ -55,17 +55,28 @@ def read_attached(path_or_hub_id: str | Path, device: torch.device) -> dict[str,
     return found
 
 
-def write_attached(folder: Path, saes: Mapping[str, Saved]) -> None:
-    """Write the SAEs of places; the folder appears whole or not at all. Raises GranaryError where it holds files."""
+def write_attached(folder: Path, saes: Mapping[str, Saved], layout: Layout = "granary") -> None:
+    """Write the SAEs of places; the folder appears whole or not at all.
+
+    Raises GranaryError where it holds files, and for a layout that is not known.
+    """
+    if layout not in get_args(Layout):
+        raise GranaryError(f"layout={layout!r}: choose from {', '.join(get_args(Layout))}")
     check_new(folder)
+    placed = {name: _at(name, one) for name, one in saes.items()}
     with telling_disk_errors(folder), making_folder(folder) as filled:
-        for number, (name, one) in enumerate(saes.items()):
-            inside = filled / folder_name(name, number)
-            sites = Sites.of(name)
-            config = replace(one.sae.config, sites=sites)
-            SAE.from_tensors(config, one.sae.state_dict(), name).save_pretrained(
-                inside, {**one.provenance, **sites.record()}, dict(one.training)
-            )
+        if layout == "peft":
+            write_adapter(filled, placed)
+            return
+        for number, (name, one) in enumerate(placed.items()):
+            one.sae.save_pretrained(filled / folder_name(name, number), dict(one.provenance), dict(one.training))
+
+
+def _at(name: str, one: Saved) -> Saved:
+    """The same, recording the place."""
+    sites = Sites.of(name)
+    made = SAE.from_tensors(replace(one.sae.config, sites=sites), one.sae.state_dict(), name)
+    return Saved(made, {**one.provenance, **sites.record()}, one.training)
 
 
 def folder_name(place: str, number: int) -> str:

@@ -6,7 +6,7 @@ candidates of assisted decoding are rejected, and one that begins at slot 0 begi
 Legend: B rows of a batch, T positions, K slots of latents.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -35,6 +35,12 @@ class Features:
     def up_to(self, length: int) -> "Features":
         """The first `length` positions."""
         return Features(_cut(self.before, length), _cut(self.after, length), self.applied[:, :length])
+
+    def shaped(self, shape: torch.Size) -> "Features":
+        """The same with other axes before that of the slots."""
+        if self.applied.shape == shape:
+            return self
+        return Features(_shaped(self.before, shape), _shaped(self.after, shape), self.applied.reshape(shape))
 
 
 @dataclass(frozen=True)
@@ -139,9 +145,18 @@ def join(parts: Sequence[SparseLatents]) -> SparseLatents:
 
 
 def _cut(latents: SparseLatents, length: int) -> SparseLatents:
+    return _each(latents, lambda one: one[:, :length])
+
+
+def _shaped(latents: SparseLatents, shape: torch.Size) -> SparseLatents:
+    return _each(latents, lambda one: one.reshape(*shape, one.shape[-1]))
+
+
+def _each(latents: SparseLatents, fn: Callable[[Tensor], Tensor]) -> SparseLatents:
+    """The latents with `fn` done to all that they have of each token."""
     beside = {name: getattr(latents, name) for name in BESIDE}
     return SparseLatents(
-        latents.values[:, :length],
-        latents.indices[:, :length],
-        **{name: None if found is None else found[:, :length] for name, found in beside.items()},
+        fn(latents.values),
+        fn(latents.indices),
+        **{name: None if found is None else fn(found) for name, found in beside.items()},
     )

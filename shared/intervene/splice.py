@@ -1,4 +1,4 @@
-"""A dictionary inside a language model: read its latents, change them, and let the model go on from the result.
+"""A dictionary inside a model: read its latents, change them, and let the model go on from the result.
 
     with SplicedModel(model, sae, "layers.16.resid_post", edits=[Edit([1234], "set", 8.0)]) as spliced:
         tokens = spliced.generate(**inputs, max_new_tokens=40)
@@ -7,54 +7,48 @@
 
 Outside the context the model is what it was, bit for bit: nothing of it is replaced, only hooks are added and removed.
 
-A dictionary of any kind reads and writes at the sites that it records. Legend: B rows of a batch, T positions of one
-forward, K slots.
+A dictionary of any kind reads and writes at the sites that it records, which are places of ``shared.lm.targets`` in any
+module. Legend: B rows of a batch, T positions of one forward, K slots.
 """
 
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from inspect import signature
 from types import TracebackType
 from typing import Any, Self
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
-from transformers import PreTrainedModel
+from torch import Tensor, nn
 
 from shared.basics.errors import GranaryError
 from shared.intervene.edits import Edit, apply_edits, apply_edits_by_eviction, check_edits
-from shared.intervene.padding import padding_of
-from shared.intervene.record import Features, Part, Record, widen
+from shared.intervene.placing import Choice, Forward, takes_tokens, token_places
+from shared.intervene.record import Features, Record, widen
+from shared.intervene.tokens import of_activation
 from shared.lm import splice_through
+from shared.lm.calls import named_arguments
 from shared.lm.hookpoint import HookPoint
-from shared.lm.places import trunk, without_wrappers
+from shared.lm.modulepoint import Point
+from shared.lm.places import body_of, device_of, trunk, without_wrappers
 from shared.lm.recomputation import remembering
+from shared.lm.targets import resolve
 from shared.sae.sites import Sites
 from shared.sae.variants.base import Dictionary
 
+# What a model over tokens may be given beside them.
+BESIDE_TOKENS = ("pixel_values", "pixel_values_videos", "input_features")
 # Padding masks [B, T] of the prompts of the models that generate now, and the SAEs that are spliced into each.
-_PROMPTS: WeakKeyDictionary[PreTrainedModel, Tensor] = WeakKeyDictionary()
-_SPLICED: WeakKeyDictionary[PreTrainedModel, "list[SplicedModel]"] = WeakKeyDictionary()
-
-
-@dataclass(frozen=True)
-class TokenPlaces:
-    """Where the tokens of one forward are."""
-
-    position_BT: Tensor
-    """int64: position in the row, padding not counted."""
-    is_padding_BT: Tensor
-    is_bos_BT: Tensor
-    prompt_B: Tensor
-    """int64 [B]: length of each row's prompt, padding not counted."""
+_PROMPTS: WeakKeyDictionary[nn.Module, Tensor] = WeakKeyDictionary()
+_SPLICED: WeakKeyDictionary[nn.Module, "list[SplicedModel]"] = WeakKeyDictionary()
 
 
 class SplicedModel:
-    """A transformers model with a dictionary at its sites; a context manager around any number of calls.
+    """A model with a dictionary at its sites; a context manager around any number of calls.
 
-    The model may be wrapped by peft.
+    Any module is a model, wrapped by peft or not. In one of transformers over tokens the dictionary acts on tokens; in
+    another, and at a place that is not of the tokens (in a vision tower), on all that is there.
 
     What an edited token has at a written site, y, becomes ``y + (decode(f') - decode(f))``, f' being the edited
     latents; without edits that is y, bit for bit. With ``keep_error=False`` it becomes ``decode(f')`` alone. Of a CLT,
@@ -63,9 +57,9 @@ class SplicedModel:
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: nn.Module,
         sae: Dictionary,
-        hook: HookPoint | str | None = None,
+        hook: Point | str | None = None,
         *,
         edits: Sequence[Edit] = (),
         keep_error: bool = True,
@@ -90,43 +84,39 @@ class SplicedModel:
             )
         self.model, self.sae = model, sae
         self.inner = check_model(model)
-        self.sites = sites_of(sae, hook)
+        self.reads, self.writes = places_of(self.inner, sae, hook)
         self.edits = list(edits)
         self.keep_error = keep_error and not opensae_compat
-        self.prompt_only = prompt_only
-        self.positions = None if positions is None else torch.tensor(list(positions), dtype=torch.int64)
-        self.include_bos = include_bos or opensae_compat
         self.opensae_compat = opensae_compat
+        self.choice = Choice(
+            None if positions is None else torch.tensor(list(positions), dtype=torch.int64),
+            prompt_only,
+            include_bos=include_bos or opensae_compat,
+            include_padding=opensae_compat,
+        )
         check_edits(self.edits, sae.config.d_latent)
-        width = self.inner.config.get_text_config().hidden_size
-        for verb, widths in (("reads", sae.widths.reads), ("writes", sae.widths.writes)):
-            for own in widths:
-                if own != width:
-                    raise GranaryError(f"the SAE {verb} activations of width {own}, the model has {width}")
-        if sae.b_dec.device.type != self.inner.device.type:
-            raise GranaryError(
-                f"the SAE is on {sae.b_dec.device}, the model on {self.inner.device}: move one with .to()"
-            )
+        self._check()
         self._stack: ExitStack | None = None
-        self._place: TokenPlaces | None = None
+        self._forward: Forward | None = None
         self._is_inside = False
         """Whether a forward of the trunk is under way."""
         self._record = Record()
+        self._latest: Features | None = None
+        """Of the last time that the place ran, where it is not of tokens."""
 
     def __enter__(self) -> Self:
         if self._stack is not None:
             raise GranaryError("this SplicedModel is in use already: make a second one for a second splice")
         with ExitStack() as stack:
-            reads, writes = (list(map(HookPoint.parse, names)) for names in (self.sites.reads, self.sites.writes))
             widths, in_order = self.sae.widths, self.sae.config.follows_depth
             stack.enter_context(
                 splice_through(
-                    self.inner, reads, writes, self._edit, where=self._acting, widths=widths.writes,
+                    self.inner, self.reads, self.writes, self._edit, where=self._acting, widths=widths.writes,
                     read_widths=widths.reads if in_order else None, adds=self.keep_error,
                 )
             )  # fmt: skip
-            stack.enter_context(remembering(self.inner, self, "_place"))
-            body = trunk(self.inner)
+            stack.enter_context(remembering(self.inner, self, "_forward"))
+            body = body_of(self.inner, (*self.reads, *self.writes))
             stack.callback(body.register_forward_pre_hook(self._locate, with_kwargs=True).remove)
             stack.callback(body.register_forward_hook(self._leave).remove)
             spliced = _SPLICED.setdefault(self.inner, [])
@@ -140,12 +130,13 @@ class SplicedModel:
     ) -> None:
         if self._stack is not None:
             self._stack.close()
-        self._stack = self._place = None
+        self._stack = self._forward = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The model's forward, spliced; all of its tokens count as prompt unless they continue a cache."""
         if self._stack is None:
-            if torch.is_grad_enabled() and self.inner.training and self.inner.is_gradient_checkpointing:
+            is_checkpointed = getattr(self.inner, "is_gradient_checkpointing", False)
+            if torch.is_grad_enabled() and self.inner.training and is_checkpointed:
                 raise GranaryError(
                     "gradient checkpointing runs layers again in the backward pass, when this call's splice is gone: "
                     "put `with SplicedModel(...) as spliced:` around both"
@@ -156,7 +147,16 @@ class SplicedModel:
 
     @torch.no_grad()
     def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
-        """The model's ``generate``, spliced; batches may be padded on the left, with an attention mask that says so."""
+        """The model's ``generate``, spliced; batches may be padded on the left, with an attention mask that says so.
+
+        Raises GranaryError for a model that does not generate tokens, and for beams over more than tokens.
+        """
+        if not takes_tokens(self.inner):
+            raise GranaryError(f"{type(self.inner).__name__} does not continue token ids: call it inside the `with`")
+        config = kwargs.get("generation_config") or self.inner.generation_config
+        has_beams = (kwargs.get("num_beams") or config.num_beams or 1) > 1
+        if has_beams and not kwargs.keys().isdisjoint(BESIDE_TOKENS):
+            raise GranaryError("what beams over images have processed can't be followed: leave num_beams=1")
         if self._stack is None:
             with self:
                 return self.generate(input_ids, attention_mask, **kwargs)
@@ -167,8 +167,6 @@ class SplicedModel:
             made = self.model.generate(  # type: ignore[operator]
                 input_ids=input_ids, attention_mask=attention_mask, **kwargs
             )
-            config = kwargs.get("generation_config") or self.inner.generation_config
-            has_beams = (kwargs.get("num_beams") or config.num_beams or 1) > 1
             self._follow(made if isinstance(made, Tensor) else made.sequences, attention_mask, anew=has_beams)
             return made
         finally:
@@ -197,121 +195,107 @@ class SplicedModel:
 
     @property
     def features(self) -> Features:
-        """Latents since the last forward that began a sequence; raises GranaryError before the first."""
-        found = self._record.features()
+        """Latents since the last forward that began a sequence, or where the place is not of tokens, of the last time
+        that it ran; raises GranaryError before the first."""
+        found = self._record.features() or self._latest
         if found is None:
             raise GranaryError("no features yet: run the spliced model first")
         return found
 
-    def _locate(self, _module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Before each forward of the trunk: note where its tokens are."""
-        tokens: Tensor | None = kwargs.get("input_ids", args[0] if args else None)
-        inputs: Tensor | None = tokens if tokens is not None else kwargs.get("inputs_embeds")
-        if inputs is None:
-            raise GranaryError("the model was called without input_ids or inputs_embeds")
-        shape, device = inputs.shape[:2], inputs.device
-        cache = kwargs.get("past_key_values")
-        past = int(cache.get_seq_length()) if cache is not None else 0
-        prompt = _PROMPTS.get(self.inner)
-        if prompt is not None:  # beams and several sequences per prompt repeat the rows
-            rows = prompt.to(device).repeat_interleave(shape[0] // len(prompt), dim=0)
-            mask: Any = torch.nn.functional.pad(rows, (0, max(0, past + shape[1] - rows.shape[1])), value=1)
-        else:
-            mask = kwargs.get("attention_mask")
-        is_padding_BT = padding_of(mask, past, shape, device)
-        part = Part(tokens, is_padding_BT)
-        self._record.begin(part, past)
+    def _locate(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Before each forward: note where its tokens are."""
         self._is_inside = True
-        bos = self.inner.config.bos_token_id
-        is_bos_BT = tokens == bos if tokens is not None and bos is not None else torch.zeros_like(is_padding_BT)
-        self._place = TokenPlaces(
-            self._positions(part, past, kwargs.get("position_ids")),
-            is_padding_BT,
-            is_bos_BT,
-            self._prompt_lengths(prompt, past, is_padding_BT),
-        )
+        if takes_tokens(self.inner):
+            named = named_arguments(module, args, kwargs)
+            self._forward = Forward(token_places(self.inner, named, self._record, _PROMPTS.get(self.inner)))
+        else:
+            self._forward = Forward(None)
 
     def _leave(self, _module: Any, _args: Any, _output: Any) -> None:
-        """After each forward of the trunk."""
+        """After each forward."""
         self._is_inside = False
 
-    def _positions(self, part: Part, past: int, given: Tensor | None) -> Tensor:
-        """int64 [B, T]: of each token in its row, padding not counted."""
-        real_B = self._record.real_tokens()
-        if real_B is not None:
-            now_BT = (~part.is_padding_BT).long()
-            return (real_B[:, None] - now_BT.sum(1, keepdim=True) + now_BT.cumsum(1) - 1).clamp_min(0)
-        counted_T = torch.arange(past, past + part.is_padding_BT.shape[1], device=part.is_padding_BT.device)
-        return (given if given is not None else counted_T).expand(part.is_padding_BT.shape)
-
-    def _prompt_lengths(self, prompt: Tensor | None, past: int, is_padding_BT: Tensor) -> Tensor:
-        """[B]: what `generate` was given; in a plain call, all tokens that are not padding."""
-        if prompt is not None:
-            return prompt.sum(1).to(is_padding_BT.device).repeat_interleave(len(is_padding_BT) // len(prompt))
-        if past and (self.prompt_only or (self.positions is not None and bool((self.positions < 0).any()))):
-            raise GranaryError("prompt_only and negative positions need spliced.generate(...), which knows the prompt")
-        return (~is_padding_BT).sum(1)
-
-    def _acts(self, place: TokenPlaces) -> Tensor:
-        """bool [B, T]: the tokens that the SAE acts on."""
-        if self.opensae_compat:
-            acts_BT = torch.ones_like(place.is_padding_BT)
-        else:
-            acts_BT = ~place.is_padding_BT
-            if not self.include_bos:
-                acts_BT &= ~place.is_bos_BT
-        if self.prompt_only:
-            acts_BT &= place.position_BT < place.prompt_B[:, None]
-        if self.positions is not None:
-            wanted = self.positions.to(place.position_BT.device)
-            wanted_BP = torch.where(wanted < 0, wanted + place.prompt_B[:, None], wanted)
-            acts_BT &= (place.position_BT[:, :, None] == wanted_BP[:, None, :]).any(-1)
-        return acts_BT
-
-    def _acting(self) -> Tensor:
-        """bool [B, T]: the tokens of the present forward that the dictionary acts on."""
-        if self._place is None:
+    def _acting(self, activation: Tensor) -> Tensor | None:
+        """bool, of the shape of `activation` without its last axis: where the dictionary acts; None: everywhere."""
+        if self._forward is None:
             raise GranaryError("the hooked layer ran outside the model's own forward: call the whole model")
-        return self._acts(self._place)
+        tokens = self._forward.tokens
+        acts = None if tokens is None else of_activation(self.choice.of(tokens), activation)
+        if acts is None and self.choice.needs_tokens:
+            raise GranaryError(
+                f"prompt_only and positions are about tokens, and activations {list(activation.shape)} are not of the"
+                " tokens of the forward: leave them out"
+            )
+        return acts
 
-    def _edit(self, x_BTD: Tensor) -> Tensor:
+    def _edit(self, x: Tensor) -> Tensor:
         """What the edits add to the written sites, or with ``keep_error=False`` what takes their place."""
-        acts_BT = self._acting()
-        before = self.sae.encode(x_BTD)
+        acts = self._acting(x)
+        is_of_tokens = acts is not None
+        if acts is None:
+            acts = torch.ones(x.shape[:-1], dtype=torch.bool, device=x.device)
+        before = self.sae.encode(x)
         edit = apply_edits_by_eviction if self.opensae_compat else apply_edits
         edited = edit(before, self.edits)
         width = edited.values.shape[-1]
         after = replace(
             edited,
-            values=torch.where(acts_BT[..., None], edited.values, widen(before.values, width, 0)),
-            indices=torch.where(acts_BT[..., None], edited.indices, widen(before.indices, width, -1)),
+            values=torch.where(acts[..., None], edited.values, widen(before.values, width, 0)),
+            indices=torch.where(acts[..., None], edited.indices, widen(before.indices, width, -1)),
         )
         if self._is_inside:  # else gradient checkpointing runs the layer again
-            self._record.fill(Features(before, after, acts_BT))
-        result_BTD = self.sae.decode(edited)
-        return result_BTD - self.sae.decode(before) if self.keep_error else result_BTD
+            self._keep(Features(before, after, acts), is_of_tokens=is_of_tokens)
+        result = self.sae.decode(edited)
+        return result - self.sae.decode(before) if self.keep_error else result
+
+    def _keep(self, features: Features, *, is_of_tokens: bool) -> None:
+        if is_of_tokens and self._forward is not None and self._forward.tokens is not None:
+            self._record.fill(features.shaped(self._forward.tokens.is_padding_BT.shape))
+        else:
+            self._latest = features
+
+    def _check(self) -> None:
+        """Raise GranaryError for widths and devices that are not the model's."""
+        if all(isinstance(point, HookPoint) for point in (*self.reads, *self.writes)):  # else the forward tells
+            width = trunk(self.inner).config.get_text_config().hidden_size  # type: ignore[union-attr, operator]
+            for verb, widths in (("reads", self.sae.widths.reads), ("writes", self.sae.widths.writes)):
+                for own in widths:
+                    if own != width:
+                        raise GranaryError(f"the SAE {verb} activations of width {own}, the model has {width}")
+        device = device_of(self.inner)
+        if self.sae.b_dec.device.type != device.type:
+            raise GranaryError(f"the SAE is on {self.sae.b_dec.device}, the model on {device}: move one with .to()")
 
 
-def sites_of(dictionary: Dictionary, hook: HookPoint | str | None) -> Sites:
-    """Where it acts. Raises GranaryError where nothing says that, and for a hook in place of several sites."""
-    recorded = dictionary.sites
-    if hook is None:
-        if recorded is None:
-            raise GranaryError("the dictionary does not record where it reads and writes: give its hook")
-        return recorded
-    if not dictionary.config.is_autoencoder or len(dictionary.widths.reads) > 1:
-        raise GranaryError(f"hook={hook} is for dictionaries of one site, this one has {recorded}: leave it out")
-    return Sites.of(str(hook if isinstance(hook, HookPoint) else HookPoint.parse(hook)))
+def places_of(model: nn.Module, dictionary: Dictionary, hook: Point | str | None) -> tuple[list[Point], list[Point]]:
+    """Where it reads and where it writes.
+
+    Raises GranaryError where nothing says that, for what the model lacks, and for a hook in place of several sites.
+    """
+    sites = dictionary.sites
+    if hook is None and sites is None:
+        raise GranaryError("the dictionary does not record where it reads and writes: give its hook")
+    if hook is not None:
+        if not dictionary.config.is_autoencoder or len(dictionary.widths.reads) > 1:
+            raise GranaryError(f"hook={hook} is for dictionaries of one site, this one has {sites}: leave it out")
+        sites = Sites.of(str(hook))
+    assert sites is not None
+    return [_one_place(model, name) for name in sites.reads], [_one_place(model, name) for name in sites.writes]
 
 
-def check_model(model: Any) -> PreTrainedModel:
-    """The transformers model in `model`, which may be wrapped; raises GranaryError where there is none."""
-    inner = without_wrappers(model)
-    if not isinstance(inner, PreTrainedModel):
-        raise GranaryError(f"{type(model).__name__} is no transformers model: give one, or peft's wrapper of one")
+def _one_place(model: nn.Module, name: str) -> Point:
+    found = resolve(model, name)
+    if len(found) > 1:
+        places = ", ".join(map(str, found))
+        raise GranaryError(f"{name} names {len(found)} places, {places}: a SplicedModel has one, and may be nested")
+    return found[0]
+
+
+def check_model(model: nn.Module) -> nn.Module:
+    """The model in `model`, which may be wrapped; raises GranaryError where peft puts tokens before those given."""
     if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
         raise GranaryError(
             "this peft model learns a prompt, which puts tokens before those that are given: positions would be "
             "others; splice into model.get_base_model(), or one with LoRA"
         )
-    return inner
+    return without_wrappers(model)

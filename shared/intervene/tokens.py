@@ -11,8 +11,20 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from shared.intervene.padding import padding_of
+from shared.lm.calls import filled_slots, named_arguments
 
 SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+def of_activation(tokens_BT: Tensor, activation: Tensor) -> Tensor | None:
+    """What is said of each token, [B, T], for the positions of an activation [..., D], as its shape without D.
+
+    None where these are not the tokens of the forward, as in a vision tower: they have another shape then.
+    """
+    shape = activation.shape[:-1]
+    if shape in (tokens_BT.shape, (tokens_BT.numel(),)):
+        return tokens_BT.reshape(shape).to(activation.device)
+    return None
 
 
 def real_tokens(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
@@ -22,14 +34,13 @@ def real_tokens(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, An
     """
     if not isinstance(model, PreTrainedModel):
         return None
-    takes_ids = model.main_input_name == "input_ids"
-    ids = kwargs.get("input_ids", args[0] if args and takes_ids else None)
-    given = ids if isinstance(ids, Tensor) else kwargs.get("inputs_embeds")
+    named = named_arguments(model, args, kwargs)
+    ids = named.get("input_ids")
+    given = ids if isinstance(ids, Tensor) else named.get("inputs_embeds")
     if not isinstance(given, Tensor) or given.dim() < 2:
         return None
-    cache = kwargs.get("past_key_values")
-    past = int(cache.get_seq_length()) if cache is not None else 0
-    real_BT = ~padding_of(kwargs.get("attention_mask"), past, given.shape[:2], given.device)
+    past = filled_slots(named)
+    real_BT = ~padding_of(named.get("attention_mask"), past, given.shape[:2], given.device)
     if isinstance(ids, Tensor):
         special = torch.tensor(sorted(set(_special_ids(model))), dtype=ids.dtype, device=ids.device)
         real_BT = real_BT & ~torch.isin(ids, special)

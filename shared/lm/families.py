@@ -66,12 +66,16 @@ _SANDWICH = Family(
 )
 _NEOX = Family(attention="attention", middle_norm="post_attention_layernorm")
 
-# By ``model_type``. A row is added with its tiny model in tests/families.py, which proves the equations above for it.
+# By ``model_type``. A row is added with its tiny model in tests/families.py, or tests/vision_language.py for the text
+# stack of a vision-language model, which proves the equations above for it.
 FAMILIES: dict[str, Family] = {
     "llama": _LLAMA,
     "mistral": _LLAMA,
     "qwen2": _LLAMA,
     "qwen3": _LLAMA,
+    "qwen2_vl_text": _LLAMA,
+    "qwen2_5_vl_text": _LLAMA,
+    "qwen3_vl_text": _LLAMA,
     "gemma": _LLAMA,
     "gemma2": _SANDWICH,
     "gemma3_text": _SANDWICH,

@@ -18,8 +18,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from shared.basics.errors import GranaryError, first_line
 from shared.basics.units import spans
-from shared.lm.hookpoint import HookPoint
 from shared.lm.hooks import capture
+from shared.lm.modulepoint import Point
 from shared.lm.packed import packed_inputs
 
 # Most relative difference of one position, by the dtype of the forward: float sums over batches of other shapes.
@@ -100,7 +100,7 @@ def pack_documents(documents: Sequence[Tensor], seq_len: int) -> list[list[int]]
 
 def measure_isolation(
     model: PreTrainedModel,
-    hooks: Sequence[HookPoint],
+    hooks: Sequence[Point],
     documents: Sequence[Tensor],
     *,
     seq_len: int,
@@ -185,8 +185,8 @@ def position_differences(got_LD: Tensor, wanted_LD: Tensor) -> Tensor:
 
 
 def _run_packed(
-    model: PreTrainedModel, hooks: Sequence[HookPoint], documents: Sequence[Tensor], batch: Sequence[Sequence[int]]
-) -> dict[HookPoint, Tensor]:
+    model: PreTrainedModel, hooks: Sequence[Point], documents: Sequence[Tensor], batch: Sequence[Sequence[int]]
+) -> dict[Point, Tensor]:
     """Activations [B, T, D] of the contexts that `batch` lists; shorter ones are padded as a document of their own."""
     width = max(sum(len(documents[number]) for number in numbers) for numbers in batch)
     device = documents[0].device
@@ -201,16 +201,14 @@ def _run_packed(
     return _forward(model, hooks, inputs, "on documents packed into one context, its forward fails")
 
 
-def _run_alone(
-    model: PreTrainedModel, hooks: Sequence[HookPoint], ids_L: Tensor, copies: int = 1
-) -> dict[HookPoint, Tensor]:
+def _run_alone(model: PreTrainedModel, hooks: Sequence[Point], ids_L: Tensor, copies: int = 1) -> dict[Point, Tensor]:
     inputs = {"input_ids": ids_L.expand(copies, -1), "use_cache": False}
     return _forward(model, hooks, inputs, "its forward fails on a single document")
 
 
 def _forward(
-    model: PreTrainedModel, hooks: Sequence[HookPoint], inputs: dict[str, Any], failure: str
-) -> dict[HookPoint, Tensor]:
+    model: PreTrainedModel, hooks: Sequence[Point], inputs: dict[str, Any], failure: str
+) -> dict[Point, Tensor]:
     try:
         with torch.no_grad(), capture(model, hooks) as captured:
             model(**inputs)

@@ -4,8 +4,11 @@ A hook point is found by module, never by editing the model's code. The ends of 
 are what goes into it and comes out of it in every family; what lies between is in the table of `shared.lm.families`.
 """
 
+from collections.abc import Iterable
+from contextlib import suppress
 from typing import NamedTuple
 
+import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 from transformers import PretrainedConfig, PreTrainedModel
@@ -57,10 +60,9 @@ def locate(model: nn.Module, point: Point) -> Location:
 
 
 def _locate_module(model: nn.Module, point: ModulePoint) -> Location:
-    try:
-        module = without_wrappers(model).get_submodule(point.path)
-    except AttributeError:
-        raise GranaryError(f"{type(model).__name__} has no module {point.path}") from None
+    module = find_module(model, point.path)
+    if module is None:
+        raise GranaryError(f"{type(model).__name__} has no module {point.path}")
     axis = point.axis
     if axis is None and isinstance(module, _ConvNd):
         axis = -1 - len(module.kernel_size)
@@ -69,9 +71,18 @@ def _locate_module(model: nn.Module, point: ModulePoint) -> Location:
     return Location(module, point.side, point.select, axis)
 
 
+def find_module(model: nn.Module, path: str) -> nn.Module | None:
+    """The module at a path of the model, or of its trunk, by whose paths a store names modules; None without one."""
+    for root in (without_wrappers(model), trunk(model)):
+        with suppress(AttributeError):
+            return root.get_submodule(path)
+    return None
+
+
 def _locate_hook(model: nn.Module, hook: HookPoint) -> Location:
     blocks = decoder_blocks(model)
     if hook.layer == len(blocks) and hook.site == "resid_pre":
+        _check_stream(model, HookPoint(hook.layer - 1, "resid_post"))
         return Location(blocks[-1], "output")
     if hook.layer >= len(blocks):
         raise GranaryError(f"{hook} is not in the model: it has {len(blocks)} layers, 0 to {len(blocks) - 1}")
@@ -79,8 +90,9 @@ def _locate_hook(model: nn.Module, hook: HookPoint) -> Location:
     if hook.site == "resid_pre":
         return Location(block, "input")
     if hook.site == "resid_post":
+        _check_stream(model, hook)
         return Location(block, "output")
-    config = trunk(model).config
+    config = text_stack(model).config
     assert isinstance(config, PretrainedConfig)
     path = known_family(config, hook).site(hook.site)
     if path is None:
@@ -89,6 +101,17 @@ def _locate_hook(model: nn.Module, hook: HookPoint) -> Location:
             " between them: choose resid_pre or resid_post"
         )
     return Location(block.get_submodule(path.module), path.side)
+
+
+def _check_stream(model: nn.Module, hook: HookPoint) -> None:
+    """Raise GranaryError where what comes out of the layer is not yet the stream: DeepStack (Qwen3-VL) adds features of
+    the images behind each of the first layers."""
+    vision = getattr(getattr(trunk(model), "config", None), "vision_config", None)
+    if hook.layer < len(getattr(vision, "deepstack_visual_indexes", None) or ()):
+        raise GranaryError(
+            f"{hook}: behind layer {hook.layer} the model adds features of its images to the stream (DeepStack): choose"
+            f" layers.{hook.layer + 1}.resid_pre, which has them"
+        )
 
 
 def known_family(config: PretrainedConfig, hook: HookPoint) -> Family:
@@ -118,13 +141,36 @@ def without_wrappers(model: nn.Module) -> nn.Module:
         model = inner
 
 
+def body_of(model: nn.Module, points: Iterable[Point]) -> nn.Module:
+    """The module whose forward is the forward of all `points`: the trunk, or where one lies outside of it, as a head
+    does, the whole model."""
+    body = trunk(model)
+    inside = {id(module) for module in body.modules()}
+    is_inside = all(isinstance(point, HookPoint) or id(locate(model, point).module) in inside for point in points)
+    return body if is_inside else without_wrappers(model)
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model's inputs go: the device of its first parameter, the CPU for one without."""
+    return next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
+
+
+def text_stack(model: nn.Module) -> nn.Module:
+    """What holds the decoder layers: the trunk, or in one that reads images or sound beside text, its text model."""
+    body = trunk(model)
+    if not isinstance(body, PreTrainedModel) or body.config.get_text_config() is body.config:
+        return body
+    decoder = body.get_decoder()
+    return decoder if isinstance(decoder, PreTrainedModel) else body
+
+
 def _find_blocks(model: nn.Module) -> tuple[nn.Module, str]:
     """The module that holds the list of decoder layers, and the list's name there.
 
     It is called `layers` in most models. Elsewhere (`h` of GPT-2, `decoder.layers` of OPT) it is the one list of as
     many modules as the configuration has layers.
     """
-    body = trunk(model)
+    body = text_stack(model)
     if isinstance(getattr(body, "layers", None), nn.ModuleList):
         return body, "layers"
     count = getattr(getattr(body, "config", None), "num_hidden_layers", None)

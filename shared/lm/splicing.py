@@ -18,12 +18,16 @@ import torch
 from torch import Tensor, nn
 
 from shared.basics.errors import GranaryError
+from shared.lm.calls import filled_slots, named_arguments
 from shared.lm.hookpoint import HookPoint
 from shared.lm.hooks import hook_at
 from shared.lm.modulepoint import ModulePoint, Point
-from shared.lm.places import decoder_blocks, locate, trunk, without_wrappers
+from shared.lm.places import body_of, decoder_blocks, locate
 from shared.lm.recomputation import remembering
 from shared.lm.uncompiled import uncompiled
+
+Where = Callable[[Tensor], Tensor | None]
+"""From an activation [..., d] to which of its positions are meant, bool [...]; None: all."""
 
 # Most relative difference of an activation that is computed a second time from the same tokens.
 RECOMPUTED = 0.05
@@ -47,7 +51,7 @@ def splice_through(
     writes: Sequence[Point],
     fn: Callable[[Tensor], Tensor],
     *,
-    where: Tensor | Callable[[], Tensor] | None = None,
+    where: Tensor | Where | None = None,
     widths: Sequence[int] | None = None,
     adds: bool = False,
     read_widths: Sequence[int] | None = None,
@@ -56,10 +60,10 @@ def splice_through(
 
     `fn` gets the activations of the read sites side by side, [B, T, d_in], in the model's dtype, once per forward; its
     result [B, T, d_out] is cut among the written sites and cast back. `where`, bool [B, T], says which positions are
-    replaced; None: all; or it is asked for them in each forward. With `adds` the result is added to what is there.
-    `widths` are those of the written sites; None: all are equally wide. `read_widths` are those of
-    the read sites, for an `fn` whose result at a site does not depend on what is computed later: it is then called at
-    every written site, with zeros for the reads that are not there yet.
+    replaced; None: all; or it is asked, with the activation that may be replaced, in each forward. With `adds` the
+    result is added to what is there. `widths` are those of the written sites; None: all are equally wide. `read_widths`
+    are those of the read sites, for an `fn` whose result at a site does not depend on what is computed later: it is
+    then called at every written site, with zeros for the reads that are not there yet.
 
     A forward raises GranaryError where a site is read that is computed after one that is written, and where a site did
     not run exactly once; ValueError for a result of another shape.
@@ -73,9 +77,8 @@ def splice_through(
             if hook in writes and isinstance(hook, HookPoint) and hook.site == "resid_mid":
                 see = _carried(model, hook, partial(state.replace, hook), stack)
             stack.callback(hook_at(locate(model, hook), see).remove)
-        of_decoder = all(isinstance(hook, HookPoint) for hook in (*reads, *writes))
-        body = trunk(model) if of_decoder else without_wrappers(model)  # a module may lie outside of the trunk
-        stack.callback(body.register_forward_pre_hook(state.begin, prepend=True).remove)
+        body = body_of(model, (*reads, *writes))
+        stack.callback(body.register_forward_pre_hook(state.begin, with_kwargs=True, prepend=True).remove)
         stack.callback(body.register_forward_hook(state.end).remove)
         yield
 
@@ -99,7 +102,7 @@ class _Splice:
         reads: Sequence[Point],
         writes: Sequence[Point],
         fn: Callable[[Tensor], Tensor],
-        where: Tensor | Callable[[], Tensor] | None,
+        where: Tensor | Where | None,
         widths: Sequence[int] | None,
         read_widths: Sequence[int] | None,
         *,
@@ -108,12 +111,13 @@ class _Splice:
         self.reads, self.writes = tuple(reads), tuple(writes)
         self.fn, self.where, self.widths, self.read_widths, self.adds = fn, where, widths, read_widths, adds
         self.seen = _Seen()
-        self.is_inside = False
+        self.is_inside = self.continues = False
 
-    def begin(self, _module: nn.Module, _args: Any) -> None:
+    def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before a forward of the trunk: nothing has been seen yet."""
         self.seen = _Seen()
         self.is_inside = True
+        self.continues = filled_slots(named_arguments(module, args, kwargs)) > 0
 
     def end(self, _module: nn.Module, _args: Any, _output: Any) -> None:
         """After a forward of the trunk: raise GranaryError unless every site ran exactly once."""
@@ -122,6 +126,8 @@ class _Splice:
         if not torch.is_grad_enabled():  # else a checkpointed layer may run again, in the backward pass
             self.seen = _Seen()
         for hook in dict.fromkeys((*self.reads, *self.writes)):
+            if ran[hook] == 0 and self.continues and isinstance(hook, ModulePoint):
+                continue  # the images of a sequence go through their tower once, in its first forward
             if ran[hook] != 1:
                 times = "did not run" if ran[hook] == 0 else f"ran {ran[hook]} times"
                 raise GranaryError(
@@ -149,8 +155,8 @@ class _Splice:
         part = (activation + part if self.adds else part).to(activation.dtype)
         if self.where is None:
             return part
-        where = self.where if isinstance(self.where, Tensor) else self.where()
-        return torch.where(where[..., None], part, activation)
+        where = self.where if isinstance(self.where, Tensor) else self.where(activation)
+        return part if where is None else torch.where(where[..., None], part, activation)
 
     def _keep(self, hook: Point, activation: Tensor) -> None:
         seen = self.seen

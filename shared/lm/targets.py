@@ -3,7 +3,6 @@
 import difflib
 import re
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import replace
 
 from torch import nn
@@ -11,7 +10,7 @@ from torch import nn
 from shared.basics.errors import GranaryError
 from shared.lm.hookpoint import SITES, HookPoint
 from shared.lm.modulepoint import ModulePoint, Point
-from shared.lm.places import decoder_blocks, locate, without_wrappers
+from shared.lm.places import decoder_blocks, find_module, locate, without_wrappers
 
 PATTERN = "re:"
 NEAR = 5
@@ -28,9 +27,9 @@ def resolve(model: nn.Module, target: str) -> list[Point]:
     if target.startswith(PATTERN):
         return _matching(inner, target)
     point = ModulePoint.parse(target)
-    with suppress(AttributeError):
-        inner.get_submodule(point.path)
-        return [point]
+    for named in (point, ModulePoint.of_site(target)):
+        if named is not None and find_module(inner, named.path) is not None:
+            return [named]
     if _num_layers(inner) and (hook := _as_hook(target)) is not None:
         locate(inner, hook)
         return [hook]
@@ -38,8 +37,8 @@ def resolve(model: nn.Module, target: str) -> list[Point]:
 
 
 def point_of(name: str) -> Point:
-    """What `resolve` found, from its text: a hook where it has the form of one, else a module."""
-    return _as_hook(name) or ModulePoint.parse(name)
+    """What `resolve` found, from its text or the name of a site: a hook where it has the form of one, else a module."""
+    return _as_hook(name) or ModulePoint.of_site(name) or ModulePoint.parse(name)
 
 
 def _num_layers(model: nn.Module) -> int:

@@ -36,6 +36,9 @@ store's held-out tokens, and says which L0 and FVU it gives on others of them.
   llama_scope          hyperparams.json, checkpoints/final.safetensors    yes   no
   llamascopium         config.json, sae_weights.safetensors: molt, lorsa  yes   no
   gemma_scope          params.npz or params.safetensors                   yes   no
+  sae_made_easy        adapter_config.json, adapter_model.safetensors     yes   no
+  saev                 sae.pt                                             yes   no
+  prisma               config.json, n_images_*.pt                         yes   no
   plain                one .pt, .safetensors or .npz, by --as plain       yes   no
   circuit_tracer       config.yaml, layer_*.safetensors or W_dec_*        no    transcoders of all layers, CLT
 """

@@ -11,6 +11,8 @@ class ActivationKind:
     """k latents fire, per token or on average: the config needs k, and there is no sparsity penalty."""
     penalties: tuple[str, ...] = ()
     """Sparsity penalties that it can be trained with."""
+    is_learnt: bool = True
+    """Whether it can be trained here; else it is that of other projects' dictionaries, which are read."""
 
 
 ACTIVATION_KINDS = {
@@ -19,4 +21,5 @@ ACTIVATION_KINDS = {
     "relu": ActivationKind(penalties=("l1", "tanh", "tanh_quad")),
     "jumprelu": ActivationKind(penalties=("l0", "tanh", "tanh_quad")),
     "gated": ActivationKind(penalties=("l1",)),
+    "signed_topk": ActivationKind(fixes_l0=True, is_learnt=False),
 }

@@ -8,6 +8,7 @@ dictionary under ``activation.*``. All of them map the encoder's pre-activations
     relu        max(z, 0)
     jumprelu    z where z > theta, theta = exp(log_threshold) per latent           Rajamanoharan et al. 2024, 2407.14435
     gated       max(exp(r_mag) (z - b_enc) + b_mag, 0) where z > 0                 Rajamanoharan et al. 2024, 2404.16014
+    signed_topk the k largest z of each token, be they negative                    SAE Made Easy, saev
 
 How each is learnt is in ``shared.sae.learn``. Shapes: N rows, D width of what is read, F latents held, K picks per row.
 """
@@ -21,6 +22,9 @@ from shared.kernels import Compute, encode_batchtopk, encode_threshold, encode_t
 from shared.sae.config import DictionaryConfig
 from shared.sae.contexts import Given
 from shared.sae.roles import Role
+
+# Pre-activations of which SignedTopK holds all at once.
+MOST_DENSE = 1 << 26
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +99,19 @@ class TopK(Activation):
         return encoder.topk(x, k)
 
 
+class SignedTopK(TopK):
+    """The k largest pre-activations of each token as they are: where fewer than k are positive, negative ones too."""
+
+    def select(self, encoder: Encoder, x: Given, k: int) -> tuple[Tensor, Tensor]:
+        """Return what TopK does, without padding. Blocks of rows bound the memory of z [N, F]."""
+        x_ND = _tokens(x)
+        block = max(1, MOST_DENSE // len(encoder.W_enc))
+        found = [(x_MD @ encoder.W_enc.T + encoder.b_enc).topk(k) for x_MD in torch.split(x_ND, block)]
+        if not found:
+            return x_ND.new_zeros(0, k), torch.zeros(0, k, dtype=torch.int64, device=x_ND.device)
+        return torch.cat([one.values for one in found]), torch.cat([one.indices for one in found])
+
+
 class BatchTopK(Activation):
     """k latents per token on average over the batch; at inference a threshold that training has learnt stands for k.
 
@@ -163,4 +180,5 @@ ACTIVATIONS: dict[str, type[Activation]] = {
     "relu": ReLU,
     "jumprelu": JumpReLU,
     "gated": Gated,
+    "signed_topk": SignedTopK,
 }

@@ -60,8 +60,11 @@ class Threshold:
         config = made.config
         if config.unit == "sequence":
             raise GranaryError(f"{where} is a {config.kind}, which reads whole contexts: --threshold goes by tokens")
-        if not ACTIVATION_KINDS[config.activation].fixes_l0:
+        by = ACTIVATION_KINDS[config.activation]
+        if not by.fixes_l0:
             raise GranaryError(f"{where} has {config.activation}, whose latents need no k: --threshold is for topk")
+        if not by.is_learnt:
+            raise GranaryError(f"{where} has {config.activation}, whose values may be negative: no threshold has them")
         if made.sites is None:
             raise GranaryError(f"{where} does not record where it reads and writes: give --reads and --writes")
         store = Store.open(self.store)

@@ -37,7 +37,7 @@ class DictionaryConfig:
     k: int | None = None
     """Active latents per token, for topk and batchtopk; null for the others."""
     activation: str = "topk"
-    """One of ``shared.sae.activation_kinds``: topk, batchtopk, relu, jumprelu, gated."""
+    """One of ``shared.sae.activation_kinds``: topk, batchtopk, relu, jumprelu, gated; signed_topk is only read."""
     normalisation: str = "centre_scale"
     """none; scale: times sqrt(d) / mean norm; centre_scale: minus the mean, then to RMS norm sqrt(d); layer_norm: per
     token to mean 0, standard deviation 1."""

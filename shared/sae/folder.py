@@ -50,6 +50,10 @@ HUB_FILES = (
     "final.pt",
     "params.npz",
     "params.safetensors",
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "sae.pt",
+    "n_images_*.pt",
 )
 # The keys of version 1's flat config, in its order.
 FLAT_KEYS = (

@@ -248,6 +248,8 @@ class Store:
         record = self._writer(extent).write(shard, contexts.start, self.mask(contexts), activations)
         with self._lock:
             self._records[shard] = record
+        if self.window is not None and self.window.is_passed(shard, self.heldout_shards):
+            self.window.drop(record)  # training passed it while it was being written
         return record
 
     def finalize(self) -> dict[str, Any]:
@@ -318,8 +320,8 @@ class Store:
         """Training is done with a block of the window: delete its activations, and let the harvest go on."""
         if self.window is None or self.window.is_freed(block):
             return
-        shards = [shard for shard in self.window.plan.shards(block) if shard not in self.heldout_shards]
-        self.window.release(block, [self._record(shard) for shard in shards])
+        shards = set(self.window.plan.shards(block)) - self.heldout_shards
+        self.window.release(block, lambda: [one for shard, one in self.committed().items() if shard in shards])
 
     def contexts(self, split: Split) -> npt.NDArray[np.int64]:
         """Indices of committed contexts of a split, ascending; those that a window has deleted are in none."""

@@ -14,11 +14,13 @@ account. Its objects, under ``window/``:
     freed/{block}.json      they have been: the harvest may write the block after the next
     finished.json           training has ended: there is nothing to run ahead of
 
-Every object is put before what depends on it, and each step may be repeated: a process killed anywhere goes on.
+Every object is put before what depends on it, and each step may be repeated: a process killed anywhere goes on. So does
+a training whose store is gone: it passes the blocks that it has read before, and the harvest of the same store leaves
+them out.
 """
 
 import re
-from collections.abc import Iterable, Set
+from collections.abc import Callable, Iterable, Set
 from dataclasses import dataclass
 from typing import Self
 
@@ -127,6 +129,11 @@ class Window:
 
     # The harvest's side
 
+    def is_passed(self, shard: int, heldout: Set[int]) -> bool:
+        """Whether training will never read a shard: a harvest that begins anew need not make it."""
+        passed = min(self.passed(), self.plan.num_blocks)
+        return passed > 0 and shard < self.plan.ends[passed - 1] and shard not in heldout
+
     def open_end(self) -> int:
         """The first shard that must not be written yet."""
         blocks = min(self._prefix(FREED) + BLOCKS_IN_WINDOW, self.plan.num_blocks)
@@ -167,13 +174,20 @@ class Window:
         blocks = [self.plan.shards(block) for block in range(min(self.passed(), self.plan.num_blocks))]
         return frozenset(shard for block in blocks for shard in block) - heldout
 
-    def release(self, block: int, records: Iterable[ShardRecord]) -> None:
-        """Delete the activations of a passed block; `records` are the commit records of its training shards."""
+    def release(self, block: int, records: Callable[[], Iterable[ShardRecord]]) -> None:
+        """Delete the activations of a passed block; `records` looks for the commit records of its training shards.
+
+        It is asked when the mark is put: who commits a shard afterwards sees the mark, and deletes what it wrote.
+        """
         self.io.put(mark_key(PASSED, block), [mark_bytes(block)])
-        for record in records:
-            for key in data_keys(record):
-                self.io.delete(key)
+        for record in records():
+            self.drop(record)
         self.io.put(mark_key(FREED, block), [mark_bytes(block)])
+
+    def drop(self, record: ShardRecord) -> None:
+        """Delete the activations of a shard that training has passed."""
+        for key in data_keys(record):
+            self.io.delete(key)
 
     def is_freed(self, block: int) -> bool:
         return self.io.size(mark_key(FREED, block)) is not None

@@ -20,8 +20,8 @@ from transformers import PreTrainedModel
 from shared.basics.errors import GranaryError
 from shared.kernels import add_at
 from shared.lm import packed_inputs, splice_through
-from shared.lm.hookpoint import HookPoint
 from shared.lm.packed import document_length
+from shared.lm.targets import point_of
 from shared.sae.contexts import Contexts, Given
 from shared.sae.sites import Sites
 from stage_eval.measure.confidence import Estimate, ratio_of_sums
@@ -203,7 +203,7 @@ def spliced(model: PreTrainedModel, splice: Splice, batch: Batch) -> AbstractCon
         y_BTD[replaced_BT] = y_MD
         return y_BTD
 
-    reads, writes = (list(map(HookPoint.parse, names)) for names in (splice.sites.reads, splice.sites.writes))
+    reads, writes = (list(map(point_of, names)) for names in (splice.sites.reads, splice.sites.writes))
     return splice_through(
         model, reads, writes, replace, where=replaced_BT, widths=splice.widths, read_widths=splice.read_widths
     )

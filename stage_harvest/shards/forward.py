@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from shared.lm import capture, packed_inputs
-from shared.lm.hookpoint import HookPoint
+from shared.lm.modulepoint import Point, site_of
 from shared.lm.packed import document_length
 from stage_harvest.config import PackingMode
 
@@ -35,7 +35,7 @@ class ShardForward:
     def __init__(
         self,
         trunk: PreTrainedModel,
-        hooks: Sequence[HookPoint],
+        hooks: Sequence[Point],
         *,
         packing: PackingMode,
         batch_contexts: int,
@@ -76,8 +76,9 @@ class ShardForward:
                 self.trunk(**packed_inputs(self.trunk, tokens_BT, segments_BT, isolated=isolated))
                 for hook in self.hooks:
                     length = tokens_BT.shape[1]
-                    self._copy(captured.pop(hook), out[str(hook)][rows, :length])
-                    out[str(hook)][rows, length:] = 0
+                    site = site_of(hook)
+                    self._copy(captured.pop(hook), out[site][rows, :length])
+                    out[site][rows, length:] = 0
                 progress(len(tokens_BT))
         if self._copies is None:
             return None

@@ -53,7 +53,7 @@ def probe(job: HarvestJob, trunk: PreTrainedModel, device: torch.device) -> Isol
     # Eager attention isolates by the model's own masks, which serve some families that sdpa does not.
     remedy = REMEDY + (", model.attn_implementation=eager may isolate" if attention_name(trunk) == "sdpa" else "")
     try:
-        found = measure_isolation(trunk, job.hooks, documents, seq_len=seq_len, batch_contexts=job.batch_contexts)
+        found = measure_isolation(trunk, job.points, documents, seq_len=seq_len, batch_contexts=job.batch_contexts)
     except GranaryError as error:
         raise GranaryError(f"{what}: {error}; {remedy}") from error
     if not found.holds:

@@ -21,8 +21,9 @@ from shared.intervene.edits import MODES, Edit
 from shared.intervene.splice import SplicedModel
 from shared.latents import Latents
 from shared.lm import capture, load_causal_lm, load_tokenizer, model_identity, tokenizer_hash
-from shared.lm.hookpoint import HookPoint
+from shared.lm.modulepoint import ModulePoint
 from shared.lm.recorded import check_same_model
+from shared.lm.targets import point_of
 from shared.sae.for_store import check_whole, weights_sha256
 from shared.sae.loading import load
 from shared.sae.sites import side_by_side
@@ -107,10 +108,7 @@ class Live:
     def can_steer(self) -> bool:
         """Whether the dictionary can be spliced into the model: all of its sites are places of this one."""
         made_of = self.latents.meta.dictionary
-        try:
-            return bool([HookPoint.parse(site) for site in (*made_of["reads"], *made_of["writes"])])
-        except GranaryError:
-            return False
+        return all(ModulePoint.of_site(site) is not None for site in (*made_of["reads"], *made_of["writes"]))
 
     def read(self, text: str) -> dict[str, Any]:
         """The tokens of `text` in pieces, and every latent that fires with its values. Raises GranaryError."""
@@ -183,7 +181,7 @@ class Live:
     @torch.no_grad()
     def _latents(self, ids: Tensor) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
         """Values and indices [T, K]; those of BOS, which no dictionary is trained on, are left out."""
-        hooks = [HookPoint.parse(site) for site in self.reads]
+        hooks = [point_of(site) for site in self.reads]
         with capture(self.model, hooks) as captured:
             self.model.base_model(input_ids=ids[None])
         x = side_by_side({site: captured[hook][0] for site, hook in zip(self.reads, hooks, strict=True)}, self.reads)

@@ -17,7 +17,6 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from hydra import compose, initialize_config_module
 from hydra.errors import ConfigCompositionException, OverrideParseException
 from torch import nn
@@ -26,10 +25,12 @@ import stage_train.config
 from shared.basics.errors import GranaryError, first_line
 from shared.basics.metrics_file import read_metrics
 from shared.intervene.attach import Attached
-from shared.intervene.folder import Saved, folder_name
+from shared.intervene.folder import folder_name
+from shared.intervene.saved import Saved
 from shared.launch.counts import expand_counts
 from shared.launch.overrides import expand_shorthands
 from shared.launch.schema import fill
+from shared.lm.places import device_of
 from shared.parallel import World, barrier, broadcast_object, init_world, telling_lost_contact
 from shared.parallel.stop import StopRequest
 from shared.sae.config import DictionaryConfig, SAEConfig
@@ -199,8 +200,7 @@ class Fitting:
         """Export a trained SAE and put it in its place."""
         finish(spec, start.checkpoints, self.world)
         made, description = SAE.from_pretrained(spec.folder), describe(spec.folder)
-        device = next((tensor.device for tensor in self.saes.inner.parameters()), torch.device("cpu"))
-        made = made.to(device).requires_grad_(False)
+        made = made.to(device_of(self.saes.inner)).requires_grad_(False)
         self.saes.put(name, Saved(made, description.provenance, description.training))
         lines = list(read_metrics(spec.folder))
         return dict(lines[-1]) if lines else {}

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from shared.basics.errors import GranaryError
 from shared.intervene.attach import Attached
+from shared.lm.early_end import may_end_early
+from shared.lm.places import device_of
 
 
 class ModelRows:
@@ -26,6 +28,8 @@ class ModelRows:
         """Passes that have ended."""
         self._iterator = iter(batches)
         self._rows_in_pass = 0
+        self._ends_early: bool | None = None
+        """Whether forwards end behind the last place; None before the first."""
         while self.drawn < skip and self._next() is not None:
             self._rows_in_pass = 1  # it is not known what they would have given
 
@@ -36,12 +40,22 @@ class ModelRows:
         whole pass gives no row.
         """
         while (batch := self._next()) is not None:
-            with torch.no_grad():
-                call(self.saes.model, batch[0])
+            self._run(batch[0])
             rows = {name: self.saes.rows(name) for name in self.names}
             self._rows_in_pass += max(len(rows_ND) for rows_ND in rows.values())
             return rows
         return None
+
+    @torch.no_grad()
+    def _run(self, batch: Any) -> None:
+        """A forward: the first to its end, later ones as far as the last place where that is safe."""
+        saes = self.saes
+        if self._ends_early and saes.run_as_far(self.names, lambda: call(saes.model, batch)):
+            return
+        call(saes.model, batch)  # a whole one, and from here on all are, unless it was the first
+        ran_once = all(len(saes.activations(name)) == 1 for name in self.names)
+        is_bare = getattr(saes.model, "_orig_mod", saes.model) is saes.inner
+        self._ends_early = self._ends_early is None and ran_once and is_bare and may_end_early(saes.inner)
 
     def _next(self) -> tuple[Any] | None:
         """The next batch, in a pass of its own where the last has ended."""
@@ -63,10 +77,10 @@ def call(model: nn.Module, batch: Any) -> None:
 
     Tensors go to the model's device.
     """
-    device = next((tensor.device for tensor in model.parameters()), None)
+    device = device_of(model)
 
     def placed(value: Any) -> Any:
-        return value.to(device, non_blocking=True) if isinstance(value, Tensor) and device is not None else value
+        return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
 
     if isinstance(batch, Mapping):
         model(**{name: placed(value) for name, value in batch.items()})

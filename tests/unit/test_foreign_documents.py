@@ -41,6 +41,7 @@ from tests.foreign import (
     write_opensae,
     write_saelens,
 )
+from tests.foreign_vision import write_prisma, write_sae_made_easy
 from tests.formulas import PROVENANCE, make_sae
 from tests.fuzzing import survive
 from tests.latents import synthetic_latents
@@ -60,6 +61,8 @@ FOREIGN: dict[str, tuple[Callable[[Path], None], str]] = {
     "dictionary_learning": (partial(write_dictionary_learning, dict_class="BatchTopKSAE"), "config.json"),
     "llama_scope": (write_llama_scope, "hyperparams.json"),
     "gemma_scope": (partial(write_gemma_scope, version=2), "config.json"),
+    "sae_made_easy": (write_sae_made_easy, "adapter_config.json"),
+    "prisma": (write_prisma, "config.json"),
 }
 
 

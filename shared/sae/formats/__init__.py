@@ -20,7 +20,10 @@ from shared.sae.formats import (
     llamascopium,
     opensae,
     plain,
+    prisma,
+    sae_made_easy,
     saelens,
+    saev,
     sparsify,
 )
 from shared.sae.formats.held import check_held
@@ -38,6 +41,9 @@ FORMATS: dict[str, ModuleType] = {
     "llama_scope": llama_scope,
     "llamascopium": llamascopium,
     "gemma_scope": gemma_scope,
+    "sae_made_easy": sae_made_easy,
+    "saev": saev,
+    "prisma": prisma,
     "plain": plain,
 }
 WRITABLE = tuple(name for name, module in FORMATS.items() if hasattr(module, "save"))

@@ -1,5 +1,6 @@
 """Reading other projects' folders: JSON, one or several safetensors files, and clear errors."""
 
+import io
 import pickle
 import warnings
 import zipfile
@@ -44,15 +45,16 @@ def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
         raise GranaryError(f"{path} is damaged, or no safetensors file: {error}") from None
 
 
-def read_pickled(path: Path) -> dict[str, Any]:
+def read_pickled(path: Path, offset: int = 0) -> dict[str, Any]:
     """What torch saved of a dictionary, read by torch's reader of tensors alone: no other code of the file runs.
 
-    Raises GranaryError for anything else than tensors and plain values in it.
+    `offset` is where in the file it begins. Raises GranaryError for anything else than tensors and plain values in it.
     """
     try:
         check_unpacked(path)
-        with warnings.catch_warnings(action="ignore"):  # of a pickle that torch did not write
-            found = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"), path.open("rb") as file:  # of a pickle that torch did not write
+            file.seek(offset)
+            found = torch.load(io.BytesIO(file.read()) if offset else file, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, LookupError, TypeError, OSError) as error:
         told = (str(error).splitlines() or [type(error).__name__])[0]
         raise GranaryError(f"{path} can't be read as tensors: {told}") from None

@@ -18,7 +18,8 @@ def check_held(form: str, holds: Mapping[str, tuple[str, ...]], config: Dictiona
         raise GranaryError(f"the {form} format has no {named(config.kind)}: it holds {kinds}")
     if config.activation not in held:
         told = f"the {form} format has no {config.activation} {named(config.kind)}: it holds {', '.join(held)}"
-        by_threshold = ACTIVATION_KINDS[config.activation].fixes_l0 and {"batchtopk", "jumprelu"} & set(held)
+        kind = ACTIVATION_KINDS[config.activation]
+        by_threshold = kind.fixes_l0 and kind.is_learnt and {"batchtopk", "jumprelu"} & set(held)
         raise GranaryError(f"{told}. {calibration_hint(config.k)}" if by_threshold else told)
     check_gate(form, config)
 

@@ -7,6 +7,7 @@
     jumprelu    z where z > threshold
     batchtopk   the same at inference, with one threshold for all latents; k is what it was trained with
     gated       max(exp(r_mag) (z - b_enc) + b_mag, 0) where z > 0
+    signed_topk the k largest z, be they negative
 
 An SAE writes what it reads; a transcoder another place; a crosscoder several places side by side. With `layer_norm`
 (SAEs alone), x is first brought to mean 0 and (biased) standard deviation 1 per token, and y scaled back where
@@ -46,7 +47,7 @@ class RawDictionary:
     """Of each site; None: one site on each side."""
     activation: str = "topk"
     k: int | None = None
-    """For topk and batchtopk."""
+    """For topk, batchtopk and signed_topk."""
     threshold_F: Tensor | None = None
     """For jumprelu and batchtopk, not negative."""
     r_mag_F: Tensor | None = None

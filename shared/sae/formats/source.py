@@ -63,10 +63,10 @@ class Source:
         found = read_tensors(self.folder, name) if self.file is None else read_safetensors(self.file)
         return self.tensors(found, harmless)
 
-    def pickled(self, name: str, harmless: Collection[str] = ()) -> "Tensors":
+    def pickled(self, name: str, harmless: Collection[str] = (), offset: int = 0) -> "Tensors":
         """Those of a file of torch's, which may lie under ``state_dict`` beside settings; these are refused by name."""
         path = self.weights(name)
-        found = read_pickled(path)
+        found = read_pickled(path, offset)
         if isinstance(found.get("state_dict"), dict):
             self.document(found, path, ("state_dict",))
             found = found["state_dict"]
@@ -76,10 +76,8 @@ class Source:
 
     def tensors(self, found: Mapping[str, Tensor], harmless: Collection[str] = ()) -> "Tensors":
         """Those in `found`, float32, under the names that they have in the module itself."""
-        for wrapper in WRAPPERS * 2:
-            if found and all(name.startswith(wrapper) for name in found):
-                found = {name.removeprefix(wrapper): tensor for name, tensor in found.items()}
-        floats = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in found.items()}
+        named = unwrapped(found)
+        floats = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in named.items()}
         made = Tensors(self._left(floats), self.folder, harmless)
         self._parts.append(made)
         return made
@@ -94,6 +92,14 @@ class Source:
     def _left(self, content: Mapping[str, Any]) -> dict[str, Any]:
         self._ignored |= self.ignore & content.keys()
         return {name: value for name, value in content.items() if name not in self.ignore}
+
+
+def unwrapped(found: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Tensors under the names that they have in the module itself."""
+    for wrapper in WRAPPERS * 2:
+        if found and all(name.startswith(wrapper) for name in found):
+            found = {name.removeprefix(wrapper): tensor for name, tensor in found.items()}
+    return found
 
 
 def merged(content: Mapping[str, Any], given: Mapping[str, Any], where: Path) -> dict[str, Any]:

@@ -204,6 +204,11 @@ def check_trainable(config: DictionaryConfig, learning: LearningConfig) -> None:
 def _check_sparsity(config: DictionaryConfig, learning: LearningConfig) -> None:
     """k or a penalty, as the activation asks."""
     kind = ACTIVATION_KINDS[config.activation]
+    if not kind.is_learnt:
+        raise GranaryError(
+            f"sae.activation={config.activation} is that of other projects' SAEs, which are read and not trained here: "
+            "choose topk"
+        )
     if kind.fixes_l0:
         if learning.penalty != "none":
             raise GranaryError(

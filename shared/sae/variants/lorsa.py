@@ -67,6 +67,8 @@ class LorsaConfig(TranscoderConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.activation == "signed_topk":
+            raise GranaryError("sae.activation=signed_topk is read for linear encoders alone: a lorsa has none")
         for name in ("qk_heads", "qk_width"):
             if getattr(self, name) < 1:
                 raise GranaryError(f"variant.{name}={getattr(self, name)}: must be at least 1")

@@ -320,6 +320,17 @@ def test_what_can_not_be_attached_is_said():
     assert hooks_of(model) == 0
 
 
+def test_a_module_that_is_named_in_two_ways_is_named_twice():
+    """By its path in the whole model, and by that in the trunk, as stores name it."""
+    model = tiny_llama()
+    with attach(model, {"layers.1.mlp": sae_of(16)}) as saes:
+        model(prompt())
+        assert saes.rows("layers.1.mlp").shape == (12, 16)
+    with pytest.raises(GranaryError, match="named twice, the second time by model"):
+        attach(model, {"layers.1.mlp": OPEN, "model.layers.1.mlp": OPEN})
+    assert hooks_of(model) == 0
+
+
 def test_it_is_a_mapping_of_the_places():
     model = seeded(MLP)()
     sae = sae_of(12)

@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from shared.basics.errors import GranaryError
 from shared.intervene.attach import attach
-from shared.intervene.folder import Saved, folder_name
+from shared.intervene.folder import folder_name
+from shared.intervene.saved import Saved
 from shared.sae import SAE, SAEConfig
 from shared.sae.sites import Sites
 from tests.isolation import REPOSITORY
@@ -45,6 +46,56 @@ def test_two_adapters_saved_both_on_disk(folder):
             assert all(map(torch.equal, saes[place].state_dict().values(), sae_of(width).state_dict().values()))
     with attach(model, {place: sae_of(width) for place, width in PLACES.items()}, mode="replace"):
         assert torch.equal(model(x), replaced)
+
+
+def test_peft_s_layout_is_written_and_read_bit_for_bit(folder, tmp_path):
+    model, x = seeded(MLP)(), noise(4, 6)
+    with attach(model, folder) as saes:
+        saes.put("fc2:in", Saved(saes["fc1"]))  # one SAE at two places
+        saes.save_pretrained(tmp_path / "peft", layout="peft")
+        with pytest.raises(GranaryError, match="choose from granary, peft"):
+            saes.save_pretrained(tmp_path / "other", layout="hdf5")
+        wanted = {place: saes[place].state_dict() for place in saes}
+    assert sorted(path.name for path in (tmp_path / "peft").iterdir()) == [
+        "adapter_config.json", "adapter_model.safetensors"
+    ]  # fmt: skip
+    config = json.loads((tmp_path / "peft/adapter_config.json").read_text())
+    assert (config["peft_type"], config["target_modules"]) == ("GRANARY_SAE", list(wanted))
+    names = load_file(tmp_path / "peft/adapter_model.safetensors").keys()
+    assert "base_model.model.batch_norm@-1.sae_W_dec" in names
+    with attach(model, tmp_path / "peft", mode="replace") as again:
+        for place, tensors in wanted.items():
+            assert all(map(torch.equal, again[place].state_dict().values(), tensors.values()))
+            assert again[place].sites == Sites.of(place)
+        assert again.saved["fc1"].provenance["steps"] == 7
+        assert dict(again.saved["fc1"].training) == {"auxk_k": 3}
+        replaced = model(x)
+        again.save_pretrained(tmp_path / "back")
+    with attach(model, tmp_path / "back", mode="replace"):
+        assert torch.equal(model(x), replaced)
+
+
+def test_a_folder_of_peft_s_layout_is_data(folder, tmp_path):
+    model = seeded(MLP)()
+    with attach(model, folder) as saes:
+        saes.save_pretrained(tmp_path / "peft", layout="peft")
+    file, weights = tmp_path / "peft/adapter_config.json", tmp_path / "peft/adapter_model.safetensors"
+    config, tensors = json.loads(file.read_text()), load_file(weights)
+    documents = config["dictionaries"]
+    moved = {("../../etc" if place == "fc1" else place): document for place, document in documents.items()}
+    for wrong in (
+        {"dictionaries": moved}, {"dictionaries": {}}, {"dictionaries": {"fc1": documents["fc1"]}},
+        {"dictionaries": {**documents, "fc1": {}}}, {"dictionaries": [1]}, {"peft_type": "LORA"},
+        {"dictionaries": {**documents, "fc1": {**documents["fc1"], "kind": "clt"}}},
+    ):  # fmt: skip
+        file.write_text(json.dumps({**config, **wrong}))
+        with pytest.raises(GranaryError):
+            attach(model, tmp_path / "peft")
+    file.write_text(json.dumps(config))
+    for changed in ({"other": torch.ones(1)}, {"base_model.model.fc1.sae_more": torch.ones(1)}):
+        save_file({**tensors, **changed}, weights)
+        with pytest.raises(GranaryError):
+            attach(model, tmp_path / "peft")
 
 
 @pytest.mark.slow

@@ -184,7 +184,7 @@ def test_a_wrapped_model_is_spliced(sae: SAE) -> None:
         assert torch.equal(spliced(tokens).logits, logits)
         assert torch.equal(spliced.generate(tokens, max_new_tokens=3, do_sample=False), sequences)
         assert torch.equal(spliced.features.applied, want.features.applied)
-    with pytest.raises(GranaryError, match="Linear is no transformers model"):
+    with pytest.raises(GranaryError, match="Linear has no module layers"):
         SplicedModel(nn.Linear(2, 2), sae, HOOK)  # type: ignore[arg-type]
 
 

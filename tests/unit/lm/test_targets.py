@@ -65,7 +65,7 @@ def test_a_module_of_two_names_is_meant_once():
 @pytest.mark.parametrize(
     ("target", "told"),
     [
-        ("layers.1.mlp", "has no module layers.1.mlp: did you mean model.layers.1.mlp, "),
+        ("1.mlp", "has no module 1.mlp: did you mean model.layers.1.mlp"),
         ("model.layers.1.mpl", "did you mean model.layers.1.mlp"),
         ("layers.1.resid_pots", "did you mean layers.1.resid_post"),
         ("layers.7.resid_post", "layers.7.resid_post is not in the model: it has 3 layers"),

@@ -97,7 +97,7 @@ def test_a_window_looks_behind_the_blocks_that_it_knows(tmp_path: Path) -> None:
     with counting() as asked:
         for block in range(blocks):
             ends.append(window.open_end())
-            window.release(block, [])
+            window.release(block, list)
     assert sorted(set(ends)) == ends[: len(set(ends))]
     assert window.open_end() == store.num_shards
     assert asked[0] <= 6 * blocks

@@ -118,6 +118,19 @@ def test_a_release_killed_anywhere_is_completed_by_the_next_one(tmp_path, monkey
     assert verify(store.url).leftovers == []
 
 
+def test_a_shard_that_training_passes_while_it_is_written_leaves_nothing(tmp_path):
+    """Whichever comes first, the mark or the commit record: the second of the two sees the first."""
+    store = windowed_store(tmp_path)
+    store.release(0)  # nothing of the block is there, as when a store is harvested a second time
+    (first, *_) = sorted(set(store.window.plan.shards(0)) - store.heldout_shards)
+    fill(store, [first])
+    assert first in store.committed()
+    assert not any(store.io.size(key) for key in data_keys(store.committed()[first]))
+    heldout = sorted(store.heldout_shards)[:1]
+    fill(store, heldout)
+    assert all(store.io.size(key) for key in data_keys(store.committed()[heldout[0]]))
+
+
 def test_what_a_killed_release_left_can_be_dropped(tmp_path, monkeypatch):
     store = windowed_store(tmp_path)
     fill(store, range(store.window.plan.ends[0]))

@@ -10,7 +10,8 @@ import torch
 from shared.basics.errors import GranaryError
 from shared.intervene.edits import Edit
 from shared.intervene.splice import SplicedModel
-from shared.lm import load_causal_lm, load_tokenizer, model_identity
+from shared.lm import capture, load_causal_lm, load_tokenizer, model_identity
+from shared.lm.modulepoint import ModulePoint
 from shared.sae import SAE
 from shared.sae.for_store import weights_sha256
 from shared.sae.loading import load
@@ -135,6 +136,27 @@ def test_what_writes_elsewhere_is_steered_where_it_writes(folder: Path, tmp_path
         with SplicedModel(model, load(tmp_path / "made"), edits=edits) as spliced:
             full = spliced.generate(ids, max_new_tokens=8, do_sample=False, pad_token_id=tokenizer.eos_token_id)
         assert told[name] == tokenizer.decode(full[0, ids.shape[1] :])
+    assert told["steered"] != told["clean"]
+
+
+def test_an_sae_of_a_module_is_read_and_steered_there(folder: Path, tmp_path: Path) -> None:
+    site = "layers.1.mlp.down_proj-in"
+    made = make("sae", places=(Sites.of(site), SiteWidths((384,), (384,))), d_latent=LATENTS).dictionary
+    made.save_pretrained(tmp_path / "made")
+    record: dict[str, Any] = {"kind": "sae", "reads": [site], "writes": [site], "path": str(tmp_path / "made")}
+    record["sha256"] = weights_sha256(tmp_path / "made")
+    latents = opened_study(folder, dictionary=record, model=dict(model_identity("bundled")))
+    live = Live(latents, LiveSettings.find(latents, None, None))
+    assert live.can_steer
+    tokenizer, model = load_tokenizer("bundled"), load_causal_lm("bundled")
+    ids = torch.tensor([[tokenizer.bos_token_id, *tokenizer(TEXT, add_special_tokens=False).input_ids]])
+    with torch.no_grad(), capture(model, [ModulePoint("model.layers.1.mlp.down_proj", "input")]) as captured:
+        model(ids)
+    (x,) = captured.values()
+    dense = made.encode(x[0]).to_dense(LATENTS).numpy()
+    dense[0] = 0  # BOS
+    assert [found["latent"] for found in live.read(TEXT)["latents"]] == np.flatnonzero(dense.any(0)).tolist()
+    told = live.steer(TEXT, 5, "set", 300.0, 8)
     assert told["steered"] != told["clean"]
 
 

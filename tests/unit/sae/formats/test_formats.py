@@ -268,5 +268,7 @@ def test_what_cannot_be_read_is_refused(tmp_path: Path) -> None:
 
 
 def test_every_format_is_tested() -> None:
-    # Of crosscoders: test_crosscoder_learning.py; of maps: test_llamascopium.py; of a lone file: test_lone_files.py.
-    assert {*FORMULAS, "crosscoder_learning", "llamascopium", "plain"} == set(FORMATS)
+    # Of crosscoders: test_crosscoder_learning.py; of maps: test_llamascopium.py; of a lone file: test_lone_files.py;
+    # of vision models: test_vision_formats.py.
+    elsewhere = {"crosscoder_learning", "llamascopium", "plain", "prisma", "sae_made_easy", "saev"}
+    assert {*FORMULAS, *elsewhere} == set(FORMATS)

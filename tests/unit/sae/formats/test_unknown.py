@@ -26,6 +26,7 @@ from tests.foreign import (
 )
 from tests.foreign_transcoders import SITES, write_crosscoder, write_llamascopium
 from tests.foreign_transcoders import D as D_SITE
+from tests.foreign_vision import read_saev_file, write_prisma, write_sae_made_easy, write_saev, write_saev_file
 from tests.formulas import PROVENANCE, D, F, K, activations, assert_same, make_sae
 
 WRITERS: dict[str, Callable[..., None]] = {
@@ -63,7 +64,13 @@ def every_folder(root: Path) -> dict[str, Path]:
     convert(root / "ours", root / "sparsify", "sparsify")
     write_crosscoder(root / "crosscoder_learning", 2, normalised=True)
     write_llamascopium(root / "llamascopium")
+    write_sae_made_easy(root / "sae_made_easy")
+    write_saev(root / "saev")
+    write_prisma(root / "prisma")
     return {
+        "sae_made_easy": root / "sae_made_easy/adapter_model.safetensors",
+        "saev": root / "saev/sae.pt",
+        "prisma": root / "prisma/n_images_2600058.pt",
         "crosscoder_learning": root / "crosscoder_learning/final.pt",
         "saelens": root / "saelens/sae_weights.safetensors",
         "opensae": root / "opensae/model.safetensors",
@@ -82,11 +89,15 @@ def read_by(name: str) -> torch.Tensor:
 
 
 def read_weights_file(path: Path) -> dict[str, torch.Tensor]:
+    if path.name == "sae.pt":
+        return read_saev_file(path)[1]
     return dict(torch.load(path, weights_only=True) if path.suffix == ".pt" else load_file(path))
 
 
 def write_weights_file(path: Path, tensors: dict[str, Any]) -> None:
-    if path.suffix == ".pt":
+    if path.name == "sae.pt":
+        write_saev_file(path, read_saev_file(path)[0], tensors)
+    elif path.suffix == ".pt":
         torch.save(tensors, path)
     else:
         save_file(tensors, path)

@@ -1,6 +1,7 @@
 """Training on a store with a window, in one process: what is deleted when, stops while it waits, what is refused."""
 
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,7 @@ from shared.basics.metrics_file import read_metrics
 from shared.store import Store
 from shared.store.capacity import shard_bytes
 from tests.synthetic import synthetic_plan, synthetic_shard, synthetic_tokens
-from tests.training import Runs, assert_same_weights
+from tests.training import Died, Runs, assert_same_weights, interrupted_after, watching
 
 pytestmark = pytest.mark.usefixtures("train_configs")
 
@@ -122,3 +123,32 @@ def test_more_than_one_pass_is_refused(train: Runs, url: str, tmp_path: Path) ->
         train("a", url, "schedule.tokens=100000")
     with pytest.raises(GranaryError, match="max_norm_multiple needs the whole store"):
         train("a", url, *SETTINGS, "stream.max_norm_multiple=10")
+
+
+def test_a_store_that_is_gone_is_harvested_anew_from_where_training_stands(
+    train: Runs, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after a kill of both, with the store in memory: blocks that were passed are left out, the weights the same."""
+    windowed_store(tmp_path / "windowed")
+    with pytest.raises(Died), watching(before=interrupted_after(13)):
+        train("a", url, *SETTINGS, "checkpoint.every=3")
+    shutil.rmtree(tmp_path / "windowed")
+    store = windowed_store(tmp_path / "windowed", shards=2)
+    wait_until, made = stage_train.data.blocks.wait_until, []
+
+    def harvesting(ready: Callable[[], bool], report: Callable[[], None], give_up: Callable[[], None]) -> float:
+        assert store.window is not None
+        for shard in store.pending():
+            if shard < store.window.open_end() and not store.window.is_passed(shard, store.heldout_shards):
+                made.append(shard)
+                fill(store, range(shard, shard + 1))
+        return wait_until(ready, report, give_up=give_up)
+
+    monkeypatch.setattr("stage_train.data.blocks.wait_until", harvesting)
+    out = train("a", url, *SETTINGS, "checkpoint.every=3")
+    windowed_store(tmp_path / "other")
+    assert_same_weights(out, train("b", f"store.url={tmp_path / 'other'}", *SETTINGS, "checkpoint.every=3"))
+    left_out = set(range(store.num_shards)) - set(store.committed())
+    assert left_out.isdisjoint(made)
+    assert left_out.isdisjoint(store.heldout_shards)
+    assert left_out

@@ -13,6 +13,7 @@ import granary
 from shared.basics.errors import GranaryError
 from shared.basics.metrics_file import read_metrics
 from shared.basics.run_folder import RunFolder
+from shared.lm.early_end import may_end_early
 from shared.sae import SAEConfig, load_provenance
 from stage_train.state.checkpoint import newest_checkpoint
 from stage_train.step import loop
@@ -285,3 +286,61 @@ def test_module_never_called_is_said_after_the_first_forward():
     model.forward = model[0].forward  # type: ignore[method-assign]
     with granary.attach(model, {"idle": OPEN}) as saes, pytest.raises(GranaryError, match="idle did not run"):
         granary.fit(saes, [noise(4, 6)], tokens=64, overrides=QUICK)
+
+
+def counted(module: nn.Module) -> list[int]:
+    """Grows by one at each forward of `module`."""
+    runs: list[int] = []
+    original = module.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        runs.append(1)
+        return original(*args, **kwargs)
+
+    module.forward = forward  # type: ignore[method-assign]
+    return runs
+
+
+TOKENS = torch.randint(2, 50, (8, 2, 9), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("targets", [[HOOK], ["model.layers.0.mlp.up_proj", "layers.1.mlp_in"]])
+def test_a_fit_runs_no_layer_behind_the_last_place_and_learns_the_same(targets, monkeypatch):
+    fitted = []
+    for may in (True, False):
+        model = tiny_llama()
+        if not may:
+            monkeypatch.setattr("stage_train.online.rows.may_end_early", lambda model: False)
+        runs, before = counted(model.model.layers[2]), counted(model.model.layers[1])
+        tensors = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        with granary.attach(model, dict.fromkeys(targets, OPEN)) as saes:
+            granary.fit(saes, list(TOKENS), tokens=320, overrides=QUICK)
+        fitted.append([tensor for name in saes for tensor in saes[name].state_dict().values()])
+        assert len(before) > 8
+        assert len(runs) == (1 if may else len(before))
+        assert all(torch.equal(tensors[name], tensor) for name, tensor in model.state_dict().items())
+    assert all(map(torch.equal, *fitted))
+
+
+def test_a_forward_is_whole_where_its_end_is_waited_for():
+    """By hooks of somebody else, by weights that are put back behind each layer, in a model of any control flow."""
+    model = tiny_llama()
+    assert may_end_early(model)
+    seen: list[int] = []
+    handle = model.model.norm.register_forward_hook(lambda *_: seen.append(1))
+    assert not may_end_early(model)
+    fit(model, HOOK, batches=list(TOKENS), tokens=320)
+    assert len(seen) > 8
+    handle.remove()
+    assert may_end_early(model)
+    model.lm_head._hf_hook = object()  # as accelerate's offloading leaves one
+    assert not may_end_early(model)
+    assert not may_end_early(seeded(MLP)())
+
+
+def test_a_place_that_runs_twice_keeps_the_rows_of_both():
+    model = tiny_llama()
+    model.model.layers[2] = model.model.layers[1]
+    runs = counted(model.lm_head)
+    fit(model, "model.layers.1.mlp.up_proj", batches=list(TOKENS), tokens=576)
+    assert len(runs) > 1
