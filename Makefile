@@ -60,7 +60,7 @@ $(VENV_PEERS)/.installed: pyproject.toml constraints-peers.txt
 	@# Of these one module each is used; their own pins do not go with the others'.
 	@$(VENV_PEERS)/bin/python -m pip install -q --disable-pip-version-check --no-deps -c constraints-peers.txt circuit-tracer sae-dashboard \
 	  eai-delphi dataclasses-json marshmallow typing-inspect eindex-callum orjson \
-	  asyncer blobfile faiss-cpu lxml pycryptodomex sentence-transformers
+	  asyncer blobfile faiss-cpu lxml pycryptodomex sentence-transformers sae-bench tabulate
 	@$(VENV_PEERS)/bin/python -m pip uninstall -q -y torchvision
 	@touch $@
 

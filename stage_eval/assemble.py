@@ -35,6 +35,7 @@ from stage_eval.results.evaluation import (
     WeightsRecord,
 )
 from stage_eval.results.figures import Breakdown, DecoderFigures, GroupFigures
+from stage_eval.results.supervised import SupervisedFigures
 from stage_eval.sae_folders import SAEFolder
 
 CURVE_POINTS = 400
@@ -96,6 +97,7 @@ class Measured:
     losses: DownstreamSums | None
     decoder: DecoderFigures | None
     differences: DiffSums | None = None
+    supervised: SupervisedFigures | None = None
 
 
 def assemble(measured: Measured, session: Session, facts: RunFacts) -> Evaluation:
@@ -137,6 +139,7 @@ def assemble(measured: Measured, session: Session, facts: RunFacts) -> Evaluatio
         differences=None
         if measured.differences is None
         else diff_figures(measured.differences, sums.added["firings_F"] > 0, written),
+        supervised=measured.supervised,
         training=training_curve(folder.folder),
         provenance=Provenance(
             **vars(facts.provenance),

@@ -37,7 +37,8 @@ class EvalSchema:
     """Where the results of one SAE, or the comparison of several, go. null: into ``run_dir``; but those of one that is
     not the run's own, ``<run_dir>/sae``, go beside it."""
     seed: int = MISSING
-    """Which decoder directions are sampled for their nearest neighbours."""
+    """Which decoder directions are sampled for their nearest neighbours; with ``supervised=true`` also the halves of
+    the documents, the drawn tokens, the random latents and the resamples."""
     nproc: int = MISSING
     """Processes on this machine; the same as starting the stage with torchrun."""
     sae: SAEInput = field(default_factory=SAEInput)
@@ -55,6 +56,11 @@ class EvalSchema:
     """Run the language model too; false scores the reconstruction alone and needs no model."""
     splice_bos: bool = MISSING
     """Replace the activation of BOS as well. SAEs are not trained on BOS, so it is left alone by default."""
+    supervised: bool = MISSING
+    """Score the latents against labels of Python's own tokenizer too, where the store's text is Python: sparse probing,
+    splitting, absorption, targeted perturbation, removal of spurious correlations."""
+    supervised_examples: int = key(count=True)
+    """Tokens that are drawn for them of each label and half of the documents at most."""
     joint: bool = MISSING
     """With SAEs of several hooks, one per hook: also splice all of them at once."""
 

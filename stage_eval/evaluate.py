@@ -43,8 +43,10 @@ from stage_eval.output import (
 from stage_eval.results.comparison import Comparison, compare, least_fvu
 from stage_eval.results.evaluation import Evaluation
 from stage_eval.results.figures import DecoderFigures, JointDownstream
+from stage_eval.results.supervised import SupervisedFigures
 from stage_eval.sae_folders import Found, SAEFolder, find_saes
 from stage_eval.show.table import print_tables
+from stage_eval.supervised.labelled import Labelled
 
 log = logging.getLogger(__name__)
 
@@ -76,13 +78,14 @@ def evaluate(cfg: EvalSchema) -> None:
             joint=cfg.joint,
         ),
     )
+    labelled = Labelled.draw(cfg, session) if cfg.supervised else None
     if world.is_main:
-        announce(cfg, found, session, choice)
+        announce(cfg, found, session, choice, labelled)
     model = None if choice is None else load_model(cfg, choice, session)
     facts = RunFacts.of(cfg, session, choice.path if choice else None)
     results = Results([], [])
     for start in range(0, len(found.folders), cfg.sae.per_pass):
-        measure(found.folders[start : start + cfg.sae.per_pass], session, model, facts, cfg.seed, results)
+        measure(found.folders[start : start + cfg.sae.per_pass], session, model, facts, cfg.seed, results, labelled)
     if world.is_main:
         write(cfg, found, results)
     barrier()
@@ -95,6 +98,9 @@ def check_settings(cfg: EvalSchema, folders: Sequence[SAEFolder]) -> None:
         raise GranaryError(f"sae.per_pass={cfg.sae.per_pass}: it must be at least 1")
     if cfg.batch_contexts is not None and cfg.batch_contexts < 1:
         raise GranaryError(f"batch_contexts={cfg.batch_contexts}: it must be at least 1, or null")
+    whole = [folder.path for folder in folders if folder.sites.unit != "token"]
+    if cfg.supervised and whole:
+        raise GranaryError(f"supervised=true draws single tokens, and {whole[0]} reads whole sequences")
     if not cfg.joint:
         return
     if not cfg.downstream:
@@ -106,7 +112,9 @@ def check_settings(cfg: EvalSchema, folders: Sequence[SAEFolder]) -> None:
         raise GranaryError(f"joint=true needs all {len(folders)} SAEs in one pass: set sae.per_pass={len(folders)}")
 
 
-def announce(cfg: EvalSchema, found: Found, session: Session, choice: ModelChoice | None) -> None:
+def announce(
+    cfg: EvalSchema, found: Found, session: Session, choice: ModelChoice | None, labelled: Labelled | None
+) -> None:
     """Say what will be evaluated, how much work it is, and what is left out."""
     folders, data = found.folders, session.data
     places = list(dict.fromkeys(str(folder.sites) for folder in folders))
@@ -118,6 +126,9 @@ def announce(cfg: EvalSchema, found: Found, session: Session, choice: ModelChoic
         "store": cfg.store.url,
         "model": f"{choice.path} in {choice.dtype}, {passes} forward passes per context" if choice else "not run",
     }
+    if labelled is not None:
+        sample = labelled.sample
+        lines["labels"] = f"{len(sample.tasks)} tasks on {len(sample):,} tokens of {sum(sample.documents):,} documents"
     for name, text in lines.items():
         log.info("%-9s %s", name, text)
     for left in found.left_out:
@@ -144,6 +155,7 @@ def measure(
     facts: RunFacts,
     seed: int,
     results: Results,
+    labelled: Labelled | None = None,
 ) -> None:
     """Evaluate SAEs that are in memory together, and add what is found to `results`."""
     loaded = [folder.loaded(session.world.device) for folder in folders]
@@ -152,10 +164,12 @@ def measure(
         check_splices(model, conditions)
     sums, described, diffs = reconstruction_pass(loaded, session)
     losses = downstream_pass(model, conditions, session) if model is not None else None
+    supervised = [] if labelled is None else labelled.figures(loaded, session)
     if not session.world.is_main:
         return
-    for folder, one, summed, diff in zip(folders, loaded, sums, diffs, strict=True):
-        measured = Measured(folder, summed, described, losses, decoder_of(one, seed), diff)
+    of_labels: Sequence[SupervisedFigures | None] = supervised or [None] * len(loaded)
+    for folder, one, summed, diff, figures in zip(folders, loaded, sums, diffs, of_labels, strict=True):
+        measured = Measured(folder, summed, described, losses, decoder_of(one, seed), diff, figures)
         results.evaluations.append(assemble(measured, session, facts))
         results.per_latent.append(per_latent_figures(summed) | ({} if diff is None else diff.per_latent()))
     if losses is not None and session.settings.joint:

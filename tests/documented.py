@@ -22,6 +22,7 @@ NOT_RUN = {
     "granary trace R": "needs a transcoder of each layer: tests/pipeline/test_trace.py runs it",
     "granary trace runs/": "needs a transcoder of each layer: tests/pipeline/test_trace.py runs it",
     "--endpoint": "needs a language model that listens: tests/pipeline/test_explain.py runs it against a stub",
+    "supervised=true": "needs dozens of documents: tests/pipeline/test_eval_supervised.py runs it",
     "granary explore": "needs a latents folder, and serves until it is stopped: tests/pipeline/test_explore.py runs it",
 }
 

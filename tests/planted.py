@@ -10,7 +10,7 @@ from shared.sae.config import SAEConfig
 from shared.sae.sites import Sites
 from shared.sae.variants import SAE
 from shared.store import Store
-from stage_inspect.concepts import python
+from shared.text import python
 from stage_inspect.inspect import inspect
 from tests.inspection import HOOK, inspect_config
 from tests.synthetic import synthetic_plan

@@ -2,11 +2,12 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from stage_eval.results.evaluation import Evaluation, Settings, StoreRecord
 from stage_eval.results.figures import ActivationFigures, Figure, Interval, JointDownstream
-from stage_eval.results.record import Json, Record
+from stage_eval.results.record import OPTIONAL, Json, Record
+from stage_eval.results.supervised import SupervisedOutline
 
 FORMAT = "granary-comparison"
 
@@ -60,6 +61,7 @@ class ComparisonRow(Record):
     frequency: FiringOutline
     nearest: NearestOutline | None
     confidence95: dict[str, Interval | None]
+    supervised: SupervisedOutline | None = field(default=None, metadata=OPTIONAL)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,6 +170,7 @@ def comparison_row(evaluation: Evaluation, link: str | None) -> ComparisonRow:
         frequency=FiringOutline(log10_edges=histogram.log10_edges, latents=histogram.latents),
         nearest=NearestOutline(edges=decoder.edges, nearest=decoder.nearest) if decoder is not None else None,
         confidence95=intervals,
+        supervised=None if evaluation.supervised is None else SupervisedOutline.of(evaluation.supervised),
     )
 
 

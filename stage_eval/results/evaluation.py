@@ -13,6 +13,7 @@ from stage_eval.results.figures import (
     Reconstruction,
 )
 from stage_eval.results.record import OPTIONAL, Json, Record
+from stage_eval.results.supervised import SupervisedFigures
 
 FORMAT = "granary-evaluation"
 DEFINITIONS = 1
@@ -154,6 +155,8 @@ class Evaluation(Record):
     activations_by_site: dict[str, ActivationFigures] | None = field(default=None, metadata=OPTIONAL)
     differences: DiffFigures | None = field(default=None, metadata=OPTIONAL)
     """Of a crosscoder of two sites of one width."""
+    supervised: SupervisedFigures | None = field(default=None, metadata=OPTIONAL)
+    """Where they were asked for."""
     training: TrainingCurve | None
     provenance: Provenance
     settings: Settings

@@ -12,6 +12,7 @@ from stage_eval.show import page
 from stage_eval.show.page import text
 from stage_eval.show.plots import activation_plots, numbered
 from stage_eval.show.report import activation_rows
+from stage_eval.show.supervised import supervised_comparison
 from stage_eval.show.sweep_plots import has_losses, latent_plots, sweep_plots
 from stage_eval.show.text import differing, middle_cut, number, percent, short, small_sample
 
@@ -40,6 +41,7 @@ def render_comparison(comparison: Comparison) -> str:
             page.section(f"Best{of_site}", headline(group)) if of_site else headline(group),
             page.section(f"Quality against sparsity{of_site}", page.figures(numbered(sweep_plots(group), index))),
             page.section(f"All SAEs{of_site}", comparison_table(group)),
+            *supervised_comparison(group, labels(group), of_site, index),
             page.section(f"Latents{of_site}", page.figures(numbered(latent_plots(group), index))),
         ]
     sections += [

@@ -10,6 +10,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator, PercentFor
 
 from stage_eval.results.evaluation import Evaluation, TrainingCurve
 from stage_eval.results.figures import ActivationFigures, DecoderFigures, Downstream, GroupFigures, LatentFigures
+from stage_eval.show.supervised_plots import supervised_plots
 from stage_eval.show.theme import Palette, Plot
 
 FEWEST = 50
@@ -29,6 +30,8 @@ def evaluation_plots(report: Evaluation) -> list[Plot]:
     if report.downstream is not None:
         plots.append(loss_bars(report.downstream))
         plots += [loss_by(report.breakdown.position, "position"), loss_by(report.breakdown.frequency, "frequency")]
+    if report.supervised is not None:
+        plots += supervised_plots(report.supervised)
     if report.training is not None:
         plots.append(training_curve(report.training, report.fvu))
     return plots

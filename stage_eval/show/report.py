@@ -16,6 +16,7 @@ from stage_eval.results.figures import (
 from stage_eval.show import page
 from stage_eval.show.page import text
 from stage_eval.show.plots import activation_plots, evaluation_plots, numbered
+from stage_eval.show.supervised import supervised_section
 from stage_eval.show.text import number, percent, short, signed, small_sample
 from stage_eval.show.theme import Plot
 
@@ -77,6 +78,7 @@ def render(report: Evaluation) -> str:
             site_rows(reconstruction),
         ),
         *([] if report.differences is None else [differences(report.differences)]),
+        *([] if report.supervised is None else [supervised_section(report.supervised)]),
         page.section(
             "Where it errs",
             page.figures(

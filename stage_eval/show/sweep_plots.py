@@ -25,7 +25,7 @@ def comparison_plots(comparison: Comparison) -> list[Plot]:
     plots = []
     for index, (site, rows) in enumerate(comparison.by_site.items()):
         several = len(comparison.by_site) > 1
-        found = numbered([*sweep_plots(rows), *latent_plots(rows)], index)
+        found = numbered([*sweep_plots(rows), *label_plots(rows), *latent_plots(rows)], index)
         plots += [replace(plot, title=f"{plot.title}, {site}") if several else plot for plot in found]
     return plots
 
@@ -38,6 +38,48 @@ def sweep_plots(rows: Sequence[ComparisonRow]) -> list[Plot]:
         costs = [KL, DEAD] if has_losses(rows) else [DEAD]
         plots += [against_k(rows, metric) for metric in (*quality, *costs)]
     return plots
+
+
+def label_plots(rows: Sequence[ComparisonRow]) -> list[Plot]:
+    """The supervised scores against L0, with their intervals over documents; none where an SAE has none."""
+    outlines = [row.supervised for row in rows if row.supervised is not None]
+    if len(outlines) < len(rows):
+        return []
+    count = outlines[0].ablated
+    metrics = (
+        ("latents_1", "accuracy of one latent", "Of probes that see one latent, mean over concepts; 0.5 is chance."),
+        (
+            "absorbed_fraction",
+            "absorption",
+            "Share of a concept's projection that others make up; lower is better.",
+        ),
+        (
+            "perturbation",
+            "TPP",
+            f"What probes lose by {count} latents of their kind, less the others.",
+        ),
+        ("removal", "SCR", f"Share given back to biased probes by ablating {count} latents."),
+    )
+    return [of_labels(rows, *metric) for metric in metrics if all(getattr(one, metric[0]) for one in outlines)]
+
+
+def of_labels(rows: Sequence[ComparisonRow], key: str, label: str, caption: str) -> Plot:
+    """One of the supervised scores against the measured L0, a line per expansion."""
+
+    def draw(axes: Axes, palette: Palette) -> None:
+        for index, (name, group) in enumerate(lines(rows).items()):
+            colour, ordered = palette.series(index), by_l0(group)
+            xs, found = [value(row, "l0") for row in ordered], [getattr(row.supervised, key) for row in ordered]
+            ys = [math.nan if one.value is None else one.value for one in found]
+            axes.plot(xs, ys, color=colour, marker=MARKERS[index % len(MARKERS)], label=name)
+            for x, one in zip(xs, found, strict=True):
+                if one.interval is not None:
+                    axes.plot([x, x], one.interval, color=colour, linewidth=1, alpha=0.6)
+        finish(axes, sorted({round(row.l0) for row in rows if row.l0 is not None}), label)
+        axes.set_xlabel("L0 (nonzero latents per token, measured)")
+
+    title = f"{label[0].upper()}{label[1:]} against sparsity"
+    return Plot(f"labels_{key}", title, f"{caption} A line per expansion, 95 % intervals over documents.", draw)
 
 
 def has_losses(rows: Sequence[ComparisonRow]) -> bool:

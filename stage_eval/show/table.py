@@ -8,6 +8,8 @@ from rich.table import Table
 from shared.launch.terminal import ShownConsole
 from stage_eval.results.evaluation import Evaluation
 from stage_eval.results.figures import Downstream, JointDownstream
+from stage_eval.results.supervised import SupervisedOutline
+from stage_eval.show.supervised import SUPERVISED_HEADINGS, headline_figures, whole_activation
 from stage_eval.show.text import differing, middle_cut, number, percent, small_sample
 
 WIDE = 110
@@ -35,6 +37,9 @@ def print_by_site(console: ShownConsole, evaluations: Sequence[Evaluation]) -> N
     for hook in dict.fromkeys(one.sae.hook for one in evaluations):
         here = [one for one in evaluations if one.sae.hook == hook]
         console.print(results_table(hook, here, wide=console.width >= WIDE))
+        outlines = [SupervisedOutline.of(one.supervised) for one in here if one.supervised is not None]
+        if outlines:
+            console.print(supervised_table([one.sae.name for one in here], outlines))
         first = here[0]
         if first.downstream is not None:
             console.print(
@@ -59,6 +64,19 @@ def results_table(hook: str, evaluations: Sequence[Evaluation], *, wide: bool) -
     names = differing([one.sae.name for one in evaluations])
     for name, row in zip(names, rows, strict=True):
         table.add_row(middle_cut(name), *row.values())
+    return table
+
+
+def supervised_table(names: Sequence[str], outlines: Sequence[SupervisedOutline | None]) -> Table:
+    """The headlines of the supervised scores."""
+    title = f"labels of Python's tokenizer. {whole_activation(outlines)}"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("SAE", overflow="fold")
+    for heading in SUPERVISED_HEADINGS:
+        table.add_column(heading, justify="right", no_wrap=True)
+    for name, one in zip(differing(names), outlines, strict=True):
+        shown = (None if found is None else found.value for found in headline_figures(one))
+        table.add_row(middle_cut(name), *map(number, shown))
     return table
 
 

@@ -6,15 +6,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 
 from shared.basics.errors import GranaryError
 from shared.latents.vocabulary import Vocabulary
-from stage_inspect.concepts import python
-from stage_inspect.concepts.documents import Document
+from shared.text import python
+from shared.text.documents import Document, Marks, touched
 from stage_inspect.concepts.marked import MarkedSpans
-
-Marks = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -64,16 +61,6 @@ class Concepts:
 def marked_name(label: str) -> str:
     """The name of the concept of a label."""
     return f"marked {label}"
-
-
-def touched(document: Document, spans: Sequence[python.Span]) -> Marks:
-    """Tokens that share a character with one of the spans."""
-    inside = np.zeros(len(document.text) + 1, np.int64)
-    for start, stop in spans:
-        inside[start] += 1
-        inside[stop] -= 1
-    before = np.append(0, np.cumsum(np.cumsum(inside)[:-1] > 0))  # marked characters before each character
-    return before[document.starts[1:]] > before[document.starts[:-1]]
 
 
 def parse(

@@ -16,8 +16,7 @@ from pathlib import Path
 
 from shared.basics.documents import parse_json
 from shared.basics.errors import GranaryError
-from stage_inspect.concepts.documents import Document
-from stage_inspect.concepts.python import Span
+from shared.text.documents import Document, Span
 
 Labelled = tuple[int, int, str]
 

@@ -16,7 +16,7 @@ from shared.latents.layout import BINS
 from shared.latents.vocabulary import Vocabulary
 from shared.sae.for_store import DictionaryFolder, open_folder
 from shared.store import Store
-from stage_inspect.concepts.documents import documents
+from shared.text.documents import documents
 from stage_inspect.concepts.labels import Concepts
 from stage_inspect.concepts.score import Detail, Marks, Match, Tally, choose, score
 from stage_inspect.scan.batches import BatchReader

@@ -11,10 +11,10 @@ from typing import Literal
 
 import numpy as np
 
+from shared.basics.hashes import limit, seeded
 from shared.latents.examples import Example
 from shared.store import Store
-from stage_inspect.explain.beginnings import Beginnings
-from stage_inspect.scan.hashes import limit, seeded
+from shared.text.beginnings import Beginnings
 
 Side = Literal["train", "test"]
 

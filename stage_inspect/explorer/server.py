@@ -32,7 +32,7 @@ from starlette.routing import Mount, Route
 from shared.basics.config import Split
 from shared.basics.documents import parse_json, typed
 from shared.basics.errors import GranaryError
-from stage_inspect.concepts.python import CONCEPTS as PYTHON
+from shared.text.python import CONCEPTS as PYTHON
 from stage_inspect.concepts.question import Question
 from stage_inspect.explorer.documents import Documents
 from stage_inspect.explorer.guard import Guard

@@ -13,6 +13,7 @@ from shared.latents.vocabulary import Vocabulary
 from shared.latents.writer import LatentsWriter
 from shared.lm.head import load_head
 from shared.lm.recorded import recorded_vocabulary
+from shared.sae.rows import decoder_rows
 from shared.sae.variants import Dictionary
 from shared.store.io.base import ObjectIO
 from stage_inspect.finish.merge import merge_block, record_columns, table_columns, window_starts
@@ -20,7 +21,6 @@ from stage_inspect.finish.silent import choose_pool, silent_columns
 from stage_inspect.finish.together import together
 from stage_inspect.finish.weights import (
     MOST_COMPARED,
-    decoder_rows,
     logit_columns,
     neighbour_columns,
     stream_rows,

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from shared.latents.layout import LOGIT_BINS, LOGITS, NEAREST, NONE
 from shared.lm.head import LogitHead
+from shared.sae.rows import raw_rows
 from shared.sae.sites import Sites, SiteWidths, slices
 from shared.sae.variants import Dictionary
 from stage_inspect.scan.log import Columns
@@ -20,18 +21,6 @@ BLOCK_ELEMENTS = 1 << 24
 ROWS = 1 << 14  # of the weights that are looked at together
 # Sites that are the residual stream or are added to it, so that the head reads them.
 IN_THE_STREAM = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")
-
-
-def decoder_rows(dictionary: Dictionary) -> Tensor:
-    """One row per latent over all that is written, [F, D]; 0 where its group does not write."""
-    if len(dictionary.groups) == 1:
-        return dictionary.groups[0].W_dec.detach()
-    rows = []
-    for group, (_, writes) in zip(dictionary.groups, dictionary.places, strict=True):
-        W_FD = group.W_dec.new_zeros(group.num_latents, dictionary.widths.d_out)
-        W_FD[:, writes] = group.W_dec.detach()
-        rows.append(W_FD)
-    return torch.cat(rows)
 
 
 @torch.inference_mode()
@@ -107,11 +96,7 @@ def stream_rows(dictionary: Dictionary, decoder: Tensor, sites: Sites, widths: S
     name = sites.writes[-1]
     if name.rpartition(".")[2] not in IN_THE_STREAM:
         return None
-    rows = decoder[:, slices(sites.writes, widths.writes)[name]]
-    if dictionary.config.normalisation in ("none", "layer_norm"):
-        return rows
-    scale = dictionary.input_scale if dictionary.config.is_autoencoder else dictionary.output_scale
-    return rows / (scale if scale.dim() == 0 else scale[-1])
+    return raw_rows(dictionary, decoder, slices(sites.writes, widths.writes)[name])
 
 
 @torch.inference_mode()

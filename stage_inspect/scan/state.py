@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from shared.basics.hashes import limit, mix, seeded
 from shared.latents.layout import BINS, SUMS
-from stage_inspect.scan.hashes import limit, mix, seeded
 from stage_inspect.scan.keep import Keys, Smallest
 from stage_inspect.scan.log import TOKEN_RECORD, WINDOW_RECORD, Columns, Log, sort_by_latent, split, window_records
 from stage_inspect.scan.pairs import Ints, Pairs, bins, falling, lengths, peaks, starts_of

@@ -17,19 +17,15 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from hydra import compose, initialize_config_module
-from hydra.errors import ConfigCompositionException, OverrideParseException
 from torch import nn
 
 import stage_train.config
-from shared.basics.errors import GranaryError, first_line
+from shared.basics.errors import GranaryError
 from shared.basics.metrics_file import read_metrics
 from shared.intervene.attach import Attached
 from shared.intervene.folder import folder_name
 from shared.intervene.saved import Saved
-from shared.launch.counts import expand_counts
-from shared.launch.overrides import expand_shorthands
-from shared.launch.schema import fill
+from shared.launch.compose import composed
 from shared.lm.places import device_of
 from shared.parallel import World, barrier, broadcast_object, init_world, telling_lost_contact
 from shared.parallel.stop import StopRequest
@@ -233,19 +229,10 @@ def configurations(given: Mapping[str, SAEConfig], tokens: int, overrides: Seque
     stage_train.config.register()
     fixed = ["schedule.epochs=null", f"schedule.tokens={tokens}", "logger.curves=false", "out_dir=."]
     cfgs: list[TrainSchema] = []
-    with initialize_config_module("conf", version_base="1.3"):
-        for name, config in given.items():
-            chosen = [
-                f"sae={config.activation}",
-                *fixed,
-                *expand_counts(expand_shorthands(list(overrides)), TrainSchema),
-            ]
-            try:
-                cfg = fill(compose("train", chosen))
-            except (ConfigCompositionException, OverrideParseException) as error:
-                raise GranaryError(f"overrides: {first_line(error)}") from None
-            assert isinstance(cfg, TrainSchema)
-            cfgs.append(replace(cfg, sae=replace(cfg.sae, **dictionary_fields(config)), hook=name))
+    for name, config in given.items():
+        cfg = composed("train", [f"sae={config.activation}", *fixed, *overrides])
+        assert isinstance(cfg, TrainSchema)
+        cfgs.append(replace(cfg, sae=replace(cfg.sae, **dictionary_fields(config)), hook=name))
     return cfgs
 
 

@@ -25,7 +25,7 @@ FLOORS = (
     ("shared.parallel", "shared.launch", "shared.kernels", "shared.bundled"),
     ("shared.lm", "shared.store"),
     ("shared.sae",),
-    ("shared.latents", "shared.intervene"),
+    ("shared.latents", "shared.intervene", "shared.text"),
     ("granary", "stage_harvest", "stage_train", "stage_eval", "stage_inspect", "stage_trace"),
 )
 NEVER = (

@@ -1,10 +1,10 @@
 """The tokens that rules are found on and scored on, and where each latent fires, from one pass over the store.
 
-A document is in one of two halves by a hash of its first `HEAD` tokens, so that one that reaches over many contexts, or
-stands in the corpus twice, is in one half alone. N tokens of a half, J labels, P pairs of a token and a latent firing.
+A document is in one of two halves by a hash of its first tokens (`Beginnings.head`), so that one that reaches over many
+contexts, or stands in the corpus twice, is in one half alone. N tokens of a half, J labels, P pairs of a token and a
+latent firing.
 """
 
-import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
@@ -13,15 +13,16 @@ import numpy.typing as npt
 import torch
 
 from shared.basics.errors import GranaryError
-from stage_inspect.concepts.documents import REACH, Document, documents
+from shared.text.beginnings import Beginnings
+from shared.text.documents import documents
+from shared.text.python import looks_like_python
 from stage_inspect.concepts.search import Inspected
 from stage_inspect.explain.rules.grammar import Channel
-from stage_inspect.explain.rules.labels import SAMPLE, Labels, is_python
+from stage_inspect.explain.rules.labels import Labels
 from stage_inspect.scan.batches import BatchReader
 from stage_inspect.scan.pairs import Floats, Ints, Pairs
 
 RUN = 8  # neighbouring contexts that are read together
-HEAD = 1024
 MOST_PAIRS = 1 << 26
 
 
@@ -84,7 +85,9 @@ def read(inspected: Inspected, runs: list[Ints], *, python: bool | None, tell: C
 
     Raises GranaryError where one of the halves has no document.
     """
-    labels = Labels(inspected.vocabulary, with_python=_looks_like_python(inspected, runs) if python is None else python)
+    if python is None:
+        python = looks_like_python(inspected.store, runs, inspected.vocabulary)
+    labels = Labels(inspected.vocabulary, with_python=python)
     parts = list(_parts(inspected, runs, labels, tell))
     F = inspected.latents.meta.num_latents
     heads: dict[bytes, None] = dict.fromkeys(head for part in parts for head in part.heads)
@@ -120,6 +123,7 @@ def _parts(inspected: Inspected, runs: list[Ints], labels: Labels, tell: Callabl
     store, meta = inspected.store, inspected.latents.meta
     dictionary = inspected.folder.load(torch.device("cpu"))
     reader = BatchReader(store, dictionary, inspected.folder.sites, meta.window, store.isolated)
+    beginnings = Beginnings(store)
     T = store.seq_len
     for run in runs:
         first, size = int(run[0]) * T, len(run) * T
@@ -131,7 +135,7 @@ def _parts(inspected: Inspected, runs: list[Ints], labels: Labels, tell: Callabl
             at = document.places[here] - first
             of_text[:, at] = labels.of_document(document)[:, here]
             head_P[at] = len(heads)
-            heads.append(_head(inspected, document))
+            heads.append(beginnings.head(document))
         for batch in reader.batches(run):
             places, at_N = batch.places, batch.at_N
             before = np.where(at_N > places.document_P[at_N], places.tokens_P[np.maximum(at_N - 1, 0)], -1)
@@ -153,24 +157,6 @@ def _parts(inspected: Inspected, runs: list[Ints], labels: Labels, tell: Callabl
                 heads,
             )
             tell(len(places.place_P))
-
-
-def _head(inspected: Inspected, document: Document) -> bytes:
-    """A hash of a document's first tokens, wherever it was met."""
-    store = inspected.store
-    while document.places[0] % store.seq_len == 0 and document.places[0] > 0:
-        context = int(document.places[0]) // store.seq_len - 1
-        before = [
-            one
-            for one in documents(store, np.array([context]), inspected.vocabulary)
-            if one.places[0] < document.places[0] <= one.places[-1]
-        ]
-        if not before:
-            break
-        document = before[0]
-        if int(document.places[0]) // store.seq_len > context - REACH:
-            break  # it begins in sight
-    return hashlib.sha256(document.tokens[:HEAD].astype("<i8").tobytes()).digest()
 
 
 def _joined(parts: list[_Part], num_latents: int, heads: list[bytes]) -> Half:
@@ -200,12 +186,3 @@ def _joined(parts: list[_Part], num_latents: int, heads: list[bytes]) -> Half:
         np.append(0, np.cumsum(np.bincount(latent, minlength=num_latents))),
         tuple(heads),
     )
-
-
-def _looks_like_python(inspected: Inspected, runs: list[Ints]) -> bool:
-    seen: list[str] = []
-    for run in runs:
-        seen += [one.text for one in documents(inspected.store, run[:1], inspected.vocabulary)]
-        if len(seen) >= SAMPLE:
-            break
-    return is_python(seen[:SAMPLE])

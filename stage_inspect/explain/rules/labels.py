@@ -3,19 +3,15 @@
 A token has a label of the surroundings, or of Python, where it shares a character with a span of it; J labels.
 """
 
-import ast
 import re
-import warnings
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from shared.latents.vocabulary import Vocabulary
-from stage_inspect.concepts import python
-from stage_inspect.concepts.documents import Document, is_special
-from stage_inspect.concepts.labels import Marks, touched
+from shared.text import python
+from shared.text.documents import Document, Marks, is_special, touched
 from stage_inspect.scan.pairs import Ints
 
 # Of the token's own text, and of those of its neighbours: what the whole of it must be.
@@ -70,7 +66,6 @@ SURROUNDINGS = {
     },
 }  # fmt: skip
 POSITIONS = [1 << power for power in range(12)]
-SAMPLE = 32  # documents looked at to see whether the text is Python
 
 
 @dataclass(frozen=True)
@@ -136,21 +131,6 @@ def classes(vocabulary: Vocabulary) -> Marks:
         for token, text in enumerate(vocabulary.texts):
             row[token] = not is_special(vocabulary, token) and pattern.fullmatch(text) is not None
     return found
-
-
-def is_python(texts: Sequence[str]) -> bool:
-    """Whether most of these texts are Python, as Python's own parser says."""
-    return 2 * sum(map(_parses, texts)) > len(texts)
-
-
-def _parses(text: str) -> bool:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            # A line of prose may be a name alone; source has statements.
-            return any(not isinstance(one, ast.Expr) for one in ast.parse(text).body)
-        except (SyntaxError, ValueError, RecursionError, MemoryError):
-            return False
 
 
 def affixes(vocabulary: Vocabulary, used: npt.NDArray[np.integer]) -> dict[tuple[str, str], list[int]]:

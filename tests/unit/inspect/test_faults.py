@@ -10,10 +10,10 @@ import torch
 from shared.basics.errors import GranaryError
 from shared.latents.folder import Latents
 from shared.sae.loading import load
+from shared.sae.rows import decoder_rows
 from shared.sae.sites import side_by_side
 from shared.store import Store
 from stage_inspect import job as jobs
-from stage_inspect.finish.weights import decoder_rows
 from stage_inspect.inspect import inspect
 from stage_inspect.scan.places import Places
 from stage_inspect.scan.settings import Settings

@@ -20,7 +20,6 @@ from shared.store import Store
 from stage_inspect.concepts.search import Inspected
 from stage_inspect.explain.rules.command import main, rules
 from stage_inspect.explain.rules.corpus import Corpus, choose_runs, read, side_of
-from stage_inspect.explain.rules.labels import is_python
 from stage_inspect.explain.rules.score import Scoring
 from stage_inspect.explain.rules.search import Search, best_set
 from stage_inspect.inspect import inspect
@@ -214,12 +213,6 @@ def test_the_command_replaces_its_own_rules_alone(study: Path, capsys: pytest.Ca
         main([str(study), "--tokens", "0"])
     assert "--tokens 0: at least 1" in capsys.readouterr().err
     assert json.loads(written)[0]["latent"] == TOKEN
-
-
-def test_source_is_told_from_prose() -> None:
-    assert is_python(["import os\n", "def f(): pass\n", "Once upon a time"])
-    assert not is_python(["Once upon a time", "there", "x = 1\n"])
-    assert not is_python([])
 
 
 @pytest.mark.parametrize(

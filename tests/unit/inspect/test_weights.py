@@ -6,9 +6,10 @@ import torch
 from shared.latents.layout import LOGITS, NONE
 from shared.lm.head import LogitHead
 from shared.sae.config import SAEConfig
+from shared.sae.rows import decoder_rows
 from shared.sae.sites import Sites, SiteWidths
 from shared.sae.variants import SAE
-from stage_inspect.finish.weights import decoder_rows, logit_columns, neighbour_columns, principal_plane, stream_rows
+from stage_inspect.finish.weights import logit_columns, neighbour_columns, principal_plane, stream_rows
 from stage_inspect.scan.log import join
 
 D, F, V = 12, 30, 50

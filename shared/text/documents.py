@@ -4,14 +4,19 @@ Only tokens are read, which a store has of all its contexts, so a document is wh
 asked for. Special tokens have no text.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+import numpy.typing as npt
 
 from shared.latents.vocabulary import Vocabulary
 from shared.store import Store
-from stage_inspect.scan.pairs import Ints
+
+Ints = npt.NDArray[np.int64]
+Marks = npt.NDArray[np.bool_]
+Span = tuple[int, int]
+"""First character, and the one behind the last."""
 
 REACH = 64  # contexts that a document is followed over, on each side
 
@@ -84,3 +89,13 @@ def document(
 def is_special(vocabulary: Vocabulary, token: int) -> bool:
     """Whether a token has no text."""
     return not 0 <= token < len(vocabulary) or bool(vocabulary.special[token])
+
+
+def touched(document: Document, spans: Sequence[Span]) -> Marks:
+    """Tokens that share a character with one of the spans."""
+    inside = np.zeros(len(document.text) + 1, np.int64)
+    for start, stop in spans:
+        inside[start] += 1
+        inside[stop] -= 1
+    before = np.append(0, np.cumsum(np.cumsum(inside)[:-1] > 0))  # marked characters before each character
+    return before[document.starts[1:]] > before[document.starts[:-1]]

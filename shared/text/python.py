@@ -1,14 +1,21 @@
-"""Concepts of Python source, with the truth from Python's own tokenizer: spans of characters by the concept's name."""
+"""Concepts of Python source, with the truth from Python's own tokenizer: spans of characters by the concept's name.
 
+And whether a text is Python at all, as Python's own parser says.
+"""
+
+import ast
 import io
 import keyword
+import re
 import token as kinds
 import tokenize
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import accumulate
 
-Span = tuple[int, int]
+from shared.latents.vocabulary import Vocabulary
+from shared.store import Store
+from shared.text.documents import Ints, Span, documents
 
 CONCEPTS = {
     "string": "string literals, docstrings too",
@@ -31,6 +38,8 @@ CONCEPTS = {
     "exception": "names that end in Error or Exception",
     "dunder": "names between two underscores on each side",
 }
+MOST_MARGINS = 16  # lines at the margin at which the rest of a text is cut off to see whether it is Python
+SAMPLE = 32  # documents looked at to see whether the text is Python
 ENDS = frozenset((tokenize.NEWLINE, tokenize.NL, tokenize.COMMENT, tokenize.INDENT, tokenize.DEDENT, tokenize.ENCODING))
 
 
@@ -151,3 +160,37 @@ def _tokens(text: str) -> Iterator[tokenize.TokenInfo]:
             yield from tokenize.generate_tokens(io.StringIO(text).readline)
         except (tokenize.TokenError, SyntaxError, IndentationError):
             return
+
+
+def looks_like_python(store: Store, runs: Sequence[Ints], vocabulary: Vocabulary) -> bool:
+    """Whether most of the first documents of these runs of neighbouring contexts are Python."""
+    seen: list[str] = []
+    for run in runs:
+        seen += [one.text for one in documents(store, run[:1], vocabulary)]
+        if len(seen) >= SAMPLE:
+            break
+    return is_python(seen[:SAMPLE])
+
+
+def is_python(texts: Sequence[str]) -> bool:
+    """Whether most of these texts are Python, as Python's own parser says."""
+    return 2 * sum(map(_parses, texts)) > len(texts)
+
+
+def parsed_length(text: str) -> int:
+    """How many characters from the start on are Python: all; of a text that was cut, those before one of its last
+    lines at the margin; 0 of one that is no Python."""
+    if _parses(text):
+        return len(text)
+    margins = [line.start() for line in re.finditer(r"^\S", text, re.MULTILINE)]
+    return next((start for start in margins[: -MOST_MARGINS - 1 : -1] if _parses(text[:start])), 0)
+
+
+def _parses(text: str) -> bool:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            # A line of prose may be a name alone; source has statements.
+            return any(not isinstance(one, ast.Expr) for one in ast.parse(text).body)
+        except (SyntaxError, ValueError, RecursionError, MemoryError):
+            return False

@@ -1,14 +1,18 @@
-"""Where documents of a store begin, also those that were cut at the ends of contexts, however long they are."""
+"""Where documents of a store begin, also those that were cut at the ends of contexts, however long they are.
 
+And how a document is told from others by its first tokens, wherever in the store and however often it stands.
+"""
+
+import hashlib
 from dataclasses import dataclass, field
 from functools import lru_cache
 
 import numpy as np
 
 from shared.store import Store
-from stage_inspect.concepts.documents import goes_on
-from stage_inspect.scan.pairs import Ints
+from shared.text.documents import Document, Ints, goes_on
 
+HEAD = 1024  # tokens that a document is known by
 ROWS = 64  # contexts whose segments are read together
 BLOCKS = 4096  # of them that are remembered
 PLACES = 1 << 18  # of parts that are remembered: latents share windows
@@ -30,6 +34,19 @@ class Beginnings:
         self._edges = lru_cache(BLOCKS)(self._read_edges)
         self.place = lru_cache(PLACES)(self._place)
         """Of (context, document's number in it): its place."""
+
+    def head(self, document: Document) -> bytes:
+        """A hash of the document's first `HEAD` tokens: the same for each part of it, and for each copy."""
+        context, position = divmod(int(document.places[0]), self.store.seq_len)
+        begins = self._first(context) if position == 0 else int(document.places[0])
+        tokens = document.tokens if begins == document.places[0] else self._tokens_from(begins)
+        return hashlib.sha256(tokens[:HEAD].astype("<i8").tobytes()).digest()
+
+    def _tokens_from(self, place: int) -> Ints:
+        """The first tokens, `HEAD` or more, of a document that begins here and reaches at least as far."""
+        context, position = divmod(place, self.store.seq_len)
+        rows = range(context, min(self.store.num_contexts, context + 1 + -(-HEAD // self.store.seq_len)))
+        return self.store.tokens(rows).reshape(-1)[position:].astype(np.int64)
 
     def _place(self, context: int, document: int) -> int:
         start = int(np.argmax(self.store.segments([context])[0] == document))
