@@ -4,7 +4,8 @@
     python benchmarks/step.py --shape a --variants
     python benchmarks/step.py --quick
 
-``--variants`` times transcoder, crosscoder, CLT and MoLT in place of the peers, each beside what it is held against.
+``--variants`` times transcoder, crosscoder, CLT, MoLT and Lorsa in place of the peers, each beside what it is held
+against.
 
 Every contender runs in its own process on the same data and is stepped in turn, so that a slow minute of the machine
 falls on all of them; medians are over rounds. Peers live in an environment of their own, made with

@@ -3,6 +3,7 @@
 granary-transcoder   an SAE of the same shape (granary)
 granary-crosscoder   2 sites: an SAE of twice the width (granary-wide)
 granary-molt         transforms of ranks 64 to 4: a dense step by autograd (molt-dense)
+granary-lorsa        16 heads of queries and keys, contexts of 256 tokens: a dense step by autograd (lorsa-dense)
 granary-clt          4 layers, batchtopk over all of them: a dense step by autograd (clt-dense), and the products
                      of its own encoders alone (clt-gemm, clt-gemm-onednn)
 """
@@ -23,6 +24,7 @@ RATIOS = (
     ("granary-clt", ("clt-gemm", "clt-gemm-onednn"), "<= 2"),
     ("clt-dense", ("granary-clt",), "> 5"),
     ("molt-dense", ("granary-molt",), "> 1.5"),
+    ("granary-lorsa", ("lorsa-dense",), "<= 1.5"),
 )
 
 
@@ -104,6 +106,49 @@ def molt_dense(shape: Shape) -> Step:
     return step
 
 
+def lorsa_dense(shape: Shape) -> Step:
+    """Plain dense PyTorch of a Lorsa: every pattern and every latent of every token, kept for the backward pass."""
+    from gpu_stages.trainee import CONTEXT, QK_HEADS, QK_WIDTH
+
+    from shared.kernels.attention.pattern import rotated
+
+    latents, d = shape.d_latent, shape.d_model
+    x = make_batch(shape)
+    y = x.roll(1, dims=1)
+    x_CTD = x.view(-1, CONTEXT, d)
+    W_Q, W_K = (torch.nn.Parameter(torch.randn(QK_HEADS * QK_WIDTH, d) / d**0.5) for _ in "QK")
+    W_V, W_O = (torch.nn.Parameter(F.normalize(torch.randn(latents, d), dim=1)) for _ in "VO")
+    b_Q, b_K = (torch.nn.Parameter(torch.zeros(QK_HEADS * QK_WIDTH)) for _ in "QK")
+    b_V, b_dec = torch.nn.Parameter(torch.zeros(latents)), torch.nn.Parameter(torch.zeros(d))
+    parameters = [W_Q, W_K, W_V, W_O, b_Q, b_K, b_V, b_dec]
+    optimiser = torch.optim.Adam(parameters, lr=1e-3)
+    angles = torch.arange(CONTEXT)[:, None] * 10_000 ** (-torch.arange(0, QK_WIDTH, 2) / QK_WIDTH)
+    turn = tuple(part[None, :, None] for part in (angles.cos(), angles.sin()))
+
+    def step() -> float:
+        q, k = (
+            rotated(F.linear(x_CTD, W, b).unflatten(2, (QK_HEADS, -1)), *turn).transpose(1, 2)
+            for W, b in ((W_Q, b_Q), (W_K, b_K))
+        )
+        v = F.linear(x_CTD, W_V).unflatten(2, (QK_HEADS, -1)).transpose(1, 2)
+        causal = torch.ones(CONTEXT, CONTEXT, dtype=torch.bool).tril()
+        scores = (q @ k.transpose(2, 3) / QK_WIDTH**0.5).masked_fill(~causal, -torch.inf)
+        z = torch.relu((torch.softmax(scores, -1) @ v).transpose(1, 2).flatten(2).flatten(0, 1) + b_V)
+        values, indices = z.topk(shape.k)
+        f = torch.zeros_like(z).scatter(1, indices, values)
+        loss = (f @ W_O + b_dec - y).square().sum(1).mean()
+        optimiser.zero_grad()
+        loss.backward()
+        with torch.no_grad():
+            W_O.grad -= (W_O.grad * W_O).sum(1, keepdim=True) * W_O
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimiser.step()
+            W_O.div_(W_O.norm(dim=1, keepdim=True))
+        return float(loss.detach())
+
+    return step
+
+
 VARIANT_PROVIDERS: dict[str, Callable[[Shape], Step]] = {
     "granary-transcoder": partial(granary, kind="transcoder"),
     "granary-crosscoder": partial(granary, kind="crosscoder"),
@@ -112,6 +157,8 @@ VARIANT_PROVIDERS: dict[str, Callable[[Shape], Step]] = {
     "clt-dense": clt_dense,
     "granary-molt": partial(granary, kind="molt"),
     "molt-dense": molt_dense,
+    "granary-lorsa": partial(granary, kind="lorsa"),
+    "lorsa-dense": lorsa_dense,
     "clt-gemm": partial(of_all_layers, gemm),
     "clt-gemm-onednn": partial(of_all_layers, gemm_onednn),
 }

@@ -21,7 +21,7 @@ from shared.sae.learn.init import initialise
 from shared.sae.learn.objective import Objective
 from stage_train.config import TrainSchema
 from stage_train.data.inputs import RunInputs
-from stage_train.data.stream import Batch, BatchStream
+from stage_train.data.stream import AnyBatch, BatchStream
 from stage_train.online.driver import is_in_memory
 from stage_train.show.curves import draw_curves
 from stage_train.show.loggers import Logger, make_loggers
@@ -66,7 +66,7 @@ class Run:
         """Whether all steps are done."""
         return self.step >= self.spec.length.steps
 
-    def learn(self, batch: Batch) -> Mapping[str, float | int] | None:
+    def learn(self, batch: AnyBatch) -> Mapping[str, float | int] | None:
         """One step; the metrics where it is time to log. Raises GranaryError when training has diverged."""
         if not self._begun:
             self._begin()
@@ -177,9 +177,14 @@ def make_objective(
         copy_weights(objective.dictionary, cfg.init_from)
     elif begins:
         sites = layout.sites(spec.sites)
-        x_MD, y_MD = inputs.sample(sites, cfg.seed)
+        x, y_MD = inputs.sample(sites, cfg.seed)
         reads, writes = ([inputs.statistics(site) for site in side] for side in (sites.reads, sites.writes))
-        initialise(objective, reads, x_MD, writes, y_MD)
+        heads = None
+        if spec.attention is not None and getattr(spec.learning, "qk_init", None) == "model":
+            from shared.lm.attention import model_heads  # transformers: needed by no other variant
+
+            heads = model_heads(spec.attention.path, spec.attention.revision, spec.attention.layer)
+        initialise(objective, reads, x, writes, y_MD, heads=heads)
     return objective
 
 

@@ -66,6 +66,10 @@ class SAESchema:
         """
         options = {name: value for name, value in variant.items() if name != "kind"}
         kind = kind_of(str(variant["kind"]))
+        if kind.unit != sites.unit:
+            raise GranaryError(
+                f"variant={kind.kind} learns from whole contexts, which a store alone gives: granary train, not fit"
+            )
         d_latent = self._num_latents(kind, options, widths)
         given = {field.name: getattr(self, field.name) for field in fields(self)}
         given["d_latent"] = d_latent

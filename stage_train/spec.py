@@ -15,7 +15,8 @@ from shared.sae.optim import OptimiserConfig
 from shared.sae.sites import Sites, SiteWidths
 from shared.sae.variants import VARIANTS
 from stage_train.config import OptimSchema, ScheduleSchema, TrainSchema, as_dict
-from stage_train.data.inputs import order_of
+from stage_train.data.attention import AttentionSource, completed
+from stage_train.data.inputs import order_for
 from stage_train.data.sites import resolve_sites, site_formats
 from stage_train.data.stores import PinnedStore
 from stage_train.data.stream import TrainingData
@@ -65,6 +66,8 @@ class RunSpec:
     schedules: Schedules
     save_every: int
     """Steps between checkpoints; 0 saves at the end alone."""
+    attention: AttentionSource | None = None
+    """The layer whose attention it has, where it has one."""
 
     @classmethod
     def resolve(cls, cfg: TrainSchema, stores: Sequence[PinnedStore], data: TrainingData) -> Self:
@@ -72,15 +75,30 @@ class RunSpec:
         sites = resolve_sites(cfg, stores)
         widths = sites.widths({name: width for name, (width, _) in site_formats(sites.names, stores).items()})
         # What is wrong with the dictionary is told before what is wrong with the length.
-        cfg.sae.to_configs(cfg.variant, sites, widths)
-        length = stream_length(data, order_of(cfg), tokens=cfg.schedule.tokens, epochs=cfg.schedule.epochs)
-        return cls.of(cfg, sites, widths, length)
+        variant, attention = completed(cfg, sites, stores[0].store)
+        cfg.sae.to_configs(variant, sites, widths)
+        order = order_for(cfg, sites.unit, data.seq_len)
+        length = stream_length(data, order, tokens=cfg.schedule.tokens, epochs=cfg.schedule.epochs)
+        return cls.of(cfg, sites, widths, length, variant, attention)
 
     @classmethod
-    def of(cls, cfg: TrainSchema, sites: Sites, widths: SiteWidths, length: StreamLength) -> Self:
-        """Specify a run whose sites and length are known. Raises GranaryError naming the key that makes no sense."""
+    def of(
+        cls,
+        cfg: TrainSchema,
+        sites: Sites,
+        widths: SiteWidths,
+        length: StreamLength,
+        variant: Mapping[str, Any] | None = None,
+        attention: AttentionSource | None = None,
+    ) -> Self:
+        """Specify a run whose sites and length are known; `variant` is that group, complete (None: as it is).
+
+        Raises GranaryError naming the key that makes no sense.
+        """
         config = as_dict(cfg)
-        dictionary, learning = cfg.sae.to_configs(cfg.variant, sites, widths, length.tokens)
+        dictionary, learning = cfg.sae.to_configs(
+            cfg.variant if variant is None else variant, sites, widths, length.tokens
+        )
         with torch.device("meta"):
             made = VARIANTS[dictionary.kind](dictionary, kernels=cfg.compute.kernels, compute_dtype=cfg.compute.dtype)
         check_loggers(cfg.logger)
@@ -99,6 +117,7 @@ class RunSpec:
             length=length,
             schedules=make_schedules(cfg.schedule, cfg.optim.lr, dictionary, length.steps),
             save_every=length_in_steps(cfg.checkpoint.every, length.steps, "checkpoint.every"),
+            attention=attention,
         )
 
     @property

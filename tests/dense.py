@@ -7,23 +7,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from shared.sae.contexts import Contexts, Given
 from shared.sae.groups import LatentGroup
 from shared.sae.learn.config import LearningConfig
-from shared.sae.variants import Dictionary, MoLT
+from shared.sae.variants import Dictionary, Lorsa, MoLT
 
 
-def assert_same_gradients(made: Dictionary, loss: Tensor, expected: Tensor) -> None:
-    """Every parameter's gradient of both losses, none of them 0."""
+def assert_same_gradients(made: Dictionary, loss: Tensor, expected: Tensor, *, keep: bool = False) -> None:
+    """Every parameter's gradient of both losses, none of them 0; `keep`: `expected` is compared with again."""
     names = dict(made.named_parameters())
     found = torch.autograd.grad(loss, list(names.values()))
-    wanted = torch.autograd.grad(expected, list(names.values()))
+    wanted = torch.autograd.grad(expected, list(names.values()), retain_graph=keep)
     for name, one, other in zip(names, found, wanted, strict=True):
         assert float((one - other).norm()) <= 1e-5 * float(other.norm()), name
         assert float(other.norm()) > 0, name
 
 
-def dense_loss(made: Dictionary, learning: LearningConfig, x_ND: Tensor, y_ND: Tensor, dead_F: Tensor) -> Tensor:
-    """The total loss; `dead_F` is bool over all latents, group after group."""
+def dense_loss(made: Dictionary, learning: LearningConfig, x: Given, y_ND: Tensor, dead_F: Tensor) -> Tensor:
+    """The total loss; `dead_F` is bool over all latents, group after group. A Lorsa's `x` are whole contexts."""
+    x_ND = x if isinstance(x, Tensor) else x.counted(x.rows_CTD)
     normal_ND = (x_ND - made.input_mean) * columns(made.input_scale, made.widths.reads)
     target_ND = normal_ND
     if not made.config.is_autoencoder:
@@ -35,7 +37,14 @@ def dense_loss(made: Dictionary, learning: LearningConfig, x_ND: Tensor, y_ND: T
         given_ND = normal_ND[:, reads]
         if made.config.pre_bias:
             given_ND = given_ND - made.b_dec
-        pre.append(given_ND @ group.W_enc.T + group.b_enc)
+        if isinstance(x, Contexts):
+            assert isinstance(made, Lorsa)
+            mixed_NHD = attended(made, x)
+            per_head = mixed_NHD.repeat_interleave(made.config.latents_per_head, 1)
+            pre.append((per_head * made.W_enc).sum(2) + made.b_enc)
+            mixed = mixed_NHD.detach()
+        else:
+            pre.append(given_ND @ group.W_enc.T + group.b_enc)
     latents = activate(made, learning, pre)
     error_ND = decode(made, latents, normal_ND) + made.b_dec - target_ND
     if hasattr(made, "W_skip"):
@@ -48,7 +57,13 @@ def dense_loss(made: Dictionary, learning: LearningConfig, x_ND: Tensor, y_ND: T
         given_ND = normal_ND[:, reads].detach()
         if made.config.pre_bias:
             given_ND = given_ND - made.b_dec.detach()
-        loss = loss + learning.auxk_alpha / len(groups) * auxk(group, learning, given_ND, residual_ND[:, writes], dead)
+        dead_z_NF = given_ND @ group.W_enc.T + group.b_enc
+        if isinstance(x, Contexts):
+            assert isinstance(made, Lorsa)
+            per_head = mixed.repeat_interleave(made.config.latents_per_head, 1)
+            dead_z_NF = (per_head * made.W_enc).sum(2) + made.b_enc
+        own = auxk(group, learning, dead_z_NF, given_ND, residual_ND[:, writes], dead)
+        loss = loss + learning.auxk_alpha / len(groups) * own
     if made.config.activation == "gated":
         (group, _) = groups[0]
         gate_ND = written(group, torch.relu(pre[0]), normal_ND, frozen=True) + made.b_dec.detach() - target_ND
@@ -177,13 +192,55 @@ def penalty(made: Dictionary, group: LatentGroup, learning: LearningConfig, z_NF
     return strength_NF.sum(1).mean()
 
 
-def auxk(group: LatentGroup, learning: LearningConfig, given_ND: Tensor, residual_ND: Tensor, dead_F: Tensor) -> Tensor:
+def auxk(
+    group: LatentGroup,
+    learning: LearningConfig,
+    pre_NF: Tensor,
+    given_ND: Tensor,
+    residual_ND: Tensor,
+    dead_F: Tensor,
+) -> Tensor:
     """What the k_aux largest dead latents of a group leave of its residual, relative to that."""
     num_dead = int(dead_F.sum())
     if num_dead == 0 or learning.auxk_alpha == 0:
         return given_ND.new_zeros(())
     k_aux = learning.num_aux(residual_ND.shape[1])
-    z_NF = torch.relu(given_ND @ group.W_enc.T + group.b_enc) * dead_F
+    z_NF = torch.relu(pre_NF) * dead_F
     decoded_ND = written(group, z_NF * keep(z_NF.detach(), min(k_aux, num_dead)), given_ND)
     error_N = (residual_ND - decoded_ND).square().sum(1) / residual_ND.square().sum(1)
     return min(num_dead / k_aux, 1.0) * error_N.mean()
+
+
+def attended(lorsa: Lorsa, x: Contexts) -> Tensor:
+    """``sum_s A_h[t, s] x~_s`` [N, H, D] at the positions that count, one query and one head at a time."""
+    config, found = lorsa.config, []
+    x_CTD = (x.rows_CTD - lorsa.input_mean) * lorsa.input_scale
+    T = x_CTD.shape[1]
+    for place in x.places_N.tolist():
+        rows_TD, documents_T, t = x_CTD[place // T], x.documents_CT[place // T], place % T
+        keys = [s for s in range(t + 1) if documents_T[s] == documents_T[t]]
+        start = keys[0]
+        if config.window is not None:
+            keys = keys[-config.window :]
+        heads = []
+        for head in range(config.qk_heads):
+            q_E = turned(lorsa, rows_TD[t], head, "Q", t - start)
+            scores = torch.stack([q_E @ turned(lorsa, rows_TD[s], head, "K", s - start) for s in keys]) * config.scale
+            if config.softcap is not None:
+                scores = config.softcap * torch.tanh(scores / config.softcap)
+            heads.append(torch.softmax(scores, 0) @ rows_TD[keys])
+        found.append(torch.stack(heads))
+    return torch.stack(found)
+
+
+def turned(lorsa: Lorsa, x_D: Tensor, head: int, which: str, position: int) -> Tensor:
+    """A query or key of one position: its pairs of features are complex numbers, turned by an angle each."""
+    config, tensors = lorsa.config, dict(lorsa.named_parameters())
+    row_E = tensors[f"W_{which}"][head] @ x_D + tensors[f"b_{which}"][head]
+    if config.norm_eps is not None:
+        row_E = tensors[f"norm_{which}"][head] * row_E / (row_E.square().mean() + config.norm_eps).sqrt()
+    half = len(config.frequencies)
+    angle_R = position * torch.tensor(config.frequencies, dtype=row_E.dtype)
+    pairs_R = torch.complex(row_E[:half], row_E[half : 2 * half])
+    pairs_R = pairs_R * torch.polar(torch.full_like(angle_R, config.rope_scale), angle_R)
+    return torch.cat([pairs_R.real, pairs_R.imag, row_E[2 * half :]])

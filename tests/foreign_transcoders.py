@@ -178,6 +178,44 @@ def write_llamascopium(folder: Path, **given: Any) -> tuple[dict[str, Any], dict
     return cfg, tensors
 
 
+def write_llamascopium_lorsa(folder: Path, **given: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """A Lorsa as Llamascopium saves one on one device; its settings and weights."""
+    heads, width, latents, length = 4, 6, 12, 16
+    reads, writes = "blocks.2.ln1.hook_normalized", "blocks.2.hook_attn_out"
+    in_file, kept_base = given.pop("heads_in_file", heads), given.pop("kept_base", None)
+    cfg = {
+        "sae_type": "lorsa", "d_model": D, "expansion_factor": latents / D, "use_decoder_bias": True,
+        "act_fn": "jumprelu", "norm_activation": "dataset-wise", "sparsity_include_decoder_norm": True, "top_k": K,
+        "use_triton_kernel": False, "sparsity_threshold_for_triton_spmm_kernel": 0.996,
+        "jumprelu_threshold_window": 2.0, "hook_point_in": reads, "hook_point_out": writes, "n_qk_heads": heads,
+        "d_qk_head": width, "positional_embedding_type": "rotary", "rotary_dim": width, "rotary_base": 100,
+        "rotary_adjacent_pairs": True, "rotary_scale": 1, "use_NTK_by_parts_rope": False, "NTK_by_parts_factor": 8.0,
+        "NTK_by_parts_low_freq_factor": 1.0, "NTK_by_parts_high_freq_factor": 4.0, "old_context_len": 16,
+        "n_ctx": length, "attn_scale": None, "use_post_qk_ln": False, "normalization_type": None, "eps": 1e-6, **given,
+    }  # fmt: skip
+    generator = torch.Generator().manual_seed(0)
+    shapes: dict[str, tuple[int, ...]] = {"W_V": (latents, D), "W_O": (latents, D), "b_V": (latents,), "b_D": (D,)}
+    for which in "QK":
+        shapes |= {f"W_{which}": (in_file, D, width), f"b_{which}": (in_file, width)}
+        if cfg["use_post_qk_ln"]:
+            shapes[f"ln_{which.lower()}.w"] = (in_file, width)
+    if cfg["act_fn"] == "jumprelu":
+        shapes["activation_function.log_jumprelu_threshold"] = (latents,)
+    tensors = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    scaled = ((cfg["hook_point_in"], 9.0), (writes, 4.0))
+    norms = {f"dataset_average_activation_norm.{hook}": torch.tensor(n) for hook, n in scaled}
+    kept = {"mask": torch.ones(length, length).bool().tril(), "IGNORE": torch.tensor(-torch.inf)}
+    if cfg["positional_embedding_type"] == "rotary" and not cfg["use_NTK_by_parts_rope"]:
+        base, size = kept_base or cfg["rotary_base"], cfg["rotary_dim"]
+        angles = torch.arange(length)[:, None] / base ** (torch.arange(size // 2) / (size / 2))
+        angles = angles.repeat_interleave(2, 1) if cfg["rotary_adjacent_pairs"] else torch.cat([angles, angles], 1)
+        kept |= {"rotary_cos": angles.cos(), "rotary_sin": angles.sin()}
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(cfg))
+    save_file(tensors | norms | kept, folder / "sae_weights.safetensors")
+    return cfg, tensors
+
+
 def crosscoder_learning(folder: Path, x_ND: Tensor) -> tuple[Tensor, Tensor]:
     """crosscoder_learning's CrossCoder and BatchTopKCrossCoder; sites side by side."""
     pickled = folder / "final.pt"

@@ -1,11 +1,12 @@
 """Small dictionaries of every kind in learning, and activations for them."""
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from shared.sae.contexts import Contexts
 from shared.sae.learn.config import learning_of
 from shared.sae.learn.objective import Objective
 from shared.sae.sites import Sites, SiteWidths
@@ -35,13 +36,15 @@ PLACES: dict[str, tuple[Sites, SiteWidths]] = {
     "crosscoder": (Sites.of(IN, OUT), SiteWidths((9, 4), (9, 4))),
 }
 """Where each kind reads and writes, of unequal widths."""
+ATTENTION = {"qk_heads": 4, "qk_width": 6, "scale": 0.4, "frequencies": (1.0, 0.3)}
+"""Of a Lorsa, which reads whole contexts: ``contexts`` makes them."""
 OF_ROWS = tuple(kind for kind in PLACES if kind != "molt")
 """Kinds whose latents write a row each, which is what can be inspected."""
 
 
 def make(kind: str, dtype: torch.dtype = torch.float32, seed: int = 0, **given: Any) -> Objective:
     """One of this kind, random; `given` are fields of its config and of its learning."""
-    sites, widths = given.pop("places", None) or PLACES[kind]
+    sites, widths = given.pop("places", None) or PLACES["transcoder" if kind == "lorsa" else kind]
     given = {
         "d_latent": 60 if kind == "clt" else 40,
         "activation": "topk",
@@ -50,6 +53,8 @@ def make(kind: str, dtype: torch.dtype = torch.float32, seed: int = 0, **given: 
     }
     if kind == "molt":
         given = {"ranks": RANKS, **given, "d_latent": sum(given.get("ranks", RANKS).values())}
+    if kind == "lorsa":
+        sites, given = replace(sites, unit="sequence"), {**ATTENTION, **given}
     given = {**ACTIVATIONS[given["activation"]], **given}
     how = learning_of(kind)
     taught = {field.name for field in fields(how)}
@@ -71,3 +76,16 @@ def batch(objective: Objective, rows: int = 32, seed: int = 1) -> tuple[Tensor, 
         made.widths.d_in, made.widths.d_out, generator=torch.Generator().manual_seed(5), dtype=torch.float64
     )
     return x_ND, torch.relu(x_ND @ map_DD.to(dtype)) + 2
+
+
+def contexts(objective: Objective, number: int = 3, length: int = 7, seed: int = 1) -> tuple[Contexts, Tensor]:
+    """Contexts of two documents and padding, of which most positions count, and what must be written at those."""
+    generator = torch.Generator().manual_seed(seed)
+    x_ND, y_ND = batch(objective, number * length, seed)
+    documents_CT = torch.zeros(number, length, dtype=torch.int64)
+    for context in range(number):
+        documents_CT[context, 2 + context % (length - 3) :] = 1
+    documents_CT[:, -1] = -1
+    counts_CT = (torch.rand(number, length, generator=generator) < 0.8) & (documents_CT >= 0)
+    given = Contexts.of(x_ND.view(number, length, -1), documents_CT, counts_CT)
+    return given, given.counted(y_ND.view(number, length, -1))

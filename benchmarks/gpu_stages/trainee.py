@@ -9,6 +9,7 @@ from step_providers import Shape, make_batch
 from torch import Tensor
 
 from shared.sae.config import DictionaryConfig
+from shared.sae.contexts import Contexts, Given
 from shared.sae.learn.dead import DeadLatents, in_turn, most_dead
 from shared.sae.learn.inputs import StepInputs
 from shared.sae.learn.many_groups import ManyGroups
@@ -23,6 +24,8 @@ SITES = {"crosscoder": 2, "clt": 4}
 """Sites of a kind on each side, of `d_model` each; of a CLT its layers."""
 LADDER = {64: 1, 32: 2, 16: 4, 8: 8, 4: 16}
 """Ranks of one unit of a MoLT, of which there are as many as make a quarter of the shape's latents in rows."""
+CONTEXT, QK_HEADS, QK_WIDTH = 256, 16, 32
+"""Of a Lorsa: positions of a context, of which a batch is cut, heads of queries and keys and their width."""
 FITTED_ROWS = 64
 QUIET = 64
 """Where nothing else is said, one latent in so many is too quiet to be picked, and counts as dead: AuxK has them to
@@ -73,7 +76,7 @@ def make_trainee(
     tracker = DeadLatents(num_latents, 10_000_000, device=device)
 
     def step(x: Tensor) -> Tensor:
-        losses = objective.losses(x, written(dictionary, x), StepInputs(dead=together_R))
+        losses = objective.losses(given(dictionary, x), written(dictionary, x), StepInputs(dead=together_R))
         optimiser.zero_grad()
         losses.total.backward()
         optimiser.step()
@@ -97,6 +100,9 @@ def described(shape: Shape, kind: str) -> tuple[type[Dictionary], DictionaryConf
         "activation": "batchtopk" if kind in ("batchtopk", "clt") else "topk",
         "pre_bias": name == "sae",
     }
+    if kind == "lorsa":
+        turns = tuple(10_000 ** (-2 * pair / QK_WIDTH) for pair in range(QK_WIDTH // 2))
+        fields |= {"qk_heads": QK_HEADS, "qk_width": QK_WIDTH, "scale": QK_WIDTH**-0.5, "frequencies": turns}
     if kind == "molt":
         fields["ranks"] = ranks_of(shape)
         fields["d_latent"] = sum(fields["ranks"].values())
@@ -112,6 +118,11 @@ def ranks_of(shape: Shape) -> dict[int, int]:
 def written(dictionary: Dictionary, x: Tensor) -> Tensor:
     """What must be produced from what is read: itself, or some other place."""
     return x if dictionary.config.is_autoencoder else x.roll(1, dims=1)
+
+
+def given(dictionary: Dictionary, x: Tensor) -> Given:
+    """The batch, or as whole contexts where the dictionary reads those."""
+    return x if dictionary.config.unit == "token" else Contexts.whole(x.view(-1, CONTEXT, x.shape[1]))
 
 
 @torch.no_grad()

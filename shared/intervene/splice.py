@@ -77,6 +77,11 @@ class SplicedModel:
         Raises GranaryError for an SAE of another width or device, an unknown hook or latent, and settings that
         contradict one another.
         """
+        if sae.config.unit == "sequence":
+            raise GranaryError(
+                f"a {sae.config.kind} reads whole contexts, of which a model that generates has the last token alone: "
+                "granary eval splices it into whole ones"
+            )
         self.model, self.sae = model, sae
         self.inner = check_model(model)
         self.reads, self.writes = places_of(self.inner, sae, hook)

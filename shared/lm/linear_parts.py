@@ -155,14 +155,14 @@ def linear_parts(model: PreTrainedModel) -> LinearParts:
         assert isinstance(block, nn.Module)
         layers.append(
             LinearLayer(
-                attention_norm=_norm(block.get_submodule(paths.attention_norm)),
+                attention_norm=norm_of(block.get_submodule(paths.attention_norm)),
                 heads=_heads(block, paths, config.num_attention_heads),
-                output_norm=None if paths.output_norm is None else _norm(block.get_submodule(paths.output_norm)),
-                mlp_norm=_norm(block.get_submodule(paths.mlp_norm)),
+                output_norm=None if paths.output_norm is None else norm_of(block.get_submodule(paths.output_norm)),
+                mlp_norm=norm_of(block.get_submodule(paths.mlp_norm)),
                 is_parallel=is_parallel,
             )
         )
-    return LinearParts(layers, _norm(getattr(*found)), head.weight)
+    return LinearParts(layers, norm_of(getattr(*found)), head.weight)
 
 
 def _heads(block: nn.Module, paths: LinearPaths, num_heads: int) -> Heads:
@@ -185,7 +185,8 @@ def _heads(block: nn.Module, paths: LinearPaths, num_heads: int) -> Heads:
     return Heads(values, output, W_V, b_V, output.weight.view(D, num_heads, E).transpose(0, 1), output.bias)
 
 
-def _norm(module: nn.Module) -> Norm:
+def norm_of(module: nn.Module) -> Norm:
+    """A norm's own weights; raises GranaryError for one that computes something else than the formula."""
     kind = type(module).__name__
     norm = None
     if isinstance(module, nn.LayerNorm):

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from shared.sae.latents import SAEOutput, SparseLatents
     from shared.sae.loading import load, load_config
     from shared.sae.sets import load_set
-    from shared.sae.variants import CLT, SAE, Crosscoder, Dictionary, MoLT, SkipTranscoder, Transcoder
+    from shared.sae.variants import CLT, SAE, Crosscoder, Dictionary, Lorsa, MoLT, SkipTranscoder, Transcoder
 
 _HOMES = {
     "CLT": "variants",
@@ -17,6 +17,7 @@ _HOMES = {
     "Crosscoder": "variants",
     "Dictionary": "variants",
     "DictionaryConfig": "config",
+    "Lorsa": "variants",
     "MoLT": "variants",
     "SAEConfig": "config",
     "SAEOutput": "latents",
@@ -35,6 +36,7 @@ __all__ = [
     "Crosscoder",
     "Dictionary",
     "DictionaryConfig",
+    "Lorsa",
     "MoLT",
     "SAEConfig",
     "SAEOutput",

@@ -34,7 +34,7 @@ store's held-out tokens, and says which L0 and FVU it gives on others of them.
   dictionary_learning  config.json, ae.pt                                 yes   yes
   opensae              config.json, model*.safetensors                    yes   TopK
   llama_scope          hyperparams.json, checkpoints/final.safetensors    yes   no
-  llamascopium         config.json, sae_weights.safetensors               molts no
+  llamascopium         config.json, sae_weights.safetensors: molt, lorsa  yes   no
   gemma_scope          params.npz or params.safetensors                   yes   no
   sae_made_easy        adapter_config.json, adapter_model.safetensors     yes   no
   saev                 sae.pt                                             yes   no

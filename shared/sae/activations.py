@@ -18,8 +18,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from shared.kernels import Compute, encode_threshold, encode_topk
+from shared.kernels import Compute, encode_batchtopk, encode_threshold, encode_topk
 from shared.sae.config import DictionaryConfig
+from shared.sae.contexts import Given
 from shared.sae.roles import Role
 
 # Pre-activations of which SignedTopK holds all at once.
@@ -35,11 +36,34 @@ class Encoder:
     compute: Compute
     norm_F: Tensor | None
 
+    @property
+    def num_latents(self) -> int:
+        """Latents held here."""
+        return self.W_enc.shape[0]
+
+    def topk(self, x: Given, k: int) -> tuple[Tensor, Tensor]:
+        """The k largest positive z of each token: values [N, k] in descending order and indices, -1 for padding."""
+        return encode_topk(_tokens(x), self.W_enc, self.b_enc, k, compute=self.compute)
+
+    def above(self, x: Given, threshold: Tensor | float) -> tuple[Tensor, Tensor]:
+        """All z above a threshold, a scalar or [F]: values [N, M] in descending order and indices, -1 for padding."""
+        return encode_threshold(_tokens(x), self.W_enc, self.b_enc, threshold, compute=self.compute)
+
+    def largest_of_batch(self, x: Given, k: int) -> tuple[Tensor, Tensor]:
+        """The N k largest positive z of all tokens, likewise."""
+        return encode_batchtopk(_tokens(x), self.W_enc, self.b_enc, k, compute=self.compute)
+
     def unweighted(self, values_NK: Tensor, indices_NK: Tensor) -> Tensor:
         """Chosen ``z n`` back to z; padding stays 0."""
         if self.norm_F is None:
             return values_NK
         return torch.where(indices_NK < 0, 0, values_NK / self.norm_F[indices_NK.clamp_min(0)])
+
+
+def _tokens(x: Given) -> Tensor:
+    """Given of a linear encoder, which no dictionary gives whole contexts."""
+    assert isinstance(x, Tensor)
+    return x
 
 
 class Activation(nn.Module):
@@ -49,24 +73,13 @@ class Activation(nn.Module):
         """`num_latents` are those held here, fewer than the config's in a shard."""
         super().__init__()
 
-    def encode(self, encoder: Encoder, x_ND: Tensor) -> tuple[Tensor, Tensor]:
+    def encode(self, encoder: Encoder, x: Given) -> tuple[Tensor, Tensor]:
         """Inference: values [N, K] and int64 indices [N, K], -1 for padding; a row does not depend on the others."""
         raise NotImplementedError
 
     def roles(self) -> dict[str, Role]:
         """Return those of its parameters and buffers, by name: one entry per latent each, unless a class differs."""
         return {name: Role(latent_axis=0) for name in self.state_dict()}
-
-
-def encode_above(encoder: Encoder, x_ND: Tensor, threshold: Tensor | float) -> tuple[Tensor, Tensor]:
-    """All z above a threshold, a scalar or [F]: values [N, M] in descending order and indices, -1 for padding."""
-    return encode_threshold(
-        x_ND,
-        encoder.W_enc,
-        encoder.b_enc,
-        threshold,
-        compute=encoder.compute,
-    )
 
 
 class TopK(Activation):
@@ -77,26 +90,21 @@ class TopK(Activation):
         assert config.k is not None
         self.k = config.k
 
-    def encode(self, encoder: Encoder, x_ND: Tensor) -> tuple[Tensor, Tensor]:
+    def encode(self, encoder: Encoder, x: Given) -> tuple[Tensor, Tensor]:
         """Values in descending order, exactly k slots."""
-        return self.select(encoder, x_ND, self.k)
+        return self.select(encoder, x, self.k)
 
-    def select(self, encoder: Encoder, x_ND: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    def select(self, encoder: Encoder, x: Given, k: int) -> tuple[Tensor, Tensor]:
         """Values [N, K] in descending order and int64 indices [N, K], -1 where nothing fires. No gradient."""
-        return encode_topk(
-            x_ND,
-            encoder.W_enc,
-            encoder.b_enc,
-            k,
-            compute=encoder.compute,
-        )
+        return encoder.topk(x, k)
 
 
 class SignedTopK(TopK):
     """The k largest pre-activations of each token as they are: where fewer than k are positive, negative ones too."""
 
-    def select(self, encoder: Encoder, x_ND: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    def select(self, encoder: Encoder, x: Given, k: int) -> tuple[Tensor, Tensor]:
         """Return what TopK does, without padding. Blocks of rows bound the memory of z [N, F]."""
+        x_ND = _tokens(x)
         block = max(1, MOST_DENSE // len(encoder.W_enc))
         found = [(x_MD @ encoder.W_enc.T + encoder.b_enc).topk(k) for x_MD in torch.split(x_ND, block)]
         if not found:
@@ -116,9 +124,9 @@ class BatchTopK(Activation):
         super().__init__(config, num_latents)
         self.register_buffer("threshold", torch.zeros(()))
 
-    def encode(self, encoder: Encoder, x_ND: Tensor) -> tuple[Tensor, Tensor]:
+    def encode(self, encoder: Encoder, x: Given) -> tuple[Tensor, Tensor]:
         """Every z above the learnt threshold, in descending order."""
-        return encode_above(encoder, x_ND, self.threshold)
+        return encoder.above(x, self.threshold)
 
     def roles(self) -> dict[str, Role]:
         """One threshold for all latents."""
@@ -128,9 +136,9 @@ class BatchTopK(Activation):
 class ReLU(Activation):
     """Every positive pre-activation."""
 
-    def encode(self, encoder: Encoder, x_ND: Tensor) -> tuple[Tensor, Tensor]:
+    def encode(self, encoder: Encoder, x: Given) -> tuple[Tensor, Tensor]:
         """Encode in descending order."""
-        return encode_above(encoder, x_ND, 0.0)
+        return encoder.above(x, 0.0)
 
 
 class JumpReLU(Activation):
@@ -140,9 +148,9 @@ class JumpReLU(Activation):
         super().__init__(config, num_latents)
         self.log_threshold = nn.Parameter(torch.zeros(num_latents))
 
-    def encode(self, encoder: Encoder, x_ND: Tensor) -> tuple[Tensor, Tensor]:
+    def encode(self, encoder: Encoder, x: Given) -> tuple[Tensor, Tensor]:
         """Encode in descending order."""
-        return encode_above(encoder, x_ND, self.log_threshold.exp())
+        return encoder.above(x, self.log_threshold.exp())
 
 
 class Gated(Activation):
@@ -156,9 +164,9 @@ class Gated(Activation):
         self.r_mag = nn.Parameter(torch.zeros(num_latents))
         self.b_mag = nn.Parameter(torch.zeros(num_latents))
 
-    def encode(self, encoder: Encoder, x_ND: Tensor) -> tuple[Tensor, Tensor]:
+    def encode(self, encoder: Encoder, x: Given) -> tuple[Tensor, Tensor]:
         """Encode in descending order of z; a latent of open gate whose magnitude is not positive is padding."""
-        z_NK, indices_NK = encode_above(encoder, x_ND, 0.0)
+        z_NK, indices_NK = encoder.above(x, 0.0)
         latents_NK = indices_NK.clamp_min(0)
         pull_NK = z_NK - encoder.b_enc[latents_NK]
         values_NK = torch.relu(torch.exp(self.r_mag)[latents_NK] * pull_NK + self.b_mag[latents_NK])

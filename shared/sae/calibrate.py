@@ -58,6 +58,8 @@ class Threshold:
         Raises GranaryError for another activation, for an L0 that can't be had, and for a store that does not fit.
         """
         config = made.config
+        if config.unit == "sequence":
+            raise GranaryError(f"{where} is a {config.kind}, which reads whole contexts: --threshold goes by tokens")
         by = ACTIVATION_KINDS[config.activation]
         if not by.fixes_l0:
             raise GranaryError(f"{where} has {config.activation}, whose latents need no k: --threshold is for topk")

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Self
 from shared.basics.documents import typed
 from shared.basics.errors import GranaryError
 from shared.sae.activation_kinds import ACTIVATION_KINDS
-from shared.sae.sites import Sites, SiteWidths
+from shared.sae.sites import Sites, SiteWidths, Unit
 
 NOT_AN_SAE = "an SAE reads one site and gives it back"
 # The width, and the number of latents, of a config that has none yet; and a width beyond all that there is.
@@ -29,6 +29,8 @@ class DictionaryConfig:
     """Name of the variant, as ``conf/variant`` and ``config.json`` give it."""
     width_fields: ClassVar[tuple[str, ...]]
     """Fields that follow from the widths of the sites."""
+    unit: ClassVar[Unit] = "token"
+    """What one row of its input is."""
 
     d_latent: int
     """Number of latents, F."""
@@ -66,6 +68,10 @@ class DictionaryConfig:
             raise GranaryError("sae.shift_back=false is for normalisation=layer_norm alone")
         if not self.is_autoencoder:
             self._check_two_places()
+        if self.sites is not None and self.sites.unit != self.unit:
+            raise GranaryError(
+                f"a {self.kind} reads one {self.unit} at a time; its sites are given as those of a {self.sites.unit}"
+            )
 
     def _check_k(self) -> None:
         """Whether k is given where the activation needs it, and only there."""

@@ -10,9 +10,19 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from shared.kernels import Compute, PairGradient, PairOrder, decode, product, sparse_decode, take_rows
+from shared.kernels import (
+    Compute,
+    PairGradient,
+    PairOrder,
+    attach_encoder,
+    decode,
+    product,
+    sparse_decode,
+    take_rows,
+)
 from shared.sae.activations import ACTIVATIONS, Activation, Encoder
 from shared.sae.config import DictionaryConfig
+from shared.sae.contexts import Given
 from shared.sae.roles import Role
 
 
@@ -66,6 +76,8 @@ class LatentGroup(Computing):
     activation: Activation
     writes_rows: ClassVar[bool] = True
     """Whether a latent adds its row of W_dec times its value; else it is a map of what was read, and there is none."""
+    is_two_rows: ClassVar[bool] = True
+    """Whether a latent is a row that what is read is multiplied by, and a row that it adds, and nothing more."""
 
     def __init__(self, choice: ComputeChoice) -> None:
         """A group of a dictionary of several, which makes its matrices and activation."""
@@ -103,14 +115,39 @@ class LatentGroup(Computing):
         with torch.no_grad():
             return Encoder(self.W_enc * norm_F[:, None], self.b_enc * norm_F, self.compute, norm_F)
 
-    def fire(self, centred_ND: Tensor) -> tuple[Tensor, Tensor]:
+    def fire(self, centred: Given) -> tuple[Tensor, Tensor]:
         """Inference: latents [N, K] of what the encoder multiplies, and their int64 indices, -1 for padding."""
         encoder = self.encoder()
-        values_NK, indices_NK = self.activation.encode(encoder, centred_ND)
+        values_NK, indices_NK = self.activation.encode(encoder, centred)
         return encoder.unweighted(values_NK, indices_NK), indices_NK
 
+    def preactivations(self, given: Given) -> Tensor:
+        """z [N, F] of all latents, with every gradient."""
+        assert isinstance(given, Tensor)
+        return product(given, self.W_enc.T, self.b_enc, compute=self.compute)
+
+    def preactivations_of(self, latents_R: Tensor, given: Given) -> Tensor:
+        """z [N, R] of distinct latents, with gradients for what they alone have."""
+        assert isinstance(given, Tensor)
+        return product(given, self.W_enc[latents_R].T, self.b_enc[latents_R], compute=self.compute)
+
+    def attach(
+        self,
+        given: Given,
+        pre_bias: Tensor | None,
+        values_NK: Tensor,
+        indices_NK: Tensor,
+        order: PairOrder,
+        sink: PairGradient | None,
+    ) -> Tensor:
+        """Chosen z as a differentiable function of the encoder; see ``attach_encoder``."""
+        assert isinstance(given, Tensor)
+        return attach_encoder(
+            given, pre_bias, self.W_enc, self.b_enc, values_NK, indices_NK, order, compute=self.compute, sink=sink
+        )
+
     def decoder_rows(self, latents_R: Tensor, sink: PairGradient | None = None) -> Tensor:
-        """Rows [R, D_out] of the decoder, of distinct latents; with a `sink` its gradient goes there."""
+        """Given [R, D_out] of the decoder, of distinct latents; with a `sink` its gradient goes there."""
         return take_rows(self.W_dec, latents_R, sink)
 
     def write(
@@ -120,19 +157,23 @@ class LatentGroup(Computing):
         order: PairOrder,
         sink: PairGradient | None = None,
         *,
-        read_ND: Tensor | None = None,
+        read: Given | None = None,
     ) -> Tensor:
         """What picks decode to, [N, D_out], with gradients for the values and the decoder, or its `sink`.
 
-        `read_ND` is what the encoder was given, for latents that are maps of it.
+        `read` is what the encoder was given, for latents that are maps of it.
         """
         return sparse_decode(values_NK, indices_NK, self.W_dec, order, compute=self.compute, sink=sink)
 
-    def write_all(self, f_NF: Tensor, read_ND: Tensor, *, frozen: bool = False) -> Tensor:
+    def write_all(self, f_NF: Tensor, read: Given, *, frozen: bool = False) -> Tensor:
         """The same of every latent; `frozen`: without a gradient for the decoder."""
         return product(f_NF, self.W_dec.detach() if frozen else self.W_dec, compute=self.compute)
 
-    def written(self, values_NK: Tensor, indices_NK: Tensor, *, read_ND: Tensor | None = None) -> Tensor:
+    def write_some(self, f_NR: Tensor, latents_R: Tensor, read: Given) -> Tensor:
+        """``write_all`` of some latents, which are distinct."""
+        return product(f_NR, self.W_dec[latents_R], compute=self.compute)
+
+    def written(self, values_NK: Tensor, indices_NK: Tensor, *, read: Given | None = None) -> Tensor:
         """What picks decode to, without gradient."""
         return decode(values_NK, indices_NK, self.W_dec, kernels=self.kernels)
 
@@ -154,7 +195,7 @@ class LatentGroup(Computing):
         }
 
 
-# Rows drawn at a time where they are not drawn in place. A multiple of 16: normal_ draws so many values at once, so
+# Given drawn at a time where they are not drawn in place. A multiple of 16: normal_ draws so many values at once, so
 # that blocks get the bits that the whole would.
 BLOCK_ROWS = 4096
 

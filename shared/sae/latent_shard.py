@@ -7,6 +7,7 @@ written once, against this interface.
 from torch import Tensor
 
 from shared.kernels import LatentRanks, smallest_kept
+from shared.sae.contexts import Given
 from shared.sae.groups import LatentGroup
 
 
@@ -26,9 +27,9 @@ class LatentShard(LatentRanks):
 
     # What the start of learning asks of one group
 
-    def written(self, group: LatentGroup, values_NK: Tensor, indices_NK: Tensor, read_ND: Tensor) -> Tensor:
+    def written(self, group: LatentGroup, values_NK: Tensor, indices_NK: Tensor, read: Given) -> Tensor:
         """What picks decode to, [N, D_out]: those of all parts, of which each gives its own in the whole's slots."""
-        return group.written(values_NK, indices_NK, read_ND=read_ND)
+        return group.written(values_NK, indices_NK, read=read)
 
     def least_of_largest(self, values_NK: Tensor, indices_NK: Tensor, count: int) -> Tensor:
         """The least of the `count` largest values of all parts, each of which gives its own `count` largest."""

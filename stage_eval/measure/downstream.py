@@ -23,13 +23,15 @@ from shared.lm import packed_inputs, splice_through
 from shared.lm.next_token import VocabularyHead, score_next_tokens
 from shared.lm.packed import document_length
 from shared.lm.targets import point_of
+from shared.sae.contexts import Contexts, Given
 from shared.sae.sites import Sites
 from stage_eval.measure.confidence import Estimate, ratio_of_sums
 from stage_eval.measure.sums import Rows, Sums
 from stage_eval.results.figures import Downstream, JointDownstream
 
-Replacement = Callable[[Tensor], Tensor]
-"""Float32 activations of the read sites, [M, d_in], to what takes the place of the written ones, [M, d_out]."""
+Replacement = Callable[[Given], Tensor]
+"""Float32 activations of the read sites, [M, d_in], or whole contexts in which M positions count, to what takes the
+place of the written ones, [M, d_out]."""
 
 CLEAN = "clean"
 
@@ -75,6 +77,11 @@ class Batch:
         tokens_BT, segments_BT, replaced_BT, scored_BT = moved
         return Batch(tokens_BT, segments_BT, self.packing, replaced_BT, scored_BT)
 
+    @property
+    def documents(self) -> Tensor:
+        """int64 [B, T]: what attends to itself alone, documents or, where they see each other, all of a context."""
+        return as_attended(self.segments_BT, isolated=self.packing != "joined")
+
     def forwards(self) -> "list[Batch]":
         """What goes through the model at once: all of it, or each document alone and at its own length.
 
@@ -91,6 +98,11 @@ class Batch:
         return found
 
 
+def as_attended(segments_CT: Tensor, *, isolated: bool) -> Tensor:
+    """Segments of contexts as their model ran them: one document each where those in it see each other."""
+    return segments_CT if isolated else segments_CT.clamp_max(0)
+
+
 def scored_positions(mask_BT: Tensor, segments_BT: Tensor) -> Tensor:
     """Positions t whose next token is a fair label: unmasked (no BOS, padding, special) and of the same document."""
     scored_BT = torch.zeros_like(mask_BT)
@@ -98,16 +110,18 @@ def scored_positions(mask_BT: Tensor, segments_BT: Tensor) -> Tensor:
     return scored_BT
 
 
-def zero_replacement(x_MD: Tensor) -> Tensor:
+def zero_replacement(x: Given) -> Tensor:
     """Zero ablation."""
-    return torch.zeros_like(x_MD)
+    assert isinstance(x, Tensor)
+    return torch.zeros_like(x)
 
 
 def mean_replacement(mean_D: Tensor) -> Replacement:
     """Mean ablation: every position gets the training mean."""
 
-    def replace(x_MD: Tensor) -> Tensor:
-        return mean_D.to(x_MD).expand_as(x_MD)
+    def replace(x: Given) -> Tensor:
+        assert isinstance(x, Tensor)
+        return mean_D.to(x).expand_as(x)
 
     return replace
 
@@ -169,18 +183,22 @@ def final_hidden(model: PreTrainedModel, batch: Batch, condition: Condition) -> 
     for part in batch.forwards():
         with ExitStack() as stack:
             for splice in condition.splices:
-                stack.enter_context(spliced(model, splice, part.replaced_BT))
+                stack.enter_context(spliced(model, splice, part))
             inputs = packed_inputs(model, part.tokens_BT, part.segments_BT, isolated=part.packing == "isolated")
             output = model.base_model(**inputs)
         hidden.append(output.last_hidden_state[part.scored_BT])
     return torch.cat(hidden)
 
 
-def spliced(model: PreTrainedModel, splice: Splice, replaced_BT: Tensor) -> AbstractContextManager[None]:
-    """A context in which the model goes on from the replacement at the positions of `replaced_BT`."""
+def spliced(model: PreTrainedModel, splice: Splice, batch: Batch) -> AbstractContextManager[None]:
+    """A context in which the model goes on from the replacement at the positions that `batch` replaces."""
+    replaced_BT = batch.replaced_BT
 
     def replace(x_BTD: Tensor) -> Tensor:
-        y_MD = splice.replacement(x_BTD[replaced_BT].float())
+        x: Given = x_BTD[replaced_BT].float()
+        if splice.sites.unit == "sequence":
+            x = Contexts.of(x_BTD.float(), batch.documents, replaced_BT)
+        y_MD = splice.replacement(x)
         y_BTD = y_MD.new_zeros(*replaced_BT.shape, y_MD.shape[-1])
         y_BTD[replaced_BT] = y_MD
         return y_BTD

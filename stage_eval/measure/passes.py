@@ -7,8 +7,9 @@ replaced positions.
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +17,8 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from shared.lm.next_token import VocabularyHead
-from shared.sae.sites import Sites
+from shared.sae.contexts import Contexts, Given, in_parts
+from shared.sae.sites import Sites, side_by_side
 from shared.sae.variants import Dictionary
 from stage_eval.measure.activations import ActivationSums
 from stage_eval.measure.data import read_ahead
@@ -27,6 +29,7 @@ from stage_eval.measure.downstream import (
     DownstreamSums,
     Replacement,
     Splice,
+    as_attended,
     mean_replacement,
     run_conditions,
     zero_replacement,
@@ -67,19 +70,37 @@ def reconstruction_pass(
                 if describes[site] == sites:
                     described[site].add(at_tokens[site], rows.position_N)
                     described[site].add_bos(at_bos[site])
-            x_ND, y_ND = sites.pick(at_tokens)
-            bos_x_MD, bos_y_MD = sites.pick(at_bos)
+            x: Given
+            bos_x: Given
+            x, y_ND = sites.pick(at_tokens)
+            bos_x, bos_y_MD = sites.pick(at_bos)
+            if sites.unit == "sequence":
+                x, bos_x = (whole(session, context, read, sites, mask_T) for mask_T in (mask_1T[0], bos_T))
             for one, total, diff in zip(loaded, sums, diffs, strict=True):
                 if one.sites == sites:
-                    add_tokens(one.dictionary, x_ND, y_ND, rows, total, diff)
-                    if len(bos_x_MD):
-                        total.add_bos(bos_y_MD, one.dictionary(bos_x_MD).x_hat)
+                    add_tokens(one.dictionary, x, y_ND, rows, total, diff)
+                    if len(bos_x):
+                        total.add_bos(bos_y_MD, decoded(one.dictionary, bos_x))
             bar.update(len(mask_1T[0]))
     everything: list[Sums] = [*sums, *described.values(), *(diff for diff in diffs if diff is not None)]
     for part in everything:
         part.all_reduce()
         part.to_cpu()
     return sums, described, diffs
+
+
+def whole(session: Session, context: int, read: Mapping[str, Tensor], sites: Sites, counts_T: Tensor) -> Contexts:
+    """An evaluated context for a dictionary that attends, of which these positions count."""
+    device, data = session.world.device, session.data
+    x_1TD = side_by_side({name: x_TD[None].to(device) for name, x_TD in read.items()}, sites.reads)
+    segments_1T = data.segments_CT[context : context + 1]
+    return Contexts.of(x_1TD, as_attended(segments_1T, isolated=session.store.isolated), counts_T[None])
+
+
+def decoded(dictionary: Dictionary, x: Given) -> Tensor:
+    """What a dictionary makes of what it reads."""
+    result: Tensor = dictionary(x).x_hat
+    return result
 
 
 def new_sums(one: Loaded, session: Session) -> ReconstructionSums:
@@ -99,16 +120,16 @@ def first_to_write(wanted: Sequence[Sites]) -> dict[str, Sites]:
 
 
 def add_tokens(
-    dictionary: Dictionary, x_ND: Tensor, y_ND: Tensor, rows: Rows, total: ReconstructionSums, diff: DiffSums | None
+    dictionary: Dictionary, x: Given, y_ND: Tensor, rows: Rows, total: ReconstructionSums, diff: DiffSums | None
 ) -> None:
     """Add what a dictionary makes of x to produce y, a bounded number of rows at a time; for an SAE y is x."""
-    for start in range(0, len(x_ND), SAE_ROWS):
-        part = slice(start, start + SAE_ROWS)
-        latents = dictionary.encode(x_ND[part])
+    given: Any  # what the dictionary's unit says
+    for given, part in in_parts(x, SAE_ROWS):
+        latents = dictionary.encode(given)
         chunk = Rows(rows.context_N[part], rows.position_N[part], rows.frequency_N[part])
         total.add(y_ND[part], dictionary.decode(latents), latents.values, latents.indices, chunk)
         if diff is not None:
-            diff.add(x_ND[part], y_ND[part], latents)
+            diff.add(given, y_ND[part], latents)
 
 
 @torch.inference_mode()
@@ -179,10 +200,10 @@ def mean_ablation(site: str, session: Session) -> Splice:
 def reconstruct(one: Loaded) -> Replacement:
     """The dictionary's reconstruction as a replacement, a bounded number of rows at a time."""
 
-    def replace(x_MD: Tensor) -> Tensor:
-        if not len(x_MD):
-            return x_MD.new_zeros(0, one.widths.d_out)
-        return torch.cat([one.dictionary(part).x_hat for part in torch.split(x_MD, SAE_ROWS)])
+    def replace(x: Given) -> Tensor:
+        if not len(x):
+            return one.dictionary.b_dec.new_zeros(0, one.widths.d_out)
+        return torch.cat([decoded(one.dictionary, part) for part, _ in in_parts(x, SAE_ROWS)])
 
     return replace
 

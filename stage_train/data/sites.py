@@ -1,6 +1,7 @@
 """Which arrays of the stores a run reads and writes: ``hook``, ``reads`` and ``writes``, checked and expanded."""
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from fnmatch import fnmatchcase
 
 import torch
@@ -11,6 +12,7 @@ from shared.launch.peer_names import site_of
 from shared.sae.sites import Sites
 from stage_train.config import TrainSchema
 from stage_train.data.stores import PinnedStore
+from stage_train.sae_schema import kind_of
 
 WILDCARDS = frozenset("*?")
 
@@ -39,7 +41,7 @@ def resolve_sites(cfg: TrainSchema, stores: Sequence[PinnedStore]) -> Sites:
     for part in stores:
         for name in sites.names:
             _check_is_there("hook" if cfg.hook is not None else "site", name, part)
-    return sites
+    return replace(sites, unit=kind_of(str(cfg.variant["kind"])).unit)
 
 
 def site_formats(names: Iterable[str], stores: Sequence[PinnedStore]) -> dict[str, tuple[int, torch.dtype]]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from shared.basics.errors import GranaryError
 from shared.parallel import World
-from stage_train.data.stream import Batch
+from stage_train.data.stream import AnyBatch, Batch
 from stage_train.online.buffer import RowBuffer
 from stage_train.online.rows import ModelRows
 
@@ -57,7 +57,7 @@ class BufferedStream:
         order = {"batch_size": self.batch_size, "seed": self.seed, "drawn": self.source.drawn}
         return {"epoch": self.source.passes, "batch": self._index, "order": order, "tokens": self._tokens}
 
-    def ends_epoch(self, batch: Batch) -> bool:
+    def ends_epoch(self, batch: AnyBatch) -> bool:
         """Passes over the user's batches run into one another: no batch ends one."""
         return False
 

@@ -29,6 +29,7 @@ from stage_train.data.stream.sample import SAMPLE_CONTEXTS
 from stage_train.job import check_kernels
 from stage_train.plan.config import PlanSchema
 from stage_train.run import make_objective, put_together
+from stage_train.sae_schema import kind_of
 from stage_train.spec import RunSpec
 from stage_train.step.layouts import Layout, make_layout
 from stage_train.step.trainer import Trainer
@@ -43,6 +44,12 @@ class PlannedRun:
 
     def __init__(self, cfg: PlanSchema, tokens: TrainingData | None = None) -> None:
         """`tokens` where they are known already. Raises GranaryError where training would, with its words."""
+        kind = kind_of(str(cfg.variant["kind"]))
+        if kind.unit == "sequence":
+            raise GranaryError(
+                f"granary plan follows steps on tokens, and a {kind.kind} learns from whole contexts: the table of "
+                "memory in docs/lorsa.md says what it takes"
+            )
         # A machine without a GPU may plan for one that has.
         self.cuda = cfg.device.name == "cuda" or init_world(cfg.device.name).device.type == "cuda"
         if self.cuda and cfg.compute.kernels == "triton":

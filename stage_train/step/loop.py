@@ -12,7 +12,7 @@ from typing import Protocol
 from shared.parallel import World
 from shared.parallel.stop import StopRequest
 from stage_train.data.blocks import StoppedWaiting, WindowReader
-from stage_train.data.stream import Batch, BatchStream
+from stage_train.data.stream import AnyBatch, BatchStream
 from stage_train.show.progress import ProgressBar
 from stage_train.step.trainer import DivergedError, Trainer
 
@@ -36,7 +36,7 @@ class Learner(Protocol):
     def is_trained(self) -> bool:
         """Whether none is left."""
 
-    def learn(self, batch: Batch) -> Mapping[str, float | int] | None:
+    def learn(self, batch: AnyBatch) -> Mapping[str, float | int] | None:
         """One step; the metrics where it is time to log."""
 
     def wants_save(self) -> bool:
@@ -55,10 +55,10 @@ class Learner(Protocol):
 class StepObserver(Protocol):
     """Sees every step of every run of this process."""
 
-    def before_step(self, run: Learner, batch: Batch) -> None:
+    def before_step(self, run: Learner, batch: AnyBatch) -> None:
         """Called when `run` is about to learn from `batch`."""
 
-    def after_step(self, run: Learner, batch: Batch) -> None:
+    def after_step(self, run: Learner, batch: AnyBatch) -> None:
         """Called when it has."""
 
 
@@ -115,7 +115,7 @@ class Loop:
                     return self.stop.received or "a signal to another process"
         return None
 
-    def learn(self, batch: Batch) -> list[Learner]:
+    def learn(self, batch: AnyBatch) -> list[Learner]:
         """Let the runs learn whose next step this is; returns them, those that have diverged left out."""
         turn = [run for run in self.learning if run.step == self.number]
         for run in turn:

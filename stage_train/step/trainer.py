@@ -15,12 +15,13 @@ from torch import Tensor
 
 from shared.basics.errors import GranaryError
 from shared.parallel import World, all_reduce_sum
+from shared.sae.contexts import Contexts, Given
 from shared.sae.learn.dead import DeadLatents
 from shared.sae.learn.inputs import StepInputs
 from shared.sae.learn.objective import Objective
 from shared.sae.optim import Optimiser
 from shared.sae.sites import Sites
-from stage_train.data.stream import Batch, BatchStream
+from stage_train.data.stream import AnyBatch, BatchStream
 from stage_train.step.layouts import Layout
 from stage_train.step.metrics import MetricSums
 from stage_train.step.schedule import LatentsPerToken, LearningRate, PenaltyScale
@@ -109,7 +110,7 @@ class Trainer:
         """The processes that train together."""
         return self.layout.world
 
-    def step(self, batch: Batch) -> None:
+    def step(self, batch: AnyBatch) -> None:
         """Learn from one global batch, without waiting for the device except where DEAD_EVERY says so."""
         if self.progress.step % DEAD_EVERY == 0:
             self.layout.merge_dead(self.dead.tokens_since_fired)
@@ -118,12 +119,12 @@ class Trainer:
         self.layout.zero_gradients(self.optimiser)
         if self.guard is not None:
             self.metrics.mark()
-        parts = self._micro_batches(batch)
+        parts = batch.parts(self.sites, self.micro_batch)
         k = None if self.schedules.k is None else self.schedules.k.at(self.progress.step)
         scale = 1.0 if self.schedules.penalty is None else self.schedules.penalty.at(self.progress.step)
-        facts = self.layout.facts(self.objective, [x_ND for x_ND, _ in parts], batch.num_tokens, k)
+        facts = self.layout.facts(self.objective, [x for x, _ in parts], batch.num_tokens, k)
         fired_F = torch.zeros_like(self.dead_now_F)
-        for number, (x_ND, y_ND) in enumerate(parts):
+        for number, (x, y_ND) in enumerate(parts):
             inputs = StepInputs(
                 dead=self._dead_R,
                 k=k,
@@ -131,7 +132,7 @@ class Trainer:
                 facts=None if facts is None else facts[number],
                 last=number == len(parts) - 1,
             )
-            fired_F |= self._backward(x_ND, y_ND, inputs, batch.num_tokens)
+            fired_F |= self._backward(x, y_ND, inputs, batch.num_tokens)
         grad_norm = self.layout.reduce_gradients(self.optimiser)
         if self.guard is None or self.guard.admits(self._global_loss(batch.num_tokens), grad_norm):
             self.grad_norm = grad_norm
@@ -243,25 +244,21 @@ class Trainer:
     def _look_at_dead(self, step: int) -> Tensor:
         return self.layout.look_at_dead(self.objective, self.dead_now_F, step // DEAD_EVERY)
 
-    def _micro_batches(self, batch: Batch) -> list[tuple[Tensor, Tensor]]:
-        """What is read and what must be written, by rows; one tensor where that is the same.
-
-        Equally many on every rank, if empty ones: all of them take part in what the ranks do together.
-        """
-        number = -(-batch.most_rows // (self.micro_batch or batch.most_rows))
-        x_ND, y_ND = self.sites.pick(batch.activations)
-        reads = torch.tensor_split(x_ND, number)
-        writes = reads if y_ND is x_ND else torch.tensor_split(y_ND, number)
-        return list(zip(reads, writes, strict=True))
-
-    def _backward(self, x_ND: Tensor, y_ND: Tensor, inputs: StepInputs, batch_tokens: int) -> Tensor:
+    def _backward(self, x: Given, y_ND: Tensor, inputs: StepInputs, batch_tokens: int) -> Tensor:
         """Add the gradient of some rows, as their share of the global batch; returns which latents fired, [F]."""
-        count = len(x_ND)
+        count = len(x)
         if not count:  # a row that counts for nothing below
-            same, x_ND = y_ND is x_ND, x_ND.new_zeros(1, x_ND.shape[1])
-            y_ND = x_ND if same else y_ND.new_zeros(1, y_ND.shape[1])
+            x, y_ND = one_row(x, y_ND)
             inputs = inputs.with_facts(None if inputs.facts is None else inputs.facts.for_one_row())
-        losses = self.layout.losses(self.objective, x_ND, y_ND, inputs)
+        losses = self.layout.losses(self.objective, x, y_ND, inputs)
         torch.autograd.backward(losses.total * (count / batch_tokens))
         self.metrics.add({"loss": losses.total.detach(), **losses.metrics}, count)
         return losses.fired & (count > 0)
+
+
+def one_row(x: Given, y_ND: Tensor) -> tuple[Given, Tensor]:
+    """Zeros in the place of no rows, for a rank that must take part."""
+    if isinstance(x, Contexts):
+        return Contexts.stand_in(x), y_ND.new_zeros(1, y_ND.shape[1])
+    same, x = y_ND is x, x.new_zeros(1, x.shape[1])
+    return x, x if same else y_ND.new_zeros(1, y_ND.shape[1])

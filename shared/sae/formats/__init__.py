@@ -28,6 +28,7 @@ from shared.sae.formats import (
 )
 from shared.sae.formats.held import check_held
 from shared.sae.formats.llamascopium import RawMoLT
+from shared.sae.formats.llamascopium_lorsa import RawLorsa
 from shared.sae.formats.raw import RawDictionary
 from shared.sae.formats.source import Source
 
@@ -56,14 +57,14 @@ def foreign(folder: Path) -> str | None:
 
 def load(
     name: str, path: Path, ignore: Collection[str] = (), given: Mapping[str, Any] | None = None
-) -> RawDictionary | RawMoLT:
+) -> RawDictionary | RawMoLT | RawLorsa:
     """The dictionary in a folder, or a lone file of weights, of the format `name`.
 
     The keys and tensors in `ignore` are left out; `given` are settings that the files do not say. Raises GranaryError
     for what can't be read, and for a key or tensor that the reader does not know.
     """
     source = Source(path, ignore, given=given) if path.is_dir() else Source(path.parent, ignore, path, given)
-    raw: RawDictionary | RawMoLT = FORMATS[name].read(source)
+    raw: RawDictionary | RawMoLT | RawLorsa = FORMATS[name].read(source)
     source.close()
     return raw
 

@@ -55,6 +55,8 @@ class Folded:
 
         Raises GranaryError, naming the format `form`, for what has no such function.
         """
+        if config.unit == "sequence":
+            raise GranaryError(f"the {form} format has no {named(config.kind)}: their latents attend to other tokens")
         if not config.writes_rows:
             raise GranaryError(f"the {form} format has no {named(config.kind)}: their latents are maps, not rows")
         if config.activation == "topk":

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from shared.kernels import encode_batchtopk
 from shared.sae.activations import BatchTopK, Gated, JumpReLU, TopK
+from shared.sae.contexts import Given
 from shared.sae.learn import batch_facts
 from shared.sae.learn.batch_facts import Reduce, SelectionMemory
 from shared.sae.learn.dense_step import DenseForm, dense_losses
@@ -35,7 +35,7 @@ class Rule:
         """`own`: the group whose latents it is about; the losses are of a dictionary that has no other."""
         self.terms, self.own = terms, own
 
-    def losses(self, x: Tensor, y: Tensor, inputs: StepInputs) -> Losses:
+    def losses(self, x: Given, y: Tensor, inputs: StepInputs) -> Losses:
         """See ``Objective.losses``."""
         raise NotImplementedError
 
@@ -44,7 +44,7 @@ class Rule:
         return False
 
     def facts(
-        self, centred: Sequence[Tensor], num_tokens: int, k: int | None, reduce_all: Reduce, reduce_rows: Reduce
+        self, centred: Sequence[Given], num_tokens: int, k: int | None, reduce_all: Reduce, reduce_rows: Reduce
     ) -> list[BatchFacts]:
         """Collect those of the micro-batches' encoder inputs; see ``Objective.facts``."""
         raise NotImplementedError
@@ -56,8 +56,8 @@ class Rule:
     def start(self) -> None:
         """Set the activation's own parameters to where learning begins."""
 
-    def fit_to_sample(self, centred_MD: Tensor) -> None:
-        """Set what follows from the encoder and a sample of its inputs [M, D_in]."""
+    def fit_to_sample(self, centred: Given) -> None:
+        """Set what follows from the encoder and a sample of its inputs, [M, D_in] or whole contexts."""
 
 
 class TopKRule(Rule):
@@ -67,18 +67,18 @@ class TopKRule(Rule):
     overshoot = 1.25
     looks_at_all = True
 
-    def losses(self, x: Tensor, y: Tensor, inputs: StepInputs) -> Losses:
+    def losses(self, x: Given, y: Tensor, inputs: StepInputs) -> Losses:
         """Compute them by the sparse step."""
         return sparse_losses(self.terms, x, y, inputs, self.select)
 
-    def select(self, centred_ND: Tensor, inputs: StepInputs) -> Selection:
+    def select(self, centred: Given, inputs: StepInputs) -> Selection:
         """Select in descending order: the first k columns are the main ones."""
         own, learning, activation = self.own, self.terms.learning, self.own.group.activation
         assert isinstance(activation, TopK)
         k = activation.k if inputs.k is None else inputs.k
         width = min(learning.multi_topk_factor * k, own.d_latent) if learning.multi_topk_weight > 0 else k
         encoder = own.group.encoder()
-        values_NK, indices_NK = activation.select(encoder, centred_ND, width)
+        values_NK, indices_NK = activation.select(encoder, centred, width)
         values_NK = encoder.unweighted(values_NK, indices_NK)
         if width == k:
             return Selection(values_NK, indices_NK, indices_NK, None)
@@ -101,16 +101,16 @@ class BatchTopKRule(Rule):
         assert isinstance(activation, BatchTopK)
         return activation
 
-    def losses(self, x: Tensor, y: Tensor, inputs: StepInputs) -> Losses:
+    def losses(self, x: Given, y: Tensor, inputs: StepInputs) -> Losses:
         """Compute them by the sparse step; rows without facts are the batch."""
         if inputs.facts is None:
             with torch.no_grad():
-                centred_ND = self.terms.prepare(x, y)[0]
-                (facts,) = self.facts([centred_ND], len(x), inputs.k, batch_facts.alone, batch_facts.alone)
+                centred = self.terms.prepare(x, y)[0]
+                (facts,) = self.facts([centred], len(x), inputs.k, batch_facts.alone, batch_facts.alone)
             inputs = inputs.with_facts(facts)
         return sparse_losses(self.terms, x, y, inputs, self.select)
 
-    def select(self, centred_ND: Tensor, inputs: StepInputs) -> Selection:
+    def select(self, centred: Given, inputs: StepInputs) -> Selection:
         """Every value from the batch's least on: at a tie all are kept, so that no row or rank has precedence."""
         facts = inputs.facts
         assert facts is not None
@@ -134,7 +134,7 @@ class BatchTopKRule(Rule):
         return True
 
     def facts(
-        self, centred: Sequence[Tensor], num_tokens: int, k: int | None, reduce_all: Reduce, reduce_rows: Reduce
+        self, centred: Sequence[Given], num_tokens: int, k: int | None, reduce_all: Reduce, reduce_rows: Reduce
     ) -> list[BatchFacts]:
         """The candidates of each micro-batch, and the least value that the batch keeps."""
         k, d_latent = self.own.k if k is None else k, self.own.d_latent
@@ -158,18 +158,17 @@ class BatchTopKRule(Rule):
             threshold = self.activation.threshold
             threshold.lerp_(facts.least.to(threshold), 1 - self.terms.learning.threshold_decay)
 
-    def fit_to_sample(self, centred_MD: Tensor) -> None:
+    def fit_to_sample(self, centred: Given) -> None:
         """The threshold that keeps k latents per token of the sample."""
         encoder, k = self.own.group.encoder(), self.own.k
-        own_k = min(k, self.own.group.num_latents)
-        kept = encode_batchtopk(centred_MD, encoder.W_enc, encoder.b_enc, own_k, compute=encoder.compute)
-        self.activation.threshold.copy_(self.terms.shard.least_of_largest(*kept, count=k * len(centred_MD)))
+        kept = encoder.largest_of_batch(centred, min(k, self.own.group.num_latents))
+        self.activation.threshold.copy_(self.terms.shard.least_of_largest(*kept, count=k * len(centred)))
 
 
 class DenseRule(Rule):
     """Activations whose L0 is free."""
 
-    def losses(self, x: Tensor, y: Tensor, inputs: StepInputs) -> Losses:
+    def losses(self, x: Given, y: Tensor, inputs: StepInputs) -> Losses:
         """Compute them by dense products."""
         return dense_losses(self.terms, x, y, inputs, self.form())
 
@@ -182,7 +181,7 @@ class DenseRule(Rule):
         return self.terms.learning.penalty == "tanh_quad" and cut
 
     def facts(
-        self, centred: Sequence[Tensor], num_tokens: int, k: int | None, reduce_all: Reduce, reduce_rows: Reduce
+        self, centred: Sequence[Given], num_tokens: int, k: int | None, reduce_all: Reduce, reduce_rows: Reduce
     ) -> list[BatchFacts]:
         """The batch's mean of tanh(c f) per latent."""
         group, activation = self.own.group, self.form().activation

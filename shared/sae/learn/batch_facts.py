@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from shared.kernels import product
-from shared.sae.activations import Encoder, encode_above
+from shared.sae.activations import Encoder
+from shared.sae.contexts import Given
 from shared.sae.groups import LatentGroup
 from shared.sae.learn.inputs import BatchFacts
 
@@ -36,23 +36,22 @@ def alone(tensor: Tensor) -> None:
 
 def frequencies(
     group: LatentGroup,
-    centred: Sequence[Tensor],
+    centred: Sequence[Given],
     num_tokens: int,
     strength: Callable[[Tensor], Tensor],
     reduce_rows: Reduce,
 ) -> list[BatchFacts]:
     """The batch's mean of ``strength(z)`` [N, F] per latent, the same for every micro-batch."""
     sums_F = torch.zeros_like(group.b_enc)
-    for centred_ND in centred:
-        z_NF = product(centred_ND, group.W_enc.T, group.b_enc, compute=group.compute)
-        sums_F += strength(z_NF).sum(0)
+    for part in centred:
+        sums_F += strength(group.preactivations(part)).sum(0)
     reduce_rows(sums_F)
     return [BatchFacts(frequency=sums_F / num_tokens) for _ in centred]
 
 
 def select_over_batch(
     encoders: Sequence[Encoder],
-    centred: Sequence[Sequence[Tensor]],
+    centred: Sequence[Sequence[Given]],
     *,
     wanted: int,
     most: int,
@@ -68,8 +67,7 @@ def select_over_batch(
     lower = MARGIN * float(first_guess) if memory.lower_bound is None else memory.lower_bound
     while True:
         found = [
-            [encode_above(encoder, part_ND, lower) for part_ND in parts]
-            for encoder, parts in zip(encoders, centred, strict=True)
+            [encoder.above(part, lower) for part in parts] for encoder, parts in zip(encoders, centred, strict=True)
         ]
         # Behind the pairs of a row there are zeros.
         values_P = torch.cat([values.flatten() for parts in found for values, _ in parts])

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from shared.kernels import PairOrder, decode, sparse_decode, take_rows
 from shared.sae.activations import TopK
+from shared.sae.contexts import Given
 from shared.sae.learn.activations import TopKRule
 from shared.sae.learn.batch_facts import Reduce, alone
 from shared.sae.learn.clt_auxk import auxk_over_ranks
@@ -41,9 +42,9 @@ class PartTerms(LossTerms):
         assert isinstance(self.shard, LayerRanks)
         return self.shard
 
-    def prepare(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        normal_ND, target_ND, token_mean, token_scale = super().prepare(x, y)
-        return normal_ND, self.part.own_columns(target_ND), token_mean, token_scale
+    def prepare(self, x: Given, y: Tensor) -> tuple[Given, Tensor, Tensor | None, Tensor | None]:
+        normal, target_ND, token_mean, token_scale = super().prepare(x, y)
+        return normal, self.part.own_columns(target_ND), token_mean, token_scale
 
     def _weight(self, loss: str) -> Tensor:
         """Of each site as in a mean over all of them, also those that are elsewhere."""
@@ -68,9 +69,10 @@ class PartTerms(LossTerms):
             for name, error, variance in zip(names, errors, variances, strict=True)
         }
 
-    def fire(self, centred_ND: Tensor) -> list[Picks]:
+    def fire(self, centred: Given) -> list[Picks]:
         part = self.part
-        given = [centred_ND[:, reads].contiguous() for reads, _ in part.places]
+        assert isinstance(centred, Tensor)
+        given = [centred[:, reads].contiguous() for reads, _ in part.places]
         if part.config.activation == "topk":
             assert part.config.k is not None
             own = best_of_shares(part, given, part.config.k)
@@ -86,7 +88,7 @@ class PartTerms(LossTerms):
         first, _ = part.share.span(part.config.per_layer)
         return Exchange(self.ranks, indices, [first] * len(indices), len(part.decoders))
 
-    def decoded(self, picks: Sequence[Picks], centred_ND: Tensor) -> Tensor:
+    def decoded(self, picks: Sequence[Picks], centred: Given) -> Tensor:
         part = self.part
         y_ND = picks[0][0].new_zeros(len(picks[0][0]), len(part.b_dec))
         for (W_dec, writes), one in zip(part.decoders, picks, strict=True):
@@ -160,19 +162,19 @@ class PartOfGroups(ManyGroups):
             return ranks.sum
         return alone if ranks.own.parts == 1 else ranks.sum_in_layer
 
-    def facts(self, centred: Sequence[Tensor], num_tokens: int, k: int | None, *_: Reduce) -> Any:
-        parts = [self._columns(normal_ND) for normal_ND in centred]
+    def facts(self, centred: Sequence[Given], num_tokens: int, k: int | None, *_: Reduce) -> Any:
+        parts = [self._columns(normal) for normal in centred]
         return self._facts(list(zip(*parts, strict=True)), num_tokens, k, self._reduce)
 
-    def fit_to_sample(self, centred_MD: Tensor) -> None:
+    def fit_to_sample(self, centred: Given) -> None:
         if not self._batch_rules:
-            super().fit_to_sample(centred_MD)
+            super().fit_to_sample(centred)
             return
         memories = [self.memory, *(rule.memory for rule in self._batch_rules)]
         before = [memory.lower_bound for memory in memories]
         for memory in memories:
             memory.lower_bound = 0.0
-        (facts,) = self._facts([[one] for one in self._columns(centred_MD)], len(centred_MD), None, self._reduce)
+        (facts,) = self._facts([[one] for one in self._columns(centred)], len(centred), None, self._reduce)
         for memory, bound in zip(memories, before, strict=True):
             memory.lower_bound = bound
         for rule, own in zip(self._batch_rules, facts.groups, strict=True):

@@ -120,7 +120,20 @@ class SkipLearningConfig(LearningConfig):
             raise GranaryError(f"variant.skip_init={self.skip_init!r}: choose from zero, ridge")
 
 
-OF_KIND: dict[str, type[LearningConfig]] = {"skip_transcoder": SkipLearningConfig}
+@dataclass(frozen=True, kw_only=True)
+class LorsaLearningConfig(LearningConfig):
+    """What learning with attention is told beside."""
+
+    qk_init: str = "random"
+    """Where queries and keys start: model, the language model's own heads, or random."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.qk_init not in ("model", "random"):
+            raise GranaryError(f"variant.qk_init={self.qk_init!r}: choose from model, random")
+
+
+OF_KIND: dict[str, type[LearningConfig]] = {"skip_transcoder": SkipLearningConfig, "lorsa": LorsaLearningConfig}
 
 
 def learning_of(kind: str) -> type[LearningConfig]:

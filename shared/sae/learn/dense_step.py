@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from shared.kernels import product
+from shared.sae.contexts import Given
 from shared.sae.learn.inputs import Losses, StepInputs, dead_indices
 from shared.sae.learn.losses import penalty_per_latent, preact_loss, weighted_square_error
 from shared.sae.learn.maps import load_of_maps
@@ -31,20 +31,21 @@ class DenseForm:
     """What reconstructs by itself, and alone decides about sparsity, beside the latents; None: nothing does."""
 
 
-def dense_losses(terms: LossTerms, x: Tensor, y: Tensor, inputs: StepInputs, form: DenseForm) -> Losses:
+def dense_losses(terms: LossTerms, x: Given, y: Tensor, inputs: StepInputs, form: DenseForm) -> Losses:
     """See ``Objective.losses``."""
     own, learning = terms.sole, terms.learning
     group, b_dec = own.group, terms.dictionary.b_dec
     with torch.no_grad():
-        centred_ND, target_ND, _, _ = terms.prepare(x, y)
-    wanted_ND = terms.wanted(target_ND, centred_ND)
-    input_ND = centred_ND
+        centred, target_ND, _, _ = terms.prepare(x, y)
+    wanted_ND = terms.wanted(target_ND, centred)
+    given = centred
     shared = terms.shared_pre_bias()
     if shared is not None:  # the gradient of b_dec goes through the encoder too
-        input_ND = centred_ND - (shared - shared.detach())
-    z_NF = product(input_ND, group.W_enc.T, group.b_enc, compute=group.compute)
+        assert isinstance(centred, Tensor)
+        given = centred - (shared - shared.detach())
+    z_NF = group.preactivations(given)
     f_NF = form.activation(z_NF)
-    decoded_ND = group.write_all(f_NF, input_ND)
+    decoded_ND = group.write_all(f_NF, given)
     error_ND = terms.shard.sum_forward(decoded_ND) + b_dec - wanted_ND
     reconstruction = weighted_square_error(error_ND, terms.loss_weight())
     total = reconstruction
@@ -57,7 +58,7 @@ def dense_losses(terms: LossTerms, x: Tensor, y: Tensor, inputs: StepInputs, for
         metrics["penalty"] = penalty.detach()
     if form.gate is not None:
         # The gate must be a good encoder by itself; frozen, the decoder learns from the magnitudes alone.
-        gate_ND = group.write_all(form.gate(z_NF), input_ND, frozen=True)
+        gate_ND = group.write_all(form.gate(z_NF), given, frozen=True)
         gate_ND = terms.shard.sum_forward(gate_ND) + b_dec.detach()
         gate = weighted_square_error(gate_ND - wanted_ND.detach(), terms.loss_weight())
         total = total + gate
@@ -66,7 +67,7 @@ def dense_losses(terms: LossTerms, x: Tensor, y: Tensor, inputs: StepInputs, for
     if preact is not None:
         total = total + learning.preact_weight * inputs.penalty_scale * preact
         metrics["preact"] = preact.detach()
-    auxk = own.auxk(-error_ND.detach(), centred_ND, inputs.dead)
+    auxk = own.auxk(-error_ND.detach(), centred, inputs.dead)
     if auxk is not None:
         total = total + learning.auxk_alpha * auxk
         metrics["auxk"] = auxk.detach()

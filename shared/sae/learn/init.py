@@ -6,21 +6,27 @@ Shape letters: M tokens of a sample, D a width (D_in of what is read, D_out of w
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import torch
 from torch import Tensor
 
 from shared.basics.errors import GranaryError
 from shared.kernels import PairOrder, row_grad
+from shared.sae.contexts import Contexts, Given, in_parts
 from shared.sae.learn.config import SkipLearningConfig
 from shared.sae.learn.losses import weighted_square_error
 from shared.sae.learn.objective import Objective
 from shared.sae.learn.skip import start_skip
+from shared.sae.learn.start_heads import start_heads
 from shared.sae.learn.start_maps import start_maps
 from shared.sae.variants.base import Dictionary, per_column
+from shared.sae.variants.lorsa import Lorsa
 from shared.sae.variants.molt import MoLT
 from shared.sae.variants.one_group import OneGroup
+
+if TYPE_CHECKING:
+    from shared.lm.attention import ModelHeads
 
 # Tokens of the sample that activations without a fixed L0 look at for their scale.
 SEARCH_TOKENS = 1024
@@ -116,19 +122,26 @@ def into_subspace(W_FD: Tensor, points_MD: Tensor, rank: int) -> Tensor:
 def initialise(
     objective: Objective,
     statistics: Sequence[ActivationStatistics] | None,
-    sample: Tensor,
+    sample: Given,
     target_statistics: Sequence[ActivationStatistics] | None = None,
     target_sample: Tensor | None = None,
+    *,
+    heads: "ModelHeads | None" = None,
 ) -> None:
     """Set normalisation, b_dec, directions and scale from data.
 
     `statistics` are the whole data set's (None: the sample's own) of every site that is read; `sample` [M, D_in] are
-    raw activations, a few thousand tokens. The last two are those of what is written, at the same tokens; not looked
-    at for an autoencoder. Raises GranaryError when there is nothing to learn from.
+    raw activations, a few thousand tokens, or whole contexts of which M count. The last two are those of what is
+    written, at the same tokens; not looked at for an autoencoder. `heads` are the language model's, of the layer that a
+    Lorsa begins from. Raises GranaryError when there is nothing to learn from.
     """
     dictionary, learning, rule = objective.dictionary, objective.learning, objective.rule
     widths = dictionary.widths
-    x_MD = sample.reshape(-1, widths.d_in).to(dictionary.b_dec)
+    if isinstance(sample, Contexts):
+        x: Given = sample.to(dictionary.b_dec.device)
+        x_MD = sample.counted(sample.rows_CTD).to(dictionary.b_dec)
+    else:
+        x = x_MD = sample.reshape(-1, widths.d_in).to(dictionary.b_dec)
     if x_MD.shape[0] < 2:
         raise GranaryError("initialising an SAE needs at least 2 tokens")
     moments = Moments.of(statistics, x_MD, widths.reads)
@@ -141,8 +154,11 @@ def initialise(
         moments = Moments.of(target_statistics, y_MD, widths.writes)
         centre(moments, dictionary, dictionary.output_mean, dictionary.output_scale, dictionary.output_variance)
     rule.start()
+    if heads is not None:
+        assert isinstance(dictionary, Lorsa)
+        start_heads(dictionary, heads, objective.shard.first // dictionary.config.latents_per_head)
 
-    centred_MD, target_MD, _, _ = objective.terms.prepare(x_MD, y_MD)
+    centred, target_MD, _, _ = objective.terms.prepare(x, y_MD)
     if dictionary.config.normalisation == "layer_norm" and dictionary.config.shift_back:
         dictionary.input_variance.copy_(target_MD.var(0, correction=0))
     for group in dictionary.groups:
@@ -162,12 +178,13 @@ def initialise(
     else:
         if isinstance(learning, SkipLearningConfig):
             assert isinstance(dictionary, OneGroup)
-            start_skip(dictionary, learning, centred_MD, target_MD)
+            assert isinstance(centred, Tensor)
+            start_skip(dictionary, learning, centred, target_MD)
         if isinstance(dictionary, MoLT):
             start_maps(objective, dictionary, x_MD, y_MD)
         else:
-            start_decoder_from_data(objective, x_MD, y_MD)
-    set_scale(objective, x_MD, y_MD)
+            start_decoder_from_data(objective, x, y_MD)
+    set_scale(objective, x, y_MD)
 
 
 @dataclass(frozen=True)
@@ -209,38 +226,45 @@ def centre(moments: Moments, dictionary: Dictionary, mean_D: Tensor, scale: Tens
     variance_D.copy_(moments.variance_D * per_column(scale, moments.widths).square())
 
 
-def start_decoder_from_data(objective: Objective, x_MD: Tensor, y_MD: Tensor) -> None:
+def start_decoder_from_data(objective: Objective, x: Given, y_MD: Tensor) -> None:
     """Each decoder row as the mean of what is wanted where its latent fires, with its strength for a weight, made unit.
 
     The encoder's transpose lies in another space. Latents that no token of the sample fires keep their random rows.
     """
     dictionary = objective.dictionary
-    if not objective.rule.looks_at_all:
-        x_MD, y_MD = x_MD[:SEARCH_TOKENS], y_MD[:SEARCH_TOKENS]
-    centred_MD, target_MD, _, _ = objective.terms.prepare(x_MD, y_MD)
-    objective.rule.fit_to_sample(centred_MD)
-    wanted_MD = objective.terms.wanted(target_MD, centred_MD) - dictionary.b_dec
+    x, y_MD = looked_at(objective, x, y_MD)
+    centred, target_MD, _, _ = objective.terms.prepare(x, y_MD)
+    objective.rule.fit_to_sample(centred)
+    wanted_MD = objective.terms.wanted(target_MD, centred) - dictionary.b_dec
     sums: list[Tensor] = []
-    for part in parts_of_sample(objective, len(x_MD)):
+    for given, part in parts_of_sample(objective, centred):
         found = []
-        for (W_dec, writes), picks in zip(dictionary.decoders, objective.terms.fire(centred_MD[part]), strict=True):
+        for (W_dec, writes), picks in zip(dictionary.decoders, objective.terms.fire(given), strict=True):
             own_MD, order = wanted_MD[part, writes].contiguous(), PairOrder(picks[1], len(W_dec))
             found.append(row_grad(*picks, own_MD, len(W_dec), order, kernels=dictionary.kernels))
         sums = [before_FD.add_(rows_FD) for before_FD, rows_FD in zip(sums, found, strict=True)] if sums else found
     dictionary.start_decoders(sums, objective.terms.row_norms(sums))
 
 
-def parts_of_sample(objective: Objective, count: int) -> list[slice]:
-    """`count` tokens in parts that are encoded at a time: all, where the number of picks is fixed."""
-    size = count if objective.rule.looks_at_all else max(1, SEARCH_PAIRS // objective.dictionary.config.d_latent)
-    return [slice(start, start + size) for start in range(0, count, size)]
+def looked_at(objective: Objective, x: Given, y_MD: Tensor) -> tuple[Given, Tensor]:
+    """The tokens of the sample that the start looks at: where half of all latents may fire, few."""
+    if objective.rule.looks_at_all:
+        return x, y_MD
+    few, part = in_parts(x, SEARCH_TOKENS)[0]
+    return few, y_MD[part]
 
 
-def set_scale(objective: Objective, x_MD: Tensor, y_MD: Tensor) -> None:
+def parts_of_sample(objective: Objective, centred: Given) -> list[tuple[Given, slice]]:
+    """Its tokens in parts that are encoded at a time: all, where the number of picks is fixed."""
+    if objective.rule.looks_at_all:
+        return [(centred, slice(0, len(centred)))]
+    return in_parts(centred, max(1, SEARCH_PAIRS // objective.dictionary.config.d_latent))
+
+
+def set_scale(objective: Objective, x: Given, y_MD: Tensor) -> None:
     """The encoder's and decoder's rows times what ``encoder_init`` says, and thresholds that follow from them."""
     dictionary, learning, rule, terms = objective.dictionary, objective.learning, objective.rule, objective.terms
-    if not rule.looks_at_all:
-        x_MD, y_MD = x_MD[:SEARCH_TOKENS], y_MD[:SEARCH_TOKENS]  # half of all latents may fire
+    x, y_MD = looked_at(objective, x, y_MD)
     searches_norms = learning.encoder_init == "norm_search"  # else the decoders stay as they are
     searches = searches_norms or rule.scale_search == "grid"
 
@@ -250,24 +274,23 @@ def set_scale(objective: Objective, x_MD: Tensor, y_MD: Tensor) -> None:
 
     encoders = [with_first(group.W_enc) for group in dictionary.groups]
     decoders = [with_first(W_dec) for W_dec, _ in dictionary.decoders] if searches_norms else []
-    centred_MD, target_MD, _, _ = terms.prepare(x_MD, y_MD)
-    wanted_MD = terms.wanted(target_MD, centred_MD) - dictionary.b_dec
+    centred, target_MD, _, _ = terms.prepare(x, y_MD)
+    wanted_MD = terms.wanted(target_MD, centred) - dictionary.b_dec
     weight_D = terms.loss_weight()
 
     def decoded_with(encoder: float, decoder: float) -> Tensor:
         for times, matrices in ((encoder, encoders), (decoder, decoders)):
             for matrix_FD, first_FD in matrices:
                 torch.mul(first_FD, times, out=matrix_FD)
-        rule.fit_to_sample(centred_MD)
-        parts = parts_of_sample(objective, len(centred_MD))
-        return torch.cat([terms.decoded(terms.fire(centred_MD[part]), centred_MD[part]) for part in parts])
+        rule.fit_to_sample(centred)
+        return torch.cat([terms.decoded(terms.fire(one), one) for one, _ in parts_of_sample(objective, centred)])
 
     def loss_with(encoder: float, decoder: float) -> float:
         error = weighted_square_error(decoded_with(encoder, decoder) - wanted_MD, weight_D)
         return float(terms.sum_over_columns(error))
 
     if learning.encoder_init == "transpose":
-        rule.fit_to_sample(centred_MD)
+        rule.fit_to_sample(centred)
     elif searches_norms:
         norm = grid_search(lambda norm: loss_with(norm, norm), NORMS, steps=20)
         decoded_with(norm, norm)

@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from shared.kernels import PairOrder, attach_encoder, product, take_rows
-from shared.sae.activations import TopK, encode_above
+from shared.sae.activations import TopK
+from shared.sae.contexts import Given
 from shared.sae.learn import batch_facts
 from shared.sae.learn.activations import RULES, BatchTopKRule, Rule, TopKRule
 from shared.sae.learn.batch_facts import Reduce, SelectionMemory
@@ -40,12 +41,12 @@ class ManyGroups:
         self.scale_search, self.overshoot, self.looks_at_all = first.scale_search, first.overshoot, first.looks_at_all
         self._dead: tuple[Tensor, list[Tensor]] | None = None
 
-    def losses(self, x: Tensor, y: Tensor, inputs: StepInputs) -> Losses:
+    def losses(self, x: Given, y: Tensor, inputs: StepInputs) -> Losses:
         """See ``Objective.losses``."""
         terms, learning = self.terms, self.terms.learning
         with torch.no_grad():
-            normal_ND, target_ND, _, _ = terms.prepare(x, y)
-            given = self._columns(normal_ND)
+            normal, target_ND, _, _ = terms.prepare(x, y)
+            given = self._columns(normal)
         firing = [
             self._fire(rule, given_ND, picks)
             for rule, given_ND, picks in zip(self.rules, given, self._choose(given, inputs, len(x)), strict=True)
@@ -68,7 +69,7 @@ class ManyGroups:
             metrics[name] = metrics[name] + loss.detach() if name in metrics else loss.detach()
         with torch.no_grad():
             counts = [fired.is_on_NK.sum(dtype=torch.float32) for fired in firing]
-            metrics["l0"] = sum(counts, start=x.new_zeros(())) / len(x)
+            metrics["l0"] = sum(counts, start=y.new_zeros(())) / len(x)
             metrics |= {f"l0/{name}": count / len(x) for name, count in zip(self._names(), counts, strict=False)}
             fired_F = torch.cat([self._fired(rule.own, one) for rule, one in zip(self.rules, firing, strict=True)])
         return Losses(total=total, reconstruction=metrics["reconstruction"], fired=fired_F, metrics=metrics)
@@ -79,9 +80,10 @@ class ManyGroups:
 
     # What fires
 
-    def _columns(self, normal_ND: Tensor) -> list[Tensor]:
+    def _columns(self, normal: Given) -> list[Tensor]:
         """What each group reads."""
-        return [normal_ND[:, rule.own.reads].contiguous() for rule in self.rules]
+        assert isinstance(normal, Tensor)
+        return [normal[:, rule.own.reads].contiguous() for rule in self.rules]
 
     @torch.no_grad()
     def _choose(self, given: Sequence[Tensor], inputs: StepInputs, rows: int) -> list[Picks]:
@@ -104,7 +106,7 @@ class ManyGroups:
                 found.append(activation.select(rule.own.group.encoder(), one, min(k, rule.own.d_latent)))
             return largest(found, k) if self.together else found
         return [
-            encode_above(rule.own.group.encoder(), one, self._lowest(rule.own))
+            rule.own.group.encoder().above(one, self._lowest(rule.own))
             for rule, one in zip(self.rules, given, strict=True)
         ]
 
@@ -216,10 +218,10 @@ class ManyGroups:
         return self.rules[0].needs_facts(cut=cut)
 
     def facts(
-        self, centred: Sequence[Tensor], num_tokens: int, k: int | None, reduce_all: Reduce, reduce_rows: Reduce
+        self, centred: Sequence[Given], num_tokens: int, k: int | None, reduce_all: Reduce, reduce_rows: Reduce
     ) -> list[BatchFacts]:
         """Collect those of the micro-batches' encoder inputs; see ``Objective.facts``."""
-        parts = [self._columns(normal_ND) for normal_ND in centred]
+        parts = [self._columns(normal) for normal in centred]
         return self._facts(list(zip(*parts, strict=True)), num_tokens, k, reduce_all)
 
     def _facts(
@@ -256,15 +258,15 @@ class ManyGroups:
         for rule in self.rules:
             rule.start()
 
-    def fit_to_sample(self, centred_MD: Tensor) -> None:
+    def fit_to_sample(self, centred: Given) -> None:
         """Set what follows from the encoders and a sample of their inputs [M, D_in]."""
-        given = self._columns(centred_MD)
+        given = self._columns(centred)
         if not (self.together and self._batch_rules):
             for rule, one in zip(self.rules, given, strict=True):
                 rule.fit_to_sample(one)
             return
         memory, self.memory = self.memory, SelectionMemory(0.0)
-        (facts,) = self._facts([[one] for one in given], len(centred_MD), None, batch_facts.alone)
+        (facts,) = self._facts([[one] for one in given], len(centred), None, batch_facts.alone)
         self.memory = memory
         for rule, own in zip(self._batch_rules, facts.groups, strict=True):
             assert own.least is not None

@@ -1,11 +1,13 @@
 """What a dictionary learns from: the losses of a batch, and what they must know of it."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from shared.kernels import PairGradients
+from shared.sae.contexts import Given
 from shared.sae.latent_shard import LatentShard
 from shared.sae.learn.activations import RULES, Rule
 from shared.sae.learn.batch_facts import Reduce, alone
@@ -68,16 +70,20 @@ class Objective(nn.Module):
     def pair_gradients(self, gradients: PairGradients | None) -> None:
         self.terms.pair_gradients = gradients
 
-    def forward(self, x: Tensor, y: Tensor, inputs: StepInputs | None = None) -> Losses:
+    def forward(self, x: Given, y: Tensor, inputs: StepInputs | None = None) -> Losses:
         """See ``losses``."""
         return self.losses(x, y, inputs)
 
-    def losses(self, x: Tensor, y: Tensor | None = None, inputs: StepInputs | None = None) -> Losses:
-        """Loss of a batch of raw activations x [N, D_in] that must give y [N, D_out]; None: x itself.
+    def losses(self, x: Given, y: Tensor | None = None, inputs: StepInputs | None = None) -> Losses:
+        """Loss of a batch of raw activations x, [N, D_in] or whole contexts of which N positions count, that must give
+        y [N, D_out]; None: x itself.
 
         TopK and BatchTopK have a backward pass that costs N x K instead of N x F.
         """
-        return self.rule.losses(x, x if y is None else y, StepInputs() if inputs is None else inputs)
+        if y is None:
+            assert isinstance(x, Tensor)
+            y = x
+        return self.rule.losses(x, y, StepInputs() if inputs is None else inputs)
 
     def needs_facts(self, *, cut: bool) -> bool:
         """Whether ``losses`` needs ``facts`` when the batch is `cut` into parts, or is not."""
@@ -85,7 +91,7 @@ class Objective(nn.Module):
 
     def facts(
         self,
-        parts: Sequence[Tensor],
+        parts: Sequence[Given],
         num_tokens: int,
         *,
         k: int | None = None,
@@ -94,11 +100,11 @@ class Objective(nn.Module):
     ) -> list[BatchFacts]:
         """What ``losses`` of each micro-batch must know of the whole batch, of `num_tokens` tokens.
 
-        `parts` are this rank's micro-batches [N, D_in] of raw activations. `reduce_all` sums over all ranks,
-        `reduce_rows` over those that hold the same latents; all call it together. `k` overrides the config's.
+        `parts` are this rank's micro-batches of raw activations, as ``losses`` takes them. `reduce_all` sums over all
+        ranks, `reduce_rows` over those that hold the same latents; all call it together. `k` overrides the config's.
         """
         with torch.no_grad():
-            centred = [self.dictionary.centred(self.dictionary.normalise(part)[0]) for part in parts]
+            centred: Any = [self.terms.given(part) for part in parts]
             return self.rule.facts(centred, num_tokens, k, reduce_all, reduce_rows)
 
 

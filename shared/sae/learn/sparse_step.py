@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from shared.kernels import PairOrder, attach_encoder, sparse_reconstruction
+from shared.kernels import PairOrder, sparse_reconstruction
+from shared.sae.contexts import Given
 from shared.sae.latent_shard import WHOLE
 from shared.sae.latents import SparseLatents
 from shared.sae.learn.inputs import Losses, StepInputs
@@ -31,24 +32,23 @@ class Selection:
     """Likewise for the others; None without Multi-TopK."""
 
 
-Select = Callable[[Tensor, StepInputs], Selection]
-"""From the encoder's input [N, D_in] to what fires."""
+Select = Callable[[Given, StepInputs], Selection]
+"""From the encoder's input, [N, D_in] or whole contexts, to what fires."""
 
 
-def sparse_losses(terms: LossTerms, x: Tensor, y: Tensor, inputs: StepInputs, select: Select) -> Losses:
+def sparse_losses(terms: LossTerms, x: Given, y: Tensor, inputs: StepInputs, select: Select) -> Losses:
     """See ``Objective.losses``."""
     own, learning = terms.sole, terms.learning
     group, b_dec = own.group, terms.dictionary.b_dec
     with torch.no_grad():
-        centred_ND, target_ND, token_mean, token_scale = terms.prepare(x, y)
-        picks = select(centred_ND, inputs)
-    wanted_ND = terms.wanted(target_ND, centred_ND)
+        centred, target_ND, token_mean, token_scale = terms.prepare(x, y)
+        picks = select(centred, inputs)
+    wanted_ND = terms.wanted(target_ND, centred)
     num_latents = group.num_latents
     order = PairOrder(picks.indices_NK, num_latents)
-    values_NK = attach_encoder(
-        centred_ND, terms.shared_pre_bias(), group.W_enc, group.b_enc, picks.values_NK, picks.indices_NK, order,
-        compute=group.compute, sink=own.sink("W_enc"),
-    )  # fmt: skip
+    values_NK = group.attach(
+        centred, terms.shared_pre_bias(), picks.values_NK, picks.indices_NK, order, own.sink("W_enc")
+    )
     metrics: dict[str, Tensor] = {}
 
     width = picks.main.shape[1]
@@ -63,7 +63,7 @@ def sparse_losses(terms: LossTerms, x: Tensor, y: Tensor, inputs: StepInputs, se
             main_order, compute=group.compute, sink=own.sink("W_dec"),
         )  # fmt: skip
     elif learning.prefixes is None:
-        decoded_ND = _decode(terms, main_values, picks.main, main_order, centred_ND)
+        decoded_ND = _decode(terms, main_values, picks.main, main_order, centred)
         error_ND = decoded_ND + b_dec - wanted_ND
         reconstruction = weighted_square_error(error_ND, terms.loss_weight())
     else:
@@ -75,12 +75,12 @@ def sparse_losses(terms: LossTerms, x: Tensor, y: Tensor, inputs: StepInputs, se
     total = reconstruction
     if picks.extra is not None:
         extra_values = values_NK[:, -picks.extra.shape[1] :]
-        extra_ND = _decode(terms, extra_values, picks.extra, PairOrder(picks.extra, num_latents), centred_ND)
+        extra_ND = _decode(terms, extra_values, picks.extra, PairOrder(picks.extra, num_latents), centred)
         multi = weighted_square_error(error_ND + extra_ND, terms.loss_weight())
         total = total + learning.multi_topk_weight * multi
         metrics["multi_topk"] = multi.detach()
 
-    auxk = own.auxk(residual_ND, centred_ND, inputs.dead)
+    auxk = own.auxk(residual_ND, centred, inputs.dead)
     if auxk is not None:
         total = total + learning.auxk_alpha * auxk
         metrics["auxk"] = auxk.detach()
@@ -89,7 +89,7 @@ def sparse_losses(terms: LossTerms, x: Tensor, y: Tensor, inputs: StepInputs, se
         metrics["fvu"] = fvu
         metrics |= terms.fvu_by_site(residual_ND)
         metrics["l0"] = (picks.main >= 0).sum(dtype=torch.float32) / picks.main.shape[0]
-        fired = torch.zeros(num_latents + 1, dtype=torch.bool, device=x.device)
+        fired = torch.zeros(num_latents + 1, dtype=torch.bool, device=y.device)
         fired.index_fill_(0, picks.main.reshape(-1) % (num_latents + 1), True)  # padding, -1, to the last slot
         if not group.writes_rows:
             metrics |= load_of_maps(terms, _counts(picks.main, num_latents), len(x))
@@ -103,11 +103,11 @@ def sparse_losses(terms: LossTerms, x: Tensor, y: Tensor, inputs: StepInputs, se
 
 
 def _decode(
-    terms: LossTerms, values_NK: Tensor, indices_NK: Tensor, order: PairOrder, read_ND: Tensor | None = None
+    terms: LossTerms, values_NK: Tensor, indices_NK: Tensor, order: PairOrder, read: Given | None = None
 ) -> Tensor:
     """Decoded latents without b_dec, over all parts."""
     own = terms.sole
-    decoded_ND = own.group.write(values_NK, indices_NK, order, own.sink("W_dec"), read_ND=read_ND)
+    decoded_ND = own.group.write(values_NK, indices_NK, order, own.sink("W_dec"), read=read)
     return terms.shard.sum_forward(decoded_ND)
 
 

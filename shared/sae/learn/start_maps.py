@@ -21,6 +21,7 @@ def start_maps(objective: Objective, molt: MoLT, x_MD: Tensor, y_MD: Tensor) -> 
     Then every transform has norm 1. Those that no token of the sample turns on keep their random factors.
     """
     centred_MD, target_MD, _, _ = objective.terms.prepare(x_MD, y_MD)
+    assert isinstance(centred_MD, Tensor)
     objective.rule.fit_to_sample(centred_MD)
     wanted_ME = objective.terms.wanted(target_MD, centred_MD) - molt.b_dec
     ((values_MK, indices_MK),) = objective.terms.fire(centred_MD)

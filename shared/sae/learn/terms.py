@@ -8,14 +8,14 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from shared.kernels import DeadRows, PairGradient, PairGradients, take_rows
+from shared.sae.contexts import Contexts, Given
 from shared.sae.groups import LatentGroup
 from shared.sae.latent_shard import WHOLE, LatentShard
 from shared.sae.learn.config import LearningConfig
-from shared.sae.learn.dead_maps import DeadMaps, auxk_of_maps
+from shared.sae.learn.dead_any import Dead, auxk_of_any
 from shared.sae.learn.inputs import dead_indices
 from shared.sae.learn.losses import auxk_loss, reconstruction_weight, weighted_square_error
 from shared.sae.variants.base import Dictionary, Picks
-from shared.sae.variants.molt import MoLT
 
 
 class LossTerms:
@@ -30,27 +30,34 @@ class LossTerms:
         self.pair_gradients: PairGradients | None = None
         """Where gradients that are sums over pairs go instead of ``.grad``."""
 
-    def prepare(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    def prepare(self, x: Given, y: Tensor) -> tuple[Given, Tensor, Tensor | None, Tensor | None]:
         """What the encoder multiplies, what the decoder must give, and layer_norm's mean and scale."""
-        normal, token_mean, token_scale = self.dictionary.normalise(x)
+        normal, token_mean, token_scale = self.dictionary.read(x)
+        if isinstance(normal, Contexts):  # which are never what must be given
+            return normal, self.dictionary.target(y, y), token_mean, token_scale
         return self.dictionary.centred(normal), self.dictionary.target(y, normal), token_mean, token_scale
 
-    def wanted(self, target_ND: Tensor, centred_ND: Tensor) -> Tensor:
+    def given(self, x: Given) -> Given:
+        """What the encoder multiplies."""
+        normal = self.dictionary.read(x)[0]
+        return normal if isinstance(normal, Contexts) else self.dictionary.centred(normal)
+
+    def wanted(self, target_ND: Tensor, centred: Given) -> Tensor:
         """What latents and b_dec must give: the target itself, or with a skip what that leaves over, with gradient."""
-        skipped_ND = self.dictionary.skip(centred_ND)
+        skipped_ND = None if isinstance(centred, Contexts) else self.dictionary.skip(centred)
         return target_ND if skipped_ND is None else target_ND - skipped_ND
 
     # What the start of learning looks at: overridden where other processes hold parts of the columns
 
-    def fire(self, centred_ND: Tensor) -> list[Picks]:
+    def fire(self, centred: Given) -> list[Picks]:
         """What each of the dictionary's decoders is given at inference, by its own numbers."""
-        return self.dictionary.split(*self.dictionary.fire(centred_ND))
+        return self.dictionary.split(*self.dictionary.fire(centred))
 
-    def decoded(self, picks: Sequence[Picks], centred_ND: Tensor) -> Tensor:
-        """What they decode to, without b_dec, [N, D_out] in the decoder's units; `centred_ND` is what they are of."""
+    def decoded(self, picks: Sequence[Picks], centred: Given) -> Tensor:
+        """What they decode to, without b_dec, [N, D_out] in the decoder's units; `centred` is what they are of."""
         dictionary = self.dictionary
         if len(picks) == 1:
-            return self.shard.written(dictionary.groups[0], *picks[0], centred_ND)
+            return self.shard.written(dictionary.groups[0], *picks[0], centred)
         y_ND = picks[0][0].new_zeros(len(picks[0][0]), dictionary.b_dec.shape[0])
         for group, (_, writes), one in zip(dictionary.groups, dictionary.places, picks, strict=True):
             y_ND[:, writes] += group.written(*one)
@@ -138,7 +145,7 @@ class GroupTerms:
         gradients = self.whole.pair_gradients
         return None if gradients is None else gradients.get(f"{self.prefix}{name}")
 
-    def auxk(self, residual_ND: Tensor, centred_ND: Tensor, dead: Tensor | None) -> Tensor | None:
+    def auxk(self, residual_ND: Tensor, centred: Given, dead: Tensor | None) -> Tensor | None:
         """The AuxK loss of its dead latents, by their own numbers; None where it is off or nothing is dead."""
         if dead is None or self.learning.auxk_alpha == 0:
             return None
@@ -147,12 +154,12 @@ class GroupTerms:
         if num_dead == 0:
             return None
         group, num_aux = self.group, self.learning.num_aux(residual_ND.shape[1])
-        if isinstance(group, MoLT):
-            dead_maps = DeadMaps(dead_R, num_dead, num_aux)
-            return auxk_of_maps(group, residual_ND, centred_ND, dead_maps, self.whole.shard)
+        if not group.is_two_rows:
+            return auxk_of_any(group, residual_ND, centred, Dead(dead_R, num_dead, num_aux), self.whole.shard)
+        assert isinstance(centred, Tensor)
         return auxk_loss(
             residual_ND,
-            centred_ND,
+            centred,
             DeadRows(
                 take_rows(group.W_enc, dead_R, self.sink("W_enc")),
                 group.b_enc.index_select(0, dead_R),

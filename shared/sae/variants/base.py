@@ -17,6 +17,7 @@ from shared.basics.errors import GranaryError
 from shared.kernels import Compute
 from shared.sae import folder as on_disk
 from shared.sae.config import DictionaryConfig
+from shared.sae.contexts import Given
 from shared.sae.groups import ComputeChoice, Computing, LatentGroup
 from shared.sae.latents import SAEOutput, SparseLatents
 from shared.sae.roles import Rate, Role
@@ -147,6 +148,12 @@ class Dictionary(Computing):
             return x, None, None
         return (x - self.input_mean) * per_column(self.input_scale, self.widths.reads), None, None
 
+    def read(self, x: Given) -> tuple[Given, Tensor | None, Tensor | None]:
+        """``normalise`` of what is learnt from. Raises GranaryError for whole contexts where tokens are read."""
+        if not isinstance(x, Tensor):
+            raise GranaryError(f"the {self._name} reads tokens one by one, and was given whole contexts: give rows")
+        return self.normalise(x)
+
     def target(self, y: Tensor, normal: Tensor) -> Tensor:
         """What the decoder must give [..., D_out] for raw activations `y`; `normal` is the normalised input."""
         if self.config.is_autoencoder:
@@ -183,8 +190,8 @@ class Dictionary(Computing):
         """What the encoders multiply, side by side, from the normalised input."""
         return normal_ND
 
-    def fire(self, centred_ND: Tensor) -> Picks:
-        """Latents of what the encoders multiply [N, D_in], by their numbers in the dictionary."""
+    def fire(self, centred: Any) -> Picks:
+        """Latents of what the encoders multiply, ``Given`` of its unit, by their numbers in the dictionary."""
         raise NotImplementedError
 
     def split(self, values_NK: Tensor, indices_NK: Tensor) -> list[Picks]:

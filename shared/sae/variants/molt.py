@@ -25,6 +25,7 @@ from shared.basics.documents import shortened
 from shared.basics.errors import GranaryError
 from shared.kernels import PairGradient, PairOrder, Ranks, product, transform_decode
 from shared.sae.config import DictionaryConfig
+from shared.sae.contexts import Given
 from shared.sae.latents import SparseLatents
 from shared.sae.roles import Role
 from shared.sae.sites import Sites, SiteWidths
@@ -132,6 +133,7 @@ class MoLT(OneGroup):
     config_class: ClassVar[type[DictionaryConfig]] = MoLTConfig
     config: MoLTConfig
     writes_rows: ClassVar[bool] = False
+    is_two_rows: ClassVar[bool] = False
 
     V: nn.Parameter
     U: nn.Parameter
@@ -188,32 +190,34 @@ class MoLT(OneGroup):
         order: PairOrder,
         sink: PairGradient | None = None,
         *,
-        read_ND: Tensor | None = None,
+        read: Given | None = None,
     ) -> Tensor:
         """What picks decode to, [N, D_out], with gradients for the values and both factors."""
-        assert read_ND is not None
-        return transform_decode(values_NK, indices_NK, read_ND, self.V, self.U, order, self.ranks, compute=self.compute)
+        assert isinstance(read, Tensor)
+        return transform_decode(values_NK, indices_NK, read, self.V, self.U, order, self.ranks, compute=self.compute)
 
-    def write_all(self, f_NF: Tensor, read_ND: Tensor, *, frozen: bool = False) -> Tensor:
+    def write_all(self, f_NF: Tensor, read: Given, *, frozen: bool = False) -> Tensor:
         """The same of every transform, by two products of the sum of ranks; `frozen`: no gradient for the factors."""
+        assert isinstance(read, Tensor)
         V_RD, U_RE = (self.V.detach(), self.U.detach()) if frozen else (self.V, self.U)
-        h_NR = product(read_ND, V_RD.T, compute=self.compute)
+        h_NR = product(read, V_RD.T, compute=self.compute)
         return product(self.ranks.spread(f_NF) * h_NR, U_RE, compute=self.compute)
 
-    def write_some(self, f_NR: Tensor, latents_R: Tensor, read_ND: Tensor) -> Tensor:
+    def write_some(self, f_NR: Tensor, latents_R: Tensor, read: Given) -> Tensor:
         """``write_all`` of some latents, which are distinct."""
+        assert isinstance(read, Tensor)
         is_one_F = torch.zeros(self.num_latents, dtype=torch.bool, device=f_NR.device).index_fill_(0, latents_R, True)
         rows = self.ranks.spread(is_one_F).nonzero().squeeze(1)
         place_F = torch.zeros(self.num_latents, dtype=torch.int64, device=f_NR.device)
         place_F[latents_R] = torch.arange(len(latents_R), device=f_NR.device)
-        h_Nr = product(read_ND, self.V.index_select(0, rows).T, compute=self.compute)
+        h_Nr = product(read, self.V.index_select(0, rows).T, compute=self.compute)
         f_Nr = f_NR.index_select(1, self.ranks.spread(place_F)[rows])
         return product(f_Nr * h_Nr, self.U.index_select(0, rows), compute=self.compute)
 
     @torch.no_grad()
-    def written(self, values_NK: Tensor, indices_NK: Tensor, *, read_ND: Tensor | None = None) -> Tensor:
+    def written(self, values_NK: Tensor, indices_NK: Tensor, *, read: Given | None = None) -> Tensor:
         """What picks decode to, without gradient."""
-        return self.write(values_NK, indices_NK, PairOrder(indices_NK, self.num_latents), read_ND=read_ND)
+        return self.write(values_NK, indices_NK, PairOrder(indices_NK, self.num_latents), read=read)
 
     @torch.no_grad()
     def decode(self, latents: SparseLatents) -> Tensor:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shared.sae.config import DictionaryConfig
+from shared.sae.contexts import Given
 from shared.sae.groups import LatentGroup, draw_share, random_unit_rows
 from shared.sae.latents import SparseLatents
 from shared.sae.roles import Role
@@ -76,9 +77,9 @@ class OneGroup(LatentGroup, Dictionary):
         """All are of the one group."""
         return [(values_NK, indices_NK)]
 
-    def decoded(self, values_NK: Tensor, indices_NK: Tensor, read_ND: Tensor | None = None) -> Tensor:
+    def decoded(self, values_NK: Tensor, indices_NK: Tensor, read: Given | None = None) -> Tensor:
         """Decode without b_dec, [N, D_out]."""
-        return self.written(values_NK, indices_NK, read_ND=read_ND)
+        return self.written(values_NK, indices_NK, read=read)
 
     def centred(self, normal_ND: Tensor) -> Tensor:
         """What the encoder multiplies, from the normalised input."""

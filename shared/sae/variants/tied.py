@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from shared.kernels import PairGradient, PairOrder, decode, sparse_decode
+from shared.sae.contexts import Given
 from shared.sae.groups import ComputeChoice, LatentGroup, random_unit_rows
 from shared.sae.roles import Role
 
@@ -44,7 +45,7 @@ class TiedGroup(LatentGroup):
 
 
 class PerSource(TiedGroup):
-    """One direction per latent. Rows of ``W_row`` and of ``shares`` have unit norm, and so has the whole row."""
+    """One direction per latent. Given of ``W_row`` and of ``shares`` have unit norm, and so has the whole row."""
 
     def make_matrices(self, d_in: int, d_out: int, num_latents: int) -> None:
         """`d_out` is the sum over targets, which are all as wide."""
@@ -68,7 +69,7 @@ class PerSource(TiedGroup):
         order: PairOrder,
         sink: PairGradient | None = None,
         *,
-        read_ND: Tensor | None = None,
+        read: Given | None = None,
     ) -> Tensor:
         """Every target is a row of its own in one sum over picks, so that W_row is gathered, and learns, once."""
         values_MK, indices_MK = self._by_target(values_NK, indices_NK)
@@ -76,7 +77,7 @@ class PerSource(TiedGroup):
         y_MD = sparse_decode(values_MK, indices_MK, self.W_row, order_M, compute=self.compute)
         return y_MD.view(self.targets, len(values_NK), -1).transpose(0, 1).flatten(1)
 
-    def written(self, values_NK: Tensor, indices_NK: Tensor, *, read_ND: Tensor | None = None) -> Tensor:
+    def written(self, values_NK: Tensor, indices_NK: Tensor, *, read: Given | None = None) -> Tensor:
         """Write without gradient."""
         y_MD = decode(*self._by_target(values_NK, indices_NK), self.W_row, kernels=self.kernels)
         return y_MD.view(self.targets, len(values_NK), -1).transpose(0, 1).flatten(1)
@@ -171,13 +172,13 @@ class PerTarget(TiedGroup):
         order: PairOrder,
         sink: PairGradient | None = None,
         *,
-        read_ND: Tensor | None = None,
+        read: Given | None = None,
     ) -> Tensor:
         """Target after target."""
         parts = [sparse_decode(values_NK, indices_NK, W, order, compute=self.compute) for W in self._matrices]
         return torch.cat(parts, 1)
 
-    def written(self, values_NK: Tensor, indices_NK: Tensor, *, read_ND: Tensor | None = None) -> Tensor:
+    def written(self, values_NK: Tensor, indices_NK: Tensor, *, read: Given | None = None) -> Tensor:
         """Write without gradient."""
         return torch.cat([decode(values_NK, indices_NK, W, kernels=self.kernels) for W in self._matrices], 1)
 

@@ -5,7 +5,6 @@ the contexts of all its stores in one sequence, and the masks are held as one bi
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
 
@@ -14,34 +13,9 @@ import torch
 from numpy.typing import NDArray
 
 from shared.basics.errors import GranaryError
+from stage_train.data.stream.documents import Documents
 from stage_train.data.stream.permutation import Purpose, random_order
-
-# Contexts whose mask is read at a time while the masks are packed.
-MASK_BLOCK = 4096
-
-
-class ActivationStore(Protocol):
-    """The part of shared.store.Store that the stream uses."""
-
-    @property
-    def seq_len(self) -> int:
-        """Tokens per context."""
-
-    def mask(self, contexts: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """Trainable positions, bool [n, T]."""
-
-    def read_context(self, hook: str, context: int, out: torch.Tensor | None = None) -> torch.Tensor:
-        """One context's activations [T, d]."""
-
-
-@dataclass(frozen=True)
-class StoreSlice:
-    """A store, the contexts of it that may be read, and how often per epoch."""
-
-    store: ActivationStore
-    contexts: NDArray[np.int64]
-    weight: float = 1.0
-    """Times each token is read per epoch: 2 is twice, 0.5 is a random half of the contexts, another in each epoch."""
+from stage_train.data.stream.slices import StoreSlice, mask_bits
 
 
 class Blocks(Protocol):
@@ -73,7 +47,7 @@ class TrainingData:
             raise GranaryError(f"the stores have different context lengths {sorted(lengths)}: train on one length")
         (self.seq_len,) = lengths
         self._first_row = np.cumsum([0, *(len(part.contexts) for part in self.slices)])
-        packed = [_mask_bits(part) for part in self.slices]
+        packed = [mask_bits(part) for part in self.slices]
         self.mask_bits: NDArray[np.uint8] = np.concatenate(packed)
         if not self.num_tokens:
             raise GranaryError("the store holds no committed token to train on: harvest first, or wait for a shard")
@@ -93,6 +67,11 @@ class TrainingData:
         """Trainable tokens of every context, int64 [C]."""
         return np.asarray(np.bitwise_count(self.mask_bits).sum(axis=1), np.int64)
 
+    @cached_property
+    def documents(self) -> Documents:
+        """Which document each position belongs to; read when it is first asked for."""
+        return Documents(self.slices, self.seq_len)
+
     def restrict(self, keep: NDArray[np.uint8]) -> None:
         """Drop the positions whose bit is not set in `keep`, packed as mask_bits is."""
         self.mask_bits &= keep
@@ -102,7 +81,11 @@ class TrainingData:
 
     def positions(self, row: int) -> NDArray[np.int64]:
         """The trainable positions of a context, ascending."""
-        return np.flatnonzero(np.unpackbits(self.mask_bits[row], count=self.seq_len))
+        return np.flatnonzero(self.mask_of(row))
+
+    def mask_of(self, rows: int | NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Whether each position of a context is trainable, bool [T], or of some, [n, T]."""
+        return np.unpackbits(self.mask_bits[rows], axis=-1, count=self.seq_len).view(np.bool_)
 
     def read(self, row: int, site: str, out: torch.Tensor) -> None:
         """Read a context's activations into `out` [T, d]. Raises GranaryError naming a torn shard."""
@@ -153,14 +136,3 @@ class TrainingData:
     def fewest_contexts(self, seed: int) -> int:
         """Contexts that every epoch reads at least."""
         return min(len(self.rows_of_epoch(seed, epoch)) for epoch in range(self.num_blocks or 1))
-
-
-def _mask_bits(part: StoreSlice) -> NDArray[np.uint8]:
-    """The mask of a slice's contexts at one bit per position: uint8 [n, ceil(T / 8)]."""
-    blocks = [
-        np.packbits(part.store.mask(part.contexts[start : start + MASK_BLOCK]), axis=1)
-        for start in range(0, len(part.contexts), MASK_BLOCK)
-    ]
-    if not blocks:
-        return np.empty((0, -(-part.store.seq_len // 8)), np.uint8)
-    return np.concatenate(blocks)

@@ -7,6 +7,7 @@ not appear: a process serves some of the lanes, and does nothing else differentl
 import bisect
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +15,55 @@ from numpy.typing import NDArray
 from shared.basics.errors import GranaryError
 from stage_train.data.stream.apportion import Apportionment
 from stage_train.data.stream.permutation import Purpose, effective_lanes, group_starts, random_order
+
+
+class Order(Protocol):
+    """What fixes the order of a stream, beside its data: a frozen dataclass."""
+
+    @property
+    def batch_size(self) -> int:
+        """Tokens per global batch, or positions of whole contexts."""
+
+    @property
+    def seed(self) -> int:
+        """Same seed, same order."""
+
+    @property
+    def contexts_held(self) -> int:
+        """Contexts that all ranks together have in use."""
+
+    @property
+    def batches_alike(self) -> bool:
+        """Whether all batches but an epoch's last have equally many tokens, whatever the epoch."""
+
+    def plan(self, counts: NDArray[np.int64], contexts: NDArray[np.int64], epoch: int) -> "Plan":
+        """The order of an epoch that reads these contexts."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+
+class Plan(Protocol):
+    """The order of one epoch."""
+
+    order: Any
+    epoch: int
+    num_batches: int
+    num_tokens: int
+    """Trainable tokens of its contexts, those of a batch that is dropped included."""
+
+    def tokens_before(self, batch: int) -> int:
+        """Trainable tokens of the batches before `batch`."""
+
+    def batches_for(self, tokens: int) -> int:
+        """The fewest batches that hold `tokens` tokens."""
+
+
+def too_few_tokens(plan: Plan) -> GranaryError:
+    """What to raise for an epoch that has no batch."""
+    return GranaryError(
+        f"an epoch has {plan.num_tokens} tokens, fewer than one batch of {plan.order.batch_size}: "
+        "use a smaller stream.batch_size or stream.drop_last=false"
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,6 +87,20 @@ class StreamOrder:
                 raise GranaryError(f"stream.{name}={getattr(self, name)}: it must be at least 1")
         if self.seed < 0:
             raise GranaryError(f"seed={self.seed}: it must not be negative")
+
+    @property
+    def contexts_held(self) -> int:
+        """Contexts that all ranks together are mixing."""
+        return self.lanes * self.mix_contexts
+
+    @property
+    def batches_alike(self) -> bool:
+        """They have."""
+        return True
+
+    def plan(self, counts: NDArray[np.int64], contexts: NDArray[np.int64], epoch: int) -> "EpochPlan":
+        """The order of an epoch that reads these contexts."""
+        return EpochPlan(counts, contexts, self, epoch)
 
 
 class Lane:
@@ -99,9 +163,17 @@ class EpochPlan:
         """How the lanes' tokens merge into one global order."""
         return Apportionment([lane.num_tokens for lane in self.lanes])
 
+    def tokens_before(self, batch: int) -> int:
+        """Trainable tokens of the batches before `batch`."""
+        return min(batch * self.order.batch_size, self.num_tokens)
+
+    def batches_for(self, tokens: int) -> int:
+        """The fewest batches that hold `tokens` tokens."""
+        return -(-tokens // self.order.batch_size)
+
     def offsets_at(self, batch: int) -> list[int]:
         """Tokens each lane has given before `batch`; at num_batches, all that the epoch gives."""
-        return self.apportionment.counts_at(min(batch * self.order.batch_size, self.num_tokens))
+        return self.apportionment.counts_at(self.tokens_before(batch))
 
     def first_batch(self, lane: int, group: int) -> int:
         """The batch in which a group's first token is needed."""

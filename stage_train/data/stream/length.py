@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from shared.basics.errors import GranaryError
 from stage_train.data.stream.data import TrainingData
-from stage_train.data.stream.epoch import EpochPlan, StreamOrder
+from stage_train.data.stream.epoch import Order, Plan, too_few_tokens
 
 # A longer run is a slip of the pen: a day of epochs of a second each is 86,400 of them.
 MOST_EPOCHS = 100_000
@@ -23,7 +23,7 @@ class StreamLength:
 
 
 def stream_length(
-    data: TrainingData, order: StreamOrder, *, tokens: int | None = None, epochs: float | None = None
+    data: TrainingData, order: Order, *, tokens: int | None = None, epochs: float | None = None
 ) -> StreamLength:
     """The fewest whole batches that hold `tokens` tokens, or `epochs` passes over the data.
 
@@ -45,18 +45,15 @@ def stream_length(
                 f"{data.num_tokens:,}: lower schedule.tokens, or set schedule.epochs=1 and schedule.tokens=null"
             )
     steps = seen = epoch = 0
-    plan = None
+    plan: Plan | None = None
     while True:
         if data.num_blocks == epoch:  # drop_last left out a few
             return StreamLength(steps, seen, (epoch, 0))
-        if plan is None or not data.epochs_alike:
-            plan = EpochPlan(data.counts, data.rows_of_epoch(order.seed, epoch), order, epoch)
-        given = min(plan.num_batches * order.batch_size, plan.num_tokens)
+        if plan is None or not (data.epochs_alike and order.batches_alike):
+            plan = order.plan(data.counts, data.rows_of_epoch(order.seed, epoch), epoch)
+        given = plan.tokens_before(plan.num_batches)
         if not plan.num_batches:
-            raise GranaryError(
-                f"an epoch has {plan.num_tokens} tokens, fewer than one batch of {order.batch_size}: "
-                "use a smaller stream.batch_size or stream.drop_last=false"
-            )
+            raise too_few_tokens(plan)
         passes = epochs if tokens is None else tokens / given
         assert passes is not None
         if passes > MOST_EPOCHS:
@@ -69,9 +66,9 @@ def stream_length(
         else:
             assert epochs is not None
             wanted = round(min(epochs - epoch, 1.0) * given)
-        batches = -(-wanted // order.batch_size)
+        batches = plan.batches_for(wanted)
         steps += batches
-        seen += min(batches * order.batch_size, given)
+        seen += plan.tokens_before(batches)
         last = batches < plan.num_batches
         if (tokens is not None and seen >= tokens) or (epochs is not None and epoch + 1 >= epochs):
             return StreamLength(steps, seen, (epoch, batches) if last else (epoch + 1, 0))

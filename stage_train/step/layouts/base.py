@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from shared.parallel import World, all_reduce_sum
 from shared.sae.config import DictionaryConfig
+from shared.sae.contexts import Given
 from shared.sae.learn.batch_facts import Reduce, alone
 from shared.sae.learn.config import LearningConfig
 from shared.sae.learn.dead import in_turn, most_dead
@@ -108,7 +109,7 @@ class Layout:
         optimiser.zero_grad()
 
     def facts(
-        self, objective: Objective, parts: Sequence[Tensor], num_tokens: int, k: int | None
+        self, objective: Objective, parts: Sequence[Given], num_tokens: int, k: int | None
     ) -> list[BatchFacts] | None:
         """What the losses of this rank's micro-batches must know of the global batch; None when it is nothing."""
         if not objective.needs_facts(cut=len(parts) > 1 or self.stream_world > 1):
@@ -116,9 +117,9 @@ class Layout:
         reduce: Reduce = all_reduce_sum if self.world.size > 1 else alone
         return objective.facts(parts, num_tokens, k=k, reduce_all=reduce, reduce_rows=reduce)
 
-    def losses(self, objective: Objective, x_ND: Tensor, y_ND: Tensor, inputs: StepInputs) -> Losses:
+    def losses(self, objective: Objective, x: Given, y_ND: Tensor, inputs: StepInputs) -> Losses:
         """Compute the losses of some of this rank's rows."""
-        losses: Losses = objective(x_ND, y_ND, inputs)
+        losses: Losses = objective(x, y_ND, inputs)
         return losses
 
     def reduce_gradients(self, optimiser: Optimiser) -> Tensor:

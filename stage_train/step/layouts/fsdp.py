@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from shared.basics.errors import GranaryError
 from shared.parallel import World, all_reduce_sum
 from shared.sae.config import DictionaryConfig
+from shared.sae.contexts import Given
 from shared.sae.learn.config import LearningConfig
 from shared.sae.learn.inputs import Losses, StepInputs
 from shared.sae.learn.objective import Objective
@@ -63,6 +64,11 @@ class FullySharded(Layout):
     def check(self, config: DictionaryConfig, cfg: TrainSchema) -> None:
         """Raises GranaryError also where rows do not learn each by itself."""
         super().check(config, cfg)
+        if config.unit == "sequence":
+            raise GranaryError(
+                f"parallel=fsdp cuts matrices by rows of latents, and a {config.kind}'s heads serve many: use "
+                "parallel=latent or ddp"
+            )
         if not config.writes_rows:
             raise GranaryError(
                 f"parallel=fsdp cuts matrices by rows, and the rows of a {config.kind}'s transform belong together: "
@@ -124,11 +130,11 @@ class FullySharded(Layout):
         for parameter in self._local.sharded.values():
             parameter.grad = None
 
-    def losses(self, objective: Objective, x_ND: Tensor, y_ND: Tensor, inputs: StepInputs) -> Losses:
+    def losses(self, objective: Objective, x: Given, y_ND: Tensor, inputs: StepInputs) -> Losses:
         """Gradients leave the rank once per step, with the last micro-batch."""
         assert isinstance(objective, FSDPModule)
         objective.set_requires_gradient_sync(inputs.last)
-        return super().losses(objective, x_ND, y_ND, inputs)
+        return super().losses(objective, x, y_ND, inputs)
 
     def reduce_gradients(self, optimiser: Optimiser) -> Tensor:
         """They are reduced already: hand the local rows to the optimiser."""

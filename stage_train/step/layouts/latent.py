@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from shared.basics.errors import GranaryError
 from shared.parallel import World, all_reduce_sum
 from shared.sae.config import DictionaryConfig
+from shared.sae.contexts import Given
 from shared.sae.learn.config import LearningConfig
 from shared.sae.learn.inputs import BatchFacts, Losses, StepInputs
 from shared.sae.learn.objective import Objective
@@ -134,7 +135,7 @@ class LatentParallel(Layout):
         dist.all_reduce(tensor, group=self.latent_group)
 
     def facts(
-        self, objective: Objective, parts: Sequence[Tensor], num_tokens: int, k: int | None
+        self, objective: Objective, parts: Sequence[Given], num_tokens: int, k: int | None
     ) -> list[BatchFacts] | None:
         """Every pair of row and latent is on one rank, so counts of pairs add up over all of them."""
         if not objective.needs_facts(cut=len(parts) > 1 or self.stream_world > 1):
@@ -145,9 +146,9 @@ class LatentParallel(Layout):
         if self.stream_world > 1:
             dist.all_reduce(tensor, group=self.dp_group)
 
-    def losses(self, objective: Objective, x_ND: Tensor, y_ND: Tensor, inputs: StepInputs) -> Losses:
+    def losses(self, objective: Objective, x: Given, y_ND: Tensor, inputs: StepInputs) -> Losses:
         """The l0 of a shard counts its own picks: scale it so that the mean over ranks is the whole."""
-        losses = super().losses(objective, x_ND, y_ND, inputs)
+        losses = super().losses(objective, x, y_ND, inputs)
         losses.metrics["l0"] = losses.metrics["l0"] * self.latent
         return losses
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from shared.basics.errors import GranaryError
 from shared.parallel import World, all_reduce_sum
 from shared.sae.config import DictionaryConfig
+from shared.sae.contexts import Given
 from shared.sae.learn.config import LearningConfig
 from shared.sae.learn.inputs import Losses, StepInputs
 from shared.sae.learn.layer_ranks import LayerRanks
@@ -156,9 +157,9 @@ class LayerParallel(Layout):
 
         return make_optimiser(part, config, rows=RowShare(over_columns=over_columns))
 
-    def losses(self, objective: Objective, x_ND: Tensor, y_ND: Tensor, inputs: StepInputs) -> Losses:
+    def losses(self, objective: Objective, x: Given, y_ND: Tensor, inputs: StepInputs) -> Losses:
         """A rank's are a part of the sum, and the metrics are means over ranks."""
-        losses = super().losses(objective, x_ND, y_ND, inputs)
+        losses = super().losses(objective, x, y_ND, inputs)
         losses.metrics["loss"] = losses.total.detach()
         for name, value in losses.metrics.items():
             losses.metrics[name] = value * self.world.size

@@ -15,6 +15,7 @@ from torch import Tensor
 from shared.kernels import decode
 from shared.sae.activations import Activation, BatchTopK, Encoder, Gated, JumpReLU, ReLU, TopK
 from shared.sae.config import DictionaryConfig
+from shared.sae.contexts import Given
 from shared.sae.groups import LatentGroup
 from shared.sae.latent_shard import LatentShard
 from shared.sae.learn.config import LearningConfig
@@ -94,10 +95,10 @@ class GroupActivation(Activation):
 
     group: dist.ProcessGroup
 
-    def encode(self, encoder: Encoder, x_ND: Tensor) -> tuple[Tensor, Tensor]:
+    def encode(self, encoder: Encoder, x: Given) -> tuple[Tensor, Tensor]:
         """What fires here in the slots that it has in the whole."""
-        values_NK, indices_NK = super().encode(encoder, x_ND)
-        width = torch.tensor(values_NK.shape[1], device=x_ND.device)
+        values_NK, indices_NK = super().encode(encoder, x)
+        width = torch.tensor(values_NK.shape[1], device=values_NK.device)
         dist.all_reduce(width, dist.ReduceOp.MAX, group=self.group)
         more = (0, int(width) - values_NK.shape[1])
         return best_of_group(F.pad(values_NK, more), F.pad(indices_NK, more, value=-1), self.group)
@@ -108,10 +109,10 @@ class GroupTopK(TopK):
 
     group: dist.ProcessGroup
 
-    def select(self, encoder: Encoder, centred_ND: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    def select(self, encoder: Encoder, x: Given, k: int) -> tuple[Tensor, Tensor]:
         """Select as ``best_of_group`` does."""
-        own = min(k, encoder.W_enc.shape[0])
-        return best_of_group(*super().select(encoder, centred_ND, own), self.group, k)
+        own = min(k, encoder.num_latents)
+        return best_of_group(*super().select(encoder, x, own), self.group, k)
 
 
 class GroupBatchTopK(GroupActivation, BatchTopK):
@@ -174,14 +175,14 @@ class GroupShard(LatentShard):
         dist.all_gather(gathered, best_NK, group=self.group)
         return torch.cat(gathered, dim=1).topk(k, dim=1).values
 
-    def written(self, group: LatentGroup, values_NK: Tensor, indices_NK: Tensor, read_ND: Tensor) -> Tensor:
+    def written(self, group: LatentGroup, values_NK: Tensor, indices_NK: Tensor, read: Given) -> Tensor:
         """Write on the group's first rank, which gets everyone's rows a block of columns at a time.
 
         A row of the result is then the sum, in one order, that one process makes of it. Of latents that have no such
         rows it is everyone's sum.
         """
         if not group.writes_rows:
-            y_ND = group.written(values_NK, indices_NK, read_ND=read_ND)
+            y_ND = group.written(values_NK, indices_NK, read=read)
             dist.all_reduce(y_ND, group=self.group)
             return y_ND
         values_NK, indices_NK = values_NK.clone(), torch.where(indices_NK < 0, -1, indices_NK + self.first)

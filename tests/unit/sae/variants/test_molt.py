@@ -6,8 +6,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from shared.basics.errors import GranaryError
 from shared.sae import MoLT, load
@@ -20,6 +18,7 @@ from shared.sae.optim import AdamConfig, make_optimiser
 from shared.sae.sites import Sites, SiteWidths
 from shared.sae.variants.molt import MoLTConfig, read_ranks
 from tests.dense import maps
+from tests.sizes import Sizes
 from tests.variants import OUT, batch, make
 
 
@@ -34,19 +33,6 @@ def started(**given: object) -> tuple[Objective, MoLT, Tensor, Tensor]:
 
 def fvu(y_hat_ND: Tensor, y_ND: Tensor) -> float:
     return float((y_hat_ND - y_ND).square().sum() / (y_ND - y_ND.mean(0)).square().sum())
-
-
-class Sizes(TorchDispatchMode):
-    """The most elements of a storage that is made within the context."""
-
-    largest = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        result = func(*args, **(kwargs or {}))
-        for made in tree_leaves(result):
-            if isinstance(made, Tensor):
-                self.largest = max(self.largest, made.untyped_storage().nbytes() // made.element_size())
-        return result
 
 
 @pytest.mark.parametrize("activation", ["topk", "relu"])

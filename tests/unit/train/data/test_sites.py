@@ -46,7 +46,7 @@ def pinned(*stores: Store) -> list[PinnedStore]:
 
 
 def keys(hook: Any = None, reads: Any = None, writes: Any = None) -> Any:
-    return SimpleNamespace(hook=hook, reads=reads, writes=writes)
+    return SimpleNamespace(hook=hook, reads=reads, writes=writes, variant={"kind": "sae"})
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,115 @@
+"""A Lorsa by the configuration's own words: trained on whole contexts, continued, packed; what can't be is one line."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from shared.basics.errors import GranaryError
+from shared.basics.metrics_file import read_metrics
+from shared.intervene.splice import SplicedModel
+from shared.sae import Lorsa, load
+from shared.sae.calibrate import Threshold
+from shared.sae.formats.folded import Folded
+from shared.sae.sites import Sites
+from shared.store import Store
+from stage_train.job import Job
+from stage_train.plan.run import PlannedRun
+from tests.splicing import tiny_llama
+from tests.training import WORLD, Runs, assert_same_run
+
+READS, WRITES = "layers.1.attn_in", "layers.1.attn_out"
+WORDS = (
+    "variant=lorsa",
+    "variant.attention=plain",
+    "variant.qk_init=random",
+    "variant.qk_heads=4",
+    "variant.qk_width=3",
+    "sae.expansion=2",
+    "stream.batch_size=64",
+    "schedule.tokens=2_000",
+    "logger.every=10",
+    f"reads={READS}",
+    f"writes={WRITES}",
+)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory, train_configs: None, planted_store: Callable[..., Store]) -> Runs:
+    folder = tmp_path_factory.mktemp("lorsa")
+    planted_store(folder / "store", hooks=(READS, WRITES))
+    return Runs(folder, *WORDS)
+
+
+@pytest.mark.parametrize(
+    "sae", ["topk", *(pytest.param(name, marks=pytest.mark.slow) for name in ("batchtopk", "jumprelu"))]
+)
+def test_learns_with_every_activation(runs: Runs, sae: str) -> None:
+    k = [] if sae in ("topk", "batchtopk") else ["sae.k=null"]
+    made = load(out := runs(sae, f"sae={sae}", *k))
+    assert isinstance(made, Lorsa)
+    assert made.sites == Sites((READS,), (WRITES,), "sequence")
+    lines = read_metrics(out)
+    assert lines[-1]["fvu"] < 0.9 * lines[0]["fvu"]
+    if sae == "topk":
+        assert 2 < lines[-1]["l0"] <= 3
+
+
+def test_stopped_and_continued(runs: Runs) -> None:
+    words = ("optim.ema_decay=0.9", "optim.micro_batch=40", "schedule.tokens=1_000")
+    straight = runs("straight", *words)
+    runs.stopped("broken", *words, step=8)
+    assert_same_run(straight, runs("broken", *words))
+
+
+@pytest.mark.slow
+def test_two_from_one_pass(runs: Runs) -> None:
+    alone = runs("one", "sae.k=2")
+    runs.together({"a": ["sae.k=2"], "b": ["variant.qk_heads=2"]})
+    assert_same_run(alone, runs.folder / "a")
+
+
+def test_contexts_whole(runs: Runs) -> None:
+    """A Lorsa and a dictionary of tokens do not share a stream, and neither takes what the other reads."""
+    tokens = Runs(runs.folder).cfg(
+        "tokens", "variant=transcoder", f"reads={READS}", f"writes={WRITES}", "stream.batch_size=64"
+    )
+    with pytest.raises(GranaryError, match=f"{READS} -> {WRITES} is learnt from whole contexts and .* shuffled tokens"):
+        Job([runs.cfg("mixed"), tokens], WORLD)
+    with pytest.raises(GranaryError, match=r"batch_size=40: this variant learns from whole contexts, of 16 positions"):
+        runs("bad", "stream.batch_size=40")
+    made = load(runs("one", "sae.k=2"))
+    with pytest.raises(GranaryError, match=r"reads whole contexts .* shuffled tokens have lost what came before them"):
+        made.encode(torch.zeros(5, 12))
+
+
+def test_wrong_words_are_one_line(runs: Runs) -> None:
+    for words, told in (
+        (["variant.attention=own"], "variant.attention=own: choose from model, plain"),
+        (["variant.qk_heads=5"], "variant.qk_heads=5: 24 latents do not divide among them"),
+        (["variant.qk_heads=null"], "variant.attention=plain needs variant.qk_heads and variant.qk_width"),
+        (["variant.qk_init=model"], "variant.attention=plain has no model to begin from"),
+        (["variant.attention=model"], "variant.qk_width=3 is for variant.attention=plain"),
+        (
+            ["variant.attention=model", "variant.qk_width=null", f"reads={WRITES}", f"writes={READS}"],
+            "layers.N.attn_in",
+        ),
+        ([f"writes={READS}"], "a lorsa of layers.1.attn_in to itself would learn to copy it"),
+    ):
+        with pytest.raises(GranaryError, match=told):
+            runs("bad", *words)
+
+
+def test_what_goes_by_tokens_refuses_it(runs: Runs) -> None:
+    made = load(runs("one", "sae.k=2"))
+    for work, told in (
+        (lambda: SplicedModel(tiny_llama(), made), "granary eval splices it into whole ones"),
+        (lambda: Threshold("store").apply("mine", made, {}), "mine is a lorsa, which reads whole contexts"),
+        (
+            lambda: Folded.of(made.config, made.state_dict(), made.places, {}, "circuit_tracer"),
+            "the circuit_tracer format has no lorsas: their latents attend to other tokens",
+        ),
+        (lambda: PlannedRun(runs.cfg("plan")), "granary plan follows steps on tokens, and a lorsa"),
+    ):
+        with pytest.raises(GranaryError, match=told):
+            work()
