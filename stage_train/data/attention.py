@@ -61,7 +61,7 @@ def completed(cfg: TrainSchema, sites: Sites, store: Store) -> tuple[dict[str, A
 
 
 def plain(variant: Mapping[str, Any]) -> dict[str, Any]:
-    """Without rotation, softcap, norms and window; the scale is that of most models."""
+    """Return the keys of attention without rotation, softcap, norms and window; the scale is that of most models."""
     width = variant.get("qk_width")
     if variant.get("qk_heads") is None or not isinstance(width, int) or width < 1:
         raise GranaryError("variant.attention=plain needs variant.qk_heads and variant.qk_width, whole numbers above 0")

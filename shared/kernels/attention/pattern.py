@@ -33,8 +33,10 @@ class Form:
 
     @property
     def idle_from(self) -> int | None:
-        """From which feature on a bias of keys adds the same to all scores of a query, and so does nothing; None: each
-        does something. Of the gradient of such a bias rounding would leave what an optimiser takes for one."""
+        """The first feature from which on a bias of keys adds the same to all scores of a query, and so does nothing.
+
+        None where each does something. Rounding would leave of such a bias's gradient what an optimiser takes for one.
+        """
         return None if self.softcap is not None or self.norm_eps is not None else 2 * len(self.frequencies)
 
 

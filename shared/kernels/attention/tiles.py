@@ -176,7 +176,7 @@ def spread_rows(read: Attended, dz_NF: Tensor, per_head: int) -> Spread:
 
 
 def gradients(read: Attended, W_FD: Tensor, b_F: Tensor, spread: Spread) -> list[Tensor | None]:
-    """Of W, b and the heads' weights in their order; each tile is made again and differentiated."""
+    """Return those of W, b and the heads' weights, in their order; each tile is made again and differentiated."""
     weights = (W_FD, b_F, *read.heads.tensors())
     found = [None if weight is None else torch.zeros_like(weight) for weight in weights]
     per_head = len(W_FD) // len(read.heads.W_Q_GED)

@@ -16,7 +16,7 @@ NORM = "dataset_average_activation_norm"
 
 @dataclass(frozen=True, kw_only=True)
 class Frame:
-    """Of one dictionary."""
+    """What a folder says of one dictionary, beside what its kind has of its own."""
 
     d: int
     activation: str
@@ -36,7 +36,7 @@ class Frame:
         return {"activation.log_threshold": found.take({name: (f,)})[0]}
 
     def config(self, kind: type[DictionaryConfig], own: Mapping[str, Any]) -> DictionaryConfig:
-        """Of this project, with the kind's own fields."""
+        """Make the configuration that this project has of it, with the kind's own fields."""
         sites = Sites.from_provenance(self.provenance)
         fields = {
             **own,
