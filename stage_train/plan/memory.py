@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -23,8 +24,8 @@ from shared.kernels.fake_cuda import FakeCuda
 from shared.kernels.pairs import PairOrder
 from shared.kernels.trace import Trace
 from shared.sae.learn import init
-from stage_train.data.inputs import mixes_on_gpu, order_of
-from stage_train.data.stream import TokenStream
+from stage_train.data.inputs import mixes_on_gpu, order_for
+from stage_train.data.stream import ContextStream, TokenStream
 from stage_train.plan.run import CPU, PlannedRun
 from stage_train.state.staging import local
 
@@ -72,7 +73,9 @@ def find_memory(run: PlannedRun) -> Memory:
     """Follow the start and one step of a rank."""
     spec, cfg, cuda, held = run.spec, run.cfg, run.cuda, dict[str, list[torch.Tensor]]()
     ahead = int(cfg.stream.prefetch_gib * GIB)
-    stream = TokenStream(run.tokens, run.own, order_of(cfg), world=run.share, prefetch_bytes=ahead, pool_device="meta")
+    order = order_for(cfg, spec.sites.unit, run.tokens.seq_len)
+    kind: Any = TokenStream if spec.sites.unit == "token" else ContextStream
+    stream = kind(run.tokens, run.own, order, world=run.share, prefetch_bytes=ahead, pool_device="meta")
     pool = stream.buffer_bytes
     beside = cuda and not mixes_on_gpu(cfg.stream.buffer, pool, free=(cfg.memory_gib or 80) * GIB)  # an empty one
     masks = run.tokens.mask_bits.nbytes + run.tokens.counts.nbytes

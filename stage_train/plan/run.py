@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
 from torch.distributed._tools import fake_collectives  # noqa: F401 (messages of tensors without memory)
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -25,11 +24,11 @@ from stage_train.data.inputs import SAMPLE_TOKENS
 from stage_train.data.sites import site_formats
 from stage_train.data.stores import PinnedStore, pin, urls_of
 from stage_train.data.stream import Batch, TrainingData
+from stage_train.data.stream.batch import AnyBatch, ContextBatch
 from stage_train.data.stream.sample import SAMPLE_CONTEXTS
 from stage_train.job import check_kernels
 from stage_train.plan.config import PlanSchema
 from stage_train.run import make_objective, put_together
-from stage_train.sae_schema import kind_of
 from stage_train.spec import RunSpec
 from stage_train.step.layouts import Layout, make_layout
 from stage_train.step.trainer import Trainer
@@ -44,12 +43,6 @@ class PlannedRun:
 
     def __init__(self, cfg: PlanSchema, tokens: TrainingData | None = None) -> None:
         """`tokens` where they are known already. Raises GranaryError where training would, with its words."""
-        kind = kind_of(str(cfg.variant["kind"]))
-        if kind.unit == "sequence":
-            raise GranaryError(
-                f"granary plan follows steps on tokens, and a {kind.kind} learns from whole contexts: the table of "
-                "memory in docs/lorsa.md says what it takes"
-            )
         # A machine without a GPU may plan for one that has.
         self.cuda = cfg.device.name == "cuda" or init_world(cfg.device.name).device.type == "cuda"
         if self.cuda and cfg.compute.kernels == "triton":
@@ -105,23 +98,32 @@ class PlannedRun:
         finally:
             dist.destroy_process_group()
 
-    def begin(self, layout: Layout) -> tuple[Trainer, Batch]:
+    def begin(self, layout: Layout) -> tuple[Trainer, AnyBatch]:
         """The rank's trainer, made as training makes it, and its rows of a batch, which are random."""
-        device, sample = layout.world.device, min(SAMPLE_TOKENS, SAMPLE_CONTEXTS * self.tokens.seq_len)
+        device, is_token = layout.world.device, self.spec.sites.unit == "token"
+        T = None if is_token else self.tokens.seq_len
+        sample = min(SAMPLE_TOKENS, (SAMPLE_CONTEXTS if is_token else self.tokens.num_contexts) * self.tokens.seq_len)
 
-        def draw(count: int, place: torch.device) -> dict[str, Tensor]:
-            return {name: torch.randn(count, width, device=place) for name, (width, _) in self.own.items()}
+        def draw(count: int, place: torch.device) -> AnyBatch:
+            """Rows of tokens, or contexts that are one document each, of as many positions."""
+            size, shape = self.cfg.stream.batch_size, (count,) if T is None else (max(1, count // T), T)
+            rows = {name: torch.randn(*shape, width, device=place) for name, (width, _) in self.own.items()}
+            if T is None:
+                return Batch(rows, 0, 0, num_tokens=size, most_rows=count)
+            documents, counts = (
+                torch.from_numpy(np.full(shape, value)) for value in (0, True)
+            )  # known, not only shaped
+            return ContextBatch(rows, documents, counts, 0, 0, num_tokens=size, most_contexts=shape[0])
 
         ones = {name: torch.ones(width) for name, (width, _) in self.formats.items()}
         inputs: Any = SimpleNamespace(
-            sample=lambda sites, seed: sites.pick(draw(sample, CPU)),
+            sample=lambda sites, seed: draw(sample, CPU).parts(sites, None)[0],
             statistics=lambda site: SimpleNamespace(mean=ones[site], var=ones[site], mean_norm=1.0),
         )
         objective = make_objective(self.spec, inputs, device, layout, begins=self.cfg.init_from is None)
         objective = layout.distribute(objective)  # and the whole is let go
         trainer = put_together(self.spec, objective, None, layout)  # type: ignore[arg-type]
-        size = self.cfg.stream.batch_size
-        return trainer, Batch(draw(self.rows, device), 0, 0, num_tokens=size, most_rows=self.rows)
+        return trainer, draw(self.rows, device)
 
 
 def _open_stores(cfg: PlanSchema) -> list[PinnedStore]:

@@ -30,7 +30,11 @@ COMMON = [
     "stream.mix_contexts=2",
 ]
 # Activation and layout: what a tiny run must share with the measured one, to load the same libraries.
-SHARED = ("sae=", "parallel", "optim.", "nproc=", "compute.")
+SHARED = ("sae=", "parallel", "optim.", "nproc=", "compute.", "variant", "reads=", "writes=")
+LORSA = [
+    *("variant=lorsa", "reads=layers.2.attn_in", "writes=layers.2.attn_out"),
+    *("variant.attention=plain", "variant.qk_heads=8", "variant.qk_width=64", "variant.qk_init=random"),
+]
 
 QUICK = {"topk": ["sae.d_latent=32768"]}
 FULL = {
@@ -51,6 +55,8 @@ FULL = {
     "jumprelu": ["sae=jumprelu", "sae.d_latent=16384", "stream.batch_size=1024"],
     "jumprelu, from the transpose": ["sae=jumprelu", "sae.d_latent=16384", "sae.encoder_init=transpose"],
     "gated": ["sae=gated", "sae.d_latent=16384", "stream.batch_size=1024"],
+    "lorsa": [*LORSA, "sae.d_latent=32768"],
+    "lorsa, micro-batches": [*LORSA, "sae.d_latent=32768", "optim.micro_batch=128"],
     "ddp x2": ["nproc=2", "parallel=ddp", "sae.d_latent=32768"],
     "ddp x2, micro-batches": ["nproc=2", "parallel=ddp", "sae.d_latent=32768", "optim.micro_batch=64"],
     "fsdp x2": ["nproc=2", "parallel=fsdp", "sae.d_latent=65536", "sae.encoder_init=transpose"],
@@ -67,7 +73,9 @@ def stores(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
     folder = tmp_path_factory.mktemp("stores")
     shapes = {512: (40, 128), 16: (16, 64)}
     for width, (contexts, length) in shapes.items():
+        hooks = dict.fromkeys(("layers.2.attn_in", "layers.2.attn_out"), width)
         synthetic_store(folder / str(width), synthetic_plan(contexts, length, width))
+        synthetic_store(folder / f"{width}_attention", synthetic_plan(contexts, length, width, hooks=hooks))
     return {width: folder / str(width) for width in shapes}
 
 
@@ -75,10 +83,13 @@ def stores(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
 def check(stores: dict[int, Path], tmp_path: Path) -> Check:
     """Plan a run and make it: the plan, and every rank's peak."""
 
-    def overrides(width: int, length: list[str]) -> list[str]:
-        return [*COMMON, *length, f"store.url={stores[width]}", f"run_dir={tmp_path}", f"out_dir={tmp_path}/{width}"]
-
     def run(changes: list[str]) -> tuple[Memory, list[int]]:
+        suffix = "_attention" if "variant=lorsa" in changes else ""
+
+        def overrides(width: int, length: list[str]) -> list[str]:
+            places = [f"store.url={stores[width]}{suffix}", f"run_dir={tmp_path}", f"out_dir={tmp_path}/{width}"]
+            return [*COMMON, *length, *places]
+
         measured = [*overrides(512, ["stream.batch_size=512", "schedule.tokens=3072", "checkpoint.every=2"]), *changes]
         shared = [change for change in changes if change.startswith(SHARED)]
         if not any(change in ("sae=relu", "sae=jumprelu", "sae=gated") for change in changes):

@@ -14,7 +14,6 @@ from shared.sae.formats.folded import Folded
 from shared.sae.sites import Sites
 from shared.store import Store
 from stage_train.job import Job
-from stage_train.plan.run import PlannedRun
 from tests.splicing import tiny_llama
 from tests.training import WORLD, Runs, assert_same_run
 
@@ -109,7 +108,6 @@ def test_what_goes_by_tokens_refuses_it(runs: Runs) -> None:
             lambda: Folded.of(made.config, made.state_dict(), made.places, {}, "circuit_tracer"),
             "the circuit_tracer format has no lorsas: their latents attend to other tokens",
         ),
-        (lambda: PlannedRun(runs.cfg("plan")), "granary plan follows steps on tokens, and a lorsa"),
     ):
         with pytest.raises(GranaryError, match=told):
             work()
