@@ -23,12 +23,8 @@ trained or written. Beside training's own keys:
 
 {options}"""
 # Tried in this order where a plan does not fit, after smaller micro-batches.
-ALTERNATIVES = (
-    ["optim.moments=bfloat16"],
-    ["parallel.layout=latent"],
-    ["parallel.layout=fsdp"],
-    ["parallel.layout=latent", "optim.moments=bfloat16"],
-)
+HALF, LATENT, FSDP = "optim.moments=bfloat16", "parallel.layout=latent", "parallel.layout=fsdp"
+ALTERNATIVES = ([HALF], [LATENT], [FSDP], [LATENT, HALF])
 MICRO_BATCHES = [1 << power for power in range(16, 6, -1)]
 
 
@@ -42,8 +38,7 @@ def planned(overrides: Sequence[str]) -> PlanSchema:
     """Compose the configuration as ``python -m stage_train`` does; what is for Hydra alone says nothing about a run."""
     given = [one for one in overrides if not one.startswith("hydra")]
     # Hydra's own node, which names the output folder, is not there: nothing is written.
-    filled = composed("train", ["out_dir=${run_dir}/sae", *given])
-    assert isinstance(filled, PlanSchema)
+    filled: PlanSchema = composed("train", ["out_dir=${run_dir}/sae", *given])
     return filled
 
 
