@@ -200,9 +200,9 @@ def tied_picks(world: World, k: int) -> str:
         whole.W_enc.copy_(whole.W_enc[0].expand(8, 4))
     x = torch.randn(16, 4, generator=torch.Generator().manual_seed(1))
     found, wanted = torch.zeros(2, 16, 9).unbind()  # the last column is for padding
-    wanted.scatter_(1, whole.activation.select(whole, x, k)[1] % 9, 1.0)  # -1 is 8
+    wanted.scatter_(1, whole.activation.select(whole.encoder(), x, k)[1] % 9, 1.0)  # -1 is 8
     part = LatentParallel(world, world.size).distribute(Objective(whole))
-    _, indices = part.dictionary.activation.select(part.dictionary, x, k)
+    _, indices = part.dictionary.activation.select(part.dictionary.encoder(), x, k)
     found.scatter_(1, torch.where(indices < 0, 8, indices + part.shard.first), 1.0)
     all_reduce_sum(found)
     return f"{int(found[:, :8].sum(1).max())} picks, as one process: {torch.equal(found[:, :8], wanted[:, :8])}"
