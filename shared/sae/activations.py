@@ -61,7 +61,7 @@ class Encoder:
 
 
 def _tokens(x: Given) -> Tensor:
-    """Given of a linear encoder, which no dictionary gives whole contexts."""
+    """Return rows of tokens as they are; no dictionary gives whole contexts to a linear encoder."""
     assert isinstance(x, Tensor)
     return x
 

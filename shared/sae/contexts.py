@@ -61,7 +61,7 @@ class Contexts:
         return replace(self, rows_CTD=rows_CTD)
 
     def counted(self, rows_CTD: Tensor) -> Tensor:
-        """Given [N, D] of the positions that count, out of those of all."""
+        """Return the rows [N, D] of the positions that count, out of those of all."""
         return rows_CTD.flatten(0, 1).index_select(0, self.places_N)
 
     def spread(self, rows_ND: Tensor) -> Tensor:

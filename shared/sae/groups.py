@@ -147,7 +147,7 @@ class LatentGroup(Computing):
         )
 
     def decoder_rows(self, latents_R: Tensor, sink: PairGradient | None = None) -> Tensor:
-        """Given [R, D_out] of the decoder, of distinct latents; with a `sink` its gradient goes there."""
+        """Rows [R, D_out] of the decoder, of distinct latents; with a `sink` its gradient goes there."""
         return take_rows(self.W_dec, latents_R, sink)
 
     def write(

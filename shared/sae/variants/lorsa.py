@@ -150,7 +150,7 @@ class Lorsa(OneGroup):
     b_K: nn.Parameter
 
     def make_held(self, held: range) -> None:
-        """Given of values and outputs, and the heads that serve them."""
+        """Rows of values and outputs, and the heads that serve them."""
         self.make_matrices(self.widths.d_in, self.widths.d_out, len(held))
         own, width = len(self.own_heads(held)), self.config.qk_width
         self.W_Q, self.W_K = (nn.Parameter(torch.empty(own, width, self.widths.d_in)) for _ in "QK")

@@ -45,7 +45,7 @@ class TiedGroup(LatentGroup):
 
 
 class PerSource(TiedGroup):
-    """One direction per latent. Given of ``W_row`` and of ``shares`` have unit norm, and so has the whole row."""
+    """One direction per latent. Rows of ``W_row`` and of ``shares`` have unit norm, and so has the whole row."""
 
     def make_matrices(self, d_in: int, d_out: int, num_latents: int) -> None:
         """`d_out` is the sum over targets, which are all as wide."""

@@ -23,9 +23,9 @@ class Batch:
     index: int
     """Number of the batch within its epoch."""
     num_tokens: int
-    """Given of the global batch, all ranks together, those included that `skip_damaged` left out."""
+    """Rows of the global batch, all ranks together, those included that `skip_damaged` left out."""
     most_rows: int
-    """Given of the rank that has most, likewise."""
+    """Rows of the rank that has most, likewise."""
 
     def parts(self, sites: Sites, most: int | None) -> list[tuple[Given, Tensor]]:
         """What is read and what must be written, at most `most` rows at a time; one tensor where that is the same.
