@@ -195,7 +195,7 @@ class LatentGroup(Computing):
         }
 
 
-# Given drawn at a time where they are not drawn in place. A multiple of 16: normal_ draws so many values at once, so
+# Rows drawn at a time where they are not drawn in place. A multiple of 16: normal_ draws so many values at once, so
 # that blocks get the bits that the whole would.
 BLOCK_ROWS = 4096
 

@@ -1,15 +1,11 @@
 """A Lorsa on two processes, its contexts or its heads shared out, is that of one; cut by rows it is refused."""
 
 import shlex
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.closeness import REORDERED, SAME_RUN, assert_close_in_norm
-from tests.training import weights
+from tests.layouts import Trainings
 
 pytestmark = pytest.mark.slow
 
@@ -23,34 +19,21 @@ WORDS = shlex.split(
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory, planted_store: Any) -> Path:
+def train(tmp_path_factory: pytest.TempPathFactory, planted_store: Any) -> Trainings:
     folder = tmp_path_factory.mktemp("lorsa")
     planted_store(folder / "store", hooks=(READS, WRITES))
-    return folder
-
-
-def train(folder: Path, name: str, *words: str) -> "subprocess.CompletedProcess[str]":
-    command = [sys.executable, "-m", "stage_train", *WORDS, f"out_dir={name}", f"hydra.run.dir={name}", *words]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=900)
+    return Trainings(folder, WORDS)
 
 
 @pytest.mark.parametrize("sae", ["topk", "batchtopk", "jumprelu"])
-def test_twenty_steps_on_two_processes(folder: Path, sae: str) -> None:
-    own = [f"sae={sae}", *(["sae.k=null"] if sae == "jumprelu" else [])]
-    layouts = {"one": [], "ddp": ["nproc=2", "parallel=ddp"], "latent": ["nproc=2", "parallel=latent"]}
-    for name, words in layouts.items():
-        done = train(folder, f"{sae}_{name}", *own, *words)
-        assert done.returncode == 0, done.stderr
-    one = weights(folder / f"{sae}_one")
-    for name in ("ddp", "latent"):
-        for key, tensor in weights(folder / f"{sae}_{name}").items():
-            assert_close_in_norm(tensor, one[key], 2 * SAME_RUN, REORDERED)
+def test_twenty_steps_on_two_processes(train: Trainings, sae: str) -> None:
+    train.assert_as_one(sae, ("ddp", "latent"), f"sae={sae}", *(["sae.k=null"] if sae == "jumprelu" else []))
 
 
-def test_what_does_not_divide_is_refused(folder: Path) -> None:
-    done = train(folder, "rows", "nproc=2", "parallel=fsdp")
+def test_what_does_not_divide_is_refused(train: Trainings) -> None:
+    done = train("rows", "nproc=2", "parallel=fsdp")
     assert "error: parallel=fsdp cuts matrices by rows of latents, and a lorsa's heads serve many" in done.stderr
-    done = train(folder, "odd", "nproc=2", "parallel=latent", "variant.qk_heads=3")
+    done = train("odd", "nproc=2", "parallel=latent", "variant.qk_heads=3")
     assert "error: the 3 heads of queries and keys do not divide among parallel.latent=2" in done.stderr
-    done = train(folder, "few", "nproc=2", "parallel=ddp", "stream.batch_size=16")
+    done = train("few", "nproc=2", "parallel=ddp", "stream.batch_size=16")
     assert "error: stream.batch_size=16: 1 contexts do not divide among 2 processes" in done.stderr
