@@ -38,15 +38,13 @@ def push_to_hub(
     The repository is made where there is none. With `path_in_repo` several dictionaries share one, each with its card
     in its own folder. Raises GranaryError for a folder that is neither, and where the hub refuses.
     """
-    upload = what_to_upload(Path(folder), "/".join(filter(None, (repo_id, path_in_repo))))
+    upload = what_to_upload(Path(folder), _joined(repo_id, path_in_repo))
     from huggingface_hub import CommitOperationAdd, HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-    def inside(name: str) -> str:
-        return "/".join(filter(None, (path_in_repo.strip("/"), name)))
-
-    added = [CommitOperationAdd(inside(CARD), upload.card.encode())]
-    added += [CommitOperationAdd(inside(name), str(file)) for name, file in upload.files.items()]
+    inside = path_in_repo.strip("/")
+    added = [CommitOperationAdd(_joined(inside, CARD), upload.card.encode())]
+    added += [CommitOperationAdd(_joined(inside, name), str(file)) for name, file in upload.files.items()]
     api = HfApi(token=token)
     try:
         address = api.create_repo(repo_id, private=private, repo_type=upload.repo_type, exist_ok=True)
@@ -111,6 +109,11 @@ def _scored_in(folder: Path) -> RunFolder | None:
     return None
 
 
+def _joined(*parts: str) -> str:
+    """A path on the hub; empty parts are left out."""
+    return "/".join(filter(None, parts))
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Push one folder and print its address; status 2 and one line for what can't be."""
     parser = argparse.ArgumentParser(prog=program("push"), description=__doc__, formatter_class=_Raw)
@@ -123,7 +126,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     with ending_in_one_line(None):
         if arguments.card:
-            name = "/".join(filter(None, (arguments.repo_id, arguments.inside)))
+            name = _joined(arguments.repo_id, arguments.inside)
             print(what_to_upload(Path(arguments.folder), name).card, end="")  # noqa: T201
             return
         address = push_to_hub(

@@ -13,7 +13,7 @@ import importlib
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,9 +38,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class _Stage:
-    """A stage: its package, and the key of its command line that may hold a path as it is."""
+    """A stage: where its code is, and whether ``sae=`` and ``model=`` of its command line may hold a path as it is."""
 
     package: str
+    function: str
+    """What does its work, ``module:name`` in the package."""
     takes_paths: bool = False
     fixed: tuple[str, ...] = ()
 
@@ -54,13 +56,19 @@ class _Stage:
         importlib.import_module(f"{self.package}.config").register()
         return composed(self.package.removeprefix("stage_"), overrides)
 
+    def work(self, cfg: Any) -> None:
+        """Do it in this process: one configuration, or several where the stage takes them."""
+        module, _, name = self.function.partition(":")
+        with _as_a_function():
+            getattr(importlib.import_module(f"{self.package}.{module}"), name)(cfg)
+
 
 _STAGES = {
-    "harvest": _Stage("stage_harvest"),
+    "harvest": _Stage("stage_harvest", "harvest:harvest"),
     # A command line leaves the folder to Hydra, which is not there.
-    "train": _Stage("stage_train", fixed=("out_dir=${run_dir}/${sae_name}",)),
-    "evaluate": _Stage("stage_eval", takes_paths=True),
-    "inspect": _Stage("stage_inspect", takes_paths=True),
+    "train": _Stage("stage_train", "job:train", fixed=("out_dir=${run_dir}/${sae_name}",)),
+    "evaluate": _Stage("stage_eval", "evaluate:evaluate", takes_paths=True),
+    "inspect": _Stage("stage_inspect", "inspect:inspect", takes_paths=True),
 }
 _ERROR = "error: "
 
@@ -81,12 +89,7 @@ def harvest(*given: "str | HarvestSchema", **settings: Any) -> "Store":
     Raises GranaryError for every wrong input, before anything is written.
     """
 
-    def work(cfg: "HarvestSchema") -> None:
-        from stage_harvest.harvest import harvest
-
-        harvest(cfg)
-
-    cfg = _run("harvest", work, given, settings)
+    cfg = _run("harvest", given, settings)
     from shared.store import Store
 
     return Store.open(cfg.store.url)
@@ -98,12 +101,7 @@ def train(*given: "str | TrainSchema", **settings: Any) -> "Dictionary":
     Raises GranaryError for every wrong input, and for a run that has diverged.
     """
 
-    def work(cfg: "TrainSchema") -> None:
-        from stage_train.job import train
-
-        train([cfg])
-
-    cfg = _run("train", work, given, settings)
+    cfg = _run("train", given, settings)
     from shared.sae import load
 
     return load(cfg.out_dir)
@@ -122,10 +120,8 @@ def train_together(cfgs: "Sequence[TrainSchema]") -> "list[Dictionary]":
     if len(set(folders)) < len(folders):
         raise GranaryError("two configurations have one out_dir: give each its own, with sae_name= or out_dir=")
     from shared.sae import load
-    from stage_train.job import train
 
-    with _as_a_function():
-        train(cfgs)
+    _STAGES["train"].work(cfgs)
     return [load(folder) for folder in folders]
 
 
@@ -135,12 +131,7 @@ def evaluate(*given: "str | EvalSchema", **settings: Any) -> "list[Evaluation]":
     Raises GranaryError for every wrong input, before any long work.
     """
 
-    def work(cfg: "EvalSchema") -> None:
-        from stage_eval.evaluate import evaluate
-
-        evaluate(cfg)
-
-    cfg = _run("evaluate", work, given, settings)
+    cfg = _run("evaluate", given, settings)
     from shared.basics.config import named_urls
     from shared.basics.documents import read_json
     from shared.basics.run_folder import RunFolder
@@ -159,18 +150,13 @@ def inspect(*given: "str | InspectSchema", **settings: Any) -> "Latents":
     Raises GranaryError for every wrong input, before any long work.
     """
 
-    def work(cfg: "InspectSchema") -> None:
-        from stage_inspect.inspect import inspect
-
-        inspect(cfg)
-
-    cfg = _run("inspect", work, given, settings)
+    cfg = _run("inspect", given, settings)
     from shared.latents import Latents
 
     return Latents.open(cfg.latents.url)
 
 
-def _run(name: str, work: Callable[[Any], None], given: Sequence[Any], settings: dict[str, Any]) -> Any:
+def _run(name: str, given: Sequence[Any], settings: dict[str, Any]) -> Any:
     """Do the work of a stage and return its configuration."""
     stage = _STAGES[name]
     is_object = len(given) == 1 and not isinstance(given[0], str)
@@ -186,8 +172,7 @@ def _run(name: str, work: Callable[[Any], None], given: Sequence[Any], settings:
             raise GranaryError(f"nproc={cfg.nproc} starts processes from keys: give keys, not a configuration object")
         _run_ranks([*python_module(cfg.nproc), stage.package, *overrides])
     else:
-        with _as_a_function():
-            work(cfg)
+        stage.work([cfg] if name == "train" else cfg)  # which may be given several
     return cfg
 
 

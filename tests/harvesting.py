@@ -75,6 +75,14 @@ class Harvester:
         return Store.open(self.root / store)
 
 
+def twice_the_text(root: Path, server: ForkServer) -> Harvester:
+    """A harvester with twice the documents: enough for a store with a window."""
+    made = Harvester(root, server)
+    made.documents *= 2
+    made.corpus.write_text("\n---\n".join(made.documents))
+    return made
+
+
 def same_files(left: Path, right: Path) -> int:
     """Number of files of two folders, which must hold the same bytes."""
     names = [

@@ -15,7 +15,7 @@ from shared.store import Store
 from shared.store.capacity import shard_bytes
 from stage_train.state.checkpoint import newest_checkpoint
 from tests.cli import Child, ForkServer
-from tests.harvesting import Harvester
+from tests.harvesting import Harvester, twice_the_text
 from tests.pipeline.test_window import CONTEXTS, SHARD, Watcher, training, wait_for
 
 pytestmark = pytest.mark.slow
@@ -30,10 +30,7 @@ SETTINGS: dict[str, object] = {
 @pytest.fixture(scope="module")
 def harvester(stages: ForkServer, tmp_path_factory: pytest.TempPathFactory) -> Harvester:
     folder = tmp_path_factory.mktemp("online")
-    made = Harvester(folder, stages.at(folder))
-    made.documents *= 2
-    made.corpus.write_text("\n---\n".join(made.documents))
-    return made
+    return twice_the_text(folder, stages.at(folder))
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from shared.store import Store, WindowPlan
 from shared.store.capacity import shard_bytes
 from shared.store.verify import verify
 from tests.cli import Child, ForkServer
-from tests.harvesting import Harvester
+from tests.harvesting import Harvester, twice_the_text
 
 CONTEXTS, SHARD = 24, 2
 
@@ -22,10 +22,7 @@ CONTEXTS, SHARD = 24, 2
 @pytest.fixture(scope="module")
 def harvester(stages: ForkServer, tmp_path_factory: pytest.TempPathFactory) -> Harvester:
     folder = tmp_path_factory.mktemp("window")
-    made = Harvester(folder, stages.at(folder))
-    made.documents *= 2
-    made.corpus.write_text("\n---\n".join(made.documents))
-    return made
+    return twice_the_text(folder, stages.at(folder))
 
 
 @pytest.fixture(scope="module")
