@@ -206,7 +206,8 @@ class ComputeSchema:
     alone."""
     dtype: str = MISSING
     """Type of the matrix products: float32, bfloat16, or auto: bfloat16 on a GPU and float32 on a CPU. Weights, moments
-    and the selection are float32 in either."""
+    and the selection are float32 in either. A processor without bfloat16 instructions uses float32 for it, and says
+    so."""
 
 
 @dataclass(kw_only=True)

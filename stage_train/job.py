@@ -17,6 +17,7 @@ import torch
 from shared.basics.config import named_urls
 from shared.basics.disk import telling_disk_errors
 from shared.basics.errors import GranaryError
+from shared.basics.memory import keeping_freed_blocks
 from shared.basics.units import GIB
 from shared.kernels import resolve
 from shared.parallel import World, broadcast_object, init_world, shutdown, telling_lost_contact
@@ -29,7 +30,7 @@ from stage_train.data.stores import PinnedStore, pin, repin, urls_of
 from stage_train.online.driver import is_in_memory
 from stage_train.run import Run, eval_command, finish, write_config
 from stage_train.show.progress import ProgressBar
-from stage_train.spec import RunSpec, on_device
+from stage_train.spec import RunSpec, on_device, tell_replaced_types
 from stage_train.state.export import digest
 from stage_train.state.identity import shared_keys
 from stage_train.state.lock import only_run_in
@@ -63,6 +64,7 @@ class Job:
 
         Changes nothing on disk and waits for nobody. Raises GranaryError.
         """
+        tell_replaced_types(cfgs, world.device)
         cfgs = [on_device(cfg, world.device) for cfg in cfgs]
         check_alike(cfgs)
         self.world, cfg = world, cfgs[0]
@@ -220,6 +222,8 @@ class Job:
         """Make all steps that are left; returns the folders of runs that diverged. Ends the process after a signal."""
         end = max(spec.length.end for spec in self.specs)
         with ExitStack() as stack:
+            if self.world.device.type == "cpu":
+                stack.enter_context(keeping_freed_blocks())
             stream = stack.enter_context(
                 closing(inputs.open_stream(self.layout.stream_rank, self.layout.stream_world, end))
             )

@@ -1,5 +1,6 @@
 """What a run is, computed once from its configuration, the stores and the tokens that are trained on."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any, Self
 import torch
 
 from shared.basics.errors import GranaryError
-from shared.kernels import Compute
+from shared.kernels import COMPUTE_DTYPES, Compute
 from shared.sae.config import DictionaryConfig
 from shared.sae.learn.config import LearningConfig
 from shared.sae.optim import OptimiserConfig
@@ -36,13 +37,28 @@ from stage_train.step.spike_guard import SpikeGuard
 from stage_train.step.trainer import Schedules
 from stage_train.step.weight_average import WeightAverage
 
+log = logging.getLogger(__name__)
+
 
 def on_device(cfg: TrainSchema, device: torch.device) -> TrainSchema:
-    """`cfg` with the type that ``compute.dtype=auto`` stands for there, which is part of what fixes the result."""
-    if cfg.compute.dtype != "auto":
+    """`cfg` with the type that its products have there, which is part of what fixes the result."""
+    if cfg.compute.dtype not in COMPUTE_DTYPES:  # refused where it is used
         return cfg
-    dtype = Compute(dtype="auto").dtype_for(torch.empty(0, device=device))
-    return replace(cfg, compute=replace(cfg.compute, dtype=dtype))
+    return replace(cfg, compute=replace(cfg.compute, dtype=_dtype_on(cfg, device)))
+
+
+def tell_replaced_types(cfgs: Sequence[TrainSchema], device: torch.device) -> None:
+    """Say it where another type was asked for than `on_device` gives; once for all runs."""
+    asked = [cfg for cfg in cfgs if cfg.compute.dtype in COMPUTE_DTYPES and cfg.compute.dtype != "auto"]
+    if any(cfg.compute.dtype != _dtype_on(cfg, device) for cfg in asked):
+        log.warning(
+            "compute.dtype=bfloat16: this processor has no instructions for it and would take more than twice as long "
+            "as in float32, which is used instead (GRANARY_BFLOAT16=fast in the environment insists)"
+        )
+
+
+def _dtype_on(cfg: TrainSchema, device: torch.device) -> str:
+    return Compute(cfg.compute.kernels, cfg.compute.dtype).dtype_for(torch.empty(0, device=device))
 
 
 @dataclass(frozen=True, kw_only=True)

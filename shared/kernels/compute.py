@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
+from shared.kernels import linear
 from shared.kernels.dispatch import KERNELS
 
 COMPUTE_DTYPES = ("auto", "float32", "bfloat16")
@@ -17,7 +18,8 @@ class Compute:
     """auto, triton, torch or reference; see ``shared.kernels.dispatch.resolve``."""
     dtype: str = "float32"
     """float32 or bfloat16: what that means on each device says the operation's docstring. auto: bfloat16 on a GPU,
-    whose float32 product takes fourteen times as long, and float32 elsewhere."""
+    whose float32 product takes fourteen times as long, and float32 elsewhere. bfloat16 is float32 on a processor
+    without an instruction for it, where it takes more than twice as long."""
 
     def __post_init__(self) -> None:
         for name, value, choices in (
@@ -28,10 +30,11 @@ class Compute:
                 raise ValueError(f"{name}={value!r}: choose from {', '.join(choices)}")
 
     def dtype_for(self, tensor: torch.Tensor) -> str:
-        """``auto`` to the type for `tensor`'s device; the others to themselves."""
+        """The type that products with `tensor` have on its device: float32 or bfloat16."""
         if self.dtype == "auto":
             return "bfloat16" if tensor.is_cuda else "float32"
-        return self.dtype
+        is_fast = tensor.is_cuda or self.kernels == "triton" or linear.FAST_BFLOAT16
+        return self.dtype if is_fast else "float32"
 
 
 AUTO = Compute()

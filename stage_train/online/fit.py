@@ -21,6 +21,7 @@ from torch import nn
 
 import stage_train.config
 from shared.basics.errors import GranaryError
+from shared.basics.memory import keeping_freed_blocks
 from shared.basics.metrics_file import read_metrics
 from shared.intervene.attach import Attached
 from shared.intervene.folder import folder_name
@@ -42,7 +43,7 @@ from stage_train.online.rows import ModelRows, evaluating
 from stage_train.online.stream import BUFFERED_BATCHES, BatchesEndedError, BufferedStream
 from stage_train.run import Run, finish, write_config
 from stage_train.show.progress import ProgressBar
-from stage_train.spec import RunSpec, on_device
+from stage_train.spec import RunSpec, on_device, tell_replaced_types
 from stage_train.state.lock import only_run_in
 from stage_train.state.resume import Start
 from stage_train.step.layouts import Layout, make_layout
@@ -90,6 +91,7 @@ def fit(
         where = Path(broadcast_object(folder) or "")
         inside = [where / folder_name(name, number) for number, name in enumerate(saes.untrained)]
         pairs = zip(cfgs, inside, strict=True)
+        tell_replaced_types(cfgs, world.device)
         cfgs = [replace(on_device(cfg, world.device), out_dir=str(out_dir)) for cfg, out_dir in pairs]
         for out_dir in inside:
             stack.enter_context(only_run_in(out_dir, world))
@@ -141,6 +143,8 @@ class Fitting:
     def _train(self, stack: ExitStack) -> list[RunSpec]:
         state = min(self.starts, key=lambda start: start.step).state.get("stream")
         stack.enter_context(evaluating(self.saes.inner))
+        if self.world.device.type == "cpu":
+            stack.enter_context(keeping_freed_blocks())
         drawn = 0 if state is None else int(state["order"].get("drawn", 0))
         order = order_of(self.cfgs[0])
         stream = BufferedStream(

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from shared.kernels import Compute, product
+from shared.kernels import Compute, encode_topk, linear, product
 from shared.kernels.linear import bfloat16_products
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -18,7 +18,8 @@ def run(function, tensors, upstream):
 
 
 @pytest.mark.parametrize("shape", [(5, 7, 3), (33, 100, 64), (0, 4, 6)])
-def test_value_and_every_gradient(shape):
+def test_value_and_every_gradient(shape, monkeypatch):
+    monkeypatch.setattr(linear, "FAST_BFLOAT16", True)
     num_rows, width, columns = shape
     generator = torch.Generator().manual_seed(0)
     tensors = {
@@ -65,3 +66,19 @@ def test_the_kind_of_processor_is_detected_or_chosen():
         bfloat16_products("1", True, True)
     with pytest.raises(ValueError, match="this processor has no bfloat16 product; choose auto or none"):
         bfloat16_products("slow", False, False)
+
+
+def test_bfloat16_is_float32_where_no_instruction_makes_it_faster(monkeypatch):
+    asked, generator = Compute("torch", "bfloat16"), torch.Generator().manual_seed(0)
+    a, b = torch.randn(33, 100, generator=generator), torch.randn(100, 64, generator=generator)
+    bias = torch.randn(64, generator=generator)
+    monkeypatch.setattr(linear, "FAST_BFLOAT16", False)
+    assert asked.dtype_for(a) == "float32"
+    assert torch.equal(product(a, b, bias, compute=asked), product(a, b, bias))
+    for found, wanted in zip(
+        encode_topk(a, b.T, bias, 5, compute=asked), encode_topk(a, b.T, bias, 5, compute=Compute("torch")), strict=True
+    ):
+        assert torch.equal(found, wanted)
+    monkeypatch.setattr(linear, "FAST_BFLOAT16", True)
+    assert asked.dtype_for(a) == "bfloat16"
+    assert not torch.equal(product(a, b, bias, compute=asked), product(a, b, bias))

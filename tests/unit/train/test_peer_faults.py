@@ -19,6 +19,7 @@ from hydra import compose, initialize_config_module
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
+from shared.kernels import linear
 from shared.parallel import World
 from shared.sae import SAE
 from shared.sae.learn.objective import Objective
@@ -144,8 +145,9 @@ def test_every_setting_is_tried() -> None:
 
 
 @pytest.mark.parametrize("key", [pytest.param(key, marks=[] if key in ALWAYS else [pytest.mark.slow]) for key in OTHER])
-def test_dead_switches(train: Callable[..., Path], key: str) -> None:
+def test_dead_switches(train: Callable[..., Path], key: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Read by nothing were OpenSAE's --multi_topk and --k_scheduler, SAE Made Easy's --aux_alpha, and others."""
+    monkeypatch.setattr(linear, "FAST_BFLOAT16", True)  # else a processor may take float32 for bfloat16
     value, others = OTHER[key]
     before, after = train(*others), train(*others, value if "=" in value else f"{key}={value}")
     first, second = (SAE.from_pretrained(folder).state_dict() for folder in (before, after))
@@ -227,8 +229,9 @@ def test_multi_topk_picks_that_count_as_fired(activation: str) -> None:
     assert float(one.metrics["l0"]) == float(other.metrics["l0"]) == 2
 
 
-def test_thresholds_that_stop_learning_in_bfloat16() -> None:
+def test_thresholds_that_stop_learning_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
     """SAELens kept thresholds in bfloat16, whose steps are larger than the updates: only products may be rounded."""
+    monkeypatch.setattr(linear, "FAST_BFLOAT16", True)
     moved = {}
     for dtype in ("float32", "bfloat16"):
         sae = make_sae("jumprelu", penalty="l0", penalty_weight=0.05, threshold_init=0.5)

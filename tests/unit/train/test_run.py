@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 
 from shared.basics.errors import GranaryError
 from shared.basics.metrics_file import read_metrics
+from shared.kernels import linear
 from shared.sae import load_provenance
 from shared.sae.folder import describe
 from shared.sae.learn import dead
@@ -322,6 +323,18 @@ def test_kernels_of_the_configuration_give_the_same_curve(train: Runs) -> None:
     auto, reference = (read_metrics(train(name, f"compute.kernels={name}")) for name in ("auto", "reference"))
     for one, other in zip(auto, reference, strict=True):
         assert one["reconstruction"] == pytest.approx(other["reconstruction"], rel=1e-3)
+
+
+def test_bfloat16_on_a_processor_without_its_instructions_is_float32_and_says_so(
+    train: Runs, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(linear, "FAST_BFLOAT16", False)
+    asked, plain = train("asked", "compute.dtype=bfloat16"), train("plain", "compute.dtype=float32")
+    said = [record.message for record in caplog.records if "compute.dtype" in record.message]
+    assert len(said) == 1
+    assert "float32, which is used instead" in said[0]
+    assert OmegaConf.load(asked / "train.yaml").compute.dtype == "float32"
+    assert_same_run(asked, plain)
 
 
 def test_kernels_that_cannot_run_here_are_refused(train: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
