@@ -11,7 +11,6 @@ preallocated tensor, types in turn, median of the rounds.
 """
 
 import argparse
-import json
 import shutil
 import statistics
 import subprocess
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from records import print_result
 
 from shared.sae import SAE
 from shared.store import Store
@@ -198,7 +198,7 @@ def main() -> None:
             found["quality"] = quality(Path(folder), options)
         if options.part != "quality":
             found["speed"] = speed(Path(folder), options.rounds)
-    print(json.dumps(found))
+    print_result(found)
 
 
 if __name__ == "__main__":

@@ -11,8 +11,6 @@ JSON object; times are in milliseconds, `busy` ones of processor time, which oth
 """
 
 import argparse
-import json
-import os
 import statistics
 import sys
 import tempfile
@@ -25,7 +23,7 @@ from urllib.parse import quote
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
-from records import processor
+from records import print_result
 
 from shared.latents import Latents
 from stage_inspect.explorer.documents import Documents
@@ -79,10 +77,9 @@ def main() -> None:
         print(f"a made-up folder of {num_latents:,} latents: {time.perf_counter() - began:.1f} s", flush=True)
         with serving([Run(Documents(Latents.open(latents.url), "benchmark"), None)]) as client:
             found = {"latents": num_latents, **pages(client), **columns(client), **searches(client), **table(client)}
-    found |= {"machine": processor(), "threads": os.cpu_count()}
     for name, value in found.items():
         print(f"{name:>24}  {value}")
-    print(json.dumps(found))
+    print_result(found)
 
 
 def explain(latents: Latents) -> None:

@@ -13,7 +13,6 @@ spread over rounds stands beside it. Tokenising is timed alone too. The last lin
 """
 
 import argparse
-import json
 import logging
 import os
 import shutil
@@ -30,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
-from records import processor
+from records import print_result, processor
 from torch.utils.benchmark import Timer
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -256,7 +255,7 @@ def main() -> None:
         result = measure(shape, Path(folder))
     for name, value in result.items():
         print(f"{name:28} {value}")
-    print(json.dumps(result))
+    print_result(result)
 
 
 if __name__ == "__main__":

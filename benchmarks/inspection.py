@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 import torch
-from records import processor
+from records import print_result, processor
 
 from shared.basics.units import parse_bytes
 from shared.sae.config import SAEConfig
@@ -147,7 +147,7 @@ def main() -> None:
         show_memory(result, options)
     if options.only == "peers" or (options.only is None and not options.quick):
         show_peers(result, options)
-    print(json.dumps(result))
+    print_result(result)
 
 
 def show_passes(result: dict[str, Any], options: argparse.Namespace) -> None:

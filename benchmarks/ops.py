@@ -8,7 +8,6 @@ in turn; medians are over rounds. The last line printed is one JSON object with 
 """
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Callable
@@ -17,7 +16,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from records import RESULTS, Record, append, processor, quantiles
+from records import RESULTS, Record, append, print_result, processor, quantiles
 from step_providers import SHAPES, Shape, make_batch
 
 from shared.kernels import (
@@ -106,7 +105,7 @@ def main() -> None:
         records += [Record(name, kernels, str(shape), "float32", seconds, None) for kernels, seconds in times.items()]
     if options.record:
         append(records, processor(), options.threads, {})
-    print(json.dumps({"shape": str(shape), "ratios": ratios}))
+    print_result({"shape": str(shape), "ratios": ratios})
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from records import processor
+from records import print_result, processor
 from store import throttle
 
 from shared.store import Store
@@ -116,7 +116,7 @@ def main() -> None:
             for name in ("seconds", "bytes"):
                 pairs = [a[name] / b[name] for a, b in zip(found["in turn"], found["packed"], strict=True)]
                 ratios[f"{key}_{name}_in_turn_over_packed"] = round(statistics.median(pairs), 3)
-    print(json.dumps({"saes": len(KS) * len(EXPANSIONS), "tokens": tokens, "ratios": ratios, "table": table}))
+    print_result({"saes": len(KS) * len(EXPANSIONS), "tokens": tokens, "ratios": ratios, "table": table})
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ import numpy as np
 import torch
 import yaml
 from quality_peers import CONTENDERS, TRANSCODER_TRAINERS, Sides, score_halves
+from records import print_result
 
 from shared.parallel import World
 from shared.sae.loading import load
@@ -352,7 +353,7 @@ def main() -> None:
         columns = list(rows[0])
         lines = [",".join(columns), *(",".join(str(row[column]) for column in columns) for row in rows)]
         options.csv.write_text("\n".join(lines) + "\n")
-    print(json.dumps(ratios(rows, len(options.seeds))))
+    print_result(ratios(rows, len(options.seeds)))
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from statistics import mean
 from typing import Any
 
 from quality import REALDATA, SEEDS, SETTINGS, run
+from records import print_result
 
 SITES = ["hooks.layers=all", "hooks.sites=[mlp_in,mlp_out]"]
 K, EXPANSION = 16, {"bundled": 2, "stories260K": 8}
@@ -128,7 +129,7 @@ def main() -> None:
         options.work = options.work or temporary
         found = {model: Pair(model, options).execute() for model in models}
     print("\n".join(table(found)))
-    print(json.dumps(found))
+    print_result(found)
 
 
 if __name__ == "__main__":

@@ -2,19 +2,28 @@
 
 import csv
 import datetime
+import json
+import os
 import platform
 import shutil
 import statistics
 import subprocess
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results.csv"
 COLUMNS = ["date", "commit", "machine", "threads", "versions", "op", "provider", "shape", "dtype",
-           "p20_s", "p50_s", "p80_s", "peak_mb"]  # fmt: skip
+           "p20_s", "p50_s", "p80_s", "peak_mb", "class"]  # fmt: skip
+CPUINFO = Path("/proc/cpuinfo")
+VENDORS = {"AuthenticAMD": "AMD", "GenuineIntel": "Intel"}
+# By the flag of /proc/cpuinfo: what decides a matrix product's speed, the best first, and what may come beside it.
+INSTRUCTIONS = {"avx512f": "AVX-512", "avx2": "AVX2", "asimd": "NEON"}
+EXTENSIONS = {"amx_tile": "AMX", "avx512_bf16": "bfloat16", "avx512_vnni": "VNNI"}
 
 
 @dataclass(frozen=True)
@@ -38,13 +47,35 @@ def quantiles(values: list[float]) -> tuple[float, float, float]:
 
 
 def processor() -> str:
-    """CPU name and number of cores as the kernel gives them."""
+    """CPU name as the kernel gives it."""
+    return _cpuinfo().get("model name") or platform.processor()
+
+
+def machine_class(cpuinfo: str | None = None) -> str:
+    """What two machines must share for their figures to compare: ``AMD AVX-512 with bfloat16, VNNI; 2 cores``.
+
+    `cpuinfo` is the text of /proc/cpuinfo; that of this machine where it is not given.
+    """
+    found = _cpuinfo(cpuinfo)
+    flags = (found.get("flags") or found.get("Features", "")).split()
+    vendor = VENDORS.get(found.get("vendor_id", ""), platform.machine())
+    best = next((name for flag, name in INSTRUCTIONS.items() if flag in flags), "no vector instructions that we know")
+    beside = ", ".join(name for flag, name in EXTENSIONS.items() if flag in flags)
+    return f"{vendor} {best}{f' with {beside}' if beside else ''}; {os.cpu_count()} cores"
+
+
+def print_result(found: Mapping[str, Any]) -> None:
+    """A benchmark's last line: one JSON object, with the machine that it is of."""
+    print(json.dumps({**found, "machine": {"class": machine_class(), "processor": processor()}}))
+
+
+def _cpuinfo(text: str | None = None) -> dict[str, str]:
+    """The first processor's fields."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        name = platform.processor()
-    return name
+        first = (CPUINFO.read_text() if text is None else text).split("\n\n")[0]
+    except OSError:
+        return {}
+    return {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in first.splitlines())}
 
 
 def append(records: list[Record], machine: str, threads: int, versions: dict[str, str], path: Path = RESULTS) -> None:
@@ -66,7 +97,7 @@ def append(records: list[Record], machine: str, threads: int, versions: dict[str
             times = [f"{seconds:.5f}" for seconds in quantiles(record.seconds)]
             peak = "" if record.peak_mb is None else round(record.peak_mb)
             writer.writerow([date, commit, machine, threads, software, record.op, record.provider, record.shape,
-                             record.dtype, *times, peak])  # fmt: skip
+                             record.dtype, *times, peak, machine_class()])  # fmt: skip
 
 
 def read(path: Path = RESULTS) -> list[dict[str, str]]:

@@ -8,7 +8,6 @@ The notes are not written. The last line is one JSON object.
 """
 
 import argparse
-import json
 import resource
 import sys
 import time
@@ -17,7 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
-from records import processor
+from records import print_result
 
 from shared.basics.config import Split
 from shared.latents.folder import Latents
@@ -75,9 +74,8 @@ def main() -> None:
         "total_s": round(end - begin, 2),
         "busy_s": round(time.process_time() - busy, 2),
         "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10,
-        "processor": processor(),
     }
-    print(json.dumps(found))
+    print_result(found)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ machine, so this compares processor time per byte. Endpoint and keys: the usual 
 
 import argparse
 import importlib.util
-import json
 import os
 import statistics
 import subprocess
@@ -23,6 +22,7 @@ from pathlib import Path
 from unittest import mock
 
 import torch
+from records import print_result
 
 from shared.store import Store
 from shared.store.buffers import bits_of, byte_view
@@ -142,11 +142,11 @@ def main() -> None:
     answer = subprocess.run(["curl", "-s", "-o", "/dev/null", os.environ["AWS_ENDPOINT_URL"]], check=False)
     if answer.returncode:
         print(f"no S3 server at {os.environ['AWS_ENDPOINT_URL']}: start one with tests/servers/s3_up.sh")
-        print(json.dumps({"ratios": {}}))
+        print_result({"ratios": {}})
         return
     contexts, pairs = (2, 3) if options.quick else (4, 5)
     ratios, details = measure(contexts, pairs, options.clients.split(","))
-    print(json.dumps({"ratios": ratios, "details": details}))
+    print_result({"ratios": ratios, "details": details})
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from records import RESULTS, Record, append, processor
+from records import RESULTS, Record, append, print_result, processor
 from step_providers import PACKAGES, PEERS, SHAPES, Shape
 from step_variants import RATIOS, VARIANT_PROVIDERS
 
@@ -154,13 +154,13 @@ def main() -> None:
         if products:
             ratios["granary/faster gemm"] = round(ours / min(products), 3)
     ratios |= variant_ratios(by_name)
-    print(json.dumps({
+    print_result({
         "shape": str(shape),
         "seconds": {name: round(contender.median, 4) for name, contender in by_name.items()},
         "peak_mb": {name: round(contender.peak["peak_mb"]) for name, contender in by_name.items()},
         "ratios": ratios,
         "versions": {"torch": torch.__version__, **versions},
-    }))  # fmt: skip
+    })  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ torchdata (optional: pip install 'granary-sae[bench]') is skipped, and says so, 
 """
 
 import argparse
-import json
 import os
 import random
 import resource
@@ -28,6 +27,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from records import print_result
 
 from shared.store import Store
 from shared.store.buffers import bits_of, byte_view
@@ -452,7 +452,7 @@ def main() -> None:
             PARTS[name](bench)
     bench.details["seconds"] = round(time.perf_counter() - begin, 1)
     bench.details["peak_rss_gb"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 2)
-    print(json.dumps({"ratios": bench.ratios, "details": bench.details}))
+    print_result({"ratios": bench.ratios, "details": bench.details})
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ import torch
 from shared.basics.config import named_urls
 from shared.basics.disk import telling_disk_errors
 from shared.basics.errors import GranaryError
-from shared.basics.memory import keeping_freed_blocks
 from shared.basics.units import GIB
 from shared.kernels import resolve
 from shared.parallel import World, broadcast_object, init_world, shutdown, telling_lost_contact
@@ -222,8 +221,6 @@ class Job:
         """Make all steps that are left; returns the folders of runs that diverged. Ends the process after a signal."""
         end = max(spec.length.end for spec in self.specs)
         with ExitStack() as stack:
-            if self.world.device.type == "cpu":
-                stack.enter_context(keeping_freed_blocks())
             stream = stack.enter_context(
                 closing(inputs.open_stream(self.layout.stream_rank, self.layout.stream_world, end))
             )

@@ -21,7 +21,6 @@ from torch import nn
 
 import stage_train.config
 from shared.basics.errors import GranaryError
-from shared.basics.memory import keeping_freed_blocks
 from shared.basics.metrics_file import read_metrics
 from shared.intervene.attach import Attached
 from shared.intervene.folder import folder_name
@@ -143,8 +142,6 @@ class Fitting:
     def _train(self, stack: ExitStack) -> list[RunSpec]:
         state = min(self.starts, key=lambda start: start.step).state.get("stream")
         stack.enter_context(evaluating(self.saes.inner))
-        if self.world.device.type == "cpu":
-            stack.enter_context(keeping_freed_blocks())
         drawn = 0 if state is None else int(state["order"].get("drawn", 0))
         order = order_of(self.cfgs[0])
         stream = BufferedStream(

@@ -10,7 +10,7 @@ from tests.cli import environment
 
 PEAK = "from shared.basics.memory import peak_memory; {} print(peak_memory())"
 
-# Memory in MiB that a process holds at three moments: 8 blocks of 48 MiB freed within the context, the same taken
+# Memory in MiB that a process holds at three moments: 24 blocks of 16 MiB freed within the context, the same taken
 # and freed again, after the context; and the page faults of the second time.
 KEPT = """
 import mmap, re, resource
@@ -22,7 +22,7 @@ def resident():
 
 def take():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    [bytearray(48 << 20) for _ in range(8)]
+    [bytearray(b'1') * (16 << 20) for _ in range(24)]
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
 with keeping_freed_blocks():
@@ -48,6 +48,6 @@ def test_freed_blocks_are_kept_for_the_next_step_and_returned_after_the_last() -
     done = subprocess.run([sys.executable, "-c", KEPT], env=environment(), capture_output=True, check=True)
     first, second, kept, again, after = map(int, done.stdout.split())
     assert second * 100 < first  # none but odd ones
-    assert kept > 8 * 48
-    assert again < kept + 48
-    assert after < kept - 7 * 48
+    assert kept > 24 * 16
+    assert again < kept + 16
+    assert after < kept - 23 * 16
