@@ -123,7 +123,8 @@ class Race:
             job = {
                 "model": str(self.model), "texts": str(self.texts), "tokens": self.options.tokens,
                 "context": CONTEXT, "batch": PEERS_BATCH, "threads": self.options.threads,
-                "layers": self.layers[scenario], "d_model": self.d_model, "d_latent": expansion * self.d_model, "k": k, "out": str(out / str(number)),
+                "layers": self.layers[scenario], "d_model": self.d_model, "d_latent": expansion * self.d_model,
+                "k": k, "out": str(out / str(number)),
             }  # fmt: skip
             path.write_text(json.dumps(job), encoding="utf-8")
             yield [str(ROOT / "benchmarks" / "race_jobs.py"), name, str(path)]
