@@ -31,7 +31,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from records import processor
+from records import print_result
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from shared.lm.identity import MODEL_DIR
@@ -290,8 +290,7 @@ def main() -> None:
                 race.part(scenario, name)
     if options.plot:
         draw(race.results, options.plot)
-    print(json.dumps({"machine": processor(), "threads": options.threads, "model": options.model,
-                      "tokens": options.tokens, **race.ratios()}))  # fmt: skip
+    print_result({"threads": options.threads, "model": options.model, "tokens": options.tokens, **race.ratios()})
 
 
 if __name__ == "__main__":
