@@ -69,7 +69,7 @@ def _data(shown: Page) -> dict[str, Any]:
     edges = [edge for edge in graph.edges if edge.source.id in number_of and edge.target.id in number_of]
     features = [node for node in graph.nodes if node.kind is Kind.feature]
     features.sort(key=lambda node: -(node.influence or 0.0))
-    cards = {f"{node.layer}/{node.number}": known.card(node) for node in features[:MOST_CARDS]}
+    cards = {_card_name(node): known.card(node) for node in features[:MOST_CARDS]}
     return {
         "prompt": graph.prompt.text,
         "pieces": graph.prompt.pieces,
@@ -108,13 +108,20 @@ def strongest(edges: list[Edge], most: int) -> list[Edge]:
     return [edges[one] for one in sorted(order[:most])]
 
 
+def _card_name(node: Node) -> str:
+    """What the cards of all nodes of a latent are called."""
+    return node.id.rsplit("_", 1)[0]
+
+
 def _node(graph: Graph, node: Node, words: Words | None, known: Known) -> dict[str, Any]:
     made: dict[str, Any] = {
         "id": node.id,
         "kind": node.kind.value,
+        "site": node.site,
         "layer": node.layer,
         "position": node.position,
         "latent": node.number if node.kind is Kind.feature else None,
+        "card": _card_name(node) if node.kind is Kind.feature else None,
         "label": node.label,
         "name": known.name(node),
         "text": node.text,
@@ -124,7 +131,7 @@ def _node(graph: Graph, node: Node, words: Words | None, known: Known) -> dict[s
     }
     if words is not None and graph.decode is not None and node.kind is Kind.feature:
         for name, held in (("promotes", words.promotes), ("suppresses", words.suppresses)):
-            made[name] = [graph.decode([token]) for token in held[node.layer, node.number]]
+            made[name] = [graph.decode([token]) for token in held[node.output, node.number]]
     return made
 
 
@@ -191,7 +198,7 @@ def _told(certificate: Certificate) -> str:
 def _replaced(spliced: Spliced, graph: Graph) -> str:
     """What the replacement model makes of the prompt."""
     told = (
-        "The replacement model has all dictionaries in the place of MLPs at once, each encoding what those before it"
+        "The replacement model has all dictionaries in their places at once, each encoding what those before it"
         " have made of the stream, without errors."
     )
     if graph.decode is not None:

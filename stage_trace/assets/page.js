@@ -243,7 +243,7 @@ function numbers(node) {
   return make("dl", "pairs", ...kept.map(([name, value]) => make("div", "", make("dt", "", name), make("dd", "", value))));
 }
 
-const cardOf = (node) => data.cards[`${node.layer}/${node.latent}`];
+const cardOf = (node) => data.cards[node.card];
 
 function examples(node) {
   const card = cardOf(node);

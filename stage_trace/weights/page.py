@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from shared.latents.global_weights import Connection, GlobalWeights
+from shared.lm.hookpoint import HookPoint
 from stage_trace.known import Known
 from stage_trace.page import self_contained
 
@@ -53,13 +54,13 @@ def _strongest(weights: GlobalWeights) -> list[int]:
 
 
 def _latents(weights: GlobalWeights, known: Known, chosen: Sequence[int]) -> Iterator[list[Any]]:
-    words = {layer: known.words(layer, WORDS) for layer in weights.layers}
+    words = {layer: known.words(HookPoint(layer, "mlp_out"), WORDS) for layer in weights.layers}
     fired = weights.array("fired").all()
     for number in chosen:
         layer, latent = weights.place(number)
         firing, promoted = (one[latent] if one else [] for one in words[layer])
         yield [
-            layer, latent, float(f"{fired[number] / max(1, weights.meta.tokens):.3g}"), known.name_of(layer, latent),
+            layer, latent, float(f"{fired[number] / max(1, weights.meta.tokens):.3g}"), known.name_of(HookPoint(layer, "mlp_out"), latent),
             firing, promoted,
             *([_told(one) for one in end(layer, latent)[:SHOWN]] for end in (weights.sources, weights.targets)),
         ]  # fmt: skip

@@ -51,7 +51,7 @@ def test_a_feature_shows_where_it_fires(browser: Browser, folder: Path, width: i
     browser.prefer(dark=dark)
     browser.go(f"file://{folder}/graph.html")
     assert browser.run("return document.documentElement.scrollWidth <= innerWidth")
-    layer_0 = browser.run("return nodes.findIndex((node) => data.cards[`0/${node.latent}`] && node.layer === 0)")
+    layer_0 = browser.run("return nodes.findIndex((node) => data.cards[node.card] && node.layer === 0)")
     browser.run(f"select(nodes[{layer_0}])")
     browser.settle()
     assert browser.run("return document.querySelectorAll('#detail .example mark').length") > 0
