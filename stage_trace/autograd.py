@@ -62,7 +62,8 @@ def by_autograd(
             is_logit = int(targets.output_B[row]) == count
             seen_D = again.final_TD[-1] if is_logit else reading(targets, replacement, row, again.sites)
             value = seen_D @ targets.vector_BD[row]
-        found = torch.autograd.grad(value, [*outputs.values(), embedded_TD, gates], retain_graph=True, allow_unused=True)
+        leaves = [*outputs.values(), embedded_TD, gates]
+        found = torch.autograd.grad(value, leaves, retain_graph=True, allow_unused=True)
         for number, g in enumerate(found[:count]):
             if g is not None:
                 g_OTBD[number, :, row] = g

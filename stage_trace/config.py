@@ -71,8 +71,9 @@ class TraceSchema:
     engine: Engine = MISSING
     """What computes the rows."""
     fixed: int | None = MISSING
-    """Take what MLPs (and attention with a Lorsa) add as it is at this many positions from the start. null: at special tokens, and at the first
-    position where there is no BOS, as a harvest leaves them out. Special tokens are fixed either way."""
+    """Take what MLPs add, and attention with a Lorsa, as it is at this many positions from the start. null: at special
+    tokens, and at the first position where there is no BOS, as a harvest leaves them out. Special tokens are fixed
+    either way."""
     latents: Any = MISSING
     """Folders of ``granary inspect`` whose examples the page shows; null: those called latents in the dictionaries'
     folders or beside them."""

@@ -2,7 +2,7 @@
 
 The JSON is what circuit-tracer 0.5.0 writes and Neuronpedia reads: fixed positions and biases, which they do not know,
 are nodes of the type of errors, told apart by ``clerp`` and ``granary_kind``; a Lorsa's nodes have the types that
-Neuronpedia's graphs have for them, which circuit-tracer's viewer draws as features and as errors. Equal graphs give equal bytes.
+Neuronpedia has for them, which circuit-tracer's viewer draws as features and as errors. Equal graphs give equal bytes.
 """
 
 import json
@@ -145,7 +145,7 @@ def _node(node: Node, name: str, num_layers: int) -> dict[str, Any]:
 
 
 def _clerp(node: Node, name: str) -> str:
-    """What a viewer writes beside a node; it has words of its own for a transcoder's features and errors, and tokens."""
+    """What a viewer writes beside a node; it has its own words for tokens and a transcoder's features and errors."""
     has_own = node.kind in (Kind.feature, Kind.error, Kind.token) and not node.is_attention
     return name if has_own else name or node.label
 

@@ -1,13 +1,13 @@
 """Which attention heads carry an edge: its weight split by the head that first moves it on.
 
 What a source writes reaches a target along the stream of its own position, or some head of a later layer reads it there
-first. Attention that a Lorsa stands in for has no such heads: its latents are nodes, and what one of them reads at
-another position is carried by itself. The gradient that arrives at a source is the sum of what these heads give and
-what stays, so that
+first. The gradient that arrives at a source is the sum of what these heads give and what stays, so that
 
     edge = stays + sum over heads of  (W_V norm(source)) . (gradient of the head's values at the source's position)
 
-and an edge between two positions is the sum over heads alone, unless a Lorsa's latent is its target. One more sweep of the targets gives all of it.
+and an edge between two positions is the sum over heads alone. Attention that a Lorsa stands in for has no such heads:
+its latents are nodes, and what one of them reads at other positions it carries itself. One more sweep of the targets
+gives all of it.
 Shapes: S sources, B targets, D width of the stream, E head dimension, M heads kept of an edge.
 """
 

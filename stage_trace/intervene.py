@@ -9,7 +9,8 @@ Lorsa stands in for it. Four modes:
     norms        norm factors alone are those of the clean run
     open         everything computes
 
-A Lorsa's own patterns are held where the model's are. Shapes: R rows of the graph (features, then logits), D width of the stream.
+A Lorsa's own patterns are held where the model's are.
+Shapes: R rows of the graph (features, then logits), D width of the stream.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,10 +24,10 @@ from shared.basics.errors import GranaryError
 from shared.lm.frozen import Recording, run
 from shared.lm.hookpoint import HookPoint
 from shared.sae.variants import Lorsa
+from stage_trace.active import ActiveLatents, active, seen
 from stage_trace.graph import Graph
 from stage_trace.influence import ROWS_AT_A_TIME
 from stage_trace.nodes import Kind, Node
-from stage_trace.active import ActiveLatents, active, seen
 from stage_trace.patterns import Patterns
 from stage_trace.session import Session
 from stage_trace.targets import Features

@@ -30,7 +30,7 @@ class Place:
 
 
 def places_of(config: DictionaryConfig, name: str) -> tuple[Place, ...]:
-    """Return those of each group. Raises GranaryError, naming `name`, for anything but stand-ins of MLPs or attention."""
+    """Return those of each group. Raises GranaryError, naming `name`, for no stand-in of MLPs or attention."""
     sites = config.sites
     if sites is None:
         raise GranaryError(f"{name} does not record where it reads and writes: graphs need a transcoder that does")

@@ -21,7 +21,7 @@ VOCABULARY_BLOCK = 8192
 
 @dataclass(frozen=True, slots=True)
 class Words:
-    """Token ids of some features, by their output and latent: those it makes likelier and those it makes less likely."""
+    """Token ids of features, by output and latent: those it makes likelier and those it makes less likely."""
 
     promotes: dict[tuple[HookPoint, int], list[int]]
     suppresses: dict[tuple[HookPoint, int], list[int]]

@@ -29,8 +29,8 @@ from shared.store import Store
 from shared.store.choose import choose_contexts
 from shared.store.io.open import open_io
 from stage_trace.known import Known
-from stage_trace.plan import latents_per_token
 from stage_trace.places import check_places
+from stage_trace.plan import latents_per_token
 from stage_trace.session import Source
 from stage_trace.sources import find_sources, need_any
 from stage_trace.weights.build import CELLS, write_weights

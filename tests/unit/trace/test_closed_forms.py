@@ -19,7 +19,8 @@ def all_features(traced: Traced) -> Targets:
 
 def rows_of(traced: Traced, *, logits: bool = False) -> torch.Tensor:
     last = Logits.choose(traced.recording.logits_V, 1.0, 3)
-    targets = logit_targets(last, traced.parts, traced.recording, len(traced.columns.outputs)) if logits else all_features(traced)
+    count = len(traced.columns.outputs)
+    targets = logit_targets(last, traced.parts, traced.recording, count) if logits else all_features(traced)
     return sweep(traced.parts, traced.recording, traced.replacement, traced.columns, targets).rows_BS
 
 
@@ -57,7 +58,8 @@ def test_without_branches_a_logit_is_its_token_alone() -> None:
     bare = of_dictionaries(traced.model, [])
     recording, replacement = bare.recording, bare.replacement
     columns = Columns.of(replacement)
-    targets = logit_targets(Logits.choose(recording.logits_V, 1.0, 3), traced.parts, recording, len(traced.columns.outputs))
+    logits = Logits.choose(recording.logits_V, 1.0, 3)
+    targets = logit_targets(logits, traced.parts, recording, len(columns.outputs))
     rows = sweep(traced.parts, recording, replacement, columns, targets).rows_BS
     torch.testing.assert_close(rows[:, columns.tokens][:, -1], targets.goal_B)
     assert float(rows[:, : columns.tokens.stop - 1].abs().max()) == 0
@@ -69,7 +71,8 @@ def test_f31_error_is_output_minus_everything() -> None:
     for skip in (False, True):
         traced = make_traced("llama", torch.float32, skip=skip)
         layer, made = traced.replacement.stand_ins[1], traced.dictionaries[1]
-        expected = traced.recording.sites[HookPoint(1, "mlp_out")] - made(traced.recording.sites[layer.latents.read]).x_hat
+        sites = traced.recording.sites
+        expected = sites[layer.output] - made(sites[layer.latents.read]).x_hat
         expected[0] = 0  # a fixed position has no error
         torch.testing.assert_close(layer.error_TD, expected, rtol=1e-4, atol=1e-4)
 

@@ -1,6 +1,7 @@
 """Lorsas in the place of attention: edges in closed form, interventions, the replacement model, and what is written."""
 
 import json
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -10,18 +11,20 @@ from torch import Tensor
 
 from shared.basics.errors import GranaryError
 from shared.lm import load_causal_lm
+from shared.lm.frozen import run
 from shared.lm.hookpoint import HookPoint
 from shared.lm.hooks import hook_at
 from shared.lm.places import locate
+from shared.sae import Dictionary, Lorsa
 from shared.sae.contexts import Contexts
 from stage_trace.attribution import AttributionGraph
 from stage_trace.files import dumps, to_document
 from stage_trace.heads import as_targets, carried
 from stage_trace.intervene import Change, Mode
-from stage_trace.nodes import Kind, Node
+from stage_trace.nodes import Kind, Node, uncantor
 from stage_trace.spliced import splice_all
 from stage_trace.sweep import sweep
-from stage_trace.targets import Features, Logits, logit_targets
+from stage_trace.targets import Features, Logits, Targets, logit_targets
 from stage_trace.trace import trace
 from tests.tracing import (
     Traced,
@@ -30,7 +33,6 @@ from tests.tracing import (
     exact_lorsa,
     make_lorsa,
     make_model,
-    make_traced,
     make_transcoder,
     of_dictionaries,
 )
@@ -59,8 +61,8 @@ def rows_of(traced: Traced) -> tuple[Tensor, Tensor]:
         logit_targets(logits, traced.parts, traced.recording, len(traced.columns.outputs)),
     )
     args = traced.parts, traced.recording, traced.replacement, traced.columns
-    found = [sweep(*args, one).rows_BS for one in targets]
-    return found[0], found[1]
+    rows = sweep(*args, Targets.joined(targets)).rows_BS
+    return rows[:-3], rows[-3:]
 
 
 def test_edges_of_an_exact_lorsa_in_closed_form() -> None:
@@ -151,27 +153,27 @@ def test_f39_a_constrained_intervention_on_a_lorsa_is_the_edge(lorsa_graph: Attr
         graph.intervene([Change(0, 3, 0, 2.0, "attn_out")])
 
 
+def row_of(graph: AttributionGraph, node: Node) -> Tensor:
+    """What a feature adds to its output, [D]."""
+    assert graph.session is not None
+    latents = next(one.latents for one in graph.session.replacement.stand_ins if one.output == node.output)
+    at = (latents.position_N == node.position) & (latents.latent_N == node.number)
+    return latents.value_N[at] * latents.decoder(node.output, at)[0]
+
+
 def without(row_D: Tensor, position: int, x: Tensor) -> Tensor:
-    return x - row_D * (torch.arange(x.shape[1]) == position)[None, :, None]
+    return x - row_D * (torch.arange(x.shape[-2]) == position)[:, None]
 
 
-@pytest.mark.parametrize("mode", ["open", "frozen"])
-def test_an_intervention_is_the_model_with_another_attention_output(lorsa_graph: AttributionGraph, mode: str) -> None:
-    """And what a later Lorsa then reads is by its patterns of what it is given, or held where the model's are."""
-    graph, node = lorsa_graph, features(lorsa_graph, 1, "attn_out")[5]
+def test_an_open_intervention_is_the_model_with_another_attention_output(lorsa_graph: AttributionGraph) -> None:
+    """What a later Lorsa then reads is by its patterns of what it is given."""
+    graph, node, later = lorsa_graph, features(lorsa_graph, 1, "attn_out")[5], features(lorsa_graph, 2, "attn_out")[-1]
     session = graph.session
     assert session is not None
-    latents = next(one.latents for one in session.replacement.stand_ins if one.output == node.output)
-    at = (latents.position_N == node.position) & (latents.latent_N == node.number)
-    row_D = (latents.value_N[at] * latents.decoder(node.output, at)[0])[0] * torch.ones(128)
-    row_D = latents.value_N[at] * latents.decoder(node.output, at)[0]
-    outcome = graph.intervene({node.id: 0.0}, mode)
-    if mode == "frozen":
-        pytest.skip("compared by its readings below")
     seen: list[Tensor] = []
     attn_in = HookPoint(2, "attn_in")
     handles = [
-        hook_at(locate(session.model, node.output), partial(without, row_D, node.position)),
+        hook_at(locate(session.model, node.output), partial(without, row_of(graph, node), node.position)),
         hook_at(locate(session.model, attn_in), lambda x: seen.append(x.clone())),
     ]
     with torch.no_grad():
@@ -180,11 +182,140 @@ def test_an_intervention_is_the_model_with_another_attention_output(lorsa_graph:
         handle.remove()
     before, logit = session.recording.logits_V, graph.logits[0]
     expected = (logits - logits.mean())[logit.number] - (before - before.mean())[logit.number]
+    outcome, lorsa = graph.intervene({node.id: 0.0}), bundled_lorsa(2)
     assert outcome.of(logit.id) == pytest.approx(float(expected), rel=1e-3, abs=1e-4)
-    later, lorsa = features(graph, 2, "attn_out")[-1], bundled_lorsa(2)
-    moved_F = [
+    after_F, before_F = (
         lorsa.preactivations(lorsa.read(Contexts.whole(x_1TD))[0])[later.position]
         for x_1TD in (seen[0], session.recording.sites[attn_in][None])
+    )
+    assert outcome.of(later.id) == pytest.approx(float((after_F - before_F)[later.number]), rel=1e-2, abs=1e-5)
+
+
+def test_where_patterns_are_held_those_of_lorsas_are_too(lorsa_graph: AttributionGraph) -> None:
+    graph, node, later = lorsa_graph, features(lorsa_graph, 1, "attn_out")[5], features(lorsa_graph, 2, "attn_out")[-1]
+    session, row_D = graph.session, row_of(graph, node)
+    assert session is not None
+
+    def change(output: HookPoint, added_TD: Tensor, _: object) -> Tensor:
+        return without(row_D, node.position, added_TD) if output == node.output else added_TD
+
+    attn_in = HookPoint(2, "attn_in")
+    args = session.model, session.parts, session.tokens_T, [attn_in, node.output]
+    with torch.no_grad():
+        after = run(*args, frozen=session.recording, change=change)
+    outcome, logit, lorsa = graph.intervene({node.id: 0.0}, Mode.frozen), graph.logits[0], bundled_lorsa(2)
+    expected = session.parts.logit_vectors(torch.tensor([logit.number]), torch.float32) @ (
+        after.final_TD[-1] - session.recording.final_TD[-1]
+    )
+    assert outcome.of(logit.id) == pytest.approx(float(expected), rel=1e-3, abs=1e-5)
+    clean_TD = session.recording.sites[attn_in]
+    pattern_T = lorsa.patterns(clean_TD[None])[0, later.number // lorsa.config.latents_per_head, later.position]
+    encoder_D = lorsa.W_enc[later.number] * lorsa.input_scale
+    moved = float(encoder_D @ (pattern_T @ (after.sites[attn_in] - clean_TD)))
+    assert abs(moved) > 1e-4
+    assert outcome.of(later.id) == pytest.approx(moved, rel=1e-3)
+    # Two latents of which the second has changed by the first: it is encoded again by those patterns, then set.
+    both = graph.intervene({node.id: 0.0, later.id: 0.0}, Mode.frozen)
+    assert both.of(logit.id) != outcome.of(logit.id)
+
+
+def test_the_replacement_model_has_lorsas_in_the_place_of_attention() -> None:
+    """All of its dictionaries at once, each encoding what those before it have made; BOS keeps what the model adds."""
+    model, made = load_causal_lm("bundled"), [bundled_transcoder(0, threshold=0.8), *map(bundled_lorsa, (0, 2))]
+    graph = trace(model, made, TEXT)
+    assert graph.session is not None
+    found, tokens_1T = splice_all(graph.session), graph.session.tokens_T[None]
+    with torch.no_grad():
+        clean = model(tokens_1T).logits[0].log_softmax(-1)[1:]
+    handles, read = [], {}
+
+    def keep(name: str, x: Tensor) -> None:
+        read[name] = x
+
+    def put(dictionary: Dictionary, name: str, x: Tensor) -> Tensor:
+        replaced = dictionary(read[name]).x_hat
+        return torch.cat([x[:, :1], replaced[:, 1:]], 1)
+
+    for one in made:
+        assert one.sites is not None
+        (reads,), (writes,) = one.sites.reads, one.sites.writes
+        handles.append(hook_at(locate(model, HookPoint.parse(reads)), partial(keep, reads)))
+        handles.append(hook_at(locate(model, HookPoint.parse(writes)), partial(put, one, reads)))
+    with torch.no_grad():
+        after = model(tokens_1T).logits[0].log_softmax(-1)[1:]
+    for handle in handles:
+        handle.remove()
+    kl_N = (clean.exp() * (clean - after)).sum(-1)
+    assert found.kl == pytest.approx(float(kl_N.mean()), rel=1e-3)
+    assert found.kl > 0.01
+    assert found.kl_last == pytest.approx(float(kl_N[-1]), rel=1e-3)
+    assert found.agreeing == int((clean.argmax(-1) == after.argmax(-1)).sum())
+
+
+def test_f40_nodes_of_a_lorsa_have_types_ids_and_names_of_their_own(
+    lorsa_graph: AttributionGraph, tmp_path: Path
+) -> None:
+    pruned = lorsa_graph.prune(0.95, 0.99)
+    document = json.loads(dumps(to_document(pruned, "graph")))
+    nodes = {node["node_id"]: node for node in document["nodes"]}
+    assert len(nodes) == len(document["nodes"])
+    attention = [node for node in nodes.values() if node["feature_type"] == "lorsa"]
+    assert attention
+    for node in attention:
+        layer, latent = uncantor(node["feature"])  # attention counts as layers behind the model's four
+        assert node["node_id"] == f"A{layer - 4}_{latent}_{node['ctx_idx']}"
+        assert node["layer"] == str(layer - 4)
+        assert node["clerp"] == f"layer {layer - 4}, attention latent {latent}"
+        assert node["granary_kind"] == "feature"
+    errors = [node["clerp"] for node in nodes.values() if node["feature_type"] == "lorsa error"]
+    assert any(said.startswith("error of attention, layer") for said in errors)
+    features_of = [(node["feature"], node["ctx_idx"]) for node in nodes.values() if node["activation"] is not None]
+    assert len(set(features_of)) == len(features_of)
+
+    for _ in range(2):  # groups that a reader has saved are kept
+        path = pruned.save(tmp_path, certificate=lorsa_graph.certify(3, 3), spliced=lorsa_graph.spliced())[0]
+        document = json.loads(path.read_text())
+        assert document["qParams"]["supernodes"] in ([], [["heads", attention[0]["node_id"], attention[1]["node_id"]]])
+        document["qParams"]["supernodes"] = [["heads", attention[0]["node_id"], attention[1]["node_id"]]]
+        path.write_text(json.dumps(document))
+    page = (tmp_path / "graph.html").read_text()
+    data = json.loads(page.split('id="data">')[1].split("</script>")[0])
+    assert data["supernodes"] == [["heads", attention[0]["node_id"], attention[1]["node_id"]]]
+    shown = {node["id"]: node for node in data["nodes"]}
+    assert all(shown[node["node_id"]]["site"] == "attn_out" for node in attention)
+    assert all(shown[node["node_id"]]["promotes"] for node in attention)
+    chosen = [attention[0]["node_id"]]
+    assert lorsa_graph.subgraph_scores(chosen).replacement < lorsa_graph.scores["strict"].replacement
+
+
+def test_heads_of_layers_that_keep_their_attention_carry_the_rest() -> None:
+    """Between two positions all of an edge to a transcoder's latent; through a Lorsa there is none."""
+    traced = of_dictionaries(make_model("llama"), [*map(make_transcoder, range(3)), make_lorsa(1)])
+    session, columns = traced.session, traced.columns
+    nodes = [
+        Node(Kind.feature, one.output.layer, position, latent, site=one.output.site)
+        for one in session.replacement.stand_ins
+        for position, latent in zip(one.latents.position_N.tolist(), one.latents.latent_N.tolist(), strict=True)
     ]
-    expected = (moved_F[0] - moved_F[1])[later.number]
-    assert outcome.of(later.id) == pytest.approx(float(expected), rel=1e-2, abs=1e-5)
+    targets = as_targets(session, nodes)
+    found = carried(session, nodes, targets)
+    args = traced.parts, traced.recording, traced.replacement, columns
+    expected = sweep(*args, targets).rows_BS[:, : len(nodes)].T
+    is_lorsa = torch.tensor([node.is_attention for node in nodes])
+    apart = torch.tensor([[source.position != target.position for target in nodes] for source in nodes])
+    torch.testing.assert_close(found.moved_SB[apart & ~is_lorsa], expected[apart & ~is_lorsa], rtol=1e-9, atol=1e-11)
+    heads = {number // 2 for number in found.head_SBM[found.weight_SBM != 0].tolist()}
+    assert heads == {2}  # layer 1 has none, and before layer 0 nothing has been written
+
+
+def test_two_lorsas_of_one_layer_and_other_places_are_refused(lorsa_graph: AttributionGraph) -> None:
+    assert lorsa_graph.session is not None
+    model = lorsa_graph.session.model
+    with pytest.raises(GranaryError, match=r"both write layers\.1\.attn_out"):
+        trace(model, [bundled_lorsa(1), bundled_lorsa(1)], TEXT)
+    with pytest.raises(GranaryError, match="the model has 4 layers"):
+        trace(model, [bundled_lorsa(4)], TEXT)
+    other = bundled_lorsa(1)
+    sites = replace(other.config.sites, reads=("layers.1.resid_pre",))  # type: ignore[type-var]
+    with pytest.raises(GranaryError, match="for attention a lorsa, such as"):
+        trace(model, [Lorsa(replace(other.config, sites=sites))], TEXT)
