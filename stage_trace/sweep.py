@@ -112,7 +112,8 @@ def _to_what_attention_reads(
         assert latents.patterns is not None
         pattern_nT = latents.patterns.of(targets.latent_B[here], targets.position_B[here], like_TBD)
         pattern_nT = pattern_nT[:, : len(like_TBD)]
-        read_TBD[:, here] = pattern_nT.T[:, :, None] * targets.vector_BD[here]
+        for position, attended_n in enumerate(pattern_nT.T):
+            read_TBD[position, here] = attended_n[:, None] * targets.vector_BD[here]
         if norm.bias_D is not None:
             bias_B[here] = pattern_nT.sum(1) * (targets.vector_BD[here] @ norm.bias_D.to(like_TBD))
     return _pull_back_(norm, read_TBD, recording.scales[stand_in.output.layer, "attention"]), bias_B
