@@ -21,10 +21,10 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from shared.basics.units import human_bytes
 from shared.bundled import MODEL_DIR
 from shared.lm import model_identity
-from shared.sae import CLT, Transcoder
+from shared.sae import CLT, Lorsa, Transcoder
 from shared.sae.sites import Sites
 from shared.sae.variants.clt import CLTConfig
-from shared.sae.variants.lorsa import Lorsa, LorsaConfig
+from shared.sae.variants.lorsa import LorsaConfig
 from shared.sae.variants.transcoder import TranscoderConfig
 from stage_trace.config import TraceSchema
 from stage_trace.plan import ModelShape, plan

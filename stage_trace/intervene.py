@@ -107,7 +107,7 @@ def intervene(graph: Graph, values: Mapping[str, float] | Sequence[Change], mode
             if skip is not None:
                 added_TD = added_TD + (sites[latents.read] - session.recording.sites[latents.read]) @ skip.T
         if output in by_output:
-            present = latents if mode is Mode.constrained else _encoded(session, output, sites, mode)
+            present = latents if mode is Mode.constrained else _encoded(session, latents, sites, mode)
             for target, more_TD in _added(session, by_output[output], sites, present).items():
                 pending[target] = pending.get(target, 0) + more_TD
         return added_TD + pending[output] if output in pending else added_TD
@@ -154,29 +154,27 @@ def _moved(graph: Graph, session: Session, after: Recording, mode: Mode) -> Tens
     """How far the pre-activations of the graph's features have moved."""
     before, features = session.recording, Features.of(session.replacement)
     chosen = session.numbers(node for node in graph.targets if node.kind is Kind.feature)
-    patterns_after = {
-        number: _patterns(session, one.output, after.sites, mode)
-        for number, one in enumerate(session.replacement.stand_ins)
-        if len(one.latents.value_N)
-    }
-    changed = [before.final_TD.new_zeros(0)]
-    for some in torch.split(chosen, ROWS_AT_A_TIME):
-        targets = features[some]
-        for row, number in enumerate(targets.output_B.tolist()):
-            latents, at = session.replacement.stand_ins[number].latents, slice(row, row + 1)
-            which = targets.latent_B[at], targets.position_B[at]
-            after_1D = seen(patterns_after[number], *which, after.sites[latents.read])
-            moved_D = (after_1D - seen(latents.patterns, *which, before.sites[latents.read]))[0]
-            changed.append((moved_D @ targets.vector_BD[row])[None])
-    return torch.cat(changed)
+    moved_N = features.goal_N.new_zeros(len(chosen))
+    output_N = features.output_N[chosen]
+    for number in torch.unique(output_N).tolist():
+        latents = session.replacement.stand_ins[number].latents
+        patterns = _patterns(session, latents, after.sites, mode)
+        for some in torch.split(torch.nonzero(output_N == number).flatten(), ROWS_AT_A_TIME):
+            targets = features[chosen[some]]
+            which = targets.latent_B, targets.position_B
+            after_BD = seen(patterns, *which, after.sites[latents.read])
+            before_BD = seen(latents.patterns, *which, before.sites[latents.read])
+            moved_N[some] = ((after_BD - before_BD) * targets.vector_BD).sum(1)
+    return moved_N
 
 
-def _patterns(session: Session, output: HookPoint, sites: Mapping[HookPoint, Tensor], mode: Mode) -> Patterns | None:
-    """By which patterns the latents of a Lorsa read `sites`: those of the clean run where the model's are held."""
-    (latents,) = (one.latents for one in session.replacement.stand_ins if one.output == output)
+def _patterns(
+    session: Session, latents: ActiveLatents, sites: Mapping[HookPoint, Tensor], mode: Mode
+) -> Patterns | None:
+    """By which patterns a Lorsa's latents read `sites`: those of the clean run where the model's are held."""
     if latents.patterns is None or mode in (Mode.constrained, Mode.frozen):
         return latents.patterns
-    source, _ = session.sources[output]
+    source, _ = session.sources[latents.weights.place.own]
     dictionary = source.open()
     assert isinstance(dictionary, Lorsa)
     return Patterns.of_prompt(dictionary, latents.weights.folded, sites[latents.read])
@@ -188,12 +186,12 @@ def _change(node: Node, value: float) -> Change:
     return Change(node.layer, node.position, node.number, value, node.site)
 
 
-def _encoded(session: Session, output: HookPoint, sites: Mapping[HookPoint, Tensor], mode: Mode) -> ActiveLatents:
-    """The latents of a group, encoded again from what they read of `sites`."""
-    source, number = session.sources[output]
-    dictionary, place = source.open(), source.places[number]
+def _encoded(session: Session, latents: ActiveLatents, sites: Mapping[HookPoint, Tensor], mode: Mode) -> ActiveLatents:
+    """The latents of the same group, encoded again from what they read of `sites`."""
+    place = latents.weights.place
+    source, number = session.sources[place.own]
+    dictionary, patterns = source.open(), _patterns(session, latents, sites, mode)
     rows, fixed_T = source.rows(dictionary)[number], session.replacement.fixed_T
-    patterns = _patterns(session, output, sites, mode)
     return active(dictionary, rows, number, place, sites[place.read], fixed_T, patterns)
 
 

@@ -51,10 +51,10 @@ def fire_by(held: Patterns, lorsa: Lorsa, normal_TD: Tensor) -> Tensor:
 
     Some positions at a time: no [T, F] tensor where that is large.
     """
-    W_HLD = lorsa.W_enc.unflatten(0, (-1, held.per_head))
+    W_HLD = lorsa.W_enc.view(-1, held.per_head, lorsa.W_enc.shape[1])
     encoder = _Chooser(lorsa.W_enc, lorsa.b_enc, lorsa.compute, None)
     found = []
-    for some in torch.arange(len(normal_TD)).split(max(1, AT_ONCE // len(lorsa.W_enc))):
+    for some in torch.split(torch.arange(len(normal_TD)), max(1, AT_ONCE // len(lorsa.W_enc))):
         mixed_HnD = held.pattern_HTT[:, some].to(normal_TD) @ normal_TD
         z_nF = (mixed_HnD @ W_HLD.transpose(1, 2)).transpose(0, 1).flatten(1) + lorsa.b_enc
         found.append(lorsa.activation.encode(encoder, z_nF)[1])

@@ -2,8 +2,8 @@
 
 Each phase holds what came before and what it needs itself; the peak is the largest. How many latents fire is known
 before the prompt is run only where k says so; otherwise ``L0_GUESS`` stands in. Letters as in ``shared.lm.frozen``:
-L layers, T positions, H heads of width E, D = d_model; N active latents, R rows, S columns, B rows of a sweep, O outputs
-that are stood in for: the MLPs' and those of attention that a Lorsa stands in for.
+L layers, T positions, H heads of width E, D = d_model; N active latents, R rows, S columns, B rows of a sweep. Outputs
+are the MLPs', and those of attention that a Lorsa stands in for.
 """
 
 from collections.abc import Sequence
@@ -133,8 +133,10 @@ def plan(
 
 
 def _encoding(config: DictionaryConfig, num_tokens: int) -> int:
-    """What encoding takes: the encoders of a dictionary, one of them in bfloat16 too, and tiles of pre-activations; of a
-    Lorsa also its queries and keys, and the scores of all its heads while they become patterns."""
+    """What encoding takes: the encoders of a dictionary, one of them in bfloat16 too, and tiles of pre-activations.
+
+    Of a Lorsa its queries and keys too, and the scores of all its heads while they become patterns.
+    """
     numbers = config.d_latent * config.widths.d_in // config.num_groups  # of all groups, each reads its own site
     tile = min(ENCODED_AT_ONCE, num_tokens * config.d_latent // config.num_groups)
     if isinstance(config, LorsaConfig):

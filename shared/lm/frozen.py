@@ -164,8 +164,9 @@ def _hooked(
         stack.callback(hook_at(locate(model, first), at_first).remove)
         for hook in dict.fromkeys([*sites, *(HookPoint(layer, "mlp_out") for layer in range(depth))]):
             if hook != first:
-                is_output = change is not None and hook.site in ("attn_out", "mlp_out")
-                at_hook = partial(_changed, change, hook, recording) if is_output else None
+                at_hook = None
+                if change is not None and hook.site in ("attn_out", "mlp_out"):
+                    at_hook = partial(_changed, change, hook, recording)
                 stack.callback(hook_at(locate(model, hook), partial(_see, recording, hook, at_hook)).remove)
 
         def keep_final(_module: nn.Module, _args: Any, output: Tensor) -> None:

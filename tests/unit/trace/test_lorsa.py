@@ -272,8 +272,9 @@ def test_f40_nodes_of_a_lorsa_have_types_ids_and_names_of_their_own(
     features_of = [(node["feature"], node["ctx_idx"]) for node in nodes.values() if node["activation"] is not None]
     assert len(set(features_of)) == len(features_of)
 
+    certificate = lorsa_graph.certify(3, 3)
     for _ in range(2):  # groups that a reader has saved are kept
-        path = pruned.save(tmp_path, certificate=lorsa_graph.certify(3, 3), spliced=lorsa_graph.spliced())[0]
+        path = pruned.save(tmp_path, certificate=certificate)[0]
         document = json.loads(path.read_text())
         assert document["qParams"]["supernodes"] in ([], [["heads", attention[0]["node_id"], attention[1]["node_id"]]])
         document["qParams"]["supernodes"] = [["heads", attention[0]["node_id"], attention[1]["node_id"]]]
