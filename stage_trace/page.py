@@ -161,9 +161,10 @@ def _facts(graph: Graph, certificate: Certificate | None, spliced: Spliced | Non
         held, norms, free = (certificate.rank_correlation(mode) for mode in MEASURED)
         if held is not None and norms is not None and free is not None:
             told = (
-                f"rank correlation of ablations with attention and norms held; {norms:.2f} norms held, {free:.2f} free"
+                f"rank correlation of predicted and actual ablations; {norms:.2f} with norms alone held,"
+                f" {free:.2f} with everything free"
             )
-            facts.append(("Agrees with the model", f"{held:.2f}", told))
+            facts.append(("Agrees with the model, attention and norms held", f"{held:.2f}", told))
     shown = sum(node.kind is Kind.feature for node in graph.nodes)
     drawn, edges = min(len(graph.edges), MOST_EDGES), len(graph.edges)
     of_all = f"{drawn:,} edges" if drawn == edges else f"the {drawn:,} strongest of {edges:,} edges"
