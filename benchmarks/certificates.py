@@ -4,8 +4,8 @@ For each prompt the ten most influential features are set to zero one by one, an
 first logit is ranked against what the model does: with attention patterns and norm factors held, with norm factors
 held, and with everything free. The ceiling ranks the model's response with norms held against its free one. A hundred
 are set to zero with everything free, and their influence is ranked against the divergence of the next token's
-distribution. Prompts are of code, or with `--stories` of children's stories. With `--least 0.7` the command fails unless
-both means with norms held, those that a graph can answer for, are above that.
+distribution. Prompts are of code, or with `--stories` of children's stories. With `--least 0.7` the command fails
+unless both means with norms held, those that a graph can answer for, are above that.
 """
 
 import argparse
