@@ -15,6 +15,7 @@ from stage_trace.graph import Edge, Graph
 from stage_trace.heads import Split
 from stage_trace.known import Known
 from stage_trace.nodes import Kind, Node
+from stage_trace.session import Session
 from stage_trace.spliced import Spliced
 from stage_trace.vocabulary import Words
 
@@ -24,6 +25,8 @@ ESCAPES = {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026", "\u2028": "\\u2028", 
 MOST_EDGES = 50_000
 MOST_CARDS = 200
 """Of a page: a browser draws so many, and the file stays below 3 MB."""
+LEAST_ATTENDED = 0.01
+"""Share of a pattern below which a position is not told."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,10 +132,22 @@ def _node(graph: Graph, node: Node, words: Words | None, known: Known) -> dict[s
         "probability": node.probability,
         "influence": node.influence,
     }
+    if node.is_attention and node.kind is Kind.feature and graph.session is not None:
+        made["attends"] = _attends(graph.session, node)
     if words is not None and graph.decode is not None and node.kind is Kind.feature:
         for name, held in (("promotes", words.promotes), ("suppresses", words.suppresses)):
             made[name] = [graph.decode([token]) for token in held[node.output, node.number]]
     return made
+
+
+def _attends(session: Session, node: Node) -> list[tuple[int, float]]:
+    """The positions that a Lorsa's latent attends to, and how much, the most first."""
+    number = session.columns.outputs.index(node.output)
+    patterns = session.replacement.stand_ins[number].latents.patterns
+    assert patterns is not None
+    shares = patterns.pattern_HTT[node.number // patterns.per_head, node.position].tolist()
+    seen = [(position, float(f"{share:.3f}")) for position, share in enumerate(shares) if share >= LEAST_ATTENDED]
+    return sorted(seen, key=lambda one: -one[1])
 
 
 def _facts(graph: Graph, certificate: Certificate | None, spliced: Spliced | None) -> list[tuple[str, str, str]]:

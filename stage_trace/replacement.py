@@ -57,7 +57,7 @@ class Replacement:
 
     @property
     def outputs(self) -> tuple[HookPoint, ...]:
-        """In order: the MLP of every layer, and its attention before it where a Lorsa stands in."""
+        """Outputs in order: the MLP of every layer, and its attention before it where a Lorsa stands in."""
         return tuple(one.output for one in self.stand_ins)
 
     @property

@@ -225,7 +225,7 @@ function hint(node) {
 const short = (node) => (NAMES[node.kind] ? `${NAMES[node.kind](node)}  ${pieces[node.position]}${node.name ? `  ${node.name}` : ""}` : node.kind === "bias" ? node.label : `${node.kind === "token" ? "token" : "says"}  ${title(node)}`);
 
 // What a node's details are made of, in this order; each gives an element or null.
-const SECTIONS = [where, numbers, examples, words, ablation, (node) => feeds("What feeds it", node.inputs, "source"), (node) => feeds("What it feeds", node.outputs, "target"), command];
+const SECTIONS = [where, attended, numbers, examples, words, ablation, (node) => feeds("What feeds it", node.inputs, "source"), (node) => feeds("What it feeds", node.outputs, "target"), command];
 
 function detail() {
   const node = state.selected, box = $("detail");
@@ -255,6 +255,14 @@ function where(node) {
   data.pieces.forEach((piece, position) => box.append(position === node.position && node.kind !== "logit" ? make("mark", "", piece.trim() ? piece : visible(piece)) : piece));
   if (node.kind === "logit") box.append(make("mark", "", visible(node.text)));
   return box;
+}
+
+const MOST_ATTENDED = 8;
+function attended(node) {
+  if (!node.attends) return null;
+  const chips = node.attends.slice(0, MOST_ATTENDED).map(([position, share]) => make("code", "", `${pieces[position]} ${percent(share)}`));
+  chips.forEach((chip, index) => { chip.title = `token ${node.attends[index][0]}`; });
+  return make("div", "", make("h4", "", "Its pattern attends to"), make("div", "words", ...chips));
 }
 
 function numbers(node) {

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from shared.basics.errors import GranaryError
-from shared.lm import load_causal_lm
+from shared.lm import load_causal_lm, load_tokenizer
 from shared.lm.frozen import run
 from shared.lm.hookpoint import HookPoint
 from shared.lm.hooks import hook_at
@@ -25,7 +25,7 @@ from stage_trace.nodes import Kind, Node, uncantor
 from stage_trace.spliced import splice_all
 from stage_trace.sweep import sweep
 from stage_trace.targets import Features, Logits, Targets, logit_targets
-from stage_trace.trace import trace
+from stage_trace.trace import TraceSettings, of_session, trace
 from tests.tracing import (
     Traced,
     bundled_lorsa,
@@ -285,8 +285,38 @@ def test_f40_nodes_of_a_lorsa_have_types_ids_and_names_of_their_own(
     shown = {node["id"]: node for node in data["nodes"]}
     assert all(shown[node["node_id"]]["site"] == "attn_out" for node in attention)
     assert all(shown[node["node_id"]]["promotes"] for node in attention)
+    lorsa, first = bundled_lorsa(1), next(node for node in attention if node["layer"] == "1")
+    assert lorsa_graph.session is not None
+    read_TD = lorsa_graph.session.recording.sites[HookPoint(1, "attn_in")]
+    head = uncantor(first["feature"])[1] // lorsa.config.latents_per_head
+    pattern_T = lorsa.patterns(read_TD[None])[0, head, first["ctx_idx"]]
+    attends = dict(shown[first["node_id"]]["attends"])
+    assert list(attends.values()) == sorted(attends.values(), reverse=True)
+    assert all(share == pytest.approx(float(pattern_T[at]), abs=1e-3) for at, share in attends.items())
+    assert sum(attends.values()) == pytest.approx(1, abs=0.06)
     chosen = [attention[0]["node_id"]]
     assert lorsa_graph.subgraph_scores(chosen).replacement < lorsa_graph.scores["strict"].replacement
+
+
+def test_fewer_features_fold_into_the_errors_of_their_output(lorsa_graph: AttributionGraph) -> None:
+    """What attention's latents without a node give is counted with its error, not with the MLP's."""
+    assert lorsa_graph.session is not None
+    few = of_session(
+        lorsa_graph.session, lorsa_graph.prompt, load_tokenizer("bundled"), TraceSettings(max_features=12), ("it",)
+    )
+    assert few.columns.num_features == 12
+    assert few.worst_gap < 1e-4
+    last, kept = len(few.logits), {node.id for node in few.sources if node.kind is Kind.feature}
+
+    def given(graph: AttributionGraph, site: str) -> Tensor:
+        chosen = [
+            node.site == site and (node.kind is Kind.error or (node.kind is Kind.feature and node.id not in kept))
+            for node in graph.sources
+        ]
+        return graph.rows_RS[-last:][:, torch.tensor(chosen)].sum(1)
+
+    for site in ("attn_out", "mlp_out"):
+        torch.testing.assert_close(given(few, site), given(lorsa_graph, site), rtol=1e-4, atol=1e-4)
 
 
 def test_heads_of_layers_that_keep_their_attention_carry_the_rest() -> None:

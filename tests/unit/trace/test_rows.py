@@ -112,6 +112,9 @@ def test_f29_rows_add_up_and_engines_agree_where_a_lorsa_stands_in_for_attention
     assert gap(swept.rows_BS, targets.goal_B) <= 1e-10
     assert gap(by_tape.rows_BS, targets.goal_B) <= 1e-10
     torch.testing.assert_close(swept.rows_BS, by_tape.rows_BS, rtol=1e-9, atol=1e-11)
+    output_N = Features.of(traced.replacement).output_N
+    is_later = output_N[None] >= output_N[:, None]
+    assert float(swept.rows_BS[: len(output_N), : len(output_N)][is_later].abs().max()) == 0
     stand_ins = {one.output: one for one in traced.replacement.stand_ins}
     for layer, lorsa in zip(attended, lorsas, strict=True):
         one = stand_ins[HookPoint(layer, "attn_out")]
