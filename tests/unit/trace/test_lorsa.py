@@ -18,7 +18,7 @@ from shared.lm.places import locate
 from shared.sae import Dictionary, Lorsa
 from shared.sae.contexts import Contexts
 from stage_trace.attribution import AttributionGraph
-from stage_trace.files import dumps, to_document
+from stage_trace.files import dumps, to_document, with_marks
 from stage_trace.heads import as_targets, carried
 from stage_trace.intervene import Change, Mode
 from stage_trace.nodes import Kind, Node, uncantor
@@ -272,16 +272,12 @@ def test_f40_nodes_of_a_lorsa_have_types_ids_and_names_of_their_own(
     features_of = [(node["feature"], node["ctx_idx"]) for node in nodes.values() if node["activation"] is not None]
     assert len(set(features_of)) == len(features_of)
 
-    certificate = lorsa_graph.certify(3, 3)
-    for _ in range(2):  # groups that a reader has saved are kept
-        path = pruned.save(tmp_path, certificate=certificate)[0]
-        document = json.loads(path.read_text())
-        assert document["qParams"]["supernodes"] in ([], [["heads", attention[0]["node_id"], attention[1]["node_id"]]])
-        document["qParams"]["supernodes"] = [["heads", attention[0]["node_id"], attention[1]["node_id"]]]
-        path.write_text(json.dumps(document))
-    page = (tmp_path / "graph.html").read_text()
-    data = json.loads(page.split('id="data">')[1].split("</script>")[0])
-    assert data["supernodes"] == [["heads", attention[0]["node_id"], attention[1]["node_id"]]]
+    path, *_, page = pruned.save(tmp_path)
+    data = json.loads(page.read_text().split('id="data">')[1].split("</script>")[0])
+    group = ["heads", attention[0]["node_id"], attention[1]["node_id"]]
+    document["qParams"]["supernodes"] = [group]
+    path.write_text(json.dumps(document))
+    assert with_marks(pruned, path).supernodes == (tuple(group),)  # what a reader has saved is kept
     shown = {node["id"]: node for node in data["nodes"]}
     assert all(shown[node["node_id"]]["site"] == "attn_out" for node in attention)
     assert all(shown[node["node_id"]]["promotes"] for node in attention)
