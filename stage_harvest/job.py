@@ -134,7 +134,20 @@ class HarvestJob:
         if vision is not None and tokenizer is not None and vision.chat_template is not None:
             tokenizer.chat_template = vision.chat_template
         chats = None if tokenizer is None else ChatRenderer(tokenizer, today, cfg.chat.variables)
-        job = cls(cfg, config, hooks, modules, identity, tokenizer, no_tokenizer, chats, corpus, None, vision, deepstack_layers(whole))
+        job = cls(
+            cfg,
+            config,
+            hooks,
+            modules,
+            identity,
+            tokenizer,
+            no_tokenizer,
+            chats,
+            corpus,
+            None,
+            vision,
+            deepstack_layers(whole),
+        )
         if cfg.chat.mark_assistant and chats is not None:
             chats.require_generation_tags()
         return job

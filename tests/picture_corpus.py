@@ -31,8 +31,8 @@ def rows() -> list[tuple[list[Any], list[int]]]:
     return [
         ([user(IMAGE, said("what is it?")), assistant(said(ANSWERS[0][0]))], [0]),
         ([user(said("and here?")), assistant(said(ANSWERS[1][0]))], []),
-        ([user(IMAGE, said(" or "), IMAGE), assistant(said(ANSWERS[2][0])), user(IMAGE), assistant(said(ANSWERS[2][1]))],
-         [1, 2, 1]),
+        ([user(IMAGE, said(" or "), IMAGE), assistant(said(ANSWERS[2][0])),
+          user(IMAGE), assistant(said(ANSWERS[2][1]))], [1, 2, 1]),
         ([user(said("draw")), assistant(IMAGE, said(ANSWERS[3][0]))], [3]),
         ([user(said("tiny: "), IMAGE), assistant(said(ANSWERS[4][0]))], [5]),
         ([user(IMAGE, said("?")), assistant(said("x"))], [4]),

@@ -1,4 +1,4 @@
-"""Small random vision-language models of every known family in folders, with tokenizer, image processor and template."""
+"""Small random vision-language models of every known family, with tokenizer, image processor and template."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -30,9 +30,9 @@ TEMPLATE = """\
 {%- if content is string %}{{ content }}{% else %}{% for part in content -%}
 {%- if part.type == 'image' %}PLACEHOLDER{% else %}{{ part.text }}{% endif %}{% endfor %}{% endif -%}
 {%- endmacro -%}
-{{ bos_token }}{% for message in messages %}{{ message.role }}: {% if message.role == 'assistant' %}\
-{% generation %}{{ shown(message.content) }}{{ eos_token }}{% endgeneration %}{% else %}{{ shown(message.content) }}{% endif %}
-{% endfor %}"""
+{{ bos_token }}{% for message in messages %}{{ message.role + ':\\n' }}{% if message.role == 'assistant' -%}
+{% generation %}{{ shown(message.content) }}{{ eos_token }}{% endgeneration %}{% else -%}
+{{ shown(message.content) }}{% endif %}{% endfor %}"""
 
 
 def tokenizer() -> Any:
@@ -52,7 +52,7 @@ def text_of(made: Any, **changes: Any) -> dict[str, Any]:
 
 def _clip() -> CLIPVisionConfig:
     return CLIPVisionConfig(hidden_size=12, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
-                            image_size=28, patch_size=7, initializer_factor=3.0)  # fmt: skip
+                            image_size=28, patch_size=7)  # fmt: skip
 
 
 def _llava(made: Any) -> tuple[Any, Any]:
@@ -132,6 +132,9 @@ def picture_model(family: str, folder: Path) -> PreTrainedModel:
     model: PreTrainedModel = AutoModelForImageTextToText.from_config(config).eval().requires_grad_(False)
     if family == "gemma3":  # whose projector is zero
         model.model.multi_modal_projector.mm_input_projection_weight.normal_(std=0.3)
+    for name, weight in model.named_parameters():  # of the tower: a token is mostly its own patch's
+        if name.endswith("self_attn.out_proj.weight"):
+            weight.mul_(0.02)
     for part in (model, made, processor):
         part.save_pretrained(folder)
     return model

@@ -5,20 +5,33 @@ Shapes: n contexts asked for, T positions.
 
 import hashlib
 import threading
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
+from shared.basics.errors import GranaryError
 from shared.store.format import layout
-from shared.store.format.image_table import ImageRow, read_table
+from shared.store.format.image_table import ASSISTANT, IMAGE, MARKS_KIND, TEXT, ImageRow, read_table
 from shared.store.format.manifest import DamagedObjectError
 
 if TYPE_CHECKING:
     from shared.store.store import Store
 
 PARTS_HELD = 64
+
+
+def of_kinds(kind: npt.NDArray[np.uint8], kinds: Collection[str]) -> npt.NDArray[np.bool_]:
+    """Whether each position is of one of `kinds` (text, image, assistant)."""
+    base, chosen = kind & MARKS_KIND, np.zeros(kind.shape, bool)
+    if "text" in kinds:
+        chosen |= base == TEXT
+    if "image" in kinds:
+        chosen |= base == IMAGE
+    if "assistant" in kinds:
+        chosen |= (kind & ASSISTANT) > 0
+    return chosen
 
 
 class StoredPictures:
@@ -32,6 +45,18 @@ class StoredPictures:
     def kind(self, contexts: Iterable[int]) -> npt.NDArray[np.uint8]:
         """What each position holds, [n, T]: see `shared.store.format.image_table`."""
         return self.store.token_rows(layout.KIND, contexts)
+
+    def chosen(self, contexts: Iterable[int], kinds: Collection[str]) -> npt.NDArray[np.bool_]:
+        """Whether each position is of one of `kinds` (text, image, assistant), bool [n, T].
+
+        Raises GranaryError for assistant where the harvest did not mark it.
+        """
+        if "assistant" in kinds and not self.store.plan.provenance[layout.IMAGES].get("assistant"):
+            raise GranaryError(
+                f"the store at {self.store.url} does not mark what the assistant said: harvest it with a chat template"
+                " that has {% generation %} tags"
+            )
+        return of_kinds(self.kind(contexts), kinds)
 
     def image(self, contexts: Iterable[int]) -> npt.NDArray[np.int32]:
         """The row of the table of images that a position's region is in, [n, T]; -1 for none."""

@@ -25,15 +25,14 @@ def has_generation_tags(template: str) -> bool:
 
 
 def replaced(text: str, spans: Spans, old: str, new: str) -> tuple[str, Spans]:
-    """`text` with every `old` replaced by `new`, and the spans of the same characters there."""
+    """`text` with every `old` replaced by `new`, and the spans of the characters that stay; `new` is in none."""
     pieces = text.split(old)
-    starts = np.cumsum([0, *(len(piece) + len(old) for piece in pieces[:-1])])  # of each piece in the old text
-    grown = len(new) - len(old)
-
-    def moved(place: int) -> int:
-        return place + grown * (int(np.searchsorted(starts, place, side="right")) - 1)
-
-    return new.join(pieces), [(moved(start), moved(end)) for start, end in spans]
+    start, begins, found = 0, 0, Spans()  # of the piece, in the old and in the new text
+    for piece in pieces:
+        cut = ((max(first, start), min(end, start + len(piece))) for first, end in spans)
+        found += [(first - start + begins, end - start + begins) for first, end in cut if first < end]
+        start, begins = start + len(piece) + len(old), begins + len(piece) + len(new)
+    return new.join(pieces), found
 
 
 def tokens_in(spans: Spans, offsets: Sequence[tuple[int, int]]) -> npt.NDArray[np.bool_]:

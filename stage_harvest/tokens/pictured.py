@@ -131,7 +131,8 @@ class PicturedTokeniser:
         kind_L = np.where(np.isin(ids_L, self.special.all), SPECIAL, TEXT).astype(np.uint8)
         kind_L[np.isin(ids_L, (self.vision.image_id, *self.vision.structure_ids))] = STRUCTURE
         kind_L[cell_L2[:, 0] != NO_CELL] = IMAGE
-        return kind_L | np.where(said_L, ASSISTANT, 0).astype(np.uint8)
+        kind_L[said_L & np.isin(kind_L, (TEXT, SPECIAL))] |= ASSISTANT
+        return kind_L
 
     def _length(self, image_L: npt.NDArray[np.int32], where: str) -> int:
         """Tokens of a row that are kept."""
