@@ -100,6 +100,9 @@ class ChatSchema:
     """The day that a template may write, 2026-11-26; null: today, or the day of the store that is continued."""
     variables: dict[str, Any] = MISSING
     """What else the template reads, for example {enable_thinking: false}."""
+    mark_assistant: bool | None = MISSING
+    """With corpus.images: mark what the assistant said, by the template's generation tags, so that stream.kinds can
+    choose it; null: where the template has them."""
 
 
 @dataclass(kw_only=True)
@@ -141,6 +144,9 @@ class JsonlCorpus(CorpusSchema):
     """Path, glob or fsspec URL."""
     field: str = MISSING
     """The object's field: text, or a list of chat messages (then through the tokenizer's chat template)."""
+    images: str | None = MISSING
+    """The field of the images that a row's placeholders stand for: a list of {bytes, path}, bytes, or paths below the
+    folder of the file (docs/vision.md); null: the corpus has none."""
 
 
 @dataclass(kw_only=True)
@@ -151,6 +157,9 @@ class ParquetCorpus(CorpusSchema):
     """Path, glob or fsspec URL."""
     column: str = MISSING
     """Text, chat messages (then through the tokenizer's chat template), or lists of token ids."""
+    images: str | None = MISSING
+    """The column of the images that a row's placeholders stand for: a list of {bytes, path}, bytes, or paths below the
+    folder of the file (docs/vision.md); null: the corpus has none."""
 
 
 @dataclass(kw_only=True)

@@ -83,6 +83,16 @@ class ModelSchema:
     """Attention kernel as transformers names it: sdpa, eager, flash_attention_2, flex_attention."""
 
 
+class TokenKind(Enum):
+    """What a position of a store with images holds."""
+
+    text = "text"
+    image = "image"
+    """A region of an image."""
+    assistant = "assistant"
+    """Text that the assistant said; it is text too."""
+
+
 class Split(Enum):
     """Which contexts of the store."""
 

@@ -34,6 +34,8 @@ class StoredTokens(Corpus):
         """Raises GranaryError for a store that was extended: its shards do not follow one plan."""
         if len(store.extents) > 1:
             raise GranaryError(f"corpus.path={store.url}: the store was extended, and its tokens follow no one plan")
+        if store.plan.has_images:
+            raise GranaryError(f"corpus.path={store.url}: its contexts hold images: harvest their corpus again")
         self.store = store
         tokenizer = store.plan.provenance.get("tokenizer") or {}
         try:
