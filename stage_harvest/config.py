@@ -191,6 +191,11 @@ class StoreCorpus(CorpusSchema):
 
 
 @dataclass(kw_only=True)
+class BatchesCorpus(CorpusSchema):
+    """The batches that ``model.factory`` makes."""
+
+
+@dataclass(kw_only=True)
 class MixtureCorpus(CorpusSchema):
     """Several corpora, by weight."""
 
@@ -269,5 +274,10 @@ def register() -> None:
     store.store(name="harvest_schema", node=HarvestSchema)
     store.store(group="packing", name="schema", node=PackingSchema)
     store.store(group="store", name="schema", node=StoreSchema)
-    for kind, node in {**SOURCE_KINDS, "store": StoreCorpus, "mixture": MixtureCorpus}.items():
+    for kind, node in {
+        **SOURCE_KINDS,
+        "store": StoreCorpus,
+        "mixture": MixtureCorpus,
+        "batches": BatchesCorpus,
+    }.items():
         store.store(group="corpus", name=f"{kind}_schema", node=node)

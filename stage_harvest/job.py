@@ -38,7 +38,7 @@ from shared.store.adding import place_of_addition
 from shared.store.capacity import shard_bytes
 from shared.store.format.dtypes import storage_type
 from shared.store.io.base import ObjectIO
-from stage_harvest.config import BosPlacement, HarvestSchema
+from stage_harvest.config import BatchesCorpus, BosPlacement, HarvestSchema, HooksSchema
 from stage_harvest.corpus import Corpus, CorpusSource, Mixture, open_corpus
 from stage_harvest.shards.forward import default_batch_contexts
 from stage_harvest.shards.writer import STAGING_SETS
@@ -77,6 +77,8 @@ class HarvestJob:
 
         Cheap: no weights are read and no document but for the corpus's fingerprint.
         """
+        if isinstance(cfg.corpus, BatchesCorpus):
+            raise GranaryError("corpus=batches are those of a function of your own: name it by model.factory")
         stored = stored_tokens(cfg)
         if stored is not None:
             cfg = following(cfg, stored.store, given_keys())
@@ -263,10 +265,7 @@ class HarvestJob:
 
 def chosen_hooks(cfg: HarvestSchema, config: PretrainedConfig) -> tuple[list[HookPoint], list[ModuleSite]]:
     """The sites and the modules that are asked for; raises GranaryError where the model lacks one."""
-    wanted = cfg.hooks
-    targets = [wanted.modules] if isinstance(wanted.modules, str) else wanted.modules or []
-    if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
-        raise GranaryError(f"hooks.modules={wanted.modules}: a path of a module, a pattern re:..., or a list of them")
+    wanted, targets = cfg.hooks, targets_of(cfg.hooks)
     modules = module_sites(config, targets) if targets else []
     sites = wanted.sites if wanted.sites is not None else [] if modules else ["resid_post"]
     if not sites and not modules:
@@ -275,6 +274,14 @@ def chosen_hooks(cfg: HarvestSchema, config: PretrainedConfig) -> tuple[list[Hoo
     hooks = hook_points(layers, dict.fromkeys(sites), config.num_hidden_layers)
     check_hooks(config, hooks)
     return hooks, modules
+
+
+def targets_of(wanted: HooksSchema) -> list[str]:
+    """What hooks.modules names, as a list; raises GranaryError for what is no name."""
+    targets = [wanted.modules] if isinstance(wanted.modules, str) else wanted.modules or []
+    if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
+        raise GranaryError(f"hooks.modules={wanted.modules}: a path of a module, a pattern re:..., or a list of them")
+    return targets
 
 
 def described(job: HarvestJob) -> str:
@@ -323,30 +330,40 @@ def announce(job: HarvestJob, plan: StorePlan, *, committed: int, device: torch.
     `committed` is the number of contexts that the store holds already.
     """
     layers, total = job.depth[0], job.config.num_hidden_layers
-    size = sum(plan.context_bytes(hook) for hook in plan.hooks)
-    needed = bytes_planned(plan) - committed * (size + 9 * plan.seq_len)
-    window = None if job.window_bytes is None else WindowPlan.of(plan, job.window_bytes)
-    if window is not None:
-        kept = bytes_planned(plan) - (plan.num_shards - len(plan.heldout_shards)) * shard_bytes(plan)
-        needed = min(needed, kept + window.window_bytes)
-    if free is not None and needed > free:
-        raise GranaryError(
-            f"{job.cfg.store.url} needs {human_bytes(needed)}, but only {human_bytes(free)} are free:"
-            " choose another store.url, fewer corpus.contexts or hooks, or store.dtype=int8"
-        )
-    staging = min(STAGING_SETS, plan.num_shards) * plan.shard_contexts * size
-    room = "" if free is None else f" of {human_bytes(free)} free"
     weights = "" if job.cfg.model.quantisation is None else f" with {job.cfg.model.quantisation} weights"
-    lines = {
+    about = {
         "model": f"{job.identity['id']}, {job.identity['dtype']}{weights} on {device}, {layers} of {total} layers",
         "hooks": described(job),
         "corpus": job.corpus.description,
         "contexts": f"{plan.num_contexts:,} x {plan.seq_len:,} = {plan.num_contexts * plan.seq_len:,} tokens,"
         f" {job.cfg.packing.mode.value} documents, {job.batch_contexts} per forward",
+    }
+    announce_plan(job.cfg.store.url, plan, about, job.window_bytes, committed=committed, free=free)
+
+
+def announce_plan(
+    url: str, plan: StorePlan, about: dict[str, str], window_bytes: int | None, *, committed: int, free: int | None
+) -> None:
+    """The same of any harvest: `about` says what is run on what, and comes first."""
+    size = sum(plan.context_bytes(hook) for hook in plan.hooks)
+    needed = bytes_planned(plan) - committed * (size + 9 * plan.seq_len)
+    window = None if window_bytes is None else WindowPlan.of(plan, window_bytes)
+    if window is not None:
+        kept = bytes_planned(plan) - (plan.num_shards - len(plan.heldout_shards)) * shard_bytes(plan)
+        needed = min(needed, kept + window.window_bytes)
+    if free is not None and needed > free:
+        raise GranaryError(
+            f"{url} needs {human_bytes(needed)}, but only {human_bytes(free)} are free:"
+            " choose another store.url, fewer corpus.contexts or hooks, or store.dtype=int8"
+        )
+    staging = min(STAGING_SETS, plan.num_shards) * plan.shard_contexts * size
+    room = "" if free is None else f" of {human_bytes(free)} free"
+    lines = {
+        **about,
         "shards": f"{plan.num_shards:,} of {plan.shard_contexts} contexts, {len(plan.heldout_shards)} held out;"
         f" {plan.dtype}, codec {plan.codec}",
         "to write": f"{human_bytes(needed)}{room}, staging memory {human_bytes(staging)} per writer",
-        "store": job.cfg.store.url,
+        "store": url,
     }
     if window is not None:
         lines["window"] = (
