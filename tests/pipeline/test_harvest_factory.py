@@ -1,6 +1,7 @@
 """Harvests of a function's model by the command line: killed and run again, on two processes, through all stages."""
 
 import json
+import re
 import signal
 import sys
 import time
@@ -16,7 +17,7 @@ from shared.basics.errors import GranaryError
 from shared.lm.recorded import choose_model, factory_of
 from shared.store import Store
 from stage_harvest.tokens.stored import StoredTokens
-from tests.cli import ForkServer, Result
+from tests.cli import REPOSITORY, ForkServer, Result
 from tests.harvesting import same_files
 from tests.pipeline.test_window import training
 
@@ -122,6 +123,23 @@ def test_killed_and_run_again_gives_the_same_bytes(factories: Factories) -> None
     assert again.code == 0, again.stderr
     assert "resuming" in again.stderr
     assert same_files(factories.root / "whole", factories.root / "killed") > 9
+
+
+@pytest.mark.slow
+def test_the_page_runs(stages: ForkServer, tmp_path: Path) -> None:
+    """docs/harvest_modules.md: its function and its commands, as they stand there."""
+    text = (REPOSITORY / "docs/harvest_modules.md").read_text(encoding="utf-8")
+    (source,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    (tmp_path / "my_net.py").write_text(source)
+    commands = [line.split() for line in text.splitlines() if line.startswith("    granary ")]
+    assert [command[1] for command in commands] == ["harvest", "train", "eval", "inspect"]
+    for _, *arguments in commands:
+        done = stages.at(tmp_path).run("granary", *arguments)
+        assert done.code == 0, done.stderr
+    assert json.loads((tmp_path / "runs/net/eval.json").read_text())["reconstruction"]["fvu"] < 0.5
+    store = Store.open(tmp_path / "runs/net/store")
+    starts = sum(int(((store.tokens([c]) == 0) & (store.segments([c]) >= 0)).sum()) for c in range(store.num_contexts))
+    assert starts == 3200
 
 
 @pytest.mark.slow
