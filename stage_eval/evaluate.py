@@ -20,7 +20,7 @@ from shared.basics.pages_link import link_pages
 from shared.basics.run_folder import RunFolder
 from shared.lm import load_causal_lm
 from shared.lm.next_token import VocabularyHead, check_head
-from shared.lm.recorded import ModelChoice, choose_model, factory_of
+from shared.lm.recorded import ModelChoice, choose_model, without_next_token
 from shared.parallel import barrier, init_world, shutdown
 from shared.store import Store
 from shared.store.beside import open_beside
@@ -95,11 +95,11 @@ def evaluate(cfg: EvalSchema) -> None:
 
 
 def without_language_model(cfg: EvalSchema, store: Store) -> EvalSchema:
-    """`cfg` as it is for this store: one of a factory's model has no cross-entropy to be looked at."""
-    factory = factory_of(store)
-    if factory is None or not cfg.downstream:
+    """`cfg` as it is for this store: of a model that is no decoder there is no cross-entropy to be looked at."""
+    model = without_next_token(store)
+    if model is None or not cfg.downstream:
         return cfg
-    log.info("%-9s no loss with the reconstruction spliced in: the store is of a model that %s made", "note", factory)
+    log.info("%-9s no loss with the reconstruction spliced in: the store is of %s", "note", model)
     return replace(cfg, downstream=False)
 
 

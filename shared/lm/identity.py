@@ -80,11 +80,7 @@ def model_identity(path: str, revision: str | None = None, dtype: str = "float32
 
 def load_config(path: str, revision: str | None = None) -> PretrainedConfig:
     """The transformers configuration of a text decoder; raises GranaryError for any other kind of model."""
-    folder = resolve_model(path, revision)
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # of several libraries, from a file that may hold anything
-        raise GranaryError(f"model {path}: transformers can't read its config.json: {told_of(error)}") from error
+    config = read_config(path, revision)
     is_decoder = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not getattr(
         config, "is_encoder_decoder", False
     )
@@ -93,6 +89,15 @@ def load_config(path: str, revision: str | None = None) -> PretrainedConfig:
     if config.get_text_config(decoder=True) is not config:
         raise GranaryError(f"model {path} is multimodal ({config.model_type}): only text decoders are supported")
     return config
+
+
+def read_config(path: str, revision: str | None = None) -> PretrainedConfig:
+    """The transformers configuration of any model; raises GranaryError for one that can't be read."""
+    folder = resolve_model(path, revision)
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # of several libraries, from a file that may hold anything
+        raise GranaryError(f"model {path}: transformers can't read its config.json: {told_of(error)}") from error
 
 
 @contextmanager

@@ -41,6 +41,14 @@ def factory_of(store: Store) -> str | None:
     return None if found is None else str(found)
 
 
+def without_next_token(store: Store) -> str | None:
+    """What the store's model is, where it is no decoder and so predicts no next token; None for a decoder."""
+    if (factory := factory_of(store)) is not None:
+        return f"a model that {factory} made"
+    kind = (store.plan.provenance.get("model") or {}).get("encoder")
+    return None if kind is None else f"an encoder ({kind})"
+
+
 def choose_model(cfg: ModelInput, store: Store) -> ModelChoice:
     """The model to load: what is configured, else what the store records.
 

@@ -30,6 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from shared.basics.errors import GranaryError, told_of
+from shared.basics.versions import software_versions
 from shared.lm.calls import Masked
 
 Batches = Callable[[int], Any]
@@ -38,19 +39,41 @@ OURS = Path(__file__).resolve().parents[2]
 
 @dataclass(frozen=True)
 class Made:
-    """A model of the user's, in evaluation mode, and its batches."""
+    """A model in evaluation mode and its batches: of a function of the user's, or of a kind that is known."""
 
     name: str
-    """``package:function``."""
+    """``package:function``, or the model's path."""
     model: nn.Module
     batches: Batches
 
+    @property
+    def told(self) -> str:
+        """The key that named it, with its value."""
+        return f"model.factory={self.name}"
+
+    @property
+    def corpus(self) -> str:
+        """One line on where the batches come from, for the store."""
+        return f"batches of {self.name}"
+
+    def tokens_of(self, batch: Any) -> Tensor | None:
+        """The token of each row of a batch; None where rows are not of tokens."""
+        return None
+
+    def record(self) -> dict[str, Any]:
+        """What the store says of the model, and of what else decides the rows, beside the batches."""
+        return {"model": self.identity(), "packing": {"mode": "isolated", "long_documents": "split"}}
+
+    def versions(self) -> dict[str, str]:
+        """What was used and does not belong to the identity."""
+        return software_versions("torch", "numpy")
+
     def iterate(self, seed: int) -> Iterator[Any]:
         """All batches from the first on. Raises GranaryError where they can't be had."""
-        with telling_where(f"the batches of model.factory={self.name}"):
+        with telling_where(f"the batches of {self.told}"):
             iterator = iter(self.batches(seed))
         while True:
-            with telling_where(f"the batches of model.factory={self.name}"):
+            with telling_where(f"the batches of {self.told}"):
                 try:
                     batch = next(iterator)
                 except StopIteration:
@@ -58,7 +81,7 @@ class Made:
             yield batch
 
     def identity(self) -> dict[str, Any]:
-        """What a store records of the model: a name and hashes, nothing that anybody runs."""
+        """The record of a function's model: a name and hashes, nothing that anybody runs."""
         return {"id": self.name, "factory": self.name, "class": type(self.model).__name__, "weights_hash": self._hash()}
 
     def _hash(self) -> str:
@@ -70,7 +93,7 @@ class Made:
         return digest.hexdigest()
 
 
-def make(name: str, device: torch.device) -> Made:
+def made_by(name: str, device: torch.device) -> Made:
     """Call the factory `name`, ``package:function``; its module goes to `device`, without gradient.
 
     The working folder is looked into too, as by ``python -m``. Raises GranaryError where there is none such, where it

@@ -54,7 +54,7 @@ class BatchForward:
         if self._rows[0] == number:
             return self._rows[1]
         survey, saes = self.survey, self.survey.saes
-        run(saes, self._batch(number), survey.made.name)
+        run(saes, self._batch(number), survey.made.told)
         rows = {}
         for name, point in saes.places.items():
             found = torch.cat([one.flatten(0, -2) for one in saes.activations(name)])
@@ -78,6 +78,6 @@ class BatchForward:
                     return batch
                 break
         raise GranaryError(
-            f"batch {number} of model.factory={self.survey.made.name} is not what it was when the batches were counted:"
-            " its function must give the same batches in the same order each time that it is called with a seed"
+            f"batch {number} of {self.survey.made.told} is not what it was when the batches were counted: they must be"
+            " the same, in the same order, each time that they are made from a seed"
         )

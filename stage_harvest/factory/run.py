@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -11,7 +11,6 @@ import torch
 
 from shared.basics.errors import GranaryError
 from shared.basics.units import parse_bytes
-from shared.basics.versions import software_versions
 from shared.intervene.attach import Attached, attach
 from shared.launch.given import given_keys
 from shared.parallel import World, init_world
@@ -19,7 +18,7 @@ from shared.parallel.heartbeat import Heartbeat
 from shared.sae.config import SAEConfig
 from shared.store import Store, StorePlan, free_bytes
 from stage_harvest.config import BatchesCorpus, HarvestSchema
-from stage_harvest.factory.made import Made, make
+from stage_harvest.factory.made import Made, made_by
 from stage_harvest.factory.rows import BatchForward
 from stage_harvest.factory.survey import Survey
 from stage_harvest.harvest import find_store, finish, report_complete, write_shards
@@ -32,11 +31,12 @@ from stage_harvest.tokens.spool import TokenSpool, discard
 
 log = logging.getLogger(__name__)
 
-# Keys that say something of a model by its path or of documents, which a factory's has not.
-ELSEWHERE = (
+Maker = Callable[[HarvestSchema, torch.device], Made]
+OF_DECODERS = ("hooks.layers", "hooks.sites", "batch_contexts", "model.probe")
+FUNCTION_DECIDES = (
     *("model", "model.path", "model.revision", "model.dtype", "model.quantisation", "model.attn_implementation"),
     *("packing", "packing.mode", "packing.bos", "packing.long_documents", "packing.mask_special", "packing.mask_first"),
-    *("hooks.layers", "hooks.sites", "packing.drop_last", "batch_contexts", "model.probe"),
+    "packing.drop_last",
 )
 MOST_NAMED = 4  # places on one line
 
@@ -64,7 +64,7 @@ class FactoryJob:
         asked = cfg.corpus.contexts
         if survey.num_contexts == 0 or (asked is not None and survey.num_contexts < asked):
             raise GranaryError(
-                f"the batches of model.factory={self.made.name} give {survey.num_rows:,} rows, which fill"
+                f"the batches of {self.made.told} give {survey.num_rows:,} rows, which fill"
                 f" {survey.num_contexts} contexts of packing.seq_len={survey.seq_len}"
                 + (f": {asked} were asked for by corpus.contexts" if asked is not None else "")
             )
@@ -79,16 +79,15 @@ class FactoryJob:
             heldout_fraction=cfg.store.heldout_fraction,
             heldout_placement=cfg.store.heldout_placement.value,
             provenance={
-                "model": self.made.identity(),
+                **self.made.record(),
                 "corpus": {
-                    "description": f"batches of {self.made.name}",
+                    "description": self.made.corpus,
                     "fingerprint": survey.fingerprint(),
                     "contexts": asked,
                     "seed": cfg.seed,
                 },
-                "packing": {"mode": "isolated", "long_documents": "split"},
             },
-            versions=software_versions("torch", "numpy"),
+            versions=self.made.versions(),
         )
 
     def announce(self, plan: StorePlan, *, committed: int, device: torch.device) -> None:
@@ -106,43 +105,54 @@ class FactoryJob:
         announce_plan(self.cfg.store.url, plan, about, self.window_bytes, committed=committed, free=free)
 
 
-def harvest(cfg: HarvestSchema) -> None:
+def harvest(cfg: HarvestSchema, make: Maker) -> None:
     """Run the whole stage; raises GranaryError for every wrong input before anything is written."""
     world = init_world(cfg.device.name, cfg.device.threads)
     with Heartbeat(world):
         notices = Notices(world)
         if not world.is_main:
             notices.read("begun")  # a wrong input is reported once: the other ranks end with the main one
-        with opened(cfg, world) as job:
+        with opened(cfg, make, world) as job:
             if world.is_main:
                 notices.post("begun", "")
             run(job, world, notices)
 
 
 @contextmanager
-def opened(cfg: HarvestSchema, world: World) -> Iterator[FactoryJob]:
+def opened(cfg: HarvestSchema, make: Maker, world: World) -> Iterator[FactoryJob]:
     """The job, its places marked in the model as long as the context lasts."""
     check(cfg, given_keys())
-    assert cfg.model.factory is not None
-    made = make(cfg.model.factory, world.device)
+    made = make(cfg, world.device)
     with attach(made.model, dict.fromkeys(targets_of(cfg.hooks), SAEConfig(k=1, expansion=1))) as saes:
         survey = Survey(made, saes, seed=cfg.seed, seq_len=cfg.packing.seq_len, limit=cfg.corpus.contexts)
         yield FactoryJob(cfg, made, saes, survey, cfg.store.url)
 
 
-def check(cfg: HarvestSchema, given: list[str]) -> None:
-    """Raise GranaryError for settings that a factory's model has not; `given` are the keys of the command line."""
+def of_function(cfg: HarvestSchema, device: torch.device) -> Made:
+    """What the user's function makes. Raises GranaryError for keys that say of a model what the function decides."""
+    assert cfg.model.factory is not None
     if not isinstance(cfg.corpus, BatchesCorpus):
         raise GranaryError("model.factory brings its own batches: say corpus=batches")
-    for name in given:
-        if name in ELSEWHERE:
+    for name in given_keys():
+        if name in FUNCTION_DECIDES:
             raise GranaryError(f"{name} does not go with model.factory: the factory decides, leave it out")
-    if not targets_of(cfg.hooks):
-        raise GranaryError("model.factory needs hooks.modules: a path of model.named_modules(), or a pattern re:...")
-    if cfg.tensor_parallel > 1:
-        raise GranaryError("tensor_parallel does not go with model.factory: use replicas")
     if cfg.corpus.shuffle:
         raise GranaryError("corpus.shuffle does not go with model.factory: its batches come in the order of the seed")
+    return made_by(cfg.model.factory, device)
+
+
+def check(cfg: HarvestSchema, given: list[str]) -> None:
+    """Raise GranaryError for settings that only decoders have; `given` are the keys of the command line."""
+    if not targets_of(cfg.hooks):
+        raise GranaryError(
+            "no decoder is harvested here, so hooks.modules says what is kept: a path of model.named_modules(), or a"
+            " pattern re:..."
+        )
+    for name in given:
+        if name in OF_DECODERS:
+            raise GranaryError(f"{name} is for decoders, which is not what is harvested here: leave it out")
+    if cfg.tensor_parallel > 1:
+        raise GranaryError("tensor_parallel is for decoders, which is not what is harvested here: use replicas")
     if cfg.packing.seq_len < 1:
         raise GranaryError(f"packing.seq_len={cfg.packing.seq_len}: a context needs a row at least")
     if cfg.corpus.contexts is not None and cfg.corpus.contexts < 1:

@@ -5,7 +5,8 @@ gives is taken to follow from that, and checked when the rows are made.
 
 An activation [B, ..., D] is B examples, each a row of features for every index between; one [N, D] is N examples of a
 row each. Examples follow one another through the contexts, so that each is full but the last. Of a row the store's
-``tokens`` hold its number within its example, ``segments`` the example within the context.
+``tokens`` hold the token, or its number within its example where there are none, ``segments`` the example within the
+context.
 
 Legend: N rows of a batch, T positions of a context.
 """
@@ -99,7 +100,7 @@ class Survey:
             )
         found = max(shapes.values(), key=lambda one: max(map(_length, one)))
         lengths = np.concatenate([np.full(_examples(shape), _length(shape)) for shape in found])
-        rows = _Rows.of(lengths, self._mask(batch, shapes, count), self.examples)
+        rows = _Rows.of(lengths, self.made.tokens_of(batch), self._mask(batch, shapes, count), self.examples)
         self.batches.append(BatchRows(self.num_rows, count, digest_of(batch)))
         self.examples += len(lengths)
         return rows
@@ -108,7 +109,7 @@ class Survey:
         """Shapes of the activations at every place, by the name of its site; one for each time that it ran."""
         kind = signature(batch)
         if kind not in self._shapes:
-            self._shapes[kind] = shapes_at(self.saes, batch, self.made.name)
+            self._shapes[kind] = shapes_at(self.saes, batch, self.made.told)
             widths = {site: found[0][-1] for site, found in self._shapes[kind].items()}
             if self.widths and widths != self.widths:
                 raise GranaryError(
@@ -139,10 +140,10 @@ class Survey:
 
 @dataclass(frozen=True)
 class _Rows:
-    """Rows in a row: which example each is of, its number there, and whether it counts."""
+    """Rows in a row: which example each is of, what stands for its token, and whether it counts."""
 
     example_N: Ints
-    number_N: Ints
+    token_N: Ints
     mask_N: npt.NDArray[np.bool_]
 
     @classmethod
@@ -150,10 +151,12 @@ class _Rows:
         return cls(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.bool_))
 
     @classmethod
-    def of(cls, lengths: Ints, mask_N: npt.NDArray[np.bool_], first_example: int) -> "_Rows":
+    def of(cls, lengths: Ints, tokens: Tensor | None, mask_N: npt.NDArray[np.bool_], first_example: int) -> "_Rows":
         starts = np.cumsum(lengths) - lengths
         example_N = np.repeat(np.arange(len(lengths)), lengths)
-        return cls(example_N + first_example, np.arange(lengths.sum()) - starts[example_N], mask_N)
+        number_N = np.arange(lengths.sum()) - starts[example_N]
+        token_N = number_N if tokens is None else tokens.reshape(-1).cpu().numpy()
+        return cls(example_N + first_example, token_N, mask_N)
 
     def __len__(self) -> int:
         return len(self.mask_N)
@@ -161,12 +164,12 @@ class _Rows:
     def followed_by(self, other: "_Rows") -> "_Rows":
         return _Rows(
             np.concatenate([self.example_N, other.example_N]),
-            np.concatenate([self.number_N, other.number_N]),
+            np.concatenate([self.token_N, other.token_N]),
             np.concatenate([self.mask_N, other.mask_N]),
         )
 
     def part(self, start: int, stop: int | None = None) -> "_Rows":
-        return _Rows(self.example_N[start:stop], self.number_N[start:stop], self.mask_N[start:stop])
+        return _Rows(self.example_N[start:stop], self.token_N[start:stop], self.mask_N[start:stop])
 
     def context(self, start: int, length: int) -> Context:
         """`length` positions from `start` on, padded where there are fewer."""
@@ -174,20 +177,20 @@ class _Rows:
         found = len(part)
         tokens_T, segments_T = np.zeros(length, np.int32), np.full(length, PADDING_SEGMENT, np.int32)
         mask_T = np.zeros(length, np.bool_)
-        tokens_T[:found], mask_T[:found] = part.number_N, part.mask_N
+        tokens_T[:found], mask_T[:found] = part.token_N, part.mask_N
         segments_T[:found] = part.example_N - part.example_N[0]
         return Context(tokens_T, mask_T, segments_T)
 
 
-def shapes_at(saes: Attached, batch: Any, factory: str) -> Shapes:
+def shapes_at(saes: Attached, batch: Any, told: str) -> Shapes:
     """What a forward gives at each place. GranaryError where that fails or a place is idle."""
-    run(saes, batch, factory)
+    run(saes, batch, told)
     return {site_of(point): tuple(one.shape for one in saes.activations(name)) for name, point in saes.places.items()}
 
 
-def run(saes: Attached, batch: Any, factory: str) -> None:
+def run(saes: Attached, batch: Any, told: str) -> None:
     """The model's forward on a batch, without gradient."""
-    with torch.no_grad(), telling_where(f"a forward of the model of model.factory={factory}"):
+    with torch.no_grad(), telling_where(f"a forward of the model of {told}"):
         saes.call(batch)
 
 

@@ -152,7 +152,7 @@ def test_what_does_not_go_is_one_line(factories: Factories) -> None:
     for changes, told in (
         ({"corpus": "stdlib"}, "model.factory brings its own batches: say corpus=batches"),
         ({"model__factory": None}, "name it by model.factory"),
-        ({"hooks__modules": None}, "model.factory needs hooks.modules"),
+        ({"hooks__modules": None}, "so hooks.modules says what is kept"),
         ({"hooks__modules": "convs"}, "Net has no module convs: did you mean conv"),
         ({"model__path": "bundled"}, "model.path does not go with model.factory"),
     ):
@@ -168,7 +168,7 @@ def test_what_a_store_names_is_no_model_to_load(factories: Factories) -> None:
     nothing = ModelInput(path=None, revision=None, dtype=None, allow_other=True)
     with pytest.raises(GranaryError, match="of a model that my_net:make made, not of a language model"):
         choose_model(nothing, store)
-    with pytest.raises(GranaryError, match="of a model that my_net:make made, not of tokens"):
+    with pytest.raises(GranaryError, match="a store of a model that my_net:make made, not of a decoder"):
         StoredTokens(store)
     assert not (factories.root / "imported").exists()
     assert "my_net" not in sys.modules
@@ -191,7 +191,7 @@ def test_what_a_store_names_is_told_and_never_run(factories: Factories) -> None:
     assert 0 < evaluation["reconstruction"]["fvu"] < 1
     inspected = run("stage_inspect", *here)
     assert inspected.code == 0, inspected.stderr
-    assert "no logits and no tokens' text" in inspected.stderr
+    assert "no logits: the store is of a model that my_net:make made" in inspected.stderr
     latents = granary.Latents.open(root / "latents")
     assert latents.meta.model["factory"] == "my_net:make"
     latent = int(np.argmax([len(latents.top(number, 1)) for number in range(latents.num_latents)]))
@@ -202,7 +202,7 @@ def test_what_a_store_names_is_told_and_never_run(factories: Factories) -> None:
     assert np.isclose(float(dense[strongest.position, latent].detach()), strongest.value, rtol=1e-4)
     assert strongest.tokens[strongest.peak] == strongest.position % 16  # the row's number in its image
     told = run("stage_harvest", f"run_dir={root}", "corpus=store", f"corpus.path={factories.root / 'whole'}").error
-    assert "its rows are of a model that my_net:make made, not of tokens" in told
+    assert "is a store of a model that my_net:make made, not of a decoder's tokens" in told
     told = run("shared.store", "info", str(factories.root / "whole"))
     assert (told.code, "my_net:make" in told.stdout) == (0, True)
     told = run("stage_eval", *here, "supervised=true")

@@ -18,7 +18,7 @@ from shared.lm.calls import Masked
 from shared.lm.modulepoint import site_of
 from shared.lm.targets import resolve
 from shared.sae import SAEConfig
-from stage_harvest.factory.made import Made, digest_of, make
+from stage_harvest.factory.made import Made, digest_of, made_by
 from stage_harvest.factory.rows import BatchForward
 from stage_harvest.factory.survey import Survey
 from stage_harvest.tokens.packing import Context
@@ -219,14 +219,14 @@ def test_what_is_no_factory_is_one_line(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "my_factories", raising=False)
     with pytest.raises(GranaryError, match=told):
-        make(name, torch.device("cpu"))
+        made_by(name, torch.device("cpu"))
 
 
 def test_what_fails_in_batches_and_forwards_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "my_factories.py").write_text(SOURCE)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "my_factories", raising=False)
-    failing, wide = (make(f"my_factories:{name}", torch.device("cpu")) for name in ("failing", "wide"))
+    failing, wide = (made_by(f"my_factories:{name}", torch.device("cpu")) for name in ("failing", "wide"))
     with pytest.raises(GranaryError, match=r"batches of .*:failing: KeyError: 'seven' \(.*my_factories.py, line 12\)"):
         list(failing.iterate(0))
     saes = attach(wide.model, {"0": PLACE})
