@@ -141,6 +141,9 @@ class JsonlCorpus(CorpusSchema):
     """Path, glob or fsspec URL."""
     field: str = MISSING
     """The object's field: text, or a list of chat messages (then through the tokenizer's chat template)."""
+    images: str | None = MISSING
+    """The field of the images that a row's placeholders stand for: a list of {bytes, path}, bytes, or paths below the
+    folder of the file (docs/vision.md); null: the corpus has none."""
 
 
 @dataclass(kw_only=True)
@@ -151,6 +154,9 @@ class ParquetCorpus(CorpusSchema):
     """Path, glob or fsspec URL."""
     column: str = MISSING
     """Text, chat messages (then through the tokenizer's chat template), or lists of token ids."""
+    images: str | None = MISSING
+    """The column of the images that a row's placeholders stand for: a list of {bytes, path}, bytes, or paths below the
+    folder of the file (docs/vision.md); null: the corpus has none."""
 
 
 @dataclass(kw_only=True)

@@ -10,7 +10,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from shared.basics.errors import GranaryError
 from stage_harvest import config
-from stage_harvest.corpus.base import Chat, Corpus, CorpusSource, Document
+from stage_harvest.corpus.base import Chat, Corpus, CorpusSource, Document, Pictured
 from stage_harvest.corpus.hub import HubDataset
 from stage_harvest.corpus.jsonl import JsonlFiles
 from stage_harvest.corpus.mixture import Mixture, Part
@@ -20,7 +20,7 @@ from stage_harvest.corpus.stdlib import StandardLibrary
 from stage_harvest.corpus.text import TextFiles
 from stage_harvest.corpus.tokens import TokenFiles
 
-__all__ = ["Chat", "Corpus", "CorpusSource", "Document", "Mixture", "open_corpus", "read_documents"]
+__all__ = ["Chat", "Corpus", "CorpusSource", "Document", "Mixture", "Pictured", "open_corpus", "read_documents"]
 
 
 def open_corpus(cfg: config.CorpusSchema) -> Corpus:
@@ -49,9 +49,9 @@ def _open_source(cfg: config.CorpusSchema) -> CorpusSource:
         case config.TextCorpus():
             return TextFiles(cfg.files, cfg.separator)
         case config.JsonlCorpus():
-            return JsonlFiles(cfg.files, cfg.field)
+            return JsonlFiles(cfg.files, cfg.field, cfg.images)
         case config.ParquetCorpus():
-            return ParquetFiles(cfg.files, cfg.column)
+            return ParquetFiles(cfg.files, cfg.column, cfg.images)
         case config.HubCorpus():
             return HubDataset(cfg.path, cfg.config, cfg.split, cfg.revision, cfg.column)
         case config.TokensCorpus():
@@ -82,4 +82,7 @@ def _open_part(name: str, fields: Any, mixture: config.MixtureCorpus) -> Part:
         raise GranaryError(f"{where}: {str(error).splitlines()[0]}") from error
     if not isinstance(cfg, config.CorpusSchema):
         raise TypeError(f"{type(cfg).__name__} is no corpus schema")
-    return Part(_open_source(cfg), cfg, weight)
+    source = _open_source(cfg)
+    if source.has_images:
+        raise GranaryError(f"{where}.images: a mixture takes no images: harvest that part into a store of its own")
+    return Part(source, cfg, weight)

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from shared.basics.images import EncodedImage
+
 
 @dataclass(frozen=True, slots=True)
 class Chat:
@@ -17,8 +19,18 @@ class Chat:
     messages: list[dict[str, Any]]
 
 
-Content = str | Chat | npt.NDArray[np.integer[Any]]
-"""Text, chat messages, or token ids made elsewhere."""
+@dataclass(frozen=True, slots=True)
+class Pictured:
+    """Text or chat messages with the images that its placeholders stand for, in order; there may be none."""
+
+    text: str | Chat
+    images: tuple[EncodedImage, ...]
+    row: str
+    """File, below the folder of the corpus, and line or row: the same wherever the corpus lies."""
+
+
+Content = str | Chat | npt.NDArray[np.integer[Any]] | Pictured
+"""Text, chat messages, token ids made elsewhere, or rows of a corpus with images."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -51,6 +63,8 @@ class CorpusSource(Corpus):
 
     is_text: bool = False
     """Whether every document is text, so that there is no harvest without a tokenizer."""
+    has_images: bool = False
+    """Whether every document is `Pictured`."""
 
     @abstractmethod
     def documents(self, order: random.Random | None = None) -> Iterator[Document]:

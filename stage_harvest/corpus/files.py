@@ -36,6 +36,10 @@ class SourceFile:
     size: int
     fs: Any = field(repr=False, compare=False)
 
+    @property
+    def is_local(self) -> bool:
+        return "file" in (self.fs.protocol if isinstance(self.fs.protocol, tuple) else (self.fs.protocol,))
+
     def open(self, *, decompress: bool = True) -> IO[bytes]:
         """A binary stream, decompressed as the suffix says."""
         stream: IO[bytes] = self.fs.open(self.path, "rb")

@@ -16,6 +16,7 @@ from stage_harvest.corpus.files import (
     ordered,
     reading,
 )
+from stage_harvest.corpus.images import pictured
 from stage_harvest.corpus.rows import as_content, field_value
 from stage_harvest.corpus.text import decode
 
@@ -25,13 +26,16 @@ SUFFIXES = (".jsonl", ".ndjson", ".json")
 class JsonlFiles(CorpusSource):
     """The `field` of each object: text, chat messages or token ids; nulls are left out."""
 
-    def __init__(self, files: str, field: str) -> None:
+    def __init__(self, files: str, field: str, images: str | None = None) -> None:
+        """`images` is the field of a row's images; None: the corpus has none."""
         self.files = find_files(files, SUFFIXES)
-        self.field = field
+        self.field, self.images = field, images
+        self.has_images = images is not None
 
     @property
     def description(self) -> str:
-        return f"{describe_files('jsonl', self.files)}, field {self.field}"
+        images = "" if self.images is None else f", images {self.images}"
+        return f"{describe_files('jsonl', self.files)}, field {self.field}{images}"
 
     def fingerprint(self) -> str:
         return fingerprint_files(self.files)
@@ -50,11 +54,15 @@ class JsonlFiles(CorpusSource):
                 if not text.strip():
                     continue
                 where = f"{file.path} line {number}"
-                content = as_content(
-                    field_value(_parse(text, where), self.field, where), f"{where}, field {self.field!r}"
-                )
-                if content is not None:
-                    yield Document(content, where)
+                record = _parse(text, where)
+                content = as_content(field_value(record, self.field, where), f"{where}, field {self.field!r}")
+                if content is None:
+                    continue
+                if self.images is not None:
+                    # A record of text alone may lack the field.
+                    images = record.get(self.images) if isinstance(record, dict) else None
+                    content = pictured(content, images, file, f"line {number}", self.images)
+                yield Document(content, where)
 
 
 def _parse(text: str, where: str) -> Any:

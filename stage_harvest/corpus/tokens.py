@@ -54,12 +54,12 @@ class TokenFiles(CorpusSource):
             dtype = np.dtype(self.dtype).newbyteorder("<")
             if file.size % dtype.itemsize:
                 raise GranaryError(f"{file.path}: {file.size} bytes are no whole number of {self.dtype} token ids")
-            if _is_local(file):
+            if file.is_local:
                 return np.memmap(file.path, dtype=dtype, mode="r")
             with file.open(decompress=False) as stream:
                 return np.frombuffer(stream.read(), dtype=dtype)
         try:
-            if _is_local(file):
+            if file.is_local:
                 ids = np.load(file.path, mmap_mode="r")
             else:
                 with file.open(decompress=False) as stream:
@@ -69,7 +69,3 @@ class TokenFiles(CorpusSource):
         if ids.dtype.kind not in "iu" or ids.ndim not in (1, 2):
             raise GranaryError(f"{file.path} is {ids.ndim}-D {ids.dtype}: token ids are a 1-D or 2-D integer array")
         return ids
-
-
-def _is_local(file: SourceFile) -> bool:
-    return "file" in (file.fs.protocol if isinstance(file.fs.protocol, tuple) else (file.fs.protocol,))

@@ -1,0 +1,26 @@
+"""The column of images beside a column of documents: the one reader of its values for JSON lines and Arrow columns."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from shared.basics.errors import GranaryError
+from shared.basics.images import encoded_image
+from stage_harvest.corpus.base import Content, Pictured
+from stage_harvest.corpus.files import SourceFile
+
+
+def pictured(content: Content, images: Any, file: SourceFile, row: str, column: str) -> Pictured:
+    """A document with the images of its row: a list of what `shared.basics.images.encoded_image` takes, one, or null.
+
+    `row` is line or row of `file`. Files of images lie below the folder of a local `file`. Raises GranaryError naming
+    the row for what is no image, and for token ids, which have no placeholders.
+    """
+    where = f"{file.path} {row}"
+    if isinstance(content, np.ndarray | Pictured):
+        raise GranaryError(f"{where} holds token ids beside {column!r}: images need text or chat messages")
+    values = images if isinstance(images, list) else [images]
+    folder = Path(file.path).parent if file.is_local else None
+    found = [encoded_image(one, folder, f"{where}, image {number}") for number, one in enumerate(values, 1)]
+    return Pictured(content, tuple(one for one in found if one is not None), f"{file.name} {row}")
