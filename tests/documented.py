@@ -17,6 +17,8 @@ NOT_RUN = {
     "sbatch ": "needs Slurm: tests/cluster runs docs/slurm.sbatch",
     "hydra/launcher=slurm": "needs Slurm: tests/cluster runs harvest, train and eval so",
     "RDZV=": "needs a second machine: tests/distributed runs two agents on one",
+    "path/to/vit": "needs a model of images: tests/unit/harvest/factory/test_media.py harvests two kinds",
+    "path/to/whisper": "needs a model of sounds: tests/unit/harvest/factory/test_media.py harvests two kinds",
     "path/to/bert": "needs an encoder: tests/unit/harvest/factory/test_encoder.py harvests four kinds",
     "name=net": "needs the page's own model: tests/pipeline/test_harvest_factory.py runs it",
     "pip install": "needs the network",

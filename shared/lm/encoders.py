@@ -1,6 +1,7 @@
 """Encoders of text: BERT and its kin, and the encoder's half of an encoder-decoder such as T5 or BART."""
 
 import inspect
+from typing import Any
 
 import torch
 from transformers import AutoModel, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -31,9 +32,9 @@ def load_encoder(
 ) -> PreTrainedModel:
     """The whole encoder without a head, in evaluation mode, weights without gradient; raises as ``load_trunk``."""
     config = read_config(path, revision)
-    made = AutoModel._model_mapping[type(config)]
+    made: Any = AutoModel._model_mapping[type(config)]
     # A pooler belongs to a head, and the files of a masked language model have none.
-    extra = {"add_pooling_layer": False} if "add_pooling_layer" in inspect.signature(made).parameters else {}
+    extra = {"add_pooling_layer": False} if "add_pooling_layer" in inspect.signature(made.__init__).parameters else {}
     model = load_part(AutoModel, path, config, dtype, revision, attn_implementation, None, extra)
     encoder = model.get_encoder() if getattr(config, "is_encoder_decoder", False) else model
     torch.nn.Module.to(encoder, device)
