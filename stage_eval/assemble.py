@@ -17,6 +17,7 @@ from stage_eval.measure.activations import ActivationSums, activation_figures
 from stage_eval.measure.breakdown import Grouping
 from stage_eval.measure.diffing import DiffSums, diff_figures
 from stage_eval.measure.downstream import DownstreamSums, downstream_figures, loss_breakdown
+from stage_eval.measure.kinds import kind_figures
 from stage_eval.measure.passes import ablated
 from stage_eval.measure.reconstruction import fvu_breakdown, latent_figures, reconstruction_figures
 from stage_eval.measure.session import Session
@@ -76,6 +77,7 @@ class RunFacts:
                 splice_bos=cfg.splice_bos,
                 documents=data.packing,
                 store_dtype=store.plan.dtype,
+                kinds=None if cfg.kinds is None else [kind.value for kind in cfg.kinds],
             ),
             environment=Environment(
                 versions=versions,
@@ -133,6 +135,7 @@ def assemble(measured: Measured, session: Session, facts: RunFacts) -> Evaluatio
         breakdown=Breakdown(
             position=groups(measured, "position", session.data.position_groups),
             frequency=groups(measured, "frequency", session.data.frequency_groups),
+            kind=kind_figures(sums),
         ),
         activations=next(iter(described.values())) if is_one else None,
         activations_by_site=None if is_one else described,

@@ -10,7 +10,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 
 import shared.basics.config
-from shared.basics.config import DeviceSchema, EvaluatedModel, Split, StoreInput, key
+from shared.basics.config import DeviceSchema, EvaluatedModel, Split, StoreInput, TokenKind, key
 
 
 @dataclass(kw_only=True)
@@ -48,6 +48,9 @@ class EvalSchema:
     hook: str | None = MISSING
     """Which of the store's hooks; null takes the one that each SAE was trained on."""
     split: Split = MISSING
+    kinds: list[TokenKind] | None = MISSING
+    """Of a store with images: score tokens of these kinds alone, text, image, assistant (docs/vision.md); null: all
+    trainable ones."""
     contexts: int | None = key(count=True)
     """Evaluate this many contexts, evenly spaced over the split; null takes all."""
     batch_contexts: int | None = MISSING

@@ -72,7 +72,7 @@ def evaluate(cfg: EvalSchema) -> None:
     session = Session(
         world=world,
         store=store,
-        data=load_data(store, cfg.split, cfg.contexts),
+        data=load_data(store, cfg.split, cfg.contexts, cfg.kinds),
         statistics={site: store.statistics(site) for folder in found.folders for site in folder.sites.names},
         settings=PassSettings(
             unit_contexts=cfg.batch_contexts or default_unit(store.seq_len),

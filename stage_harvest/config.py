@@ -100,6 +100,9 @@ class ChatSchema:
     """The day that a template may write, 2026-11-26; null: today, or the day of the store that is continued."""
     variables: dict[str, Any] = MISSING
     """What else the template reads, for example {enable_thinking: false}."""
+    mark_assistant: bool | None = MISSING
+    """With corpus.images: mark what the assistant said, by the template's generation tags, so that stream.kinds can
+    choose it; null: where the template has them."""
 
 
 @dataclass(kw_only=True)

@@ -24,11 +24,14 @@ from shared.store import Store, StorePlan, free_bytes
 from shared.store.format import layout
 from shared.store.io.base import ObjectIO
 from shared.store.io.open import open_io
+from stage_harvest.announce import announce, next_command
 from stage_harvest.config import HarvestSchema, PackingMode
-from stage_harvest.job import HarvestJob, announce, check_length, next_command, staging_dtype
+from stage_harvest.corpus import CorpusSource, read_documents
+from stage_harvest.job import HarvestJob, check_length, staging_dtype
 from stage_harvest.progress import HarvestProgress, Notices, tokenise_bar
 from stage_harvest.shards.forward import ShardForward
 from stage_harvest.shards.mesh import MeshRank, check_mesh, join_mesh
+from stage_harvest.shards.pictured import PicturedForward
 from stage_harvest.shards.probe import probe
 from stage_harvest.shards.window_gate import WindowGate
 from stage_harvest.shards.writer import write_behind
@@ -101,7 +104,7 @@ def begin(job: HarvestJob, world: World) -> bool:
     if cfg.corpus.contexts is not None:
         announce(job, job.store_plan(cfg.corpus.contexts), committed=0, device=world.device, free=free)
     elif cfg.dry_run:
-        with TokenSpool(cfg.packing.seq_len, cfg.spool_dir, cfg.store.url) as spool:
+        with open_spool(job) as spool:
             plan = pack_corpus(job, spool)
         announce(job, plan, committed=0, device=world.device, free=free)
     return not cfg.dry_run
@@ -150,17 +153,25 @@ def prepare(job: HarvestJob, world: World, isolation: str | None) -> Store:
     if job.stored is not None:
         plan = job.store_plan(job.stored.store.num_contexts, isolation)
         return Store.create(job.place, plan, *job.stored.arrays(), job.window_bytes)
-    with TokenSpool(cfg.packing.seq_len, cfg.spool_dir, cfg.store.url) as spool:
+    with open_spool(job) as spool:
         plan = pack_corpus(job, spool, isolation)
         if cfg.corpus.contexts is None:
             announce(job, plan, committed=0, device=world.device, free=free_bytes(cfg.store.url))
         tokens, mask, segments = (spool.array(name) for name in ("tokens", "mask", "segments"))
-        return Store.create(job.place, plan, tokens, mask, segments, job.window_bytes)
+        return Store.create(job.place, plan, tokens, mask, segments, job.window_bytes, spool.pictures())
+
+
+def open_spool(job: HarvestJob) -> TokenSpool:
+    """Where the contexts wait until the store has them."""
+    cfg = job.cfg
+    return TokenSpool(cfg.packing.seq_len, cfg.spool_dir, cfg.store.url, pictured=job.vision is not None)
 
 
 def pack_corpus(job: HarvestJob, spool: TokenSpool, isolation: str | None = None) -> StorePlan:
     """Tokenise the corpus in worker processes and pack it into `spool`, saying how fast; returns the store's plan."""
     cfg = job.cfg
+    if job.vision is not None:
+        return pack_pictures(job, spool)
     workers = default_workers() if cfg.tokenise_workers is None else cfg.tokenise_workers
     start = time.perf_counter()
     tokeniser = job.tokeniser(workers, spool.encoded)
@@ -175,6 +186,17 @@ def pack_corpus(job: HarvestJob, spool: TokenSpool, isolation: str | None = None
     log.info("tokenised %s tokens in %s: %s tokens/s", f"{tokens:,}", human_time(seconds), f"{tokens / seconds:,.0f}")
     check_length(job, spool.num_contexts)
     return job.store_plan(spool.num_contexts, isolation)
+
+
+def pack_pictures(job: HarvestJob, spool: TokenSpool) -> StorePlan:
+    """Read a corpus with images, row by row, into `spool`; returns the store's plan."""
+    cfg = job.cfg
+    assert isinstance(job.corpus, CorpusSource)
+    rows = job.pictured_tokeniser().contexts(read_documents(job.corpus, cfg.corpus, cfg.seed))
+    contexts = itertools.islice(rows, cfg.corpus.contexts)
+    spool.fill(tokenise_bar(contexts, cfg.corpus.contexts, cfg.packing.seq_len))
+    check_length(job, spool.num_contexts)
+    return job.store_plan(spool.num_contexts, "each row was run alone")
 
 
 def find_store(place: str | ObjectIO) -> Store | None:
@@ -234,13 +256,16 @@ def compute_shards(
     cfg = job.cfg
     is_writer = mesh_rank.part == 0
     gate = WindowGate(store, alone=mesh_rank.tp_mesh is None)
-    forward = ShardForward(
-        trunk,
-        job.points if is_writer else [],
-        packing=cfg.packing.mode,
-        batch_contexts=job.batch_contexts,
-        device=device,
-    )
+    if job.vision is not None:
+        forward: ShardForward = PicturedForward(trunk, job.points, store, job.vision, device)
+    else:
+        forward = ShardForward(
+            trunk,
+            job.points if is_writer else [],
+            packing=cfg.packing.mode,
+            batch_contexts=job.batch_contexts,
+            device=device,
+        )
     if not is_writer:
         for shard in gate.let_through(shards):
             forward.run(store.tokens(store.shard_contexts(shard)), store.segments(store.shard_contexts(shard)), {})
@@ -249,7 +274,7 @@ def compute_shards(
     def fill(
         contexts: range, staging: dict[str, torch.Tensor], advance: Callable[[int], None]
     ) -> torch.cuda.Event | None:
-        return forward.run(store.tokens(contexts), store.segments(contexts), staging, advance)
+        return forward.run(store.tokens(contexts), store.segments(contexts), staging, advance, contexts.start)
 
     dtype = staging_dtype(store.plan, DTYPES[cfg.model.dtype.value])
     write_behind(store, gate.let_through(shards), fill, progress, dtype=dtype, pin=device.type == "cuda")

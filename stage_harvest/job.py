@@ -11,18 +11,16 @@ import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from shared.basics.errors import GranaryError
-from shared.basics.run_folder import RunFolder
-from shared.basics.units import human_bytes, parse_bytes
+from shared.basics.units import parse_bytes
 from shared.basics.versions import software_versions
-from shared.launch import commands
 from shared.launch.given import given_keys
 from shared.lm import (
     ModelIdentity,
     SpecialIds,
     check_hooks,
     check_tensor_parallel,
-    load_config,
     load_tokenizer,
+    load_trunk_config,
     model_identity,
     needed_depth,
     quantisation_config,
@@ -30,27 +28,27 @@ from shared.lm import (
     special_ids,
     tokenizer_hash,
 )
-from shared.lm.hookpoint import HookPoint, describe_hooks, hook_points
+from shared.lm.hookpoint import HookPoint, hook_points
 from shared.lm.module_sites import ModuleSite, module_sites
 from shared.lm.modulepoint import Point
-from shared.store import StorePlan, WindowPlan, bytes_planned
+from shared.lm.places import deepstack_layers
+from shared.lm.vision.reader import VisionReader
+from shared.store import StorePlan
 from shared.store.adding import place_of_addition
-from shared.store.capacity import shard_bytes
+from shared.store.format import layout
 from shared.store.format.dtypes import storage_type
 from shared.store.io.base import ObjectIO
-from stage_harvest.config import BatchesCorpus, BosPlacement, HarvestSchema, HooksSchema
+from stage_harvest.config import BatchesCorpus, BosPlacement, HarvestSchema, HooksSchema, PackingMode
 from stage_harvest.corpus import Corpus, CorpusSource, Mixture, open_corpus
 from stage_harvest.shards.forward import default_batch_contexts
-from stage_harvest.shards.writer import STAGING_SETS
 from stage_harvest.tokens.encoder import TextEncoder
 from stage_harvest.tokens.packing import Packer
+from stage_harvest.tokens.pictured import PicturedTokeniser
 from stage_harvest.tokens.stored import StoredTokens, following, is_same_place, stored_tokens
 from stage_harvest.tokens.template import ChatRenderer
 from stage_harvest.tokens.tokenise import Tokeniser
 
 log = logging.getLogger(__name__)
-
-MOST_NAMED = 4  # modules on one line
 
 
 @dataclass(frozen=True)
@@ -70,6 +68,10 @@ class HarvestJob:
     corpus: Corpus
     stored: StoredTokens | None
     """The corpus, where it is the tokens of a store."""
+    vision: VisionReader | None = None
+    """How the model reads images; None where the corpus has none."""
+    deepstack: int = 0
+    """Behind how many layers the model adds features of images to the stream."""
 
     @classmethod
     def from_config(cls, cfg: HarvestSchema) -> "HarvestJob":
@@ -82,8 +84,11 @@ class HarvestJob:
         stored = stored_tokens(cfg)
         if stored is not None:
             cfg = following(cfg, stored.store, given_keys())
-        config = load_config(cfg.model.path, cfg.model.revision)
-        hooks, modules = chosen_hooks(cfg, config)
+        whole = load_trunk_config(cfg.model.path, cfg.model.revision)
+        config = whole.get_text_config(decoder=True)
+        if whole is not config:
+            check_multimodal(cfg, whole)
+        hooks, modules = chosen_hooks(cfg, whole)
         check_tensor_parallel(config, cfg.tensor_parallel)
         if cfg.model.quantisation is not None:
             quantisation_config(cfg.model.quantisation)
@@ -110,16 +115,38 @@ class HarvestJob:
         if stored is not None:
             return cls(cfg, config, hooks, modules, identity, None, "", None, stored, stored)
         corpus = open_corpus(cfg.corpus)
+        has_images = isinstance(corpus, CorpusSource) and corpus.has_images
+        vision = VisionReader.load(cfg.model.path, cfg.model.revision) if has_images else None
+        if vision is None and cfg.chat.mark_assistant:
+            raise GranaryError("chat.mark_assistant=true goes with corpus.images: leave it out")
         tokenizer, no_tokenizer = None, ""
         try:
             tokenizer = load_tokenizer(cfg.model.path, cfg.model.revision)
         except GranaryError as error:
-            if needs_tokenizer(corpus):
+            if needs_tokenizer(corpus) or vision is not None:
                 raise
             no_tokenizer = str(error)
             log.info("no tokenizer: the corpus must hold token ids, and special tokens are not known")
+        if vision is not None and tokenizer is not None and vision.chat_template is not None:
+            tokenizer.chat_template = vision.chat_template
         chats = None if tokenizer is None else ChatRenderer(tokenizer, today, cfg.chat.variables)
-        return cls(cfg, config, hooks, modules, identity, tokenizer, no_tokenizer, chats, corpus, None)
+        job = cls(
+            cfg,
+            config,
+            hooks,
+            modules,
+            identity,
+            tokenizer,
+            no_tokenizer,
+            chats,
+            corpus,
+            None,
+            vision,
+            deepstack_layers(whole),
+        )
+        if cfg.chat.mark_assistant and chats is not None:
+            chats.require_generation_tags()
+        return job
 
     @property
     def batch_contexts(self) -> int:
@@ -139,6 +166,8 @@ class HarvestJob:
         for site in self.modules:
             if site.layer is not None and site.layer + 1 >= depth:
                 depth, last_mlp = site.layer + 1, True
+        if depth <= self.deepstack and any(hook.layer == depth for hook in self.hooks):
+            return depth + 1, False  # what goes into that layer is more than what came out of the one before
         return depth, last_mlp
 
     @property
@@ -165,6 +194,21 @@ class HarvestJob:
         serialised = "" if self.tokenizer is None else self.tokenizer.backend_tokenizer.to_str()
         encoder = TextEncoder(serialised, workers=workers, folder=folder)
         return Tokeniser(self.config.vocab_size, self.tokenizer, self.chats, encoder, self.no_tokenizer)
+
+    @property
+    def marks_assistant(self) -> bool:
+        """Whether what the assistant said is marked: where it is asked for, or the chat template can tell."""
+        asked = self.cfg.chat.mark_assistant
+        return (self.chats is not None and self.chats.has_generation_tags) if asked is None else asked
+
+    def pictured_tokeniser(self) -> PicturedTokeniser:
+        """What makes contexts of a corpus with images."""
+        assert self.vision is not None
+        assert self.tokenizer is not None
+        assert self.chats is not None
+        return PicturedTokeniser(
+            self.vision, self.tokenizer, self.chats, self.packer, self.special, self.marks_assistant
+        )
 
     @cached_property
     def packer(self) -> Packer:
@@ -204,6 +248,7 @@ class HarvestJob:
             provenance={
                 "model": {**self.identity, **self._quantisation},
                 **(self._token_identity(existing) if self.stored is None else self.stored.identity()),
+                **self._image_identity(),
                 "batch_contexts": self.batch_contexts,
             },
             versions={**self._versions(), **({} if isolation is None else {"isolation": isolation})},
@@ -235,6 +280,12 @@ class HarvestJob:
             },
         }
 
+    def _image_identity(self) -> dict[str, Any]:
+        """What decides pixels and kinds, in a store that has them."""
+        if self.vision is None:
+            return {}
+        return {layout.IMAGES: {**self.vision.identity(), "assistant": self.marks_assistant}}
+
     @cached_property
     def place(self) -> str | ObjectIO:
         """Where the store is written: its URL, or the place of an addition to the store that the tokens come from.
@@ -259,6 +310,7 @@ class HarvestJob:
         """What was used and does not belong to the identity; the last bits of floats may depend on it."""
         return {
             **software_versions("torch", "transformers", "tokenizers", "numpy"),
+            **({} if self.vision is None else software_versions("pillow")),
             "model_path": str(resolve_model(self.cfg.model.path, self.cfg.model.revision).absolute()),
         }
 
@@ -271,7 +323,7 @@ def chosen_hooks(cfg: HarvestSchema, config: PretrainedConfig) -> tuple[list[Hoo
     if not sites and not modules:
         raise GranaryError("hooks.sites is empty: name at least one, for example hooks.sites=[resid_post]")
     layers = ",".join(map(str, wanted.layers)) if isinstance(wanted.layers, list) else str(wanted.layers)
-    hooks = hook_points(layers, dict.fromkeys(sites), config.num_hidden_layers)
+    hooks = hook_points(layers, dict.fromkeys(sites), config.get_text_config(decoder=True).num_hidden_layers)
     check_hooks(config, hooks)
     return hooks, modules
 
@@ -284,12 +336,15 @@ def targets_of(wanted: HooksSchema) -> list[str]:
     return targets
 
 
-def described(job: HarvestJob) -> str:
-    """The sites in one short line."""
-    sites = f"{describe_hooks(job.hooks)}; d_model {job.config.hidden_size}" if job.hooks else ""
-    names = [f"{site.point} ({site.width})" for site in job.modules]
-    more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
-    return "; ".join(part for part in (sites, ", ".join(names[:MOST_NAMED]) + more) if part)
+def check_multimodal(cfg: HarvestSchema, config: PretrainedConfig) -> None:
+    """Raise GranaryError for what a vision-language model can't be harvested with."""
+    name = f"model {cfg.model.path} ({config.model_type}) reads images beside text"
+    if cfg.packing.mode is not PackingMode.separate:
+        raise GranaryError(f"{name}: its rows are run one by one, set packing=separate")
+    if cfg.hooks.modules is not None:
+        raise GranaryError(f"{name}: hooks.modules is for text decoders, give hooks.layers and hooks.sites")
+    if cfg.tensor_parallel > 1 or cfg.model.quantisation is not None:
+        raise GranaryError(f"{name}: tensor_parallel and model.quantisation are for text decoders, use replicas")
 
 
 def needs_tokenizer(corpus: Corpus) -> bool:
@@ -322,63 +377,3 @@ def check_length(job: HarvestJob, num_contexts: int) -> None:
 def staging_dtype(plan: StorePlan, model_dtype: torch.dtype) -> torch.dtype:
     """What the forward leaves for the store: the stored type, or the model's where the store quantises."""
     return model_dtype if plan.dtype == "int8" else storage_type(plan.dtype).storage
-
-
-def announce(job: HarvestJob, plan: StorePlan, *, committed: int, device: torch.device, free: int | None) -> None:
-    """Log what will be written; raises GranaryError when it does not fit into `free` bytes (None: unknown).
-
-    `committed` is the number of contexts that the store holds already.
-    """
-    layers, total = job.depth[0], job.config.num_hidden_layers
-    weights = "" if job.cfg.model.quantisation is None else f" with {job.cfg.model.quantisation} weights"
-    about = {
-        "model": f"{job.identity['id']}, {job.identity['dtype']}{weights} on {device}, {layers} of {total} layers",
-        "hooks": described(job),
-        "corpus": job.corpus.description,
-        "contexts": f"{plan.num_contexts:,} x {plan.seq_len:,} = {plan.num_contexts * plan.seq_len:,} tokens,"
-        f" {job.cfg.packing.mode.value} documents, {job.batch_contexts} per forward",
-    }
-    announce_plan(job.cfg.store.url, plan, about, job.window_bytes, committed=committed, free=free)
-
-
-def announce_plan(
-    url: str, plan: StorePlan, about: dict[str, str], window_bytes: int | None, *, committed: int, free: int | None
-) -> None:
-    """The same of any harvest: `about` says what is run on what, and comes first."""
-    size = sum(plan.context_bytes(hook) for hook in plan.hooks)
-    needed = bytes_planned(plan) - committed * (size + 9 * plan.seq_len)
-    window = None if window_bytes is None else WindowPlan.of(plan, window_bytes)
-    if window is not None:
-        kept = bytes_planned(plan) - (plan.num_shards - len(plan.heldout_shards)) * shard_bytes(plan)
-        needed = min(needed, kept + window.window_bytes)
-    if free is not None and needed > free:
-        raise GranaryError(
-            f"{url} needs {human_bytes(needed)}, but only {human_bytes(free)} are free:"
-            " choose another store.url, fewer corpus.contexts or hooks, or store.dtype=int8"
-        )
-    staging = min(STAGING_SETS, plan.num_shards) * plan.shard_contexts * size
-    room = "" if free is None else f" of {human_bytes(free)} free"
-    lines = {
-        **about,
-        "shards": f"{plan.num_shards:,} of {plan.shard_contexts} contexts, {len(plan.heldout_shards)} held out;"
-        f" {plan.dtype}, codec {plan.codec}",
-        "to write": f"{human_bytes(needed)}{room}, staging memory {human_bytes(staging)} per writer",
-        "store": url,
-    }
-    if window is not None:
-        lines["window"] = (
-            f"at most {human_bytes(window.window_bytes)} ahead of training, in {window.num_blocks:,} blocks; start"
-            " training on the store while this runs"
-        )
-    if committed:
-        lines["resuming"] = f"{committed:,} contexts are in the store already"
-    for name, text in lines.items():
-        log.info("%-9s %s", name, text)
-
-
-def next_command(cfg: HarvestSchema) -> str:
-    """The training command for the store that was written."""
-    arguments = [commands.override("run_dir", cfg.run_dir)]
-    if not RunFolder(Path(cfg.run_dir)).is_own_store(cfg.store.url):
-        arguments.append(commands.override("store.url", cfg.store.url))
-    return commands.line("train", *arguments)

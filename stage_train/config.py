@@ -17,7 +17,7 @@ from hydra.types import RunMode
 from omegaconf import MISSING, OmegaConf
 
 import shared.basics.config
-from shared.basics.config import DeviceSchema, StoreBeside, key, marks
+from shared.basics.config import DeviceSchema, StoreBeside, TokenKind, key, marks
 from shared.basics.display import all_masked
 from stage_train.sae_schema import SAESchema
 
@@ -154,6 +154,9 @@ class StreamSchema:
     """Leave out an epoch's last batch when it is short."""
     max_norm_multiple: float | None = MISSING
     """Drop tokens whose norm is above this multiple of the median; null keeps all."""
+    kinds: list[TokenKind] | None = MISSING
+    """Of a store with images: learn from tokens of these kinds alone, text, image, assistant (docs/vision.md); null:
+    from all trainable ones."""
     prefetch_gib: float = key(identity=False)
     """Memory for reading ahead, all processes together, beside what is being mixed."""
     io_threads: int = key(identity=False)

@@ -86,6 +86,16 @@ class ModelSchema:
     ``path`` (docs/harvest_modules.md); with corpus=batches."""
 
 
+class TokenKind(Enum):
+    """What a position of a store with images holds."""
+
+    text = "text"
+    image = "image"
+    """A region of an image."""
+    assistant = "assistant"
+    """Text that the assistant said; it is text too."""
+
+
 class Split(Enum):
     """Which contexts of the store."""
 

@@ -43,7 +43,7 @@ class EncodedImage:
         Raises GranaryError naming `where` for bytes that are no whole image, and, before they are decoded, for more
         than `MOST_PIXELS` pixels.
         """
-        image_module, ops = _pillow()
+        image_module, ops = pillow()
         try:
             with image_module.open(io.BytesIO(self.data)) as opened:
                 width, height = opened.size
@@ -104,7 +104,7 @@ def _check_size(num_bytes: int, where: str) -> None:
 
 
 def _rgb(image: "Image") -> "Image":
-    image_module, _ = _pillow()
+    image_module, _ = pillow()
     if image.mode in _FINE:
         image = image.convert("I").point(lambda value: value / 256).convert("L")
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
@@ -114,7 +114,8 @@ def _rgb(image: "Image") -> "Image":
     return image.convert("RGB")
 
 
-def _pillow() -> tuple[Any, Any]:
+def pillow() -> tuple[Any, Any]:
+    """The modules PIL.Image and PIL.ImageOps; raises GranaryError without the package."""
     try:
         from PIL import Image, ImageOps
     except ImportError as error:

@@ -4,7 +4,7 @@ This is the only package that knows how Hugging Face models are built inside.
 """
 
 from shared.lm.hooks import capture, check_hooks, needed_depth
-from shared.lm.identity import ModelIdentity, load_config, model_identity, resolve_model
+from shared.lm.identity import ModelIdentity, load_config, load_trunk_config, model_identity, resolve_model
 from shared.lm.load import load_causal_lm, load_trunk
 from shared.lm.packed import packed_inputs, segment_positions
 from shared.lm.places import decoder_blocks
@@ -24,6 +24,7 @@ __all__ = [
     "load_config",
     "load_tokenizer",
     "load_trunk",
+    "load_trunk_config",
     "model_identity",
     "needed_depth",
     "packed_inputs",

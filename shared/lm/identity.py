@@ -17,6 +17,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from shared.basics.documents import read_json
 from shared.basics.errors import GranaryError, told_of
 from shared.bundled import MODEL_DIR
+from shared.lm.vision.families import FAMILIES
 
 log = logging.getLogger(__name__)
 
@@ -80,14 +81,34 @@ def model_identity(path: str, revision: str | None = None, dtype: str = "float32
 
 def load_config(path: str, revision: str | None = None) -> PretrainedConfig:
     """The transformers configuration of a text decoder; raises GranaryError for any other kind of model."""
+    config = load_trunk_config(path, revision)
+    if config.get_text_config(decoder=True) is not config:
+        raise GranaryError(
+            f"model {path} is multimodal ({config.model_type}): only text decoders work here; harvest, train and score"
+            " the reconstruction (downstream=false) are for models that read images too"
+        )
+    return config
+
+
+def load_trunk_config(path: str, revision: str | None = None) -> PretrainedConfig:
+    """The configuration of a text decoder, or of a vision-language model of a known family.
+
+    Of the latter it is that of the whole model; ``get_text_config()`` is the decoder's. Raises GranaryError for any
+    other kind of model.
+    """
     config = read_config(path, revision)
+    if config.model_type in FAMILIES:
+        return config
     is_decoder = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not getattr(
         config, "is_encoder_decoder", False
     )
     if not is_decoder:
         raise GranaryError(f"model {path} is a {config.model_type}, not a causal language model: choose a decoder")
     if config.get_text_config(decoder=True) is not config:
-        raise GranaryError(f"model {path} is multimodal ({config.model_type}): only text decoders are supported")
+        raise GranaryError(
+            f"model {path} is multimodal ({config.model_type}): of models that read more than text"
+            f" {', '.join(FAMILIES)} are known"
+        )
     return config
 
 

@@ -12,7 +12,7 @@ from transformers import AutoModel, AutoModelForCausalLM, PretrainedConfig, PreT
 
 from shared.basics.errors import GranaryError, told_of
 from shared.lm.families import family_of
-from shared.lm.identity import load_config, quiet_transformers, resolve_model
+from shared.lm.identity import load_config, load_trunk_config, quiet_transformers, resolve_model
 from shared.lm.packed import DOCUMENT_SDPA
 from shared.lm.places import decoder_blocks, final_norm
 from shared.lm.quantised import quantisation_config
@@ -37,19 +37,21 @@ def load_trunk(
     """The first `num_layers` decoder layers (None: all) without final norm and LM head, in evaluation mode.
 
     Weights of later layers and of the head are not read from disk. The forward's ``last_hidden_state`` is the residual
-    stream after the last loaded layer, since the final norm is an Identity. `last_mlp=False` drops the last layer's
-    MLP too, for hooks before it: the stream is then meaningless from that MLP on. Weights need no gradient and the
-    forward keeps no cache. With `tp_mesh`, of one axis, its ranks hold a part of the weights each and must call every
-    forward together; the activations are whole on each of them. `quantisation` is a scheme of `shared.lm.quantised`.
+    stream after the last loaded layer, since the final norm is an Identity. Of a vision-language model the vision tower
+    stays whole. `last_mlp=False` drops the last layer's MLP too, for hooks before it: the stream is then meaningless
+    from that MLP on. Weights need no gradient and the forward keeps no cache. With `tp_mesh`, of one axis, its ranks
+    hold a part of the weights each and must call every forward together; the activations are whole on each of them.
+    `quantisation` is a scheme of `shared.lm.quantised`.
 
     Raises GranaryError for a model that can't be had, has fewer layers, or whose files lack some of the weights.
     """
-    config = copy.deepcopy(load_config(path, revision))
-    total = config.num_hidden_layers
+    config = copy.deepcopy(load_trunk_config(path, revision))
+    decoder = config.get_text_config(decoder=True)
+    total = decoder.num_hidden_layers
     if num_layers is not None:
         if not 1 <= num_layers <= total:
             raise GranaryError(f"{num_layers} layers asked of model {path}, which has {total}")
-        truncate_config(config, num_layers)
+        truncate_config(decoder, num_layers)
     extra: dict[str, Any] = {}
     if quantisation is not None:
         if tp_mesh is not None:
@@ -58,15 +60,15 @@ def load_trunk(
         if torch.device(device).type != "cpu":
             extra["device_map"] = {"": device}  # quantised weights are made where they stay; needs accelerate
     model = load_part(AutoModel, path, config, dtype, revision, attn_implementation, tp_mesh, extra)
-    if len(decoder_blocks(model)) != config.num_hidden_layers:
+    if len(decoder_blocks(model)) != decoder.num_hidden_layers:
         raise GranaryError(
-            f"model {path} ({config.model_type}) cannot be cut off behind layer {config.num_hidden_layers - 1}: its"
+            f"model {path} ({config.model_type}) cannot be cut off behind layer {decoder.num_hidden_layers - 1}: its"
             " configuration does not say how many layers to make"
         )
     norm = final_norm(model)
     if norm is not None:
         setattr(*norm, nn.Identity())
-    family = family_of(config)
+    family = family_of(decoder)
     if not last_mlp and family is not None:
         decoder_blocks(model)[-1].set_submodule(family.mlp, nn.Identity())
     return model if quantisation is not None else _move(model, device)
@@ -114,14 +116,14 @@ def load_part(
     if attn_implementation == "sdpa":
         # Plain sdpa silently leaves out Gemma 2's softcapping of the attention scores and gpt-oss's sinks; ours is sdpa
         # with documents, under a name for which transformers does not ask whether the model can do without them.
-        softcapped = getattr(config, "attn_logit_softcapping", None) is not None
+        softcapped = getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None
         supported = auto_class._model_mapping[type(config)]._supports_sdpa
         attn_implementation = DOCUMENT_SDPA if supported and not softcapped else "eager"
     if tp_mesh is not None and tp_mesh.size() > 1:
         check_tensor_parallel(config, tp_mesh.size())
         auto_class = sharded_class(auto_class._model_mapping[type(config)], tp_mesh)
         extra["distributed_config"] = tensor_parallel_config(tp_mesh)
-    config.use_cache = False
+    config.use_cache = config.get_text_config().use_cache = False
     with quiet_transformers():
         try:
             model, report = auto_class.from_pretrained(

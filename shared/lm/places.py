@@ -106,12 +106,16 @@ def _locate_hook(model: nn.Module, hook: HookPoint) -> Location:
 def _check_stream(model: nn.Module, hook: HookPoint) -> None:
     """Raise GranaryError where what comes out of the layer is not yet the stream: DeepStack (Qwen3-VL) adds features of
     the images behind each of the first layers."""
-    vision = getattr(getattr(trunk(model), "config", None), "vision_config", None)
-    if hook.layer < len(getattr(vision, "deepstack_visual_indexes", None) or ()):
+    if hook.layer < deepstack_layers(getattr(trunk(model), "config", None)):
         raise GranaryError(
             f"{hook}: behind layer {hook.layer} the model adds features of its images to the stream (DeepStack): choose"
             f" layers.{hook.layer + 1}.resid_pre, which has them"
         )
+
+
+def deepstack_layers(config: object) -> int:
+    """Behind how many of its first layers a model adds features of images to the stream (DeepStack)."""
+    return len(getattr(getattr(config, "vision_config", None), "deepstack_visual_indexes", None) or ())
 
 
 def known_family(config: PretrainedConfig, hook: HookPoint) -> Family:

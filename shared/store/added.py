@@ -17,9 +17,7 @@ from shared.store.io.base import ObjectIO
 FOLDER = "additions"
 NAME_CHARACTERS = 16
 OWN_FOLDERS = ("extents", "manifest", "window")
-OWN_DOCUMENTS = frozenset(
-    (layout.COMPLETE, "zarr.json", *(f"{name}/zarr.json" for name in (layout.TOKENS, layout.MASK, layout.SEGMENTS)))
-)
+OWN_DOCUMENTS = frozenset((layout.COMPLETE, "zarr.json", *(f"{name}/zarr.json" for name in layout.TOKEN_ARRAYS)))
 
 
 def addition_name(plan: StorePlan) -> str:

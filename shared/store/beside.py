@@ -115,10 +115,10 @@ def differences(main: Store, other: Store) -> list[str]:
 
 def sealed_tokens(store: Store) -> dict[str, list[str]]:
     """SHA-256 of every object of tokens, mask and segments, in shard order."""
-    total: dict[str, list[str]] = {name: [] for name in (layout.TOKENS, layout.MASK, layout.SEGMENTS)}
+    total: dict[str, list[str]] = {name: [] for name in layout.TOKEN_ARRAYS}
     for extent in store.extents:
         key = layout.extent_tokens_key(extent.first_shard)
-        record = TokenRecord.from_bytes(store.io.get(key), key)
+        record = TokenRecord.from_bytes(store.io.get(key), key, extent)
         for name, digests in total.items():
             digests += record.sha256[name]
     return total

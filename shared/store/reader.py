@@ -4,7 +4,7 @@ Shapes: T positions, D = d_model, n contexts.
 """
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,8 +23,7 @@ from shared.store.format.quantise import dequantise
 from shared.store.format.shard import ArrayRecord, decode_chunk
 from shared.store.format.site_path import scale_path, site_path
 from shared.store.io.base import ObjectIO, ObjectMissingError, ObjectShortError
-
-TOKEN_TYPES = {layout.TOKENS: np.dtype("<i4"), layout.MASK: np.dtype("?"), layout.SEGMENTS: np.dtype("<i4")}
+from shared.store.io.threads import on_threads
 
 
 class ContextReader:
@@ -118,20 +117,41 @@ def damaged(url: str, key: str, shard: int, what: str) -> DamagedObjectError:
     )
 
 
-def read_token_rows(io: ObjectIO, name: str, shard: int, slots: Sequence[int], seq_len: int) -> npt.NDArray[Any]:
-    """Rows `slots` (ascending) of one shard of tokens, mask or segments, [n, T]."""
-    dtype = TOKEN_TYPES[name]
-    out = np.empty((len(slots), seq_len), dtype)
-    row_bytes = seq_len * dtype.itemsize + CRC_BYTES
+def read_token_contexts(
+    io: ObjectIO, plan: StorePlan, name: str, contexts: Iterable[int], shard_of: Callable[[int], int]
+) -> npt.NDArray[Any]:
+    """Rows of an array of `plan.token_arrays`, [n, T, ...]; `shard_of` says in which shard a context is."""
+    array = plan.token_arrays[name]
+    wanted = np.fromiter((int(context) for context in contexts), np.int64)
+    parts: dict[int, list[int]] = {}
+    for number, context in enumerate(wanted.tolist()):
+        parts.setdefault(shard_of(context), []).append(number)
+    rows = np.empty((len(wanted), plan.seq_len, *array.beyond), array.numpy)
+
+    def read(item: tuple[int, list[int]]) -> None:
+        shard, numbers = item
+        numbers.sort(key=lambda number: wanted[number])
+        slots = (wanted[numbers] - shard * plan.shard_contexts).tolist()
+        rows[numbers] = read_token_rows(io, plan, name, shard, slots)
+
+    on_threads(read, list(parts.items()))
+    return rows
+
+
+def read_token_rows(io: ObjectIO, plan: StorePlan, name: str, shard: int, slots: Sequence[int]) -> npt.NDArray[Any]:
+    """Rows `slots` (ascending) of one shard of an array of `plan.token_arrays`, [n, T, ...]."""
+    array = plan.token_arrays[name]
+    out = np.empty((len(slots), plan.seq_len, *array.beyond), array.numpy)
+    row_bytes = array.row_bytes(plan.seq_len) + CRC_BYTES
     first, last = slots[0], slots[-1]
-    key = layout.object_key(name, shard, 2)
+    key = layout.object_key(name, shard, array.ndim)
     data = memoryview(bytearray((last - first + 1) * row_bytes))
     io.read_into(key, first * row_bytes, [data])
     for number, slot in enumerate(slots):
         row = data[(slot - first) * row_bytes : (slot - first + 1) * row_bytes]
         if crc32c(row[:-CRC_BYTES]) != crc_from_bytes(row[-CRC_BYTES:]):
             raise damaged(io.url, key, shard, f"fails its checksum in row {slot}")
-        out[number] = np.frombuffer(row, dtype, count=seq_len)
+        out[number] = np.frombuffer(row[:-CRC_BYTES], array.numpy).reshape(out.shape[1:])
     return out
 
 

@@ -21,12 +21,14 @@ from shared.store.added import AddedIO, additions, check_addition
 from shared.store.format import layout
 from shared.store.format.dtypes import storage_type
 from shared.store.format.extent import Extent, is_foreign, put_same, read_extents, write_extent
+from shared.store.format.image_table import Pictures
 from shared.store.format.layout import StorePlan
 from shared.store.format.manifest import DamagedObjectError, ShardRecord, reading, seal, unseal
 from shared.store.io.base import ObjectIO
 from shared.store.io.open import open_io
 from shared.store.io.threads import on_threads
-from shared.store.reader import TOKEN_TYPES, ContextReader, read_dtype_error, read_moments, read_token_rows
+from shared.store.pictures import StoredPictures
+from shared.store.reader import ContextReader, read_dtype_error, read_moments, read_token_contexts
 from shared.store.statistics import HookStatistics, Moments, RowStatistics, merge_rows
 from shared.store.window import Window
 from shared.store.writer import ShardWriter
@@ -93,6 +95,13 @@ class Store:
         """Dtype of `read_context`: the stored one; bfloat16 for int8 stores."""
         return storage_type(self.plan.dtype).read
 
+    @cached_property
+    def pictures(self) -> StoredPictures:
+        """The images of its contexts; raises GranaryError for a store of text alone."""
+        if not self.plan.has_images:
+            raise GranaryError(f"the store at {self.url} is of text alone: harvest one with corpus.images")
+        return StoredPictures(self)
+
     def width(self, hook: str) -> int:
         """Features of a site."""
         return self._holder(hook).plan.hooks[hook]
@@ -124,12 +133,14 @@ class Store:
         mask: Any,
         segments: Any,
         window_bytes: int | None = None,
+        pictures: Pictures | None = None,
     ) -> Self:
         """Make the store and write its tokens, or open the one that the same plan made before.
 
-        `tokens`, `mask`, `segments` are [S, T] int32, bool, int32, and anything sliceable (a numpy memmap). A creation
-        that was killed half-way is completed. `window_bytes` bounds how far the harvest may run ahead of training (see
-        shared.store.window). Raises GranaryError naming the fields where the URL holds a store of another plan.
+        `tokens`, `mask`, `segments` are [S, T] int32, bool, int32, and anything sliceable (a numpy memmap); `pictures`
+        are the images of a multimodal plan. A creation that was killed half-way is completed. `window_bytes` bounds how
+        far the harvest may run ahead of training (see shared.store.window). Raises GranaryError naming the fields where
+        the URL holds a store of another plan.
         """
         io = open_io(url)
         key = layout.extent_key(0)
@@ -142,7 +153,7 @@ class Store:
         fresh = io.size(layout.extent_tokens_key(0)) is None
         Window.settle(io, plan, window_bytes, fresh=fresh)
         if fresh:
-            write_extent(io, existing, tokens, mask, segments)
+            write_extent(io, existing, tokens, mask, segments, pictures)
         store = cls.open(io)
         store.io.claim(exclusive=False)
         store.sweep()
@@ -157,10 +168,9 @@ class Store:
         are in `pending` until they are harvested.
         """
         store = cls.open(url)
-        if store.window is not None:
-            raise GranaryError(
-                f"{url} has store.window and cannot be extended: harvest the new tokens into another store"
-            )
+        if store.window is not None or plan.has_images:
+            has = "images" if plan.has_images else "store.window"
+            raise GranaryError(f"{url} has {has} and cannot be extended: harvest the new tokens into another store")
         if next(additions(store.io), None) is not None:
             raise GranaryError(f"{url} has sites that were added later and cannot be extended: make another store")
         io = store.io
@@ -337,15 +347,15 @@ class Store:
 
     def tokens(self, contexts: Iterable[int]) -> npt.NDArray[np.int32]:
         """Token ids [n, T]."""
-        return self._token_rows(layout.TOKENS, contexts)
+        return self.token_rows(layout.TOKENS, contexts)
 
     def mask(self, contexts: Iterable[int]) -> npt.NDArray[np.bool_]:
         """True where a position may be trained on, [n, T]."""
-        return self._token_rows(layout.MASK, contexts)
+        return self.token_rows(layout.MASK, contexts)
 
     def segments(self, contexts: Iterable[int]) -> npt.NDArray[np.int32]:
         """Document index within the context, [n, T]."""
-        return self._token_rows(layout.SEGMENTS, contexts)
+        return self.token_rows(layout.SEGMENTS, contexts)
 
     def read_context(
         self, hook: str, context: int, out: torch.Tensor | None = None, *, verify: bool = True
@@ -430,18 +440,6 @@ class Store:
                 self._records[shard] = record
         return record
 
-    def _token_rows(self, name: str, contexts: Iterable[int]) -> npt.NDArray[Any]:
-        wanted = np.fromiter((int(context) for context in contexts), np.int64)
-        parts: dict[int, list[int]] = {}
-        for number, context in enumerate(wanted.tolist()):
-            parts.setdefault(self.shard_of(context), []).append(number)
-        rows = np.empty((len(wanted), self.seq_len), TOKEN_TYPES[name])
-
-        def read(item: tuple[int, list[int]]) -> None:
-            shard, numbers = item
-            numbers.sort(key=lambda number: wanted[number])
-            slots = (wanted[numbers] - shard * self.plan.shard_contexts).tolist()
-            rows[numbers] = read_token_rows(self.io, name, shard, slots, self.seq_len)
-
-        on_threads(read, list(parts.items()))
-        return rows
+    def token_rows(self, name: str, contexts: Iterable[int]) -> npt.NDArray[Any]:
+        """Rows of an array that was written before any activation, [n, T, ...]."""
+        return read_token_contexts(self.io, self.plan, name, contexts, self.shard_of)

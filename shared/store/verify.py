@@ -13,12 +13,12 @@ from shared.basics.errors import GranaryError
 from shared.store.added import AddedIO, additions
 from shared.store.format import layout
 from shared.store.format.extent import Extent, TokenRecord, put_same, read_extents
+from shared.store.format.image_table import read_table
 from shared.store.format.integrity import check_array_object, object_sha256
 from shared.store.format.manifest import DamagedObjectError, ShardRecord, unseal
 from shared.store.format.shard import ArrayRecord
 from shared.store.io.base import ObjectIO
 from shared.store.io.open import open_io
-from shared.store.reader import TOKEN_TYPES
 from shared.store.store import Store
 from shared.store.window import Window, data_keys, is_window_key, object_check
 
@@ -208,10 +208,16 @@ def _window_checks(
 
 
 def _token_keys(extent: Extent, sizes: Iterable[str]) -> list[str]:
-    """Of `sizes` the keys of the extent's tokens, masks and segments."""
+    """Of `sizes` the keys of what the extent wrote before any activation, but for files of images."""
     shards = range(extent.first_shard, extent.end_shard)
-    found = ((key, layout.shard_of_key(key, TOKEN_TYPES, 2)) for key in sizes)
-    return [key for key, shard in found if shard is not None and shard in shards]
+    arrays = extent.plan.token_arrays
+    by_ndim = {
+        n: [name for name, one in arrays.items() if one.ndim == n] for n in {one.ndim for one in arrays.values()}
+    }
+    found = [key for n, names in by_ndim.items() for key in sizes if layout.shard_of_key(key, names, n) in shards]
+    if extent.plan.has_images:
+        found += [key for shard in shards if (key := layout.image_table_key(shard)) in sizes]
+    return found
 
 
 def _token_checks(
@@ -225,7 +231,7 @@ def _token_checks(
         report.problems.append(Problem(-1, key, "is missing: the harvest was stopped while it wrote its tokens"))
         return
     try:
-        record = TokenRecord.from_bytes(io.get(key), key)
+        record = TokenRecord.from_bytes(io.get(key), key, extent)
     except DamagedObjectError as error:
         report.problems.append(Problem(-1, key, str(error)))
         return
@@ -234,8 +240,26 @@ def _token_checks(
         return
     for name, token_sizes in record.sizes.items():
         for shard, num_bytes, digest in zip(shards, token_sizes, record.sha256[name], strict=True):
-            token_key = layout.object_key(name, shard, 2)
+            if name == layout.IMAGES:
+                token_key = layout.image_table_key(shard)
+                yield from _image_checks(io, shard, token_key, known)
+            else:
+                token_key = layout.object_key(name, shard, extent.plan.token_arrays[name].ndim)
             yield shard, token_key, num_bytes, _sha256_check(io, token_key, num_bytes, digest)
+
+
+def _image_checks(io: ObjectIO, shard: int, key: str, known: set[str]) -> Iterator[Check]:
+    """Of the files of images that a part of the table names, those no other part has named; none of a damaged part."""
+    try:
+        rows = read_table(io.get(key), key)
+    except GranaryError:
+        return  # its own check says so
+    for digest in dict.fromkeys(row.sha256 for row in rows):
+        file = layout.image_file_key(digest)
+        if file not in known:
+            known.add(file)
+            size = io.size(file)
+            yield shard, file, size or 0, _sha256_check(io, file, size or 0, digest)
 
 
 def _bytes_check(io: ObjectIO, key: str, data: bytes) -> Callable[[], str | None]:
@@ -314,7 +338,7 @@ def _drop(io: ObjectIO, sizes: dict[str, int], report: VerifyReport | None) -> l
         doomed.append(layout.COMPLETE)
         token_records = [key for key in sizes if key.endswith(".tokens.json")]
         for problem in report.problems:
-            if problem.shard >= 0 and not problem.key.startswith(tuple(TOKEN_TYPES)):
+            if problem.shard >= 0 and not layout.is_written_first(problem.key):
                 doomed.append(layout.manifest_key(problem.shard))
             else:  # what `create` writes: without the token record it looks at each object again
                 doomed += token_records

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from shared.basics.config import Split
+from shared.basics.config import Split, TokenKind
 from shared.basics.errors import GranaryError
 from shared.lm import segment_positions
 from shared.parallel import World
@@ -46,6 +46,8 @@ class EvaluationData:
     frequency_groups: Grouping
     frequency_V: npt.NDArray[np.float64]
     """Share of each token id among the trainable positions."""
+    kind_CT: Tensor | None = None
+    """uint8: what each position holds (see shared.store.format.image_table); None for a store of text alone."""
 
     @property
     def num_tokens(self) -> int:
@@ -64,6 +66,7 @@ class EvaluationData:
             row_N + start,
             torch.from_numpy(self.position_groups(self.positions_CT[start:stop][chosen_BT].numpy())),
             torch.from_numpy(self.frequency_groups(self.frequency_V[tokens_N.numpy()])),
+            None if self.kind_CT is None else self.kind_CT[start:stop][row_N, column_N].long(),
         )
 
     def batch(self, start: int, stop: int, splice_bos: bool) -> Batch:
@@ -78,13 +81,17 @@ class EvaluationData:
         )
 
 
-def load_data(store: Store, split: Split, limit: int | None) -> EvaluationData:
-    """Tokens of the split, at most `limit` contexts of it.
+def load_data(
+    store: Store, split: Split, limit: int | None, kinds: Sequence[TokenKind] | None = None
+) -> EvaluationData:
+    """Tokens of the split, at most `limit` contexts of it; of a store with images those of `kinds`, where given.
 
     Raises GranaryError where the split has no committed context or no trainable position.
     """
     contexts = choose_contexts(store, split, limit)
     tokens_CT, mask_CT, segments_CT = store.tokens(contexts), store.mask(contexts), store.segments(contexts)
+    if kinds is not None:
+        mask_CT &= store.pictures.chosen(contexts, [kind.value for kind in kinds])
     if not mask_CT.any():
         raise GranaryError(f"no trainable position in the {split.value} contexts of {store.url}: nothing to evaluate")
     bos = store.plan.provenance.get("tokenizer", {}).get("special_ids", {}).get("bos")
@@ -102,6 +109,7 @@ def load_data(store: Store, split: Split, limit: int | None) -> EvaluationData:
         position_groups=position_groups(store.seq_len),
         frequency_groups=frequency_groups(),
         frequency_V=token_frequencies(tokens_CT, mask_CT),
+        kind_CT=torch.from_numpy(store.pictures.kind(contexts)) if store.plan.has_images else None,
     )
 
 

@@ -34,6 +34,7 @@ from stage_eval.measure.downstream import (
     run_conditions,
     zero_replacement,
 )
+from stage_eval.measure.kinds import KINDS
 from stage_eval.measure.session import Loaded, Session
 from stage_eval.measure.sums import ReconstructionSums, Rows, Sums
 
@@ -111,6 +112,7 @@ def new_sums(one: Loaded, session: Session) -> ReconstructionSums:
         positions=session.data.position_groups.num_bins,
         frequencies=session.data.frequency_groups.num_bins,
         shift_D=torch.cat([session.mean(site) for site in one.sites.writes]),
+        kinds=0 if session.data.kind_CT is None else KINDS,
     )
 
 
@@ -126,8 +128,7 @@ def add_tokens(
     given: Any  # what the dictionary's unit says
     for given, part in in_parts(x, SAE_ROWS):
         latents = dictionary.encode(given)
-        chunk = Rows(rows.context_N[part], rows.position_N[part], rows.frequency_N[part])
-        total.add(y_ND[part], dictionary.decode(latents), latents.values, latents.indices, chunk)
+        total.add(y_ND[part], dictionary.decode(latents), latents.values, latents.indices, rows.part(part))
         if diff is not None:
             diff.add(given, y_ND[part], latents)
 

@@ -67,6 +67,13 @@ class Rows:
     context_N: Tensor
     position_N: Tensor
     frequency_N: Tensor
+    kind_N: Tensor | None = None
+    """What the position holds (see shared.store.format.image_table); None for a store of text alone."""
+
+    def part(self, chosen: slice) -> "Rows":
+        """Those of some of the tokens."""
+        kind_N = None if self.kind_N is None else self.kind_N[chosen]
+        return Rows(self.context_N[chosen], self.position_N[chosen], self.frequency_N[chosen], kind_N)
 
 
 class ReconstructionSums(Sums):
@@ -75,7 +82,9 @@ class ReconstructionSums(Sums):
     x is what an SAE reads, and what a transcoder is to write.
     """
 
-    def __init__(self, *, contexts: int, d_latent: int, positions: int, frequencies: int, shift_D: Tensor) -> None:
+    def __init__(
+        self, *, contexts: int, d_latent: int, positions: int, frequencies: int, shift_D: Tensor, kinds: int = 0
+    ) -> None:
         super().__init__()
         width = len(shift_D)
         device = shift_D.device
@@ -100,6 +109,8 @@ class ReconstructionSums(Sums):
             "activation_F": zeros(d_latent),
             "activation_squared_F": zeros(d_latent),
         }
+        if kinds:  # [G, 4]: tokens, error, spread, norm
+            self.added |= {"kind": zeros(kinds, 4), "kind_deviation_D": zeros(kinds, width)}
         self.maxed = {"activation_max_F": zeros(d_latent)}
 
     def add(self, x_ND: Tensor, x_hat_ND: Tensor, values_NK: Tensor, indices_NK: Tensor, rows: Rows) -> None:
@@ -138,6 +149,9 @@ class ReconstructionSums(Sums):
         grouped_N3 = torch.stack([ones_N, error_N, spread_N], 1)
         add_at(self.added["position"], rows.position_N, grouped_N3)
         add_at(self.added["frequency"], rows.frequency_N, grouped_N3)
+        if rows.kind_N is not None:
+            add_at(self.added["kind"], rows.kind_N, torch.stack([ones_N, error_N, spread_N, energy_N.sqrt()], 1))
+            add_at(self.added["kind_deviation_D"], rows.kind_N, deviation_ND)
         self._add_latents(active_NK[fired_NK], indices_NK[fired_NK])
 
     def add_bos(self, x_ND: Tensor, x_hat_ND: Tensor) -> None:

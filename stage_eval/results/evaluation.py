@@ -107,6 +107,8 @@ class Settings(Record):
     splice_bos: bool
     documents: str
     store_dtype: str
+    kinds: list[str] | None = field(default=None, metadata=OPTIONAL)
+    """The kinds of tokens that were scored, where not all."""
 
 
 @dataclass(frozen=True, kw_only=True)

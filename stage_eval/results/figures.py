@@ -175,11 +175,23 @@ class GroupFigures(Record):
 
 
 @dataclass(frozen=True, kw_only=True)
+class KindFigures(Record):
+    """Figures of the tokens of one kind: text, regions of images, or what the assistant said."""
+
+    tokens: int
+    fvu: Figure
+    """About the mean of the kind itself."""
+    mean_norm: Figure
+
+
+@dataclass(frozen=True, kw_only=True)
 class Breakdown(Record):
     """Figures by position in the document and by how common the token is."""
 
     position: GroupFigures
     frequency: GroupFigures
+    kind: dict[str, KindFigures] | None = field(default=None, metadata=OPTIONAL)
+    """Of a store with images."""
 
 
 @dataclass(frozen=True, kw_only=True)

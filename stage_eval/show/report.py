@@ -76,6 +76,7 @@ def render(report: Evaluation) -> str:
             metric_rows(reconstruction, RECONSTRUCTION_ROWS),
             bos_sentence(reconstruction),
             site_rows(reconstruction),
+            kind_rows(report),
         ),
         *([] if report.differences is None else [differences(report.differences)]),
         *([] if report.supervised is None else [supervised_section(report.supervised)]),
@@ -184,6 +185,17 @@ def site_rows(reconstruction: Reconstruction) -> str:
         return ""
     rows = [(text(site), number(one.fvu, 4), number(one.mse, 4)) for site, one in reconstruction.sites.items()]
     return f'<div style="margin-top:12px">{page.table(("written site", "FVU", "MSE"), rows)}</div>'
+
+
+def kind_rows(report: Evaluation) -> str:
+    """FVU and norm of each kind of token, where the store has images."""
+    if report.breakdown.kind is None:
+        return ""
+    rows = [
+        (text(kind), f"{one.tokens:,}", number(one.fvu, 4), number(one.mean_norm, 4))
+        for kind, one in report.breakdown.kind.items()
+    ]
+    return f'<div style="margin-top:12px">{page.table(("kind of token", "tokens", "FVU", "mean norm"), rows)}</div>'
 
 
 def definitions() -> str:

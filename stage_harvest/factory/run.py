@@ -17,12 +17,13 @@ from shared.parallel import World, init_world
 from shared.parallel.heartbeat import Heartbeat
 from shared.sae.config import SAEConfig
 from shared.store import Store, StorePlan, free_bytes
+from stage_harvest.announce import MOST_NAMED, announce_plan
 from stage_harvest.config import BatchesCorpus, HarvestSchema
 from stage_harvest.factory.made import Made, made_by
 from stage_harvest.factory.rows import BatchForward
 from stage_harvest.factory.survey import Survey
 from stage_harvest.harvest import find_store, finish, report_complete, write_shards
-from stage_harvest.job import announce_plan, staging_dtype, targets_of
+from stage_harvest.job import staging_dtype, targets_of
 from stage_harvest.progress import HarvestProgress, Notices, tokenise_bar
 from stage_harvest.shards.mesh import MeshRank, join_mesh
 from stage_harvest.shards.window_gate import WindowGate
@@ -38,7 +39,6 @@ FUNCTION_DECIDES = (
     *("packing", "packing.mode", "packing.bos", "packing.long_documents", "packing.mask_special", "packing.mask_first"),
     "packing.drop_last",
 )
-MOST_NAMED = 4  # places on one line
 
 
 @dataclass(frozen=True)

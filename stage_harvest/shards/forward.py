@@ -8,6 +8,7 @@ store's identity. So a shard is a pure function of the model and its own tokens,
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -56,10 +57,12 @@ class ShardForward:
         segments_NT: npt.NDArray[np.int32],
         out: Mapping[str, Tensor],
         progress: Callable[[int], None] = lambda contexts: None,
+        first_context: int = 0,
     ) -> torch.cuda.Event | None:
         """Fill ``out[hook]`` [N, T, D] (any float dtype, CPU) and call `progress` with the contexts of each forward.
 
-        On a GPU the copies may still run: `out` is whole once the returned event has passed.
+        `first_context` is the number of the first row in the store. On a GPU the copies may still run: `out` is whole
+        once the returned event has passed.
         """
         batch_contexts = 1 if self.packing is PackingMode.separate else self.batch_contexts
         with torch.no_grad(), capture(self.trunk, self.hooks) as captured:
@@ -72,8 +75,7 @@ class ShardForward:
                 if self.packing is PackingMode.separate:
                     length = document_length(segments_BT[0])
                     tokens_BT, segments_BT = tokens_BT[:, :length], segments_BT[:, :length]
-                isolated = self.packing is PackingMode.isolated
-                self.trunk(**packed_inputs(self.trunk, tokens_BT, segments_BT, isolated=isolated))
+                self.trunk(**self.inputs(tokens_BT, segments_BT, first_context + start))
                 for hook in self.hooks:
                     length = tokens_BT.shape[1]
                     site = site_of(hook)
@@ -84,6 +86,11 @@ class ShardForward:
             return None
         event: torch.cuda.Event = self._copies.record_event()
         return event
+
+    def inputs(self, tokens_BT: Tensor, segments_BT: Tensor, first_context: int) -> dict[str, Any]:
+        """Keyword arguments of the forward for some contexts, of which `first_context` is the first."""
+        isolated = self.packing is PackingMode.isolated
+        return packed_inputs(self.trunk, tokens_BT, segments_BT, isolated=isolated)
 
     def _copy(self, activation_BTD: Tensor, out_BTD: Tensor) -> None:
         if self._copies is None:

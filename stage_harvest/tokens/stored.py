@@ -37,6 +37,8 @@ class StoredTokens(Corpus):
             raise GranaryError(f"corpus.path={store.url} is a store of {model}, not of a decoder's tokens")
         if len(store.extents) > 1:
             raise GranaryError(f"corpus.path={store.url}: the store was extended, and its tokens follow no one plan")
+        if store.plan.has_images:
+            raise GranaryError(f"corpus.path={store.url}: its contexts hold images: harvest their corpus again")
         self.store = store
         tokenizer = store.plan.provenance.get("tokenizer") or {}
         try:

@@ -12,9 +12,11 @@ from datetime import date, datetime
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from shared.basics.errors import GranaryError, first_line
 from stage_harvest.corpus import Chat
+from stage_harvest.tokens.assistant import Spans, has_generation_tags
 
 # What a template calls to learn the time.
 CLOCK = re.compile(r"\bstrftime_now\b")
@@ -39,16 +41,45 @@ class ChatRenderer:
 
     def render(self, chat: Chat, where: str) -> str:
         """The text of `chat`; raises GranaryError naming `where` for messages that the template can't take."""
-        _ = self.template
+        return self._rendered(chat, where, None)
+
+    def _rendered(self, chat: Chat, where: str, spans: Spans | None) -> str:
+        template = self.template
         midnight = datetime.combine(self.today, datetime.min.time())
+        variables = {**self.tokenizer.special_tokens_map, "strftime_now": midnight.strftime, **self.variables}
         try:
-            text = self.tokenizer.apply_chat_template(
-                chat.messages, tokenize=False, strftime_now=midnight.strftime, **self.variables
+            if spans is None:
+                return str(
+                    self.tokenizer.apply_chat_template(
+                        chat.messages, tokenize=False, strftime_now=midnight.strftime, **self.variables
+                    )
+                )
+            texts, found = render_jinja_template(
+                [chat.messages], chat_template=template, return_assistant_tokens_mask=True, **variables
             )
         except Exception as error:  # the template is a program, and may fail in any way
             kind = type(error).__name__
             raise GranaryError(f"{where}: the chat template fails on it ({kind}: {first_line(error)})") from error
-        return str(text)
+        spans += found[0]
+        return str(texts[0])
+
+    def render_spans(self, chat: Chat, where: str) -> tuple[str, Spans]:
+        """The text of `chat`, and which of its characters the template's generation tags say the assistant writes."""
+        found: Spans = []
+        return self._rendered(chat, where, found), found
+
+    @property
+    def has_generation_tags(self) -> bool:
+        """Whether the template, where there is one, says what the assistant writes."""
+        return self.tokenizer.chat_template is not None and has_generation_tags(self.template)
+
+    def require_generation_tags(self) -> None:
+        """Raise GranaryError unless the template says what the assistant writes."""
+        if not self.has_generation_tags:
+            raise GranaryError(
+                "chat.mark_assistant=true: the model's chat template has no {% generation %} tags, which say what the"
+                " assistant writes: put them into the template, or leave chat.mark_assistant out"
+            )
 
     def identity(self) -> dict[str, Any]:
         """JSON for a store's plan: the template's hash, its variables, and the date where the template asks for it."""

@@ -81,12 +81,13 @@ class Tokeniser:
             return [Texts([], True), Texts([], True)]
         rendered = [(self.chats.render(chat, where), where) for chat, where in chats]
         for text, where in [*plain, *rendered]:
-            _check_unicode(text, where)
+            check_unicode(text, where)
         splits = bool(self.tokenizer.split_special_tokens)
         return [Texts([text for text, _ in plain], splits), Texts([text for text, _ in rendered], False)]
 
 
-def _check_unicode(text: str, where: str) -> None:
+def check_unicode(text: str, where: str) -> None:
+    """Raise GranaryError naming `where` for text that is no Unicode."""
     if text.isascii():
         return
     try:

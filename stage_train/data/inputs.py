@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from shared.basics.config import TokenKind
 from shared.basics.errors import GranaryError
 from shared.basics.units import GIB
 from shared.parallel import World, barrier
@@ -17,6 +18,7 @@ from shared.sae.sites import Sites, Unit, side_by_side
 from shared.store import HookStatistics
 from stage_train.config import BufferPlace, OnDamage, TrainSchema
 from stage_train.data.blocks import WindowReader, windowed
+from stage_train.data.kinds import kind_statistics, restrict_kinds
 from stage_train.data.outliers import DroppedRows, drop_outliers, norm_bounds
 from stage_train.data.sites import site_formats
 from stage_train.data.stores import PinnedStore, combined_statistics
@@ -85,15 +87,22 @@ class PinnedTokens:
     """Outliers, per store; None where none are looked for."""
     unit: Unit = "token"
     """Of what is trained: shuffled tokens, or whole contexts."""
+    kinds: tuple[TokenKind, ...] | None = None
+    """Which tokens are trained on; None: all trainable ones."""
 
     @classmethod
     def choose(cls, cfg: TrainSchema, stores: Sequence[PinnedStore], sites: Sequence[Sites], world: World) -> Self:
         """All trainable tokens but the outliers. Raises GranaryError for what can't be read, or not in this way."""
         multiple, unit = cfg.stream.max_norm_multiple, unit_of(sites)
         blocks = windowed(stores, multiple)
-        data = TrainingData([part.slice for part in stores], blocks)
+        data, kinds = TrainingData([part.slice for part in stores], blocks), cfg.stream.kinds
+        restrict_kinds(data, stores, kinds)
         if multiple is None:
-            return cls(tuple(stores), data, blocks, None, unit)
+            return cls(tuple(stores), data, blocks, None, unit, None if kinds is None else tuple(kinds))
+        if kinds is not None:
+            raise GranaryError(
+                "stream.max_norm_multiple bounds norms of all kinds together: leave it or stream.kinds out"
+            )
         sides = list(dict.fromkeys(one.reads for one in sites))
         if len(sides) > 1:
             raise GranaryError(
@@ -107,6 +116,8 @@ class PinnedTokens:
 
     def statistics(self, site: str) -> HookStatistics:
         """Return those of the tokens that training reads; with a window, of the first block's."""
+        if self.kinds is not None:
+            return combined_statistics(self.stores, [kind_statistics(part, self.kinds, site) for part in self.stores])
         parts = [part.store.statistics(site, part.measured_shards) for part in self.stores]
         if self.dropped is not None:
             parts = [rows.taken_from(site, whole) for rows, whole in zip(self.dropped, parts, strict=True)]

@@ -21,6 +21,7 @@ from shared.parallel import World, init_world
 from shared.store.format.dtypes import row_bytes, storage_type
 from stage_train.config import ParallelSchema
 from stage_train.data.inputs import SAMPLE_TOKENS
+from stage_train.data.kinds import restrict_kinds
 from stage_train.data.sites import site_formats
 from stage_train.data.stores import PinnedStore, pin, urls_of
 from stage_train.data.stream import Batch, TrainingData
@@ -53,7 +54,10 @@ class PlannedRun:
         check_kernels(cfg.compute.kernels, World(0, 1, 0, CPU))
         self.cfg, self.ranks = cfg, cfg.nproc * cfg.nodes
         stores = _open_stores(cfg)
-        self.tokens = TrainingData([part.slice for part in stores]) if tokens is None else tokens
+        if tokens is None:
+            tokens = TrainingData([part.slice for part in stores])
+            restrict_kinds(tokens, stores, cfg.stream.kinds)
+        self.tokens = tokens
         self.spec = RunSpec.resolve(cfg, stores, self.tokens)
         self.formats = site_formats(self.spec.sites.names, stores)
         with self.layout(cfg.parallel, CPU) as layout:

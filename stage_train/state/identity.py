@@ -12,7 +12,14 @@ FREE = frozenset(key for key, mark in marks(TrainSchema) if not mark.identity)
 SHARED = frozenset(key for key, mark in marks(TrainSchema) if mark.shared)
 
 # Keys that are younger than the first runs, with the value at which all is as before them: such a run keeps its id.
-YOUNGER = {"reads": None, "writes": None, "variant.kind": "sae", "variant.tying": "none", "init_from": None}
+YOUNGER = {
+    "reads": None,
+    "writes": None,
+    "variant.kind": "sae",
+    "variant.tying": "none",
+    "init_from": None,
+    "stream.kinds": None,
+}
 # Either may be raised: the run goes on.
 LENGTHS = ("schedule.tokens", "schedule.epochs")
 

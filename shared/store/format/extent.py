@@ -20,13 +20,14 @@ from shared.basics.errors import GranaryError
 from shared.store.buffers import Buffer
 from shared.store.format import layout
 from shared.store.format.checksum import CRC_BYTES
+from shared.store.format.image_table import Pictures, read_table
 from shared.store.format.integrity import object_sha256
 from shared.store.format.layout import StorePlan
 from shared.store.format.manifest import DamagedObjectError, reading, seal, unseal
 from shared.store.format.metadata import document_keys, metadata_documents
 from shared.store.format.shard import encode_chunks, encode_index, index_bytes
 from shared.store.io.base import BusyObjectError, ObjectIO
-from shared.store.reader import TOKEN_TYPES, damaged
+from shared.store.reader import damaged
 
 TOKEN_THREADS = 4
 # How long a small object that another process is writing is waited for.
@@ -108,7 +109,12 @@ class Extent:
     @property
     def least_record_bytes(self) -> int:
         """What the digests of its tokens take at least in their record."""
-        return len(TOKEN_TYPES) * DIGEST_CHARACTERS * self.plan.num_shards
+        return len(self.recorded_names) * DIGEST_CHARACTERS * self.plan.num_shards
+
+    @property
+    def recorded_names(self) -> list[str]:
+        """What its token record is of: the arrays, and with images the tables of them."""
+        return [*self.plan.token_arrays, *([layout.IMAGES] if self.plan.has_images else [])]
 
     def check_backing(self, io: ObjectIO) -> None:
         """Raise DamagedObjectError where the plan is for more than is there.
@@ -121,7 +127,7 @@ class Extent:
             raise DamagedObjectError(f"{io.url}: {key} is too small for {self.plan.num_shards:,} shards", key=key)
         tokens = layout.object_key(layout.TOKENS, self.first_shard, 2)
         rows = min(self.plan.num_contexts, self.plan.shard_contexts)
-        row_bytes = self.plan.seq_len * TOKEN_TYPES[layout.TOKENS].itemsize + CRC_BYTES
+        row_bytes = layout.TOKEN_ARRAYS[layout.TOKENS].row_bytes(self.plan.seq_len) + CRC_BYTES
         wanted, found = rows * row_bytes + index_bytes(self.plan.shard_contexts), io.size(tokens)
         if found != wanted:
             has = "is missing" if found is None else f"has {found:,} bytes, the plan says {wanted:,}"
@@ -130,7 +136,7 @@ class Extent:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TokenRecord:
-    """Bytes and checksums of the token, mask and segment objects of an extent."""
+    """Bytes and checksums of the objects of an extent that are written before any activation."""
 
     sizes: dict[str, list[int]]
     sha256: dict[str, list[str]]
@@ -139,40 +145,52 @@ class TokenRecord:
         return seal({"sizes": self.sizes, "sha256": self.sha256})
 
     @classmethod
-    def from_bytes(cls, data: bytes, key: str) -> Self:
+    def from_bytes(cls, data: bytes, key: str, extent: Extent) -> Self:
+        """Raises DamagedObjectError for a record that is not of `extent`."""
         with reading(key):
             record = unseal(data, key)
             found = typed_fields(cls, record, "its record")
-            if any(part.keys() != TOKEN_TYPES.keys() for part in found.values()):
-                raise ValueError("it is not of tokens, mask and segments")
+            if any(part.keys() != set(extent.recorded_names) for part in found.values()):
+                raise ValueError(f"it is not of {', '.join(extent.recorded_names)}")
             return cls(**found)
 
 
-def write_extent(io: ObjectIO, extent: Extent, tokens: Any, mask: Any, segments: Any) -> None:
+def write_extent(
+    io: ObjectIO, extent: Extent, tokens: Any, mask: Any, segments: Any, pictures: Pictures | None = None
+) -> None:
     """Write everything of an extent but its activations, from where a killed writer stopped.
 
     The arrays are [num_contexts, T] and anything sliceable. Every object is a pure function of the input, so what is
     already there is either equal or an error.
     """
+    plan = extent.plan
     sources = {layout.TOKENS: tokens, layout.MASK: mask, layout.SEGMENTS: segments}
+    if plan.has_images != (pictures is not None):
+        raise TypeError("a store whose plan tells of images is made with them, and no other")
+    if pictures is not None:
+        sources |= {layout.KIND: pictures.kind, layout.IMAGE: pictures.image, layout.CELL: pictures.cell}
     for name, source in sources.items():
-        wanted = (extent.plan.num_contexts, extent.plan.seq_len)
+        wanted = (plan.num_contexts, plan.seq_len, *plan.token_arrays[name].beyond)
         if tuple(source.shape) != wanted:
             raise GranaryError(f"{name} has shape {tuple(source.shape)}, the plan says {wanted}")
         if name != layout.MASK and not np.issubdtype(source.dtype, np.integer):
             raise GranaryError(f"{name} must be integers, not {source.dtype}")
     for key, text in extent.documents.items():
         put_same(io, key, text.encode(), replace=extent.first_shard > 0)
-    jobs = [(name, shard) for shard in range(extent.first_shard, extent.end_shard) for name in sources]
+    jobs = [(name, shard) for shard in range(extent.first_shard, extent.end_shard) for name in extent.recorded_names]
 
     def write(job: tuple[str, int]) -> tuple[int, str]:
         name, shard = job
-        rows = [context - extent.first_context for context in extent.contexts(shard)]
-        return write_token_object(io, extent.plan, name, shard, sources[name][rows[0] : rows[-1] + 1])
+        contexts = extent.contexts(shard)
+        rows = slice(contexts.start - extent.first_context, contexts.stop - extent.first_context)
+        if name == layout.IMAGES:
+            assert pictures is not None
+            return write_pictures(io, shard, pictures, rows)
+        return write_token_object(io, plan, name, shard, sources[name][rows])
 
     with ThreadPoolExecutor(TOKEN_THREADS, thread_name_prefix="granary-tokens") as pool:
         figures = list(pool.map(write, jobs))
-    record = TokenRecord({name: [] for name in sources}, {name: [] for name in sources})
+    record = TokenRecord({name: [] for name in extent.recorded_names}, {name: [] for name in extent.recorded_names})
     for (name, _), (size, digest) in zip(jobs, figures, strict=True):
         record.sizes[name].append(size)
         record.sha256[name].append(digest)
@@ -180,16 +198,26 @@ def write_extent(io: ObjectIO, extent: Extent, tokens: Any, mask: Any, segments:
 
 
 def write_token_object(io: ObjectIO, plan: StorePlan, name: str, shard: int, rows: npt.NDArray[Any]) -> tuple[int, str]:
-    """One shard of tokens, mask or segments [n, T], one chunk per context; returns its bytes and checksum."""
-    stored = np.ascontiguousarray(rows, dtype=TOKEN_TYPES[name])
+    """One shard of an array of `plan.token_arrays`, one chunk per context; returns its bytes and checksum."""
+    array = plan.token_arrays[name]
+    stored = np.ascontiguousarray(rows, dtype=array.numpy)
     if not np.array_equal(stored, rows):
-        raise GranaryError(f"{name} of shard {shard} holds values that do not fit {TOKEN_TYPES[name]}")
+        raise GranaryError(f"{name} of shard {shard} holds values that do not fit {array.dtype}")
     chunks = encode_chunks(stored, 1, "none")
     parts: list[Buffer] = [part for chunk in chunks for part in chunk.parts()]
     parts.append(encode_index([chunk.num_bytes for chunk in chunks], plan.shard_contexts))
     data = b"".join(parts)
-    put_same(io, layout.object_key(name, shard, 2), data)
+    put_same(io, layout.object_key(name, shard, array.ndim), data)
     return len(data), sha256(data).hexdigest()
+
+
+def write_pictures(io: ObjectIO, shard: int, pictures: Pictures, rows: slice) -> tuple[int, str]:
+    """The encoded images of a shard, each once in the store, then their table; returns its bytes and checksum."""
+    table = pictures.table[rows]
+    for digest in dict.fromkeys(row.sha256 for row in read_table(table, "the table of images")):
+        put_same(io, layout.image_file_key(digest), pictures.data(digest))
+    put_same(io, layout.image_table_key(shard), table)
+    return len(table), sha256(table).hexdigest()
 
 
 def put_same(io: ObjectIO, key: str, data: bytes, *, replace: bool = False) -> None:

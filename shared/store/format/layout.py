@@ -13,6 +13,8 @@ from dataclasses import asdict, dataclass
 from functools import cache
 from typing import Any, Self
 
+import numpy as np
+
 from shared.basics.documents import typed_fields
 from shared.basics.errors import GranaryError
 from shared.store.format.dtypes import row_bytes, scales_per_row, storage_type
@@ -21,12 +23,42 @@ from shared.store.format.site_path import CHUNKS, check_sites, scale_path, site_
 FORMAT_VERSION = 1
 
 TOKENS, MASK, SEGMENTS = "tokens", "mask", "segments"
+# Of stores whose contexts hold images beside text.
+KIND, IMAGE, CELL, IMAGES = "kind", "image", "cell", "images"
 COMPLETE = "_COMPLETE.json"
 CODECS = ("none", "lz4", "zstd")
 PLACEMENTS = ("spread", "last")
 PACKINGS = ("isolated", "joined", "separate")
 MAX_SIZE = 2**40
 _NUMBER = re.compile(r"\d{1,16}", re.ASCII)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenArray:
+    """An array [S, T, ...] that is written before any activation, one chunk per context."""
+
+    dtype: str
+    """As Zarr calls it."""
+    beyond: tuple[int, ...] = ()
+    """Axes behind the positions."""
+    names: tuple[str, ...] = ()
+    """What these are called."""
+
+    @property
+    def numpy(self) -> np.dtype[Any]:
+        return np.dtype(self.dtype).newbyteorder("<")
+
+    def row_bytes(self, seq_len: int) -> int:
+        """Bytes of one context, without its checksum."""
+        return seq_len * math.prod(self.beyond) * self.numpy.itemsize
+
+    @property
+    def ndim(self) -> int:
+        return 2 + len(self.beyond)
+
+
+TOKEN_ARRAYS = {TOKENS: TokenArray("int32"), MASK: TokenArray("bool"), SEGMENTS: TokenArray("int32")}
+IMAGE_ARRAYS = {KIND: TokenArray("uint8"), IMAGE: TokenArray("int32"), CELL: TokenArray("int16", (2,), ("row_col",))}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -105,6 +137,16 @@ class StorePlan:
         if self.heldout_placement == "last":
             return tuple(range(total - held, total))
         return tuple((2 * i + 1) * total // (2 * held) for i in range(held))
+
+    @property
+    def has_images(self) -> bool:
+        """Whether the contexts hold images beside text (see `shared.store.pictures`)."""
+        return IMAGES in self.provenance
+
+    @property
+    def token_arrays(self) -> dict[str, TokenArray]:
+        """The arrays that are written before any activation."""
+        return TOKEN_ARRAYS | (IMAGE_ARRAYS if self.has_images else {})
 
     @property
     def packing(self) -> str:
@@ -260,6 +302,21 @@ def shard_of_manifest(key: str) -> int | None:
     """Inverse of `manifest_key`; None for a key that is none."""
     number = key.removeprefix("manifest/").removesuffix(".json")
     return int(number) if _NUMBER.fullmatch(number) and manifest_key(int(number)) == key else None
+
+
+def is_written_first(key: str) -> bool:
+    """Whether a key is of what is written before any activation."""
+    return key.split("/", 1)[0] in {*TOKEN_ARRAYS, *IMAGE_ARRAYS, IMAGES}
+
+
+def image_table_key(shard: int) -> str:
+    """Key of the table of a shard's images."""
+    return f"{IMAGES}/table/{shard:08d}.jsonl"
+
+
+def image_file_key(sha256: str) -> str:
+    """Key of an encoded image."""
+    return f"{IMAGES}/files/{sha256}"
 
 
 def extent_key(first_shard: int) -> str:

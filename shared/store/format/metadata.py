@@ -8,7 +8,7 @@ from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec, ShardingCodec
 from zarr.core.buffer import default_buffer_prototype
 from zarr.core.group import GroupMetadata
 from zarr.core.metadata.v3 import ArrayV3Metadata
-from zarr.dtype import Bool, Float16, Float32, Float64, Int8, Int32, UInt8, UInt16, UInt32, UInt64, ZDType
+from zarr.dtype import Bool, Float16, Float32, Float64, Int8, Int16, Int32, UInt8, UInt16, UInt32, UInt64, ZDType
 
 from shared.store.format import layout
 from shared.store.format.dtypes import INT8_BLOCK, BFloat16Bits, scales_per_row, storage_type
@@ -22,6 +22,7 @@ ZARR_TYPES: dict[str, ZDType[Any, Any]] = {
     "float32": Float32(),
     "float64": Float64(),
     "int8": Int8(),
+    "int16": Int16(),
     "int32": Int32(),
     "uint8": UInt8(),
     "uint16": UInt16(),
@@ -46,10 +47,11 @@ def metadata_documents(plans: Sequence[StorePlan], num_contexts: int, num_shards
         documents[f"{path}/zarr.json"] = array_document(**spec)
 
     S, T, B = num_contexts, plan.seq_len, plan.shard_contexts
-    for path, dtype in ((layout.TOKENS, "int32"), (layout.MASK, "bool"), (layout.SEGMENTS, "int32")):
+    for path, array in plan.token_arrays.items():
+        beyond = array.beyond
         add_array(
-            path, dtype=dtype, fill=False if dtype == "bool" else 0, shape=(S, T), shard=(B, T), chunk=(1, T),
-            names=("sequence", "position"),
+            path, dtype=array.dtype, fill=False if array.dtype == "bool" else 0, shape=(S, T, *beyond),
+            shard=(B, T, *beyond), chunk=(1, T, *beyond), names=("sequence", "position", *array.names),
         )  # fmt: skip
     for hook, D in plan.hooks.items():
         common: dict[str, Any] = {"codec": plan.codec, "names": ("sequence", "position", "d_model")}
@@ -77,7 +79,7 @@ def metadata_documents(plans: Sequence[StorePlan], num_contexts: int, num_shards
 
 def document_keys(plan: StorePlan) -> set[str]:
     """The keys of `metadata_documents` of a store of `plan`."""
-    arrays = {layout.TOKENS, layout.MASK, layout.SEGMENTS, *layout.shard_arrays(plan)}
+    arrays = {*plan.token_arrays, *layout.shard_arrays(plan)}
     groups = {path.rsplit("/", depth)[0] for path in arrays for depth in range(1, path.count("/") + 1)}
     return {"zarr.json", *(f"{path}/zarr.json" for path in arrays | groups)}
 

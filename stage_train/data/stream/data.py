@@ -72,12 +72,13 @@ class TrainingData:
         """Which document each position belongs to; read when it is first asked for."""
         return Documents(self.slices, self.seq_len)
 
-    def restrict(self, keep: NDArray[np.uint8]) -> None:
-        """Drop the positions whose bit is not set in `keep`, packed as mask_bits is."""
+    def restrict(self, keep: NDArray[np.uint8], key: str = "stream.max_norm_multiple") -> None:
+        """Drop the positions whose bit is not set in `keep`, packed as mask_bits is, as a `key` wants it."""
         self.mask_bits &= keep
-        del self.__dict__["counts"]
+        self.__dict__.pop("counts", None)
         if not self.num_tokens:
-            raise GranaryError("stream.max_norm_multiple leaves no token to train on: raise it")
+            remedy = "name others" if key == "stream.kinds" else "raise it"
+            raise GranaryError(f"{key} leaves no token to train on: {remedy}")
 
     def positions(self, row: int) -> NDArray[np.int64]:
         """The trainable positions of a context, ascending."""
