@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from transformers import (
     AutoModelForImageTextToText,
@@ -21,7 +22,7 @@ from transformers import (
 )
 
 from shared.bundled import MODEL_DIR
-from tests.vision_language import LAYERS, ROPE, TEXT, VISION_2, VISION_3, VISION_25
+from tests.vision_language import ROPE, TEXT, VISION_2, VISION_3, VISION_25
 
 MARKS = ["<image>", "<start>", "<end>", "<video>"]
 TILES = [[28, 56], [56, 28], [56, 56], [28, 84], [84, 84]]
@@ -140,4 +141,7 @@ def picture_model(family: str, folder: Path) -> PreTrainedModel:
     return model
 
 
-__all__ = ["FAMILIES", "LAYERS", "picture_model", "tokenizer"]
+def quick_first() -> list[Any]:
+    """All families as parameters; those that differ least from the first three are slow."""
+    quick = ("llava_next", "qwen3_vl", "gemma3")
+    return [*quick, *(pytest.param(one, marks=pytest.mark.slow) for one in FAMILIES if one not in quick)]

@@ -22,7 +22,7 @@ _FINE = ("I", "I;16", "I;16B", "I;16L", "I;16N")  # grey of 16 bits
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://|data:", re.ASCII)
 
 
-@dataclass(frozen=True, slots=False, eq=False)
+@dataclass(frozen=True, eq=False)
 class EncodedImage:
     """The bytes of an image file as they came, and where they came from."""
 

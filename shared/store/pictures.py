@@ -5,8 +5,8 @@ Shapes: n contexts asked for, T positions.
 
 import hashlib
 import threading
-from collections.abc import Collection, Iterable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,9 +15,7 @@ from shared.basics.errors import GranaryError
 from shared.store.format import layout
 from shared.store.format.image_table import ASSISTANT, IMAGE, MARKS_KIND, TEXT, ImageRow, read_table
 from shared.store.format.manifest import DamagedObjectError
-
-if TYPE_CHECKING:
-    from shared.store.store import Store
+from shared.store.io.base import ObjectIO
 
 PARTS_HELD = 64
 
@@ -37,34 +35,42 @@ def of_kinds(kind: npt.NDArray[np.uint8], kinds: Collection[str]) -> npt.NDArray
 class StoredPictures:
     """Of one store. All methods may be called from several threads."""
 
-    def __init__(self, store: "Store") -> None:
-        self.store = store
+    def __init__(
+        self,
+        io: ObjectIO,
+        provenance: Mapping[str, Any],
+        token_rows: Callable[[str, Iterable[int]], npt.NDArray[Any]],
+        shard_of: Callable[[int], int],
+    ) -> None:
+        """`provenance` is that of the store's plan; `token_rows` and `shard_of` are the store's."""
+        self.url, self._io, self._provenance = io.url, io, provenance
+        self._token_rows, self._shard_of = token_rows, shard_of
         self._lock = threading.Lock()
         self._parts: dict[int, list[ImageRow]] = {}
 
     def kind(self, contexts: Iterable[int]) -> npt.NDArray[np.uint8]:
         """What each position holds, [n, T]: see `shared.store.format.image_table`."""
-        return self.store.token_rows(layout.KIND, contexts)
+        return self._token_rows(layout.KIND, contexts)
 
     def chosen(self, contexts: Iterable[int], kinds: Collection[str]) -> npt.NDArray[np.bool_]:
         """Whether each position is of one of `kinds` (text, image, assistant), bool [n, T].
 
         Raises GranaryError for assistant where the harvest did not mark it.
         """
-        if "assistant" in kinds and not self.store.plan.provenance[layout.IMAGES].get("assistant"):
+        if "assistant" in kinds and not self._provenance[layout.IMAGES].get("assistant"):
             raise GranaryError(
-                f"the store at {self.store.url} does not mark what the assistant said: harvest it with a chat template"
+                f"the store at {self.url} does not mark what the assistant said: harvest it with a chat template"
                 " that has {% generation %} tags"
             )
         return of_kinds(self.kind(contexts), kinds)
 
     def image(self, contexts: Iterable[int]) -> npt.NDArray[np.int32]:
         """The row of the table of images that a position's region is in, [n, T]; -1 for none."""
-        return self.store.token_rows(layout.IMAGE, contexts)
+        return self._token_rows(layout.IMAGE, contexts)
 
     def cell(self, contexts: Iterable[int]) -> npt.NDArray[np.int16]:
         """Row and column of the region in its grid, [n, T, 2]; -1 for none."""
-        return self.store.token_rows(layout.CELL, contexts)
+        return self._token_rows(layout.CELL, contexts)
 
     def table(self, shard: int) -> list[ImageRow]:
         """The rows of the table for the contexts of a shard, by their numbers."""
@@ -73,7 +79,7 @@ class StoredPictures:
         if known is not None:
             return known
         key = layout.image_table_key(shard)
-        rows = read_table(self.store.io.get(key), f"{self.store.url}/{key}")
+        rows = read_table(self._io.get(key), f"{self.url}/{key}")
         with self._lock:
             if len(self._parts) >= PARTS_HELD:
                 self._parts.clear()
@@ -82,12 +88,12 @@ class StoredPictures:
 
     def rows_of(self, context: int) -> list[ImageRow]:
         """The rows of the table for one context."""
-        return [row for row in self.table(self.store.shard_of(context)) if row.context == context]
+        return [row for row in self.table(self._shard_of(context)) if row.context == context]
 
     def data(self, sha256: str) -> bytes:
         """The encoded bytes of an image; raises DamagedObjectError where they are not those of that hash."""
         key = layout.image_file_key(sha256)
-        data = self.store.io.get(key)
+        data = self._io.get(key)
         if hashlib.sha256(data).hexdigest() != sha256:
-            raise DamagedObjectError(f"{self.store.url}: {key} fails its checksum", key=key)
+            raise DamagedObjectError(f"{self.url}: {key} fails its checksum", key=key)
         return data

@@ -100,7 +100,7 @@ class Store:
         """The images of its contexts; raises GranaryError for a store of text alone."""
         if not self.plan.has_images:
             raise GranaryError(f"the store at {self.url} is of text alone: harvest one with corpus.images")
-        return StoredPictures(self)
+        return StoredPictures(self.io, self.plan.provenance, self.token_rows, self.shard_of)
 
     def width(self, hook: str) -> int:
         """Features of a site."""

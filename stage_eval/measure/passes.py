@@ -211,7 +211,8 @@ def reconstruct(one: Loaded) -> Replacement:
 
 def to_device(rows: Rows, device: torch.device) -> Rows:
     """The rows' indices on `device`."""
-    return Rows(rows.context_N.to(device), rows.position_N.to(device), rows.frequency_N.to(device))
+    kind_N = None if rows.kind_N is None else rows.kind_N.to(device)
+    return Rows(rows.context_N.to(device), rows.position_N.to(device), rows.frequency_N.to(device), kind_N)
 
 
 def progress(name: str, ranges: Sequence[tuple[int, int]], times: int, session: Session) -> "tqdm[None]":

@@ -27,7 +27,7 @@ class PicturedForward(ShardForward):
     def inputs(self, tokens_BT: Tensor, segments_BT: Tensor, first_context: int) -> dict[str, Any]:
         """Keyword arguments of the forward for the one context, its images those of the table, in order."""
         hashes = {row.number: row.sha256 for row in self.pictures.rows_of(first_context)}
-        where = f"context {first_context} of {self.pictures.store.url}, image"
+        where = f"context {first_context} of {self.pictures.url}, image"
         images = [EncodedImage(self.pictures.data(one), f"{where} {n}").decode() for n, one in sorted(hashes.items())]
         given = self.vision.inputs(tokens_BT[0].cpu(), images)
         return {name: one.to(self.device) if isinstance(one, Tensor) else one for name, one in given.items()}

@@ -116,7 +116,7 @@ class PicturedTokeniser:
             self.chats.used = True
         assert isinstance(text, str)
         check_unicode(text, where)
-        placeholder = self.tokenizer.convert_ids_to_tokens(self.vision.placeholder_id)
+        placeholder = str(self.tokenizer.convert_ids_to_tokens(self.vision.placeholder_id))
         text, spans = replaced(text, spans, placeholder, self.vision.wrapped(self.tokenizer))
         encoding = self._encoder.encode(text, add_special_tokens=False)
         ids, said = np.array(encoding.ids, np.int32), tokens_in(spans, encoding.offsets)

@@ -102,8 +102,8 @@ class TokenSpool:
         streams = [(self._packed / name).open("ab") for name in self.names]
         try:
             for context in contexts:
-                for stream, row in zip(streams, context, strict=False):
-                    stream.write(row.tobytes())
+                for stream, row in zip(streams, context[: len(streams)], strict=True):
+                    stream.write(np.asarray(row).tobytes())
                 if self.images is not None:
                     assert isinstance(context, PicturedContext)
                     self.images.add(context)

@@ -54,14 +54,15 @@ class ChatRenderer:
                         chat.messages, tokenize=False, strftime_now=midnight.strftime, **self.variables
                     )
                 )
-            texts, found = render_jinja_template(
+            made: Any = render_jinja_template(
                 [chat.messages], chat_template=template, return_assistant_tokens_mask=True, **variables
             )
         except Exception as error:  # the template is a program, and may fail in any way
             kind = type(error).__name__
             raise GranaryError(f"{where}: the chat template fails on it ({kind}: {first_line(error)})") from error
-        spans += found[0]
-        return str(texts[0])
+        (text,), (found,) = made
+        spans += found
+        return str(text)
 
     def render_spans(self, chat: Chat, where: str) -> tuple[str, Spans]:
         """The text of `chat`, and which of its characters the template's generation tags say the assistant writes."""

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from shared.basics.errors import GranaryError
 from stage_harvest.config import CorpusSchema
-from stage_harvest.corpus import Chat, Corpus, CorpusSource, Document, Mixture, read_documents
+from stage_harvest.corpus import Chat, Corpus, CorpusSource, Document, Mixture, Pictured, read_documents
 from stage_harvest.tokens.encoder import TextEncoder, Texts
 from stage_harvest.tokens.template import ChatRenderer
 
@@ -61,6 +61,8 @@ class Tokeniser:
                         ids = next(encoded_chats)
                         assert self.chats is not None
                         self.chats.used = True
+                    case Pictured():
+                        raise TypeError(f"{document.where}: rows with images are for PicturedTokeniser")
                     case array:
                         ids = array.astype(np.int64)  # uint32 ids beyond int32 must not wrap around
                 if ids.size and not 0 <= ids.min() <= ids.max() < self.vocab_size:

@@ -13,7 +13,7 @@ from shared.lm import capture, load_trunk
 from shared.lm.hookpoint import HookPoint
 from shared.lm.vision.layout import NO_CELL
 from shared.lm.vision.reader import VisionReader
-from tests.picture_models import FAMILIES, picture_model
+from tests.picture_models import picture_model, quick_first
 
 Image = pytest.importorskip("PIL.Image")
 
@@ -51,7 +51,7 @@ class Case:
         return captured[point][0][inputs["input_ids"][0] == self.reader.image_id]
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=quick_first())
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
     return Case(request.param, tmp_path_factory.mktemp(request.param))
 
