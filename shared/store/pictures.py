@@ -33,7 +33,7 @@ def of_kinds(kind: npt.NDArray[np.uint8], kinds: Collection[str]) -> npt.NDArray
 
 
 class StoredPictures:
-    """Of one store. All methods may be called from several threads."""
+    """The images of one store. All methods may be called from several threads."""
 
     def __init__(
         self,

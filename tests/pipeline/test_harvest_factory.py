@@ -151,9 +151,7 @@ def test_two_processes_make_the_store_of_one(factories: Factories) -> None:
 def test_what_does_not_go_is_one_line(factories: Factories) -> None:
     for changes, told in (
         ({"corpus": "stdlib"}, "model.factory brings its own batches: say corpus=batches"),
-        ({"model__factory": None}, "name it by model.factory"),
         ({"hooks__modules": None}, "so hooks.modules says what is kept"),
-        ({"hooks__modules": "convs"}, "Net has no module convs: did you mean conv"),
         ({"model__path": "bundled"}, "model.path does not go with model.factory"),
     ):
         assert told in factories.run("wrong", **changes).error

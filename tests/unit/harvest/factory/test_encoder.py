@@ -99,7 +99,7 @@ def harvest(composed: Any, folder: Path, name: str, **settings: Any) -> Store:
 
 
 @pytest.mark.parametrize(
-    "name", ["bert", "t5", *(pytest.param(name, marks=pytest.mark.slow) for name in ("modernbert", "roberta"))]
+    "name", ["bert", *(pytest.param(name, marks=pytest.mark.slow) for name in ("modernbert", "roberta", "t5"))]
 )
 def test_each_document_has_the_activations_that_it_has_alone(composed: Any, tmp_path: Path, name: str) -> None:
     folder = saved(tmp_path, name)
