@@ -56,7 +56,7 @@ $(VENV_PEERS)/.installed: pyproject.toml constraints-peers.txt
 	@echo "installing this project and its peers into $(VENV_PEERS)"
 	@test -x $(VENV_PEERS)/bin/python || $(PYTHON) -m venv $(VENV_PEERS)
 	@$(VENV_PEERS)/bin/python -m pip install -q --disable-pip-version-check -c constraints-peers.txt -e . \
-	  sae-lens eai-sparsify dictionary-learning pytest pytest-xdist
+	  sae-lens eai-sparsify dictionary-learning peft pytest pytest-xdist
 	@# Of these one module each is used; their own pins do not go with the others'.
 	@$(VENV_PEERS)/bin/python -m pip install -q --disable-pip-version-check --no-deps -c constraints-peers.txt circuit-tracer sae-dashboard \
 	  eai-delphi dataclasses-json marshmallow typing-inspect eindex-callum orjson \
@@ -140,9 +140,10 @@ test-notebooks: setup ## runs the notebooks, from their first cell to the last; 
 test-peers: setup-peers ## formats and graphs against the real SAELens, sparsify, dictionary_learning, circuit-tracer
 	@OMP_NUM_THREADS=1 $(VENV_PEERS)/bin/python -m pytest -q -m peers tests/peers
 
-test-quantised: setup ## harvests with quantised weights; installs bitsandbytes and torchao
+test-quantised: setup ## harvests and attachments with quantised weights; installs bitsandbytes and torchao
 	@$(BIN)/python -c 'import bitsandbytes, torchao' 2>/dev/null || $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev,quantised]'
-	@$(PYTEST_ALONE) tests/pipeline/test_harvest_quantised.py tests/unit/lm/test_load.py
+	@$(PYTEST_ALONE) tests/pipeline/test_harvest_quantised.py tests/unit/lm/test_load.py \
+	  tests/unit/intervene/test_attach_quantised.py
 
 SLURM_FOLDER := /tmp/granary-slurm
 

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from shared.latents import Latents
     from shared.latents.global_weights import GlobalWeights
     from shared.lm import load_causal_lm, load_tokenizer
+    from shared.lm.calls import Masked
     from shared.sae import (
         CLT,
         SAE,
@@ -56,6 +57,7 @@ _HOMES = {
     "GranaryError": "shared.basics.errors",
     "Latents": "shared.latents",
     "Lorsa": "shared.sae",
+    "Masked": "shared.lm.calls",
     "MoLT": "shared.sae",
     "Objective": "shared.sae.learn.objective",
     "SAEConfig": "shared.sae",
@@ -104,6 +106,7 @@ __all__ = [
     "GranaryError",
     "Latents",
     "Lorsa",
+    "Masked",
     "MoLT",
     "Objective",
     "SAEConfig",

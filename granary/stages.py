@@ -64,7 +64,7 @@ class _Stage:
 
 
 _STAGES = {
-    "harvest": _Stage("stage_harvest", "harvest:harvest"),
+    "harvest": _Stage("stage_harvest", "entry:harvest"),
     # A command line leaves the folder to Hydra, which is not there.
     "train": _Stage("stage_train", "job:train", fixed=("out_dir=${run_dir}/${sae_name}",)),
     "evaluate": _Stage("stage_eval", "evaluate:evaluate", takes_paths=True),

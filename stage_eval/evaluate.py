@@ -7,7 +7,7 @@ import logging
 import os
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from urllib.parse import quote
 
@@ -20,8 +20,9 @@ from shared.basics.pages_link import link_pages
 from shared.basics.run_folder import RunFolder
 from shared.lm import load_causal_lm
 from shared.lm.next_token import VocabularyHead, check_head
-from shared.lm.recorded import ModelChoice, choose_model
+from shared.lm.recorded import ModelChoice, choose_model, without_next_token
 from shared.parallel import barrier, init_world, shutdown
+from shared.store import Store
 from shared.store.beside import open_beside
 from stage_eval.assemble import Measured, RunFacts, assemble
 from stage_eval.config import EvalSchema
@@ -64,6 +65,7 @@ def evaluate(cfg: EvalSchema) -> None:
     """Run the stage; raises GranaryError for every wrong input before any long work."""
     world = init_world(cfg.device.name, cfg.device.threads)
     store = open_beside(cfg.store.url, named_urls(cfg.store.beside))
+    cfg = without_language_model(cfg, store)
     found = find_saes(cfg.sae, store, cfg.hook)
     check_settings(cfg, found.folders)
     choice = choose_model(cfg.model, store) if cfg.downstream else None
@@ -90,6 +92,15 @@ def evaluate(cfg: EvalSchema) -> None:
         write(cfg, found, results)
     barrier()
     shutdown()
+
+
+def without_language_model(cfg: EvalSchema, store: Store) -> EvalSchema:
+    """`cfg` as it is for this store: of a model that is no decoder there is no cross-entropy to be looked at."""
+    model = without_next_token(store)
+    if model is None or not cfg.downstream:
+        return cfg
+    log.info("%-9s no loss with the reconstruction spliced in: the store is of %s", "note", model)
+    return replace(cfg, downstream=False)
 
 
 def check_settings(cfg: EvalSchema, folders: Sequence[SAEFolder]) -> None:

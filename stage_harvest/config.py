@@ -200,6 +200,31 @@ class StoreCorpus(CorpusSchema):
 
 
 @dataclass(kw_only=True)
+class ImagesCorpus(CorpusSchema):
+    """Images, for a model that reads nothing else (ViT, the vision tower of CLIP); needs the extra ``vision``."""
+
+    files: str = MISSING
+    """Path, folder, glob or fsspec URL: of images, or where a column is named of parquet files."""
+    column: str | None = MISSING
+    """Column of {bytes, path}, bytes, or paths below the folder of the parquet file; null: each file is an image."""
+
+
+@dataclass(kw_only=True)
+class AudioCorpus(CorpusSchema):
+    """Sounds, for a model that reads nothing else (Whisper's encoder, wav2vec 2)."""
+
+    files: str = MISSING
+    """Path, folder, glob or fsspec URL: of uncompressed WAV files, or where a column is named of parquet files."""
+    column: str | None = MISSING
+    """Column of a WAV file's bytes, or of {array, sampling_rate}; null: each file is a sound."""
+
+
+@dataclass(kw_only=True)
+class BatchesCorpus(CorpusSchema):
+    """The batches that ``model.factory`` makes."""
+
+
+@dataclass(kw_only=True)
 class MixtureCorpus(CorpusSchema):
     """Several corpora, by weight."""
 
@@ -278,5 +303,12 @@ def register() -> None:
     store.store(name="harvest_schema", node=HarvestSchema)
     store.store(group="packing", name="schema", node=PackingSchema)
     store.store(group="store", name="schema", node=StoreSchema)
-    for kind, node in {**SOURCE_KINDS, "store": StoreCorpus, "mixture": MixtureCorpus}.items():
+    for kind, node in {
+        **SOURCE_KINDS,
+        "store": StoreCorpus,
+        "mixture": MixtureCorpus,
+        "batches": BatchesCorpus,
+        "images": ImagesCorpus,
+        "audio": AudioCorpus,
+    }.items():
         store.store(group="corpus", name=f"{kind}_schema", node=node)

@@ -8,6 +8,8 @@ import itertools
 import json
 import logging
 import time
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,16 +24,17 @@ from shared.store import Store, StorePlan, free_bytes
 from shared.store.format import layout
 from shared.store.io.base import ObjectIO
 from shared.store.io.open import open_io
+from stage_harvest.announce import announce, next_command
 from stage_harvest.config import HarvestSchema, PackingMode
 from stage_harvest.corpus import CorpusSource, read_documents
-from stage_harvest.job import HarvestJob, announce, check_length, next_command, staging_dtype
+from stage_harvest.job import HarvestJob, check_length, staging_dtype
 from stage_harvest.progress import HarvestProgress, Notices, tokenise_bar
 from stage_harvest.shards.forward import ShardForward
 from stage_harvest.shards.mesh import MeshRank, check_mesh, join_mesh
 from stage_harvest.shards.pictured import PicturedForward
 from stage_harvest.shards.probe import probe
 from stage_harvest.shards.window_gate import WindowGate
-from stage_harvest.shards.writer import BackgroundWriter
+from stage_harvest.shards.writer import write_behind
 from stage_harvest.tokens.encoder import default_workers
 from stage_harvest.tokens.spool import TokenSpool, discard
 
@@ -70,9 +73,10 @@ def run(cfg: HarvestSchema, world: World, notices: Notices) -> None:
     else:
         pending = json.loads(notices.read("pending"))
         store = Store.open(job.place)
-    write_shards(job, trunk, store, pending, world, mesh_rank, notices)
+    compute = partial(compute_shards, job, trunk, store, world.device, mesh_rank)
+    write_shards(compute, store, pending, world, mesh_rank, notices)
     if world.is_main:
-        finish(job, store)
+        finish(cfg, store)
 
 
 def begin(job: HarvestJob, world: World) -> bool:
@@ -92,7 +96,7 @@ def begin(job: HarvestJob, world: World) -> bool:
         if existing.complete:
             if not cfg.dry_run:
                 existing.sweep()
-            report_complete(job, existing.summary())
+            report_complete(cfg, existing.summary())
         return not cfg.dry_run and not existing.complete
     if job.stored is not None:
         job.stored.check_vocabulary(job.config.vocab_size, cfg.model.path)
@@ -203,15 +207,14 @@ def find_store(place: str | ObjectIO) -> Store | None:
 
 
 def write_shards(
-    job: HarvestJob,
-    trunk: PreTrainedModel,
+    compute: Callable[[list[int], HarvestProgress], None],
     store: Store,
     pending: list[int],
     world: World,
     mesh_rank: MeshRank,
     notices: Notices,
 ) -> None:
-    """Compute and write this replica's part of the `pending` shards, showing the progress of all replicas."""
+    """`compute` and write this replica's part of the `pending` shards, showing the progress of all replicas."""
     mine = pending[mesh_rank.replica :: mesh_rank.num_replicas]
     plan = store.plan
     progress = HarvestProgress(
@@ -226,7 +229,7 @@ def write_shards(
     )
     try:
         if mine:
-            compute_shards(job, trunk, store, mine, world.device, mesh_rank, progress)
+            compute(mine, progress)
         written = sum(len(store.shard_contexts(shard)) for shard in mine) if mesh_rank.part == 0 else 0
         progress.wait_for_all(written)
     finally:
@@ -244,9 +247,9 @@ def compute_shards(
     job: HarvestJob,
     trunk: PreTrainedModel,
     store: Store,
-    shards: list[int],
     device: torch.device,
     mesh_rank: MeshRank,
+    shards: list[int],
     progress: HarvestProgress,
 ) -> None:
     """Make `shards`, each written while the next is computed."""
@@ -267,23 +270,17 @@ def compute_shards(
         for shard in gate.let_through(shards):
             forward.run(store.tokens(store.shard_contexts(shard)), store.segments(store.shard_contexts(shard)), {})
         return
+
+    def fill(
+        contexts: range, staging: dict[str, torch.Tensor], advance: Callable[[int], None]
+    ) -> torch.cuda.Event | None:
+        return forward.run(store.tokens(contexts), store.segments(contexts), staging, advance, contexts.start)
+
     dtype = staging_dtype(store.plan, DTYPES[cfg.model.dtype.value])
-    with BackgroundWriter(store, dtype, pin=device.type == "cuda") as writer:
-        for shard in gate.let_through(shards):
-            contexts = store.shard_contexts(shard)
-            staging = writer.staging()
-            filled = forward.run(
-                store.tokens(contexts),
-                store.segments(contexts),
-                staging,
-                lambda done: progress.advance(done, writer.wait_seconds),
-                contexts.start,
-            )
-            writer.submit(shard, staging, filled)
-        writer.drain()
+    write_behind(store, gate.let_through(shards), fill, progress, dtype=dtype, pin=device.type == "cuda")
 
 
-def finish(job: HarvestJob, store: Store) -> None:
+def finish(cfg: HarvestSchema, store: Store) -> None:
     """Mark the store complete; say where it is and what to do with it."""
     if training_ended(store):
         made = store.num_shards - len(store.pending())
@@ -293,18 +290,18 @@ def finish(job: HarvestJob, store: Store) -> None:
     if left_out and left_out <= store.passed_shards():
         log.info("%d shards that training had passed were left out; the others are made", len(left_out))
         return
-    report_complete(job, store.finalize())
+    report_complete(cfg, store.finalize())
 
 
-def report_complete(job: HarvestJob, summary: dict[str, Any]) -> None:
+def report_complete(cfg: HarvestSchema, summary: dict[str, Any]) -> None:
     """Say where the whole store is, from its final record, and what to do with it."""
     held = len(summary["heldout_shards"])
     log.info(
         "store     %s: %s in %d shards (%d held out), %s trainable tokens",
-        job.cfg.store.url,
+        cfg.store.url,
         human_bytes(summary["bytes"]),
         summary["shards"],
         held,
         f"{summary['tokens']:,}",
     )
-    log.info("next      %s", next_command(job.cfg))
+    log.info("next      %s", next_command(cfg))

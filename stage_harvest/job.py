@@ -11,10 +11,8 @@ import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from shared.basics.errors import GranaryError
-from shared.basics.run_folder import RunFolder
-from shared.basics.units import human_bytes, parse_bytes
+from shared.basics.units import parse_bytes
 from shared.basics.versions import software_versions
-from shared.launch import commands
 from shared.launch.given import given_keys
 from shared.lm import (
     ModelIdentity,
@@ -30,21 +28,19 @@ from shared.lm import (
     special_ids,
     tokenizer_hash,
 )
-from shared.lm.hookpoint import HookPoint, describe_hooks, hook_points
+from shared.lm.hookpoint import HookPoint, hook_points
 from shared.lm.module_sites import ModuleSite, module_sites
 from shared.lm.modulepoint import Point
 from shared.lm.places import deepstack_layers
 from shared.lm.vision.reader import VisionReader
-from shared.store import StorePlan, WindowPlan, bytes_planned
+from shared.store import StorePlan
 from shared.store.adding import place_of_addition
-from shared.store.capacity import shard_bytes
 from shared.store.format import layout
 from shared.store.format.dtypes import storage_type
 from shared.store.io.base import ObjectIO
-from stage_harvest.config import BosPlacement, HarvestSchema, PackingMode
+from stage_harvest.config import BatchesCorpus, BosPlacement, HarvestSchema, HooksSchema, PackingMode
 from stage_harvest.corpus import Corpus, CorpusSource, Mixture, open_corpus
 from stage_harvest.shards.forward import default_batch_contexts
-from stage_harvest.shards.writer import STAGING_SETS
 from stage_harvest.tokens.encoder import TextEncoder
 from stage_harvest.tokens.packing import Packer
 from stage_harvest.tokens.pictured import PicturedTokeniser
@@ -53,8 +49,6 @@ from stage_harvest.tokens.template import ChatRenderer
 from stage_harvest.tokens.tokenise import Tokeniser
 
 log = logging.getLogger(__name__)
-
-MOST_NAMED = 4  # modules on one line
 
 
 @dataclass(frozen=True)
@@ -85,6 +79,8 @@ class HarvestJob:
 
         Cheap: no weights are read and no document but for the corpus's fingerprint.
         """
+        if isinstance(cfg.corpus, BatchesCorpus):
+            raise GranaryError("corpus=batches are those of a function of your own: name it by model.factory")
         stored = stored_tokens(cfg)
         if stored is not None:
             cfg = following(cfg, stored.store, given_keys())
@@ -321,10 +317,7 @@ class HarvestJob:
 
 def chosen_hooks(cfg: HarvestSchema, config: PretrainedConfig) -> tuple[list[HookPoint], list[ModuleSite]]:
     """The sites and the modules that are asked for; raises GranaryError where the model lacks one."""
-    wanted = cfg.hooks
-    targets = [wanted.modules] if isinstance(wanted.modules, str) else wanted.modules or []
-    if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
-        raise GranaryError(f"hooks.modules={wanted.modules}: a path of a module, a pattern re:..., or a list of them")
+    wanted, targets = cfg.hooks, targets_of(cfg.hooks)
     modules = module_sites(config, targets) if targets else []
     sites = wanted.sites if wanted.sites is not None else [] if modules else ["resid_post"]
     if not sites and not modules:
@@ -333,6 +326,14 @@ def chosen_hooks(cfg: HarvestSchema, config: PretrainedConfig) -> tuple[list[Hoo
     hooks = hook_points(layers, dict.fromkeys(sites), config.get_text_config(decoder=True).num_hidden_layers)
     check_hooks(config, hooks)
     return hooks, modules
+
+
+def targets_of(wanted: HooksSchema) -> list[str]:
+    """What hooks.modules names, as a list; raises GranaryError for what is no name."""
+    targets = [wanted.modules] if isinstance(wanted.modules, str) else wanted.modules or []
+    if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
+        raise GranaryError(f"hooks.modules={wanted.modules}: a path of a module, a pattern re:..., or a list of them")
+    return targets
 
 
 def check_multimodal(cfg: HarvestSchema, config: PretrainedConfig) -> None:
@@ -344,14 +345,6 @@ def check_multimodal(cfg: HarvestSchema, config: PretrainedConfig) -> None:
         raise GranaryError(f"{name}: hooks.modules is for text decoders, give hooks.layers and hooks.sites")
     if cfg.tensor_parallel > 1 or cfg.model.quantisation is not None:
         raise GranaryError(f"{name}: tensor_parallel and model.quantisation are for text decoders, use replicas")
-
-
-def described(job: HarvestJob) -> str:
-    """The sites in one short line."""
-    sites = f"{describe_hooks(job.hooks)}; d_model {job.config.hidden_size}" if job.hooks else ""
-    names = [f"{site.point} ({site.width})" for site in job.modules]
-    more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
-    return "; ".join(part for part in (sites, ", ".join(names[:MOST_NAMED]) + more) if part)
 
 
 def needs_tokenizer(corpus: Corpus) -> bool:
@@ -384,53 +377,3 @@ def check_length(job: HarvestJob, num_contexts: int) -> None:
 def staging_dtype(plan: StorePlan, model_dtype: torch.dtype) -> torch.dtype:
     """What the forward leaves for the store: the stored type, or the model's where the store quantises."""
     return model_dtype if plan.dtype == "int8" else storage_type(plan.dtype).storage
-
-
-def announce(job: HarvestJob, plan: StorePlan, *, committed: int, device: torch.device, free: int | None) -> None:
-    """Log what will be written; raises GranaryError when it does not fit into `free` bytes (None: unknown).
-
-    `committed` is the number of contexts that the store holds already.
-    """
-    layers, total = job.depth[0], job.config.num_hidden_layers
-    size = sum(plan.context_bytes(hook) for hook in plan.hooks)
-    needed = bytes_planned(plan) - committed * (size + 9 * plan.seq_len)
-    window = None if job.window_bytes is None else WindowPlan.of(plan, job.window_bytes)
-    if window is not None:
-        kept = bytes_planned(plan) - (plan.num_shards - len(plan.heldout_shards)) * shard_bytes(plan)
-        needed = min(needed, kept + window.window_bytes)
-    if free is not None and needed > free:
-        raise GranaryError(
-            f"{job.cfg.store.url} needs {human_bytes(needed)}, but only {human_bytes(free)} are free:"
-            " choose another store.url, fewer corpus.contexts or hooks, or store.dtype=int8"
-        )
-    staging = min(STAGING_SETS, plan.num_shards) * plan.shard_contexts * size
-    room = "" if free is None else f" of {human_bytes(free)} free"
-    weights = "" if job.cfg.model.quantisation is None else f" with {job.cfg.model.quantisation} weights"
-    lines = {
-        "model": f"{job.identity['id']}, {job.identity['dtype']}{weights} on {device}, {layers} of {total} layers",
-        "hooks": described(job),
-        "corpus": job.corpus.description,
-        "contexts": f"{plan.num_contexts:,} x {plan.seq_len:,} = {plan.num_contexts * plan.seq_len:,} tokens,"
-        f" {job.cfg.packing.mode.value} documents, {job.batch_contexts} per forward",
-        "shards": f"{plan.num_shards:,} of {plan.shard_contexts} contexts, {len(plan.heldout_shards)} held out;"
-        f" {plan.dtype}, codec {plan.codec}",
-        "to write": f"{human_bytes(needed)}{room}, staging memory {human_bytes(staging)} per writer",
-        "store": job.cfg.store.url,
-    }
-    if window is not None:
-        lines["window"] = (
-            f"at most {human_bytes(window.window_bytes)} ahead of training, in {window.num_blocks:,} blocks; start"
-            " training on the store while this runs"
-        )
-    if committed:
-        lines["resuming"] = f"{committed:,} contexts are in the store already"
-    for name, text in lines.items():
-        log.info("%-9s %s", name, text)
-
-
-def next_command(cfg: HarvestSchema) -> str:
-    """The training command for the store that was written."""
-    arguments = [commands.override("run_dir", cfg.run_dir)]
-    if not RunFolder(Path(cfg.run_dir)).is_own_store(cfg.store.url):
-        arguments.append(commands.override("store.url", cfg.store.url))
-    return commands.line("train", *arguments)

@@ -59,9 +59,9 @@ class Notices:
         return bytes(self._store.get(note)).decode()
 
 
-def tokenise_bar(contexts: Iterable[T], total: int | None, seq_len: int) -> Iterator[T]:
+def tokenise_bar(contexts: Iterable[T], total: int | None, seq_len: int, name: str = "tokenise") -> Iterator[T]:
     """Pass `contexts` on, counting their tokens in a bar; `total` contexts are expected, None if nobody knows."""
-    with token_bar("tokenise", None if total is None else total * seq_len) as bar:
+    with token_bar(name, None if total is None else total * seq_len) as bar:
         for context in contexts:
             yield context
             bar.update(seq_len)

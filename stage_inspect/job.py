@@ -3,7 +3,7 @@
 import hashlib
 import logging
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -14,7 +14,7 @@ from shared.basics.config import named_urls
 from shared.basics.errors import GranaryError
 from shared.basics.versions import software_versions
 from shared.latents.layout import BINS, BINS_PER_OCTAVE
-from shared.lm.recorded import ModelChoice, choose_model
+from shared.lm.recorded import ModelChoice, choose_model, without_next_token
 from shared.sae.for_store import DictionaryFolder, open_folder
 from shared.sae.latents import SparseLatents
 from shared.sae.sites import side_by_side
@@ -60,6 +60,9 @@ class InspectJob:
                 "dictionaries whose latents write a row can be inspected"
             )
         contexts = choose_contexts(store, cfg.split, cfg.contexts)
+        if cfg.logits and (model := without_next_token(store)) is not None:
+            log.info("%-9s no logits: the store is of %s", "note", model)
+            cfg = replace(cfg, logits=False)
         return cls(cfg, store, folder, contexts, choose_model(cfg.model, store) if cfg.logits else None)
 
     @property

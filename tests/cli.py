@@ -23,7 +23,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 # What the three stages import before they begin to work.
 STAGES = (
     "shared.launch.stage",
-    "stage_harvest.harvest",
+    "stage_harvest.entry",
     "stage_train.job",
     "stage_eval.evaluate",
     "stage_inspect.inspect",

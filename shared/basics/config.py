@@ -81,6 +81,9 @@ class ModelSchema:
     """Before a harvest of isolated documents, compare some of them packed and alone; false trusts the model."""
     attn_implementation: str = MISSING
     """Attention kernel as transformers names it: sdpa, eager, flash_attention_2, flex_attention."""
+    factory: str | None = None
+    """A function of your own, ``package:function``, that makes any torch module and its batches, in the place of
+    ``path`` (docs/harvest_modules.md); with corpus=batches."""
 
 
 class TokenKind(Enum):

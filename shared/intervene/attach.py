@@ -22,6 +22,7 @@ from shared.intervene.edits import Edit, apply_edits, check_edits
 from shared.intervene.folder import Layout, read_attached, write_attached
 from shared.intervene.saved import Saved
 from shared.intervene.tokens import of_activation, real_tokens
+from shared.lm.calls import Masked, call
 from shared.lm.hooks import hook_at
 from shared.lm.modulepoint import ModulePoint, Point
 from shared.lm.places import Location, device_of, locate, without_wrappers
@@ -105,6 +106,11 @@ class Attached(Mapping[str, SAE]):
         self._check(keep_error=keep_error, edits=edits)
         self._seen: dict[str, list[Tensor]] = {}
         self._real: Tensor | None = None
+        """Which positions of the forward count; None: all."""
+        self._given_mask: Tensor | None = None
+        """The same for the forward that `call` runs, where its batch says so."""
+        self._is_given = False
+        """Whether the last forward was of such a batch."""
         self._is_inside = False
         self._awaited: frozenset[str] = frozenset()
         """The places behind which the forward ends; none: it runs to its end."""
@@ -156,6 +162,14 @@ class Attached(Mapping[str, SAE]):
         write_attached(Path(folder), {name: self.saved.get(name, Saved(self[name])) for name in self}, layout)
 
     # ---- what a forward gave ---------------------------------------------------------------------------------------
+
+    def call(self, batch: Any) -> None:
+        """Run the model on a batch: named arguments, a tuple of arguments or the only one, or a ``Masked`` one."""
+        self._given_mask = batch.mask if isinstance(batch, Masked) else None
+        try:
+            call(self.model, batch)
+        finally:
+            self._given_mask = None
 
     def activations(self, name: str) -> list[Tensor]:
         """Those of the model's last forward, [..., features], one tensor for each time that the module ran.
@@ -222,7 +236,9 @@ class Attached(Mapping[str, SAE]):
 
     def _begin(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._seen, self._is_inside = {}, True
-        self._real = real_tokens(self.inner, args, kwargs)
+        given = self._given_mask
+        self._real = real_tokens(self.inner, args, kwargs) if given is None else given
+        self._is_given = given is not None
 
     def _end(self, _module: nn.Module, _args: Any, _output: Any) -> None:
         self._is_inside = False
@@ -252,7 +268,13 @@ class Attached(Mapping[str, SAE]):
 
     def _acting(self, activation: Tensor) -> Tensor | None:
         """bool, of the shape of `activation` without its last axis; None: all."""
-        return None if self._real is None else of_activation(self._real, activation)
+        if self._real is None:
+            return None
+        found = of_activation(self._real, activation)
+        if found is None and self._is_given:
+            shape, given = list(activation.shape[:-1]), list(self._real.shape)
+            raise GranaryError(f"a batch's mask is {given}, and there are {shape} activations: one for each is needed")
+        return found
 
     def _check(self, *, keep_error: bool, edits: Edits) -> None:
         if self.mode not in ("observe", "replace"):

@@ -21,10 +21,13 @@ def of_activation(tokens_BT: Tensor, activation: Tensor) -> Tensor | None:
 
     None where these are not the tokens of the forward, as in a vision tower: they have another shape then.
     """
-    shape = activation.shape[:-1]
-    if shape in (tokens_BT.shape, (tokens_BT.numel(),)):
-        return tokens_BT.reshape(shape).to(activation.device)
-    return None
+    found = of_rows(tokens_BT, activation.shape[:-1])
+    return None if found is None else found.to(activation.device)
+
+
+def of_rows(tokens_BT: Tensor, shape: torch.Size) -> Tensor | None:
+    """The same for an activation that has `shape` before its features."""
+    return tokens_BT.reshape(shape) if shape in (tokens_BT.shape, (tokens_BT.numel(),)) else None
 
 
 def real_tokens(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:

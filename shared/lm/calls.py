@@ -1,10 +1,46 @@
 """What a forward of a model is called with."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from inspect import Parameter, signature
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+
+from shared.lm.places import device_of
+
+
+@dataclass(frozen=True)
+class Masked:
+    """A batch of which not all rows count, as where some are padding of a model that does not take token ids."""
+
+    inputs: Any
+    """What the model is called with."""
+    mask: Tensor
+    """bool, one for each row of activations, in the shape that they have before their features: true: it counts."""
+
+
+def call(model: nn.Module, batch: Any) -> None:
+    """The model's forward on a batch: a mapping gives named arguments, a tuple or list those in order, else the one.
+
+    Tensors go to the model's device.
+    """
+    device = device_of(model)
+
+    def placed(value: Any) -> Any:
+        return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+
+    args, kwargs = arguments_of(batch)
+    model(*map(placed, args), **{name: placed(value) for name, value in kwargs.items()})
+
+
+def arguments_of(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What a batch gives in order, and by name."""
+    if isinstance(batch, Masked):
+        batch = batch.inputs
+    if isinstance(batch, Mapping):
+        return (), dict(batch)
+    return (tuple(batch) if isinstance(batch, tuple | list) else (batch,)), {}
 
 
 def named_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Mapping[str, Any]:

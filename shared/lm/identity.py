@@ -96,11 +96,7 @@ def load_trunk_config(path: str, revision: str | None = None) -> PretrainedConfi
     Of the latter it is that of the whole model; ``get_text_config()`` is the decoder's. Raises GranaryError for any
     other kind of model.
     """
-    folder = resolve_model(path, revision)
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # of several libraries, from a file that may hold anything
-        raise GranaryError(f"model {path}: transformers can't read its config.json: {told_of(error)}") from error
+    config = read_config(path, revision)
     if config.model_type in FAMILIES:
         return config
     is_decoder = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not getattr(
@@ -114,6 +110,15 @@ def load_trunk_config(path: str, revision: str | None = None) -> PretrainedConfi
             f" {', '.join(FAMILIES)} are known"
         )
     return config
+
+
+def read_config(path: str, revision: str | None = None) -> PretrainedConfig:
+    """The transformers configuration of any model; raises GranaryError for one that can't be read."""
+    folder = resolve_model(path, revision)
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # of several libraries, from a file that may hold anything
+        raise GranaryError(f"model {path}: transformers can't read its config.json: {told_of(error)}") from error
 
 
 @contextmanager

@@ -32,11 +32,31 @@ def check_same_model(one: str, identity: dict[str, Any], other: str, expected: d
             )
 
 
+def factory_of(store: Store) -> str | None:
+    """The function that made the model of a store, by its name (``model.factory``); None for a language model's.
+
+    It is told to people alone: what a store names is never imported.
+    """
+    found = (store.plan.provenance.get("model") or {}).get("factory")
+    return None if found is None else str(found)
+
+
+def without_next_token(store: Store) -> str | None:
+    """What the store's model is, where it is no decoder and so predicts no next token; None for a decoder."""
+    if (factory := factory_of(store)) is not None:
+        return f"a model that {factory} made"
+    kind = (store.plan.provenance.get("model") or {}).get("encoder")
+    return None if kind is None else f"an encoder ({kind})"
+
+
 def choose_model(cfg: ModelInput, store: Store) -> ModelChoice:
     """The model to load: what is configured, else what the store records.
 
-    Raises GranaryError if the model is not the harvested one and ``model.allow_other`` is not set.
+    Raises GranaryError if the model is not the harvested one and ``model.allow_other`` is not set, and where it is no
+    language model.
     """
+    if (factory := factory_of(store)) is not None:
+        raise GranaryError(f"the store at {store.url} is of a model that {factory} made, not of a language model")
     recorded: dict[str, Any] = store.plan.provenance.get("model") or {}
     path, revision = cfg.path, cfg.revision
     if path is None:

@@ -1,9 +1,9 @@
 """Corpora: where documents come from. One file per kind; `open_corpus` is the way in."""
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib import resources
-from typing import Any
+from typing import Any, TypeVar
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -20,7 +20,19 @@ from stage_harvest.corpus.stdlib import StandardLibrary
 from stage_harvest.corpus.text import TextFiles
 from stage_harvest.corpus.tokens import TokenFiles
 
-__all__ = ["Chat", "Corpus", "CorpusSource", "Document", "Mixture", "Pictured", "open_corpus", "read_documents"]
+__all__ = [
+    "Chat",
+    "Corpus",
+    "CorpusSource",
+    "Document",
+    "Mixture",
+    "Pictured",
+    "in_order",
+    "open_corpus",
+    "read_documents",
+]
+
+T = TypeVar("T")
 
 
 def open_corpus(cfg: config.CorpusSchema) -> Corpus:
@@ -34,12 +46,17 @@ def open_corpus(cfg: config.CorpusSchema) -> Corpus:
 
 def read_documents(source: CorpusSource, cfg: config.CorpusSchema, seed: int) -> Iterator[Document]:
     """The documents of `source` in the order that `cfg.shuffle` and `seed` give."""
+    return in_order(source.documents, cfg, seed)
+
+
+def in_order(read: Callable[[random.Random | None], Iterator[T]], cfg: config.CorpusSchema, seed: int) -> Iterator[T]:
+    """What `read` gives, in the order that `cfg.shuffle` and `seed` give."""
     if not cfg.shuffle:
-        return source.documents()
+        return read(None)
     if cfg.shuffle_window < 1:
         raise GranaryError(f"corpus.shuffle_window={cfg.shuffle_window}: it must be at least 1")
     rng = random.Random(seed)
-    return windowed_shuffle(source.documents(rng), cfg.shuffle_window, rng)
+    return windowed_shuffle(read(rng), cfg.shuffle_window, rng)
 
 
 def _open_source(cfg: config.CorpusSchema) -> CorpusSource:

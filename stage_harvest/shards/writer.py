@@ -2,7 +2,7 @@
 
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import Self
@@ -11,8 +11,24 @@ import torch
 from torch import Tensor
 
 from shared.store import Store
+from stage_harvest.progress import HarvestProgress
 
 STAGING_SETS = 2
+Fill = Callable[[range, dict[str, Tensor], Callable[[int], None]], "torch.cuda.Event | None"]
+"""Fills staging tensors with the activations of some contexts, telling of each that is done; an event where copies may
+still run."""
+
+
+def write_behind(
+    store: Store, shards: Iterable[int], fill: Fill, progress: HarvestProgress, *, dtype: torch.dtype, pin: bool
+) -> None:
+    """Make `shards` by `fill`, each written while the next is computed; `dtype` and `pin` as of BackgroundWriter."""
+    with BackgroundWriter(store, dtype, pin=pin) as writer:
+        for shard in shards:
+            staging = writer.staging()
+            advance = lambda done: progress.advance(done, writer.wait_seconds)  # noqa: E731
+            writer.submit(shard, staging, fill(store.shard_contexts(shard), staging, advance))
+        writer.drain()
 
 
 class BackgroundWriter:

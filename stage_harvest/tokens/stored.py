@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from shared.basics.errors import GranaryError
 from shared.lm import SpecialIds, load_tokenizer, tokenizer_hash
+from shared.lm.recorded import without_next_token
 from shared.store import Store
 from shared.store.beside import sealed_tokens
 from shared.store.format.layout import canonical_json
@@ -31,7 +32,9 @@ class StoredTokens(Corpus):
     """The contexts of a store, as they were packed."""
 
     def __init__(self, store: Store) -> None:
-        """Raises GranaryError for a store that was extended: its shards do not follow one plan."""
+        """Raises GranaryError for a store that was extended (its shards follow no one plan), or is of no decoder."""
+        if (model := without_next_token(store)) is not None:
+            raise GranaryError(f"corpus.path={store.url} is a store of {model}, not of a decoder's tokens")
         if len(store.extents) > 1:
             raise GranaryError(f"corpus.path={store.url}: the store was extended, and its tokens follow no one plan")
         if store.plan.has_images:

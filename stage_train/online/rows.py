@@ -3,7 +3,7 @@
 Shape letters: N rows of one forward, D the width of a place.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from shared.basics.errors import GranaryError
 from shared.intervene.attach import Attached
 from shared.lm.early_end import may_end_early
-from shared.lm.places import device_of
 
 
 class ModelRows:
@@ -50,9 +49,9 @@ class ModelRows:
     def _run(self, batch: Any) -> None:
         """A forward: the first to its end, later ones as far as the last place where that is safe."""
         saes = self.saes
-        if self._ends_early and saes.run_as_far(self.names, lambda: call(saes.model, batch)):
+        if self._ends_early and saes.run_as_far(self.names, lambda: saes.call(batch)):
             return
-        call(saes.model, batch)  # a whole one, and from here on all are, unless it was the first
+        saes.call(batch)  # a whole one, and from here on all are, unless it was the first
         ran_once = all(len(saes.activations(name)) == 1 for name in self.names)
         is_bare = getattr(saes.model, "_orig_mod", saes.model) is saes.inner
         self._ends_early = self._ends_early is None and ran_once and is_bare and may_end_early(saes.inner)
@@ -70,24 +69,6 @@ class ModelRows:
             self.passes += 1
             self._iterator, self._rows_in_pass = iter(self.batches), 0
         raise GranaryError("the batches are empty the second time: give a list or a DataLoader, or an iterator")
-
-
-def call(model: nn.Module, batch: Any) -> None:
-    """The model's forward on a batch: a mapping gives named arguments, a tuple or list those in order, else the one.
-
-    Tensors go to the model's device.
-    """
-    device = device_of(model)
-
-    def placed(value: Any) -> Any:
-        return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
-
-    if isinstance(batch, Mapping):
-        model(**{name: placed(value) for name, value in batch.items()})
-    elif isinstance(batch, tuple | list):
-        model(*map(placed, batch))
-    else:
-        model(placed(batch))
 
 
 @contextmanager

@@ -34,13 +34,21 @@ class PlanSchema(TrainSchema):
     """Time real steps of one rank's part on this machine."""
     disk_mb_s: float | None = None
     """What the store's disk or network delivers to one machine."""
+    base: str | None = None
+    """A frozen model on the same devices, as online=true has: folder with its config.json, or hub id; no weights."""
+    base_layer: int | None = None
+    """Behind which of its layers it is cut, counted from 0; null: not at all."""
+    base_tensor_parallel: int | None = None
+    """Ranks that share its weights; null: all."""
+    base_dtype: str = "bfloat16"
+    """Type of its weights."""
     json: bool = False
     """Print one JSON object in place of the table."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.dead_fraction <= 1:
             raise GranaryError(f"dead_fraction={self.dead_fraction}: a share of the latents, between 0 and 1")
-        for name in {*OWN, "nproc"} - {"dead_fraction"}:
+        for name in {*OWN, "nproc"} - {"dead_fraction", "base_layer"}:
             value = getattr(self, name)
             if type(value) in (int, float) and not value > 0:
                 raise GranaryError(f"{name}={value}: must be above 0")

@@ -11,6 +11,7 @@ import torch
 from shared.basics.errors import GranaryError
 from shared.basics.units import GIB, human_bytes, human_time
 from stage_train.config import LayoutKind
+from stage_train.plan.base import Base
 from stage_train.plan.memory import Memory
 from stage_train.plan.run import PlannedRun
 
@@ -73,15 +74,16 @@ def measured_seconds(run: PlannedRun) -> float:
     return sorted(seconds[1:])[MEASURED_STEPS // 2]
 
 
-def as_json(run: PlannedRun, memory: Memory, pace: dict[str, Any]) -> str:
+def as_json(run: PlannedRun, memory: Memory, pace: dict[str, Any], base: Base) -> str:
     """One object, of bytes, tokens and seconds."""
     spec, length = run.spec, run.spec.length
     sae = {"d_model": spec.widths.d_in, **spec.dictionary.own_fields(), **spec.learning.to_dict()}
     whole = {"sae": sae, "layout": run.cfg.parallel.layout.value, "ranks": run.ranks, "steps": length.steps}
-    return json.dumps({**whole, "tokens": length.tokens, "memory": asdict(memory), "pace": pace})
+    frozen = {} if base.memory is None else {"base": asdict(base)}
+    return json.dumps({**whole, "tokens": length.tokens, **frozen, "memory": asdict(memory), "pace": pace})
 
 
-def table(run: PlannedRun, memory: Memory, pace: dict[str, Any]) -> str:
+def table(run: PlannedRun, memory: Memory, pace: dict[str, Any], base: Base) -> str:
     """Lines of text."""
     spec, cfg, speed, fed = run.spec, run.cfg, pace["tokens_per_s"], pace["disk_tokens_per_s"]
     blocks = Counter[str]()
@@ -95,6 +97,7 @@ def table(run: PlannedRun, memory: Memory, pace: dict[str, Any]) -> str:
         f"run: {spec.length.steps:,} steps of {cfg.stream.batch_size:,} tokens, {spec.length.tokens:,} in all",
         f"ranks: {run.ranks} on {'GPU' if run.cuda else 'CPU'}, layout {cfg.parallel.layout.value}; each computes "
         f"{run.num_latents:,} latents for {run.rows:,} rows of a batch",
+        *base.lines(),
         f"memory per rank, GiB, at its peak ({memory.peak})",
         *(f"  {name:<56}{size / GIB:>10.3f}" for name, size in sizes),
         f"products: {pace['gflop_per_token']:.3g} GFLOP per token",

@@ -186,20 +186,3 @@ def test_a_wrapped_model_is_spliced(sae: SAE) -> None:
         assert torch.equal(spliced.features.applied, want.features.applied)
     with pytest.raises(GranaryError, match="Linear has no module layers"):
         SplicedModel(nn.Linear(2, 2), sae, HOOK)  # type: ignore[arg-type]
-
-
-def test_a_model_of_peft_is_spliced(sae: SAE) -> None:
-    peft = pytest.importorskip("peft")
-    torch.manual_seed(0)
-    adapters = peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
-    model, tokens = peft.get_peft_model(tiny_llama(), adapters).eval(), prompt()
-    clean = model(tokens).logits
-    spliced = SplicedModel(model, sae, HOOK, edits=[Edit([3], "add", 2.0)])
-    assert not torch.equal(spliced(tokens).logits, clean)
-    want = sae.encode(activation(model.get_base_model(), input_ids=tokens)).to_dense(F)
-    torch.testing.assert_close(spliced.features.before.to_dense(F), want)
-    assert spliced.generate(tokens, max_new_tokens=2, do_sample=False).shape == (2, tokens.shape[1] + 2)
-    assert torch.equal(model(tokens).logits, clean)
-    learnt = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
-    with pytest.raises(GranaryError, match="learns a prompt"):
-        SplicedModel(peft.get_peft_model(tiny_llama(), learnt), sae, HOOK)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import LlamaConfig
 
 from shared.basics.units import GIB
 from shared.kernels.linear import linear
@@ -271,3 +272,27 @@ def test_the_table_names_peak_total_and_what_is_assumed(server: ForkServer) -> N
 def test_what_cannot_be_is_one_line(server: ForkServer, overrides: list[str], line: str) -> None:
     error = server.run("stage_train.plan", *overrides).error
     assert re.search(line, error), error
+
+
+@pytest.mark.slow
+def test_a_frozen_base_is_added_to_each_rank(stages: ForkServer, tmp_path: Path) -> None:
+    LlamaConfig(
+        hidden_size=64, intermediate_size=96, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=8
+    ).save_pretrained(tmp_path)
+    plain = ["d_model=64", "nproc=8", "sae.d_latent=512", "sae.k=4", "stream.batch_size=512", "parallel=latent",
+             "schedule.tokens=10_000", "device.name=cuda", "json=true"]  # fmt: skip
+    alone, beside = (
+        json.loads(stages.run("stage_train.plan", *plain, *more).stdout)
+        for more in ([], [f"base={tmp_path}", "base_layer=1", "base_tensor_parallel=4"])
+    )
+    frozen = beside["base"]["memory"]
+    assert frozen["split"] == 2 * 2 * (4 * 64 * 64 + 3 * 64 * 96) // 4
+    assert frozen["whole"] == 2 * (32_000 * 64 + 2 * 2 * 64)
+    assert beside["memory"]["total"] - alone["memory"]["total"] == sum(
+        frozen[one] for one in ("split", "whole", "tower")
+    )
+    told = stages.run("stage_train.plan", *plain[:-1], f"base={tmp_path}", "base_layer=1")
+    assert "base: " in told.stdout
+    assert "2 of 4 layers, split over 8 ranks" in told.stdout
+    wrong = stages.run("stage_train.plan", *plain, f"base={tmp_path}", "base_tensor_parallel=3")
+    assert wrong.error == "base_tensor_parallel=3 does not divide the 8 ranks"

@@ -142,6 +142,18 @@ def test_padding_not_in_loss():
     assert torch.equal(found[:, 0].sort().values, want[:, 0].sort().values)
 
 
+def test_rows_that_a_mask_leaves_out_are_not_learnt_from():
+    seen, kept = [], torch.arange(24) % 3 > 0
+    masked = [granary.Masked({"x": rows}, kept) for rows in planted_rows()]
+    with noting_rows(seen):
+        fit(seeded(MLP)(), tokens=320, batches=masked)
+    model = seeded(MLP)()
+    wanted = {tuple(row.tolist()) for rows in planted_rows() for row in model.fc1(rows)[kept]}
+    assert {tuple(row.tolist()) for rows in seen for row in rows} <= wanted
+    with pytest.raises(GranaryError, match=r"a batch's mask is \[24\], and there are \[5\] activations"):
+        fit(seeded(MLP)(), batches=[granary.Masked(noise(5, 6), kept)])
+
+
 def test_bf16_base_fp32_loss():
     saes, metrics = fit(seeded(MLP)().bfloat16(), batches=[x.bfloat16() for x in planted_rows()], tokens=3200)
     assert {tensor.dtype for tensor in saes["fc1"].state_dict().values()} == {torch.float32}
