@@ -7,14 +7,12 @@ import torch
 
 from shared.basics.errors import GranaryError
 from shared.basics.metrics_file import read_metrics
-from shared.intervene.splice import SplicedModel
 from shared.sae import Lorsa, load
 from shared.sae.calibrate import Threshold
 from shared.sae.formats.folded import Folded
 from shared.sae.sites import Sites
 from shared.store import Store
 from stage_train.job import Job
-from tests.splicing import tiny_llama
 from tests.training import WORLD, Runs, assert_same_run
 
 READS, WRITES = "layers.1.attn_in", "layers.1.attn_out"
@@ -102,7 +100,6 @@ def test_wrong_words_are_one_line(runs: Runs) -> None:
 def test_what_goes_by_tokens_refuses_it(runs: Runs) -> None:
     made = load(runs("one", "sae.k=2"))
     for work, told in (
-        (lambda: SplicedModel(tiny_llama(), made), "granary eval splices it into whole ones"),
         (lambda: Threshold("store").apply("mine", made, {}), "mine is a lorsa, which reads whole contexts"),
         (
             lambda: Folded.of(made.config, made.state_dict(), made.places, {}, "circuit_tracer"),
