@@ -7,9 +7,9 @@ from transformers import LlamaForCausalLM
 
 from shared.lm import capture, packed_inputs
 from shared.lm.hookpoint import HookPoint
-from shared.sae.contexts import Contexts
+from shared.sae.contexts import Contexts, as_attended
 from shared.sae.sites import SiteWidths
-from stage_eval.measure.downstream import CLEAN, Batch, Condition, Splice, as_attended, final_hidden
+from stage_eval.measure.downstream import CLEAN, Batch, Condition, Splice, final_hidden
 from stage_eval.measure.passes import reconstruct
 from stage_eval.measure.session import Loaded
 from tests.splicing import ATTENTION, D, attention_itself, tiny_llama
