@@ -45,9 +45,9 @@ LAYOUTS = {
     "latent_micro": ["parallel=latent", "optim.micro_batch=4"],
 }
 # One start of two processes runs these; the others are under the slow marker.
-COMMON = [(name, "latent") for name in ACTIVATIONS] + [("batchtopk", "ddp"), ("relu", "ddp"), ("jumprelu", "fsdp")]
-COMMON += [("batchtopk", "fsdp_micro"), ("gated", "fsdp_micro"), ("matryoshka", "ddp_micro"), ("relu", "latent_micro")]
-COMMON += [("muon", "latent"), ("signum", "ddp"), ("topk", "ddp"), ("gated_clipped", "fsdp")]
+COMMON = [(name, "latent") for name in ("batchtopk", "multi", "matryoshka", "relu", "jumprelu", "gated")]
+COMMON += [("batchtopk", "ddp"), ("relu", "ddp"), ("jumprelu", "fsdp"), ("gated", "fsdp_micro"), ("topk", "latent")]
+COMMON += [("matryoshka", "ddp_micro"), ("relu", "latent_micro"), ("muon", "latent"), ("signum", "ddp")]
 MICRO = ("topk", "batchtopk", "multi", "relu")
 if importlib.util.find_spec("bitsandbytes") is not None:
     OPTIMISERS["adam8bit"] = ["optim=adam8bit", "sae.d_latent=256"]

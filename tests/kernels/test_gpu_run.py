@@ -39,10 +39,10 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-DEAR = ["compile", "checks even", "train", "step a", "step cached", "auxk", "load", "staging", "probes"]
+DEAR = ["compile", "checks even", "train", "step a", "step cached", "auxk", "load", "staging", "probes", "tests"]
 
 
-@pytest.mark.parametrize("stages", [["machine", "checks ragged", "tests"], pytest.param(DEAR, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("stages", [["machine", "checks ragged"], pytest.param(DEAR, marks=pytest.mark.slow)])
 def test_every_stage_ends_well(tmp_path, stages):
     status, output, lines = rehearse(tmp_path, "--only", *stages)
     wrong = [line for line in lines if not line.get("ok", True)]

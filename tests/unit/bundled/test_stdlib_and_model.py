@@ -102,6 +102,7 @@ def test_predicts_files_it_never_saw(
     assert loss == pytest.approx(record["heldout_loss"], rel=0.25)
 
 
+@pytest.mark.slow
 def test_predicts_at_the_last_position_of_a_full_context(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase
 ) -> None:

@@ -148,7 +148,7 @@ def test_planted_latents_are_in_the_right_class() -> None:
     scaling = LatentScaling(made)
     scaling.add(x_ND, x_ND, latents)
     sure_F = alive_F & (cosine_FA.amax(1) > 0.95)
-    assert ((scaling.specific() == (truth_F != 0)) | ~sure_F).float().mean() >= 0.9
+    assert ((scaling.specific() == (truth_F != 0)) | ~sure_F).double().mean() >= 0.9
 
 
 def test_f14_of_a_model_beside_itself_nothing_is_specific() -> None:

@@ -114,7 +114,7 @@ def test_learns_a_planted_map() -> None:
         read_UD @ F.normalize(made.W_enc.detach(), dim=1).T, written_UD @ F.normalize(made.W_dec.detach(), dim=1).T
     )
     assert fvu < 0.05
-    assert float((found_UF.amax(1) > 0.95).float().mean()) >= 0.9
+    assert float((found_UF.amax(1) > 0.95).double().mean()) >= 0.9
 
 
 def test_reads_equal_to_writes_is_the_sae_bit_for_bit() -> None:

@@ -99,7 +99,7 @@ def test_sites_that_only_look_alike_are_accepted():
     check_sites(["a.b", "a.bc", "a.b_scale", "a.b-x.c1", "ab"], scaled=False)
 
 
-@settings(max_examples=25, suppress_health_check=[HealthCheck.filter_too_much, HealthCheck.too_slow])
+@settings(max_examples=8, suppress_health_check=[HealthCheck.filter_too_much, HealthCheck.too_slow])
 @given(names=st.lists(NAMES, min_size=1, max_size=4, unique=True), dtype=st.sampled_from(["float32", "int8"]))
 def test_a_store_of_any_accepted_names_is_written_read_and_verified(names: list[str], dtype: str) -> None:
     try:
