@@ -54,7 +54,7 @@ class Whole:
 def whole_of(
     model: PreTrainedModel, named: Mapping[str, Any], record: Record, lorsa: Lorsa, *, generates: bool
 ) -> Whole:
-    """Of the forward that is called with `named` arguments, which is the last part of `record`.
+    """Return those of the forward that is called with `named` arguments, which is the last part of `record`.
 
     `generates`: whether it is one of ``generate``, whose tokens see all before them and whose cache keeps its rows.
     Raises GranaryError where earlier tokens are not at hand, and where tokens see one another as in no Lorsa.
