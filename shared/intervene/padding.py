@@ -38,7 +38,7 @@ def padding_of(mask: Any, past: int, shape: torch.Size, device: torch.device) ->
     )
 
 
-def attended(mask: Any, shape: torch.Size) -> Tensor:
+def attended(mask: Any, shape: torch.Size, device: torch.device) -> Tensor:
     """bool [B, T, T]: which tokens each one sees, by a mask that says of all of them; `shape` is [B, T].
 
     The forms are those of `padding_of`, but for [B, S]. Raises GranaryError for others.
@@ -49,10 +49,10 @@ def attended(mask: Any, shape: torch.Size) -> Tensor:
         square_BTS = mask[:, 0] if mask.dim() == 4 else mask
         seen_BTT = (square_BTS if square_BTS.dtype == torch.bool else square_BTS >= HIDDEN)[..., :T]
         if seen_BTT.shape[1:] == (T, T):
-            return seen_BTT.expand(B, -1, -1)
+            return seen_BTT.expand(B, -1, -1).to(device)
     if hasattr(mask, "mask_mod"):
-        index_T = torch.arange(T)
-        rows_B11 = torch.arange(B)[:, None, None]
+        index_T = torch.arange(T, device=device)
+        rows_B11 = torch.arange(B, device=device)[:, None, None]
         seen: Tensor = mask.mask_mod(rows_B11, torch.zeros_like(rows_B11), index_T[:, None], index_T)
         return seen.expand(B, T, T)
     raise GranaryError(f"an attention_mask of type {type(mask).__name__} does not say which tokens see one another")

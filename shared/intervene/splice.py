@@ -29,7 +29,7 @@ from shared.intervene.record import Features, Record, widen
 from shared.intervene.tokens import of_activation
 from shared.intervene.whole import whole_of
 from shared.lm import splice_through
-from shared.lm.calls import named_arguments
+from shared.lm.calls import filled_slots, named_arguments
 from shared.lm.hookpoint import HookPoint
 from shared.lm.modulepoint import Point
 from shared.lm.places import body_of, device_of, trunk, without_wrappers
@@ -152,8 +152,13 @@ class SplicedModel:
             raise GranaryError(f"{type(self.inner).__name__} does not continue token ids: call it inside the `with`")
         config = kwargs.get("generation_config") or self.inner.generation_config
         has_beams = (kwargs.get("num_beams") or config.num_beams or 1) > 1
-        if has_beams and any(isinstance(one.sae, Lorsa) for one in (self, *_SPLICED.get(self.inner, []))):
-            raise GranaryError("what a lorsa has read can't follow beams that change rows: leave num_beams=1")
+        if any(isinstance(one.sae, Lorsa) for one in (self, *_SPLICED.get(self.inner, []))):
+            if has_beams:
+                raise GranaryError("what a lorsa has read can't follow beams that change rows: leave num_beams=1")
+            if filled_slots(kwargs):
+                raise GranaryError(
+                    "a lorsa attends to what it has read since generate began: leave past_key_values out"
+                )
         if has_beams and not kwargs.keys().isdisjoint(BESIDE_TOKENS):
             raise GranaryError("what beams over images have processed can't be followed: leave num_beams=1")
         if self._stack is None:

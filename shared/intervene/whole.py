@@ -92,7 +92,7 @@ def _beginnings(model: PreTrainedModel, named: Mapping[str, Any], padding_BT: Te
         return _jumps(named, padding_BT, 0)
     if mask is None or (isinstance(mask, Tensor) and mask.dim() == 2):
         return torch.zeros_like(padding_BT)
-    return _by_mask(attended(mask, padding_BT.shape).to(padding_BT.device), padding_BT, lorsa)
+    return _by_mask(attended(mask, padding_BT.shape, padding_BT.device), padding_BT, lorsa)
 
 
 def _by_mask(sees_BTT: Tensor, padding_BT: Tensor, lorsa: Lorsa) -> Tensor:

@@ -24,7 +24,7 @@ from tests.splicing import ATTENTION, BOS, HOOK, D, attention_itself, prompt, ti
 from tests.unit.intervene.test_recomputation import assert_same, batches, gradients, trainable
 from tests.unit.intervene.test_variants import fitted
 
-T = 8
+T, CPU = 8, torch.device("cpu")
 SEGMENTS = torch.tensor([[0] * 3 + [1] * 5, [0] * 6 + [1] * 2])
 LEFT = torch.tensor([[0] * 3 + [1] * 5, [1] * T])
 
@@ -86,10 +86,10 @@ def test_who_sees_whom_by_every_form_of_mask() -> None:
     block = create_block_mask(lambda b, _, q, k: (q >= k) & (SEGMENTS[b, q] == SEGMENTS[b, k]), 2, None, T, T, "cpu")
     by_kind = {"sliding_attention": ~seen, "full_attention": seen}
     for mask in (seen, seen[:, 0], sees_documents(torch.float32), block, by_kind):
-        assert torch.equal(attended(mask, SEGMENTS.shape), seen[:, 0])
+        assert torch.equal(attended(mask, SEGMENTS.shape, CPU), seen[:, 0])
     for mask in ("flash", torch.ones(1, 1, 1, 1)):
         with pytest.raises(GranaryError, match="does not say which tokens see one another"):
-            attended(mask, SEGMENTS.shape)
+            attended(mask, SEGMENTS.shape, CPU)
 
 
 @torch.no_grad()
@@ -182,10 +182,18 @@ def with_beams_of_another(model: LlamaForCausalLM, spliced: SplicedModel) -> Non
         outer.generate(prompt(2, 4), num_beams=2, max_new_tokens=2)
 
 
+def from_a_cache(model: LlamaForCausalLM, spliced: SplicedModel) -> None:
+    tokens = prompt(2, 4)
+    made = spliced.generate(tokens, max_new_tokens=2, return_dict_in_generate=True)
+    spliced.generate(tokens, max_new_tokens=3)
+    spliced.generate(made.sequences, past_key_values=made.past_key_values, max_new_tokens=2)
+
+
 AHEAD = {"attention_mask": torch.ones(2, 1, T, T, dtype=torch.bool)}
 BETWEEN = {"attention_mask": torch.tensor([[1, 1, 0, 1, 1, 1, 1, 1]] * 2)}
 REFUSED: dict[str, tuple[Any, str]] = {
     "a cache from elsewhere": (cached, r"it has those of spliced\.generate\(\.\.\.\) alone"),
+    "a cache of an earlier call": (from_a_cache, "leave past_key_values out"),
     "beams": (lambda _, spliced: spliced.generate(prompt(2, 4), num_beams=2), "leave num_beams=1"),
     "beams of another splice": (with_beams_of_another, "leave num_beams=1"),
     "tokens that see later ones": (lambda _, spliced: spliced(prompt(2, T), **AHEAD), "attends causally within doc"),
