@@ -14,7 +14,7 @@ from stage_train.config import LayoutKind
 from stage_train.plan.memory import Memory
 from stage_train.plan.run import PlannedRun
 
-# Time of a step over that of its products alone: the worse of README.md's two, on a CPU.
+# Time of a step over that of its products alone: the worse of docs/measured.md's two, on a CPU.
 STEP = 1.75
 MEASURED_STEPS = 3
 # Blocks below this share of the total are shown as one.
