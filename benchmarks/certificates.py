@@ -4,7 +4,8 @@ For each prompt the ten most influential features are set to zero one by one, an
 first logit is ranked against what the model does: with attention patterns and norm factors held, with norm factors
 held, and with everything free. The ceiling ranks the model's response with norms held against its free one. A hundred
 are set to zero with everything free, and their influence is ranked against the divergence of the next token's
-distribution. Prompts are of code, or with `--stories` of children's stories.
+distribution. Prompts are of code, or with `--stories` of children's stories. With `--least 0.7` the command fails
+unless the mean with both held, the figure that a graph's page leads with, is above that.
 """
 
 import argparse
@@ -49,10 +50,12 @@ def main() -> None:
     parser.add_argument("run", nargs="+", help="dictionaries, as granary trace takes them")
     parser.add_argument("--model", default="bundled")
     parser.add_argument("--stories", action="store_true")
+    parser.add_argument("--prompts", type=int, default=12, help="only so many, from the first")
+    parser.add_argument("--least", type=float, help="fail unless the mean rank correlation with both held is above")
     options = parser.parse_args()
     model, tokenizer = load_causal_lm(options.model), load_tokenizer(options.model)
     rows = []
-    for text in STORIES if options.stories else CODE:
+    for text in (STORIES if options.stories else CODE)[: options.prompts]:
         graph = trace(model, options.run, text, tokenizer=tokenizer)
         certificate, strict = graph.certify(10, 100), graph.scores["strict"]
         found = [certificate.rank_correlation(mode) or 0.0 for mode in MEASURED]
@@ -63,6 +66,9 @@ def main() -> None:
     print("both held, norms held, all free; ceiling; influence and KL, all free; strict replacement, completeness")
     for name, of in (("mean", mean), ("median", median)):
         print("  ".join(f"{of(column):5.2f}" for column in zip(*rows, strict=True)), name)
+    held = mean(row[0] for row in rows)
+    if options.least is not None and not held > options.least:
+        raise SystemExit(f"{held:.2f} with both held is not above {options.least}")
 
 
 if __name__ == "__main__":

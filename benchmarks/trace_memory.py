@@ -21,9 +21,10 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from shared.basics.units import human_bytes
 from shared.bundled import MODEL_DIR
 from shared.lm import model_identity
-from shared.sae import CLT, Transcoder
+from shared.sae import CLT, Lorsa, Transcoder
 from shared.sae.sites import Sites
 from shared.sae.variants.clt import CLTConfig
+from shared.sae.variants.lorsa import LorsaConfig
 from shared.sae.variants.transcoder import TranscoderConfig
 from stage_trace.config import TraceSchema
 from stage_trace.plan import ModelShape, plan
@@ -53,11 +54,13 @@ class Shape:
     """max_features."""
     batch: int = 128
     is_clt: bool = False
+    qk_heads: int = 0
+    """Of a Lorsa of every layer, with as many latents; 0: attention stays."""
 
     @property
     def decoders(self) -> int:
         """Bytes of all decoder rows on disk."""
-        written = self.layers * (self.layers + 1) // 2 if self.is_clt else self.layers
+        written = self.layers * (self.layers + 1) // 2 if self.is_clt else self.layers * (2 if self.qk_heads else 1)
         return 4 * self.latents * self.width * written
 
     def config(self, number: int) -> TranscoderConfig | CLTConfig:
@@ -72,6 +75,14 @@ class Shape:
             return CLTConfig(read_widths=each, write_widths=each, d_latent=latents, k_scope="layer", **common)
         return TranscoderConfig(d_in=self.width, d_out=self.width, d_latent=self.latents, **common)
 
+    def lorsa(self, layer: int) -> LorsaConfig:
+        """Of the attention of a layer."""
+        return LorsaConfig(
+            d_in=self.width, d_out=self.width, d_latent=self.latents, k=self.k, pre_bias=False,
+            sites=Sites((f"layers.{layer}.attn_in",), (f"layers.{layer}.attn_out",), unit="sequence"),
+            qk_heads=self.qk_heads, qk_width=64, scale=0.125,
+        )  # fmt: skip
+
 
 NOTHING = Shape(width=64, layers=2, latents=64, k=4, tokens=8, features=16)
 SHAPES = {
@@ -80,6 +91,7 @@ SHAPES = {
     "a wide dictionary": Shape(width=512, layers=2, latents=65_536, k=8, tokens=32, features=256),
     "a large model": Shape(width=768, layers=10, latents=2048, k=8, tokens=24, features=256),
     "a CLT": Shape(width=256, layers=6, latents=8192, k=16, tokens=64, features=1024, is_clt=True),
+    "attention too": Shape(width=512, layers=4, latents=16_384, k=16, tokens=192, features=512, qk_heads=64),
     # Llama-3.1-8B's proportions, an eighth as wide and half as deep: 32 latents to a feature of the stream.
     "8B, scaled down": Shape(width=512, layers=16, latents=16_384, k=64, tokens=32, features=512),
 }
@@ -159,6 +171,8 @@ def make(folder: Path, shape: Shape) -> None:
     kind = CLT if shape.is_clt else Transcoder
     for layer in range(1 if shape.is_clt else shape.layers):
         kind(shape.config(layer)).save_pretrained(folder / "tc" / f"layer{layer}", provenance)
+    for layer in range(shape.layers if shape.qk_heads else 0):
+        Lorsa(shape.lorsa(layer)).save_pretrained(folder / "tc" / f"attention{layer}", provenance)
 
 
 def watch(script: str, arguments: list[str]) -> str:

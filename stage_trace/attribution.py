@@ -29,7 +29,7 @@ class AttributionGraph(Graph):
         return certify(self, most, ranked)
 
     def spliced(self) -> Spliced:
-        """What the model says with all dictionaries in the place of its MLPs, against what it says itself."""
+        """What the model says with all dictionaries in their places, against what it says itself."""
         return splice_all(self.need_session())
 
     def save(

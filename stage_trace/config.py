@@ -56,8 +56,8 @@ class TraceSchema:
     out_dir: str = MISSING
     """Where ``graph.json`` and ``graph.html`` go."""
     dictionaries: Any = MISSING
-    """Transcoders of the model's MLPs, at most one per layer: folders, folders of such, globs, hub ids. What the
-    command line gives without a key stands here."""
+    """Transcoders of the model's MLPs and Lorsas of its attention, at most one of each per layer: folders, folders of
+    such, globs, hub ids. What the command line gives without a key stands here."""
     text: str = MISSING
     """The prompt; BOS is put before it."""
     model: ModelInput = field(default_factory=ModelInput)
@@ -71,8 +71,9 @@ class TraceSchema:
     engine: Engine = MISSING
     """What computes the rows."""
     fixed: int | None = MISSING
-    """Take MLP outputs as they are at this many positions from the start. null: at special tokens, and at the first
-    position where there is no BOS, as a harvest leaves them out. Special tokens are fixed either way."""
+    """Take what MLPs add, and attention with a Lorsa, as it is at this many positions from the start. null: at special
+    tokens, and at the first position where there is no BOS, as a harvest leaves them out. Special tokens are fixed
+    either way."""
     latents: Any = MISSING
     """Folders of ``granary inspect`` whose examples the page shows; null: those called latents in the dictionaries'
     folders or beside them."""

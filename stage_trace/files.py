@@ -1,7 +1,8 @@
 """What a graph leaves on disk: ``graph.json`` in the field's schema, its index, and one page that opens anywhere.
 
 The JSON is what circuit-tracer 0.5.0 writes and Neuronpedia reads: fixed positions and biases, which they do not know,
-are nodes of the type of errors, told apart by ``clerp`` and ``granary_kind``. Equal graphs give equal bytes.
+are nodes of the type of errors, told apart by ``clerp`` and ``granary_kind``; a Lorsa's nodes have the types that
+Neuronpedia has for them, which circuit-tracer's viewer draws as features and as errors. Equal graphs give equal bytes.
 """
 
 import json
@@ -31,6 +32,8 @@ FEATURE_TYPES = {
     Kind.token: "embedding",
     Kind.logit: "logit",
 }
+ATTENTION_TYPES = {Kind.feature: "lorsa", Kind.error: "lorsa error", Kind.fixed: "lorsa error"}
+"""Of nodes of a Lorsa."""
 
 
 def save(
@@ -102,7 +105,7 @@ def to_document(
             "clickedId": "",
             "sg_pos": "",
         },
-        "nodes": [_node(node, name(node)) for node in graph.nodes],
+        "nodes": [_node(node, name(node), graph.columns.num_layers) for node in graph.nodes],
         "links": [
             _link(edge, heads.get((edge.source.id, edge.target.id)))
             for edge in graph.edges
@@ -121,30 +124,37 @@ def dumps(document: Any) -> str:
     return json.dumps(document, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
 
 
-def _node(node: Node, name: str) -> dict[str, Any]:
+def _node(node: Node, name: str, num_layers: int) -> dict[str, Any]:
     first_logit = node.kind is Kind.logit and node.is_first
     return {
         "node_id": node.id,
-        "feature": _feature(node),
+        "feature": _feature(node, num_layers),
         "layer": "E" if node.kind is Kind.token else str(node.layer),
         "ctx_idx": node.position,
-        "feature_type": FEATURE_TYPES[node.kind],
+        "feature_type": (ATTENTION_TYPES if node.is_attention else FEATURE_TYPES)[node.kind],
         "token_prob": node.probability or 0.0,
         "is_target_logit": first_logit,
         "run_idx": 0,
         "reverse_ctx_idx": 0,
         "jsNodeId": _js_id(node),
-        "clerp": name if node.kind in (Kind.feature, Kind.error, Kind.token) else node.label,
+        "clerp": _clerp(node, name),
         "influence": node.cumulative,
         "activation": node.activation,
         "granary_kind": node.kind.value,
     }
 
 
-def _feature(node: Node) -> int:
+def _clerp(node: Node, name: str) -> str:
+    """What a viewer writes beside a node; it has its own words for tokens and a transcoder's features and errors."""
+    has_own = node.kind in (Kind.feature, Kind.error, Kind.token) and not node.is_attention
+    return name if has_own else name or node.label
+
+
+def _feature(node: Node, num_layers: int) -> int:
+    """A number that no two features share: attention counts as further layers behind the model's own."""
     match node.kind:
         case Kind.feature:
-            return cantor(node.layer, node.number)
+            return cantor(node.layer + num_layers * node.is_attention, node.number)
         case Kind.token:
             return node.position
         case Kind.logit:
@@ -156,7 +166,7 @@ def _feature(node: Node) -> int:
 def _js_id(node: Node) -> str:
     match node.kind:
         case Kind.feature:
-            return f"{node.layer}_{node.number}-0"
+            return f"{node.id.rsplit('_', 1)[0]}-0"
         case Kind.token:
             return f"E_{node.number}-{node.position}"
         case Kind.logit:

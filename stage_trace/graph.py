@@ -151,17 +151,20 @@ class Graph:
 
 def make_nodes(session: Session, chosen: Tensor, columns: Columns, pieces: Sequence[str]) -> list[Node]:
     """One node per column."""
-    layers = session.replacement.layers
-    position = torch.cat([layer.latents.position_N for layer in layers])
-    latent = torch.cat([layer.latents.latent_N for layer in layers])
-    value = torch.cat([layer.latents.value_N for layer in layers])
-    of_layer = torch.cat([torch.full_like(one.latents.position_N, layer) for layer, one in enumerate(layers)])
+    latents = [one.latents for one in session.replacement.stand_ins]
+    position = torch.cat([one.position_N for one in latents])
+    latent = torch.cat([one.latent_N for one in latents])
+    value = torch.cat([one.value_N for one in latents])
+    of_output = torch.cat([torch.full_like(one.position_N, number) for number, one in enumerate(latents)])
     chosen = chosen.to(position.device)
-    described = zip(*(x[chosen].tolist() for x in (of_layer, position, latent, value)), strict=True)
-    nodes = [Node(Kind.feature, layer, at, number, activation) for layer, at, number, activation in described]
-    depth, T = columns.num_layers, columns.num_positions
-    nodes += [Node(Kind.error, layer, at, -1) for layer in range(depth) for at in range(T)]
-    nodes += [Node(Kind.fixed, layer, at, -1) for layer in range(depth) for at in columns.fixed]
+    described = zip(*(x[chosen].tolist() for x in (of_output, position, latent, value)), strict=True)
+    outputs, depth, T = columns.outputs, columns.num_layers, columns.num_positions
+    nodes = [
+        Node(Kind.feature, outputs[which].layer, at, number, activation, site=outputs[which].site)
+        for which, at, number, activation in described
+    ]
+    nodes += [Node(Kind.error, one.layer, at, -1, site=one.site) for one in outputs for at in range(T)]
+    nodes += [Node(Kind.fixed, one.layer, at, -1, site=one.site) for one in outputs for at in columns.fixed]
     nodes += [Node(Kind.bias, layer, 0, -1) for layer in range(depth + 1)]
     ids = session.tokens_T.tolist()
     nodes += [Node(Kind.token, -1, at, ids[at], text=pieces[at]) for at in range(T)]

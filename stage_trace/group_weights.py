@@ -1,4 +1,4 @@
-"""Where a group of latents reads and writes, and its rows in the units of raw activations.
+"""The rows of a group of latents in the units of raw activations.
 
 Rows are not held: whoever needs them reads them from the dictionary's file or from a dictionary in memory.
 Shapes: F latents of the group, n of those asked for, D width of the stream.
@@ -15,14 +15,7 @@ from shared.sae.activations import Gated
 from shared.sae.groups import LatentGroup
 from shared.sae.variants import Dictionary
 from shared.sae.variants.base import per_column
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Where one group of latents reads, and for the MLPs of which layers it stands in."""
-
-    read: HookPoint
-    layers: tuple[int, ...]
+from stage_trace.places import Place
 
 
 class GroupRows(Protocol):
@@ -112,9 +105,9 @@ class GroupWeights:
         rows_nD = self.rows.encoder(latents).to(scale_D) * scale_D
         return rows_nD if self.gain_F is None else rows_nD * self.gain_F[latents, None]
 
-    def decoder(self, layer: int, latents: Tensor) -> Tensor:
-        """Decoder rows [n, D] for the MLP of `layer`, one of those that the group writes."""
-        D, at = len(self.folded.input_scale), self.place.layers.index(layer)
+    def decoder(self, output: HookPoint, latents: Tensor) -> Tensor:
+        """Decoder rows [n, D] for one of the outputs that the group writes."""
+        D, at = len(self.folded.input_scale), self.place.writes.index(output)
         columns, scale = slice(at * D, (at + 1) * D), self.folded.output_scale
         return self.rows.decoder(latents, columns).to(scale) / scale[columns]
 

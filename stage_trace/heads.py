@@ -5,7 +5,9 @@ first. The gradient that arrives at a source is the sum of what these heads give
 
     edge = stays + sum over heads of  (W_V norm(source)) . (gradient of the head's values at the source's position)
 
-and an edge between two positions is the sum over heads alone. One more sweep of the targets gives all of it.
+and an edge between two positions is the sum over heads alone. Attention that a Lorsa stands in for has no such heads:
+its latents are nodes, and what one of them reads at other positions it carries itself. One more sweep of the targets
+gives all of it.
 Shapes: S sources, B targets, D width of the stream, E head dimension, M heads kept of an edge.
 """
 
@@ -89,10 +91,9 @@ def as_targets(session: Session, nodes: list[Node]) -> Targets:
     if others:
         tokens = [nodes[n].number for n in others]
         logits = Logits.choose(session.recording.logits_V, 1.0, len(tokens), tokens)
-        parts.append(logit_targets(logits, session.parts, session.recording))
-    order = torch.argsort(torch.tensor([*features, *others], device=parts[0].layer_B.device))
-    fields = ("layer_B", "position_B", "vector_BD", "goal_B")
-    return Targets(*(torch.cat([getattr(part, name) for part in parts])[order] for name in fields))
+        parts.append(logit_targets(logits, session.parts, session.recording, len(session.columns.outputs)))
+    joined = Targets.joined(parts)
+    return joined[torch.argsort(torch.tensor([*features, *others], device=joined.output_B.device))]
 
 
 @torch.no_grad()
@@ -145,18 +146,19 @@ def _linear(norm: Norm, x_SD: Tensor, scale_S1: Tensor) -> Tensor:
 
 def _written(session: Session, node: Node, layer: int) -> Tensor | float:
     """What a node has written to its position of the stream before `layer`, [D]."""
-    layers, at = session.replacement.layers, node.position
+    stand_ins, at = session.replacement.stand_ins, node.position
     match node.kind:
         case Kind.token:
             return session.recording.sites[HookPoint(0, "resid_pre")][at]
         case Kind.error if node.layer < layer:
-            return layers[node.layer].error_TD[at]
+            return stand_ins[session.columns.outputs.index(node.output)].error_TD[at]
         case Kind.fixed if node.layer < layer:
-            return layers[node.layer].rest_PD[session.columns.fixed.index(at)]
+            return stand_ins[session.columns.outputs.index(node.output)].rest_PD[session.columns.fixed.index(at)]
         case Kind.feature:
-            latents = layers[node.layer].latents
-            some = session.numbers([node]) - sum(len(one.latents.value_N) for one in layers[: node.layer])
-            rows = [latents.decoder(target, some)[0] for target in latents.layers if target < layer]
+            number = session.columns.outputs.index(node.output)
+            latents = stand_ins[number].latents
+            some = session.numbers([node]) - sum(len(one.latents.value_N) for one in stand_ins[:number])
+            rows = [latents.decoder(output, some)[0] for output in latents.writes if output.layer < layer]
             return latents.value_N[some] * torch.stack(rows).sum(0) if rows else 0.0
         case _:
             return 0.0

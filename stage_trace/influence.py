@@ -1,7 +1,7 @@
 """How much each node of a graph matters to its logits, which nodes and edges are worth showing, and two scores.
 
 Rows are normalised to shares, N_ts = |A_ts| / sum_s |A_ts|, and influence flows back along them from the logits, whose
-weights are their probabilities:  inf = w N + w N^2 + ...  A row of one layer has sources in earlier layers only, so one
+weights are their probabilities:  inf = w N + w N^2 + ...  A row's sources write earlier outputs than its own, so one
 pass from the top gives the whole series. Definitions are circuit-tracer 0.5.0's (Hanna et al. 2025; Ameisen et al.
 2025), on rows that may have more kinds of sources. Shapes: R rows, S columns (sources).
 """
@@ -19,8 +19,8 @@ ROWS_AT_A_TIME = 64
 class Wiring:
     """What the rows and columns of a matrix are, as far as influence needs it."""
 
-    row_layer_R: Tensor
-    """int64; logits come after every layer."""
+    row_output_R: Tensor
+    """int64: the output that a row's feature writes first, in the order of the computation; logits come after all."""
     row_column_R: Tensor
     """int64: the column of the same node, -1 for logits, which feed nothing."""
     weight_R: Tensor
@@ -42,9 +42,9 @@ def influence(rows_RS: Tensor, wiring: Wiring) -> Tensor:
     """
     found_S = rows_RS.new_zeros(rows_RS.shape[1], dtype=torch.float64)
     weight_R = wiring.weight_R.double()
-    for layer in torch.unique(wiring.row_layer_R).flip(0).tolist():
-        rows = torch.nonzero(wiring.row_layer_R == layer).flatten()
-        through = flow(found_S, wiring, weight_R)[rows]  # rows of one layer feed none of it
+    for output in torch.unique(wiring.row_output_R).flip(0).tolist():
+        rows = torch.nonzero(wiring.row_output_R == output).flatten()
+        through = flow(found_S, wiring, weight_R)[rows]  # rows of one output feed none of them
         for start in range(0, len(rows), ROWS_AT_A_TIME):
             some = slice(start, start + ROWS_AT_A_TIME)
             found_S += through[some] @ shares(rows_RS[rows[some]])
@@ -137,7 +137,7 @@ def prune(rows_RS: Tensor, wiring: Wiring, node_share: float, edge_share: float)
 
 def _among(rows_RS: Tensor, nodes_S: Tensor, rows: Tensor, wiring: Wiring) -> Tensor:
     """Influence [S] over paths through `nodes_S` alone."""
-    fewer = Wiring(wiring.row_layer_R[rows], wiring.row_column_R[rows], wiring.weight_R[rows], wiring.may_drop_S)
+    fewer = Wiring(wiring.row_output_R[rows], wiring.row_column_R[rows], wiring.weight_R[rows], wiring.may_drop_S)
     return influence(rows_RS[rows] * nodes_S, fewer)
 
 

@@ -1,17 +1,19 @@
 """Interventions: set latents of a prompt, run the model on, and see what its logits and other latents do.
 
-A latent's new value adds (value - its present value) times its decoder row to what the MLP adds. Four modes:
+A latent's new value adds (value - its present value) times its decoder row to what the MLP adds, or attention where a
+Lorsa stands in for it. Four modes:
 
-    constrained  patterns, norm factors and all MLP outputs are those of the clean run: the direct effect, which is
-                 exactly what the graph's edges say
-    frozen       patterns and norm factors are those of the clean run, MLPs compute
+    constrained  patterns, norm factors and all outputs that are stood in for (of MLPs, and of attention with a Lorsa)
+                 are those of the clean run: the direct effect, which is exactly what the graph's edges say
+    frozen       patterns and norm factors are those of the clean run; MLPs compute, and attention mixes by its patterns
     norms        norm factors alone are those of the clean run
     open         everything computes
 
+A Lorsa's own patterns are held where the model's are.
 Shapes: R rows of the graph (features, then logits), D width of the stream.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 
@@ -19,14 +21,16 @@ import torch
 from torch import Tensor
 
 from shared.basics.errors import GranaryError
-from shared.lm.frozen import run
+from shared.lm.frozen import Recording, run
 from shared.lm.hookpoint import HookPoint
+from shared.sae.variants import Lorsa
+from stage_trace.active import ActiveLatents, active, seen
 from stage_trace.graph import Graph
 from stage_trace.influence import ROWS_AT_A_TIME
 from stage_trace.nodes import Kind, Node
-from stage_trace.replacement import LayerLatents, active
+from stage_trace.patterns import Patterns
 from stage_trace.session import Session
-from stage_trace.targets import Features, Targets
+from stage_trace.targets import Features
 
 
 class Mode(Enum):
@@ -46,6 +50,13 @@ class Change:
     position: int
     latent: int
     value: float
+    site: str = "mlp_out"
+    """Which output of the layer it writes: ``attn_out`` for a Lorsa's."""
+
+    @property
+    def output(self) -> HookPoint:
+        """That output."""
+        return HookPoint(self.layer, self.site)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,42 +91,33 @@ def intervene(graph: Graph, values: Mapping[str, float] | Sequence[Change], mode
     changes = (
         [_change(graph.node(name), value) for name, value in values.items()] if isinstance(values, Mapping) else values
     )
-    by_layer: dict[int, list[Change]] = {}
+    by_output: dict[HookPoint, list[Change]] = {}
     for change in changes:
-        if change.layer not in session.sources:
-            raise GranaryError(f"no dictionary stands in for layer {change.layer}")
-        by_layer.setdefault(change.layer, []).append(change)
+        if change.output not in session.sources:
+            raise GranaryError(f"no dictionary stands in for {change.output}")
+        by_output.setdefault(change.output, []).append(change)
 
-    pending: dict[int, Tensor] = {}  # what changed latents add, by the layer whose MLP they write
+    stand_ins = {one.output: one for one in session.replacement.stand_ins}
+    pending: dict[HookPoint, Tensor] = {}  # what changed latents add, by the output that they write
 
-    def change_mlp(layer: int, added_TD: Tensor, sites: dict[HookPoint, Tensor]) -> Tensor:
-        stand_in = session.replacement.layers[layer]
+    def changed(output: HookPoint, added_TD: Tensor, sites: dict[HookPoint, Tensor]) -> Tensor:
+        latents, skip = stand_ins[output].latents, stand_ins[output].skip
         if mode is Mode.constrained:
-            added_TD = session.recording.mlp_out(layer)
-            if stand_in.skip is not None:
-                read = stand_in.latents.read
-                added_TD = added_TD + (sites[read] - session.recording.sites[read]) @ stand_in.skip.T
-        if layer in by_layer:
-            present = stand_in.latents if mode is Mode.constrained else None
-            for target, more_TD in _added(session, layer, by_layer[layer], sites, present).items():
+            added_TD = session.recording.sites[output]
+            if skip is not None:
+                added_TD = added_TD + (sites[latents.read] - session.recording.sites[latents.read]) @ skip.T
+        if output in by_output:
+            present = latents if mode is Mode.constrained else _encoded(session, latents, sites, mode)
+            for target, more_TD in _added(session, by_output[output], sites, present).items():
                 pending[target] = pending.get(target, 0) + more_TD
-        return added_TD + pending[layer] if layer in pending else added_TD
+        return added_TD + pending[output] if output in pending else added_TD
 
-    sites = [layer.latents.read for layer in session.replacement.layers]
+    sites = [*(one.latents.read for one in stand_ins.values()), *stand_ins]
     held = {Mode.open: None, Mode.norms: replace(session.recording, patterns=[])}
     frozen = held.get(mode, session.recording)
-    after = run(session.model, session.parts, session.tokens_T, sites, frozen=frozen, change_mlp=change_mlp)
+    after = run(session.model, session.parts, session.tokens_T, sites, frozen=frozen, change=changed)
     before = session.recording
-    moved = [after.sites[site] - before.sites[site] if site in before.sites else None for site in sites]
-    features = Features.of(session.replacement)
-    chosen = session.numbers(node for node in graph.targets if node.kind is Kind.feature)
-    changed = [before.final_TD.new_zeros(0)]
-    for some in torch.split(chosen, ROWS_AT_A_TIME):
-        for layer, position, vector_D in _readings(features[some]):
-            moved_TD = moved[layer]
-            assert moved_TD is not None
-            changed.append((moved_TD[position] @ vector_D)[None])
-    features_N = torch.cat(changed)
+    features_N = _moved(graph, session, after, mode)
     tokens = torch.tensor([node.number for node in graph.logits], device=features_N.device)
     vector_BD = session.parts.logit_vectors(tokens, before.final_TD.dtype)
     logits_B = vector_BD @ (after.final_TD[-1] - before.final_TD[-1])
@@ -139,48 +141,74 @@ def predict(graph: Graph, values: Mapping[str, float], *, direct: bool = False) 
     given_S = relative_S.clone()
     change_R = torch.zeros(len(graph.rows_RS), dtype=torch.float64)
     activation_S = torch.tensor([node.activation or 1.0 for node in graph.sources], dtype=torch.float64)
-    layers, columns = graph.wiring.row_layer_R, graph.wiring.row_column_R
-    for layer in torch.unique(layers).tolist():
-        rows = torch.nonzero(layers == layer).flatten()
+    outputs, columns = graph.wiring.row_output_R, graph.wiring.row_column_R
+    for output in torch.unique(outputs).tolist():
+        rows = torch.nonzero(outputs == output).flatten()
         change_R[rows] = graph.rows_RS[rows].double() @ (given_S if direct else relative_S)
         free = rows[(columns[rows] >= 0) & (given_S[columns[rows].clamp_min(0)] == 0)]
         relative_S[columns[free]] = change_R[free] / activation_S[columns[free]]
     return Outcome(graph.targets, change_R)
 
 
+def _moved(graph: Graph, session: Session, after: Recording, mode: Mode) -> Tensor:
+    """How far the pre-activations of the graph's features have moved."""
+    before, features = session.recording, Features.of(session.replacement)
+    chosen = session.numbers(node for node in graph.targets if node.kind is Kind.feature)
+    moved_N = features.goal_N.new_zeros(len(chosen))
+    output_N = features.output_N[chosen]
+    for number in torch.unique(output_N).tolist():
+        latents = session.replacement.stand_ins[number].latents
+        patterns = _patterns(session, latents, after.sites, mode)
+        for some in torch.split(torch.nonzero(output_N == number).flatten(), ROWS_AT_A_TIME):
+            targets = features[chosen[some]]
+            which = targets.latent_B, targets.position_B
+            after_BD = seen(patterns, *which, after.sites[latents.read])
+            before_BD = seen(latents.patterns, *which, before.sites[latents.read])
+            moved_N[some] = ((after_BD - before_BD) * targets.vector_BD).sum(1)
+    return moved_N
+
+
+def _patterns(
+    session: Session, latents: ActiveLatents, sites: Mapping[HookPoint, Tensor], mode: Mode
+) -> Patterns | None:
+    """By which patterns a Lorsa's latents read `sites`: those of the clean run where the model's are held."""
+    if latents.patterns is None or mode in (Mode.constrained, Mode.frozen):
+        return latents.patterns
+    source, _ = session.sources[latents.weights.place.own]
+    dictionary = source.open()
+    assert isinstance(dictionary, Lorsa)
+    return Patterns.of_prompt(dictionary, latents.weights.folded, sites[latents.read])
+
+
 def _change(node: Node, value: float) -> Change:
     if node.kind is not Kind.feature:
         raise GranaryError(f"{node.id} is no feature ({node.kind.value}): interventions set features")
-    return Change(node.layer, node.position, node.number, value)
+    return Change(node.layer, node.position, node.number, value, node.site)
+
+
+def _encoded(session: Session, latents: ActiveLatents, sites: Mapping[HookPoint, Tensor], mode: Mode) -> ActiveLatents:
+    """The latents of the same group, encoded again from what they read of `sites`."""
+    place = latents.weights.place
+    source, number = session.sources[place.own]
+    dictionary, patterns = source.open(), _patterns(session, latents, sites, mode)
+    rows, fixed_T = source.rows(dictionary)[number], session.replacement.fixed_T
+    return active(dictionary, rows, number, place, sites[place.read], fixed_T, patterns)
 
 
 def _added(
-    session: Session,
-    layer: int,
-    changes: Sequence[Change],
-    sites: Mapping[HookPoint, Tensor],
-    present: LayerLatents | None,
-) -> dict[int, Tensor]:
-    """[T, D] by layer: what the changes add to MLP outputs; `present` None: latents are encoded again."""
-    source, number = session.sources[layer]
-    dictionary, place = source.open(), source.places[number]
-    x_TD = sites[place.read]
-    if present is None:
-        rows = source.rows(dictionary)[number]
-        present = active(dictionary, rows, number, place, x_TD, session.replacement.fixed_T)
-    group = dictionary.groups[number]
-    added = {target: torch.zeros_like(x_TD) for target in place.layers}
+    session: Session, changes: Sequence[Change], sites: Mapping[HookPoint, Tensor], present: ActiveLatents
+) -> dict[HookPoint, Tensor]:
+    """[T, D] by output: what changes of latents of one group, which are `present`, add there."""
+    source, number = session.sources[present.weights.place.own]
+    num_latents = source.open().groups[number].num_latents
+    x_TD = sites[present.read]
+    added = {output: torch.zeros_like(x_TD) for output in present.writes}
     for change in changes:
-        if not (0 <= change.latent < group.num_latents and 0 <= change.position < len(x_TD)):
-            raise GranaryError(f"layer {layer} has no latent {change.latent} at position {change.position}")
+        if not (0 <= change.latent < num_latents and 0 <= change.position < len(x_TD)):
+            raise GranaryError(f"{change.output} has no latent {change.latent} at position {change.position}")
         is_it = (present.position_N == change.position) & (present.latent_N == change.latent)
         value = float(present.value_N[is_it].sum())
-        for target in place.layers:
-            (row_D,) = present.weights.decoder(target, torch.tensor([change.latent]))
-            added[target][change.position] += (change.value - value) * row_D
+        for output in present.writes:
+            (row_D,) = present.weights.decoder(output, torch.tensor([change.latent]))
+            added[output][change.position] += (change.value - value) * row_D
     return added
-
-
-def _readings(targets: Targets) -> Iterator[tuple[int, int, Tensor]]:
-    """Layer, position and vector of each."""
-    yield from zip(targets.layer_B.tolist(), targets.position_B.tolist(), targets.vector_BD, strict=True)

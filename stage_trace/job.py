@@ -13,6 +13,7 @@ from shared.basics.errors import GranaryError
 from shared.basics.memory import return_freed_blocks
 from shared.basics.units import human_bytes
 from shared.lm import load_causal_lm, load_config, load_tokenizer, model_identity
+from shared.lm.hookpoint import HookPoint
 from shared.lm.recorded import ModelChoice, check_same_model
 from shared.parallel import init_world
 from stage_trace.attribution import AttributionGraph
@@ -81,8 +82,9 @@ def trace_text(cfg: TraceSchema) -> None:
 def summary(graph: AttributionGraph, sources: list[Source]) -> list[str]:
     """What the graph is of, whether it adds up, and its scores."""
     strict, theirs = graph.scores["strict"], graph.scores["circuit-tracer"]
-    taken = {place.layers[0] for source in sources for place in source.places}
-    missing = [layer for layer in range(graph.columns.num_layers) if layer not in taken]
+    taken = {place.own for source in sources for place in source.places}
+    missing = [layer for layer in range(graph.columns.num_layers) if HookPoint(layer, "mlp_out") not in taken]
+    attended = sorted(output.layer for output in taken if output.site == "attn_out")
     said = ", ".join(f"{node.text!r} {node.probability:.1%}" for node in graph.logits[:4])
     lines = [
         f"says         {said}",
@@ -91,6 +93,8 @@ def summary(graph: AttributionGraph, sources: list[Source]) -> list[str]:
         f"replacement  {strict.replacement:.3f} strict, {theirs.replacement:.3f} by circuit-tracer's rule",
         f"completeness {strict.completeness:.3f} strict, {theirs.completeness:.3f} by circuit-tracer's rule",
     ]
+    if attended:
+        lines.insert(0, f"a lorsa stands in for the attention of layers {', '.join(map(str, attended))}")
     if missing:
         lines.insert(0, f"no transcoder stands in for layers {', '.join(map(str, missing))}: their MLPs are all error")
     return lines
@@ -100,7 +104,7 @@ def _replaced(spliced: Spliced, tokenizer: PreTrainedTokenizerBase) -> str:
     said = str(tokenizer.decode([spliced.said]))
     losses = "" if spliced.loss is None else f", loss {spliced.loss:.2f} for {spliced.loss_of_model:.2f} nats"
     return (
-        f"spliced      with all dictionaries in the MLPs' place says {said!r} {spliced.probability:.1%},"
+        f"spliced      with all dictionaries in their places says {said!r} {spliced.probability:.1%},"
         f" KL {spliced.kl_last:.2f} nats; over the prompt KL {spliced.kl:.2f}, the same token at {spliced.agreeing}"
         f" of {spliced.positions}{losses}"
     )

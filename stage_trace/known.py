@@ -16,6 +16,7 @@ from shared.basics.errors import GranaryError
 from shared.basics.run_folder import WEIGHTS_FILE
 from shared.latents import Example, Latents
 from shared.latents.layout import NONE
+from shared.lm.hookpoint import HookPoint
 from shared.sae.folder import is_own
 from shared.sae.for_store import weights_sha256
 from stage_trace.nodes import Kind, Node
@@ -31,9 +32,9 @@ AROUND = 20
 
 @dataclass(frozen=True, slots=True)
 class Known:
-    """The latents folder of each layer that is read, and the numbers of that layer's latents in it."""
+    """The latents folder of each group of latents, by the group's own output, and their numbers in it."""
 
-    by_layer: dict[int, tuple[Latents, range]]
+    by_output: dict[HookPoint, tuple[Latents, range]]
 
     @classmethod
     def find(cls, sources: Sequence[Source], given: Sequence[str] | None) -> "Known":
@@ -44,7 +45,7 @@ class Known:
         paths = list(_beside(sources)) if given is None else [Path(one) for one in given]
         opened = [Latents.open(path) for path in paths]
         by_hash = {str(one.meta.dictionary.get("sha256")): one for one in opened}
-        found: dict[int, tuple[Latents, range]] = {}
+        found: dict[HookPoint, tuple[Latents, range]] = {}
         used = set()
         for source in sources if by_hash else []:
             folder = Path(source.name)
@@ -53,7 +54,7 @@ class Known:
                 used.add(latents.url)
                 each = latents.num_latents // len(source.places)
                 found |= {
-                    place.layers[0]: (latents, range(number * each, (number + 1) * each))
+                    place.own: (latents, range(number * each, (number + 1) * each))
                     for number, place in enumerate(source.places)
                 }
         for one in opened:
@@ -68,20 +69,20 @@ class Known:
 
     def name(self, node: Node) -> str:
         """What a person or an explanation calls a feature; empty where nothing does."""
-        return self.name_of(node.layer, node.number) if node.kind is Kind.feature else ""
+        return self.name_of(node.output, node.number) if node.kind is Kind.feature else ""
 
-    def name_of(self, layer: int, latent: int) -> str:
-        """The same of a latent of a layer."""
-        if layer not in self.by_layer:
+    def name_of(self, output: HookPoint, latent: int) -> str:
+        """The same of a latent of a group."""
+        if output not in self.by_output:
             return ""
-        latents, numbers = self.by_layer[layer]
+        latents, numbers = self.by_output[output]
         return latents.notes.name(numbers[latent]) or ""
 
-    def words(self, layer: int, most: int) -> tuple[list[list[str]], list[list[str]]]:
-        """Return the tokens on which each of a layer's latents fires and for which it writes; empty where not known."""
-        if layer not in self.by_layer:
+    def words(self, output: HookPoint, most: int) -> tuple[list[list[str]], list[list[str]]]:
+        """Return the tokens on which each of a group's latents fires and for which it writes; empty where not known."""
+        if output not in self.by_output:
             return [], []
-        latents, numbers = self.by_layer[layer]
+        latents, numbers = self.by_output[output]
         vocabulary = latents.vocabulary
 
         def of(path: str) -> list[list[str]]:
@@ -94,9 +95,9 @@ class Known:
 
     def card(self, node: Node) -> dict[str, Any] | None:
         """What the page shows of a feature; None where no folder knows it."""
-        if node.kind is not Kind.feature or node.layer not in self.by_layer:
+        if node.kind is not Kind.feature or node.output not in self.by_output:
             return None
-        latents, numbers = self.by_layer[node.layer]
+        latents, numbers = self.by_output[node.output]
         one = latents.latent(numbers[node.number])
         return {
             "folder": latents.url,

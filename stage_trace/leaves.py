@@ -1,11 +1,12 @@
-"""The columns of a graph, and what the gradient at each MLP's output says of them.
+"""The columns of a graph, and what the gradient at each output says of them.
 
 Columns lie in this order, so that all nodes that may be pruned come before those that may not:
 
-    features [N] | errors [L T] | fixed positions [L n] | biases [L + 1] | tokens [T]
+    features [N] | errors [O T] | fixed positions [O n] | biases [L + 1] | tokens [T]
 
-A bias column holds what a layer adds whatever is read: the dictionary's bias over all free positions, and those of the
-layer's norms and attention; the last is the final norm's. Shapes: B rows, T positions up to the last that a row needs.
+A bias column holds what a layer adds whatever is read: its dictionaries' biases over all free positions, and those of
+the layer's norms and attention; the last is the final norm's. Shapes: B rows, T positions up to the last that a row
+needs, L layers, O outputs that are stood in for: every MLP's, and those of attention that a Lorsa stands in for.
 """
 
 from dataclasses import dataclass
@@ -13,7 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stage_trace.replacement import LayerLatents, Replacement
+from shared.lm.hookpoint import HookPoint
+from stage_trace.active import ActiveLatents
+from stage_trace.replacement import Replacement
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +24,8 @@ class Columns:
     """Where each kind of source lies among the columns."""
 
     num_features: int
-    num_layers: int
+    outputs: tuple[HookPoint, ...]
+    """Those that are stood in for, in the order of the computation."""
     num_positions: int
     fixed: tuple[int, ...]
     """The fixed positions."""
@@ -30,17 +34,22 @@ class Columns:
     def of(cls, replacement: Replacement) -> "Columns":
         """Lay out the columns of one prompt."""
         fixed = torch.nonzero(replacement.fixed_T).flatten().tolist()
-        return cls(replacement.num_latents, len(replacement.layers), len(replacement.fixed_T), tuple(fixed))
+        return cls(replacement.num_latents, replacement.outputs, len(replacement.fixed_T), tuple(fixed))
+
+    @property
+    def num_layers(self) -> int:
+        """Layers of the model, every one of which has an MLP."""
+        return self.outputs[-1].layer + 1
 
     @property
     def errors(self) -> slice:
-        """Layer by layer, within a layer by position."""
-        return slice(self.num_features, self.num_features + self.num_layers * self.num_positions)
+        """Output by output, within one by position."""
+        return slice(self.num_features, self.num_features + len(self.outputs) * self.num_positions)
 
     @property
     def fixed_outputs(self) -> slice:
-        """Layer by layer, within a layer by fixed position."""
-        return slice(self.errors.stop, self.errors.stop + self.num_layers * len(self.fixed))
+        """Output by output, within one by fixed position."""
+        return slice(self.errors.stop, self.errors.stop + len(self.outputs) * len(self.fixed))
 
     @property
     def biases(self) -> slice:
@@ -64,18 +73,18 @@ class Rows:
     def __init__(self, replacement: Replacement, columns: Columns, batch: int, like: Tensor) -> None:
         self.replacement, self.columns = replacement, columns
         self.values_BS = like.new_zeros(batch, columns.total)
-        counts = [len(layer.latents.value_N) for layer in replacement.layers]
-        self.starts = [sum(counts[:layer]) for layer in range(len(counts))]
+        counts = [len(one.latents.value_N) for one in replacement.stand_ins]
+        self.starts = [sum(counts[:number]) for number in range(len(counts))]
 
-    def at_mlp(self, layer: int, g_TBD: Tensor) -> None:
-        """Enter what the output of an MLP contributes, from the gradient there."""
-        stand_in, columns, rows = self.replacement.layers[layer], self.columns, self.values_BS
-        T = len(g_TBD)
-        for source, start in zip(self.replacement.layers, self.starts, strict=True):
-            if layer in source.latents.layers:
-                self._add_features(source.latents, start, layer, g_TBD)
-        errors = columns.errors.start + layer * columns.num_positions
-        outputs = columns.fixed_outputs.start + layer * len(columns.fixed)
+    def at_output(self, number: int, g_TBD: Tensor) -> None:
+        """Enter what output `number` contributes, from the gradient there."""
+        stand_in, columns, rows = self.replacement.stand_ins[number], self.columns, self.values_BS
+        T, layer = len(g_TBD), stand_in.output.layer
+        for source, start in zip(self.replacement.stand_ins, self.starts, strict=True):
+            if stand_in.output in source.latents.writes:
+                self._add_features(source.latents, start, stand_in.output, g_TBD)
+        errors = columns.errors.start + number * columns.num_positions
+        outputs = columns.fixed_outputs.start + number * len(columns.fixed)
         bias_B = rows[:, columns.biases.start + layer]
         for position in range(T):
             rows[:, errors + position] = g_TBD[position] @ stand_in.error_TD[position]
@@ -85,10 +94,10 @@ class Rows:
             else:
                 bias_B += g_TBD[position] @ stand_in.bias_D
 
-    def _add_features(self, latents: LayerLatents, start: int, layer: int, g_TBD: Tensor) -> None:
+    def _add_features(self, latents: ActiveLatents, start: int, output: HookPoint, g_TBD: Tensor) -> None:
         for position, some in latents.by_position():
             if position < len(g_TBD):
-                scaled_nD = latents.value_N[some, None] * latents.decoder(layer, some)
+                scaled_nD = latents.value_N[some, None] * latents.decoder(output, some)
                 self.values_BS[:, start + some.start : start + some.stop] += g_TBD[position] @ scaled_nD.T
 
     def at_biases(self, bias_BL: Tensor) -> None:

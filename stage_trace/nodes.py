@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from shared.basics.errors import GranaryError
+from shared.lm.hookpoint import HookPoint
 
 
 class Kind(Enum):
@@ -12,9 +13,9 @@ class Kind(Enum):
     feature = "feature"
     """A latent that fires at a position."""
     error = "error"
-    """What an MLP adds at a position beside its stand-in."""
+    """What an MLP, or attention, adds at a position beside its stand-in."""
     fixed = "fixed"
-    """The whole output of an MLP at a position that no dictionary was taught."""
+    """The whole output of an MLP, or of attention, at a position that no dictionary was taught."""
     bias = "bias"
     """All that a layer adds whatever it reads."""
     token = "token"
@@ -46,17 +47,31 @@ class Node:
     """Share of all influence, of this node alone; None for logits."""
     cumulative: float | None = None
     """The share that this node and all more influential ones have."""
+    site: str = "mlp_out"
+    """Of a feature, an error or a fixed position: which output of its layer is stood in for there; ``attn_out`` where a
+    Lorsa stands in for attention."""
+
+    @property
+    def output(self) -> HookPoint:
+        """That output."""
+        return HookPoint(self.layer, self.site)
+
+    @property
+    def is_attention(self) -> bool:
+        """Whether it is of a Lorsa."""
+        return self.site == "attn_out"
 
     @property
     def id(self) -> str:
-        """Unique in a graph; those of features, tokens and logits are circuit-tracer's."""
+        """Unique in a graph; those of transcoders' features, of tokens and logits are circuit-tracer's."""
+        layer = f"A{self.layer}" if self.is_attention else str(self.layer)
         match self.kind:
             case Kind.feature | Kind.logit:
-                return f"{self.layer}_{self.number}_{self.position}"
+                return f"{layer}_{self.number}_{self.position}"
             case Kind.error:
-                return f"{self.layer}_-1_{self.position}"
+                return f"{layer}_-1_{self.position}"
             case Kind.fixed:
-                return f"{self.layer}_-2_{self.position}"
+                return f"{layer}_-2_{self.position}"
             case Kind.bias:
                 return f"{self.layer}_-3_0"
             case Kind.token:
@@ -67,11 +82,11 @@ class Node:
         """A few words for a reader."""
         match self.kind:
             case Kind.feature:
-                return f"layer {self.layer}, latent {self.number}"
+                return f"layer {self.layer}, {'attention ' if self.is_attention else ''}latent {self.number}"
             case Kind.error:
-                return f"error of layer {self.layer}"
+                return f"error of {'attention, ' if self.is_attention else ''}layer {self.layer}"
             case Kind.fixed:
-                return f"MLP {self.layer} at a fixed position"
+                return f"{'attention' if self.is_attention else 'MLP'} {self.layer} at a fixed position"
             case Kind.bias:
                 return f"biases of layer {self.layer}"
             case Kind.token:

@@ -15,6 +15,7 @@ from stage_trace.graph import Edge, Graph
 from stage_trace.heads import Split
 from stage_trace.known import Known
 from stage_trace.nodes import Kind, Node
+from stage_trace.session import Session
 from stage_trace.spliced import Spliced
 from stage_trace.vocabulary import Words
 
@@ -24,6 +25,8 @@ ESCAPES = {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026", "\u2028": "\\u2028", 
 MOST_EDGES = 50_000
 MOST_CARDS = 200
 """Of a page: a browser draws so many, and the file stays below 3 MB."""
+LEAST_ATTENDED = 0.01
+"""Share of a pattern below which a position is not told."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +72,7 @@ def _data(shown: Page) -> dict[str, Any]:
     edges = [edge for edge in graph.edges if edge.source.id in number_of and edge.target.id in number_of]
     features = [node for node in graph.nodes if node.kind is Kind.feature]
     features.sort(key=lambda node: -(node.influence or 0.0))
-    cards = {f"{node.layer}/{node.number}": known.card(node) for node in features[:MOST_CARDS]}
+    cards = {_card_name(node): known.card(node) for node in features[:MOST_CARDS]}
     return {
         "prompt": graph.prompt.text,
         "pieces": graph.prompt.pieces,
@@ -108,13 +111,20 @@ def strongest(edges: list[Edge], most: int) -> list[Edge]:
     return [edges[one] for one in sorted(order[:most])]
 
 
+def _card_name(node: Node) -> str:
+    """What the cards of all nodes of a latent are called."""
+    return node.id.rsplit("_", 1)[0]
+
+
 def _node(graph: Graph, node: Node, words: Words | None, known: Known) -> dict[str, Any]:
     made: dict[str, Any] = {
         "id": node.id,
         "kind": node.kind.value,
+        "site": node.site,
         "layer": node.layer,
         "position": node.position,
         "latent": node.number if node.kind is Kind.feature else None,
+        "card": _card_name(node) if node.kind is Kind.feature else None,
         "label": node.label,
         "name": known.name(node),
         "text": node.text,
@@ -122,10 +132,22 @@ def _node(graph: Graph, node: Node, words: Words | None, known: Known) -> dict[s
         "probability": node.probability,
         "influence": node.influence,
     }
+    if node.is_attention and node.kind is Kind.feature and graph.session is not None:
+        made["attends"] = _attends(graph.session, node)
     if words is not None and graph.decode is not None and node.kind is Kind.feature:
         for name, held in (("promotes", words.promotes), ("suppresses", words.suppresses)):
-            made[name] = [graph.decode([token]) for token in held[node.layer, node.number]]
+            made[name] = [graph.decode([token]) for token in held[node.output, node.number]]
     return made
+
+
+def _attends(session: Session, node: Node) -> list[tuple[int, float]]:
+    """The positions that a Lorsa's latent attends to, and how much, the most first."""
+    number = session.columns.outputs.index(node.output)
+    patterns = session.replacement.stand_ins[number].latents.patterns
+    assert patterns is not None
+    shares = patterns.pattern_HTT[node.number // patterns.per_head, node.position].tolist()
+    seen = [(position, float(f"{share:.3f}")) for position, share in enumerate(shares) if share >= LEAST_ATTENDED]
+    return sorted(seen, key=lambda one: -one[1])
 
 
 def _facts(graph: Graph, certificate: Certificate | None, spliced: Spliced | None) -> list[tuple[str, str, str]]:
@@ -154,9 +176,10 @@ def _facts(graph: Graph, certificate: Certificate | None, spliced: Spliced | Non
         held, norms, free = (certificate.rank_correlation(mode) for mode in MEASURED)
         if held is not None and norms is not None and free is not None:
             told = (
-                f"rank correlation of ablations with attention and norms held; {norms:.2f} norms held, {free:.2f} free"
+                f"rank correlation of predicted and actual ablations; {norms:.2f} with norms alone held,"
+                f" {free:.2f} with everything free"
             )
-            facts.append(("Agrees with the model", f"{held:.2f}", told))
+            facts.append(("Agrees with the model, attention and norms held", f"{held:.2f}", told))
     shown = sum(node.kind is Kind.feature for node in graph.nodes)
     drawn, edges = min(len(graph.edges), MOST_EDGES), len(graph.edges)
     of_all = f"{drawn:,} edges" if drawn == edges else f"the {drawn:,} strongest of {edges:,} edges"
@@ -191,7 +214,7 @@ def _told(certificate: Certificate) -> str:
 def _replaced(spliced: Spliced, graph: Graph) -> str:
     """What the replacement model makes of the prompt."""
     told = (
-        "The replacement model has all dictionaries in the place of MLPs at once, each encoding what those before it"
+        "The replacement model has all dictionaries in their places at once, each encoding what those before it"
         " have made of the stream, without errors."
     )
     if graph.decode is not None:

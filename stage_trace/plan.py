@@ -2,7 +2,8 @@
 
 Each phase holds what came before and what it needs itself; the peak is the largest. How many latents fire is known
 before the prompt is run only where k says so; otherwise ``L0_GUESS`` stands in. Letters as in ``shared.lm.frozen``:
-L layers, T positions, H heads of width E, D = d_model; N active latents, R rows, S columns, B rows of a sweep.
+L layers, T positions, H heads of width E, D = d_model; N active latents, R rows, S columns, B rows of a sweep. Outputs
+are the MLPs', and those of attention that a Lorsa stands in for.
 """
 
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ from shared.lm.families import family_of
 from shared.lm.linear_parts import LINEAR_PATHS
 from shared.lm.next_token import COPIES, rows_at_once
 from shared.sae.config import DictionaryConfig
+from shared.sae.variants.lorsa import LorsaConfig
 from stage_trace.config import TraceSchema
 from stage_trace.influence import ROWS_AT_A_TIME
 
@@ -28,6 +30,8 @@ ENCODED_AT_ONCE = 1 << 22
 """Pre-activations of one tile of an encoder, as ``shared.kernels`` takes them."""
 TILES = 3
 """As many as lie in memory while one is looked at."""
+SCORES = 4
+"""The same of a Lorsa's scores: scaled, masked, and the patterns."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,17 +98,20 @@ def plan(
     latents = sum(map(latents_per_token, dictionaries)) * T
     kept = min(latents, cfg.max_features)
     R, B = kept + cfg.logits.most, min(cfg.batch, kept + cfg.logits.most)
-    others = (2 * L + 1) * T + L + 1
+    lorsas = [one for one in dictionaries if isinstance(one, LorsaConfig)]
+    outputs = L + len(lorsas)
+    others = (2 * outputs + 1) * T + L + 1
     S, final_S = latents + others, kept + others
 
     weights = number * model.parameters
-    patterns, sites = number * L * H * T * T, number * (3 * L + 2) * T * D
+    patterns, sites = number * L * H * T * T, number * (2 * L + outputs + 2) * T * D
     forward = max(2 * FLOAT32 * H * T * T, 3 * number * T * model.mlp_width) + 4 * number * T * D
     recorded = weights + patterns + sites
     encoding = max(map(partial(_encoding, num_tokens=T), dictionaries), default=0)
-    errors = number * L * T * D
+    errors = number * outputs * T * D
+    attended = max(number, FLOAT32) * sum(one.qk_heads for one in lorsas) * T * T
     facts = (2 * number + 3 * DOUBLE) * latents  # what is known of each latent beside its rows
-    held = recorded + errors + facts
+    held = recorded + errors + facts + attended
 
     sweep = number * (B * S + T * B * (model.states * D + 4 * E))
     matrix, final = number * R * S, number * R * final_S
@@ -126,9 +133,16 @@ def plan(
 
 
 def _encoding(config: DictionaryConfig, num_tokens: int) -> int:
-    """What encoding takes: the encoders of a dictionary, one of them in bfloat16 too, and tiles of pre-activations."""
+    """What encoding takes: the encoders of a dictionary, one of them in bfloat16 too, and tiles of pre-activations.
+
+    Of a Lorsa its queries and keys too, and the scores of all its heads while they become patterns.
+    """
     numbers = config.d_latent * config.widths.d_in // config.num_groups  # of all groups, each reads its own site
     tile = min(ENCODED_AT_ONCE, num_tokens * config.d_latent // config.num_groups)
+    if isinstance(config, LorsaConfig):
+        heads = 2 * config.qk_heads * config.qk_width * config.widths.d_in
+        scores = SCORES * config.qk_heads * num_tokens * num_tokens
+        return FLOAT32 * (numbers + heads + max(scores, TILES * tile))
     return FLOAT32 * numbers + 2 * numbers // config.num_groups + TILES * FLOAT32 * tile
 
 

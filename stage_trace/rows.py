@@ -42,7 +42,7 @@ def build_matrix(
 ) -> Matrix:
     """The rows of all features, or of the `most` influential ones by what is known of the others' paths so far.
 
-    What a feature without a row contributes is part of the error of its layer and position: rows still add up.
+    What a feature without a row contributes is part of the error of its output and position: rows still add up.
     """
     total, n = len(features), len(logits)
     most = min(most, total)
@@ -60,7 +60,7 @@ def build_matrix(
             ranked = torch.argsort(known, descending=True)
             pending = ranked[~chosen[ranked]][: min(UPDATE_BATCHES * batch, most - len(order))]
         for some in torch.split(pending, batch):
-            targets = features[some.to(features.layer_N.device)]
+            targets = features[some.to(features.output_N.device)]
             rows_BS = engine(targets).cpu()
             worst = max(worst, gap(rows_BS, targets.goal_B))
             rows_RS[n + len(order) : n + len(order) + len(some)] = rows_BS
@@ -88,15 +88,15 @@ def gap(rows_BS: Tensor, goal_B: Tensor) -> float:
     return worst
 
 
-def wiring(row_layers: Tensor, row_columns: Tensor, probabilities: Tensor, columns: Columns) -> Wiring:
+def wiring(row_outputs: Tensor, row_columns: Tensor, probabilities: Tensor, columns: Columns) -> Wiring:
     """Compute that of rows of features, and of the logits below them."""
     may_drop_S = torch.ones(columns.total, dtype=torch.bool)
     may_drop_S[columns.tokens] = False
     n = len(probabilities)
     return Wiring(
-        torch.cat([row_layers.cpu(), torch.full((n,), columns.num_layers)]),
+        torch.cat([row_outputs.cpu(), torch.full((n,), len(columns.outputs))]),
         torch.cat([row_columns.cpu(), torch.full((n,), -1)]),
-        torch.cat([torch.zeros(len(row_layers), dtype=probabilities.dtype), probabilities.cpu()]),
+        torch.cat([torch.zeros(len(row_outputs), dtype=probabilities.dtype), probabilities.cpu()]),
         may_drop_S,
     )
 
@@ -104,9 +104,9 @@ def wiring(row_layers: Tensor, row_columns: Tensor, probabilities: Tensor, colum
 def _known(rows_RS: Tensor, numbers: Tensor, features: Features, probabilities: Tensor) -> Tensor:
     """Influence of every feature over the rows that are there: those of the logits, then of the features `numbers`."""
     n = len(probabilities)
-    layers = features.layer_N.cpu()
+    outputs = features.output_N.cpu()
     known = Wiring(
-        torch.cat([torch.full((n,), int(layers.max()) + 1), layers[numbers]]),
+        torch.cat([torch.full((n,), int(outputs.max()) + 1), outputs[numbers]]),
         torch.cat([torch.full((n,), -1), numbers]),
         torch.cat([probabilities.cpu(), torch.zeros(len(numbers), dtype=probabilities.dtype)]),
         torch.ones(rows_RS.shape[1], dtype=torch.bool),
@@ -117,12 +117,12 @@ def _known(rows_RS: Tensor, numbers: Tensor, features: Features, probabilities: 
 def _fold(
     rows_RS: Tensor, in_order: Tensor, features: Features, chosen: Tensor, columns: Columns
 ) -> tuple[Tensor, Columns]:
-    """The rows in order, columns of features that are left out added to the error of their layer and position."""
+    """The rows in order, columns of features that are left out added to the error of their output and position."""
     out, numbers = torch.nonzero(~chosen).flatten(), torch.nonzero(chosen).flatten()
-    layer, position = features.layer_N.cpu()[out], features.position_N.cpu()[out]
+    output, position = features.output_N.cpu()[out], features.position_N.cpu()[out]
     kept = torch.cat([numbers, torch.arange(columns.num_features, columns.total)])
-    fewer = Columns(len(numbers), columns.num_layers, columns.num_positions, columns.fixed)
-    into = fewer.errors.start + layer * columns.num_positions + position
+    fewer = Columns(len(numbers), columns.outputs, columns.num_positions, columns.fixed)
+    into = fewer.errors.start + output * columns.num_positions + position
     folded_RS = rows_RS.new_empty(len(rows_RS), fewer.total)
     for start in range(0, len(in_order), ROWS_AT_A_TIME):
         some = rows_RS[in_order[start : start + ROWS_AT_A_TIME]]

@@ -14,10 +14,11 @@ from shared.lm.hookpoint import HookPoint
 from shared.lm.linear_parts import LinearParts, linear_parts
 from shared.sae.config import DictionaryConfig
 from shared.sae.variants import Dictionary
-from stage_trace.group_weights import GroupRows, HeldRows, Place
+from stage_trace.group_weights import GroupRows, HeldRows
 from stage_trace.leaves import Columns
 from stage_trace.nodes import Node
-from stage_trace.replacement import Part, Replacement, check_places, read_parts, stand_in
+from stage_trace.places import Place, check_places
+from stage_trace.replacement import Part, Replacement, read_parts, stand_in
 
 
 def held_rows(dictionary: Dictionary) -> list[GroupRows]:
@@ -49,8 +50,8 @@ class Session:
     tokens_T: Tensor
     recording: Recording
     replacement: Replacement
-    sources: dict[int, tuple[Source, int]]
-    """By the layer that they read: a dictionary, and which of its groups."""
+    sources: dict[HookPoint, tuple[Source, int]]
+    """By their own output: a dictionary, and which of its groups."""
 
     @property
     def columns(self) -> Columns:
@@ -59,14 +60,14 @@ class Session:
 
     def numbers(self, nodes: Iterable[Node]) -> Tensor:
         """Which of all active features these nodes are, int64."""
-        wanted = [(node.layer, node.position, node.number) for node in nodes]
-        found: dict[tuple[int, int, int], int] = {}
+        wanted = [(node.output, node.position, node.number) for node in nodes]
+        found: dict[tuple[HookPoint, int, int], int] = {}
         start = 0
-        for layer, one in enumerate(self.replacement.layers):
+        for one in self.replacement.stand_ins:
             latents = one.latents
-            if any(which == layer for which, _, _ in wanted):
+            if any(output == one.output for output, _, _ in wanted):
                 pairs = zip(latents.position_N.tolist(), latents.latent_N.tolist(), strict=True)
-                found |= {(layer, *pair): start + number for number, pair in enumerate(pairs)}
+                found |= {(one.output, *pair): start + number for number, pair in enumerate(pairs)}
             start += len(latents.value_N)
         return torch.tensor([found[key] for key in wanted], dtype=torch.int64, device=self.tokens_T.device)
 
@@ -83,14 +84,18 @@ def record(model: PreTrainedModel, sources: Sequence[Source], tokens_T: Tensor, 
     check_places([(source.name, place) for source in sources for place in source.places], depth)
     if bool(fixed_T.all()):
         raise GranaryError("the prompt has no token that a dictionary was taught: give it some text")
-    reads = [place.read for source in sources for place in source.places]
-    recording = run(model, parts, tokens_T, [*reads, *(HookPoint(layer, "attn_in") for layer in range(depth))])
-    found: dict[int, Part] = {}
-    by_layer: dict[int, tuple[Source, int]] = {}
+    places = [place for source in sources for place in source.places]
+    attended = {place.own for place in places if place.own.site == "attn_out"}
+    inputs = [HookPoint(layer, "attn_in") for layer in range(depth)]
+    recording = run(model, parts, tokens_T, [*(place.read for place in places), *inputs, *sorted(attended)])
+    found: dict[HookPoint, Part] = {}
+    by_output: dict[HookPoint, tuple[Source, int]] = {}
     for source in sources:
         dictionary = source.open()
         found |= read_parts(dictionary, source.rows(dictionary), source.places, recording, fixed_T)
         del dictionary  # before the next one is opened
-        by_layer |= {place.layers[0]: (source, number) for number, place in enumerate(source.places)}
-    layers = [stand_in(found, layer, recording, fixed_T) for layer in range(depth)]
-    return Session(model, parts, tokens_T, recording, Replacement(layers, fixed_T), by_layer)
+        by_output |= {place.own: (source, number) for number, place in enumerate(source.places)}
+    branches = (HookPoint(layer, site) for layer in range(depth) for site in ("attn_out", "mlp_out"))
+    outputs = [one for one in branches if one.site == "mlp_out" or one in attended]
+    stand_ins = [stand_in(found, output, recording, fixed_T) for output in outputs]
+    return Session(model, parts, tokens_T, recording, Replacement(stand_ins, fixed_T), by_output)

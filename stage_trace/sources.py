@@ -9,14 +9,14 @@ from shared.basics.errors import GranaryError
 from shared.sae.members import Member, members
 from shared.sae.variants import Dictionary
 from stage_trace.group_weights import GroupRows
-from stage_trace.replacement import places_of
+from stage_trace.places import places_of
 from stage_trace.session import Source, held_rows
 
 
 def find_sources(paths: Sequence[str | Path], device: torch.device | str = "cpu") -> list[Source]:
     """The dictionaries that `paths` name: folders, folders of folders, globs, hub ids; none is loaded yet.
 
-    Raises GranaryError for a path without dictionaries, and for one that is no stand-in of an MLP.
+    Raises GranaryError for a path without dictionaries, and for one that is no stand-in of an MLP or of attention.
     """
     found = (_source(member) for path in paths for member in members(path, device))
     return list({source.name: source for source in found}.values())

@@ -1,8 +1,8 @@
-"""The replacement model on the prompt itself: every MLP's stand-in in its place, and what the model then says.
+"""The replacement model on the prompt itself: every stand-in in its place, and what the model then says.
 
 Each dictionary encodes what those before it have made of the stream, nothing is corrected by errors, and attention and
-norms answer freely. What it loses here the graph has as errors. Layers without a dictionary and fixed positions keep
-their MLPs. Shapes: T positions, N of them scored, D width of the stream.
+norms answer freely, a Lorsa's patterns too. What it loses here the graph has as errors. Layers without a dictionary and
+fixed positions keep what the model's own modules add. Shapes: T positions, N of them scored, D width of the stream.
 """
 
 from dataclasses import dataclass
@@ -13,13 +13,14 @@ from torch import Tensor
 from shared.lm.frozen import run
 from shared.lm.hookpoint import HookPoint
 from shared.lm.next_token import VocabularyHead, score_next_tokens
-from stage_trace.replacement import active, own_part
+from stage_trace.active import active
+from stage_trace.replacement import own_part
 from stage_trace.session import Session
 
 
 @dataclass(frozen=True, slots=True)
 class Spliced:
-    """Scores of the replacement model against the model, over the positions at which MLPs are replaced."""
+    """Scores of the replacement model against the model, over the positions that are not fixed."""
 
     kl: float
     """Mean KL(model || replacement model) of the next token, in nats."""
@@ -40,27 +41,27 @@ class Spliced:
 @torch.no_grad()
 def splice_all(session: Session) -> Spliced:
     """Run the replacement model of a recorded prompt, and compare."""
-    pending: dict[int, Tensor] = {}  # what latents of earlier layers add, by the layer whose MLP they write
+    pending: dict[HookPoint, Tensor] = {}  # what latents add, by the output that they write
     fixed_T = session.replacement.fixed_T
 
-    def change_mlp(layer: int, added_TD: Tensor, sites: dict[HookPoint, Tensor]) -> Tensor | None:
-        if layer not in session.sources:
+    def change(output: HookPoint, added_TD: Tensor, sites: dict[HookPoint, Tensor]) -> Tensor | None:
+        if output not in session.sources:
             return None
-        source, number = session.sources[layer]
+        source, number = session.sources[output]
         dictionary, place = source.open(), source.places[number]
         x_TD = sites[place.read]
         latents = active(dictionary, source.rows(dictionary)[number], number, place, x_TD, fixed_T)
-        for target in latents.layers:
-            written_TD = latents.written(target, x_TD)
-            pending[target] = pending[target] + written_TD if target in pending else written_TD
+        for written in latents.writes:
+            written_TD = latents.written(written, x_TD)
+            pending[written] = pending[written] + written_TD if written in pending else written_TD
         part = own_part(dictionary, number, latents)
-        replaced_TD = pending[layer] + part.bias_D
+        replaced_TD = pending[output] + part.bias_D
         if part.skip is not None:
             replaced_TD = replaced_TD + x_TD @ part.skip.T
         return torch.where(fixed_T[:, None], added_TD, replaced_TD)
 
     reads = [source.places[number].read for source, number in session.sources.values()]
-    after = run(session.model, session.parts, session.tokens_T, reads, change_mlp=change_mlp)
+    after = run(session.model, session.parts, session.tokens_T, [*reads, *session.sources], change=change)
     free = torch.nonzero(~fixed_T).flatten()
     head = VocabularyHead(session.model)
     hidden = [one.final_TD[free] for one in (session.recording, after)]

@@ -2,7 +2,8 @@
 
 It needs the frozen patterns and norm factors of a recording and the weights of one layer at a time. Within a layer the
 order is: score the MLP's output with the gradient that arrives; the skip; targets that read here; attention, head by
-head. Positions come first in every tensor, so that what a pattern does is one product over all targets.
+head, or where a Lorsa stands in for it: score its output, then what the Lorsa's latents among the targets read of
+earlier positions. Positions come first in every tensor, so that what a pattern does is one product over all targets.
 Shapes: B targets, T positions up to the last target's, D = d_model, H heads, K key/value heads, E head dimension.
 """
 
@@ -16,7 +17,7 @@ from shared.lm.frozen import Recording
 from shared.lm.hookpoint import HookPoint
 from shared.lm.linear_parts import LinearLayer, LinearParts, Norm
 from stage_trace.leaves import Columns, Rows
-from stage_trace.replacement import LayerStandIn, Replacement
+from stage_trace.replacement import Replacement, StandIn
 from stage_trace.targets import Targets
 
 SeeHead = Callable[[int, int, Tensor], None]
@@ -49,38 +50,44 @@ def sweep(
     heads_BLH = targets.vector_BD.new_zeros(B, depth, len(parts.layers[0].heads.W_O_HDE))
 
     g_TBD = targets.vector_BD.new_zeros(T, B, targets.vector_BD.shape[1])
-    last = torch.nonzero(targets.layer_B == depth).flatten()
+    number_of = {output: number for number, output in enumerate(replacement.outputs)}
+
+    def past_attention(layer: int) -> tuple[Tensor, Tensor]:
+        part, number = parts.layers[layer], number_of.get(HookPoint(layer, "attn_out"))
+        if number is None:
+            return _through_attention(part, recording, layer, g_TBD, heads_BLH[:, layer], see_head)
+        rows.at_output(number, g_TBD)
+        return _to_what_attention_reads(g_TBD, part, replacement.stand_ins[number], recording, number, targets)
+
+    last = torch.nonzero(targets.output_B == len(number_of)).flatten()
     if parts.final_norm.bias_D is not None:
         bias_BL[last, depth] = targets.vector_BD[last] @ parts.final_norm.bias_D.to(g_TBD)
     _inject(g_TBD, targets, last, parts.final_norm, recording.scales[depth, "final"])
     for layer in reversed(range(depth)):
-        part, stand_in = parts.layers[layer], replacement.layers[layer]
-        rows.at_mlp(layer, g_TBD)
+        part, number = parts.layers[layer], number_of[HookPoint(layer, "mlp_out")]
+        stand_in = replacement.stand_ins[number]
+        rows.at_output(number, g_TBD)
         # Where the branches are parallel, what the MLP reads comes before attention; so does resid_pre.
         is_before = part.is_parallel or stand_in.latents.read.site == "resid_pre"
-        attended_TBD = None
-        if is_before:
-            attended_TBD, bias_B = _through_attention(part, recording, layer, g_TBD, heads_BLH[:, layer], see_head)
-            bias_BL[:, layer] += bias_B
-        bias_BL[:, layer] += _to_what_the_mlp_reads(g_TBD, part, stand_in, recording, layer, targets)
-        if attended_TBD is None:
-            attended_TBD, bias_B = _through_attention(part, recording, layer, g_TBD, heads_BLH[:, layer], see_head)
-            bias_BL[:, layer] += bias_B
+        attended = past_attention(layer) if is_before else None
+        bias_BL[:, layer] += _to_what_the_mlp_reads(g_TBD, part, stand_in, recording, number, targets)
+        attended_TBD, bias_B = past_attention(layer) if attended is None else attended
+        bias_BL[:, layer] += bias_B
         g_TBD += attended_TBD
-        del attended_TBD
+        del attended, attended_TBD
     rows.at_biases(bias_BL)
     rows.at_tokens(g_TBD, recording.sites[HookPoint(0, "resid_pre")])
     return Swept(rows.values_BS, heads_BLH)
 
 
 def _to_what_the_mlp_reads(
-    g_TBD: Tensor, part: LinearLayer, stand_in: LayerStandIn, recording: Recording, layer: int, targets: Targets
+    g_TBD: Tensor, part: LinearLayer, stand_in: StandIn, recording: Recording, number: int, targets: Targets
 ) -> Tensor:
     """Add to `g_TBD` what reaches the stream by the skip, and the targets that read here; what a norm's bias gives."""
     norm, scale_T1 = None, None
     if stand_in.latents.read.site == "mlp_in":
-        norm, scale_T1 = part.mlp_norm, recording.scales[layer, "mlp"]
-    here = torch.nonzero(targets.layer_B == layer).flatten()
+        norm, scale_T1 = part.mlp_norm, recording.scales[stand_in.output.layer, "mlp"]
+    here = torch.nonzero(targets.output_B == number).flatten()
     bias_B = g_TBD.new_zeros(len(targets))
     read_TBD = None if stand_in.skip is None else g_TBD @ stand_in.skip
     if norm is not None and norm.bias_D is not None:
@@ -91,6 +98,25 @@ def _to_what_the_mlp_reads(
         g_TBD += read_TBD if norm is None else _pull_back_(norm, read_TBD, scale_T1)
     _inject(g_TBD, targets, here, norm, scale_T1)
     return bias_B
+
+
+def _to_what_attention_reads(
+    like_TBD: Tensor, part: LinearLayer, stand_in: StandIn, recording: Recording, number: int, targets: Targets
+) -> tuple[Tensor, Tensor]:
+    """Gradient at the layer's input of the targets that are latents of a Lorsa there, each spread over the positions
+    that it attends to; and what the norm's bias gives [B]."""
+    norm, latents = part.attention_norm, stand_in.latents
+    read_TBD, bias_B = torch.zeros_like(like_TBD), like_TBD.new_zeros(len(targets))
+    here = torch.nonzero(targets.output_B == number).flatten()
+    if len(here):
+        assert latents.patterns is not None
+        pattern_nT = latents.patterns.of(targets.latent_B[here], targets.position_B[here], like_TBD)
+        pattern_nT = pattern_nT[:, : len(like_TBD)]
+        for position, attended_n in enumerate(pattern_nT.T):
+            read_TBD[position, here] = attended_n[:, None] * targets.vector_BD[here]
+        if norm.bias_D is not None:
+            bias_B[here] = pattern_nT.sum(1) * (targets.vector_BD[here] @ norm.bias_D.to(like_TBD))
+    return _pull_back_(norm, read_TBD, recording.scales[stand_in.output.layer, "attention"]), bias_B
 
 
 def _inject(g_TBD: Tensor, targets: Targets, chosen: Tensor, norm: Norm | None, scale_T1: Tensor | None) -> None:

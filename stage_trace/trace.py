@@ -61,7 +61,8 @@ def trace(
     """The attribution graph of what `model` says after `text`.
 
     model         a transformers model, or what ``load_causal_lm`` takes: a folder, a hub id, ``bundled``
-    dictionaries  transcoders of its MLPs, at most one per layer: loaded ones, folders, or globs of folders
+    dictionaries  transcoders of its MLPs and Lorsas of its attention, at most one of each per layer: loaded ones,
+                  folders, or globs of folders
     text          the prompt, or its token ids; BOS is put before a text
 
     Raises GranaryError for a model or dictionaries that graphs do not know, and where a row does not add up.
@@ -110,7 +111,7 @@ def of_session(
     matrix = build_matrix(
         partial(_engine, session, settings.engine),
         features,
-        logit_targets(logits, session.parts, session.recording),
+        logit_targets(logits, session.parts, session.recording, len(session.columns.outputs)),
         logits.probabilities,
         session.columns,
         most=settings.max_features,
@@ -126,7 +127,7 @@ def of_session(
     if kept:
         log.info("%d of %d features have no node: what they give is counted as error", kept, len(features))
     wires = wiring(
-        features.layer_N.cpu()[matrix.chosen], torch.arange(len(matrix.chosen)), logits.probabilities, matrix.columns
+        features.output_N.cpu()[matrix.chosen], torch.arange(len(matrix.chosen)), logits.probabilities, matrix.columns
     )
     depth, T = matrix.columns.num_layers, len(prompt.ids)
     said = [

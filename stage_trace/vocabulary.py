@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from shared.lm.hookpoint import HookPoint
 from stage_trace.nodes import Kind, Node
 from stage_trace.session import Session
 
@@ -20,26 +21,27 @@ VOCABULARY_BLOCK = 8192
 
 @dataclass(frozen=True, slots=True)
 class Words:
-    """Token ids of some features, by their layer and latent: those it makes likelier and those it makes less likely."""
+    """Token ids of features, by output and latent: those it makes likelier and those it makes less likely."""
 
-    promotes: dict[tuple[int, int], list[int]]
-    suppresses: dict[tuple[int, int], list[int]]
+    promotes: dict[tuple[HookPoint, int], list[int]]
+    suppresses: dict[tuple[HookPoint, int], list[int]]
 
     @classmethod
     @torch.no_grad()
     def of(cls, session: Session, nodes: Sequence[Node]) -> "Words":
-        """Compute those of every feature among `nodes`, a layer at a time."""
+        """Compute those of every feature among `nodes`, an output at a time."""
         promotes, suppresses = {}, {}
         norm, W_U_VD = session.parts.final_norm, session.parts.W_U_VD
-        for layer, stand_in in enumerate(session.replacement.layers):
-            wanted = {node.number for node in nodes if node.kind is Kind.feature and node.layer == layer}
+        for stand_in in session.replacement.stand_ins:
+            own = stand_in.output
+            wanted = {node.number for node in nodes if node.kind is Kind.feature and node.output == own}
             latents = stand_in.latents
             rows = {latent: row for row, latent in enumerate(latents.latent_N.tolist()) if latent in wanted}
             if not rows:
                 continue
             some = torch.tensor(list(rows.values()), device=latents.latent_N.device)
             # On the direct path it makes no difference which MLP adds it.
-            decoder_FD = torch.stack([latents.decoder(target, some).float() for target in latents.layers]).sum(0)
+            decoder_FD = torch.stack([latents.decoder(output, some).float() for output in latents.writes]).sum(0)
             logits_FV = _direct(decoder_FD, norm.weight_D.float(), W_U_VD)
             for latent, high, low in zip(
                 rows,
@@ -47,7 +49,7 @@ class Words:
                 (-logits_FV).topk(MOST).indices.tolist(),
                 strict=True,
             ):
-                promotes[layer, latent], suppresses[layer, latent] = high, low
+                promotes[own, latent], suppresses[own, latent] = high, low
         return cls(promotes, suppresses)
 
 

@@ -8,15 +8,18 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from shared.lm.attention import heads_of, shape_of
 from shared.lm.frozen import Recording
-from shared.lm.linear_parts import LINEAR_PATHS, LinearParts
-from shared.sae import CLT, Dictionary, Transcoder
+from shared.lm.linear_parts import LINEAR_PATHS, LinearParts, linear_parts
+from shared.sae import CLT, Dictionary, Lorsa, Transcoder
 from shared.sae.sites import Sites
 from shared.sae.variants.clt import CLTConfig
+from shared.sae.variants.lorsa import LorsaConfig
 from shared.sae.variants.skip_transcoder import SkipTranscoder, SkipTranscoderConfig
 from shared.sae.variants.transcoder import TranscoderConfig
 from stage_trace.leaves import Columns
-from stage_trace.replacement import Replacement, places_of
+from stage_trace.places import places_of
+from stage_trace.replacement import Replacement
 from stage_trace.session import Session, Source, record
 from tests.families import FAMILIES
 
@@ -89,6 +92,48 @@ def make_clt(
     return made.requires_grad_(False)
 
 
+def make_lorsa(
+    layer: int, *, activation: str = "topk", width: int = D, latents: int = F, k: int = K, **form: object
+) -> Lorsa:
+    """Random, of two heads, with a normalisation of both sides and biases that are none of 0 and 1."""
+    generator = torch.Generator().manual_seed(100 + layer)
+    sites = Sites((f"layers.{layer}.attn_in",), (f"layers.{layer}.attn_out",), unit="sequence")
+    shape = {"qk_heads": 2, "qk_width": 6, "scale": 0.4, "frequencies": (1.0, 0.3), **form}
+    config = LorsaConfig(
+        d_in=width, d_out=width, d_latent=latents, k=k if activation in ("topk", "batchtopk") else None,
+        activation=activation, pre_bias=False, sites=sites, **shape,  # type: ignore[arg-type]
+    )  # fmt: skip
+    made = Lorsa(config, generator=generator)
+    with torch.no_grad():
+        for name, value in made.state_dict().items():
+            if name.endswith("threshold"):
+                value.fill_(0.9 if activation == "batchtopk" else -0.5)
+            elif name.endswith("_scale"):
+                value.copy_(torch.rand(value.shape, generator=generator) + 0.7)
+            elif name == "b_enc" or not name.startswith(("W_", "norm_")):
+                value.copy_(0.3 * torch.randn(value.shape, generator=generator))
+    return made.requires_grad_(False)
+
+
+def exact_lorsa(model: PreTrainedModel, layer: int) -> Lorsa:
+    """One whose output is the attention's own: of every feature of a head's values a latent for each of its signs."""
+    heads, shape = heads_of(model, layer), shape_of(model, layer)
+    W_O_HDE = linear_parts(model).layers[layer].heads.W_O_HDE.float()
+    H, _, width = heads.W_V_HED.shape
+    sites = Sites((f"layers.{layer}.attn_in",), (f"layers.{layer}.attn_out",), unit="sequence")
+    config = LorsaConfig(
+        d_in=width, d_out=width, d_latent=2 * H * shape.width, k=None, activation="relu", normalisation="none",
+        pre_bias=False, unit_norm_decoder=False, sites=sites, qk_heads=H, qk_width=shape.width, scale=shape.form.scale,
+        frequencies=shape.form.frequencies, rope_scale=shape.form.rope_scale,
+    )  # fmt: skip
+    made = Lorsa(config).requires_grad_(False)
+    for name, tensor in zip(("W_Q", "b_Q", "W_K", "b_K"), heads.query_key.tensors(), strict=False):
+        made.get_parameter(name).copy_(tensor)
+    made.W_enc.copy_(torch.cat([heads.W_V_HED, -heads.W_V_HED], 1).flatten(0, 1))
+    made.W_dec.copy_(torch.cat([W_O_HDE.transpose(1, 2), -W_O_HDE.transpose(1, 2)], 1).flatten(0, 1))
+    return made
+
+
 @dataclass
 class Traced:
     """A prompt as far as it needs to be for rows."""
@@ -136,3 +181,8 @@ def bundled_transcoder(layer: int, *, skip: bool = False, threshold: float = 1.6
     made.W_enc.data.mul_(0.6)
     made.b_enc.data.mul_(0.5)
     return made
+
+
+def bundled_lorsa(layer: int) -> Lorsa:
+    """Random, on the bundled model's width; 4 of 64 latents are active."""
+    return make_lorsa(layer, width=128, latents=64, k=4)

@@ -1,6 +1,7 @@
 """Forward passes of one prompt that record attention patterns and norm factors, or take them from a recording.
 
-With patterns and factors taken, and each MLP's output given, the residual stream is a linear function of what is given:
+With patterns and factors taken, and each MLP's output given, the residual stream is a linear function of what is given;
+so it is where the output of attention is given too:
 the local replacement model of Ameisen et al. 2025 (Circuit Tracing), on which attribution graphs stand.
 
 Shapes: T positions, H heads, D = d_model.
@@ -26,8 +27,9 @@ FROZEN_ATTENTION = "granary_frozen_attention"
 
 NormKey = tuple[int, str]
 """(layer, which norm of it); the final norm is (number of layers, "final")."""
-ChangeMLP = Callable[[int, Tensor, dict[HookPoint, Tensor]], Tensor | None]
-"""Of layer, what its MLP adds [T, D] and the read sites so far: what it adds instead; None for no change."""
+ChangeOutput = Callable[[HookPoint, Tensor, dict[HookPoint, Tensor]], Tensor | None]
+"""Of ``mlp_out`` or ``attn_out`` of a layer, what is added there [T, D] and the read sites so far: what is added
+instead; None for no change."""
 
 
 @dataclass(slots=True)
@@ -45,10 +47,6 @@ class Recording:
     logits_V: Tensor = field(default_factory=lambda: torch.empty(0))
     """Logits at the last position, as the model gives them, softcapped where it does."""
 
-    def mlp_out(self, layer: int) -> Tensor:
-        """What the MLP of `layer` adds, [T, D]."""
-        return self.sites[HookPoint(layer, "mlp_out")]
-
 
 def run(
     model: PreTrainedModel,
@@ -57,7 +55,7 @@ def run(
     sites: Sequence[HookPoint] = (),
     *,
     frozen: Recording | None = None,
-    change_mlp: ChangeMLP | None = None,
+    change: ChangeOutput | None = None,
     embed: Callable[[Tensor], Tensor] | None = None,
     gates: Tensor | None = None,
 ) -> Recording:
@@ -65,11 +63,11 @@ def run(
 
     frozen      patterns and factors are taken from this recording; they are constants to autograd. One without patterns
                 leaves attention free
-    change_mlp  what an MLP adds is replaced by what this gives
+    change      what an MLP adds is replaced by what this gives; what attention adds where `sites` has its ``attn_out``
     embed       what goes into the first layer is replaced by what this makes of it
     gates       [L + 1]: factors of the biases of each layer's norms and attention, and of the final norm's
     """
-    with _hooked(model, parts, sites, frozen, change_mlp, embed, gates) as recording:
+    with _hooked(model, parts, sites, frozen, change, embed, gates) as recording:
         passed = _Attend(recording, frozen)
         # The logits of the last position alone: of all they may be more than all else together.
         logits = model(input_ids=tokens_T[None], use_cache=False, logits_to_keep=1, frozen_pass=passed).logits
@@ -135,7 +133,7 @@ def _hooked(
     parts: LinearParts,
     sites: Sequence[HookPoint],
     frozen: Recording | None,
-    change_mlp: ChangeMLP | None,
+    change: ChangeOutput | None,
     embed: Callable[[Tensor], Tensor] | None,
     gates: Tensor | None,
 ) -> Any:
@@ -164,13 +162,12 @@ def _hooked(
         first = HookPoint(0, "resid_pre")
         at_first = partial(_see, recording, first, None if embed is None else embed)
         stack.callback(hook_at(locate(model, first), at_first).remove)
-        for hook in dict.fromkeys(sites):
-            if hook != first and hook.site != "mlp_out":
-                stack.callback(hook_at(locate(model, hook), partial(_see, recording, hook, None)).remove)
-        for layer in range(depth):
-            hook = HookPoint(layer, "mlp_out")
-            change = None if change_mlp is None else partial(_changed, change_mlp, layer, recording)
-            stack.callback(hook_at(locate(model, hook), partial(_see, recording, hook, change)).remove)
+        for hook in dict.fromkeys([*sites, *(HookPoint(layer, "mlp_out") for layer in range(depth))]):
+            if hook != first:
+                at_hook = None
+                if change is not None and hook.site in ("attn_out", "mlp_out"):
+                    at_hook = partial(_changed, change, hook, recording)
+                stack.callback(hook_at(locate(model, hook), partial(_see, recording, hook, at_hook)).remove)
 
         def keep_final(_module: nn.Module, _args: Any, output: Tensor) -> None:
             recording.final_TD = output[0]
@@ -185,8 +182,8 @@ def _see(recording: Recording, hook: HookPoint, change: Callable[[Tensor], Tenso
     return None if changed is None else changed[None]
 
 
-def _changed(change_mlp: ChangeMLP, layer: int, recording: Recording, added_TD: Tensor) -> Tensor | None:
-    return change_mlp(layer, added_TD, recording.sites)
+def _changed(change: ChangeOutput, output: HookPoint, recording: Recording, added_TD: Tensor) -> Tensor | None:
+    return change(output, added_TD, recording.sites)
 
 
 def _freeze_norm(

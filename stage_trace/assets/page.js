@@ -24,7 +24,9 @@ const STEP = 17, GUTTER = 62, LEAST = 46;
 const pieces = data.pieces.map(visible);
 const textWidth = (text, size = 7.3) => [...text].length * size + 16;
 const isInner = (node) => !["token", "logit"].includes(node.kind);
-const cellOf = (node) => `${node.layer}/${node.kind === "bias" ? "bias" : node.position}`;
+const isAttention = (node) => node.site === "attn_out";  // of a Lorsa, drawn below its layer's MLP
+const rowOf = (node) => `${isAttention(node) ? "A" : ""}${node.layer}`;
+const cellOf = (node) => `${rowOf(node)}/${node.kind === "bias" ? "bias" : node.position}`;
 
 function layout(width) {
   const cells = new Map();
@@ -33,10 +35,10 @@ function layout(width) {
     cells.set(key, [...(cells.get(key) ?? []), node]);
   });
   const perRow = 6;
-  const rowsOf = Array(data.layers + 1).fill(1), widthOf = pieces.map((piece) => Math.max(LEAST, Math.min(textWidth(piece), 150)));
+  const rowsOf = {}, widthOf = pieces.map((piece) => Math.max(LEAST, Math.min(textWidth(piece), 150)));
   for (const [key, held] of cells) {
-    const [layer, position] = key.split("/");
-    rowsOf[layer] = Math.max(rowsOf[layer], Math.ceil(held.length / perRow));
+    const [row, position] = key.split("/");
+    rowsOf[row] = Math.max(rowsOf[row] ?? 1, Math.ceil(held.length / perRow));
     if (position !== "bias") widthOf[position] = Math.max(widthOf[position], Math.min(held.length, perRow) * STEP + 16);
   }
   const hasBias = nodes.some((node) => node.kind === "bias");
@@ -60,19 +62,22 @@ function layout(width) {
   const bands = [];
   let y = 26 + 32 * row + 34;
   for (let layer = data.layers; layer >= 0; layer--) {
-    if (layer === data.layers && ![...cells.keys()].some((key) => key.startsWith(`${layer}/`))) continue;
-    const height = rowsOf[layer] * STEP + 22;
-    bands.push({ layer, y, height });
-    y += height + 8;
+    for (const name of [`${layer}`, `A${layer}`]) {
+      const isShown = name in rowsOf || (name === `${layer}` && layer < data.layers);
+      if (!isShown) continue;
+      const height = (rowsOf[name] ?? 1) * STEP + 22;
+      bands.push({ name, y, height });
+      y += height + 8;
+    }
   }
-  const bandOf = new Map(bands.map((band) => [band.layer, band]));
+  const bandOf = new Map(bands.map((band) => [band.name, band]));
   for (const [key, held] of cells) {
-    const [layer, position] = key.split("/");
+    const [name, position] = key.split("/");
     const centre = position === "bias" ? GUTTER + 12 : columns[position].centre;
     held.sort((a, b) => b.influence - a.influence).forEach((node, index) => {
       const inRow = Math.min(perRow, held.length - perRow * Math.floor(index / perRow));
       node.x = centre + ((index % perRow) - (inRow - 1) / 2) * STEP;
-      node.y = bandOf.get(+layer).y + 11 + STEP / 2 + STEP * Math.floor(index / perRow);
+      node.y = bandOf.get(name).y + 11 + STEP / 2 + STEP * Math.floor(index / perRow);
     });
   }
   nodes.filter((node) => node.kind === "token").forEach((node) => {
@@ -88,12 +93,17 @@ function mark(node) {
     return shape("rect", { class: "mark", x: node.x - node.width / 2, y: node.y - 12, width: node.width, height: 24, rx: 6 });
   }
   const r = radius(node);
+  if (node.kind === "feature" && isAttention(node)) {
+    const top = 1.25 * r, side = 1.1 * r;
+    return shape("path", { class: "mark", d: `M${node.x} ${node.y - top}L${node.x + side} ${node.y + 0.65 * top}H${node.x - side}Z` });
+  }
   if (node.kind === "feature" || node.kind === "bias") return shape("circle", { class: "mark", cx: node.x, cy: node.y, r });
   const side = r * 1.6;
   const turned = node.kind === "error" ? `rotate(45 ${node.x} ${node.y})` : "";
   return shape("rect", { class: "mark", x: node.x - side / 2, y: node.y - side / 2, width: side, height: side, rx: 1, transform: turned });
 }
 
+const look = (node) => (isAttention(node) ? `${node.kind} attention` : node.kind);
 function curve(link) {
   const from = link.source, to = link.target;
   const y0 = from.y - (isInner(from) ? 0 : 12), y1 = to.y + (isInner(to) ? 0 : 12), bend = (y0 - y1) * 0.45;
@@ -114,7 +124,7 @@ function draw() {
   for (const band of bands) {
     svg.append(shape("rect", { class: "band", x: 8, y: band.y, width: total - 16, height: band.height, rx: 7 }));
     const text = shape("text", { x: 18, y: band.y + band.height / 2 + 4 });
-    text.textContent = band.layer === data.layers ? "norm" : `L${band.layer}`;
+    text.textContent = band.name === `${data.layers}` ? "norm" : band.name.replace(/^(?=\d)/, "L");
     names.append(shape("rect", { class: "tab", x: 8, y: band.y, width: 38, height: band.height, rx: 7 }), text);
   }
   columns.slice(1).forEach((column) => svg.append(shape("line", { class: "column", x1: column.x, x2: column.x, y1: bands[0].y, y2: height - 46 })));
@@ -123,7 +133,7 @@ function draw() {
   layers = { under, names };
   follow();
   for (const node of nodes) {
-    const group = shape("g", { class: `node ${node.kind}`, tabindex: "0", role: "button", "aria-label": `${node.label}${isInner(node) && node.kind !== "bias" ? ` at ${pieces[node.position]}` : ""}` });
+    const group = shape("g", { class: `node ${look(node)}`, tabindex: "0", role: "button", "aria-label": `${node.label}${isInner(node) && node.kind !== "bias" ? ` at ${pieces[node.position]}` : ""}` });
     group.append(shape("circle", { class: "ring", cx: node.x, cy: node.y, r: radius(node) + 4 }), mark(node));
     if (isInner(node)) group.append(shape("circle", { class: "hit", cx: node.x, cy: node.y, r: STEP / 2 }));
     else {
@@ -185,6 +195,7 @@ function tell(node, event) {
   tip.style.top = `${Math.min(event.clientY + 14, innerHeight - 80)}px`;
 }
 
+const ATTENTION = { feature: "Attention feature", error: "Error of attention", fixed: "Fixed position" };
 const KINDS = { feature: "Feature", error: "Error", fixed: "Fixed position", bias: "Biases", token: "Token", logit: "Next token" };
 const ABOUT = {
   error: "What the MLP adds here beside the active latents: what its transcoder does not explain.",
@@ -192,8 +203,18 @@ const ABOUT = {
   bias: "All that this layer adds whatever it reads: biases of its norms, its attention and its transcoder.",
   token: "The embedding of this token.",
 };
+const ABOUT_ATTENTION = {
+  feature: "A latent of the Lorsa that stands in for this layer's attention: it reads the positions that its own pattern attends to.",
+  error: "What attention adds here beside the active latents: what its Lorsa does not explain.",
+  fixed: "All that attention adds here: no dictionary was taught at this position.",
+};
+const about = (node) => (isAttention(node) ? ABOUT_ATTENTION : ABOUT)[node.kind];
 const title = (node) => (node.kind === "token" || node.kind === "logit" ? visible(node.text) : node.name || node.label);
-const NAMES = { feature: (node) => `L${node.layer}/${node.latent}`, error: (node) => `L${node.layer} error`, fixed: (node) => `L${node.layer} MLP` };
+const NAMES = {
+  feature: (node) => `${isAttention(node) ? "A" : "L"}${node.layer}/${node.latent}`,
+  error: (node) => `${isAttention(node) ? "A" : "L"}${node.layer} error`,
+  fixed: (node) => `L${node.layer} ${isAttention(node) ? "attention" : "MLP"}`,
+};
 // What a feature without a name is about: the tokens that it fires on, or those that it writes for.
 function hint(node) {
   if (node.kind !== "feature" || node.name) return "";
@@ -204,16 +225,16 @@ function hint(node) {
 const short = (node) => (NAMES[node.kind] ? `${NAMES[node.kind](node)}  ${pieces[node.position]}${node.name ? `  ${node.name}` : ""}` : node.kind === "bias" ? node.label : `${node.kind === "token" ? "token" : "says"}  ${title(node)}`);
 
 // What a node's details are made of, in this order; each gives an element or null.
-const SECTIONS = [where, numbers, examples, words, ablation, (node) => feeds("What feeds it", node.inputs, "source"), (node) => feeds("What it feeds", node.outputs, "target"), command];
+const SECTIONS = [where, attended, numbers, examples, words, ablation, (node) => feeds("What feeds it", node.inputs, "source"), (node) => feeds("What it feeds", node.outputs, "target"), command];
 
 function detail() {
   const node = state.selected, box = $("detail");
   if (!node) { box.replaceChildren(...overview()); return; }
   const pinned = state.pinned.has(node.id);
   const parts = [
-    make("span", `badge ${node.kind}`, KINDS[node.kind]), make("h3", "", title(node)),
+    make("span", `badge ${look(node)}`, (isAttention(node) ? ATTENTION : KINDS)[node.kind]), make("h3", "", title(node)),
     make("div", "actions", button(pinned ? "Unpin" : "Pin", () => pin(node, !pinned), pinned ? "button on" : "button"), button("Close", () => select(null))),
-    ABOUT[node.kind] ? make("p", "quiet", ABOUT[node.kind]) : null, ...SECTIONS.map((section) => section(node)),
+    about(node) ? make("p", "quiet", about(node)) : null, ...SECTIONS.map((section) => section(node)),
   ];
   box.replaceChildren(...parts.filter((part) => part !== null));
 }
@@ -236,6 +257,14 @@ function where(node) {
   return box;
 }
 
+const MOST_ATTENDED = 8;
+function attended(node) {
+  if (!node.attends) return null;
+  const chips = node.attends.slice(0, MOST_ATTENDED).map(([position, share]) => make("code", "", `${pieces[position]} ${percent(share)}`));
+  chips.forEach((chip, index) => { chip.title = `token ${node.attends[index][0]}`; });
+  return make("div", "", make("h4", "", "Its pattern attends to"), make("div", "words", ...chips));
+}
+
 function numbers(node) {
   const rows = [["Probability", node.kind === "logit" ? percent(node.probability) : null], ["Activation", node.activation === null ? null : figure(node.activation)],
     ["Influence", node.influence === null ? null : percent(node.influence)], ["Token", isInner(node) || node.kind === "token" ? (node.kind === "bias" ? null : String(node.position)) : null]];
@@ -243,7 +272,7 @@ function numbers(node) {
   return make("dl", "pairs", ...kept.map(([name, value]) => make("div", "", make("dt", "", name), make("dd", "", value))));
 }
 
-const cardOf = (node) => data.cards[`${node.layer}/${node.latent}`];
+const cardOf = (node) => data.cards[node.card];
 
 function examples(node) {
   const card = cardOf(node);
@@ -312,7 +341,7 @@ function command(node) {
 function neighbour(node, key) {
   if (key === "ArrowUp") return node.outputs[0]?.target;
   if (key === "ArrowDown") return node.inputs[0]?.source;
-  const row = nodes.filter((one) => one.layer === node.layer && (one.kind === "token") === (node.kind === "token") && (one.kind === "logit") === (node.kind === "logit"));
+  const row = nodes.filter((one) => rowOf(one) === rowOf(node) && (one.kind === "token") === (node.kind === "token") && (one.kind === "logit") === (node.kind === "logit"));
   row.sort((a, b) => a.x - b.x || b.y - a.y);
   return row[row.indexOf(node) + (key === "ArrowLeft" ? -1 : 1)];
 }
@@ -359,6 +388,7 @@ function spliced() {
   else $("spliced").hidden = true;
 }
 
+$("legend_attention").hidden = !nodes.some(isAttention);
 header();
 certificate();
 spliced();

@@ -43,12 +43,12 @@ function close(label, onClick) {
 }
 function subgraph(held) {
   const mean = (unit, of) => unit.nodes.reduce((sum, node) => sum + of(node), 0) / unit.nodes.length;
-  const height = (unit) => mean(unit, (node) => (node.kind === "bias" ? node.layer : node.layer));
-  const levels = [...new Set(held.map((unit) => Math.round(height(unit))))].sort((a, b) => b - a);
+  const level = (unit) => Math.round(2 * mean(unit, (node) => node.layer - (isAttention(node) ? 0.5 : 0))) / 2;
+  const levels = [...new Set(held.map(level))].sort((a, b) => b - a);
   const width = Math.max(320, $("pinned").clientWidth), box = shape("svg", { width: "100%", viewBox: `0 0 ${width} ${levels.length * 58 + 8}` });
   const place = new Map();
-  levels.forEach((level, row) => {
-    const level_units = held.filter((unit) => Math.round(height(unit)) === level).sort((a, b) => mean(a, (node) => node.position) - mean(b, (node) => node.position));
+  levels.forEach((one, row) => {
+    const level_units = held.filter((unit) => level(unit) === one).sort((a, b) => mean(a, (node) => node.position) - mean(b, (node) => node.position));
     level_units.forEach((unit, index) => place.set(unit, { x: (width * (index + 0.5)) / level_units.length, y: 24 + 58 * row, w: Math.min(176, width / level_units.length - 8) }));
   });
   const sums = [];

@@ -135,6 +135,6 @@ def firing(
                 part.append(unpadded(indices_NK, values_NK))
             seen(store.seq_len)
         for place, group in zip(source.places, dictionary.groups, strict=True):
-            found[place.layers[0]] = Firing.of(parts.pop(0), group.num_latents)  # its parts are freed behind it
+            found[place.own.layer] = Firing.of(parts.pop(0), group.num_latents)  # its parts are freed behind it
         del dictionary
     return found, sum(map(len, masks))

@@ -29,8 +29,8 @@ from shared.store import Store
 from shared.store.choose import choose_contexts
 from shared.store.io.open import open_io
 from stage_trace.known import Known
+from stage_trace.places import check_places
 from stage_trace.plan import latents_per_token
-from stage_trace.replacement import check_places
 from stage_trace.session import Source
 from stage_trace.sources import find_sources, need_any
 from stage_trace.weights.build import CELLS, write_weights
@@ -113,6 +113,10 @@ def check_fit(sources: Sequence[Source], store: Store) -> None:
     for source in sources:
         check_same_model(source.name, {**source.model}, store.url, store.plan.provenance.get("model") or {})
         for place in source.places:
+            if place.own.site == "attn_out":
+                raise GranaryError(
+                    f"{source.name} stands in for attention, whose paths are not in global weights: leave it out"
+                )
             if str(place.read) not in store.hooks:
                 raise GranaryError(
                     f"{source.name} reads {place.read}, which {store.url} lacks: it has {', '.join(store.hooks)}"
@@ -160,7 +164,7 @@ def plan(layers: Sequence[Layer], tokens: int, sources: Sequence[Source], most: 
 
 def described(layers: Sequence[Layer], sources: Sequence[Source]) -> list[WeightsLayer]:
     """Records of the layers, in their order."""
-    owner = {place.layers[0]: (source, n) for source in sources for n, place in enumerate(source.places)}
+    owner = {place.own.layer: (source, n) for source in sources for n, place in enumerate(source.places)}
     found = []
     for layer in layers:
         source, number = owner[layer.number]

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from shared.lm.hookpoint import HookPoint
 from shared.lm.linear_parts import LinearParts, Norm
 from stage_trace.group_weights import GroupWeights, raw_skip
 from stage_trace.session import Source
@@ -60,7 +61,7 @@ def layers_of(sources: Sequence[Source], parts: LinearParts, factors: Mapping[in
         dictionary = source.open()
         rows = source.rows(dictionary)
         for number, place in enumerate(source.places):
-            layer = place.layers[0]
+            layer = place.own.layer
             weights = GroupWeights.of(dictionary, rows[number], number, place, like_D)
             norm = ReadNorm(parts.layers[layer].mlp_norm, like_D.new_tensor(factors[layer]))
             is_behind = place.read.site == "mlp_in"
@@ -80,8 +81,9 @@ def written(layers: Mapping[int, Layer], source: Layer, target: int) -> Tensor:
         if path_FD is not None and passed is not None and passed.skip is not None:
             read_FD = path_FD if passed.norm is None else passed.norm.forward(path_FD)
             path_FD = path_FD + read_FD @ passed.skip.T
-        if number in source.weights.place.layers:
-            added_FD = source.weights.decoder(number, every)
+        output = HookPoint(number, "mlp_out")
+        if output in source.weights.place.writes:
+            added_FD = source.weights.decoder(output, every)
             path_FD = added_FD if path_FD is None else path_FD + added_FD
     assert path_FD is not None
     return path_FD

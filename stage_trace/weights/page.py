@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from shared.latents.global_weights import Connection, GlobalWeights
+from shared.lm.hookpoint import HookPoint
 from stage_trace.known import Known
 from stage_trace.page import self_contained
 
@@ -53,13 +54,15 @@ def _strongest(weights: GlobalWeights) -> list[int]:
 
 
 def _latents(weights: GlobalWeights, known: Known, chosen: Sequence[int]) -> Iterator[list[Any]]:
-    words = {layer: known.words(layer, WORDS) for layer in weights.layers}
+    outputs = {layer: HookPoint(layer, "mlp_out") for layer in weights.layers}
+    words = {layer: known.words(output, WORDS) for layer, output in outputs.items()}
     fired = weights.array("fired").all()
     for number in chosen:
         layer, latent = weights.place(number)
         firing, promoted = (one[latent] if one else [] for one in words[layer])
+        name = known.name_of(outputs[layer], latent)
         yield [
-            layer, latent, float(f"{fired[number] / max(1, weights.meta.tokens):.3g}"), known.name_of(layer, latent),
+            layer, latent, float(f"{fired[number] / max(1, weights.meta.tokens):.3g}"), name,
             firing, promoted,
             *([_told(one) for one in end(layer, latent)[:SHOWN]] for end in (weights.sources, weights.targets)),
         ]  # fmt: skip

@@ -10,7 +10,7 @@ from shared.sae.for_store import weights_sha256
 from stage_trace.trace import trace
 from tests.browser.chromium import Browser
 from tests.latents import synthetic_latents
-from tests.tracing import bundled_transcoder
+from tests.tracing import bundled_lorsa, bundled_transcoder
 
 pytestmark = pytest.mark.browser
 TEXT = "def f(x):\n    </script><b>"
@@ -51,7 +51,7 @@ def test_a_feature_shows_where_it_fires(browser: Browser, folder: Path, width: i
     browser.prefer(dark=dark)
     browser.go(f"file://{folder}/graph.html")
     assert browser.run("return document.documentElement.scrollWidth <= innerWidth")
-    layer_0 = browser.run("return nodes.findIndex((node) => data.cards[`0/${node.latent}`] && node.layer === 0)")
+    layer_0 = browser.run("return nodes.findIndex((node) => data.cards[node.card] && node.layer === 0)")
     browser.run(f"select(nodes[{layer_0}])")
     browser.settle()
     assert browser.run("return document.querySelectorAll('#detail .example mark').length") > 0
@@ -84,6 +84,36 @@ def test_groups_are_saved_with_the_graph_and_kept(browser: Browser, folder: Path
     assert saved["qParams"]["pinnedIds"] == group[1:]
     assert saved["links"] == written["links"]
     assert {**saved, "qParams": 0} == {**written, "qParams": 0}
+
+
+@pytest.mark.parametrize(("width", "dark"), [(1280, True), (390, False)])
+def test_latents_of_a_lorsa_have_a_mark_and_a_row_of_their_own(
+    browser: Browser, tmp_path: Path, width: int, dark: bool
+) -> None:
+    """Below the MLP of their layer; found, pinned and walked to as any other."""
+    made = [bundled_transcoder(layer, threshold=0.8) for layer in range(4)]
+    trace("bundled", [*made, bundled_lorsa(1)], TEXT).prune(0.95).save(tmp_path)
+    browser.resize(width, 900)
+    browser.prefer(dark=dark)
+    browser.go(f"file://{tmp_path}/graph.html")
+    assert browser.run("return document.documentElement.scrollWidth <= innerWidth")
+    assert not browser.run("return $('legend_attention').hidden")
+    shown = browser.run("return nodes.filter((node) => node.kind === 'feature' && isAttention(node)).length")
+    assert shown > 0
+    assert browser.run("return document.querySelectorAll('.node.feature.attention path.mark').length") == shown
+    rows = browser.run(
+        "return nodes.filter((one) => one.layer === 1 && isInner(one)).map((one) => [isAttention(one), one.y])"
+    )
+    assert min(y for is_attention, y in rows if is_attention) > max(y for is_attention, y in rows if not is_attention)
+    browser.run("select(nodes.find((node) => node.kind === 'feature' && isAttention(node)))")
+    browser.settle()
+    assert browser.text("#detail .badge").lower() == "attention feature"
+    assert "graph.intervene" in browser.text("#detail")
+    click(browser, "#detail .actions button", 0)
+    assert browser.text("#pinned .chip").startswith("A1/")
+    browser.run("$('search').value = 'attention latent'; search()")
+    assert browser.run("return document.querySelectorAll('.node.found').length") == shown
+    assert browser.console() == []
 
 
 def test_keys_walk_the_graph_and_lists_are_shown_whole(browser: Browser, folder: Path) -> None:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from shared.latents.global_weights import COLUMNS, DIRECTIONS, GlobalWeights, GlobalWeightsWriter, WeightsMeta
+from shared.lm.hookpoint import HookPoint
 from shared.store.io.open import open_io
 from stage_trace.known import Known
 from stage_trace.weights.page import weights_page
@@ -36,7 +37,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     writer.finish(WeightsMeta(layers=layers, most=2, tokens=100, store={}, model={}, versions={}))
     latents = synthetic_latents(root / "latents", EACH)
     latents.notes.set_note(2, "opens <b>bold</b>")
-    known = Known({0: (latents, range(EACH))})
+    known = Known({HookPoint(0, "mlp_out"): (latents, range(EACH))})
     (root / "weights.html").write_text(weights_page(GlobalWeights.open(root), known), encoding="utf-8")
     return root / "weights.html"
 

@@ -18,10 +18,11 @@ from shared.bundled import MODEL_DIR
 from shared.lm import model_identity
 from shared.sae import Dictionary
 from shared.sae.sets import convert_set
+from stage_trace.attribution import AttributionGraph
 from stage_trace.graph import Graph
 from stage_trace.influence import influence, prune
 from stage_trace.trace import TraceSettings, trace
-from tests.tracing import bundled_transcoder, make_clt
+from tests.tracing import bundled_lorsa, bundled_transcoder, make_clt
 
 pytestmark = [pytest.mark.peers, pytest.mark.filterwarnings("ignore")]
 
@@ -104,7 +105,7 @@ def test_f51_its_adjacency_from_the_same_transcoders_is_ours(tmp_path: Path, old
 
 
 @pytest.fixture(scope="module")
-def graph() -> Graph:
+def graph() -> AttributionGraph:
     """Of random transcoders."""
     return trace("bundled", [bundled_transcoder(layer, threshold=0.8) for layer in range(4)], TEXT)
 
@@ -151,10 +152,15 @@ def test_f36_scores_and_masks_are_its_own_on_one_matrix(
     assert torch.equal(kept.edges_RS, edges)
 
 
-def test_f40_its_models_and_its_server_read_our_files(tmp_path: Path, graph: Graph) -> None:
-    graph.prune().save(tmp_path / "out")
+@pytest.mark.parametrize("has_lorsa", [False, True])
+def test_f40_its_models_and_its_server_read_our_files(tmp_path: Path, graph: AttributionGraph, has_lorsa: bool) -> None:
+    if has_lorsa:
+        made: list[Dictionary] = [bundled_transcoder(layer, threshold=0.8) for layer in range(4)]
+        graph = trace("bundled", [*made, bundled_lorsa(1)], TEXT)
+    graph.prune(0.95).save(tmp_path / "out")
     shown = json.loads((tmp_path / "out" / "graph.json").read_text())
     parsed = json.loads(side("parse", tmp_path / "out" / "graph.json"))
+    assert ("lorsa" in {node["feature_type"] for node in shown["nodes"]}) == has_lorsa
     assert parsed == {"nodes": len(shown["nodes"]), "unique": len(shown["nodes"]), "links": len(shown["links"])}
     served = json.loads(side("serve", tmp_path / "out", "graph"))
     assert served == {"nodes": len(shown["nodes"]), "slugs": ["graph"]}

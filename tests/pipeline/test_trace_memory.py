@@ -52,7 +52,8 @@ def test_f46_a_dry_run_plans_an_8b_model_from_headers(stages: ForkServer, llama_
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "shape", ["many rows", "a large batch", "a wide dictionary", "a large model", "a CLT", "8B, scaled down"]
+    "shape",
+    ["many rows", "a large batch", "a wide dictionary", "a large model", "a CLT", "attention too", "8B, scaled down"],
 )
 def test_the_peak_is_within_a_tenth_of_the_plan(shape: str) -> None:
     """In processes of their own; where decoders are most of what lies on disk, less than they are is taken."""

@@ -14,11 +14,12 @@ from torch import Tensor
 from shared.basics.errors import GranaryError
 from shared.latents.global_weights import Connection, GlobalWeights, GlobalWeightsWriter, WeightsMeta
 from shared.lm import model_identity
+from shared.lm.hookpoint import HookPoint
 from shared.lm.linear_parts import linear_parts
 from shared.sae import Dictionary
 from shared.store import Store, StorePlan
 from shared.store.io.open import open_io
-from stage_trace.replacement import places_of
+from stage_trace.places import places_of
 from stage_trace.session import Source
 from stage_trace.sweep import sweep
 from stage_trace.targets import Features
@@ -49,7 +50,7 @@ def fire(dictionaries: Sequence[Dictionary]) -> dict[int, Firing]:
         picks = dictionary.encode(3 * torch.randn(N, dictionary.widths.d_in, generator=generator))
         parts = dictionary.split(picks.values, picks.indices)
         for place, group, (values, indices) in zip(as_source(dictionary).places, dictionary.groups, parts, strict=True):
-            found[place.layers[0]] = Firing.of(
+            found[place.own.layer] = Firing.of(
                 [unpadded(indices[some], values[some]) for some in (slice(9), slice(9, None))], group.num_latents
             )
     return found
@@ -71,8 +72,8 @@ def virtual(layers: Sequence[Layer], source: Layer, i: int, target: Layer, j: in
             read = stream if layer.norm is None else layer.norm.factor * stream * layer.norm.norm.weight_D
             if layer.skip is not None:
                 stream = stream + layer.skip @ read
-            if layer.number in source.weights.place.layers:
-                stream = stream + source.weights.decoder(layer.number, torch.tensor([i]))[0]
+            if HookPoint(layer.number, "mlp_out") in source.weights.place.writes:
+                stream = stream + source.weights.decoder(HookPoint(layer.number, "mlp_out"), torch.tensor([i]))[0]
     read = stream if target.norm is None else target.norm.factor * stream * target.norm.norm.weight_D
     return float(read @ target.weights.encoder(torch.tensor([j]))[0])
 
@@ -152,7 +153,7 @@ def test_a_virtual_weight_is_the_graphs_edge_where_there_is_no_attention(family:
     position, compared = 3, 0
     factors = {n: float(traced.recording.scales[n, "mlp"][position]) for n in range(len(traced.parts.layers))}
     layers = {one.number: one for one in layers_of([as_source(one) for one in dictionaries], traced.parts, factors)}
-    held = [(n, *where) for n, one in enumerate(traced.replacement.layers) for where in _places(one.latents)]
+    held = [(n, *where) for n, one in enumerate(traced.replacement.stand_ins) for where in _places(one.latents)]
     for row, (target, at, j, _) in enumerate(held):
         for column, (source, where, i, value) in enumerate(held):
             if at == where == position and source < target:

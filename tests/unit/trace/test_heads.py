@@ -18,13 +18,14 @@ from tests.tracing import Traced, make_clt, make_model, make_traced, of_dictiona
 def nodes_of(session: Session) -> tuple[list[Node], list[Node]]:
     """Sources in the order of their columns, biases left out, and the features among them."""
     nodes: list[Node] = []
-    for layer, stand_in in enumerate(session.replacement.layers):
-        pairs = zip(stand_in.latents.position_N.tolist(), stand_in.latents.latent_N.tolist(), strict=True)
-        nodes += [Node(Kind.feature, layer, position, latent) for position, latent in pairs]
+    for one in session.replacement.stand_ins:
+        pairs = zip(one.latents.position_N.tolist(), one.latents.latent_N.tolist(), strict=True)
+        where = {"layer": one.output.layer, "site": one.output.site}
+        nodes += [Node(Kind.feature, position=position, number=latent, **where) for position, latent in pairs]
     features, columns = list(nodes), session.columns
     T = columns.num_positions
-    nodes += [Node(Kind.error, layer, at, -1) for layer in range(columns.num_layers) for at in range(T)]
-    nodes += [Node(Kind.fixed, layer, at, -1) for layer in range(columns.num_layers) for at in columns.fixed]
+    nodes += [Node(Kind.error, one.layer, at, -1, site=one.site) for one in columns.outputs for at in range(T)]
+    nodes += [Node(Kind.fixed, one.layer, at, -1, site=one.site) for one in columns.outputs for at in columns.fixed]
     return [*nodes, *(Node(Kind.token, -1, at, 0) for at in range(T))], features
 
 

@@ -42,9 +42,9 @@ def test_f39_a_constrained_intervention_is_the_edge(graph: AttributionGraph) -> 
 def test_an_open_intervention_is_the_model_with_another_mlp_output(graph: AttributionGraph) -> None:
     node, session = features(graph, 1)[0], graph.session
     assert session is not None
-    latents = session.replacement.layers[1].latents
+    latents = session.replacement.stand_ins[1].latents
     at = (latents.position_N == node.position) & (latents.latent_N == node.number)
-    row = latents.value_N[at] * latents.decoder(1, at)[0]
+    row = latents.value_N[at] * latents.decoder(HookPoint(1, "mlp_out"), at)[0]
 
     def without(x: torch.Tensor) -> torch.Tensor:
         x = x.clone()
@@ -77,7 +77,7 @@ def test_norms_alone_are_held(graph: AttributionGraph) -> None:
     held = replace(session.recording, patterns=[])
     same = run(session.model, session.parts, session.tokens_T, frozen=held)
     torch.testing.assert_close(torch.stack(same.patterns), torch.stack(session.recording.patterns))
-    bigger = run(session.model, session.parts, session.tokens_T, frozen=held, change_mlp=lambda _, x, __: 2 * x)
+    bigger = run(session.model, session.parts, session.tokens_T, frozen=held, change=lambda _, x, __: 2 * x)
     assert not torch.allclose(torch.stack(bigger.patterns), torch.stack(session.recording.patterns))
     assert all(torch.equal(scale, session.recording.scales[key]) for key, scale in bigger.scales.items())
     assert graph.intervene({node.id: 0.0}, "norms").of(graph.logits[0].id) != 0
@@ -124,9 +124,9 @@ def test_influence_is_ranked_against_the_divergence_of_a_free_ablation(graph: At
     assert len(set(influence)) == 5
     assert influence == sorted(influence, reverse=True)
     node = certificate.divergences[3].node
-    latents = session.replacement.layers[node.layer].latents
+    latents = session.replacement.stand_ins[node.layer].latents
     at = (latents.position_N == node.position) & (latents.latent_N == node.number)
-    row_D = latents.value_N[at] * latents.decoder(node.layer, at)[0]
+    row_D = latents.value_N[at] * latents.decoder(node.output, at)[0]
 
     def without(x: torch.Tensor) -> torch.Tensor:
         return x - row_D * (torch.arange(x.shape[1]) == node.position)[None, :, None]

@@ -74,7 +74,7 @@ def test_the_page_shows_what_a_latents_folder_knows(tmp_path: Path) -> None:
     page = traced.prune(1.0, 1.0).save(tmp_path / "out")[-1].read_text()
     assert "<b>" not in page
     data = json.loads(page.split('id="data">')[1].split("</script>")[0])
-    card = data["cards"][f"1/{feature.number}"]
+    card = data["cards"][f"1_{feature.number}"]
     assert len(card["examples"][0]["pieces"]) == len(card["examples"][0]["heat"])
     assert 10 in card["examples"][0]["heat"]
     assert next(node for node in data["nodes"] if node["id"] == feature.id)["name"] == "opens <b>"
@@ -100,7 +100,7 @@ def test_the_page_shows_what_the_latents_folder_of_a_clt_knows(tmp_path: Path) -
     latents.notes.set_note(2 * 32 + feature.number, "of the third layer")
     page = traced.prune(1.0, 1.0).save(tmp_path / "out")[-1].read_text()
     data = json.loads(page.split('id="data">')[1].split("</script>")[0])
-    card = data["cards"][f"2/{feature.number}"]
+    card = data["cards"][f"2_{feature.number}"]
     assert card["number"] == 2 * 32 + feature.number
     assert card["examples"]
     assert next(node for node in data["nodes"] if node["id"] == feature.id)["name"] == "of the third layer"

@@ -4,24 +4,31 @@ import pytest
 import torch
 
 from shared.lm.frozen import run
+from shared.lm.hookpoint import HookPoint
 from shared.lm.linear_parts import linear_parts
 from stage_trace.autograd import by_autograd
 from stage_trace.sweep import sweep
 from stage_trace.targets import Features, Logits, Targets, logit_targets
-from tests.tracing import TRACED, Traced, make_clt, make_model, make_traced, of_dictionaries
+from tests.tracing import (
+    TRACED,
+    K,
+    Traced,
+    make_clt,
+    make_lorsa,
+    make_model,
+    make_traced,
+    make_transcoder,
+    of_dictionaries,
+)
 
 
 def all_targets(traced: Traced, every: int = 1) -> Targets:
     """Some of the features and three logits."""
     logits = Logits.choose(traced.recording.logits_V, 1.0, 3)
-    features, last = Features.of(traced.replacement), logit_targets(logits, traced.parts, traced.recording)
+    features = Features.of(traced.replacement)
+    last = logit_targets(logits, traced.parts, traced.recording, len(traced.columns.outputs))
     some = features[torch.arange(0, len(features), every)]
-    return Targets(
-        torch.cat([some.layer_B, last.layer_B]),
-        torch.cat([some.position_B, last.position_B]),
-        torch.cat([some.vector_BD, last.vector_BD]),
-        torch.cat([some.goal_B, last.goal_B]),
-    )
+    return Targets.joined([some, last])
 
 
 def gap(rows_BS: torch.Tensor, goal_B: torch.Tensor) -> float:
@@ -76,10 +83,67 @@ def test_f29_rows_of_a_clt_add_up_and_engines_agree(tying: str) -> None:
     assert gap(swept.rows_BS, targets.goal_B) <= 1e-10
     torch.testing.assert_close(swept.rows_BS, by_tape.rows_BS, rtol=1e-9, atol=1e-11)
     (clt,), layers = traced.dictionaries, range(3)
-    x = torch.cat([traced.recording.sites[one.latents.read] for one in traced.replacement.layers], 1)
-    left = torch.cat([traced.recording.mlp_out(layer) for layer in layers], 1) - clt(x).x_hat
-    errors = torch.cat([one.error_TD for one in traced.replacement.layers], 1)
+    x = torch.cat([traced.recording.sites[one.latents.read] for one in traced.replacement.stand_ins], 1)
+    left = torch.cat([traced.recording.sites[HookPoint(layer, "mlp_out")] for layer in layers], 1) - clt(x).x_hat
+    errors = torch.cat([one.error_TD for one in traced.replacement.stand_ins], 1)
     torch.testing.assert_close(errors[1:], left[1:], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("family", "read", "attended"),
+    [
+        ("llama", "mlp_in", (0, 1, 2)),
+        ("gemma2", "mlp_in", (1,)),
+        ("pythia", "mlp_in", (0, 1)),
+        ("neox_serial", "resid_pre", (1, 2)),
+        ("llama", "clt", (0, 2)),
+    ],
+)
+def test_f29_rows_add_up_and_engines_agree_where_a_lorsa_stands_in_for_attention(
+    family: str, read: str, attended: tuple[int, ...]
+) -> None:
+    """In every position of the block, beside layers whose attention stays; its errors are what it leaves."""
+    model, lorsas = make_model(family), [make_lorsa(layer) for layer in attended]
+    mlps = [make_clt(3)] if read == "clt" else [make_transcoder(layer, read=read, skip=True) for layer in range(3)]
+    traced = of_dictionaries(model, [*mlps, *lorsas])
+    targets = all_targets(traced)
+    args = (traced.recording, traced.replacement, traced.columns, targets)
+    swept, by_tape = sweep(traced.parts, *args), by_autograd(traced.model, traced.parts, traced.tokens_T, *args)
+    assert gap(swept.rows_BS, targets.goal_B) <= 1e-10
+    assert gap(by_tape.rows_BS, targets.goal_B) <= 1e-10
+    torch.testing.assert_close(swept.rows_BS, by_tape.rows_BS, rtol=1e-9, atol=1e-11)
+    output_N = Features.of(traced.replacement).output_N
+    is_later = output_N[None] >= output_N[:, None]
+    assert float(swept.rows_BS[: len(output_N), : len(output_N)][is_later].abs().max()) == 0
+    stand_ins = {one.output: one for one in traced.replacement.stand_ins}
+    for layer, lorsa in zip(attended, lorsas, strict=True):
+        one = stand_ins[HookPoint(layer, "attn_out")]
+        read_TD = traced.recording.sites[HookPoint(layer, "attn_in")]
+        left_TD = traced.recording.sites[one.output] - lorsa(read_TD[None]).x_hat[0]
+        torch.testing.assert_close(one.error_TD[1:], left_TD[1:], rtol=1e-4, atol=1e-4)
+        assert float(one.error_TD[0].abs().max()) == 0  # a fixed position is one leaf
+        assert len(one.latents.value_N) == (len(traced.tokens_T) - 1) * K
+
+
+FORMS: list[dict[str, object]] = [{"softcap": 3.0, "window": 3}, {"norm_eps": 1e-5, "rope_scale": 1.1}]
+
+
+@pytest.mark.parametrize("activation", ["topk", "relu", "batchtopk", "jumprelu", "gated"])
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_a_lorsas_latents_are_its_own(activation: str, form: dict[str, object]) -> None:
+    """Which fire, and how strongly, of every activation and form of attention; their values add up."""
+    lorsa = make_lorsa(1, activation=activation, **form)
+    traced = of_dictionaries(make_model("llama"), [lorsa])
+    latents = traced.replacement.stand_ins[1].latents
+    dense = lorsa.encode(traced.recording.sites[latents.read][None]).to_dense(lorsa.config.d_latent)[0]
+    dense[0] = 0
+    assert len(latents.value_N) == int((dense != 0).sum()) > 5
+    assert len(latents.value_N) < 0.9 * dense[1:].numel()
+    found = dense[latents.position_N, latents.latent_N].double()
+    torch.testing.assert_close(latents.value_N, found, rtol=1e-4, atol=1e-4)
+    targets = all_targets(traced)
+    swept = sweep(traced.parts, traced.recording, traced.replacement, traced.columns, targets)
+    assert gap(swept.rows_BS, targets.goal_B) <= 1e-10
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3", "pythia"])
