@@ -60,7 +60,8 @@ $(VENV_PEERS)/.installed: pyproject.toml constraints-peers.txt
 	@# Of these one module each is used; their own pins do not go with the others'.
 	@$(VENV_PEERS)/bin/python -m pip install -q --disable-pip-version-check --no-deps -c constraints-peers.txt circuit-tracer sae-dashboard \
 	  eai-delphi dataclasses-json marshmallow typing-inspect eindex-callum orjson \
-	  asyncer blobfile faiss-cpu lxml pycryptodomex sentence-transformers sae-bench tabulate
+	  asyncer blobfile faiss-cpu lxml pycryptodomex sentence-transformers sae-bench tabulate \
+	  llamascopium attrs cattrs json-repair more-itertools pydantic-settings pymongo
 	@$(VENV_PEERS)/bin/python -m pip uninstall -q -y torchvision
 	@touch $@
 
@@ -137,7 +138,7 @@ test-notebooks: setup ## runs the notebooks, from their first cell to the last; 
 	@$(BIN)/python -c 'import ipykernel, nbclient' 2>/dev/null || $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev,notebooks]'
 	@$(PYTEST_ALONE) -m notebooks tests/notebooks $(ARGS)
 
-test-peers: setup-peers ## formats and graphs against the real SAELens, sparsify, dictionary_learning, circuit-tracer
+test-peers: setup-peers ## formats and graphs against the real SAELens, sparsify, dictionary_learning, circuit-tracer, Llamascopium
 	@OMP_NUM_THREADS=1 $(VENV_PEERS)/bin/python -m pytest -q -m peers tests/peers
 
 test-quantised: setup ## harvests and attachments with quantised weights; installs bitsandbytes and torchao

@@ -17,13 +17,13 @@ from shared.latents.layout import BINS, BINS_PER_OCTAVE
 from shared.lm.recorded import ModelChoice, choose_model, without_next_token
 from shared.sae.for_store import DictionaryFolder, open_folder
 from shared.sae.latents import SparseLatents
-from shared.sae.sites import side_by_side
 from shared.sae.variants import Dictionary
 from shared.store import Store
 from shared.store.beside import open_beside
 from shared.store.choose import choose_contexts
 from shared.store.format.layout import canonical_json
 from stage_inspect.config import InspectSchema
+from stage_inspect.scan.batches import given
 from stage_inspect.scan.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -52,8 +52,6 @@ class InspectJob:
         check_settings(cfg)
         store = open_beside(cfg.store.url, named_urls(cfg.store.beside))
         folder = open_folder(cfg.sae.path, store, cfg.hook)
-        if folder.sites.unit != "token":
-            raise GranaryError(f"{cfg.sae.path} reads whole sequences: only dictionaries of tokens can be inspected")
         if not folder.config.writes_rows:
             raise GranaryError(
                 f"{cfg.sae.path} is a {folder.config.kind}, whose latents are maps of what they read: only "
@@ -124,12 +122,14 @@ class InspectJob:
 
     def first_latents(self, dictionary: Dictionary) -> SparseLatents:
         """Those of the first trainable tokens. Raises GranaryError where there are none."""
+        store, sites = self.store, self.folder.sites
         for context in self.contexts:
-            rows = np.flatnonzero(self.store.mask([context])[0])[:PROBE_TOKENS]
-            if len(rows):
-                sites = self.folder.sites.reads
-                read = {site: self.store.read_context(site, int(context)) for site in sites}
-                return dictionary.encode(side_by_side(read, sites)[rows].to(dictionary.b_dec.device))
+            mask_1T = np.array(store.mask([context]))
+            mask_1T[0, np.flatnonzero(mask_1T[0])[PROBE_TOKENS:]] = False
+            if mask_1T.any():
+                read = {site: store.read_context(site, int(context)) for site in sites.reads}
+                x: Any = given([read], sites, mask_1T, store.segments([context]), isolated=store.isolated)
+                return dictionary.encode(x.to(dictionary.b_dec.device))
         raise GranaryError(f"no trainable position in the contexts of {self.store.url}: nothing to inspect")
 
     @cached_property

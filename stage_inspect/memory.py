@@ -7,9 +7,11 @@ import numpy as np
 
 from shared.basics.memory import peak_memory
 from shared.basics.units import human_bytes
+from shared.kernels.attention.tiles import TILE_SCORES
 from shared.latents.layout import BINS, SUMS
 from shared.lm.head import head_size
 from shared.sae.variants import Dictionary
+from shared.sae.variants.lorsa import LorsaConfig
 from stage_inspect.finish.together import CELLS, FILLED, PAIRS
 from stage_inspect.finish.weights import BLOCK_ELEMENTS, MOST_COMPARED, ROWS
 from stage_inspect.job import InspectJob
@@ -34,6 +36,7 @@ PAIR_SCORE_BYTES = 130  # of a pair that was found, while it is scored and ranke
 SAMPLED_BYTES = 64  # of one (token, latent) of the sample in which they are
 POOL_BYTES = 40  # of one in the windows of which the pool is chosen
 PLANE_COPIES = 4  # of the float64 matrix of which the map's axes are
+PATTERN_COPIES = 4  # of the scores of a tile of heads that attend: masked, softmaxed
 LOGIT_BYTES = 36  # of a logit of a block: itself, its cell, its deviation, and those of the block before
 LATER_BYTES = 32 << 20  # of code that is first loaded on the way, stacks of threads, and the holes of heaps
 
@@ -83,7 +86,7 @@ def estimate(job: InspectJob, dictionary: Dictionary, settings: Settings) -> Mem
         found = {name: size * min(1.0, scale) for name, size in found.items()}
     pending = [min(max(LEAST_PENDING, F * count // 8), part_pairs) for count in kept.values()]
     state = F * (8 * len(FIRED) + 8 * len(SUMS) + 4 + 4 * BINS + 4 * len(position_edges(T)))
-    batch = min(BATCH_TOKENS * fired, part_pairs) * PAIR_BYTES + min(ENCODE_ELEMENTS, T * F) * 4
+    batch = min(BATCH_TOKENS * fired, part_pairs) * PAIR_BYTES + min(ENCODE_ELEMENTS, T * F) * 4 + attending(job)
     copies = max(batch, *found.values())  # records are sorted after the last batch, one kind at a time
 
     block = min(F, LATENTS_PER_BLOCK)
@@ -99,6 +102,15 @@ def estimate(job: InspectJob, dictionary: Dictionary, settings: Settings) -> Mem
         batch=int(copies),
         finish=int(max(merge, comparing, pool, weights(job, dictionary))),
     )
+
+
+def attending(job: InspectJob) -> int:
+    """Bytes of the patterns that are held at a time, where the dictionary attends."""
+    config, T = job.folder.config, job.store.seq_len
+    if not isinstance(config, LorsaConfig):
+        return 0
+    contexts = max(1, min(BATCH_TOKENS, ENCODE_ELEMENTS // config.d_latent) // T)
+    return min(max(TILE_SCORES, T * T), contexts * config.qk_heads * T * T) * PATTERN_COPIES * 4
 
 
 def pairing(F: int, terms: float, *, is_table: bool) -> float:

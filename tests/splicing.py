@@ -1,4 +1,5 @@
-"""What tests of intervention splice into: a LLaMA of three layers, prompts for it, and its activations."""
+"""What tests of intervention splice into: a LLaMA of three layers, prompts, its activations, a Lorsa that is its
+attention."""
 
 from typing import Any
 
@@ -7,10 +8,15 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from shared.lm import capture
+from shared.lm.attention import heads_of, shape_of
 from shared.lm.hookpoint import HookPoint
+from shared.sae import Lorsa
+from shared.sae.sites import Sites, SiteWidths
+from tests.variants import make
 
 D, F, K, VOCAB, BOS = 16, 40, 5, 50, 1
 HOOK = "layers.1.resid_post"
+ATTENTION = Sites(("layers.1.attn_in",), ("layers.1.attn_out",), "sequence")
 
 
 def tiny_llama() -> LlamaForCausalLM:
@@ -40,3 +46,21 @@ def activation(model: LlamaForCausalLM, hook: str = HOOK, **inputs: Any) -> Tens
     with torch.no_grad(), capture(model, [HookPoint.parse(hook)]) as captured:
         model(**inputs)
     return captured[HookPoint.parse(hook)]
+
+
+@torch.no_grad()
+def attention_itself(model: LlamaForCausalLM) -> Lorsa:
+    """Each value of a head twice, as it is and negated: relu of both makes it up again."""
+    heads, shape = heads_of(model, 1), shape_of(model, 1)
+    form = {name: getattr(shape.form, name) for name in shape.form.__dataclass_fields__}
+    given = {**form, "qk_heads": shape.heads, "qk_width": shape.width, "d_latent": 2 * shape.heads * shape.width}
+    places = (ATTENTION, SiteWidths((D,), (D,)))
+    made = make("lorsa", places=places, activation="relu", normalisation="none", unit_norm_decoder=False, **given)
+    lorsa = made.dictionary
+    assert isinstance(lorsa, Lorsa)
+    lorsa.W_Q.copy_(heads.query_key.W_Q_GED)
+    lorsa.W_K.copy_(heads.query_key.W_K_GED)
+    W_O_HED = model.model.layers[1].self_attn.o_proj.weight.T.unflatten(0, (shape.heads, -1))
+    lorsa.W_enc.copy_(torch.cat([heads.W_V_HED, -heads.W_V_HED], 1).flatten(0, 1))
+    lorsa.W_dec.copy_(torch.cat([W_O_HED, -W_O_HED], 1).flatten(0, 1))
+    return lorsa

@@ -34,17 +34,20 @@ PLACES: dict[str, tuple[Sites, SiteWidths]] = {
         SiteWidths((9, 6, 5), (7, 4, 8)),
     ),
     "crosscoder": (Sites.of(IN, OUT), SiteWidths((9, 4), (9, 4))),
+    "lorsa": (Sites((IN,), (OUT,), "sequence"), SiteWidths((9,), (7,))),
 }
 """Where each kind reads and writes, of unequal widths."""
 ATTENTION = {"qk_heads": 4, "qk_width": 6, "scale": 0.4, "frequencies": (1.0, 0.3)}
 """Of a Lorsa, which reads whole contexts: ``contexts`` makes them."""
 OF_ROWS = tuple(kind for kind in PLACES if kind != "molt")
 """Kinds whose latents write a row each, which is what can be inspected."""
+OF_TOKENS = tuple(kind for kind in PLACES if kind != "lorsa")
+"""Kinds that read one token at a time."""
 
 
 def make(kind: str, dtype: torch.dtype = torch.float32, seed: int = 0, **given: Any) -> Objective:
     """One of this kind, random; `given` are fields of its config and of its learning."""
-    sites, widths = given.pop("places", None) or PLACES["transcoder" if kind == "lorsa" else kind]
+    sites, widths = given.pop("places", None) or PLACES[kind]
     given = {
         "d_latent": 60 if kind == "clt" else 40,
         "activation": "topk",

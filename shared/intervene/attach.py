@@ -298,5 +298,6 @@ def _check_kind(target: str, what: object) -> None:
     """Raise GranaryError for what is no SAE of one place."""
     if isinstance(what, SAEConfig | SAE):
         return
+    instead = ": SplicedModel takes every kind, and granary train trains it" if isinstance(what, Dictionary) else ""
     kind = what.config.kind if isinstance(what, Dictionary) else type(what).__name__
-    raise GranaryError(f"{target}: an SAE or an SAEConfig is attached, not a {kind}")
+    raise GranaryError(f"{target}: an SAE or an SAEConfig is attached, not a {kind}{instead}")

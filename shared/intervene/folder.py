@@ -45,9 +45,12 @@ def read_attached(path_or_hub_id: str | Path, device: torch.device) -> dict[str,
     found: dict[str, Saved] = {}
     for folder in folders:
         made, description = load(folder, device=device), describe(folder)
-        if not isinstance(made, SAE) or made.sites is None:
-            what = "records no place" if isinstance(made, SAE) else f"is a {made.config.kind}, no SAE"
-            raise GranaryError(f"{folder} {what}: attach it by name, attach(model, {{'layers.2.resid_post': sae}})")
+        if not isinstance(made, SAE):
+            raise GranaryError(f"{folder} is a {made.config.kind}, no SAE: SplicedModel takes every kind")
+        if made.sites is None:
+            raise GranaryError(
+                f"{folder} records no place: attach it by name, attach(model, {{'layers.2.resid_post': sae}})"
+            )
         (name,) = made.sites.reads
         if name in found:
             raise GranaryError(f"two SAEs in {path_or_hub_id} record {name}: attach one of them")

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from shared.basics.errors import GranaryError
 from shared.intervene.padding import padding_of
 from shared.intervene.record import Part, Record
+from shared.intervene.whole import Whole
 from shared.lm.calls import filled_slots
 
 
@@ -35,6 +36,8 @@ class Forward:
 
     tokens: TokenPlaces | None
     """None where it is not over tokens."""
+    whole: Whole | None = None
+    """For a dictionary that attends, where it is over tokens."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +92,8 @@ def token_places(
     if prompt is not None:  # beams and several sequences per prompt repeat the rows
         rows = prompt.to(device).repeat_interleave(shape[0] // len(prompt), dim=0)
         mask = torch.nn.functional.pad(rows, (0, max(0, past + shape[1] - rows.shape[1])), value=1)
+    elif named.get("document_spans") is not None:
+        mask = None  # the one beside them is a placeholder
     is_padding_BT = padding_of(mask, past, shape, device)
     part = Part(tokens, is_padding_BT)
     record.begin(part, past)

@@ -52,6 +52,8 @@ class Part:
     is_padding_BT: Tensor
     features: Features | None = None
     """None until the hooked layer has run."""
+    read_BTD: Tensor | None = None
+    """What the dictionary read, where later tokens attend to it."""
 
     def up_to(self, length: int) -> "Part":
         """The first `length` positions."""
@@ -59,6 +61,7 @@ class Part:
             None if self.tokens_BT is None else self.tokens_BT[:, :length],
             self.is_padding_BT[:, :length],
             None if self.features is None else self.features.up_to(length),
+            None if self.read_BTD is None else self.read_BTD[:, :length],
         )
 
 
@@ -67,25 +70,25 @@ class Record:
 
     def __init__(self) -> None:
         self.parts: list[Part] = []
-        self._first = 0
+        self.first = 0
         """Slot of the first token on record."""
 
     def begin(self, part: Part, past: int) -> None:
         """A forward of `part` begins, `past` slots being filled: what is on record from there on is void."""
-        if past > self.end or past < self._first or len(part.is_padding_BT) != self.rows:
+        if past > self.end or past < self.first or len(part.is_padding_BT) != self.rows:
             self.parts.clear()
         if not self.parts:
-            self._first = past
+            self.first = past
         self.keep(past)
         self.parts.append(part)
 
-    def fill(self, features: Features) -> None:
+    def fill(self, features: Features, read_BTD: Tensor | None = None) -> None:
         """What the hooked layer gave for the part that was begun last."""
-        self.parts[-1] = replace(self.parts[-1], features=features)
+        self.parts[-1] = replace(self.parts[-1], features=features, read_BTD=read_BTD)
 
     def keep(self, end: int) -> None:
         """Drop the slots from `end` on."""
-        kept, slot = [], self._first
+        kept, slot = [], self.first
         for part in self.parts:
             width = part.is_padding_BT.shape[1]
             if slot < end:
@@ -96,7 +99,7 @@ class Record:
     @property
     def end(self) -> int:
         """The slot behind the last token on record."""
-        return self._first + sum(part.is_padding_BT.shape[1] for part in self.parts)
+        return self.first + sum(part.is_padding_BT.shape[1] for part in self.parts)
 
     @property
     def rows(self) -> int:
@@ -105,16 +108,25 @@ class Record:
 
     def real_tokens(self) -> Tensor | None:
         """int64 [B]: tokens on record that are no padding; None where the record does not begin with the sequence."""
-        if self._first or not self.parts:
+        if self.first or not self.parts:
             return None
-        return torch.cat([~part.is_padding_BT for part in self.parts], dim=1).sum(1)
+        return (~self.padding()).sum(1)
+
+    def padding(self) -> Tensor:
+        """bool [B, slots on record]: those that hold padding."""
+        return torch.cat([part.is_padding_BT for part in self.parts], dim=1)
+
+    def read(self) -> Tensor | None:
+        """What was read at all slots on record but those of the last part; None where that is not at hand."""
+        found = [part.read_BTD for part in self.parts[:-1] if part.read_BTD is not None]
+        return torch.cat(found, dim=1) if found and len(found) == len(self.parts) - 1 else None
 
     def is_of(self, tokens_BT: Tensor) -> bool:
         """Whether these are the tokens on record, those before the first on record aside."""
         if any(part.tokens_BT is None for part in self.parts) or self.end != tokens_BT.shape[1]:
             return False
         found = [part.tokens_BT for part in self.parts if part.tokens_BT is not None]
-        return self.rows == len(tokens_BT) and torch.equal(torch.cat(found, dim=1), tokens_BT[:, self._first :])
+        return self.rows == len(tokens_BT) and torch.equal(torch.cat(found, dim=1), tokens_BT[:, self.first :])
 
     def features(self) -> Features | None:
         """The features of all tokens on record; None before the first."""

@@ -27,15 +27,16 @@ from shared.intervene.edits import Edit, apply_edits, apply_edits_by_eviction, c
 from shared.intervene.placing import Choice, Forward, takes_tokens, token_places
 from shared.intervene.record import Features, Record, widen
 from shared.intervene.tokens import of_activation
+from shared.intervene.whole import whole_of
 from shared.lm import splice_through
-from shared.lm.calls import named_arguments
+from shared.lm.calls import filled_slots, named_arguments
 from shared.lm.hookpoint import HookPoint
 from shared.lm.modulepoint import Point
 from shared.lm.places import body_of, device_of, trunk, without_wrappers
 from shared.lm.recomputation import remembering
 from shared.lm.targets import resolve
 from shared.sae.sites import Sites
-from shared.sae.variants.base import Dictionary
+from shared.sae.variants import Dictionary, Lorsa
 
 # What a model over tokens may be given beside them.
 BESIDE_TOKENS = ("pixel_values", "pixel_values_videos", "input_features")
@@ -52,7 +53,8 @@ class SplicedModel:
 
     What an edited token has at a written site, y, becomes ``y + (decode(f') - decode(f))``, f' being the edited
     latents; without edits that is y, bit for bit. With ``keep_error=False`` it becomes ``decode(f')`` alone. Of a CLT,
-    each layer's latents are encoded from what the layers before it have made of the stream.
+    each layer's latents are encoded from what the layers before it have made of the stream. A Lorsa attends to the
+    tokens that the model's own attention sees, those that it does not act on (BOS) included, padding aside.
     """
 
     def __init__(
@@ -77,11 +79,6 @@ class SplicedModel:
         Raises GranaryError for an SAE of another width or device, an unknown hook or latent, and settings that
         contradict one another.
         """
-        if sae.config.unit == "sequence":
-            raise GranaryError(
-                f"a {sae.config.kind} reads whole contexts, of which a model that generates has the last token alone: "
-                "granary eval splices it into whole ones"
-            )
         self.model, self.sae = model, sae
         self.inner = check_model(model)
         self.reads, self.writes = places_of(self.inner, sae, hook)
@@ -155,6 +152,13 @@ class SplicedModel:
             raise GranaryError(f"{type(self.inner).__name__} does not continue token ids: call it inside the `with`")
         config = kwargs.get("generation_config") or self.inner.generation_config
         has_beams = (kwargs.get("num_beams") or config.num_beams or 1) > 1
+        if any(isinstance(one.sae, Lorsa) for one in (self, *_SPLICED.get(self.inner, []))):
+            if has_beams:
+                raise GranaryError("what a lorsa has read can't follow beams that change rows: leave num_beams=1")
+            if filled_slots(kwargs):
+                raise GranaryError(
+                    "a lorsa attends to what it has read since generate began: leave past_key_values out"
+                )
         if has_beams and not kwargs.keys().isdisjoint(BESIDE_TOKENS):
             raise GranaryError("what beams over images have processed can't be followed: leave num_beams=1")
         if self._stack is None:
@@ -207,7 +211,12 @@ class SplicedModel:
         self._is_inside = True
         if takes_tokens(self.inner):
             named = named_arguments(module, args, kwargs)
-            self._forward = Forward(token_places(self.inner, named, self._record, _PROMPTS.get(self.inner)))
+            prompt = _PROMPTS.get(self.inner)
+            tokens = token_places(self.inner, named, self._record, prompt)
+            whole = None
+            if isinstance(self.sae, Lorsa):
+                whole = whole_of(self.inner, named, self._record, self.sae, generates=prompt is not None)
+            self._forward = Forward(tokens, whole)
         else:
             self._forward = Forward(None)
 
@@ -234,7 +243,8 @@ class SplicedModel:
         is_of_tokens = acts is not None
         if acts is None:
             acts = torch.ones(x.shape[:-1], dtype=torch.bool, device=x.device)
-        before = self.sae.encode(x)
+        whole = self._forward.whole if is_of_tokens and self._forward is not None else None
+        before = self.sae.encode(x) if whole is None else whole.encode(x)
         edit = apply_edits_by_eviction if self.opensae_compat else apply_edits
         edited = edit(before, self.edits)
         width = edited.values.shape[-1]
@@ -244,13 +254,15 @@ class SplicedModel:
             indices=torch.where(acts[..., None], edited.indices, widen(before.indices, width, -1)),
         )
         if self._is_inside:  # else gradient checkpointing runs the layer again
-            self._keep(Features(before, after, acts), is_of_tokens=is_of_tokens)
+            self._keep(Features(before, after, acts), None if whole is None else x, is_of_tokens=is_of_tokens)
         result = self.sae.decode(edited)
         return result - self.sae.decode(before) if self.keep_error else result
 
-    def _keep(self, features: Features, *, is_of_tokens: bool) -> None:
+    def _keep(self, features: Features, read: Tensor | None, *, is_of_tokens: bool) -> None:
         if is_of_tokens and self._forward is not None and self._forward.tokens is not None:
-            self._record.fill(features.shaped(self._forward.tokens.is_padding_BT.shape))
+            shape = self._forward.tokens.is_padding_BT.shape
+            read_BTD = None if read is None else read.detach().reshape(*shape, -1)
+            self._record.fill(features.shaped(shape), read_BTD)
         else:
             self._latest = features
 

@@ -71,6 +71,11 @@ class Contexts:
         return all_SD.index_copy_(0, self.places_N, rows_ND).unflatten(0, (C, T))
 
 
+def as_attended(segments_CT: Tensor, *, isolated: bool) -> Tensor:
+    """Segments of contexts as their model ran them: one document each where those in it see each other."""
+    return segments_CT if isolated else segments_CT.clamp_max(0)
+
+
 Given = Tensor | Contexts
 """What an encoder is given: rows of tokens [N, D], or whole contexts. ``len`` is the number of tokens."""
 

@@ -23,7 +23,7 @@ from shared.lm import packed_inputs, splice_through
 from shared.lm.next_token import VocabularyHead, score_next_tokens
 from shared.lm.packed import document_length
 from shared.lm.targets import point_of
-from shared.sae.contexts import Contexts, Given
+from shared.sae.contexts import Contexts, Given, as_attended
 from shared.sae.sites import Sites
 from stage_eval.measure.confidence import Estimate, ratio_of_sums
 from stage_eval.measure.sums import Rows, Sums
@@ -96,11 +96,6 @@ class Batch:
             tokens_1L, segments_1L, replaced_1L, scored_1L = (tensor[row : row + 1, :length] for tensor in tensors)
             found.append(Batch(tokens_1L, segments_1L, self.packing, replaced_1L, scored_1L))
         return found
-
-
-def as_attended(segments_CT: Tensor, *, isolated: bool) -> Tensor:
-    """Segments of contexts as their model ran them: one document each where those in it see each other."""
-    return segments_CT if isolated else segments_CT.clamp_max(0)
 
 
 def scored_positions(mask_BT: Tensor, segments_BT: Tensor) -> Tensor:

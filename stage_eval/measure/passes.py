@@ -17,7 +17,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from shared.lm.next_token import VocabularyHead
-from shared.sae.contexts import Contexts, Given, in_parts
+from shared.sae.contexts import Contexts, Given, as_attended, in_parts
 from shared.sae.sites import Sites, side_by_side
 from shared.sae.variants import Dictionary
 from stage_eval.measure.activations import ActivationSums
@@ -29,7 +29,6 @@ from stage_eval.measure.downstream import (
     DownstreamSums,
     Replacement,
     Splice,
-    as_attended,
     mean_replacement,
     run_conditions,
     zero_replacement,

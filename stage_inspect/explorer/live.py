@@ -185,12 +185,13 @@ class Live:
         with capture(self.model, hooks) as captured:
             self.model.base_model(input_ids=ids[None])
         x = side_by_side({site: captured[hook][0] for site, hook in zip(self.reads, hooks, strict=True)}, self.reads)
-        latents = self.dictionary.encode(x.float())
-        indices = latents.indices.clone()
-        indices[latents.values == 0] = -1
+        is_whole = self.dictionary.config.unit == "sequence"
+        latents = self.dictionary.encode(x.float()[None] if is_whole else x.float())
+        values, indices = (part.view(len(ids), -1) for part in (latents.values, latents.indices.clone()))
+        indices[values == 0] = -1
         if int(ids[0]) == self.tokenizer.bos_token_id:
             indices[0] = -1
-        return latents.values.numpy(), indices.numpy()
+        return values.numpy(), indices.numpy()
 
     def _continue(self, model: SplicedModel, ids: Tensor, tokens: int) -> str:
         full = model.generate(

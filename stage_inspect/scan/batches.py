@@ -1,16 +1,19 @@
 """Contexts of a part in batches: activations read ahead, encoded, and brought to the CPU as sparse latents.
 
-N trainable positions of a batch, K slots, D width of what the dictionary reads. Batches are the same whoever asks for
-them: they hold whole contexts of one shard, so that float products meet the same neighbours.
+B contexts of a batch, T positions, N of them trainable, K slots, D width of what the dictionary reads. Batches are the
+same whoever asks for them: they hold whole contexts of one shard, so that float products meet the same neighbours.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 
+from shared.sae.contexts import Contexts, Given, as_attended, in_parts
 from shared.sae.sites import Sites, side_by_side
 from shared.sae.variants import Dictionary
 from shared.store import Store
@@ -34,6 +37,24 @@ class Batch:
     is_heldout: bool
 
 
+def given(
+    read: Iterable[Mapping[str, Tensor]],
+    sites: Sites,
+    counts_BT: npt.NDArray[np.bool_],
+    segments_BT: npt.NDArray[np.int32],
+    *,
+    isolated: bool,
+) -> Given:
+    """What the dictionary is given of contexts, one read after the other: the positions that count, as rows [N, D], or
+    whole contexts of which they count."""
+    x_TDs = (side_by_side(one, sites.reads) for one in read)
+    if sites.unit == "token":
+        rows = [torch.from_numpy(np.flatnonzero(counts_T)) for counts_T in counts_BT]
+        return torch.cat([x_TD[own] for own, x_TD in zip(rows, x_TDs, strict=True)])
+    segments = torch.from_numpy(segments_BT.astype(np.int64))
+    return Contexts.of(torch.stack(list(x_TDs)), as_attended(segments, isolated=isolated), torch.from_numpy(counts_BT))
+
+
 @dataclass(frozen=True)
 class BatchReader:
     """Makes batches of a store's contexts."""
@@ -52,21 +73,22 @@ class BatchReader:
             tokens_BT, mask_BT, segments_BT = self.store.tokens(unit), self.store.mask(unit), self.store.segments(unit)
             places = Places.of(unit, tokens_BT, mask_BT, segments_BT, window=self.window, isolated=self.isolated)
             at_N = np.flatnonzero(places.trainable_P)
-            rows = [np.flatnonzero(one) for one in places.trainable_P.reshape(len(unit), -1)]
-            x_ND = torch.cat([side_by_side(next(reads), self.sites.reads)[torch.from_numpy(row)] for row in rows])
-            indices_NK, values_NK = self.encode(x_ND)
+            trainable_BT = places.trainable_P.reshape(len(unit), -1)
+            x = given((next(reads) for _ in unit), self.sites, trainable_BT, segments_BT, isolated=self.isolated)
+            indices_NK, values_NK = self.encode(x)
             is_heldout = self.store.shard_of(int(unit[0])) in self.store.heldout_shards
             yield Batch(places, at_N, indices_NK, values_NK, is_heldout)
 
     @torch.inference_mode()
-    def encode(self, x_ND: torch.Tensor) -> tuple[Ints, npt.NDArray[np.float32]]:
-        """Indices and values [N, K] of raw activations; index -1 is padding."""
+    def encode(self, x: Given) -> tuple[Ints, npt.NDArray[np.float32]]:
+        """Indices and values [N, K] of raw activations, [N, D] or whole contexts of which N count; -1 is padding."""
         device = self.dictionary.b_dec.device
         rows = max(1, ENCODE_ELEMENTS // self.dictionary.config.d_latent)
-        parts = [self.dictionary.encode(part.to(device)) for part in torch.split(x_ND, rows)] if len(x_ND) else []
+        pieces: list[Any] = [piece.to(device) for piece, _ in in_parts(x, rows) if len(piece)]
+        parts = [self.dictionary.encode(piece) for piece in pieces]
         width = max((part.indices.shape[-1] for part in parts), default=0)
-        indices_NK = np.full((len(x_ND), width), -1, np.int64)
-        values_NK = np.zeros((len(x_ND), width), np.float32)
+        indices_NK = np.full((len(x), width), -1, np.int64)
+        values_NK = np.zeros((len(x), width), np.float32)
         start = 0
         for part in parts:
             stop, slots = start + part.indices.shape[0], part.indices.shape[-1]

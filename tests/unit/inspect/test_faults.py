@@ -11,10 +11,10 @@ from shared.basics.errors import GranaryError
 from shared.latents.folder import Latents
 from shared.sae.loading import load
 from shared.sae.rows import decoder_rows
-from shared.sae.sites import side_by_side
 from shared.store import Store
 from stage_inspect import job as jobs
 from stage_inspect.inspect import inspect
+from stage_inspect.scan.batches import given
 from stage_inspect.scan.places import Places
 from stage_inspect.scan.settings import Settings
 from stage_inspect.scan.state import PartState, Wanted
@@ -157,8 +157,10 @@ def test_every_kind_of_dictionary(tmp_path: Path, kind: str) -> None:
     assert latents.meta.dictionary["writes"] == list(sites.writes)
     latent = int(latents.table["fired"].argmax())
     one = latents.top(latent)[0]
-    x = side_by_side({site: store.read_context(site, one.context) for site in sites.reads}, sites.reads)
-    encoded = load(tmp_path / "sae").encode(x[one.position][None])
+    counts_1T = np.arange(store.seq_len)[None] == one.position
+    read = {site: store.read_context(site, one.context) for site in sites.reads}
+    x = given([read], sites, counts_1T, store.segments([one.context]), isolated=True)
+    encoded = load(tmp_path / "sae").encode(x)
     assert encoded.values[0][encoded.indices[0] == latent].item() == pytest.approx(one.value, rel=1e-5)
     rows = torch.cat([group.W_dec.norm(dim=1) for group in dictionary.groups])
     assert np.allclose(latents.table["decoder_norm"], rows.detach().numpy(), rtol=1e-5)

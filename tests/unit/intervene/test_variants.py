@@ -12,11 +12,12 @@ from shared.intervene.edits import Edit
 from shared.intervene.splice import SplicedModel
 from shared.lm import capture
 from shared.lm.hookpoint import HookPoint
+from shared.sae.contexts import Contexts
 from shared.sae.learn.init import initialise
 from shared.sae.sites import Sites, SiteWidths
 from shared.sae.variants import Dictionary, MoLT
 from tests.dense import maps
-from tests.splicing import BOS, D, prompt, tiny_llama
+from tests.splicing import ATTENTION, BOS, D, prompt, tiny_llama
 from tests.variants import make
 
 SITES = {
@@ -26,6 +27,7 @@ SITES = {
     "molt": Sites(("layers.1.mlp_in",), ("layers.1.mlp_out",)),
     "crosscoder": Sites(("layers.0.mlp_in", "layers.1.mlp_in"), ("layers.1.mlp_out", "layers.2.mlp_out")),
     "clt": Sites(tuple(f"layers.{n}.mlp_in" for n in range(3)), tuple(f"layers.{n}.mlp_out" for n in range(3))),
+    "lorsa": ATTENTION,
 }
 
 
@@ -51,8 +53,9 @@ def fitted(model: LlamaForCausalLM, kind: str, **given: Any) -> Dictionary:
         given["ranks"] = {4: 6, 2: 18, 1: 36}
     objective = make(kind, places=(sites, widths), d_latent=60, activation=activation, **given)
     tokens = prompt(8, 12)
-    x, y = (activations(model, names, tokens).flatten(0, 1) for names in (sites.reads, sites.writes))
-    initialise(objective, None, x, None, y)
+    x, y = (activations(model, names, tokens) for names in (sites.reads, sites.writes))
+    given_x = Contexts.whole(x) if kind == "lorsa" else x.flatten(0, 1)
+    initialise(objective, None, given_x, None, y.flatten(0, 1))
     return objective.dictionary.requires_grad_(False)
 
 

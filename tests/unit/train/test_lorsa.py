@@ -1,20 +1,26 @@
 """A Lorsa by the configuration's own words: trained on whole contexts, continued, packed; what can't be is one line."""
 
+import re
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
 from shared.basics.errors import GranaryError
 from shared.basics.metrics_file import read_metrics
-from shared.intervene.splice import SplicedModel
-from shared.sae import Lorsa, load
+from shared.intervene.attach import attach
+from shared.sae import Lorsa, SAEConfig, load
 from shared.sae.calibrate import Threshold
+from shared.sae.formats import WRITABLE
 from shared.sae.formats.folded import Folded
+from shared.sae.loading import convert
 from shared.sae.sites import Sites
 from shared.store import Store
 from stage_train.job import Job
-from tests.splicing import tiny_llama
+from stage_train.online.fit import fit
+from tests.splicing import prompt, tiny_llama
 from tests.training import WORLD, Runs, assert_same_run
 
 READS, WRITES = "layers.1.attn_in", "layers.1.attn_out"
@@ -99,15 +105,55 @@ def test_wrong_words_are_one_line(runs: Runs) -> None:
             runs("bad", *words)
 
 
-def test_what_goes_by_tokens_refuses_it(runs: Runs) -> None:
-    made = load(runs("one", "sae.k=2"))
-    for work, told in (
-        (lambda: SplicedModel(tiny_llama(), made), "granary eval splices it into whole ones"),
-        (lambda: Threshold("store").apply("mine", made, {}), "mine is a lorsa, which reads whole contexts"),
-        (
-            lambda: Folded.of(made.config, made.state_dict(), made.places, {}, "circuit_tracer"),
-            "the circuit_tracer format has no lorsas: their latents attend to other tokens",
-        ),
-    ):
-        with pytest.raises(GranaryError, match=told):
-            work()
+def fit_as_a_lorsa(made: Lorsa, folder: Path) -> None:
+    saes = attach(tiny_llama(), {READS: SAEConfig(k=3, d_latent=20)})
+    fit(saes, [prompt()], tokens=10, overrides=["variant=lorsa"])
+
+
+REFUSED: dict[str, tuple[Callable[[Lorsa, Path], object], str]] = {
+    "attach": (lambda made, _: attach(tiny_llama(), {WRITES: made}), "is attached, not a lorsa: SplicedModel takes"),
+    "attach a folder": (lambda _, folder: attach(tiny_llama(), folder), "is a lorsa, no SAE: SplicedModel takes"),
+    "attach what is to be trained": (
+        lambda made, _: attach(tiny_llama(), {WRITES: made.config}),  # type: ignore[dict-item]
+        "is attached, not a LorsaConfig",
+    ),
+    "fit": (fit_as_a_lorsa, "variant=lorsa is not for fit"),
+    "threshold": (
+        lambda made, _: Threshold("store").apply("mine", made, {}),
+        "mine is a lorsa, which reads whole contexts",
+    ),
+    **{
+        f"converted to {name}": (
+            lambda _, folder, name=name: convert(folder, folder.parent / "theirs", name),
+            f"the {name} format has no lorsas",
+        )
+        for name in WRITABLE
+    },
+    "in a set of circuit-tracer's": (
+        lambda made, _: Folded.of(made.config, made.state_dict(), made.places, {}, "circuit_tracer"),
+        "the circuit_tracer format has no lorsas: their latents attend to other tokens",
+    ),
+    "signed_topk": (
+        lambda made, _: replace(made.config, activation="signed_topk"),
+        "sae.activation=signed_topk is read for linear encoders alone: a lorsa has none",
+    ),
+    "heads that do not divide": (
+        lambda made, _: made.config.check_parts(3),
+        "the 4 heads of queries and keys do not divide among parallel.latent=3",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_refused_in_one_line(runs: Runs, what: str) -> None:
+    """And the trained one is what it was."""
+    folder = runs("one", "sae.k=2")
+    made = load(folder)
+    assert isinstance(made, Lorsa)
+    before = {path: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    work, told = REFUSED[what]
+    with pytest.raises(GranaryError, match=re.escape(told)) as raised:
+        work(made, folder)
+    assert "\n" not in str(raised.value)
+    assert {path: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
+    assert not (folder.parent / "theirs").exists()

@@ -6,43 +6,21 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from shared.lm import capture, packed_inputs
-from shared.lm.attention import heads_of, shape_of
 from shared.lm.hookpoint import HookPoint
-from shared.sae import Lorsa
-from shared.sae.contexts import Contexts
-from shared.sae.sites import Sites, SiteWidths
-from stage_eval.measure.downstream import CLEAN, Batch, Condition, Splice, as_attended, final_hidden
+from shared.sae.contexts import Contexts, as_attended
+from shared.sae.sites import SiteWidths
+from stage_eval.measure.downstream import CLEAN, Batch, Condition, Splice, final_hidden
 from stage_eval.measure.passes import reconstruct
 from stage_eval.measure.session import Loaded
-from tests.splicing import D, tiny_llama
-from tests.variants import make
+from tests.splicing import ATTENTION, D, attention_itself, tiny_llama
 
-READS, WRITES = "layers.1.attn_in", "layers.1.attn_out"
-SITES = Sites((READS,), (WRITES,), "sequence")
+READS, WRITES = (*ATTENTION.reads, *ATTENTION.writes)
 T = 11
 
 
 @pytest.fixture(scope="module")
 def model() -> LlamaForCausalLM:
     return tiny_llama()
-
-
-@torch.no_grad()
-def attention_itself(model: LlamaForCausalLM) -> Lorsa:
-    """Each value of a head twice, as it is and negated: relu of both makes it up again."""
-    heads, shape = heads_of(model, 1), shape_of(model, 1)
-    form = {name: getattr(shape.form, name) for name in shape.form.__dataclass_fields__}
-    given = {**form, "qk_heads": shape.heads, "qk_width": shape.width, "d_latent": 2 * shape.heads * shape.width}
-    places = (SITES, SiteWidths((D,), (D,)))
-    made = make("lorsa", places=places, activation="relu", normalisation="none", unit_norm_decoder=False, **given)
-    lorsa = made.dictionary
-    assert isinstance(lorsa, Lorsa)
-    lorsa.W_Q.copy_(heads.query_key.W_Q_GED)
-    lorsa.W_K.copy_(heads.query_key.W_K_GED)
-    W_O_HED = model.model.layers[1].self_attn.o_proj.weight.T.unflatten(0, (shape.heads, -1))
-    lorsa.W_enc.copy_(torch.cat([heads.W_V_HED, -heads.W_V_HED], 1).flatten(0, 1))
-    lorsa.W_dec.copy_(torch.cat([W_O_HED, -W_O_HED], 1).flatten(0, 1))
-    return lorsa
 
 
 def batch(packing: str) -> Batch:
@@ -62,7 +40,7 @@ def batch(packing: str) -> Batch:
 def test_attention_in_its_own_place_changes_nothing(model: LlamaForCausalLM, packing: str) -> None:
     lorsa, run = attention_itself(model), batch(packing)
     widths = SiteWidths((D,), (D,))
-    splice = Splice(SITES, reconstruct(Loaded("lorsa", SITES, widths, lorsa)), widths.writes)
+    splice = Splice(ATTENTION, reconstruct(Loaded("lorsa", ATTENTION, widths, lorsa)), widths.writes)
     clean = final_hidden(model, run, Condition(CLEAN))
     torch.testing.assert_close(final_hidden(model, run, Condition("lorsa", (splice,))), clean, atol=1e-4, rtol=1e-4)
     lorsa.b_K.add_(torch.randn_like(lorsa.b_K))

@@ -23,7 +23,7 @@ from stage_eval.supervised.sample import Task
 from stage_eval.supervised.score import NO_ROWS, score
 from stage_eval.supervised.splitting import Written, absorption, shares, split
 from tests.labelled import codes, concept, material, noise
-from tests.variants import PLACES, make
+from tests.variants import OF_TOKENS, make
 
 N, D, F = 480, 8, 12
 YES = np.arange(N) % 4 < 2
@@ -273,7 +273,7 @@ def test_random_latents_are_those_that_fire_and_the_same_for_a_seed() -> None:
     assert chosen(np.array([0.0, 3.0, -1.0, 2.0]), 3) == [1, 3]
 
 
-@pytest.mark.parametrize("kind", PLACES)
+@pytest.mark.parametrize("kind", OF_TOKENS)
 def test_every_kind_of_dictionary_is_scored(kind: str) -> None:
     """Against what is written; a dictionary whose latents write no row has the scores that need none."""
     dictionary = make(kind).dictionary

@@ -111,10 +111,10 @@ def test_another_model_tokenizer_or_dictionary_is_refused(folder: Path) -> None:
         LiveSettings.find(latents, None, None)
 
 
-@pytest.mark.parametrize("kind", ["transcoder", "clt"])
+@pytest.mark.parametrize("kind", ["transcoder", "clt", "lorsa"])
 def test_what_writes_elsewhere_is_steered_where_it_writes(folder: Path, tmp_path: Path, kind: str) -> None:
-    layers = (1,) if kind == "transcoder" else (1, 2)
-    reads, writes = (tuple(f"layers.{layer}.mlp_{way}" for layer in layers) for way in ("in", "out"))
+    layers, block = (1, 2) if kind == "clt" else (1,), "attn" if kind == "lorsa" else "mlp"
+    reads, writes = (tuple(f"layers.{layer}.{block}_{way}" for layer in layers) for way in ("in", "out"))
     places = Sites(reads, writes), SiteWidths((128,) * len(layers), (128,) * len(layers))
     more = {"k_scope": "layer"} if kind == "clt" else {}  # the k largest of all layers need a later layer first
     made = make(kind, places=places, d_latent=LATENTS, normalisation="none", **more).dictionary
@@ -137,6 +137,14 @@ def test_what_writes_elsewhere_is_steered_where_it_writes(folder: Path, tmp_path
             full = spliced.generate(ids, max_new_tokens=8, do_sample=False, pad_token_id=tokenizer.eos_token_id)
         assert told[name] == tokenizer.decode(full[0, ids.shape[1] :])
     assert told["steered"] != told["clean"]
+    if kind == "lorsa":
+        with torch.no_grad(), SplicedModel(model, made) as spliced:
+            spliced(ids)
+            dense = spliced.features.before.to_dense(LATENTS)[0]
+        dense[0] = 0  # BOS
+        fires = {found["latent"]: found["at"] for found in live.read(TEXT)["latents"]}
+        assert fires == {latent: dense[:, latent].nonzero()[:, 0].tolist() for latent in fires}
+        assert set(fires) == set(dense.any(0).nonzero()[:, 0].tolist())
 
 
 def test_an_sae_of_a_module_is_read_and_steered_there(folder: Path, tmp_path: Path) -> None:

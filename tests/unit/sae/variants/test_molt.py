@@ -105,8 +105,8 @@ def test_f25_molt_affine_rest_under_centring(normalisation: str) -> None:
     assert bool(rest_FE.any()) == (normalisation == "centre_scale")
 
 
-def test_planted_maps_are_found() -> None:
-    """A11: 8 maps of rank 4, each behind a gate of its own: FVU below 0.05, every gate found."""
+def test_a11_planted_maps_are_found() -> None:
+    """8 maps of rank 4, each behind a gate of its own: FVU below 0.05, every gate found."""
     d, number, rank = 32, 8, 4
     generator = torch.Generator().manual_seed(0)
     gates_FD = torch.linalg.qr(torch.randn(d, number, generator=generator))[0].T
