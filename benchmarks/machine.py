@@ -1,7 +1,7 @@
 """What matters of this machine for the other benchmarks: instructions, cores, bandwidths, rates of matrix products.
 
     python benchmarks/machine.py            # about a minute
-    python benchmarks/machine.py --quick    # ten seconds, for a first look
+    python benchmarks/machine.py --quick    # seconds, for a first look
 
 Memory is copied, not read; the disk is that of --folder: written with fsync, and read after its pages were dropped from
 the cache. Rates are the best of several, on --threads threads. The last line is one JSON object, whose ``class`` is

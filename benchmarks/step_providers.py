@@ -9,7 +9,6 @@ stay at their defaults, where nothing is dead in the first steps and AuxK costs 
 import os
 import sys
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -111,15 +110,6 @@ def granary(shape: Shape, compute_dtype: str = "float32", kernels: str = "torch"
         return float(trainee.step(x))
 
     return step
-
-
-def process_of(provider: str) -> AbstractContextManager[None]:
-    """What the trainer of a provider does to its process while it steps: ours keeps the memory that a step frees."""
-    if not provider.startswith("granary"):
-        return nullcontext()
-    from shared.basics.memory import keeping_freed_blocks
-
-    return keeping_freed_blocks()
 
 
 def granary_bfloat16(shape: Shape) -> Step:

@@ -13,7 +13,7 @@ import time
 import warnings
 
 import torch
-from step_providers import PROVIDERS, Shape, process_of
+from step_providers import PROVIDERS, Shape
 from step_variants import VARIANT_PROVIDERS
 
 
@@ -27,16 +27,15 @@ def main() -> None:
     sys.stdout = sys.stderr  # what a peer prints is no answer
     baseline = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     step = (PROVIDERS | VARIANT_PROVIDERS)[provider](Shape(d_model, d_latent, k, batch))
-    with process_of(provider):
-        for line in sys.stdin:
-            if line.strip() == "step":
-                start = time.perf_counter()
-                value = step()
-                reply = {"seconds": time.perf_counter() - start, "value": value}
-            else:
-                peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-                reply = {"peak_mb": peak, "baseline_mb": baseline, "torch": torch.__version__}
-            print(json.dumps(reply), file=answer, flush=True)
+    for line in sys.stdin:
+        if line.strip() == "step":
+            start = time.perf_counter()
+            value = step()
+            reply = {"seconds": time.perf_counter() - start, "value": value}
+        else:
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+            reply = {"peak_mb": peak, "baseline_mb": baseline, "torch": torch.__version__}
+        print(json.dumps(reply), file=answer, flush=True)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Protocol
 
-from shared.basics.memory import keeping_freed_blocks
 from shared.parallel import World
 from shared.parallel.stop import StopRequest
 from stage_train.data.blocks import StoppedWaiting, WindowReader
@@ -98,8 +97,6 @@ class Loop:
         with ExitStack() as stack:
             for run in self.runs:
                 stack.callback(run.close)
-            if self.world.device.type == "cpu":
-                stack.enter_context(keeping_freed_blocks())
             while self.learning:
                 try:
                     batch = next(self.stream)
