@@ -116,7 +116,7 @@ class Race:
             yield ["-m", "stage_train", *training]
         else:
             yield ["-m", "stage_train", "-m", "packed=true", *training]
-            scoring.append("sae.last_grid=true")
+            scoring += [f"sae.path={out / 'sweep'}", "sae.last_grid=true"]
         yield ["-m", "stage_eval", *scoring]
 
     def peer(self, name: str, scenario: str, out: Path) -> Iterator[list[str]]:
