@@ -90,7 +90,7 @@ def test_dtype_and_attention(folder: Path, tmp_path: Path) -> None:
     assert load_trunk(str(tmp_path), num_layers=1).config._attn_implementation == "eager"  # softcapping
 
 
-@pytest.mark.parametrize(("scheme", "tolerance"), [("torchao_int8", 0.02), ("bnb_int8", 0.05), ("bnb_nf4", 0.3)])
+@pytest.mark.parametrize(("scheme", "tolerance"), [("torchao_int8", 0.02), ("bnb_int8", 0.1), ("bnb_nf4", 0.3)])
 @pytest.mark.filterwarnings("ignore")  # of those packages' own
 def test_quantised_weights(tmp_path: Path, scheme: str, tolerance: float) -> None:
     pytest.importorskip("torchao" if scheme.startswith("torchao") else "bitsandbytes")
