@@ -214,10 +214,13 @@ def _token_keys(extent: Extent, sizes: Iterable[str]) -> list[str]:
     by_ndim = {
         n: [name for name, one in arrays.items() if one.ndim == n] for n in {one.ndim for one in arrays.values()}
     }
-    found = [key for n, names in by_ndim.items() for key in sizes if layout.shard_of_key(key, names, n) in shards]
-    if extent.plan.has_images:
-        found += [key for shard in shards if (key := layout.image_table_key(shard)) in sizes]
-    return found
+
+    def is_own(key: str) -> bool:
+        found = [layout.shard_of_key(key, names, n) for n, names in by_ndim.items()]
+        found += [layout.shard_of_image_table(key)] if extent.plan.has_images else []
+        return any(shard is not None and shard in shards for shard in found)  # None would be looked for one by one
+
+    return [key for key in sizes if is_own(key)]
 
 
 def _token_checks(

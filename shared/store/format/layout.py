@@ -314,6 +314,12 @@ def image_table_key(shard: int) -> str:
     return f"{IMAGES}/table/{shard:08d}.jsonl"
 
 
+def shard_of_image_table(key: str) -> int | None:
+    """Inverse of `image_table_key`; None for a key that is none."""
+    number = key.removeprefix(f"{IMAGES}/table/").removesuffix(".jsonl")
+    return int(number) if _NUMBER.fullmatch(number) and image_table_key(int(number)) == key else None
+
+
 def image_file_key(sha256: str) -> str:
     """Key of an encoded image."""
     return f"{IMAGES}/files/{sha256}"
