@@ -10,12 +10,12 @@ many pairs passed, so that its step cannot be followed. The last line is one JSO
 import argparse
 import collections
 import itertools
+import json
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
-from records import print_result
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from gpu_stages.context import SHAPES
@@ -76,7 +76,7 @@ def main() -> None:
         if options.verbose:
             for operation, (calls, size) in sorted(beside.items(), key=lambda item: -item[1][1])[:20]:
                 print(f"  {operation}: {calls} calls, {size / 1e9:.3f} GB")
-    print_result(results)
+    print(json.dumps(results))
 
 
 if __name__ == "__main__":

@@ -142,6 +142,6 @@ def picture_model(family: str, folder: Path) -> PreTrainedModel:
 
 
 def quick_first() -> list[Any]:
-    """All families as parameters; those that differ least from the first three are slow."""
-    quick = ("llava_next", "qwen3_vl", "gemma3")
+    """All families as parameters; those that differ least from the first two are slow."""
+    quick = ("llava_next", "qwen3_vl")
     return [*quick, *(pytest.param(one, marks=pytest.mark.slow) for one in FAMILIES if one not in quick)]

@@ -8,13 +8,13 @@ from shared.basics.config import TokenKind
 from shared.store.format.image_table import ASSISTANT, MARKS_KIND
 from shared.store.pictures import of_kinds
 from stage_eval.measure.sums import ReconstructionSums
-from stage_eval.results.figures import KindFigures
+from stage_eval.results.figures import TokenKindFigures
 
 KINDS = (MARKS_KIND | ASSISTANT) + 1
 """Values that a position's kind may have."""
 
 
-def kind_figures(sums: ReconstructionSums) -> dict[str, KindFigures] | None:
+def kind_figures(sums: ReconstructionSums) -> dict[str, TokenKindFigures] | None:
     """Figures of each kind that has tokens; what the assistant said is text too. None for a store of text alone."""
     if "kind" not in sums.added:
         return None
@@ -27,5 +27,5 @@ def kind_figures(sums: ReconstructionSums) -> dict[str, KindFigures] | None:
         if tokens:
             scatter = spread - float(deviation_D.square().sum()) / tokens  # about the mean of the kind itself
             fvu = error / scatter if scatter > 0 else math.nan
-            found[kind.value] = KindFigures(tokens=int(tokens), fvu=fvu, mean_norm=norm / tokens)
+            found[kind.value] = TokenKindFigures(tokens=int(tokens), fvu=fvu, mean_norm=norm / tokens)
     return found

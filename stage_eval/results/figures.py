@@ -175,7 +175,7 @@ class GroupFigures(Record):
 
 
 @dataclass(frozen=True, kw_only=True)
-class KindFigures(Record):
+class TokenKindFigures(Record):
     """Figures of the tokens of one kind: text, regions of images, or what the assistant said."""
 
     tokens: int
@@ -190,7 +190,7 @@ class Breakdown(Record):
 
     position: GroupFigures
     frequency: GroupFigures
-    kind: dict[str, KindFigures] | None = field(default=None, metadata=OPTIONAL)
+    kind: dict[str, TokenKindFigures] | None = field(default=None, metadata=OPTIONAL)
     """Of a store with images."""
 
 

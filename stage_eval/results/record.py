@@ -88,7 +88,7 @@ def describe_record(kind: type[Record], definitions: Json) -> Json:
     hints = typing.get_type_hints(kind)
     fields = dataclasses.fields(kind)  # type: ignore[arg-type]
     return {
-        "description": " ".join((kind.__doc__ or "").split()),
+        "description": _summary(kind),
         "type": "object",
         "properties": {item.name: describe(hints[item.name], definitions) for item in fields},
         "required": [item.name for item in fields if not item.metadata.get("left_out")],
@@ -96,8 +96,15 @@ def describe_record(kind: type[Record], definitions: Json) -> Json:
     }
 
 
+def _summary(kind: type[Record]) -> str:
+    return " ".join((kind.__doc__ or "").split())
+
+
 def describe(hint: Any, definitions: Json) -> Json:
-    """The schema of one type; a record is described once, in `definitions`, and referred to."""
+    """The schema of one type; a record is described once, in `definitions`, and referred to.
+
+    Raises TypeError for a second record of the same name.
+    """
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any:
         return {}
@@ -114,5 +121,7 @@ def describe(hint: Any, definitions: Json) -> Json:
         if hint.__name__ not in definitions:
             definitions[hint.__name__] = {}  # takes its place in the order; a record may hold itself
             definitions[hint.__name__] = describe_record(hint, definitions)
+        elif definitions[hint.__name__].get("description", _summary(hint)) != _summary(hint):
+            raise TypeError(f"two records are called {hint.__name__}")
         return {"$ref": f"#/$defs/{hint.__name__}"}
     return {"type": JSON_TYPES[hint]}

@@ -52,6 +52,7 @@ def test_every_stage_ends_well(tmp_path, stages):
     assert all(f"| {stage} | first | 0" in table for stage in stages)
 
 
+@pytest.mark.slow
 def test_a_stage_that_dies_is_tried_again_and_the_others_are_done(tmp_path):
     results = tmp_path / "results"
     (results / "registers.md").mkdir(parents=True)

@@ -43,7 +43,8 @@ CASES = {
     "no auxk": {"auxk_alpha": 0.0},
     "another loss": {"own_loss": True},
 }
-RUNS = [("torch", name) for name in CASES] + [("triton", name) for name in ("plain", "multi-topk")]
+RUNS = [("torch", name) for name in CASES] + [("triton", "plain")]
+RUNS.append(pytest.param("triton", "multi-topk", marks=pytest.mark.slow))
 
 
 @pytest.mark.parametrize(("kernels", "case"), RUNS, indirect=["kernels"])

@@ -30,13 +30,11 @@ def documented() -> dict[str, list[str]]:
     return verdicts([line.strip("| ").split(" | ") for line in lines])
 
 
-def test_five_families() -> None:
-    found = verdicts(run("mistral", "phi3, longrope", "llama4_text", "granitemoehybrid", "opt"))
+def test_three_families() -> None:
+    found = verdicts(run("mistral", "llama4_text", "opt"))
     assert found == {
         "mistral": ["right"] * 4,
-        "phi3, longrope": ["right"] * 4,
         "llama4_text": ["refused", "right"] * 2,
-        "granitemoehybrid": ["refused", "right"] * 2,
         "opt": ["right", "right", "refused", "right"],
     }
     assert {name: documented()[name] for name in found} == found

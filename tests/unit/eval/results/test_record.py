@@ -10,7 +10,7 @@ import jsonschema
 import pytest
 
 from shared.basics.errors import GranaryError
-from stage_eval.results import schema
+from stage_eval.results import record, schema
 from stage_eval.results.comparison import Comparison, compare
 from stage_eval.results.evaluation import Evaluation
 from stage_eval.results.record import OPTIONAL, Record
@@ -90,3 +90,12 @@ def test_evaluations_and_comparisons_come_back_as_they_went() -> None:
     assert Evaluation.from_json(report).to_json() == report
     comparison = compare([example(), example(k=8)], ["a", None])
     assert Comparison.from_json(json.loads(json.dumps(comparison.to_json()))) == comparison
+
+
+def test_two_records_of_one_name_are_no_schema() -> None:
+    """One would stand for both in the file's ``$defs``."""
+    as_record = dataclass(frozen=True, kw_only=True)
+    other = as_record(type("Small", (Record,), {"__doc__": "Another.", "__annotations__": {}}))
+    holder = as_record(type("Holder", (Record,), {"__annotations__": {"first": Small, "second": other}}))
+    with pytest.raises(TypeError, match="two records are called Small"):
+        record.schema(holder, "both")
