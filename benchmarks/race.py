@@ -54,8 +54,8 @@ class Race:
         self.model = self._model()
         config = json.loads((self.model / "config.json").read_text(encoding="utf-8"))
         self.d_model, layers = config["hidden_size"], config["num_hidden_layers"]
-        middle = layers // 2 - 1
-        self.layers = {"one": [middle], "grid": [middle], "layers": [middle // 2, middle, layers - 3]}
+        middle, apart = layers // 2 - 1, max(1, layers // 4)
+        self.layers = {"one": [middle], "grid": [middle], "layers": [middle - apart, middle, middle + apart]}
         self.texts, self.heldout = self.work / "train.jsonl", self.work / "heldout.jsonl"
         self._write_texts()
 
@@ -289,6 +289,7 @@ def main() -> None:
     options = parser.parse_args()
     if not Path(options.peers_python).exists():
         sys.exit(f"{options.peers_python} is not there: run `make setup-peers`, or name one with --peers-python")
+    options.peers_python = str(Path(options.peers_python).absolute())  # not resolved: a link is what an environment is
     if options.quick:
         options.scenario, options.tokens = ("one",), 20_480
     with tempfile.TemporaryDirectory() as temporary:
