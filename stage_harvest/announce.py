@@ -1,6 +1,7 @@
 """What a harvest says before it begins: what will be written, how many bytes, is there room; and what comes next."""
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -24,9 +25,14 @@ MOST_NAMED = 4  # modules on one line
 def described(job: HarvestJob) -> str:
     """The sites in one short line."""
     sites = f"{describe_hooks(job.hooks)}; d_model {job.config.hidden_size}" if job.hooks else ""
-    names = [f"{site.point} ({site.width})" for site in job.modules]
-    more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
-    return "; ".join(part for part in (sites, ", ".join(names[:MOST_NAMED]) + more) if part)
+    modules = with_widths({str(site.point): site.width for site in job.modules})
+    return "; ".join(part for part in (sites, modules) if part)
+
+
+def with_widths(widths: Mapping[str, int]) -> str:
+    """Sites and their widths, the first few of many."""
+    names = [f"{site} ({width})" for site, width in widths.items()]
+    return ", ".join(names[:MOST_NAMED]) + (f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else "")
 
 
 def announce(job: HarvestJob, plan: StorePlan, *, committed: int, device: torch.device, free: int | None) -> None:

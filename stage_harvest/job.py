@@ -1,6 +1,7 @@
 """What a harvest will write: resolved from the configuration, checked, and shown before anything long begins."""
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import date
 from functools import cached_property
@@ -224,8 +225,7 @@ class HarvestJob:
     @property
     def window_bytes(self) -> int | None:
         """The bytes that store.window says. Raises GranaryError for what is no size."""
-        window = self.cfg.store.window
-        return None if window is None else parse_bytes(window, "store.window")
+        return window_bytes(self.cfg)
 
     def store_plan(
         self, num_contexts: int, isolation: str | None = None, existing: StorePlan | None = None
@@ -234,17 +234,10 @@ class HarvestJob:
 
         The chat template belongs to it where chats have become tokens: now, or when the `existing` store was made.
         """
-        cfg = self.cfg
-        return StorePlan(
-            num_contexts=num_contexts,
-            seq_len=cfg.packing.seq_len,
-            hooks=self.widths,
-            dtype=cfg.store.dtype,
-            shard_contexts=cfg.store.shard_contexts,
-            chunk_tokens=cfg.store.chunk_tokens,
-            codec=cfg.store.codec,
-            heldout_fraction=cfg.store.heldout_fraction,
-            heldout_placement=cfg.store.heldout_placement.value,
+        return planned_store(
+            self.cfg,
+            num_contexts,
+            self.widths,
             provenance={
                 "model": {**self.identity, **self._quantisation},
                 **(self._token_identity(existing) if self.stored is None else self.stored.identity()),
@@ -377,3 +370,32 @@ def check_length(job: HarvestJob, num_contexts: int) -> None:
 def staging_dtype(plan: StorePlan, model_dtype: torch.dtype) -> torch.dtype:
     """What the forward leaves for the store: the stored type, or the model's where the store quantises."""
     return model_dtype if plan.dtype == "int8" else storage_type(plan.dtype).storage
+
+
+def window_bytes(cfg: HarvestSchema) -> int | None:
+    """The bytes that store.window says. Raises GranaryError for what is no size."""
+    return None if cfg.store.window is None else parse_bytes(cfg.store.window, "store.window")
+
+
+def planned_store(
+    cfg: HarvestSchema,
+    num_contexts: int,
+    widths: Mapping[str, int],
+    *,
+    provenance: dict[str, Any],
+    versions: dict[str, str],
+) -> StorePlan:
+    """The plan of the store that the configuration asks for."""
+    return StorePlan(
+        num_contexts=num_contexts,
+        seq_len=cfg.packing.seq_len,
+        hooks=dict(widths),
+        dtype=cfg.store.dtype,
+        shard_contexts=cfg.store.shard_contexts,
+        chunk_tokens=cfg.store.chunk_tokens,
+        codec=cfg.store.codec,
+        heldout_fraction=cfg.store.heldout_fraction,
+        heldout_placement=cfg.store.heldout_placement.value,
+        provenance=provenance,
+        versions=versions,
+    )

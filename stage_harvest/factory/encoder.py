@@ -16,22 +16,19 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from shared.basics.errors import GranaryError
-from shared.basics.versions import software_versions
 from shared.lm import (
-    ModelIdentity,
     SpecialIds,
     load_tokenizer,
     model_identity,
-    resolve_model,
     special_ids,
     tokenizer_hash,
 )
 from shared.lm.calls import Masked
-from shared.lm.encoders import ids_around, load_encoder, most_positions
+from shared.lm.encoders import ids_around, most_positions
 from shared.lm.identity import read_config
 from stage_harvest.config import BosPlacement, HarvestSchema, LongDocuments, PackingMode, PackingSchema, StoreCorpus
-from stage_harvest.corpus import Corpus, open_corpus
-from stage_harvest.factory.made import Made
+from stage_harvest.corpus import open_corpus
+from stage_harvest.factory.made import KnownModel, encoder_of
 from stage_harvest.job import parse_date
 from stage_harvest.tokens.encoder import TextEncoder
 from stage_harvest.tokens.template import ChatRenderer
@@ -39,25 +36,14 @@ from stage_harvest.tokens.tokenise import Tokeniser
 
 
 @dataclass(frozen=True)
-class EncoderText(Made):
+class EncoderText(KnownModel):
     """An encoder and the documents of a corpus."""
 
-    kind: str
-    """The family, as transformers calls it."""
-    known: ModelIdentity
+    packages = ("torch", "transformers", "tokenizers", "numpy")
     tokenizer: PreTrainedTokenizerBase
     special: SpecialIds
     around: tuple[list[int], list[int]]
-    source: Corpus
     packing: PackingSchema
-
-    @property
-    def told(self) -> str:
-        return f"model {self.name}"
-
-    @property
-    def corpus(self) -> str:
-        return self.source.description
 
     def tokens_of(self, batch: Any) -> Tensor | None:
         ids: Tensor = batch.inputs["input_ids"]
@@ -65,7 +51,7 @@ class EncoderText(Made):
 
     def record(self) -> dict[str, Any]:
         return {
-            "model": {**self.known, "encoder": self.kind},
+            "model": self.identity(),
             "tokenizer": {"hash": tokenizer_hash(self.tokenizer), "special_ids": self.special.to_dict()},
             "packing": {
                 "mode": "isolated",
@@ -73,13 +59,6 @@ class EncoderText(Made):
                 "mask_special": self.packing.mask_special,
                 "around": [*self.around],
             },
-        }
-
-    def versions(self) -> dict[str, str]:
-        folder = resolve_model(self.name, self.known["revision"])
-        return {
-            **software_versions("torch", "transformers", "tokenizers", "numpy"),
-            "model_path": str(folder.absolute()),
         }
 
 
@@ -104,15 +83,9 @@ def encoder_of_text(cfg: HarvestSchema, device: torch.device) -> EncoderText:
                 for piece in pieces(ids_L, room, split=packing.long_documents is LongDocuments.split):
                     yield as_batch(piece, around, special if packing.mask_special else None)
 
-    model = load_encoder(
-        path,
-        cfg.model.dtype.value,
-        device=device,
-        revision=revision,
-        attn_implementation=cfg.model.attn_implementation,
-    )
+    model = encoder_of(cfg, device)
     known = model_identity(path, revision, cfg.model.dtype.value)
-    return EncoderText(path, model, batches, config.model_type, known, tokenizer, special, around, source, packing)
+    return EncoderText(path, model, batches, config.model_type, known, source, tokenizer, special, around, packing)
 
 
 def check(cfg: HarvestSchema, kind: str) -> None:

@@ -23,7 +23,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import torch
@@ -31,7 +31,10 @@ from torch import Tensor, nn
 
 from shared.basics.errors import GranaryError, told_of
 from shared.basics.versions import software_versions
+from shared.lm import ModelIdentity, resolve_model
 from shared.lm.calls import Masked
+from shared.lm.encoders import load_encoder
+from stage_harvest.config import HarvestSchema
 
 Batches = Callable[[int], Any]
 OURS = Path(__file__).resolve().parents[2]
@@ -91,6 +94,53 @@ class Made:
             digest.update(name.encode() + b"\0")
             _add(digest, tensor.detach())
         return digest.hexdigest()
+
+
+class Described(Protocol):
+    """A corpus, whatever it is of."""
+
+    @property
+    def description(self) -> str:
+        """One line on it, for the store."""
+
+
+@dataclass(frozen=True)
+class KnownModel(Made):
+    """A model in Hugging Face form that is no decoder, and what it reads."""
+
+    packages: ClassVar[tuple[str, ...]] = ("torch", "transformers", "numpy")
+    """Whose versions the store records."""
+    kind: str
+    """The family, as transformers calls it."""
+    known: ModelIdentity
+    source: Described
+
+    @property
+    def told(self) -> str:
+        return f"model {self.name}"
+
+    @property
+    def corpus(self) -> str:
+        return self.source.description
+
+    def identity(self) -> dict[str, Any]:
+        return {**self.known, "encoder": self.kind}
+
+    def versions(self) -> dict[str, str]:
+        folder = resolve_model(self.name, self.known["revision"])
+        return {**software_versions(*self.packages), "model_path": str(folder.absolute())}
+
+
+def encoder_of(cfg: HarvestSchema, device: torch.device) -> nn.Module:
+    """The encoder that the configuration names, whole."""
+    model: nn.Module = load_encoder(
+        cfg.model.path,
+        cfg.model.dtype.value,
+        device=device,
+        revision=cfg.model.revision,
+        attn_implementation=cfg.model.attn_implementation,
+    )
+    return model
 
 
 def made_by(name: str, device: torch.device) -> Made:

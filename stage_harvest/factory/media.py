@@ -16,47 +16,25 @@ from transformers import AutoFeatureExtractor
 
 from shared.basics.errors import GranaryError, told_of
 from shared.basics.images import EncodedImage
-from shared.basics.versions import software_versions
-from shared.lm import ModelIdentity, model_identity, resolve_model
+from shared.lm import model_identity, resolve_model
 from shared.lm.calls import Masked
-from shared.lm.encoders import load_encoder
 from shared.lm.identity import quiet_transformers, read_config
 from stage_harvest.config import AudioCorpus, HarvestSchema, ImagesCorpus
 from stage_harvest.corpus import in_order
 from stage_harvest.corpus.media import Images, MediaFiles, Sound, Sounds
-from stage_harvest.factory.made import Made
+from stage_harvest.factory.made import KnownModel, encoder_of
 
 BATCH_IMAGES = 16
 
 
 @dataclass(frozen=True)
-class MediaModel(Made):
+class MediaModel(KnownModel):
     """A model, its processor, and the files that it reads."""
 
-    kind: str
-    """The family, as transformers calls it."""
-    known: ModelIdentity
     processor: Any
-    source: MediaFiles[Any]
-
-    @property
-    def told(self) -> str:
-        return f"model {self.name}"
-
-    @property
-    def corpus(self) -> str:
-        return self.source.description
 
     def record(self) -> dict[str, Any]:
-        return {
-            **super().record(),
-            "model": {**self.known, "encoder": self.kind},
-            "processor": {"hash": settings_hash(self.processor)},
-        }
-
-    def versions(self) -> dict[str, str]:
-        folder = resolve_model(self.name, self.known["revision"])
-        return {**software_versions("torch", "transformers", "numpy"), "model_path": str(folder.absolute())}
+        return {**super().record(), "processor": {"hash": settings_hash(self.processor)}}
 
 
 def media_model(cfg: HarvestSchema, device: torch.device) -> MediaModel:
@@ -77,17 +55,11 @@ def media_model(cfg: HarvestSchema, device: torch.device) -> MediaModel:
     def batches(seed: int) -> Iterator[Any]:
         return inputs(in_order(source.items, corpus, seed))
 
-    model: nn.Module = load_encoder(
-        path,
-        cfg.model.dtype.value,
-        device=device,
-        revision=revision,
-        attn_implementation=cfg.model.attn_implementation,
-    )
+    model = encoder_of(cfg, device)
     tower = getattr(model, "vision_model", None)  # of CLIP, SigLIP: beside a text tower that is not run
     model = tower if isinstance(corpus, ImagesCorpus) and isinstance(tower, nn.Module) else model
     known = model_identity(path, revision, cfg.model.dtype.value)
-    return MediaModel(path, model, as_floats_of(model, batches), config.model_type, known, processor, source)
+    return MediaModel(path, model, as_floats_of(model, batches), config.model_type, known, source, processor)
 
 
 def load_processor(path: str, revision: str | None, what: str) -> Any:

@@ -10,20 +10,19 @@ from functools import partial
 import torch
 
 from shared.basics.errors import GranaryError
-from shared.basics.units import parse_bytes
 from shared.intervene.attach import Attached, attach
 from shared.launch.given import given_keys
 from shared.parallel import World, init_world
 from shared.parallel.heartbeat import Heartbeat
 from shared.sae.config import SAEConfig
 from shared.store import Store, StorePlan, free_bytes
-from stage_harvest.announce import MOST_NAMED, announce_plan
+from stage_harvest.announce import announce_plan, with_widths
 from stage_harvest.config import BatchesCorpus, HarvestSchema
 from stage_harvest.factory.made import Made, made_by
 from stage_harvest.factory.rows import BatchForward
 from stage_harvest.factory.survey import Survey
 from stage_harvest.harvest import find_store, finish, report_complete, write_shards
-from stage_harvest.job import staging_dtype, targets_of
+from stage_harvest.job import planned_store, staging_dtype, targets_of, window_bytes
 from stage_harvest.progress import HarvestProgress, Notices, tokenise_bar
 from stage_harvest.shards.mesh import MeshRank, join_mesh
 from stage_harvest.shards.window_gate import WindowGate
@@ -55,8 +54,7 @@ class FactoryJob:
     @property
     def window_bytes(self) -> int | None:
         """The bytes that store.window says. Raises GranaryError for what is no size."""
-        window = self.cfg.store.window
-        return None if window is None else parse_bytes(window, "store.window")
+        return window_bytes(self.cfg)
 
     def store_plan(self) -> StorePlan:
         """The store's plan; the survey is through."""
@@ -68,16 +66,10 @@ class FactoryJob:
                 f" {survey.num_contexts} contexts of packing.seq_len={survey.seq_len}"
                 + (f": {asked} were asked for by corpus.contexts" if asked is not None else "")
             )
-        return StorePlan(
-            num_contexts=survey.num_contexts,
-            seq_len=survey.seq_len,
-            hooks=survey.widths,
-            dtype=cfg.store.dtype,
-            shard_contexts=cfg.store.shard_contexts,
-            chunk_tokens=cfg.store.chunk_tokens,
-            codec=cfg.store.codec,
-            heldout_fraction=cfg.store.heldout_fraction,
-            heldout_placement=cfg.store.heldout_placement.value,
+        return planned_store(
+            cfg,
+            survey.num_contexts,
+            survey.widths,
             provenance={
                 **self.made.record(),
                 "corpus": {
@@ -92,12 +84,10 @@ class FactoryJob:
 
     def announce(self, plan: StorePlan, *, committed: int, device: torch.device) -> None:
         """Log what will be written; raises GranaryError where it does not fit."""
-        names = [f"{site} ({width})" for site, width in self.survey.widths.items()]
-        more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
         survey = self.survey
         about = {
             "model": f"{type(self.made.model).__name__} of {self.made.name} on {device}",
-            "hooks": ", ".join(names[:MOST_NAMED]) + more,
+            "hooks": with_widths(survey.widths),
             "corpus": f"{len(survey.batches):,} batches, {survey.examples:,} examples",
             "contexts": f"{plan.num_contexts:,} x {plan.seq_len:,} rows",
         }
