@@ -3,6 +3,7 @@
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -46,16 +47,23 @@ class Watcher(threading.Thread):
         self.folder, self.heldout, self.most, self.stopped = folder, heldout, 0, False
 
     def run(self) -> None:
+        before: dict[int, int] = {}
         while not self.stopped:
-            size = 0
-            for path in self.folder.glob("layers/*/*/c/*/0/*"):
-                if int(path.parent.parent.name) not in self.heldout:
-                    try:
-                        size += path.stat().st_size
-                    except FileNotFoundError:
-                        continue
-            self.most = max(self.most, size)
+            after = self.files()
+            # what both looks saw was there at once; one look alone counts a freed shard beside the one after it
+            self.most = max(self.most, sum(size for inode, size in after.items() if before.get(inode) == size))
+            before = after
             time.sleep(0.005)
+
+    def files(self) -> dict[int, int]:
+        """The size of each file of a shard that is not held out, by inode: one being published has two names."""
+        sizes = {}
+        for path in self.folder.glob("layers/*/*/c/*/0/*"):
+            if int(path.parent.parent.name) not in self.heldout:
+                with suppress(FileNotFoundError):
+                    status = path.stat()
+                    sizes[status.st_ino] = status.st_size
+        return sizes
 
 
 def training(folder: Path, store: Path, *more: str) -> list[str]:
