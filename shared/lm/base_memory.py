@@ -25,8 +25,11 @@ SPLIT_WITH_BIAS, SPLIT_WEIGHT = ("colwise", "colwise_gather_output", "packed_col
 class BaseMemory:
     """Bytes of weights on each rank."""
 
+    name: str
+    ranks: int
+    """That share the weights which are split."""
     split: int
-    """The rank's parts of weights that are split."""
+    """The rank's parts of those."""
     whole: int
     """Weights of the text stack that every rank holds: embedding, norms."""
     tower: int
@@ -36,8 +39,20 @@ class BaseMemory:
     of_layers: int
 
     @property
+    def blocks(self) -> dict[str, int]:
+        """What a rank holds, by name."""
+        return {
+            "frozen base: parts of split weights": self.split,
+            "frozen base: embedding and norms, whole": self.whole,
+            "frozen base: beside its text stack, whole": self.tower,
+        }
+
+    @property
     def total(self) -> int:
         return self.split + self.whole + self.tower
+
+    def __str__(self) -> str:
+        return f"{self.name}, {self.layers} of {self.of_layers} layers, split over {self.ranks} ranks"
 
 
 def base_memory(path: str, *, layer: int | None, tensor_parallel: int, dtype: str) -> BaseMemory:
@@ -78,7 +93,7 @@ def base_memory(path: str, *, layer: int | None, tensor_parallel: int, dtype: st
             whole += size
     outside = [weight for weight in model.parameters() if id(weight) not in inside]
     tower = sum(weight.numel() * weight.element_size() for weight in outside)
-    return BaseMemory(split, whole, tower, decoder.num_hidden_layers, total)
+    return BaseMemory(path, tensor_parallel, split, whole, tower, decoder.num_hidden_layers, total)
 
 
 def _plan(config: PretrainedConfig) -> dict[str, str]:

@@ -54,22 +54,22 @@ def main() -> None:
         refuse_password(*sys.argv[1:])
         cfg = planned(sys.argv[1:])
         from shared.basics.units import GIB
-        from stage_train.plan.base import find_base
         from stage_train.plan.memory import find_memory
         from stage_train.plan.report import as_json, find_pace, table
         from stage_train.plan.run import PlannedRun
 
         run = PlannedRun(cfg)
-        beside = find_base(cfg, run.ranks)
-        memory = beside.beside(find_memory(run))
-        print(shown((as_json if cfg.json else table)(run, memory, find_pace(run, memory.flop), beside)))  # noqa: T201
+        base = run.base()
+        beside = base.blocks if base else {}
+        memory = find_memory(run).beside(beside)
+        print(shown((as_json if cfg.json else table)(run, memory, find_pace(run, memory.flop), base)))  # noqa: T201
         most, advice = cfg.memory_gib, "take more ranks, fewer latents, or a larger memory"
         if most is None or memory.total <= most * GIB:
             return
         for changes in [*([f"optim.micro_batch={size}"] for size in MICRO_BATCHES if size < run.rows), *ALTERNATIVES]:
             with suppress(GranaryError):  # makes no sense here
                 changed = PlannedRun(planned([*sys.argv[1:], *changes]), run.tokens)
-                needed = beside.beside(find_memory(changed)).total
+                needed = find_memory(changed).beside(beside).total
                 if needed <= most * GIB:
                     advice = f"{' '.join(changes)} takes {needed / GIB:.2f} GiB"
                     break

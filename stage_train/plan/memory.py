@@ -8,7 +8,7 @@ need not meet. On a GPU, whose allocator is told the sizes, it is the largest su
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from unittest.mock import patch
 
@@ -50,6 +50,10 @@ class Memory:
     """For all ranks together, at most: ``keep`` checkpoints, the one being written, and the exported dictionary."""
     flop: int
     """Not memory: of the matrix products in the rank's step."""
+
+    def beside(self, blocks: Mapping[str, int]) -> "Memory":
+        """The same with `blocks` that are held on the device all the time."""
+        return replace(self, total=self.total + sum(blocks.values()), blocks={**self.blocks, **blocks})
 
 
 def begin_once(run: PlannedRun) -> ExitStack:

@@ -4,16 +4,18 @@ import json
 import time
 from collections import Counter
 from dataclasses import asdict, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from shared.basics.errors import GranaryError
 from shared.basics.units import GIB, human_bytes, human_time
 from stage_train.config import LayoutKind
-from stage_train.plan.base import Base
 from stage_train.plan.memory import Memory
 from stage_train.plan.run import PlannedRun
+
+if TYPE_CHECKING:
+    from shared.lm.base_memory import BaseMemory
 
 # Time of a step over that of its products alone: the worse of docs/measured.md's two, on a CPU.
 STEP = 1.75
@@ -74,16 +76,16 @@ def measured_seconds(run: PlannedRun) -> float:
     return sorted(seconds[1:])[MEASURED_STEPS // 2]
 
 
-def as_json(run: PlannedRun, memory: Memory, pace: dict[str, Any], base: Base) -> str:
+def as_json(run: PlannedRun, memory: Memory, pace: dict[str, Any], base: "BaseMemory | None") -> str:
     """One object, of bytes, tokens and seconds."""
     spec, length = run.spec, run.spec.length
     sae = {"d_model": spec.widths.d_in, **spec.dictionary.own_fields(), **spec.learning.to_dict()}
     whole = {"sae": sae, "layout": run.cfg.parallel.layout.value, "ranks": run.ranks, "steps": length.steps}
-    frozen = {} if base.memory is None else {"base": asdict(base)}
+    frozen = {"base": asdict(base)} if base else {}
     return json.dumps({**whole, "tokens": length.tokens, **frozen, "memory": asdict(memory), "pace": pace})
 
 
-def table(run: PlannedRun, memory: Memory, pace: dict[str, Any], base: Base) -> str:
+def table(run: PlannedRun, memory: Memory, pace: dict[str, Any], base: "BaseMemory | None") -> str:
     """Lines of text."""
     spec, cfg, speed, fed = run.spec, run.cfg, pace["tokens_per_s"], pace["disk_tokens_per_s"]
     blocks = Counter[str]()
@@ -97,7 +99,7 @@ def table(run: PlannedRun, memory: Memory, pace: dict[str, Any], base: Base) -> 
         f"run: {spec.length.steps:,} steps of {cfg.stream.batch_size:,} tokens, {spec.length.tokens:,} in all",
         f"ranks: {run.ranks} on {'GPU' if run.cuda else 'CPU'}, layout {cfg.parallel.layout.value}; each computes "
         f"{run.num_latents:,} latents for {run.rows:,} rows of a batch",
-        *base.lines(),
+        *([f"base: {base}"] if base else []),
         f"memory per rank, GiB, at its peak ({memory.peak})",
         *(f"  {name:<56}{size / GIB:>10.3f}" for name, size in sizes),
         f"products: {pace['gflop_per_token']:.3g} GFLOP per token",

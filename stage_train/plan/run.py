@@ -7,36 +7,36 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
-from torch.distributed._tools import fake_collectives  # noqa: F401 (messages of tensors without memory)
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from shared.basics.config import named_urls
 from shared.basics.errors import GranaryError
 from shared.parallel import World, init_world
-from shared.store.format.dtypes import row_bytes, storage_type
+from shared.store.format.dtypes import row_bytes
 from stage_train.config import ParallelSchema
 from stage_train.data.inputs import SAMPLE_TOKENS
 from stage_train.data.kinds import restrict_kinds
 from stage_train.data.sites import site_formats
 from stage_train.data.stores import PinnedStore, pin, urls_of
-from stage_train.data.stream import Batch, TrainingData
-from stage_train.data.stream.batch import AnyBatch, ContextBatch
+from stage_train.data.stream import TrainingData
+from stage_train.data.stream.batch import AnyBatch, whole_batch
 from stage_train.data.stream.sample import SAMPLE_CONTEXTS
+from stage_train.data.unwritten import unwritten_store
 from stage_train.job import check_kernels
 from stage_train.plan.config import PlanSchema
 from stage_train.run import make_objective, put_together
 from stage_train.spec import RunSpec
-from stage_train.step.layouts import Layout, make_layout
+from stage_train.step.layouts import Layout
+from stage_train.step.layouts.unconnected import unconnected
 from stage_train.step.trainer import Trainer
 
+if TYPE_CHECKING:
+    from shared.lm.base_memory import BaseMemory
+
 CPU = torch.device("cpu")
-# Without a store: epochs that a run is planned as at most, of contexts as they will be.
-EPOCHS = 1000
 
 
 class PlannedRun:
@@ -91,16 +91,23 @@ class PlannedRun:
         dies = learning.auxk_alpha > 0 and self.spec.length.tokens > learning.dead_after_tokens
         return self.cfg.dead_fraction if dies else 0.0
 
+    def base(self) -> "BaseMemory | None":
+        """The frozen base on the ranks' devices, where one is named; raises GranaryError where it can't be split so."""
+        cfg, shared = self.cfg, self.cfg.base_tensor_parallel or self.ranks
+        if cfg.base is None:
+            return None
+        if self.ranks % shared:
+            raise GranaryError(f"base_tensor_parallel={shared} does not divide the {self.ranks} ranks")
+        from shared.lm.base_memory import base_memory  # brings transformers, whose memory is none of training's
+
+        return base_memory(cfg.base, layer=cfg.base_layer, tensor_parallel=shared, dtype=cfg.base_dtype)
+
     @contextmanager
     def layout(self, parallel: ParallelSchema, device: torch.device) -> Iterator[Layout]:
         """That of the first rank, whose messages go nowhere."""
-        dist.init_process_group("fake", rank=0, world_size=self.ranks, store=FakeStore())
-        try:
-            layout = make_layout(parallel, World(0, self.ranks, 0, device))
+        with unconnected(parallel, self.ranks, device) as layout:
             layout.check(self.spec.dictionary, self.cfg)
             yield layout
-        finally:
-            dist.destroy_process_group()
 
     def begin(self, layout: Layout) -> tuple[Trainer, AnyBatch]:
         """The rank's trainer, made as training makes it, and its rows of a batch, which are random."""
@@ -110,14 +117,9 @@ class PlannedRun:
 
         def draw(count: int, place: torch.device) -> AnyBatch:
             """Rows of tokens, or contexts that are one document each, of as many positions."""
-            size, shape = self.cfg.stream.batch_size, (count,) if T is None else (max(1, count // T), T)
+            shape = (count,) if T is None else (max(1, count // T), T)
             rows = {name: torch.randn(*shape, width, device=place) for name, (width, _) in self.own.items()}
-            if T is None:
-                return Batch(rows, 0, 0, num_tokens=size, most_rows=count)
-            documents, counts = (
-                torch.from_numpy(np.full(shape, value)) for value in (0, True)
-            )  # known, not only shaped
-            return ContextBatch(rows, documents, counts, 0, 0, num_tokens=size, most_contexts=shape[0])
+            return whole_batch(rows, num_tokens=self.cfg.stream.batch_size)
 
         ones = {name: torch.ones(width) for name, (width, _) in self.formats.items()}
         inputs: Any = SimpleNamespace(
@@ -131,28 +133,11 @@ class PlannedRun:
 
 
 def _open_stores(cfg: PlanSchema) -> list[PinnedStore]:
-    """The configuration's, or, where the width is given, what stands for one with all the sites that are named."""
-    if cfg.d_model is None:
-        try:
-            return pin(urls_of(cfg), World(0, 1, 0, CPU), named_urls(cfg.store.beside))
-        except GranaryError as error:
-            raise GranaryError(f"{error}; or plan without a store: give d_model=... (and seq_len=...)") from error
-    tokens = cfg.schedule.tokens
-    if tokens is None or cfg.schedule.epochs is not None:
-        raise GranaryError("without a store nobody knows how long an epoch is: give schedule.tokens, no epochs")
-    sides = [[side] if isinstance(side, str) else side or [] for side in (cfg.hook, cfg.reads, cfg.writes)]
-    names = [name for side in sides for name in side] or ["planned"]
-    if cfg.layers is None and any("*" in name for name in names):
-        raise GranaryError(f"{names[0]}: without a store nobody knows how many layers that is: give layers=...")
-    contexts = max(cfg.stream.lanes * cfg.stream.mix_contexts, math.ceil(tokens / cfg.seq_len / EPOCHS))
-    store: Any = SimpleNamespace(
-        url="no store",
-        hooks=[name.replace("*", str(layer)) for name in names for layer in range(cfg.layers or 1)],
-        plan=SimpleNamespace(dtype=cfg.store_dtype),
-        seq_len=cfg.seq_len,
-        width=lambda hook: cfg.d_model,
-        dtype_of=lambda hook: storage_type(cfg.store_dtype).read,
-        shard_contexts=lambda shard: range(contexts),
-        mask=lambda contexts: np.ones((len(contexts), cfg.seq_len), np.bool_),
-    )
-    return [PinnedStore(store, 1.0, (0,))]
+    """The configuration's, or, where the width is given, what stands for one."""
+    if cfg.d_model is not None:
+        width, length = cfg.d_model, cfg.seq_len
+        return [unwritten_store(cfg, d_model=width, seq_len=length, dtype=cfg.store_dtype, layers=cfg.layers)]
+    try:
+        return pin(urls_of(cfg), World(0, 1, 0, CPU), named_urls(cfg.store.beside))
+    except GranaryError as error:
+        raise GranaryError(f"{error}; or plan without a store: give d_model=... (and seq_len=...)") from error

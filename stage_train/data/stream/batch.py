@@ -6,6 +6,7 @@ Shape letters: N rows of this rank's batch, C contexts of it, T positions of a c
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -74,6 +75,16 @@ class ContextBatch:
 
 
 AnyBatch = Batch | ContextBatch
+
+
+def whole_batch(activations: dict[str, Tensor], *, num_tokens: int) -> AnyBatch:
+    """The first batch of the first rank, of rows [N, D], or of contexts [C, T, D], each one document that counts."""
+    shape = next(iter(activations.values())).shape[:-1]
+    if len(shape) == 1:
+        return Batch(activations, 0, 0, num_tokens=num_tokens, most_rows=shape[0])
+    # from numpy, so that they are known where tensors are only shapes
+    documents_CT, counts_CT = (torch.from_numpy(np.full(shape, value)) for value in (0, True))
+    return ContextBatch(activations, documents_CT, counts_CT, 0, 0, num_tokens=num_tokens, most_contexts=shape[0])
 
 
 class BatchStream(Protocol):

@@ -285,7 +285,7 @@ def test_a_frozen_base_is_added_to_each_rank(stages: ForkServer, tmp_path: Path)
         json.loads(stages.run("stage_train.plan", *plain, *more).stdout)
         for more in ([], [f"base={tmp_path}", "base_layer=1", "base_tensor_parallel=4"])
     )
-    frozen = beside["base"]["memory"]
+    frozen = beside["base"]
     assert frozen["split"] == 2 * 2 * (4 * 64 * 64 + 3 * 64 * 96) // 4
     assert frozen["whole"] == 2 * (32_000 * 64 + 2 * 2 * 64)
     assert beside["memory"]["total"] - alone["memory"]["total"] == sum(
