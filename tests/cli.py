@@ -19,6 +19,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from torch.distributed import TCPStore
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 # What the three stages import before they begin to work.
 STAGES = (
@@ -47,6 +49,7 @@ def run(call):
     os.chdir(call["folder"])
     os.environ.clear()
     os.environ.update(call["environment"])
+    sys.path += [os.environ["PYTHONPATH"]]
     sys.argv = ["", *call["arguments"]]
     code = 0
     try:
@@ -191,6 +194,26 @@ class ForkServer:
         child = Child(int(self._reply()), files)
         self._children.append(child)
         return child
+
+    def ranks(self, size: int, module: str, *arguments: str) -> list[Result]:
+        """Run a module or script in processes that meet as torchrun's do, to their ends; one that fails ends all."""
+        meeting = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        variables = {
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(meeting.port),
+            "TORCHELASTIC_USE_AGENT_STORE": "True",
+        }
+        variables |= {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
+        children = [
+            self.start(module, *arguments, variables={**variables, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+            for rank in range(size)
+        ]
+        while any(child.poll() is None for child in children) and not any(child.poll() for child in children):
+            time.sleep(0.02)
+        if any(child.poll() for child in children):
+            for child in children:
+                child.kill()
+        return [child.finish() for child in children]
 
     def _reply(self) -> str:
         assert self.process.stdout is not None

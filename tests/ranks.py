@@ -2,9 +2,6 @@
 
 import importlib.util
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +12,7 @@ from hydra import initialize_config_module
 from shared.basics.metrics_file import read_metrics
 from shared.parallel import World
 from stage_train import config
+from tests.cli import ForkServer
 from tests.closeness import REORDERED, SAME_RUN, assert_close_in_norm
 from tests.training import TIMES, weights
 
@@ -26,9 +24,9 @@ Ends = dict[str, set[str]]
 class Runs:
     """Runs of one folder; ``ends[name]`` is how the run ended last, one entry per different answer of its ranks."""
 
-    def __init__(self, folder: Path, *fixed: str) -> None:
+    def __init__(self, stages: ForkServer, folder: Path, *fixed: str) -> None:
         """`fixed` are overrides of all runs."""
-        self.folder, self.fixed = folder, fixed
+        self.stages, self.folder, self.fixed = stages, folder, fixed
         self.ends: Ends = {}
 
     def job(self, name: str, *overrides: str, job: str = "train", **arguments: int) -> dict[str, Any]:
@@ -52,12 +50,8 @@ class Runs:
         """In `world` processes, one job after the other."""
         file = self.folder / f"jobs-{world}.json"
         file.write_text(json.dumps(jobs))
-        command = [sys.executable, "-m", "shared.launch.torchrun", "--standalone", f"--nproc-per-node={world}"]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        done = subprocess.run(
-            [*command, str(WORKER), str(file)], env=environment, capture_output=True, text=True, timeout=1200
-        )
-        assert done.returncode == 0, done.stderr
+        for rank in self.stages.at(self.folder).ranks(world, str(WORKER), str(file)):
+            assert rank.code == 0, rank.stderr
         ranks = [json.loads(file.with_suffix(f".{rank}").read_text()) for rank in range(world)]
         for index, job in enumerate(jobs):
             self.ends[job["name"]] = {rank[index] for rank in ranks}

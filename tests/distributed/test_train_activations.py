@@ -9,6 +9,7 @@ import pytest
 from shared.basics.metrics_file import read_metrics
 from shared.sae import SAE
 from shared.store import Store
+from tests.cli import ForkServer
 from tests.closeness import REORDERED, SAME_RUN, assert_close_in_norm, difference_in_norm
 from tests.distributed.test_train_ranks import FIXED
 from tests.ranks import Runs
@@ -69,9 +70,9 @@ FROM_TWO = {"batchtopk": "latent", "gated": "fsdp"}
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory, planted_store: Callable[..., Store]) -> Runs:
+def runs(stages: ForkServer, tmp_path_factory: pytest.TempPathFactory, planted_store: Callable[..., Store]) -> Runs:
     """Each activation in one process, whole and in micro-batches; then all COMMON runs, with one start of two."""
-    runs = Runs(tmp_path_factory.mktemp("activations"), *FIXED)
+    runs = Runs(stages, tmp_path_factory.mktemp("activations"), *FIXED)
     planted_store(runs.folder / "store")
     runs.alone(*(runs.job(name, *TEN_STEPS, *choice) for name, choice in CHOICES.items()))
     runs.alone(*(runs.job(f"{name}_micro", *TEN_STEPS, *ACTIVATIONS[name], "optim.micro_batch=4") for name in MICRO))

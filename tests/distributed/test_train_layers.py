@@ -6,6 +6,7 @@ from math import ceil
 
 import pytest
 
+from tests.cli import ForkServer
 from tests.clt_stores import LAYERS, WIDTH, clt_store
 from tests.ranks import Runs, assert_same_run
 
@@ -31,8 +32,8 @@ ROWS, K = 64, 6
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
-    runs = Runs(tmp_path_factory.mktemp("layers"), *FIXED)
+def runs(stages: ForkServer, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    runs = Runs(stages, tmp_path_factory.mktemp("layers"), *FIXED)
     clt_store(runs.folder / "store")
     runs.alone(runs.job("one"))
     many = ["sae.auxk_alpha=0", f"stream.batch_size={ROWS}", f"sae.k={K}", "schedule.tokens=256", "sae.expansion=2"]

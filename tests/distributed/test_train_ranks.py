@@ -13,6 +13,7 @@ from shared.basics.metrics_file import read_metrics
 from shared.sae import load_provenance
 from shared.store import Store
 from stage_train.state.checkpoint import newest_checkpoint
+from tests.cli import ForkServer
 from tests.ranks import Runs, assert_same_run
 
 FIXED = ["sae.k=3", "sae.expansion=8", "stream.batch_size=21", "stream.lanes=4", "schedule.tokens=630"]
@@ -43,9 +44,9 @@ def starts_under(layout: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory, planted_store: Callable[..., Store]) -> Runs:
+def runs(stages: ForkServer, tmp_path_factory: pytest.TempPathFactory, planted_store: Callable[..., Store]) -> Runs:
     """All runs of one and two processes, with one start of the two."""
-    runs = Runs(tmp_path_factory.mktemp("ranks"), *FIXED)
+    runs = Runs(stages, tmp_path_factory.mktemp("ranks"), *FIXED)
     planted_store(runs.folder / "store", outliers=3)
     planted_store(runs.folder / "sites", hooks=("layers.0.mlp_in", "layers.0.mlp_out"))
     starts = {name: [change.format(folder=runs.folder) for change in changes] for name, changes in STARTS.items()}

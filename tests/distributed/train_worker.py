@@ -1,6 +1,6 @@
 """One rank of a distributed training test: does the jobs of a JSON file in turn.
 
-Started by ``python -m shared.launch.torchrun --nproc-per-node N``. A job names one of JOBS, with the Hydra overrides of
+Started by `ForkServer.ranks`, with torchrun's environment. A job names one of JOBS, with the Hydra overrides of
 its run and further arguments of the function. It may end in an error that the user would see; each rank writes how its
 jobs ended to ``<jobs>.<rank>``.
 """

@@ -45,11 +45,9 @@ def four_ranks(harvester: Harvester) -> list[list[str]]:
         torch.manual_seed(0)
         AutoModelForCausalLM.from_config(config).save_pretrained(harvester.root / "families" / family)
     jobs = [harvester.arguments("dp4"), harvester.arguments("dp2tp2", tensor_parallel=2)]
-    launch = [sys.executable, "-m", "shared.launch.torchrun", "--standalone", "--nproc-per-node=4"]
-    command = [*launch, str(WORKER), str(harvester.root / "families"), json.dumps(jobs)]
-    run = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, cwd=harvester.root, timeout=590)
-    assert run.returncode == 0, run.stderr
-    return [line.split() for line in run.stdout.splitlines()]
+    ranks = harvester.server.ranks(4, str(WORKER), str(harvester.root / "families"), json.dumps(jobs))
+    assert [rank.code for rank in ranks] == [0] * 4, ranks
+    return [line.split() for rank in ranks for line in rank.stdout.splitlines()]
 
 
 def test_sharded_trunks_give_the_activations_of_whole_ones(four_ranks: list[list[str]]) -> None:
