@@ -130,9 +130,9 @@ $(VENV_TRACER)/.installed: constraints-tracer.txt
 	@$(VENV_TRACER)/bin/python -m pip install -q --disable-pip-version-check -c constraints-tracer.txt circuit-tracer
 	@touch $@
 
-test-browser: setup ## the explorer and the page of a graph in a real Chromium; on Debian: apt-get install chromium chromium-driver
+test-browser: setup ## the explorer, a graph's page and reports in a real Chromium; on Debian: apt-get install chromium chromium-driver
 	@command -v chromedriver > /dev/null || { echo "error: no chromedriver: on Debian, apt-get install chromium chromium-driver" >&2; exit 1; }
-	@$(PYTEST_ALONE) -m browser tests/browser $(ARGS)
+	@$(PYTEST_ALONE) -m browser tests/browser tests/pipeline/test_report.py $(ARGS)
 
 test-notebooks: setup ## runs the notebooks, from their first cell to the last; installs a Jupyter kernel
 	@$(BIN)/python -c 'import ipykernel, nbclient' 2>/dev/null || $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev,notebooks]'

@@ -147,9 +147,8 @@ def test_four_processes_and_a_mesh(runs: Runs) -> None:
         assert_same_run(runs, "one", name)
 
 
-@pytest.mark.parametrize(
-    ("number", "name"), [pytest.param(signal.SIGUSR1, "SIGUSR1", marks=pytest.mark.slow), (signal.SIGINT, "Ctrl-C")]
-)
+@pytest.mark.slow  # through torchrun; tests/unit/launch has a rank that fails, tests/pipeline Ctrl-C of one process
+@pytest.mark.parametrize(("number", "name"), [(signal.SIGUSR1, "SIGUSR1"), (signal.SIGINT, "Ctrl-C")])
 def test_a_signal_to_the_command_reaches_the_ranks(runs: Runs, number: signal.Signals, name: str) -> None:
     """SIGUSR1 to ``python -m stage_train nproc=2``, as Slurm sends it, or Ctrl-C: all ranks save and end."""
     job = runs.job(name, f"run_dir={runs.folder}", "nproc=2", "schedule.tokens=20_000_000")

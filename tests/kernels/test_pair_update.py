@@ -8,6 +8,7 @@ import torch
 
 from shared.kernels import AdamStep, Compute, DeadRows, PairGradient, PairOrder, auxk_error, row_grad, take_rows
 from shared.kernels.auxk import blocks
+from shared.kernels.linear import FAST_BFLOAT16
 from shared.sae.optim import AdamConfig, make_optimiser
 from tests.learning import LearningSAE
 
@@ -126,7 +127,8 @@ def test_auxk_in_bfloat16_is_close():
         for dtype in ("float32", "bfloat16")
     )
     for actual, truth in zip(rounded, exact, strict=True):
-        assert 0 < float((actual - truth).norm() / truth.norm()) < 2e-2
+        error = float((actual - truth).norm() / truth.norm())
+        assert 0 < error < 2e-2 if FAST_BFLOAT16 else error == 0  # float32 where that is the faster one
 
 
 def alive_tensors():

@@ -1,7 +1,8 @@
 """One of four ranks of test_harvest_ranks: sharded trunks against whole ones, then whole harvests.
 
-Usage: harvest_worker.py FOLDER JOBS, as torchrun starts it. FOLDER/<family> is a model with 4 key/value heads; JOBS is a JSON
-list of command lines of stage_harvest. Rank 0 prints ``family dtype tp worst-relative-difference share-of-weights``.
+Usage: harvest_worker.py FOLDER JOBS, as torchrun starts it. FOLDER/<family> is a model with 4 key/value heads; JOBS is
+a JSON list of command lines of stage_harvest. Rank 0 prints ``family dtype tp worst-relative-difference
+share-of-weights``.
 """
 
 import json

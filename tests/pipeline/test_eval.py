@@ -24,6 +24,7 @@ from shared.lm import capture, load_causal_lm, model_identity, segment_positions
 from shared.lm.hookpoint import HookPoint
 from shared.sae import SAE, SAEConfig
 from shared.store import Store, StorePlan
+from tests.cli import ForkServer
 from tests.foreign import write_saelens
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -180,7 +181,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 
 def unrendered(figure: Figure, target: io.StringIO | io.BytesIO, format: str, **options: object) -> None:
-    """In place of Figure.savefig, which takes four fifths of a small evaluation; it is used in `run_processes`."""
+    """In place of Figure.savefig, which takes four fifths of a small evaluation; it is used in `run_process`."""
     target.write("<svg></svg>" if isinstance(target, io.StringIO) else b"")
 
 
@@ -206,9 +207,9 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.CompletedProcess(arguments, status, out.getvalue(), err.getvalue())
 
 
-def run_processes(*arguments: str, ranks: int = 1) -> subprocess.CompletedProcess[str]:
-    """The command line as a user types it, in processes of its own."""
-    command = [sys.executable, "-m", "stage_eval", "device.name=cpu", "device.threads=1", f"nproc={ranks}", *arguments]
+def run_process(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """The command line as a user types it, in a process of its own."""
+    command = [sys.executable, "-m", "stage_eval", "device.name=cpu", "device.threads=1", *arguments]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "HF_HUB_OFFLINE": "1", "COLUMNS": "160"}
     return subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
 
@@ -350,7 +351,9 @@ def alone(world: World) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_1_2_and_4_ranks_give_the_same_figures(world: World, alone: dict[str, Any], tmp_path: Path, ranks: int) -> None:
+def test_1_2_and_4_ranks_give_the_same_figures(
+    stages: ForkServer, world: World, alone: dict[str, Any], tmp_path: Path, ranks: int
+) -> None:
     """Real processes on gloo; four of them share four contexts, two of them two each."""
     settings = (
         f"run_dir={tmp_path / 'run'}",
@@ -358,9 +361,11 @@ def test_1_2_and_4_ranks_give_the_same_figures(world: World, alone: dict[str, An
         f"sae={world.random}",
         f"store.url={world.store}",
         "batch_contexts=1",
+        "device.name=cpu",
+        "device.threads=1",
     )
-    done = run_processes(*settings, ranks=ranks)
-    assert done.returncode == 0, done.stderr
+    for rank in stages.at(tmp_path).ranks(ranks, "stage_eval", *settings):
+        assert rank.code == 0, rank.stderr
     report = read_report(tmp_path)
     for part in ("reconstruction", "downstream", "latents", "breakdown", "decoder", "activations"):
         compare_nested(report[part], alone[part])
@@ -470,8 +475,9 @@ def fails(*arguments: str) -> str:
     return lines[0]
 
 
+@pytest.mark.slow
 def test_a_wrong_input_is_one_line_in_a_process_of_its_own(world: World, tmp_path: Path) -> None:
-    done = run_processes(f"run_dir={tmp_path}", "sae=/not/here", f"store.url={world.store}")
+    done = run_process(f"run_dir={tmp_path}", "sae=/not/here", f"store.url={world.store}")
     assert done.returncode == 2
     # Libraries may complain while they are imported; of ours there is one line.
     assert done.stderr.endswith("error: there is no SAE folder /not/here: train one, or give a hub id owner/name\n")

@@ -80,6 +80,7 @@ def test_the_command_line_starts_its_ranks(harvester: Harvester) -> None:
     same_files(harvester.root / "one", harvester.root / "two")
 
 
+@pytest.mark.slow  # through torchrun; tests/unit/launch has the same of a small script
 def test_a_rank_that_fails_ends_the_job(harvester: Harvester) -> None:
     """NaN in a shard of rank 1 alone: its line, its status, and no rank left waiting."""
     tokens = Store.open(harvester.root / "one").tokens(range(8))

@@ -200,7 +200,8 @@ def chromium(profile: Path, *arguments: str, dark: bool = False) -> subprocess.C
     return done
 
 
-@pytest.mark.parametrize("kind", ["one", pytest.param("sweep", marks=pytest.mark.slow)])
+@pytest.mark.browser
+@pytest.mark.parametrize("kind", ["one", "sweep"])
 def test_chromium_draws_it_on_a_phone(tmp_path: Path, kind: str) -> None:
     (tmp_path / "page.html").write_text(render(example()) if kind == "one" else sweep_page())
     (tmp_path / "probe.html").write_text(PROBE.format(width=390))
@@ -220,15 +221,9 @@ FRAME = """<!doctype html><meta name="color-scheme" content="light dark"><title>
 <iframe src="page.html" style="width:{width}px;height:{height}px;border:0;display:block"></iframe>"""
 
 
-@pytest.mark.parametrize(
-    ("kind", "width"),
-    [
-        pytest.param("one", 1200, marks=pytest.mark.slow),
-        pytest.param("one", 390, marks=pytest.mark.slow),
-        ("sweep", 1200),
-        pytest.param("sweep", 390, marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.browser
+@pytest.mark.parametrize("kind", ["one", "sweep"])
+@pytest.mark.parametrize("width", [1200, 390])
 def test_chromium_draws_it_light_and_dark(tmp_path: Path, kind: str, width: int) -> None:
     """Real screenshots, on a desk and on a phone; a window can't be narrower than 500 px, hence the frame."""
     height = 1600

@@ -47,7 +47,7 @@ from tests.fuzzing import survive
 from tests.latents import synthetic_latents
 from tests.synthetic import synthetic_plan, synthetic_store
 
-FEW, ALL = 60, 1000
+FEW, ALL = 20, 1000
 EACH = pytest.mark.parametrize("most", [FEW, pytest.param(ALL, marks=pytest.mark.slow)])
 
 FOREIGN: dict[str, tuple[Callable[[Path], None], str]] = {

@@ -40,6 +40,7 @@ def test_folder_is_at_most_5_mb() -> None:
     assert sum(f.stat().st_size for f in MODEL_DIR.rglob("*") if f.is_file()) <= 5_000_000
 
 
+@pytest.mark.slow
 def test_loads_with_the_network_off() -> None:
     script = (
         "import socket, sys\n"

@@ -152,6 +152,7 @@ def test_tensors_are_fetched_one_at_a_time(sae, tmp_path):
         sae_folder.save(tmp_path, sae.config, shapes, {}, {}, fetch=lambda name: [])
 
 
+@pytest.mark.slow
 def test_loads_without_triton_or_transformers(sae, tmp_path):
     sae.save_pretrained(tmp_path)
     script = (

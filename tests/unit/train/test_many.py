@@ -84,7 +84,9 @@ def test_the_store_is_read_once(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> 
     assert reads == {HOOKS[0]: once, HOOKS[1]: once}
 
 
-@pytest.mark.parametrize("step", [1, 17, 30])
+@pytest.mark.parametrize(
+    "step", [pytest.param(1, marks=pytest.mark.slow), 17, pytest.param(30, marks=pytest.mark.slow)]
+)
 def test_stopped_together_and_continued(runs: Runs, step: int) -> None:
     """Also where one of them has ended already by then."""
     members = {name: MEMBERS[name] for name in ("plain", "wide", "short")}
@@ -99,6 +101,7 @@ def test_stopped_together_and_continued(runs: Runs, step: int) -> None:
         assert_same(runs, f"alone_{name}", name)
 
 
+@pytest.mark.slow
 def test_runs_that_were_saved_at_different_steps_meet_again(runs: Runs) -> None:
     """One stopped at 9, one at 30, one done, one new: what a kill between two saves leaves, and more."""
     for name, step in (("plain", 9), ("wide", 30)):

@@ -155,6 +155,7 @@ def test_a_transcoder_is_planned_from_what_it_reads_and_writes(plan: Callable[..
     assert other["stream"] == 2 * sae["stream"]
 
 
+@pytest.mark.slow
 def test_a_molt_is_planned_by_the_ranks_of_what_fires(plan: Callable[..., dict[str, object]]) -> None:
     """Products of the encoder, and those of each pick: V x, U h, and their gradients, 5 of a mean rank of 10."""
     base = ["d_model=64", "device.name=cpu", "sae.encoder_init=transpose", "sae.auxk_alpha=0", "variant=molt"]
@@ -167,6 +168,7 @@ def test_a_molt_is_planned_by_the_ranks_of_what_fires(plan: Callable[..., dict[s
     assert flop[1] - flop[0] == pytest.approx(4 * 5 * 2 * 10 * 64, rel=0.05)
 
 
+@pytest.mark.slow
 def test_a_pattern_stands_for_as_many_layers_as_are_said(
     server: ForkServer, plan: Callable[..., dict[str, object]]
 ) -> None:
@@ -243,9 +245,10 @@ def test_the_table_names_peak_total_and_what_is_assumed(server: ForkServer) -> N
             [*LARGE, "memory_gib=0.3", "device.name=cuda"],
             r"a rank needs \d+.* memory_gib=0\.3 .*: parallel.layout=latent takes",
         ),
-        (
+        pytest.param(
             [*LARGE, "sae.d_latent=8192", "memory_gib=0.01", "device.name=cuda"],
             "take more ranks, fewer latents, or a larger memory",
+            marks=pytest.mark.slow,
         ),
         ([*LARGE, "sae.k=300000"], "sae.k=300000 is more than the 32768 latents"),
         ([*LARGE, "parallel=latent", "sae.d_latent=32766"], "32766 latents do not divide among parallel.latent=8"),
@@ -257,9 +260,10 @@ def test_the_table_names_peak_total_and_what_is_assumed(server: ForkServer) -> N
         ([*LARGE, "compute.kernels=fast"], "kernels='fast': choose from auto"),
         ([*LARGE, "schedule.tokens=null", "schedule.epochs=1"], "nobody knows how long an epoch is"),
         ([*LARGE, "tflops=-1"], "tflops=-1.0: must be above 0"),
-        (
+        pytest.param(
             [*LARGE, *TWO_LAYERS, "sae.d_latent=2048", "memory_gib=0.01", "device.name=cuda"],
             "take more ranks, fewer latents, or a larger memory",  # its latents can't be split
+            marks=pytest.mark.slow,
         ),
         (
             [*LARGE, *ONE_LAYER, "parallel=latent"],

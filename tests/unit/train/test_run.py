@@ -59,7 +59,7 @@ def test_a_run_learns_and_leaves_what_it_promises(train: Runs) -> None:
     assert OmegaConf.load(out / "train.yaml").sae.k == 3
 
 
-@pytest.mark.parametrize("stop", [1, 13, 39])
+@pytest.mark.parametrize("stop", [pytest.param(1, marks=pytest.mark.slow), 13, 39])
 def test_stopped_and_resumed_equals_uninterrupted(train: Runs, stop: int) -> None:
     """Bit for bit, weights and metrics, across an epoch's end and with dead latents in play."""
     straight = train("straight")
@@ -72,7 +72,7 @@ def test_stopped_and_resumed_equals_uninterrupted(train: Runs, stop: int) -> Non
     assert timeless(straight) == timeless(parts)
 
 
-@pytest.mark.parametrize("stop", [16, 23])
+@pytest.mark.parametrize("stop", [16, pytest.param(23, marks=pytest.mark.slow)])
 def test_resumed_where_dead_latents_take_turns(train: Runs, monkeypatch: pytest.MonkeyPatch, stop: int) -> None:
     """One at a time, as where they are too many for AuxK's memory: not what all together give, and as repeatable."""
     all_together = train("all")

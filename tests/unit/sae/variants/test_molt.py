@@ -105,6 +105,7 @@ def test_f25_molt_affine_rest_under_centring(normalisation: str) -> None:
     assert bool(rest_FE.any()) == (normalisation == "centre_scale")
 
 
+@pytest.mark.slow
 def test_a11_planted_maps_are_found() -> None:
     """8 maps of rank 4, each behind a gate of its own: FVU below 0.05, every gate found."""
     d, number, rank = 32, 8, 4
