@@ -176,6 +176,8 @@ class HubCorpus(CorpusSchema):
     """Branch, tag or commit; give a commit to be able to make the same store later."""
     column: str = MISSING
     """Text, chat messages, or lists of token ids."""
+    images: str | None = MISSING
+    """The column of the images that a row's placeholders stand for (docs/vision.md); null: the corpus has none."""
 
 
 @dataclass(kw_only=True)

@@ -70,7 +70,7 @@ def _open_source(cfg: config.CorpusSchema) -> CorpusSource:
         case config.ParquetCorpus():
             return ParquetFiles(cfg.files, cfg.column, cfg.images)
         case config.HubCorpus():
-            return HubDataset(cfg.path, cfg.config, cfg.split, cfg.revision, cfg.column)
+            return HubDataset(cfg.path, cfg.config, cfg.split, cfg.revision, cfg.column, cfg.images)
         case config.TokensCorpus():
             return TokenFiles(cfg.files, cfg.dtype, cfg.document_end)
         case _:

@@ -1,4 +1,4 @@
-"""The column of images beside a column of documents: the one reader of its values for JSON lines and Arrow columns."""
+"""The column of images beside a column of documents: the one reader of its values, whatever holds the rows."""
 
 from pathlib import Path
 from typing import Any
@@ -11,16 +11,22 @@ from stage_harvest.corpus.base import Content, Pictured
 from stage_harvest.corpus.files import SourceFile
 
 
-def pictured(content: Content, images: Any, file: SourceFile, row: str, column: str) -> Pictured:
+def pictured_in(content: Content, images: Any, file: SourceFile, row: str, column: str) -> Pictured:
+    """`pictured` of a row or line of `file`; files of images lie below the folder of a local one."""
+    folder = Path(file.path).parent if file.is_local else None
+    return pictured(content, images, column, where=f"{file.path} {row}", row=f"{file.name} {row}", folder=folder)
+
+
+def pictured(
+    content: Content, images: Any, column: str, *, where: str, row: str, folder: Path | None = None
+) -> Pictured:
     """A document with the images of its row: a list of what `shared.basics.images.encoded_image` takes, one, or null.
 
-    `row` is line or row of `file`. Files of images lie below the folder of a local `file`. Raises GranaryError naming
-    the row for what is no image, and for token ids, which have no placeholders.
+    Files of images lie below `folder`; None: there are none. `row` is what the store records. Raises GranaryError
+    naming `where` for what is no image, and for token ids, which have no placeholders.
     """
-    where = f"{file.path} {row}"
     if isinstance(content, np.ndarray | Pictured):
         raise GranaryError(f"{where} holds token ids beside {column!r}: images need text or chat messages")
     values = images if isinstance(images, list) else [images]
-    folder = Path(file.path).parent if file.is_local else None
     found = [encoded_image(one, folder, f"{where}, image {number}") for number, one in enumerate(values, 1)]
-    return Pictured(content, tuple(one for one in found if one is not None), f"{file.name} {row}")
+    return Pictured(content, tuple(one for one in found if one is not None), row)

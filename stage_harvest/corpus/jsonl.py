@@ -16,7 +16,7 @@ from stage_harvest.corpus.files import (
     ordered,
     reading,
 )
-from stage_harvest.corpus.images import pictured
+from stage_harvest.corpus.images import pictured_in
 from stage_harvest.corpus.rows import as_content, field_value
 from stage_harvest.corpus.text import decode
 
@@ -61,7 +61,7 @@ class JsonlFiles(CorpusSource):
                 if self.images is not None:
                     # A record of text alone may lack the field.
                     images = record.get(self.images) if isinstance(record, dict) else None
-                    content = pictured(content, images, file, f"line {number}", self.images)
+                    content = pictured_in(content, images, file, f"line {number}", self.images)
                 yield Document(content, where)
 
 

@@ -14,7 +14,7 @@ import pyarrow.parquet
 from shared.basics.errors import GranaryError, first_line
 from stage_harvest.corpus.base import CorpusSource, Document
 from stage_harvest.corpus.files import SourceFile, describe_files, find_files, fingerprint_files, ordered, reading
-from stage_harvest.corpus.images import pictured
+from stage_harvest.corpus.images import pictured_in
 from stage_harvest.corpus.rows import Kind, column_content, column_path
 
 ROWS_PER_READ = 1024
@@ -55,7 +55,7 @@ class ParquetFiles(CorpusSource):
                 if content is None:
                     continue
                 if self.images is not None:
-                    content = pictured(content, images[place].as_py(), file, f"row {row}", self.images)
+                    content = pictured_in(content, images[place].as_py(), file, f"row {row}", self.images)
                 yield Document(content, where)
 
     def _columns(self, file: SourceFile) -> Iterator[tuple[pyarrow.Array, Kind | None, pyarrow.Array]]:

@@ -11,6 +11,7 @@ import pytest
 from shared.basics.errors import GranaryError
 from stage_harvest.config import JsonlCorpus, MixtureCorpus
 from stage_harvest.corpus import Chat, Pictured, open_corpus
+from stage_harvest.corpus.hub import HubDataset
 from stage_harvest.corpus.jsonl import JsonlFiles
 from stage_harvest.corpus.parquet import ParquetFiles
 
@@ -87,3 +88,36 @@ def test_without_the_column_a_corpus_is_described_as_ever(tmp_path: Path) -> Non
         contexts=None, shuffle=False, shuffle_window=1, files=str(tmp_path / "rows.jsonl"), field="text", images=None
     )
     assert open_corpus(plain).description == "jsonl: rows.jsonl, 13 bytes, field text"
+
+
+@pytest.mark.parametrize("single", [False, True])
+@pytest.mark.parametrize("saved", [False, True])
+def test_hub_rows_give_the_bytes_as_they_are_stored(single: bool, saved: bool, tmp_path: Path) -> None:
+    """Also where the data set's own type would decode them, and decoded pixels are no file again."""
+    datasets = pytest.importorskip("datasets")
+    from tests.picture_corpus import picture  # needs pillow
+
+    png = picture(5)
+    values: list[Any] = [{"bytes": png, "path": None}, None]
+    kind = datasets.Image() if single else datasets.List(datasets.Image())
+    images = values if single else [[values[0], values[0]], []]
+    features = datasets.Features({"text": datasets.Value("string"), "images": kind})
+    made = datasets.Dataset.from_dict({"text": ["x", "y"], "images": images}, features=features)
+    (tmp_path / "data").mkdir()
+    if saved:
+        made.save_to_disk(tmp_path / "data")
+    else:
+        made.to_parquet(tmp_path / "data" / "train.parquet")
+    found = rows(HubDataset(str(tmp_path / "data"), None, "train", None, "text", "images"))
+    assert seen(found) == [("x", [png] * (1 if single else 2), "row 1"), ("y", [], "row 2")]
+    with pytest.raises(GranaryError, match="has no column 'pictures': there are text, images"):
+        rows(HubDataset(str(tmp_path / "data"), None, "train", None, "text", "pictures"))
+
+
+def test_hub_rows_name_no_file_of_this_machine(tmp_path: Path) -> None:
+    pytest.importorskip("datasets")
+    (tmp_path / "data").mkdir()
+    line = {"text": "x", "images": ["/etc/passwd"]}
+    (tmp_path / "data" / "train.jsonl").write_text(json.dumps(line) + "\n")
+    with pytest.raises(GranaryError, match="/etc/passwd names a file, and the corpus lies in no local folder"):
+        rows(HubDataset(str(tmp_path / "data"), None, "train", None, "text", "images"))
