@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from shared.basics.config import Split
 from shared.basics.errors import GranaryError
 from shared.latents.folder import Latents
 from shared.store.choose import choose_contexts
@@ -143,7 +144,7 @@ class Looking:
         latent: int,
         *,
         count: int = 100,
-        split: Any = "all",
+        split: Split | str = Split.all,
         contexts: int | None = None,
         tell: Callable[[int], None] = lambda tokens: None,
     ) -> Ranked:
@@ -168,9 +169,9 @@ class Looking:
         regions = [self._region(place, value) for place, value in zip(place_N.tolist(), value_N.tolist(), strict=True)]
         return Ranked(latent, seen, fired, regions)
 
-    def chosen(self, split: Any, contexts: int | None) -> Ints:
+    def chosen(self, split: Split | str, contexts: int | None) -> Ints:
         """The contexts of a split, or so many of them, evenly spaced."""
-        return choose_contexts(self._inspected.store, split, contexts)
+        return choose_contexts(self._inspected.store, Split(split), contexts)
 
     def _region(self, place: int, value: float) -> Region:
         context, position = divmod(place, self._inspected.store.seq_len)
@@ -197,7 +198,7 @@ def covered(boxes: npt.NDArray[np.float64], box: BoxOf) -> npt.NDArray[np.float6
 
 
 def in_box(indices_CK: Ints, values_CK: npt.NDArray[np.float32], inside_C: npt.NDArray[np.float64]) -> list[InBox]:
-    """All latents that fire on a region that is inside in part."""
+    """The latents that fire on a region that is covered by half, or on one that is touched where there is none."""
     region, slot = np.nonzero(indices_CK >= 0)
     latents, number = np.unique(indices_CK[region, slot], return_inverse=True)
     value, weight = values_CK[region, slot].astype(np.float64), inside_C[region]
@@ -212,13 +213,11 @@ def in_box(indices_CK: Ints, values_CK: npt.NDArray[np.float32], inside_C: npt.N
     counts = (weight >= least) & (weight > 0)
     strength = np.full(len(latents), -np.inf)
     np.maximum.at(strength, number[counts], value[counts])
-    fires = sums((weight > 0).astype(np.float64)) > 0
-    strength = np.where(np.isfinite(strength), strength, 0)
     order = np.lexsort((latents, outside - inside))
     return [
         InBox(*(int(latents[one]), *(float(column[one]) for column in (strength, inside, outside, share))))
         for one in order
-        if fires[one]
+        if np.isfinite(strength[one])
     ]
 
 

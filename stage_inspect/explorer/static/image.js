@@ -22,7 +22,7 @@ export async function imagePage(source, [argument = "0"], query) {
   const { images } = await source.ask(`images/${context}`);
   const step = (other, sign, name) => other < 0 || other >= contexts ? h("span.button.off", { "aria-hidden": "true" }, sign)
     : h("a.button", { href: `#/image/${other}`, "aria-label": `${name}: ${other}`, title: name }, sign);
-  const go = h("input", { type: "number", min: "0", max: String(contexts - 1), value: String(context),
+  const go = h("input.context", { type: "number", min: "0", max: String(contexts - 1), value: String(context),
     "aria-label": "Context of the store", onchange: () => { location.hash = `#/image/${go.value}`; } });
   const wanted = images.findIndex(({ sha256 }) => sha256 === query.get("sha256"));
   const place = h("div");
@@ -34,7 +34,8 @@ export async function imagePage(source, [argument = "0"], query) {
     title: `Image of context ${context}`,
     content: [
       h("div.title", {}, h("div", {}, h("h1", {}, "What fires in a box"),
-        h("p.lead", {}, `An image of the store: draw a box on it, or write one. Context ${count(context)} of ${count(contexts)}.`)),
+        h("p.lead", {}, "An image of the store: draw a box on it, or write one. ",
+          `Context ${count(context)} of ${count(contexts)}.`)),
       h("div.actions", {}, step(context - 1, "←", "Previous context"), go, step(context + 1, "→", "Next context"),
         images.length > 1 && choice("Image", images.map((_, at) => [at, `image ${at + 1}`]), chosen, open))),
       place,
@@ -52,11 +53,16 @@ function boxPanel(source, context, image) {
   const told = h("p.caption", { role: "status" });
   const list = h("ol.found.boxed", { "aria-label": "Latents that fire in the box" });
   const drawn = s("rect.box");
-  const frame = h("div.picture.drawing", { onpointerdown: begin, onpointermove: drag, onpointerup: end, onpointercancel: end },
-    h("img", { src: image.address, alt: `Image of context ${context}, ${width} by ${height} pixels`, draggable: "false" }),
+  const frame = h("div.picture.drawing",
+    { onpointerdown: begin, onpointermove: drag, onpointerup: end, onpointercancel: end },
+    h("img", { src: image.address, draggable: "false",
+      alt: `Image of context ${context}, ${width} by ${height} pixels` }),
     s("svg", { viewBox: `0 0 ${width} ${height}`, preserveAspectRatio: "none", "aria-hidden": "true" }, drawn));
-  const fields = SIDES.map((side, at) => h("input", { type: "number", min: "0", max: String(at % 2 ? height : width), step: "any",
-    "aria-label": `${side} of the box in pixels`, oninput: () => { box[at] = Number(fields[at].value); show(); later(); } }));
+  const fields = SIDES.map((side, at) => h("input", {
+    type: "number", min: "0", max: String(at % 2 ? height : width), step: "any",
+    "aria-label": `${side} of the box in pixels`,
+    oninput: () => { box[at] = Number(fields[at].value); show(); later(); },
+  }));
 
   async function ask() {
     const mine = (turn += 1);

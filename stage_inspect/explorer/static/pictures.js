@@ -7,6 +7,7 @@ import { hide, show_tip } from "./tokens.js";
 const SIDE = 256; // of what is drawn at most, as of the thumbnails
 const HOTTEST = [226, 38, 30];
 const COLDEST = [255, 205, 60];
+const OPAQUE = 0.72; // of the hottest colour
 const KINDS = { image: "Regions of images", text: "Text", assistant: "The assistant" };
 const remembered = { scale: "shared", look: "cells" };
 
@@ -32,8 +33,8 @@ export function picturesPanel(source, latent) {
   return h("section.panel.wide", {},
     h("div.head", {}, h("h2", {}, "Images"), h("span.grow"), pickScale, pickLook),
     h("p.caption", {}, kinds.map(([kind, hits, tokens], place) => [place ? " · " : "",
-      `${KINDS[kind]}: ${share(hits / fired)} of its firing`,
-      h("span.dim", {}, ` (${share(tokens ? hits / tokens : 0)} of ${count(tokens)} tokens)`)])),
+      hits ? `${KINDS[kind]}: ${share(hits / fired)} of its firing, on ${share(hits / tokens)} of ${count(tokens)} tokens`
+        : `${KINDS[kind]}: never, on ${count(tokens)} tokens`])),
     shown.length ? list : h("p.caption", {}, "It fires on no region of an image."));
 }
 
@@ -50,8 +51,7 @@ function card(source, one, scale) {
   return h("li", { "--v": Math.min(1, one.value / scale).toFixed(3) }, frame,
     h("div.beside", {},
       h("p", {}, h("b.num", {}, figure(one.value)), h("span.dim", {}, ` · ${count(one.cells.length)} regions`)),
-      h("p.around", {}, h("span", {}, visible(one.before)), h("span.here", { "aria-label": "the picture" }, "▦"),
-        h("span", {}, visible(one.after))),
+      h("p.around", {}, one.before && visible(one.before), h("span.here", {}, "▦"), one.after && visible(one.after)),
       h("p.from", {}, from.filter(Boolean).join(" "),
         source.meta.box && [" · ", h("a", { href: `#/image/${one.context}?sha256=${one.sha256}` }, "draw a box")])));
 }
@@ -100,7 +100,7 @@ function heat(one, scale, look) {
   const [width, height] = [one.width, one.height].map((side) => Math.max(1, Math.round(side * zoom)));
   const canvas = h("canvas", { width, height, "aria-hidden": "true" });
   if (look === "off") return canvas;
-  const pen = canvas.getContext("2d");
+  const pen = canvas.getContext("2d", { willReadFrequently: true });
   const pixels = pen.createImageData(width, height);
   const held = tables(one);
   for (let at = 0, y = 0; y < height; y += 1) {
@@ -110,7 +110,7 @@ function heat(one, scale, look) {
       for (let channel = 0; channel < 3; channel += 1) {
         pixels.data[at + channel] = COLDEST[channel] + strength * (HOTTEST[channel] - COLDEST[channel]);
       }
-      pixels.data[at + 3] = 255 * (0.12 + 0.6 * strength);
+      pixels.data[at + 3] = 255 * OPAQUE * Math.sqrt(strength);
     }
   }
   pen.putImageData(pixels, 0, 0);

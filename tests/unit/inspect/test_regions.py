@@ -72,16 +72,16 @@ def test_a_box_weighs_each_region_by_what_it_covers(
     found = looking.box(CONTEXT, 0, box)
     assert found.regions == pytest.approx(sum(weights), abs=1e-6)
     assert found.regions_outside == pytest.approx(len(regions) - sum(weights), abs=1e-6)
-    fires = {latent for one, weight in zip(regions, weights, strict=True) for latent in one["latents"] if weight}
-    assert {one.latent for one in found.latents} == fires
-    least = 0.5 if max(weights) >= 0.5 else 0
+    least = 0.5 if max(weights) >= 0.5 else 1e-9
+    inside = [one for one, weight in zip(regions, weights, strict=True) if weight >= least]
+    assert {one.latent for one in found.latents} == {latent for one in inside for latent in one["latents"]}
     for one in found.latents:
         values = np.array([region["latents"].get(one.latent, 0) for region in regions])
         weight = np.array(weights)
         assert one.inside == pytest.approx((weight * values).sum() / weight.sum(), rel=1e-5)
         assert one.outside == pytest.approx(((1 - weight) * values).sum() / max((1 - weight).sum(), 1e-12), abs=1e-5)
         assert one.share == pytest.approx((weight * values).sum() / values.sum(), rel=1e-5)
-        assert one.strength == pytest.approx(values[(weight >= least) & (weight > 0)].max(initial=0), rel=1e-6)
+        assert one.strength == pytest.approx(values[weight >= least].max(), rel=1e-6)
     contrast = [one.inside - one.outside for one in found.latents]
     assert contrast == sorted(contrast, reverse=True)
 
