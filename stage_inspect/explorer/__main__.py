@@ -122,7 +122,9 @@ def serve(opened: "list[Documents]", arguments: argparse.Namespace) -> None:
     runs = []
     for documents in opened:
         live, why_not = None, "it was started with --no-model"
-        if not arguments.no_model:
+        if documents.latents.has_pictures:
+            why_not = "its model reads images, and Text and Steer run decoders of text alone"
+        elif not arguments.no_model:
             from stage_inspect.explorer.live import Live, LiveSettings
 
             try:
@@ -150,7 +152,7 @@ def looking_at(documents: "Documents", sae: Path | None, store: str | None) -> "
     if not documents.latents.has_pictures:
         return None
     try:
-        return Looking.open(documents.latents.url, None if sae is None else str(sae), store)
+        return Looking.of(documents.latents, None if sae is None else str(sae), store)
     except GranaryError as error:
         if store:
             raise

@@ -94,8 +94,13 @@ class Looking:
 
     @classmethod
     def open(cls, url: str, sae: str | None = None, store: str | None = None) -> Self:
-        """Of a latents folder; `sae` and `store` are None where they lie as it says. Raises GranaryError."""
-        return cls(Inspected.open(Latents.open(url), sae, store))
+        """Of the latents folder at `url`; `sae` and `store` are None where they lie as it says. Raises GranaryError."""
+        return cls.of(Latents.open(url), sae, store)
+
+    @classmethod
+    def of(cls, latents: Latents, sae: str | None = None, store: str | None = None) -> Self:
+        """As `open`, of a folder that is open."""
+        return cls(Inspected.open(latents, sae, store))
 
     @property
     def num_contexts(self) -> int:

@@ -5,13 +5,16 @@ import gzip
 import json
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from shared.basics.errors import GranaryError
 from shared.basics.images import is_thumbnail
 from shared.latents import Latents
 from stage_inspect.explorer import publish
+from stage_inspect.explorer.__main__ import looking_at
 from stage_inspect.explorer.documents import REGION, Documents
 from stage_inspect.explorer.server import Run
 from stage_inspect.regions.looking import Looking
@@ -86,6 +89,19 @@ def test_a_box_is_answered(client: Client, documents: Documents) -> None:
     assert {one["latent"]: one["share"] for one in found["latents"]} == pytest.approx(
         {one.latent: one.share for one in wanted}, rel=1e-3
     )
+
+
+def test_a_store_that_is_not_there_leaves_the_page_out(
+    documents: Documents, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert looking_at(documents, None, None) is not None
+    latents = documents.latents
+    moved = replace(latents.meta, store={**latents.meta.store, "url": str(tmp_path / "gone")})
+    assert looking_at(Documents(Latents(latents.io, moved), "moved"), None, None) is None
+    assert "without the page of the store's images" in capsys.readouterr().out
+    assert looking_at(Documents(Latents(latents.io, moved), "moved"), None, latents.meta.store["url"]) is not None
+    with pytest.raises(GranaryError):
+        looking_at(documents, None, str(tmp_path / "gone"))
 
 
 @pytest.mark.parametrize(
