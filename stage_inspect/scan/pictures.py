@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from shared.basics.errors import GranaryError
 from shared.store import Store
 from shared.store.format.image_table import IMAGE, MARKS_KIND
 from shared.store.pictures import of_kinds
@@ -30,14 +31,18 @@ class Shown:
 
     @classmethod
     def of(cls, store: Store, contexts: Ints, places: Places) -> "Shown | None":
-        """Of contexts whose positions are `places`; None for a store of text alone."""
+        """Of contexts whose positions are `places`; None for a store of text alone. Raises GranaryError for a region of
+        an image that the store's table lacks."""
         if not store.plan.has_images:
             return None
         stored = store.pictures
         kind_P, image_P = stored.kind(contexts).reshape(-1), stored.image(contexts).reshape(-1).astype(np.int64)
         at = np.flatnonzero((kind_P & MARKS_KIND) == IMAGE)
         rows = {row.id: row.sha256 for context in contexts.tolist() for row in stored.rows_of(context)}
-        _, number = np.unique([rows[int(image)] for image in image_P[at]] or [""], return_inverse=True)
+        named = [rows.get(image, "") for image in image_P[at].tolist()]
+        if not all(named):
+            raise GranaryError(f"{store.url} has regions of images that its table lacks: run granary store verify")
+        _, number = np.unique(named or [""], return_inverse=True)
         picture_P = np.full(len(kind_P), -1)
         if len(at):
             pairs = places.document_P[at] * len(at) + number

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import zarr
 
 from shared.basics.errors import GranaryError
 from shared.latents import layout
@@ -17,6 +18,8 @@ from shared.store import Store
 from stage_inspect import job as jobs
 from stage_inspect.inspect import inspect
 from stage_inspect.scan import batches
+from stage_inspect.scan.pictures import Shown
+from stage_inspect.scan.places import Places
 from tests.inspection import content, inspect_config
 from tests.pictured_run import LATENTS, pictured_run
 from tests.pictured_store import bytes_of, digest_of
@@ -97,7 +100,9 @@ def test_pictures_are_those_of_brute_force(folder: Path, slow: dict) -> None:
             assert one.after.tolist() == [tokens[t] for t in text if t > seen[-1]][:16]
             shown += 1
     assert shown > LATENTS
-    assert latents.pictures(0, 2, start=1) == [] or len(latents.pictures(0, 2, start=1)) <= 2
+    whole, part = latents.pictures(0), latents.pictures(0, 2, start=1)
+    assert [(one.context, one.value) for one in part] == [(one.context, one.value) for one in whole[1:3]]
+    assert len(part) == 2
 
 
 def test_shares_of_firing_are_counted_by_kind(folder: Path, slow: dict) -> None:
@@ -135,6 +140,12 @@ def test_thumbnails_are_kept_once(folder: Path) -> None:
     assert len(names) == len({bytes_of(context) for context in range(20)}) == 3
     one = latents.pictures(0)[0]
     assert Image.open(io.BytesIO(latents.thumbnail(one.thumbnail))).size == (30, 20)
+
+
+def test_zarr_reads_the_same_arrays(folder: Path) -> None:
+    latents, group = Latents.open(folder / "latents"), zarr.open_group(folder / "latents", mode="r", zarr_format=3)
+    for path in layout.PICTURED:
+        assert np.array_equal(np.asarray(group[path]), latents.array(path).all()), path
 
 
 def test_any_order_of_parts_gives_the_same_bytes(folder: Path, tmp_path: Path) -> None:
@@ -190,6 +201,16 @@ def test_what_a_stranger_changed_is_refused(folder: Path, tmp_path: Path, path: 
     latents = Latents.open(tmp_path / "latents")
     with pytest.raises(GranaryError, match="damaged"):
         read_all(latents)
+
+
+def test_a_region_of_no_image_is_refused(folder: Path, tmp_path: Path) -> None:
+    store = Store.open(shutil.copytree(folder / "store", tmp_path / "store"))
+    contexts = np.arange(2)
+    segments = store.segments(contexts)
+    places = Places.of(contexts, store.tokens(contexts), segments >= 0, segments, window=16, isolated=True)
+    (tmp_path / "store/images/table/00000000.jsonl").write_bytes(b"")
+    with pytest.raises(GranaryError, match="that its table lacks"):
+        Shown.of(store, contexts, places)
 
 
 @pytest.mark.parametrize("digest", ["../meta.json", "a" * 63, "A" * 64, "", "/etc/passwd", "0" * 64])
