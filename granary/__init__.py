@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from shared.sae.loading import convert
     from shared.sae.sites import Sites
     from shared.store import Store, StorePlan
+    from stage_inspect.regions.looking import Looking
     from stage_trace.attribution import AttributionGraph
     from stage_trace.trace import TraceSettings, trace
     from stage_train.data.stream import StoreSlice, StreamOrder, TokenStream, TrainingData
@@ -56,6 +57,7 @@ _HOMES = {
     "GlobalWeights": "shared.latents.global_weights",
     "GranaryError": "shared.basics.errors",
     "Latents": "shared.latents",
+    "Looking": "stage_inspect.regions.looking",
     "Lorsa": "shared.sae",
     "Masked": "shared.lm.calls",
     "MoLT": "shared.sae",
@@ -105,6 +107,7 @@ __all__ = [
     "GlobalWeights",
     "GranaryError",
     "Latents",
+    "Looking",
     "Lorsa",
     "Masked",
     "MoLT",

@@ -64,7 +64,7 @@ SMALL = {
     "weights": ("--tokens=1000",),  # of granary trace
 }
 STAGES = {"harvest": "stage_harvest", "train": "stage_train", "eval": "stage_eval", "inspect": "stage_inspect"}
-TOOLS = ("find", "export", "import")  # of granary inspect: they take no keys
+TOOLS = ("find", "regions", "box", "export", "import")  # of granary inspect: they take no keys
 
 
 @dataclass(frozen=True)

@@ -2,12 +2,13 @@
 
 import copy
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PretrainedConfig
 
-from shared.lm.identity import load_config
+from shared.lm.identity import load_trunk_config
 from shared.lm.load import load_part, truncate_config
 from shared.lm.places import final_norm
 
@@ -34,16 +35,20 @@ class LogitHead:
 
 def head_size(path: str, revision: str | None = None) -> tuple[int, int]:
     """Bytes that `load_head` takes at most, and V; reads the model's configuration only."""
+    auto_class, config = _of_one_layer(path, revision)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(_config_of_one_layer(path, revision))
+        model = auto_class.from_config(config)
     size = sum(4 * weight.numel() for weight in model.parameters())
     return size, len(model.get_output_embeddings().weight)
 
 
 def load_head(path: str, revision: str | None = None, *, device: torch.device | str = "cpu") -> LogitHead:
-    """The head of the model at `path`; only one of its layers is read with it. Raises as `load_causal_lm`."""
-    config = _config_of_one_layer(path, revision)
-    model = load_part(AutoModelForCausalLM, path, config, "float32", revision, "eager")
+    """The head of the model at `path`; only one of its layers is read with it, and the tower of one that reads images.
+
+    Raises as `load_causal_lm`.
+    """
+    auto_class, config = _of_one_layer(path, revision)
+    model = load_part(auto_class, path, config, "float32", revision, "eager")
     W_VD = model.get_output_embeddings().weight.detach().float()
     holder = final_norm(model)
     gain_D, is_centred = torch.ones(W_VD.shape[1]), False
@@ -60,7 +65,9 @@ def load_head(path: str, revision: str | None = None, *, device: torch.device | 
     return LogitHead(W_VD.to(device), gain_D.clone().to(device), is_centred)
 
 
-def _config_of_one_layer(path: str, revision: str | None) -> PretrainedConfig:
-    config = copy.deepcopy(load_config(path, revision))
-    truncate_config(config, 1)
-    return config
+def _of_one_layer(path: str, revision: str | None) -> tuple[Any, PretrainedConfig]:
+    """What makes the model, and its configuration with one layer of text."""
+    config = copy.deepcopy(load_trunk_config(path, revision))
+    text = config.get_text_config(decoder=True)
+    truncate_config(text, 1)
+    return AutoModelForCausalLM if text is config else AutoModelForImageTextToText, config

@@ -8,6 +8,7 @@ from shared.intervene.attach import attach
 from shared.intervene.edits import Edit
 from shared.intervene.splice import SplicedModel
 from shared.lm import capture
+from shared.lm.head import head_size, load_head
 from shared.lm.hookpoint import HookPoint
 from shared.lm.places import decoder_blocks, text_stack
 from shared.lm.targets import resolve
@@ -83,3 +84,17 @@ def test_a_site_of_the_text_stack_is_attached_and_spliced(name):
     settings = {**given, "max_new_tokens": 3, "do_sample": False}
     want = model.generate(input_ids=ids, attention_mask=mask, **settings)
     assert torch.equal(SplicedModel(model, sae_of(16), hook).generate(ids, mask, **settings), want)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_head_is_that_of_the_whole_model(name, tmp_path):
+    """Logit weights of a latent need the final norm and the output embedding, beside one layer of text."""
+    model = MODELS[name][0]().eval()
+    norm = text_stack(model).norm
+    torch.nn.init.normal_(norm.weight, std=0.3)
+    model.save_pretrained(tmp_path)
+    head = load_head(str(tmp_path))
+    gain = 1 + norm.weight if name == "gemma3" else norm.weight
+    assert torch.equal(head.W_VD, model.get_output_embeddings().weight.float())
+    torch.testing.assert_close(head.gain_D, gain.float(), rtol=1e-3, atol=1e-3)
+    assert head_size(str(tmp_path))[1] == len(head.W_VD)
