@@ -10,10 +10,12 @@ if TYPE_CHECKING:
     from shared.intervene.attach import Attached, attach
     from shared.intervene.edits import Edit
     from shared.intervene.splice import SplicedModel
+    from shared.intervene.where import Where
     from shared.latents import Latents
     from shared.latents.global_weights import GlobalWeights
     from shared.lm import load_causal_lm, load_tokenizer
     from shared.lm.calls import Masked
+    from shared.lm.vision.reader import VisionReader
     from shared.sae import (
         CLT,
         SAE,
@@ -74,6 +76,8 @@ _HOMES = {
     "TraceSettings": "stage_trace.trace",
     "TrainingData": "stage_train.data.stream",
     "Transcoder": "shared.sae",
+    "VisionReader": "shared.lm.vision.reader",
+    "Where": "shared.intervene.where",
     "attach": "shared.intervene.attach",
     "configure": "granary.stages",
     "convert": "shared.sae.loading",
@@ -123,6 +127,8 @@ __all__ = [
     "TraceSettings",
     "TrainingData",
     "Transcoder",
+    "VisionReader",
+    "Where",
     "__version__",
     "attach",
     "configure",
