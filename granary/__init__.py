@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from granary.stages import configure, evaluate, harvest, inspect, train, train_together
     from shared.basics.errors import GranaryError
     from shared.intervene.attach import Attached, attach
+    from shared.intervene.attribute import Attribution, attribute
     from shared.intervene.edits import Edit
     from shared.intervene.splice import SplicedModel
     from shared.intervene.where import Where
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
 # What there is, and where it lives.
 _HOMES = {
     "Attached": "shared.intervene.attach",
+    "Attribution": "shared.intervene.attribute",
     "AttributionGraph": "stage_trace.attribution",
     "CLT": "shared.sae",
     "SAE": "shared.sae",
@@ -79,6 +81,7 @@ _HOMES = {
     "VisionReader": "shared.lm.vision.reader",
     "Where": "shared.intervene.where",
     "attach": "shared.intervene.attach",
+    "attribute": "shared.intervene.attribute",
     "configure": "granary.stages",
     "convert": "shared.sae.loading",
     "evaluate": "granary.stages",
@@ -101,6 +104,7 @@ __all__ = [
     "CLT",
     "SAE",
     "Attached",
+    "Attribution",
     "AttributionGraph",
     "Crosscoder",
     "Dictionary",
@@ -131,6 +135,7 @@ __all__ = [
     "Where",
     "__version__",
     "attach",
+    "attribute",
     "configure",
     "convert",
     "evaluate",

@@ -37,6 +37,7 @@ from shared.lm.places import body_of, device_of, trunk, without_wrappers
 from shared.lm.recomputation import remembering
 from shared.lm.targets import resolve
 from shared.lm.vision.shown import Shown
+from shared.sae.latents import SparseLatents
 from shared.sae.sites import Sites
 from shared.sae.variants import Dictionary, Lorsa
 
@@ -250,12 +251,7 @@ class SplicedModel:
 
     def _edit(self, x: Tensor) -> Tensor:
         """What the edits add to the written sites, or with ``keep_error=False`` what takes their place."""
-        acts = self._acting(x)
-        is_of_tokens = acts is not None
-        if acts is None:
-            acts = torch.ones(x.shape[:-1], dtype=torch.bool, device=x.device)
-        whole = self._forward.whole if is_of_tokens and self._forward is not None else None
-        before = self.sae.encode(x) if whole is None else whole.encode(x)
+        before, acts = self._encoded(x)
         if self.opensae_compat:
             edited = apply_edits_by_eviction(before, self.edits)
         else:
@@ -268,14 +264,23 @@ class SplicedModel:
             indices=torch.where(acts[..., None], edited.indices, widen(before.indices, width, -1)),
         )
         if self._is_inside:  # else gradient checkpointing runs the layer again
-            self._keep(Features(before, after, acts), None if whole is None else x, is_of_tokens=is_of_tokens)
+            self._keep(Features(before, after, acts), x)
         result = self.sae.decode(edited)
         return result - self.sae.decode(before) if self.keep_error else result
 
-    def _keep(self, features: Features, read: Tensor | None, *, is_of_tokens: bool) -> None:
-        if is_of_tokens and self._forward is not None and self._forward.tokens is not None:
-            shape = self._forward.tokens.is_padding_BT.shape
-            read_BTD = None if read is None else read.detach().reshape(*shape, -1)
+    def _encoded(self, x: Tensor) -> tuple[SparseLatents, Tensor]:
+        """Latents of what is read, and where the dictionary acts: bool, of the shape of `x` without its last axis."""
+        acts = self._acting(x)
+        whole = None if self._forward is None or acts is None else self._forward.whole
+        if acts is None:
+            acts = torch.ones(x.shape[:-1], dtype=torch.bool, device=x.device)
+        return self.sae.encode(x) if whole is None else whole.encode(x), acts
+
+    def _keep(self, features: Features, read: Tensor) -> None:
+        forward = self._forward
+        if forward is not None and forward.tokens is not None and self._acting(read) is not None:
+            shape = forward.tokens.is_padding_BT.shape
+            read_BTD = None if forward.whole is None else read.detach().reshape(*shape, -1)
             self._record.fill(features.shaped(shape), read_BTD)
         else:
             self._latest = features

@@ -140,9 +140,8 @@ def _regions(model: PreTrainedModel, wheres: Sequence[Where], tokens: Tokens, pi
         raise GranaryError(
             "regions of images take the images' sizes: give pictures=VisionReader.load(model).shown([[image]])"
         )
-    reader = pictures.reader
-    if reader.config.model_type != model.config.model_type:
-        raise GranaryError(f"pictures are of a {reader.config.model_type}, the model is a {model.config.model_type}")
+    if pictures.family != model.config.model_type:
+        raise GranaryError(f"pictures are of a {pictures.family}, the model is a {model.config.model_type}")
     for where in wheres:
         if where.image is not None:
             pictures.check(where.image, where.box)
@@ -150,7 +149,7 @@ def _regions(model: PreTrainedModel, wheres: Sequence[Where], tokens: Tokens, pi
     if is_generated_BT is None:
         is_generated_BT = torch.zeros_like(tokens.is_padding_BT)
     in_prompt_BT = ~tokens.is_padding_BT & ~is_generated_BT
-    has_images = bool(((tokens.ids_BT == reader.image_id) & in_prompt_BT).any())
+    has_images = bool(((tokens.ids_BT == pictures.image_id) & in_prompt_BT).any())
     if tokens.earlier_BS is None and has_images:
         raise GranaryError(
             "image tokens that continue a cache can't be told apart: call SplicedModel.generate(...), or give whole"
@@ -158,7 +157,7 @@ def _regions(model: PreTrainedModel, wheres: Sequence[Where], tokens: Tokens, pi
         )
     before_B = tokens.ids_BT.new_zeros(len(tokens.ids_BT))
     if tokens.earlier_BS is not None:
-        before_B = (tokens.earlier_BS == reader.image_id).sum(1)
+        before_B = (tokens.earlier_BS == pictures.image_id).sum(1)
     return pictures.regions(tokens.ids_BT, before_B, in_prompt_BT, is_end=tokens.is_end)
 
 

@@ -24,7 +24,7 @@ from shared.basics.images import pillow
 from shared.lm.identity import load_trunk_config, quiet_transformers, resolve_model
 from shared.lm.vision.families import FAMILIES, VisionFamily
 from shared.lm.vision.layout import Layout
-from shared.lm.vision.shown import Shown, shown
+from shared.lm.vision.shown import Shown, size_of
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -110,7 +110,14 @@ class VisionReader:
 
         Raises GranaryError for what is no image and for a shape that the image processor refuses.
         """
-        return shown(self, rows)
+        sizes = tuple(tuple(map(size_of, row)) for row in rows)
+        if not sizes:
+            raise GranaryError("no rows: give the images of each row of the batch, as in shown([[image]])")
+        layouts = tuple(
+            tuple(self.layout(*size, len(row), f"image {number} of row {place}") for number, size in enumerate(row))
+            for place, row in enumerate(sizes)
+        )
+        return Shown(self.config.model_type, self.image_id, sizes, layouts)
 
     def prompt(self, tokenizer: PreTrainedTokenizerBase, text: str, images: Sequence["Image"]) -> dict[str, Any]:
         """The arguments of the model's forward for a text with one placeholder for each of `images`, RGB and upright.

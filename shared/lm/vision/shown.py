@@ -6,9 +6,8 @@
 Shapes: B rows, T positions of a forward, L tokens of the images of a row.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -16,9 +15,6 @@ from torch import Tensor
 
 from shared.basics.errors import GranaryError
 from shared.lm.vision.layout import NO_CELL, Layout
-
-if TYPE_CHECKING:
-    from shared.lm.vision.reader import VisionReader
 
 Box = tuple[float, float, float, float]
 NEAR = 0.5
@@ -48,7 +44,10 @@ class Regions(NamedTuple):
 class Shown:
     """The images of the rows of a batch, in the order of their placeholders; made by ``VisionReader.shown``."""
 
-    reader: "VisionReader"
+    family: str
+    """The ``model_type`` of the model."""
+    image_id: int
+    """The token at whose places the model puts the features of images."""
     sizes: tuple[tuple[tuple[int, int], ...], ...]
     """Width and height of each row's images, upright, in pixels."""
     layouts: tuple[tuple[Layout, ...], ...]
@@ -63,7 +62,7 @@ class Shown:
         rows, given = len(ids_BT), len(self.layouts)
         if rows % given:
             raise GranaryError(f"the batch has {rows} rows, and images are given for {given}: give a list for each row")
-        is_image_BT = (ids_BT == self.reader.image_id) & in_prompt_BT
+        is_image_BT = (ids_BT == self.image_id) & in_prompt_BT
         number_RL, box_RL4, length_R = (one.to(ids_BT.device) for one in self._table())
         times = rows // given
         length_B = length_R.repeat_interleave(times)
@@ -122,20 +121,9 @@ class Shown:
         )
 
 
-def shown(reader: "VisionReader", rows: Sequence[Sequence["tuple[int, int] | object"]]) -> Shown:
-    """See ``VisionReader.shown``."""
-    sizes = tuple(tuple(_size(image) for image in row) for row in rows)
-    if not sizes:
-        raise GranaryError("no rows: give the images of each row of the batch, as in shown([[image]])")
-    layouts = tuple(
-        tuple(reader.layout(*size, len(row), f"image {number} of row {place}") for number, size in enumerate(row))
-        for place, row in enumerate(sizes)
-    )
-    return Shown(reader, sizes, layouts)
-
-
-def _size(image: object) -> tuple[int, int]:
-    found = getattr(image, "size", image)  # of a PIL image
+def size_of(image: object) -> tuple[int, int]:
+    """Width and height of a PIL image, or as they are given; raises GranaryError for what is neither."""
+    found = getattr(image, "size", image)
     if not isinstance(found, tuple) or len(found) != 2 or not all(isinstance(one, int) and one > 0 for one in found):
         raise GranaryError(
             f"{type(image).__name__} is no image: give a list for each row, of PIL images or (width, height) in pixels"
