@@ -10,7 +10,13 @@ from shared.launch.overrides import path_overrides, run_overrides
 from shared.launch.stage import run_stage
 from stage_inspect.config import InspectSchema, register
 
-TOOLS = {"find": "stage_inspect.find", "export": "stage_inspect.export", "import": "stage_inspect.explanations"}
+TOOLS = {
+    "find": "stage_inspect.find",
+    "regions": "stage_inspect.regions.rank",
+    "box": "stage_inspect.regions.box",
+    "export": "stage_inspect.export",
+    "import": "stage_inspect.explanations",
+}
 
 
 def main(cfg: InspectSchema) -> None:

@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from shared.basics.config import named_urls
 from shared.basics.errors import GranaryError
+from shared.basics.images import pillow
 from shared.basics.versions import software_versions
 from shared.latents.layout import BINS, BINS_PER_OCTAVE
 from shared.lm.recorded import ModelChoice, choose_model, without_next_token
@@ -33,6 +34,7 @@ MOST_PARTS = 512
 PROBE_TOKENS = 64
 # Octaves of the histogram above the largest activation of the probe; 17 are below it.
 HEADROOM = 4
+PICTURES = 1  # of the form in which they are kept
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,8 @@ class InspectJob:
                 f"{cfg.sae.path} is a {folder.config.kind}, whose latents are maps of what they read: only "
                 "dictionaries whose latents write a row can be inspected"
             )
+        if store.plan.has_images:
+            pillow()  # its images are made small at the end
         contexts = choose_contexts(store, cfg.split, cfg.contexts)
         if cfg.logits and (model := without_next_token(store)) is not None:
             log.info("%-9s no logits: the store is of %s", "note", model)
@@ -164,6 +168,8 @@ class InspectJob:
             "settings": settings.to_json(),
             "logits": self.cfg.logits,
         }
+        if self.store.plan.has_images:
+            record["pictures"] = PICTURES
         return hashlib.sha256(canonical_json(record)).hexdigest()
 
     def versions(self) -> dict[str, str]:

@@ -14,17 +14,21 @@ from shared.sae.variants import Dictionary
 from shared.sae.variants.lorsa import LorsaConfig
 from stage_inspect.finish.together import CELLS, FILLED, PAIRS
 from stage_inspect.finish.weights import BLOCK_ELEMENTS, MOST_COMPARED, ROWS
-from stage_inspect.job import InspectJob
+from stage_inspect.job import PROBE_TOKENS, InspectJob
 from stage_inspect.scan.batches import BATCH_TOKENS, ENCODE_ELEMENTS
 from stage_inspect.scan.keep import LEAST_PENDING
-from stage_inspect.scan.log import BESIDE, TOKEN_RECORD, WINDOW_RECORD
+from stage_inspect.scan.log import BESIDE, PICTURE_RECORD, REGIONS, TOKEN_RECORD, WINDOW_RECORD
 from stage_inspect.scan.places import position_edges
 from stage_inspect.scan.scan import POOL_MARGIN
 from stage_inspect.scan.settings import Settings
 from stage_inspect.scan.state import FIRED, LATENTS_PER_BLOCK, LOG_BYTES
 
-WINDOW_BYTES, TOKEN_BYTES = (
-    sum(np.dtype(dtype).itemsize for dtype in record.values()) for record in (WINDOW_RECORD, TOKEN_RECORD)
+WINDOW_BYTES, TOKEN_BYTES, PICTURE_BYTES, REGION_BYTES = (
+    sum(np.dtype(dtype).itemsize for dtype in record.values())
+    for record in (WINDOW_RECORD, TOKEN_RECORD, PICTURE_RECORD, REGIONS)
+)
+PICTURE_BYTES, REGION_BYTES = (
+    sum(np.dtype(one).itemsize for one in each.values()) for each in (PICTURE_RECORD, REGIONS)
 )
 BESIDE_BYTES = sum(np.dtype(dtype).itemsize for dtype in BESIDE.values())  # of an active token beside a peak
 PAIR_BYTES = 160  # of one (token, latent) while a batch is counted: its columns, sorted copies, groups and keys
@@ -73,6 +77,9 @@ def estimate(job: InspectJob, dictionary: Dictionary, settings: Settings) -> Mem
     all_pairs = fired * all_tokens
     kept = {"top": settings.top, "sample": settings.sample, "tokens": settings.token_sample}
     bytes_of = dict.fromkeys(kept, WINDOW_BYTES + beside * BESIDE_BYTES) | {"tokens": TOKEN_BYTES}
+    if job.store.plan.has_images:  # of a picture, a latent fires on as large a part as of the first tokens
+        kept["pictures"] = settings.top
+        bytes_of["pictures"] = PICTURE_BYTES + (1 + beside * T / PROBE_TOKENS) * REGION_BYTES
 
     def logs(latents: int, pairs: float) -> dict[str, float]:
         """Bytes of the records of so many latents that are found among these pairs (token, latent)."""

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
 MOST_PIXELS = 64 * 1024 * 1024
 MOST_BYTES = 256 << 20
+THUMBNAIL, THUMBNAIL_QUALITY = 256, 85
+THUMBNAIL_BYTES = 1 << 18
+_VP8 = b"\x9d\x01\x2a"  # what a frame of it begins with
 _FINE = ("I", "I;16", "I;16B", "I;16L", "I;16N")  # grey of 16 bits
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://|data:", re.ASCII)
 
@@ -79,6 +82,21 @@ def encoded_image(value: Any, folder: Path | None, where: str) -> EncodedImage |
     if not isinstance(path, str) or not path:
         raise GranaryError(f"{where} holds no image: it must be {{bytes, path}}, bytes, or the path of a file")
     return EncodedImage(_read(path, folder, where), f"{where}: {path}", path)
+
+
+def thumbnail(image: EncodedImage) -> bytes:
+    """The image as WebP of at most `THUMBNAIL` pixels a side; raises GranaryError as `EncodedImage.decode` does."""
+    small, buffer = image.decode(), io.BytesIO()
+    small.thumbnail((THUMBNAIL, THUMBNAIL))
+    small.save(buffer, "WEBP", quality=THUMBNAIL_QUALITY)
+    return buffer.getvalue()
+
+
+def is_thumbnail(data: bytes) -> bool:
+    """Whether bytes begin as those that `thumbnail` makes, of no more pixels: what a browser may be given to decode."""
+    if len(data) > THUMBNAIL_BYTES or data[:4] != b"RIFF" or data[8:16] != b"WEBPVP8 " or data[23:26] != _VP8:
+        return False
+    return all(1 <= int.from_bytes(data[at : at + 2], "little") <= THUMBNAIL for at in (26, 28))
 
 
 def _read(path: str, folder: Path | None, where: str) -> bytes:

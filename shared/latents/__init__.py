@@ -7,6 +7,7 @@ if TYPE_CHECKING:
     from shared.latents.examples import Example
     from shared.latents.folder import Latent, Latents
     from shared.latents.notes import Notes
+    from shared.latents.pictures import SeenPicture
     from shared.latents.vocabulary import Piece, Vocabulary
 
 _HOMES = {
@@ -15,10 +16,11 @@ _HOMES = {
     "Latents": "folder",
     "Notes": "notes",
     "Piece": "vocabulary",
+    "SeenPicture": "pictures",
     "Vocabulary": "vocabulary",
 }
 
-__all__ = ["Example", "Latent", "Latents", "Notes", "Piece", "Vocabulary"]
+__all__ = ["Example", "Latent", "Latents", "Notes", "Piece", "SeenPicture", "Vocabulary"]
 
 
 def __getattr__(name: str) -> Any:

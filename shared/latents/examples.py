@@ -5,7 +5,7 @@ crosses a document. A record's text reaches from `before` tokens before its peak
 document's part.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -39,6 +39,12 @@ class Example:
     start: int
     """Position of the first of the n tokens within the context."""
     vocabulary: Vocabulary | None = None
+    kind: npt.NDArray[np.uint8] | None = None
+    """What each of the n tokens is (`shared.store.format.image_table`); None in a folder of a store of text."""
+    image: npt.NDArray[np.int32] | None = None
+    """Row of the store's table of images that a region is in, -1 for none."""
+    cell: npt.NDArray[np.int16] | None = None
+    """Row and column of a region in its grid [n, 2], -1 for none."""
 
     @property
     def text(self) -> str:
@@ -112,10 +118,18 @@ class WindowTable:
     """The windows' tokens and places."""
 
     def __init__(
-        self, start: ArrayReader, segment: ArrayReader, tokens: ArrayReader, seq_len: int, before: int, after: int
+        self,
+        start: ArrayReader,
+        segment: ArrayReader,
+        tokens: ArrayReader,
+        seq_len: int,
+        before: int,
+        after: int,
+        held: Mapping[str, ArrayReader],
     ) -> None:
+        """`held`: arrays beside the tokens, whose rows become fields of an example."""
         self.starts, self.segments, self._tokens = start, segment, tokens
-        self.seq_len, self.before, self.after = seq_len, before, after
+        self.seq_len, self.before, self.after, self._held = seq_len, before, after, held
         self.width = tokens.row_shape[0]
 
     def examples(
@@ -130,22 +144,23 @@ class WindowTable:
         place = {int(row): number for number, row in enumerate(needed)}
         starts, segments = self.starts.take(needed), self.segments.take(needed)
         tokens = self._tokens.take(needed)
+        held = {name: reader.take(needed) for name, reader in self._held.items()}
         ends = np.cumsum(records.active, dtype=np.int64)
         found = []
         for number in range(len(records)):
             own = int(records.window[number])
             window = place[own]
             first, context = int(starts[window]), int(starts[window]) // self.seq_len
-            parts, begin = [], first
+            parts, begin = list[int](), first
             for row in rows[number]:
                 other = place.get(int(row))
                 if other is None or int(starts[other]) != first + (int(row) - own) * self.width:
                     continue
                 if int(starts[other]) // self.seq_len != context or segments[other] != segments[window]:
                     continue
-                parts.append(tokens[other])
+                parts.append(other)
                 begin = min(begin, int(starts[other]))
-            run = np.concatenate(parts)
+            run = tokens[parts].reshape(-1)
             run = run[: int(np.argmax(run == NONE))] if (run == NONE).any() else run
             peak = first + int(records.position[number])
             low, high = max(begin, peak - self.before), min(begin + len(run), peak + self.after + 1)
@@ -168,6 +183,7 @@ class WindowTable:
                     document=int(segments[window]),
                     start=low % self.seq_len,
                     vocabulary=vocabulary,
+                    **{name: np.concatenate(rows[parts])[low - begin : high - begin] for name, rows in held.items()},
                 )
             )
         return found

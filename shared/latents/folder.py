@@ -21,6 +21,7 @@ from shared.latents.arrays import READ_THREADS, ArrayReader, ChunkCache
 from shared.latents.examples import DECILES, Example, Records, WindowTable, decile
 from shared.latents.meta import Meta
 from shared.latents.notes import Explanation, Found, Notes
+from shared.latents.pictures import PictureTable, SeenPicture
 from shared.latents.table import Table, read_table
 from shared.latents.vocabulary import Vocabulary
 from shared.store.io.base import ObjectIO
@@ -217,6 +218,24 @@ class Latents:
         )
         return self._windows.examples(records, self.vocabulary, within_window=True)
 
+    @property
+    def has_pictures(self) -> bool:
+        """Whether the folder was made of a multimodal store."""
+        return self.has("seen/offsets")
+
+    def pictures(self, index: int, count: int | None = None, *, start: int = 0) -> list[SeenPicture]:
+        """The pictures (one image of one document each) on which the latent fires most, the strongest first.
+
+        Raises GranaryError where the folder is of a store of text, or damaged.
+        """
+        self._check(index)
+        stop = None if count is None else start + count
+        return self._picture_table.of(index, start, stop, self.vocabulary)
+
+    def thumbnail(self, digest: str) -> bytes:
+        """A picture by its `SeenPicture.thumbnail`: WebP of at most 256 pixels a side. Raises GranaryError."""
+        return self._picture_table.thumbnail(digest)
+
     def neighbours(self, index: int) -> list[Related]:
         """Latents whose decoder directions are nearest by cosine; the nearest first."""
         self._check(index)
@@ -262,10 +281,16 @@ class Latents:
         return self._windows.examples(records, self.vocabulary, within_window=within_window)
 
     @cached_property
+    def _picture_table(self) -> PictureTable:
+        return PictureTable(self.io, self.array, self.meta.seq_len)
+
+    @cached_property
     def _windows(self) -> WindowTable:
         settings = self.meta.settings
         start, segment, tokens = (self.array(f"windows/{name}") for name in ("start", "segment", "tokens"))
-        return WindowTable(start, segment, tokens, self.meta.seq_len, settings["before"], settings["after"])
+        names = ("kind", "image", "cell") if self.has_pictures else ()
+        held = {name: self.array(f"windows/{name}") for name in names}
+        return WindowTable(start, segment, tokens, self.meta.seq_len, settings["before"], settings["after"], held)
 
     def _rows_of_table(self, latents: range) -> Table:
         """Rows of these neighbours; columns side by side, since each is a request of its own."""

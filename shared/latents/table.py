@@ -41,6 +41,9 @@ def read_table(meta: Meta, latents: range, read: Callable[[str], Column | None])
             if column is not None:
                 columns[path.removeprefix("table/")] = column
     columns["density"] = columns["fired"] / max(1, meta.counts["tokens"])
+    for kind in layout.KINDS:
+        if f"tokens_{kind}" in meta.counts and f"fired_{kind}" in columns:
+            columns[f"{kind}_share"] = columns[f"fired_{kind}"] / np.maximum(columns["fired"], 1)
     columns |= moments(columns["fired"], [columns.pop(name) for name in layout.SUMS])
     return Table(columns)
 

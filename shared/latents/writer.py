@@ -3,6 +3,7 @@
 A folder that has no ``meta.json`` does not count; one that is written anew loses it first. Notes are never touched.
 """
 
+import hashlib
 from collections.abc import Mapping
 from typing import Any, Self
 
@@ -10,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from shared.latents.arrays import ArrayWriter
-from shared.latents.layout import ARRAYS, META, OPTIONAL
+from shared.latents.layout import ARRAYS, META, OPTIONAL, THUMBNAILS
 from shared.latents.meta import Meta
 from shared.latents.vocabulary import Vocabulary
 from shared.store.format.metadata import group_document
@@ -30,7 +31,7 @@ class LatentsWriter:
     def begin(cls, io: ObjectIO, axes: dict[str, int]) -> Self:
         """Start a folder, or start it again: what arrays it had are removed, ``meta.json`` first."""
         io.delete(META)
-        tops = {path.partition("/")[0] for path in ARRAYS} | {"zarr.json"}
+        tops = {path.partition("/")[0] for path in ARRAYS} | {"zarr.json", THUMBNAILS}
         for key in io.listing():
             if key.partition("/")[0] in tops:
                 io.delete(key)
@@ -53,6 +54,12 @@ class LatentsWriter:
         self.append("vocabulary/offsets", vocabulary.offsets)
         self.append("vocabulary/bytes", vocabulary.data)
         self.append("vocabulary/special", vocabulary.special)
+
+    def thumbnail(self, data: bytes) -> bytes:
+        """Keep a picture as it is shown; returns the SHA-256 it lies under. The same bytes lie there once."""
+        digest = hashlib.sha256(data)
+        self.io.put(f"{THUMBNAILS}/{digest.hexdigest()}", [data])
+        return digest.digest()
 
     def finish(self, meta: Meta) -> None:
         """Write what is left, and ``meta.json`` last."""

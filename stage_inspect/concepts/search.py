@@ -36,7 +36,6 @@ class Inspected:
     latents: Latents
     store: Store
     folder: DictionaryFolder
-    vocabulary: Vocabulary
 
     @classmethod
     def open(cls, latents: Latents, sae: str | None, store: str | None) -> "Inspected":
@@ -50,9 +49,14 @@ class Inspected:
             raise GranaryError(f"{folder.path} is not the dictionary that {latents.url} was made of: give --sae")
         if opened.plan.hash() != meta.store.get("plan_hash"):
             raise GranaryError(f"{opened.url} is not the store that {latents.url} was made of: give --store")
-        if latents.vocabulary is None:
-            raise GranaryError(f"{latents.url} has no vocabulary: inspect again where the model's tokenizer is")
-        return cls(latents, opened, folder, latents.vocabulary)
+        return cls(latents, opened, folder)
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """The bytes of the tokens. Raises GranaryError where the folder was made without them."""
+        if self.latents.vocabulary is None:
+            raise GranaryError(f"{self.latents.url} has no vocabulary: inspect again where the model's tokenizer is")
+        return self.latents.vocabulary
 
 
 @dataclass(frozen=True)

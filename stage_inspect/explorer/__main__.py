@@ -20,6 +20,7 @@ from stage_inspect.find import latents_url
 
 if TYPE_CHECKING:
     from stage_inspect.explorer.documents import Documents
+    from stage_inspect.regions.looking import Looking
 
 BESIDE = Path("beside the latents")  # what --folder and --html mean without a name
 PORT = 8734
@@ -49,11 +50,15 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--folder", type=Path, nargs="?", const=BESIDE, help=told)
     told = "write one HTML file of some latents, and end" + written.format("latents.html")
     parser.add_argument("--html", type=Path, nargs="?", const=BESIDE, help=told)
-    parser.add_argument("--latents", help="which go into --html: numbers separated by commas; default: 200 by chance")
+    told = "write what --html shows as JSON, for programs, and end" + written.format("latents.json")
+    parser.add_argument("--json", type=Path, nargs="?", const=BESIDE, help=told.partition(", where")[0])
+    parser.add_argument(
+        "--latents", help="which go into --html and --json: numbers separated by commas; default: 200 by chance"
+    )
     arguments = parser.parse_args(argv)
-    of_one = ("folder", "html", "model", "dictionary", "store")
+    of_one = ("folder", "html", "json", "model", "dictionary", "store")
     if len(arguments.run) > 1 and any(getattr(arguments, name) for name in of_one):
-        parser.error("--folder, --html, --model, --dictionary and --store are for one run")
+        parser.error("--folder, --html, --json, --model, --dictionary and --store are for one run")
     return arguments
 
 
@@ -63,7 +68,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     opened = [open_run(url) for url in arguments.run]
     connect(opened, say)
-    if arguments.folder is None and arguments.html is None:
+    if arguments.folder is None and arguments.html is None and arguments.json is None:
         serve(opened, arguments)
         return
     from stage_inspect.explorer import publish
@@ -71,11 +76,15 @@ def run(arguments: argparse.Namespace) -> None:
     documents, own = opened[0], run_of(opened[0])
     folder = own.pages if arguments.folder is BESIDE else arguments.folder
     file = own.pages_file if arguments.html is BESIDE else arguments.html
+    twin = own.pages_file.with_suffix(".json") if arguments.json is BESIDE else arguments.json
     if folder is not None:
         count = publish.write_folder(documents, folder)
         say(f"{count:,} latents in {folder}: put the folder on a web host, or python -m http.server -d it")
+    chosen = numbers(arguments.latents) if arguments.latents else publish.chosen_by_chance(documents)
+    if twin is not None:
+        publish.write_json(documents, chosen, twin)
+        say(f"{len(set(chosen)):,} latents in {twin}, for programs")
     if file is not None:
-        chosen = numbers(arguments.latents) if arguments.latents else publish.chosen_by_chance(documents)
         publish.write_page(documents, chosen, file)
         say(f"{len(set(chosen)):,} latents in {file}, which opens in a browser")
     if "://" not in documents.latents.url:
@@ -126,12 +135,27 @@ def serve(opened: "list[Documents]", arguments: argparse.Namespace) -> None:
                 say(f"without the pages that run the model: {error}")
         sae = arguments.dictionary if live is None else live.settings.dictionary
         searching = Searching(Place(documents.latents.url, None if sae is None else str(sae), arguments.store))
-        runs.append(Run(documents, live, why_not, searching))
+        runs.append(Run(documents, live, why_not, searching, looking_at(documents, sae, arguments.store)))
     listening = bind(HOST, arguments.port)
     port = listening.getsockname()[1]
     say(f"{', '.join(one.title for one in opened)}: http://{HOST}:{port}/  (Ctrl-C ends it)")
     config = uvicorn.Config(make_app(runs, port), log_level="warning", access_log=False, server_header=False, ws="none")
     uvicorn.Server(config).run(sockets=[listening])
+
+
+def looking_at(documents: "Documents", sae: Path | None, store: str | None) -> "Looking | None":
+    """What looks at the images of the store that the folder is of; None, and said so, where that is not here."""
+    from stage_inspect.regions.looking import Looking
+
+    if not documents.latents.has_pictures:
+        return None
+    try:
+        return Looking.open(documents.latents.url, None if sae is None else str(sae), store)
+    except GranaryError as error:
+        if store:
+            raise
+        say(f"without the page of the store's images: {error}")
+        return None
 
 
 def bind(host: str, port: int | None) -> socket.socket:

@@ -37,6 +37,8 @@ COLUMNS = (
     Column("logit_skew", "Logit skew", "skew of its logit weights over the vocabulary", "number"),
     Column("logit_kurtosis", "Logit kurtosis", "excess kurtosis of its logit weights: a few tokens stand out", "number",
            shown=True),
+    Column("image_share", "On images", "share of its firing that is on regions of images", "share", shown=True),
+    Column("assistant_share", "On answers", "share of its firing that is on what the assistant said", "share"),
     Column("map_x", "x", "place on the map", "number", listed=False),
     Column("map_y", "y", "place on the map", "number", listed=False),
 )  # fmt: skip

@@ -14,12 +14,15 @@ from shared.basics.errors import GranaryError
 from shared.latents import Example, Latents
 from shared.latents.examples import DECILES
 from shared.latents.folder import Related
+from shared.store.format.image_table import IMAGE, MARKS_KIND
 from stage_inspect.explorer.columns import COLUMNS, RULE_F1, Column
 from stage_inspect.explorer.explained import explained, is_number, kept_example, short
 from stage_inspect.explorer.feeds import Feeds
 from stage_inspect.explorer.limits import TOKEN_HITS
+from stage_inspect.explorer.pictures import pictures_of
 
 TOP, PER_DECILE, SILENT = 24, 3, 6  # examples of each kind that a page begins with
+REGION = "▦"  # in a text, of an image
 RELATED, LISTED = 10, 8  # latents and tokens listed beside them
 BLOCK = 64  # latents whose names and tokens come together
 STRONGEST_TOKENS = 6
@@ -155,6 +158,7 @@ class Documents:
             "latent": index,
             "numbers": {name: clean(one.numbers[name]) for name in NUMBERS if name in one.numbers},
             "histogram": self._histogram(one.histogram, one.numbers["max"]),
+            "pictures": pictures_of(latents, index),
             "groups": self._groups(index),
             "logits": {
                 "top": [[weight.text, short(weight.value)] for weight in one.promoted[:LISTED]],
@@ -191,7 +195,7 @@ class Documents:
         special = [piece.start for piece in one.pieces if piece.is_special]
         at = np.flatnonzero(one.values)
         found: dict[str, Any] = {
-            "pieces": one.strings,
+            "pieces": one.strings if one.kind is None else with_regions(one),
             "at": at.tolist(),
             "a": [short(value) for value in one.values[at]],
             "peak": one.peak,
@@ -317,6 +321,13 @@ class Documents:
 
 NUMBERS = ("fired", "density", "max", "mean", "std", "skew", "kurtosis", "windows", "documents",
            "encoder_decoder_cosine")  # fmt: skip
+
+
+def with_regions(one: Example) -> list[str]:
+    """Strings of an example's tokens, where a region of an image is a sign for it."""
+    assert one.kind is not None
+    is_region = (one.kind & MARKS_KIND) == IMAGE
+    return [REGION if region else text for text, region in zip(one.strings, is_region.tolist(), strict=True)]
 
 
 def clean(value: float) -> float | int | None:

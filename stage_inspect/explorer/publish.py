@@ -20,6 +20,7 @@ from shared.basics.errors import GranaryError
 from shared.basics.files import making_folder, write_bytes
 from stage_inspect.explorer.bundle import bundle
 from stage_inspect.explorer.documents import BLOCK, Documents
+from stage_inspect.explorer.pictures import address
 from stage_inspect.explorer.server import encoded, static_files
 
 CHUNK = 8  # latents in a file of a folder: a page stays below 100 KB
@@ -48,6 +49,17 @@ def put(file: Path, content: bytes) -> None:
     """Write a file of a folder that is being made."""
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_bytes(content)
+
+
+def write_json(documents: Documents, chosen: Sequence[int], file: Path) -> None:
+    """What `write_page` shows, for programs: ``meta``, ``latents`` by number, ``pictures`` as data URIs by their hash.
+
+    Raises GranaryError for latents that are not there.
+    """
+    pages = {str(one): documents.latent(one) for one in sorted(set(chosen))}
+    digests = sorted({one["thumbnail"] for page in pages.values() for one in pictures_in(page)})
+    pictures = {digest: address(documents.latents.thumbnail(digest)) for digest in digests}
+    write_bytes(file, encoded({"meta": documents.meta(**nothing_live(1)), "latents": pages, "pictures": pictures}))
 
 
 def write_page(documents: Documents, chosen: Sequence[int], file: Path) -> None:
@@ -95,11 +107,22 @@ def documents_of(documents: Documents, latents: Sequence[int], chunk: int) -> It
         yield f"rows/{block}.json.gz", packed(encoded(named))
     yield "names.json.gz", packed(encoded(names))
     yield "concepts.json.gz", packed(encoded(documents.concepts()))
+    sent: set[str] = set()
     for number, group in grouped(latents, chunk):
+        pages = {str(one): documents.latent(one) for one in group}
+        for digest in dict.fromkeys(one["thumbnail"] for page in pages.values() for one in pictures_in(page)):
+            if digest not in sent:
+                sent.add(digest)
+                yield f"picture/{digest}.webp", documents.latents.thumbnail(digest)
         yield (
             f"latents/{number if chunk > 1 else group[0]}.json.gz",
-            packed(encoded({str(one): documents.latent(one) for one in group})),
+            packed(encoded(pages)),
         )
+
+
+def pictures_in(page: dict[str, Any]) -> list[dict[str, Any]]:
+    """The pictures that a latent's page shows."""
+    return page["pictures"]["shown"] if page["pictures"] is not None else []
 
 
 def grouped(latents: Sequence[int], size: int) -> Iterator[tuple[int, list[int]]]:
@@ -112,7 +135,7 @@ def grouped(latents: Sequence[int], size: int) -> Iterator[tuple[int, list[int]]
 
 def nothing_live(chunk: int) -> dict[str, Any]:
     """What pages without a server can do."""
-    return {"chunk": chunk, "live": None, "steer": False, "find": None, "writable": False}
+    return {"chunk": chunk, "live": None, "steer": False, "find": None, "box": None, "writable": False}
 
 
 def page(script: str, style: str, data: str) -> str:

@@ -3,11 +3,14 @@
 GET  /                       the page; all of its addresses are behind a #
 GET  /static/{name}          its modules, style and icon: a table of what is in the package, no path is looked up
 GET  /data/...               `documents`
+GET  /data/picture/{name}    a thumbnail, by its hash
 GET  /api/search?q=          latents by words
 GET, POST /api/lists         lists of latents
 POST /api/note/{latent}      a note
 POST /api/said/{latent}      a person's explanation
 POST /api/text, /api/steer   the model on the spot
+GET  /api/images/{context}   the images of a context of the store
+POST /api/box                the latents that fire in a box of one
 GET, POST /api/find          a search for a concept's latents: how far it is, and its start
 POST /api/find/cancel        its end
 /with/{n}/...                the same for each further run
@@ -47,10 +50,12 @@ from stage_inspect.explorer.limits import (
     QUERY_CHARACTERS,
     TEXT_CHARACTERS,
 )
+from stage_inspect.explorer.pictures import boxed, images_of
 from stage_inspect.explorer.searching import Searching
 
 if TYPE_CHECKING:
     from stage_inspect.explorer.live import Live
+    from stage_inspect.regions.looking import Looking
 
 PERSON = "person"  # the method of an explanation that someone wrote
 TYPES = {".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml", ".html": "text/html"}
@@ -66,6 +71,9 @@ class Run:
     """Why there is no live model."""
     searching: Searching | None = None
     """Starts searches for concepts; None: nobody may."""
+
+    looking: "Looking | None" = None
+    """Looks at the store's images; None where there is no store beside the folder, or it has none."""
 
     @property
     def can_search(self) -> bool:
@@ -130,6 +138,7 @@ def routes(run: Run, siblings: list[dict[str, Any]]) -> list[Route]:
                 steer=run.live is not None and run.live.can_steer,
                 writable=notes.writable,
                 find=find if run.can_search else None,
+                box={"contexts": run.looking.num_contexts} if run.looking is not None else None,
                 siblings=siblings,
             )
         )
@@ -151,6 +160,10 @@ def routes(run: Run, siblings: list[dict[str, Any]]) -> list[Route]:
 
     def rows(request: Request) -> Response:
         return answer(documents.rows(request.path_params["block"]))
+
+    def picture(request: Request) -> Response:
+        data = documents.latents.thumbnail(request.path_params["digest"])
+        return Response(data, media_type="image/webp", headers={"Content-Encoding": "identity"})
 
     def search(request: Request) -> Response:
         return answer(documents.search(request.query_params.get("q", "")[:QUERY_CHARACTERS]))
@@ -200,6 +213,17 @@ def routes(run: Run, siblings: list[dict[str, Any]]) -> list[Route]:
             whole(body, "tokens", GENERATED_TOKENS + 1),
         )
 
+    def images(request: Request) -> Response:
+        return answer(images_of(looking(run), request.path_params["context"]))
+
+    def box(body: Mapping[str, Any]) -> Any:
+        given = body.get("box")
+        if not isinstance(given, list) or len(given) != 4:
+            raise GranaryError("box must be a list of left, top, right and bottom")
+        sides = [number({"box": side}, "box") for side in given]
+        place = looking(run)
+        return boxed(place, whole(body, "context", place.num_contexts), whole(body, "number", 1 << 16), sides)
+
     def get_search(_: Request) -> Response:
         return answer(searching(run).progress())
 
@@ -218,6 +242,7 @@ def routes(run: Run, siblings: list[dict[str, Any]]) -> list[Route]:
         Route("/data/latent/{index:int}.json", latent),
         Route("/data/more/{index:int}.json", more),
         Route("/data/rows/{block:int}.json", rows),
+        Route("/data/picture/{digest}.webp", picture),
         Route("/api/search", search),
         Route("/api/lists", get_lists, methods=["GET"]),
         Route("/api/lists", posted(put_list), methods=["POST"]),
@@ -225,6 +250,8 @@ def routes(run: Run, siblings: list[dict[str, Any]]) -> list[Route]:
         Route("/api/said/{latent:int}", posted(put_said), methods=["POST"]),
         Route("/api/text", posted(read_text), methods=["POST"]),
         Route("/api/steer", posted(steer), methods=["POST"]),
+        Route("/api/images/{context:int}", images),
+        Route("/api/box", posted(box), methods=["POST"]),
         Route("/api/find", get_search, methods=["GET"]),
         Route("/api/find", posted(start_search), methods=["POST"]),
         Route("/api/find/cancel", posted(cancel_search), methods=["POST"]),
@@ -258,6 +285,13 @@ def searching(run: Run) -> Searching:
     if run.searching is None or not run.can_search:
         raise GranaryError("the notes of this latents folder can't be written: use granary inspect find")
     return run.searching
+
+
+def looking(run: Run) -> "Looking":
+    """What looks at the store's images, or GranaryError where there are none."""
+    if run.looking is None:
+        raise GranaryError("there is no store with images beside this latents folder: give --store")
+    return run.looking
 
 
 def question(body: Mapping[str, Any]) -> Question:

@@ -16,7 +16,8 @@ from shared.lm.recorded import recorded_vocabulary
 from shared.sae.rows import decoder_rows
 from shared.sae.variants import Dictionary
 from shared.store.io.base import ObjectIO
-from stage_inspect.finish.merge import merge_block, record_columns, table_columns, window_starts
+from stage_inspect.finish.merge import merge_block, record_columns, seen_columns, table_columns, window_starts
+from stage_inspect.finish.pictures import Kept, write_pictures
 from stage_inspect.finish.silent import choose_pool, silent_columns
 from stage_inspect.finish.together import together
 from stage_inspect.finish.weights import (
@@ -45,12 +46,15 @@ def finish(io: ObjectIO, job: InspectJob, dictionary: Dictionary, settings: Sett
     num_blocks = len(files[0]) - 1
     candidates = whole_of(files, "pool/place").astype(np.int64)
     pool = choose_pool(candidates, settings.pool, chance)
-    wanted = np.union1d(pool, merge(io, files, settings, chance, identity))
+    windows_of_records, peaks = merge(io, files, settings, chance, identity)
+    wanted = np.union1d(pool, windows_of_records)
 
     edges = position_edges(job.store.seq_len)
     writer = LatentsWriter.begin(io, {"window": settings.window, "positions": len(edges)})
     windows = write_windows(writer, job, wanted, settings.window)
-    dead = write_blocks(writer, (open_merged(io, block, identity) for block in range(num_blocks)), windows)
+    merged = (open_merged(io, block, identity) for block in range(num_blocks))
+    kept = write_pictures(writer, job.store, peaks, settings.window) if job.store.plan.has_images else None
+    dead = write_blocks(writer, merged, windows, kept)
     writer.append("silent/window", np.searchsorted(windows, pool))
     fired = (whole_of(files, "pool/window"), whole_of(files, "pool/latent"))
     writer.append_all(silent_columns(*fired, pool, job.num_latents))
@@ -67,14 +71,18 @@ def finish(io: ObjectIO, job: InspectJob, dictionary: Dictionary, settings: Sett
     return meta
 
 
-def merge(io: ObjectIO, files: list[parts.PartFile], settings: Settings, chance: Chance, identity: str) -> Ints:
-    """Put each block of latents, merged from all parts; returns places of the windows that its records need."""
-    wanted = np.empty(0, np.int64)
+def merge(
+    io: ObjectIO, files: list[parts.PartFile], settings: Settings, chance: Chance, identity: str
+) -> tuple[Ints, Ints]:
+    """Put each block of latents, merged from all parts; returns places of the windows that its records need, and of the
+    peaks of its pictures."""
+    wanted, peaks = np.empty(0, np.int64), np.empty(0, np.int64)
     for block in range(len(files[0]) - 1):
         merged = merge_block(files, block, block * LATENTS_PER_BLOCK, settings, chance)
         parts.write(io, parts.merged_key(block), identity, [merged], replace=True)
         wanted = np.union1d(wanted, window_starts(merged))
-    return wanted
+        peaks = np.union1d(peaks, merged.get("seen/place", peaks[:0]).astype(np.int64))
+    return wanted, peaks
 
 
 def open_part(io: ObjectIO, number: int, identity: str) -> parts.PartFile:
@@ -111,11 +119,12 @@ def write_windows(writer: LatentsWriter, job: InspectJob, wanted: Ints, window: 
     return np.concatenate(found)
 
 
-def write_blocks(writer: LatentsWriter, merged: Iterator[Columns], windows: Ints) -> int:
-    """All that the pass tells of the latents; returns how many never fired."""
-    records = active = dead = 0
-    writer.append("examples/offsets", np.zeros(1, np.uint64))
-    writer.append("examples/active_offsets", np.zeros(1, np.uint64))
+def write_blocks(writer: LatentsWriter, merged: Iterator[Columns], windows: Ints, kept: Kept | None) -> int:
+    """All that the pass tells of the latents, `kept` of a multimodal store; returns how many never fired."""
+    records = active = dead = seen = regions = 0
+    begun = ["examples/offsets", "examples/active_offsets"]
+    for name in [*begun, "seen/offsets", "seen/region_offsets"] if kept is not None else begun:
+        writer.append(name, np.zeros(1, np.uint64))
     for block in merged:
         writer.append_all(table_columns(block))
         rows = record_columns(block, windows)
@@ -126,6 +135,13 @@ def write_blocks(writer: LatentsWriter, merged: Iterator[Columns], windows: Ints
         writer.append("examples/top", block["records/top"])
         writer.append_all(rows)
         records, active = records + len(rows["examples/value"]), active + int(beside[-1])
+        if kept is not None:
+            ends = np.cumsum(block["seen/all"])
+            cells = np.append(0, np.cumsum(block["seen/active"], dtype=np.int64))
+            writer.append("seen/offsets", seen + ends)
+            writer.append("seen/region_offsets", regions + cells[ends])
+            writer.append_all(seen_columns(block, kept))
+            seen, regions = seen + len(block["seen/value"]), regions + int(cells[-1])
         dead += int((block["count/fired"] == 0).sum())
     return dead
 
@@ -185,6 +201,8 @@ def describe(
         "dead": dead,
     }
     provenance = job.store.plan.provenance
+    if job.store.plan.has_images and not provenance["images"].get("assistant"):
+        del counts["tokens_assistant"]  # nobody marked what it said
     model = dict(provenance.get("model") or {})
     if "model_path" in job.store.plan.versions:
         model["path"] = job.store.plan.versions["model_path"]

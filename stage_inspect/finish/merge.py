@@ -7,17 +7,18 @@ so a block's result does not depend on who did which part.
 import numpy as np
 
 from shared.latents.layout import NONE, TOKENS
-from stage_inspect.scan.log import BESIDE, Columns, join, take
+from stage_inspect.finish.pictures import Kept
+from stage_inspect.scan.log import BESIDE, RECORDS, Columns, join, take
 from stage_inspect.scan.pairs import Ints, lengths, starts_of
 from stage_inspect.scan.parts import PartFile
 from stage_inspect.scan.settings import Settings
-from stage_inspect.scan.state import FIRED, Chance, full_keys
+from stage_inspect.scan.state import Chance, full_keys
 
 
 def merge_block(files: list[PartFile], block: int, first: int, settings: Settings, chance: Chance) -> Columns:
     """One block, whose first latent is `first`, from all parts in their order."""
     merged: Columns = {}
-    logs: dict[str, list[Columns]] = {"top": [], "sample": [], "tokens": []}
+    logs: dict[str, list[Columns]] = {name: [] for name in RECORDS}
     for file in files:
         piece = file.piece(block)
         for name, parts in logs.items():
@@ -40,7 +41,12 @@ def merge_block(files: list[PartFile], block: int, first: int, settings: Setting
     both = join([top, sample])
     kind = np.repeat([0, 1], [len(top["latent"]), len(sample["latent"])])
     records = take(both, np.lexsort((np.arange(len(kind)), kind, both["latent"])))
-    return merged | {f"record/{name}": column for name, column in records.items()}
+    merged |= {f"record/{name}": column for name, column in records.items()}
+    if not logs["pictures"][0]:
+        return merged
+    pictures = smallest(join(logs["pictures"]), "pictures", settings.top, chance)
+    merged["seen/all"] = counts_of(pictures, first, num_latents)
+    return merged | {f"seen/{name}": column for name, column in pictures.items()}
 
 
 def smallest(columns: Columns, name: str, count: int, chance: Chance) -> Columns:
@@ -83,7 +89,7 @@ def token_lists(columns: Columns, first: int, num_latents: int) -> Columns:
 
 def table_columns(merged: Columns) -> Columns:
     """A merged block as rows of the folder's arrays, but for its records."""
-    counts = {name: merged[f"count/{name}"] for name in FIRED}
+    counts = {name.removeprefix("count/"): merged[name] for name in merged if name.startswith("count/")}
     columns: Columns = {f"table/{name}": column for name, column in counts.items()}
     columns["table/fired_train"] = counts["fired"] - counts["fired_heldout"]
     columns |= {f"table/sum{number + 1}": merged["sums"][:, number] for number in range(merged["sums"].shape[1])}
@@ -94,6 +100,19 @@ def table_columns(merged: Columns) -> Columns:
 def window_starts(merged: Columns) -> Ints:
     """Places at which the windows of a merged block's records begin, ascending, each once."""
     return np.unique(merged["record/place"].astype(np.int64) - merged["record/back"])
+
+
+def seen_columns(merged: Columns, kept: Kept) -> Columns:
+    """Rows of ``seen/*`` and ``regions/*`` of a merged block."""
+    pictures = kept.picture_of(merged["seen/place"])
+    return {
+        "seen/picture": pictures,
+        "seen/value": merged["seen/value"],
+        "seen/regions": merged["seen/active"],
+        "regions/grid": kept.grid_of(np.repeat(pictures, merged["seen/active"]), merged["seen/image"]),
+        "regions/cell": np.stack([merged["seen/row"], merged["seen/col"]], 1),
+        "regions/share": merged["seen/share"],
+    }
 
 
 def record_columns(merged: Columns, windows: Ints) -> Columns:

@@ -8,6 +8,7 @@ from shared.latents.layout import NONE
 from shared.store import Store
 from stage_inspect.scan.log import Columns
 from stage_inspect.scan.pairs import Ints
+from stage_inspect.scan.pictures import Shown
 from stage_inspect.scan.places import Places
 
 CONTEXTS = 256  # read at a time
@@ -31,8 +32,15 @@ def window_rows(store: Store, wanted: Ints, window: int) -> Iterator[Columns]:
         begins = begins[beside]
         at = begins[:, None] + np.arange(window)
         inside = at < places.document_end_P[begins][:, None]
-        yield {
+        near = np.minimum(at, len(places.tokens_P) - 1)
+        rows: Columns = {
             "windows/start": places.place_P[begins],
             "windows/segment": places.segment_P[begins],
-            "windows/tokens": np.where(inside, places.tokens_P[np.minimum(at, len(places.tokens_P) - 1)], NONE),
+            "windows/tokens": np.where(inside, places.tokens_P[near], NONE),
         }
+        shown = Shown.of(store, some, places)
+        if shown is not None:
+            rows["windows/kind"] = np.where(inside, shown.kind_P[near], 0)
+            rows["windows/image"] = np.where(inside, shown.image_P[near], NONE)
+            rows["windows/cell"] = np.where(inside[..., None], shown.cell_P2[near], NONE)
+        yield rows

@@ -19,6 +19,7 @@ from shared.sae.variants import Dictionary
 from shared.store import Store
 from shared.store.ahead import read_ahead
 from stage_inspect.scan.pairs import Ints
+from stage_inspect.scan.pictures import Shown
 from stage_inspect.scan.places import Places
 
 BATCH_TOKENS = 8192
@@ -35,6 +36,8 @@ class Batch:
     indices_NK: Ints
     values_NK: npt.NDArray[np.float32]
     is_heldout: bool
+    shown: Shown | None
+    """Which positions are regions of which pictures; None for a store of text alone."""
 
 
 def given(
@@ -77,7 +80,7 @@ class BatchReader:
             x = given((next(reads) for _ in unit), self.sites, trainable_BT, segments_BT, isolated=self.isolated)
             indices_NK, values_NK = self.encode(x)
             is_heldout = self.store.shard_of(int(unit[0])) in self.store.heldout_shards
-            yield Batch(places, at_N, indices_NK, values_NK, is_heldout)
+            yield Batch(places, at_N, indices_NK, values_NK, is_heldout, Shown.of(self.store, unit, places))
 
     @torch.inference_mode()
     def encode(self, x: Given) -> tuple[Ints, npt.NDArray[np.float32]]:

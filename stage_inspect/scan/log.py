@@ -18,7 +18,17 @@ Columns = dict[str, npt.NDArray[Any]]
 # Of a record of a window; `back` is the peak's distance from the start of its window.
 WINDOW_RECORD = {"latent": np.uint32, "place": np.uint64, "back": np.uint16, "value": np.float32, "active": np.uint8}
 BESIDE = {"offset": np.int8, "share": np.float16}
+# Of a record of a picture: one image of one document. Beside it lies each of its regions on which the latent fires.
+PICTURE_RECORD = {"latent": np.uint32, "place": np.uint64, "value": np.float32, "active": np.uint16}
+REGIONS = {"image": np.int32, "row": np.int16, "col": np.int16, "share": np.float16}
 TOKEN_RECORD = {"latent": np.uint32, "place": np.uint64, "token": np.int32, "next": np.int32}
+# What each log holds, and in this order.
+RECORDS: dict[str, dict[str, Any]] = {
+    "top": WINDOW_RECORD | BESIDE,
+    "sample": WINDOW_RECORD | BESIDE,
+    "tokens": TOKEN_RECORD,
+    "pictures": PICTURE_RECORD | REGIONS,
+}
 
 
 class Log:
@@ -59,16 +69,21 @@ def join(parts: list[Columns]) -> Columns:
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
+def is_beside(name: str) -> bool:
+    """Whether a column has `active` entries for each record, in place of one."""
+    return name in BESIDE or name in REGIONS
+
+
 def take(columns: Columns, chosen: Ints) -> Columns:
     """These records, in this order, with what belongs to them."""
     if not columns:
         return columns
-    taken = {name: column[chosen] for name, column in columns.items() if name not in BESIDE}
+    taken = {name: column[chosen] for name, column in columns.items() if not is_beside(name)}
     if "active" in columns:
         active = columns["active"].astype(np.int64)
         first = np.cumsum(active) - active
         beside = ragged(first[chosen], active[chosen])
-        taken |= {name: columns[name][beside] for name in BESIDE}
+        taken |= {name: column[beside] for name, column in columns.items() if is_beside(name)}
     return taken
 
 
@@ -115,5 +130,7 @@ def split(columns: Columns, edges: Ints, dtypes: Mapping[str, Any]) -> list[Colu
     found = []
     for start, stop in pairwise(cuts):
         span = slice(beside[start], beside[stop]) if "active" in columns else slice(0)
-        found.append({name: column[span if name in BESIDE else slice(start, stop)] for name, column in columns.items()})
+        found.append(
+            {name: column[span if is_beside(name) else slice(start, stop)] for name, column in columns.items()}
+        )
     return found

@@ -38,7 +38,7 @@ def scan(
 ) -> None:
     """Do these parts and put their files; `tell` hears of tokens as they are done."""
     together, pool = shares(job, settings)
-    wanted = Wanted(job.num_latents, settings)
+    wanted = Wanted(job.num_latents, settings, pictures=job.store.plan.has_images)
     with ThreadPoolExecutor(1, thread_name_prefix="granary-count") as worker:
         for number in numbers:
             state = PartState(job.num_latents, job.store.seq_len, settings, wanted, together, pool)
@@ -47,7 +47,13 @@ def scan(
                 if counting is not None:
                     counting.result()
                 counting = worker.submit(
-                    state.add, batch.places, batch.at_N, batch.indices_NK, batch.values_NK, batch.is_heldout
+                    state.add,
+                    batch.places,
+                    batch.at_N,
+                    batch.indices_NK,
+                    batch.values_NK,
+                    batch.is_heldout,
+                    batch.shown,
                 )
                 tell(len(batch.places.place_P))
             if counting is not None:

@@ -11,10 +11,11 @@ import numpy as np
 import numpy.typing as npt
 
 from shared.basics.hashes import limit, mix, seeded
-from shared.latents.layout import BINS, SUMS
+from shared.latents.layout import BINS, KINDS, SUMS
 from stage_inspect.scan.keep import Keys, Smallest
-from stage_inspect.scan.log import TOKEN_RECORD, WINDOW_RECORD, Columns, Log, sort_by_latent, split, window_records
+from stage_inspect.scan.log import RECORDS, Columns, Log, sort_by_latent, split, window_records
 from stage_inspect.scan.pairs import Ints, Pairs, bins, falling, lengths, peaks, starts_of
+from stage_inspect.scan.pictures import Shown, firing, picture_records
 from stage_inspect.scan.places import Places, position_edges
 from stage_inspect.scan.settings import Settings
 
@@ -27,8 +28,10 @@ LATENTS_PER_BLOCK = 8192
 class Wanted:
     """What a process knows of the keys that still count; it lasts from part to part."""
 
-    def __init__(self, num_latents: int, settings: Settings) -> None:
+    def __init__(self, num_latents: int, settings: Settings, *, pictures: bool = False) -> None:
+        """`pictures`: the store is multimodal, and each latent's strongest pictures count too."""
         self.top = Smallest(num_latents, settings.top)
+        self.pictures = Smallest(num_latents, settings.top) if pictures else None
         self.sample = Smallest(num_latents, settings.sample)
         self.tokens = Smallest(num_latents, settings.token_sample)
 
@@ -66,23 +69,37 @@ class PartState:
         self.largest = np.full(num_latents, -np.inf, np.float32)
         self.histogram = np.zeros((num_latents, BINS), np.uint32)
         self.positions = np.zeros((num_latents, len(self.edges)), np.uint32)
-        self.logs = {"top": Log(), "sample": Log(), "tokens": Log()}
+        self.logs = {name: Log() for name in RECORDS if getattr(wanted, name) is not None}
         self.totals = dict.fromkeys(("tokens", "tokens_heldout", "contexts", "documents", "windows"), 0)
+        if wanted.pictures is not None:
+            self.counts |= {f"fired_{kind}": np.zeros(num_latents, np.int64) for kind in KINDS}
+            self.totals |= {f"tokens_{kind}": 0 for kind in KINDS}
         self.tokens_by_position = np.zeros(len(self.edges), np.int64)
         self._together_parts: list[Columns] = []
         self._pool_windows: list[npt.NDArray[Any]] = []
         self._pool_pairs: list[Columns] = []
 
     def add(
-        self, places: Places, at_N: Ints, indices_NK: Ints, values_NK: npt.NDArray[np.float32], heldout: bool
+        self,
+        places: Places,
+        at_N: Ints,
+        indices_NK: Ints,
+        values_NK: npt.NDArray[np.float32],
+        heldout: bool,
+        shown: Shown | None = None,
     ) -> None:
-        """A batch: sparse latents of the trainable positions `at_N`, ascending."""
+        """A batch: sparse latents of the trainable positions `at_N`, ascending; `shown` of a multimodal store."""
         self._count_places(places, at_N, heldout)
+        if shown is not None:
+            for kind in KINDS:
+                self.totals[f"tokens_{kind}"] += int(shown.of_kind(kind, at_N).sum())
         self._add_together(places, at_N, indices_NK, values_NK)
         pairs = Pairs.of(at_N, indices_NK, values_NK, self.num_latents)
         if not len(pairs.latent):
             return
         self._add_sums(pairs, places, heldout)
+        if shown is not None:
+            self._add_pictures(pairs, places, shown)
         self._add_records(pairs, places)
 
     def blocks(self) -> list[Columns]:
@@ -91,11 +108,7 @@ class PartState:
         edges = np.minimum(np.arange(0, self.num_latents + LATENTS_PER_BLOCK, LATENTS_PER_BLOCK), self.num_latents)
         edges = np.unique(edges)
         logs = {
-            name: split(
-                sort_by_latent(log.pop(), self.num_latents),
-                edges,
-                TOKEN_RECORD if name == "tokens" else WINDOW_RECORD | {"offset": np.int8, "share": np.float16},
-            )
+            name: split(sort_by_latent(log.pop(), self.num_latents), edges, RECORDS[name])
             for name, log in self.logs.items()
         }
         found = []
@@ -172,6 +185,17 @@ class PartState:
         group = np.searchsorted(self.edges, places.number_P, side="right") - 1
         np.add.at(self.positions.reshape(-1), pairs.latent * len(self.edges) + group[pairs.at], np.uint32(1))
 
+    def _add_pictures(self, pairs: Pairs, places: Places, shown: Shown) -> None:
+        for kind in KINDS:
+            self._count(f"fired_{kind}", pairs.latent[shown.of_kind(kind, pairs.at)])
+        found, smallest = firing(pairs, shown), self.wanted.pictures
+        assert smallest is not None
+        latent, key = found.pairs.latent[found.peak], falling(found.pairs.value[found.peak])
+        chosen = smallest.wanted(latent, key)
+        if chosen.any():
+            smallest.add(latent[chosen], key[chosen])
+            self.logs["pictures"].add(picture_records(found, chosen, places, shown))
+
     def _add_records(self, pairs: Pairs, places: Places) -> None:
         wanted = self.wanted
         window = places.window_P[pairs.at]
@@ -242,7 +266,7 @@ def high(key: npt.NDArray[np.uint64]) -> Keys:
 def full_keys(name: str, columns: Columns, chance: Chance) -> npt.NDArray[np.uint64]:
     """Keys by which records are ordered, the smallest first; then by place."""
     latent, place = columns["latent"].astype(np.int64), columns["place"]
-    if name == "top":
+    if name in ("top", "pictures"):
         return falling(columns["value"]).astype(np.uint64) << np.uint64(32)
     if name == "sample":
         return chance.pair(SAMPLE, latent, chance.place(SAMPLE, place - columns["back"]))

@@ -12,6 +12,7 @@ import { comparePage } from "./compare.js";
 import { listsPage } from "./lists.js";
 import { mapPage } from "./map.js";
 import { conceptsPage } from "./concepts.js";
+import { imagePage } from "./image.js";
 import { helpDialog } from "./help.js";
 import { randomLatent } from "./random.js";
 
@@ -19,6 +20,7 @@ const PAGES = [
   { path: "overview", name: "Overview", key: "o", page: overviewPage },
   { path: "latents", name: "Latents", key: "t", page: tablePage },
   { path: "text", name: "Text", key: "x", page: textPage, needs: ["live"] },
+  { path: "image", name: "Image", key: "i", page: imagePage, needs: ["box"] },
   { path: "steer", name: "Steer", key: "s", page: steerPage, needs: ["steer"] },
   { path: "compare", name: "Compare", key: "c", page: comparePage },
   { path: "concepts", name: "Concepts", key: "p", page: conceptsPage, needs: ["concepts", "find"] },

@@ -52,6 +52,14 @@ class Source {
     return this.json(`more/${index}.json`);
   }
 
+  /** A thumbnail, as the address of an image that asks nobody. */
+  picture(digest) {
+    return this.keep(`picture/${digest}`, async () => {
+      const bytes = await this.read(`picture/${digest}.webp`);
+      return `data:image/webp;base64,${btoa(Array.from(bytes, (byte) => String.fromCharCode(byte)).join(""))}`;
+    });
+  }
+
   /** Concepts that were searched for, with their latents. */
   async concepts() {
     return JSON.parse(text(await this.read(`concepts.json${this.meta.chunk ? ".gz" : ""}`)));

@@ -6,6 +6,7 @@ import { barList, histogram } from "./chart.js";
 import { examplesPanel } from "./examples.js";
 import { explainedPanel } from "./explained.js";
 import { notesPanel, starButton } from "./notes.js";
+import { picturesPanel } from "./pictures.js";
 import { beside, randomLatent } from "./random.js";
 import { chip } from "./tokens.js";
 
@@ -58,7 +59,7 @@ function dead(source, latent) {
 
 function body(source, latent) {
   return h("div.latent", {}, facts(source, latent),
-    h("div.reading", {}, examplesPanel(source, latent), explainedPanel(source, latent)),
+    h("div.reading", {}, picturesPanel(source, latent), examplesPanel(source, latent), explainedPanel(source, latent)),
     h("div.rest", {}, activations(latent), logits(latent), firesOn(latent), neighbours(source, latent),
       together(source, latent), feeds(source, latent), notesPanel(source, latent)));
 }
