@@ -52,8 +52,8 @@ def test_scores_rank_latents_as_exact_ablation_does(kind: str, request: pytest.F
     model, tokenizer = granary.load_causal_lm(folder), granary.load_tokenizer(folder)
     hook = f"layers.{layer}.resid_post"
     rows = [tokenizer(text, return_tensors="pt", truncation=True, max_length=512).input_ids for text in texts]
-    with granary.attach(model, {hook: SAEConfig(k=16, expansion=8)}) as saes:
-        granary.fit(saes, [one for one in rows if one.shape[1] > 8], tokens=400_000, overrides=RECIPE)
+    with granary.attach(model, {hook: SAEConfig(k=32, expansion=8)}) as saes:
+        granary.fit(saes, [one for one in rows if one.shape[1] > 8], tokens=200_000, overrides=RECIPE)
         sae = saes[hook]
     found = [correlation(model, tokenizer, sae, layer, text) for text in PROMPTS[kind]]
     print(f"rank correlation, {kind}:", *(f"{one:.3f}" for one in found))  # noqa: T201
