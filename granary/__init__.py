@@ -8,12 +8,15 @@ if TYPE_CHECKING:
     from granary.stages import configure, evaluate, harvest, inspect, train, train_together
     from shared.basics.errors import GranaryError
     from shared.intervene.attach import Attached, attach
+    from shared.intervene.attribute import Attribution, attribute
     from shared.intervene.edits import Edit
     from shared.intervene.splice import SplicedModel
+    from shared.intervene.where import Where
     from shared.latents import Latents
     from shared.latents.global_weights import GlobalWeights
     from shared.lm import load_causal_lm, load_tokenizer
     from shared.lm.calls import Masked
+    from shared.lm.vision.reader import VisionReader
     from shared.sae import (
         CLT,
         SAE,
@@ -47,6 +50,7 @@ if TYPE_CHECKING:
 # What there is, and where it lives.
 _HOMES = {
     "Attached": "shared.intervene.attach",
+    "Attribution": "shared.intervene.attribute",
     "AttributionGraph": "stage_trace.attribution",
     "CLT": "shared.sae",
     "SAE": "shared.sae",
@@ -76,7 +80,10 @@ _HOMES = {
     "TraceSettings": "stage_trace.trace",
     "TrainingData": "stage_train.data.stream",
     "Transcoder": "shared.sae",
+    "VisionReader": "shared.lm.vision.reader",
+    "Where": "shared.intervene.where",
     "attach": "shared.intervene.attach",
+    "attribute": "shared.intervene.attribute",
     "configure": "granary.stages",
     "convert": "shared.sae.loading",
     "evaluate": "granary.stages",
@@ -99,6 +106,7 @@ __all__ = [
     "CLT",
     "SAE",
     "Attached",
+    "Attribution",
     "AttributionGraph",
     "Crosscoder",
     "Dictionary",
@@ -126,8 +134,11 @@ __all__ = [
     "TraceSettings",
     "TrainingData",
     "Transcoder",
+    "VisionReader",
+    "Where",
     "__version__",
     "attach",
+    "attribute",
     "configure",
     "convert",
     "evaluate",

@@ -18,10 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from shared.basics.errors import GranaryError
-from shared.intervene.edits import Edit, apply_edits, check_edits
+from shared.intervene.edits import Edit, apply_edits, check_edits, reached
 from shared.intervene.folder import Layout, read_attached, write_attached
+from shared.intervene.placing import takes_tokens
 from shared.intervene.saved import Saved
 from shared.intervene.tokens import of_activation, real_tokens
+from shared.intervene.where import forward_tokens, where_masks
 from shared.lm.calls import Masked, call
 from shared.lm.hooks import hook_at
 from shared.lm.modulepoint import ModulePoint, Point
@@ -30,6 +32,7 @@ from shared.lm.recomputation import remembering
 from shared.lm.splicing import splice
 from shared.lm.targets import resolve
 from shared.lm.uncompiled import uncompiled
+from shared.lm.vision.shown import Shown
 from shared.sae.config import SAEConfig
 from shared.sae.latents import SparseLatents
 from shared.sae.variants import SAE, Dictionary
@@ -45,6 +48,7 @@ def attach(
     mode: Mode = "observe",
     keep_error: bool = False,
     edits: Edits | None = None,
+    pictures: Shown | None = None,
 ) -> "Attached":
     """Attach SAEs to places of `model`; see ``Attached``. They stay until ``detach()`` or the end of a ``with``.
 
@@ -54,7 +58,8 @@ def attach(
 
     `mode`: ``observe`` leaves all outputs as they are; with ``replace`` the model goes on from the reconstruction, or
     with `keep_error` from what is there plus what `edits` (place to changes of its latents) add. The SAEs act on every
-    position, in a language model not on padding, BOS and EOS.
+    position, in a language model not on padding, BOS and EOS. `pictures`: what the images of the prompts show, for
+    edits of their regions; the attribute ``pictures`` may be set anew between forwards.
 
     Raises GranaryError for a place that is not there, listing near names, and for what can't be attached.
     """
@@ -78,7 +83,8 @@ def attach(
                 raise GranaryError(f"{name} is named twice, the second time by {target}: each place gets one SAE")
             places[name], given[name] = point, what  # type: ignore[assignment]
             taken.append(location)
-    return Attached(model, places, given, saved, mode=mode, keep_error=keep_error, edits=edits or {})
+    return Attached(model, places, given, saved, mode=mode, keep_error=keep_error, edits=edits or {},
+                    pictures=pictures)  # fmt: skip
 
 
 class Attached(Mapping[str, SAE]):
@@ -97,12 +103,16 @@ class Attached(Mapping[str, SAE]):
         mode: Mode,
         keep_error: bool,
         edits: Edits,
+        pictures: Shown | None = None,
     ) -> None:
         """Places the hooks; made by ``attach``. Raises GranaryError where settings contradict one another."""
         self.model, self.inner, self.places, self.mode = model, without_wrappers(model), dict(places), mode
         self.saved: dict[str, Saved] = dict(saved)
         """What is known of each SAE's training, where something is."""
         self._given: dict[str, SAE | SAEConfig] = dict(given)
+        self.pictures, self._edits = pictures, edits
+        self._masks: dict[str, list[Tensor | None]] = {}
+        """Of the forward: where each edit acts."""
         self._check(keep_error=keep_error, edits=edits)
         self._seen: dict[str, list[Tensor]] = {}
         self._real: Tensor | None = None
@@ -122,6 +132,7 @@ class Attached(Mapping[str, SAE]):
                     put = partial(self._replaced, name, edits=list(edits.get(name, ())), keep_error=keep_error)
                     stack.enter_context(splice(self.inner, point, put))
             stack.enter_context(remembering(self.inner, self, "_real"))
+            stack.enter_context(remembering(self.inner, self, "_masks"))
             begin = self.inner.register_forward_pre_hook(self._begin, with_kwargs=True, prepend=True)
             stack.callback(begin.remove)
             stack.callback(self.inner.register_forward_hook(self._end, always_call=True).remove)
@@ -239,6 +250,12 @@ class Attached(Mapping[str, SAE]):
         given = self._given_mask
         self._real = real_tokens(self.inner, args, kwargs) if given is None else given
         self._is_given = given is not None
+        self._masks = {}
+        for name, edits in self._edits.items():
+            wheres = [edit.where for edit in edits]
+            if any(where is not None for where in wheres) and takes_tokens(self.inner):
+                tokens = forward_tokens(self.inner, args, kwargs)
+                self._masks[name] = where_masks(self.inner, wheres, tokens, self.pictures)
 
     def _end(self, _module: nn.Module, _args: Any, _output: Any) -> None:
         self._is_inside = False
@@ -254,12 +271,15 @@ class Attached(Mapping[str, SAE]):
         sae = self[name]
         x = activation.detach().to(sae.b_dec.device)
         before = sae.encode(x)
-        made = sae.decode(apply_edits(before, edits) if edits else before)
+        masks = [None if one is None else self._of_tokens(one, activation) for one in self._masks.get(name, ())]
+        made = sae.decode(apply_edits(before, edits, masks or None) if edits else before)
         if keep_error:
             made = made - sae.decode(before)
         made = made.to(activation.device)
         made = (activation + made if keep_error else made).to(activation.dtype)
-        where = self._acting(activation)
+        where, reach = self._acting(activation), reached(masks)
+        if keep_error and reach is not None:  # elsewhere not even rounding changes
+            where = reach if where is None else where & reach
         return made if where is None else torch.where(where[..., None], made, activation)
 
     def _rows(self, activation: Tensor) -> Tensor:
@@ -276,6 +296,16 @@ class Attached(Mapping[str, SAE]):
             raise GranaryError(f"a batch's mask is {given}, and there are {shape} activations: one for each is needed")
         return found
 
+    @staticmethod
+    def _of_tokens(mask_BT: Tensor, activation: Tensor) -> Tensor:
+        found = of_activation(mask_BT, activation)
+        if found is None:
+            raise GranaryError(
+                f"an edit's where is about tokens, and activations {list(activation.shape)} are not of the tokens of"
+                " the forward: leave it out"
+            )
+        return found
+
     def _check(self, *, keep_error: bool, edits: Edits) -> None:
         if self.mode not in ("observe", "replace"):
             raise GranaryError(f"mode={self.mode!r}: choose observe or replace")
@@ -285,6 +315,8 @@ class Attached(Mapping[str, SAE]):
             if name not in self.places:
                 raise GranaryError(f"edits name {name}, which is not attached: {', '.join(self.places)} are")
             check_edits(list(edits[name]), self[name].config.d_latent)
+            if any(edit.where is not None for edit in edits[name]) and not takes_tokens(self.inner):
+                raise GranaryError(f"an edit's where is about tokens, and {type(self.inner).__name__} takes none")
         if self.mode == "replace":
             for name in self.untrained:
                 self[name]  # says that it is not there yet

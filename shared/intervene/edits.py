@@ -8,8 +8,10 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from shared.basics.errors import GranaryError
+from shared.intervene.where import Where
 from shared.sae.latents import SparseLatents
 
 Mode = Literal["set", "add", "multiply"]
@@ -28,6 +30,8 @@ class Edit:
     mode: Mode
     value: float | Sequence[float]
     """One value for all of `latents`, or one each."""
+    where: Where | None = None
+    """Kinds of tokens, or regions of an image; None: wherever the dictionary acts."""
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
@@ -57,13 +61,16 @@ def check_edits(edits: Sequence[Edit], d_latent: int) -> None:
         raise GranaryError(f"latent {min(twice)} is named by two edits: join them into one")
 
 
-def apply_edits(latents: SparseLatents, edits: Sequence[Edit]) -> SparseLatents:
+def apply_edits(
+    latents: SparseLatents, edits: Sequence[Edit], masks: Sequence[Tensor | None] | None = None
+) -> SparseLatents:
     """The latents after all `edits`; the slots of edited latents move to the end, K grows by their number.
 
-    Equal to editing the dense [..., F] vector. The order of the edits and of their latents does not matter.
+    Equal to editing the dense [..., F] vector. The order of the edits and of their latents does not matter. `masks` has
+    for each edit where it acts, bool [...], or None: everywhere, as all do without `masks`.
     """
     values, indices = latents.values, latents.indices
-    for edit in edits:
+    for edit, mask in zip(edits, [None] * len(edits) if masks is None else masks, strict=True):
         target_E = torch.tensor(list(edit.latents), device=indices.device)
         amount_E = torch.tensor(edit.values(), device=values.device, dtype=values.dtype)
         hit_KE = indices[..., :, None] == target_E
@@ -75,11 +82,23 @@ def apply_edits(latents: SparseLatents, edits: Sequence[Edit]) -> SparseLatents:
                 edited_E = current_E + amount_E
             case "multiply":
                 edited_E = current_E * amount_E
+        if mask is not None:
+            edited_E = torch.where(mask[..., None], edited_E, current_E)
         kept = ~hit_KE.any(-1)
         target = torch.where(edited_E != 0, target_E, -1)
         values = torch.cat([torch.where(kept, values, 0), edited_E], -1)
         indices = torch.cat([torch.where(kept, indices, -1), target], -1)
     return replace(latents, values=values, indices=indices)
+
+
+def reached(masks: Sequence[Tensor | None]) -> Tensor | None:
+    """bool [...]: where any edit acts; None where one acts everywhere, and without edits."""
+    found: Tensor | None = None
+    for mask in masks:
+        if mask is None:
+            return None
+        found = mask if found is None else found | mask
+    return found
 
 
 def apply_edits_by_eviction(latents: SparseLatents, edits: Sequence[Edit]) -> SparseLatents:

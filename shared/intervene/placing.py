@@ -3,7 +3,7 @@
 Legend: B rows of a batch, T positions of one forward, P chosen positions.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from shared.basics.errors import GranaryError
 from shared.intervene.padding import padding_of
 from shared.intervene.record import Part, Record
+from shared.intervene.where import Tokens
 from shared.intervene.whole import Whole
 from shared.lm.calls import filled_slots
 
@@ -38,6 +39,8 @@ class Forward:
     """None where it is not over tokens."""
     whole: Whole | None = None
     """For a dictionary that attends, where it is over tokens."""
+    masks: Sequence[Tensor | None] = ()
+    """bool [B, T]: where each edit acts; None: everywhere."""
 
 
 @dataclass(frozen=True)
@@ -105,6 +108,23 @@ def token_places(
     elif past:
         prompt_B = None
     return TokenPlaces(_positions(part, past, named.get("position_ids"), record), is_padding_BT, is_bos_BT, prompt_B)
+
+
+def tokens_of(places: TokenPlaces, record: Record) -> Tokens:
+    """The tokens of the forward that is the last part of `record`, and what is known of those before."""
+    parts = record.parts
+    before = [part.tokens_BT for part in parts[:-1] if part.tokens_BT is not None]
+    rows = places.is_padding_BT.new_zeros(len(places.is_padding_BT), 0, dtype=torch.int64)
+    is_known = record.first == 0 and len(before) == len(parts) - 1
+    is_generated_BT, is_end = None, False
+    if places.prompt_B is not None:
+        is_generated_BT = (places.position_BT >= places.prompt_B[:, None]) & ~places.is_padding_BT
+        now_B = (~places.is_padding_BT & ~is_generated_BT).sum(1)
+        is_end = bool((now_B > 0).any()) and not bool((places.position_BT.max(1).values < places.prompt_B - 1).any())
+    return Tokens(
+        parts[-1].tokens_BT, places.is_padding_BT, is_generated_BT,
+        torch.cat([rows, *before], 1) if is_known else None, is_end,
+    )  # fmt: skip
 
 
 def _positions(part: Part, past: int, given: Tensor | None, record: Record) -> Tensor:

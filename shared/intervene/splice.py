@@ -23,10 +23,11 @@ import torch
 from torch import Tensor, nn
 
 from shared.basics.errors import GranaryError
-from shared.intervene.edits import Edit, apply_edits, apply_edits_by_eviction, check_edits
-from shared.intervene.placing import Choice, Forward, takes_tokens, token_places
+from shared.intervene.edits import Edit, apply_edits, apply_edits_by_eviction, check_edits, reached
+from shared.intervene.placing import Choice, Forward, takes_tokens, token_places, tokens_of
 from shared.intervene.record import Features, Record, widen
 from shared.intervene.tokens import of_activation
+from shared.intervene.where import where_masks
 from shared.intervene.whole import whole_of
 from shared.lm import splice_through
 from shared.lm.calls import filled_slots, named_arguments
@@ -35,6 +36,8 @@ from shared.lm.modulepoint import Point
 from shared.lm.places import body_of, device_of, trunk, without_wrappers
 from shared.lm.recomputation import remembering
 from shared.lm.targets import resolve
+from shared.lm.vision.shown import Shown
+from shared.sae.latents import SparseLatents
 from shared.sae.sites import Sites
 from shared.sae.variants import Dictionary, Lorsa
 
@@ -69,12 +72,14 @@ class SplicedModel:
         positions: Sequence[int] | None = None,
         include_bos: bool = False,
         opensae_compat: bool = False,
+        pictures: Shown | None = None,
     ) -> None:
         """`hook`: where an SAE reads and writes; None: the sites that the dictionary records.
 
         `positions`: act on these alone, counted from each row's first token, negative ones from the prompt's end.
         `prompt_only`: leave generated tokens alone. `include_bos`: act on BOS too, which SAEs are not trained on.
         `opensae_compat`: as OpenSAE's TransformerWithSae: no error term, BOS and padding included, edits by eviction.
+        `pictures`: what the images of the prompts show, for edits of their regions; may be set anew between calls.
 
         Raises GranaryError for an SAE of another width or device, an unknown hook or latent, and settings that
         contradict one another.
@@ -91,6 +96,7 @@ class SplicedModel:
             include_bos=include_bos or opensae_compat,
             include_padding=opensae_compat,
         )
+        self.pictures = pictures
         check_edits(self.edits, sae.config.d_latent)
         self._check()
         self._stack: ExitStack | None = None
@@ -216,7 +222,9 @@ class SplicedModel:
             whole = None
             if isinstance(self.sae, Lorsa):
                 whole = whole_of(self.inner, named, self._record, self.sae, generates=prompt is not None)
-            self._forward = Forward(tokens, whole)
+            wheres = [edit.where for edit in self.edits]
+            masks = where_masks(self.inner, wheres, tokens_of(tokens, self._record), self.pictures)
+            self._forward = Forward(tokens, whole, masks)
         else:
             self._forward = Forward(None)
 
@@ -229,24 +237,26 @@ class SplicedModel:
         if self._forward is None:
             raise GranaryError("the hooked layer ran outside the model's own forward: call the whole model")
         tokens = self._forward.tokens
-        acts = None if tokens is None else of_activation(self.choice.of(tokens), activation)
-        if acts is None and self.choice.needs_tokens:
+        chosen = None if tokens is None else self.choice.of(tokens)
+        reach = reached(self._forward.masks)
+        if chosen is not None and reach is not None and self.keep_error:  # elsewhere not even rounding changes
+            chosen = chosen & reach
+        acts = None if chosen is None else of_activation(chosen, activation)
+        if acts is None and (self.choice.needs_tokens or any(edit.where is not None for edit in self.edits)):
             raise GranaryError(
-                f"prompt_only and positions are about tokens, and activations {list(activation.shape)} are not of the"
-                " tokens of the forward: leave them out"
+                "prompt_only, positions and an edit's where are about tokens, and activations"
+                f" {list(activation.shape)} are not of the tokens of the forward: leave them out"
             )
         return acts
 
     def _edit(self, x: Tensor) -> Tensor:
         """What the edits add to the written sites, or with ``keep_error=False`` what takes their place."""
-        acts = self._acting(x)
-        is_of_tokens = acts is not None
-        if acts is None:
-            acts = torch.ones(x.shape[:-1], dtype=torch.bool, device=x.device)
-        whole = self._forward.whole if is_of_tokens and self._forward is not None else None
-        before = self.sae.encode(x) if whole is None else whole.encode(x)
-        edit = apply_edits_by_eviction if self.opensae_compat else apply_edits
-        edited = edit(before, self.edits)
+        before, acts = self._encoded(x)
+        if self.opensae_compat:
+            edited = apply_edits_by_eviction(before, self.edits)
+        else:
+            masks = [] if self._forward is None else self._forward.masks
+            edited = apply_edits(before, self.edits, [m if m is None else of_activation(m, x) for m in masks] or None)
         width = edited.values.shape[-1]
         after = replace(
             edited,
@@ -254,14 +264,23 @@ class SplicedModel:
             indices=torch.where(acts[..., None], edited.indices, widen(before.indices, width, -1)),
         )
         if self._is_inside:  # else gradient checkpointing runs the layer again
-            self._keep(Features(before, after, acts), None if whole is None else x, is_of_tokens=is_of_tokens)
+            self._keep(Features(before, after, acts), x)
         result = self.sae.decode(edited)
         return result - self.sae.decode(before) if self.keep_error else result
 
-    def _keep(self, features: Features, read: Tensor | None, *, is_of_tokens: bool) -> None:
-        if is_of_tokens and self._forward is not None and self._forward.tokens is not None:
-            shape = self._forward.tokens.is_padding_BT.shape
-            read_BTD = None if read is None else read.detach().reshape(*shape, -1)
+    def _encoded(self, x: Tensor) -> tuple[SparseLatents, Tensor]:
+        """Latents of what is read, and where the dictionary acts: bool, of the shape of `x` without its last axis."""
+        acts = self._acting(x)
+        whole = None if self._forward is None or acts is None else self._forward.whole
+        if acts is None:
+            acts = torch.ones(x.shape[:-1], dtype=torch.bool, device=x.device)
+        return self.sae.encode(x) if whole is None else whole.encode(x), acts
+
+    def _keep(self, features: Features, read: Tensor) -> None:
+        forward = self._forward
+        if forward is not None and forward.tokens is not None and self._acting(read) is not None:
+            shape = forward.tokens.is_padding_BT.shape
+            read_BTD = None if forward.whole is None else read.detach().reshape(*shape, -1)
             self._record.fill(features.shaped(shape), read_BTD)
         else:
             self._latest = features
@@ -274,6 +293,11 @@ class SplicedModel:
                 for own in widths:
                     if own != width:
                         raise GranaryError(f"the SAE {verb} activations of width {own}, the model has {width}")
+        if any(edit.where is not None for edit in self.edits):
+            if self.opensae_compat:
+                raise GranaryError("opensae_compat edits every token: leave it or the edits' where out")
+            if not takes_tokens(self.inner):
+                raise GranaryError(f"an edit's where is about tokens, and {type(self.inner).__name__} takes none")
         device = device_of(self.inner)
         if self.sae.b_dec.device.type != device.type:
             raise GranaryError(f"the SAE is on {self.sae.b_dec.device}, the model on {device}: move one with .to()")

@@ -45,12 +45,13 @@ def real_tokens(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, An
     past = filled_slots(named)
     real_BT = ~padding_of(named.get("attention_mask"), past, given.shape[:2], given.device)
     if isinstance(ids, Tensor):
-        special = torch.tensor(sorted(set(_special_ids(model))), dtype=ids.dtype, device=ids.device)
+        special = torch.tensor(sorted(set(special_ids(model))), dtype=ids.dtype, device=ids.device)
         real_BT = real_BT & ~torch.isin(ids, special)
     return real_BT
 
 
-def _special_ids(model: PreTrainedModel) -> Iterator[int]:
+def special_ids(model: PreTrainedModel) -> Iterator[int]:
+    """BOS, EOS and padding, as the model's configuration tells."""
     for config in (model.config, model.config.get_text_config()):
         for name in SPECIAL:
             found = getattr(config, name, None)

@@ -18,7 +18,7 @@ from shared.basics.errors import GranaryError
 from shared.basics.images import EncodedImage
 from shared.lm import SpecialIds
 from shared.lm.vision.layout import NO_CELL, Layout
-from shared.lm.vision.reader import VisionReader
+from shared.lm.vision.reader import VisionReader, placeholder_encoder
 from shared.store.format.image_table import ASSISTANT, IMAGE, PADDING, SPECIAL, STRUCTURE, TEXT, ImageRow
 from stage_harvest.config import LongDocuments
 from stage_harvest.corpus import Chat, Document, Pictured
@@ -58,10 +58,7 @@ class PicturedTokeniser:
     _rows: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
-        self._encoder = Tokenizer.from_str(self.tokenizer.backend_tokenizer.to_str())
-        self._encoder.no_truncation()
-        self._encoder.no_padding()
-        self._encoder.encode_special_tokens = False  # a placeholder is no text
+        self._encoder = placeholder_encoder(self.tokenizer)
 
     def contexts(self, documents: Iterable[Document]) -> Iterator[PicturedContext]:
         """One context per row, in order; rows of no tokens leave no trace.

@@ -7,6 +7,7 @@ was seen to be silent, both as whole windows: neither kind can be told by its sh
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -31,6 +32,17 @@ class Tested:
     def place(self) -> tuple[int, int]:
         """(context, position of the window's first token)."""
         return self.example.context, self.example.start
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """What is kept of it where it was judged wrongly, as the explorer shows it."""
+        one = self.example
+        return {
+            "tokens": one.tokens.tolist(),
+            "values": [round(value, 4) for value in one.values.tolist()],
+            "peak": one.peak,
+            "place": [one.context, one.start + one.peak],
+        }
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """Ask a language model what a latent responds to: the question, and what of the answer is an explanation.
 
 ``default`` shows where it fires, ``contrastive`` also where it is silent, ``logits`` also what it does to the next
-token. An answer without the line that was asked for is no explanation: it is told as failed, and nothing is kept.
+token; ``pictures`` shows the pictures on which it fires. An answer without the line that was asked for is no
+explanation: it is told as failed, and nothing is kept.
 """
 
 import re
@@ -11,9 +12,10 @@ from shared.latents.folder import Latents
 from stage_inspect.explain import marks
 from stage_inspect.explain.endpoint.request import Request, chat
 from stage_inspect.explain.examples import Chosen
+from stage_inspect.explain.pictures import CONVENTION, ChosenPictures, explained, text_part
 from stage_inspect.explain.prompts.files import Prompt
 
-Explainer = Literal["default", "contrastive", "logits"]
+Explainer = Literal["default", "contrastive", "logits", "pictures"]
 EXPLAINERS: tuple[str, ...] = get_args(Explainer)
 
 ANSWER_TOKENS = 500
@@ -22,8 +24,12 @@ LONGEST = 1000  # characters of an explanation
 LINE = re.compile(r"^\W*EXPLANATION\W*:\**[ \t]*(.+)$", re.MULTILINE | re.IGNORECASE)
 
 
-def question(latents: Latents, chosen: Chosen, explainer: str, url: str, model: str) -> Request:
+def question(latents: Latents, chosen: Chosen | ChosenPictures, explainer: str, url: str, model: str) -> Request:
     """The request for an explanation of one latent."""
+    if isinstance(chosen, ChosenPictures):
+        system, user = Prompt.read(explainer).filled(count=len(chosen.train))
+        parts = [text_part(user), *explained(latents, chosen.train)]
+        return chat(url, model, system, parts, max_tokens=ANSWER_TOKENS)
     largest = float(latents.table["max"][chosen.latent])
     shown = [
         f"Excerpt {number}: {marks.explained(one)}\nFires on: {marks.listed(one, largest)}"
@@ -49,13 +55,13 @@ def explanation_in(text: str) -> str | None:
     return found[:LONGEST] or None
 
 
-def details(chosen: Chosen, explainer: str, request: Request, seed: int, unit: str) -> dict[str, Any]:
+def details(chosen: Chosen | ChosenPictures, explainer: str, request: Request, seed: int, unit: str) -> dict[str, Any]:
     """What an explanation was made from."""
     return {
         **Prompt.read(explainer).record,
         "request": request.sha256,
         "examples": [[one.context, one.position] for one in chosen.train],
-        "highlight": marks.CONVENTIONS["explainer"],
+        "highlight": CONVENTION if isinstance(chosen, ChosenPictures) else marks.CONVENTIONS["explainer"],
         "seed": seed,
-        "apart": unit,
+        "apart": "image" if isinstance(chosen, ChosenPictures) else unit,
     }

@@ -21,7 +21,8 @@ from stage_inspect.explain.endpoint.client import Asker
 from stage_inspect.explain.endpoint.request import Failure, text_of
 from stage_inspect.explain.examples import Chosen, choose
 from stage_inspect.explain.explainers import details, explanation_in, question
-from stage_inspect.explain.scores.all import SCORERS, scored
+from stage_inspect.explain.pictures import ChosenPictures, choose_pictures
+from stage_inspect.explain.scores.all import PICTURES, SCORERS, scored
 from stage_inspect.explain.scores.measure import Result
 from stage_inspect.explain.scores.scorer import Case, Judge
 from stage_inspect.explain.sides import Sides
@@ -65,7 +66,7 @@ def explain(plan: Plan, explainer: str, asker: Asker, tell: Callable[[int], None
     for start in range(0, len(plan.numbers), AT_ONCE):
         some = plan.numbers[start : start + AT_ONCE]
         asked = []
-        for chosen in (examples_of(plan, number) for number in some):
+        for chosen in (examples_of(plan, number, pictures=explainer == "pictures") for number in some):
             if chosen.why_not_explained is not None:
                 left_out[chosen.latent] = chosen.why_not_explained
                 continue
@@ -100,9 +101,13 @@ def score(
     for number in plan.numbers:
         own = newest.get(number)
         if own is not None:
-            case = Case(examples_of(plan, number), plan.judge, plan.steering)
+            cases = {
+                pictures: Case(examples_of(plan, number, pictures=pictures), plan.judge, plan.steering, plan.latents)
+                for pictures in {name == PICTURES for name in names}
+            }
             other = shuffled(newest, number)
             for name in names:
+                case = cases[name == PICTURES]
                 settings = settings_of(plan, SCORERS[name](case).record, name, own, other)
                 if any(is_done(one.scorer, one.details, name, settings) for one in notes.scores(own.id)):
                     continue
@@ -113,8 +118,10 @@ def score(
     return added
 
 
-def examples_of(plan: Plan, number: int) -> Chosen:
-    """The examples of one latent."""
+def examples_of(plan: Plan, number: int, *, pictures: bool) -> Chosen | ChosenPictures:
+    """The examples of one latent: texts or pictures."""
+    if pictures:
+        return choose_pictures(plan.latents, number, plan.sides, plan.num_train, plan.num_test)
     return choose(plan.latents, number, plan.sides, plan.num_train, plan.num_test)
 
 

@@ -19,10 +19,13 @@ Ask a language model what each latent does, and test what it says on documents t
 OpenAI-compatible endpoint: a model on this machine or a service. A key is read from an environment variable alone.
 Answers are kept in the latents folder: the same command goes on where it was stopped, and pays for nothing twice.
 """
-EXPLAINERS = ("default", "contrastive", "logits")
+EXPLAINERS = ("default", "contrastive", "logits", "pictures")
 SCORES = (
     "detection", "fuzzing", "fuzzing_active", "intruder", "simulation", "embedding", "surprisal", "intervention",
+    "picture_detection",
 )  # fmt: skip
+
+TEXTS_SHOWN, PICTURES_SHOWN = 40, 8
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -41,8 +44,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
         metavar="METHOD",
         help="write none: score the explanations that are there of a method (rule, person ...)",
     )
-    add("--scores", nargs="*", choices=SCORES, default=list(SCORES[:3]), help="default: the first three")
-    add("--train", type=int, default=40, metavar="N", help="examples that an explanation is made from (40)")
+    add("--scores", nargs="*", choices=SCORES, help="default: the first three; of pictures, the last")
+    add("--train", type=int, metavar="N", help="examples that an explanation is made from (40; pictures: 8)")
     add(
         "--test",
         type=int,
@@ -79,6 +82,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Explain and score; raises GranaryError for every wrong input before anything is asked."""
     from tqdm import tqdm
 
+    from shared.basics.images import pillow
     from shared.latents.folder import Latents
     from stage_inspect.explain import language
     from stage_inspect.explain.endpoint.budget import Budget, Ceilings
@@ -91,6 +95,11 @@ def run(arguments: argparse.Namespace) -> None:
         import httpx  # noqa: F401
     except ModuleNotFoundError:
         raise GranaryError("language models are asked by httpx: pip install 'granary-sae[explain]'") from None
+    of_pictures = (arguments.of or arguments.explainer) == "pictures"
+    if arguments.train is None:
+        arguments.train = PICTURES_SHOWN if of_pictures else TEXTS_SHOWN
+    if arguments.scores is None:
+        arguments.scores = ["picture_detection"] if of_pictures else list(SCORES[:3])
     if arguments.train < 2 or arguments.test < 2:
         raise GranaryError("--train and --test are at least 2")
     if not 0 < arguments.steer < float("inf"):
@@ -100,7 +109,12 @@ def run(arguments: argparse.Namespace) -> None:
     )
     budget = Budget(Ceilings(arguments.max_tokens, arguments.max_cost, arguments.price_in, arguments.price_out))
     latents = Latents.open(latents_url(arguments.run))
-    words(latents)
+    if of_pictures or "picture_detection" in arguments.scores:
+        pillow()
+        if not latents.has_pictures:
+            raise GranaryError(f"{latents.url} has no pictures: granary inspect a store with images, docs/vision.md")
+    if not of_pictures or set(arguments.scores) - {"picture_detection"}:
+        words(latents)
     numbers = [number for number in chosen_latents(arguments.latents, latents) if latents.table["fired"][number]]
     judge = Judge(endpoint.url, arguments.model, not arguments.no_logprobs, arguments.embedding_model)
     steering = None

@@ -20,6 +20,7 @@ Side = Literal["train", "test"]
 
 PURPOSE = 18  # of the seed: this choice is no other's
 TRAIN_SHARE = 0.5
+IMAGE_DIGITS = 15  # of the hash, hexadecimal: they fit 64 bits
 NUMBERS = 1 << 20  # more documents than a context has
 
 
@@ -43,6 +44,10 @@ class Sides:
         if self._beginnings is None:
             return self._side(example.context * NUMBERS + example.document) if example.document > 0 else None
         return self._side(self._beginnings.place(example.context, example.document))
+
+    def of_image(self, sha256: str) -> Side:
+        """The side of an image, by the hash of its bytes: the same wherever it is shown."""
+        return self._side(int(sha256[:IMAGE_DIGITS], 16))
 
     def _side(self, number: int) -> Side:
         is_train = seeded(self.seed, PURPOSE, np.array([number]))[0] < limit(TRAIN_SHARE)

@@ -17,6 +17,7 @@ import pytest
 
 from shared.latents.folder import Latents
 from tests.cli import ForkServer
+from tests.distinct_pictures import distinct_run
 from tests.endpoint import Body, Reply, Stub, excerpts, stub
 from tests.latents import synthetic_latents
 
@@ -46,35 +47,58 @@ def content(folder: Path) -> tuple[Any, ...]:
 
 
 def test_kill_anywhere(stages: ForkServer, tmp_path: Path) -> None:
-    rng = random.Random(0)
     for name in ("whole", "killed"):
         synthetic_latents(tmp_path / name, 4, top=20, sample=60, num_windows=1536)
-    with stub(answer) as told:
-        command = ["--endpoint", told.url, "--model", "m", "--concurrency", str(CONCURRENCY), "--latents", "0:3"]
-        command += ["--test", "10", "--train", "10", "--scores", "detection"]
-        done = stages.at(tmp_path).run("stage_inspect.explain", "whole", *command)
+    command = ["--latents", "0:3", "--test", "10", "--train", "10", "--scores", "detection"]
+    is_killed_and_goes_on(stages.at(tmp_path), tmp_path, answer, command)
+
+
+@pytest.mark.slow
+def test_kill_anywhere_with_pictures(stages: ForkServer, tmp_path: Path) -> None:
+    pytest.importorskip("PIL")
+    latents = distinct_run(tmp_path / "run")
+    for name in ("whole", "killed"):
+        shutil.copytree(latents, tmp_path / name)
+    command = ["--explainer", "pictures", "--latents", "0:6", "--test", "6"]
+    is_killed_and_goes_on(stages.at(tmp_path), tmp_path, answer_of_pictures, command)
+
+
+def answer_of_pictures(_: Stub, __: str, body: Body) -> Reply:
+    time.sleep(0.01)
+    text, *others = body["messages"][1]["content"]
+    if "examples follow" in text["text"]:
+        return f"[EXPLANATION]: {len(others)} parts"
+    return str([len(one["image_url"]["url"]) % 2 for one in others if one["type"] == "image_url"])
+
+
+def is_killed_and_goes_on(here: Any, folder: Path, answers: Any, given: list[str]) -> None:
+    """Explain ``whole`` at once and ``killed`` again and again, and compare."""
+    rng = random.Random(0)
+    with stub(answers) as told:
+        command = ["--endpoint", told.url, "--model", "m", "--concurrency", str(CONCURRENCY), *given]
+        done = here.run("stage_inspect.explain", "whole", *command)
         assert done.code == 0, done.stderr
         once, told.answered = told.answered, Counter()
         assert set(once.values()) == {1}
         kills = 0
         for _ in range(4):
-            child = stages.at(tmp_path).start("stage_inspect.explain", "killed", *command)
+            child = here.start("stage_inspect.explain", "killed", *command)
             target = len(told.asked) + rng.randint(1, max(2, len(once) // 4))
             while len(told.asked) < target and child.poll() is None:
                 time.sleep(0.001)
             child.kill()
             kills += child.wait() == -9
-        done = stages.at(tmp_path).run("stage_inspect.explain", "killed", *command)
+        done = here.run("stage_inspect.explain", "killed", *command)
         assert done.code == 0, done.stderr
         assert kills > 1
         assert set(told.answered) == set(once)
         # What was on its way when the process died is all that is asked again.
         assert sum(told.answered.values()) - len(once) <= kills * CONCURRENCY
-        assert content(tmp_path / "killed") == content(tmp_path / "whole")
+        assert content(folder / "killed") == content(folder / "whole")
         before = len(told.asked)
-        assert stages.at(tmp_path).run("stage_inspect.explain", "killed", *command).code == 0
+        assert here.run("stage_inspect.explain", "killed", *command).code == 0
         assert len(told.asked) == before
-        assert content(tmp_path / "killed") == content(tmp_path / "whole")
+        assert content(folder / "killed") == content(folder / "whole")
 
 
 def test_the_key_is_in_no_file_and_no_line(stages: ForkServer, tmp_path: Path) -> None:

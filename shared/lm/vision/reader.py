@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
@@ -23,6 +24,7 @@ from shared.basics.images import pillow
 from shared.lm.identity import load_trunk_config, quiet_transformers, resolve_model
 from shared.lm.vision.families import FAMILIES, VisionFamily
 from shared.lm.vision.layout import Layout
+from shared.lm.vision.shown import Shown, size_of
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -103,6 +105,38 @@ class VisionReader:
         except (GranaryError, ValueError) as error:
             raise GranaryError(f"{where}: {told_of(error)}") from error
 
+    def shown(self, rows: Sequence[Sequence["Image | tuple[int, int]"]]) -> Shown:
+        """What the images of each row of a batch show: PIL images, upright, or their width and height in pixels.
+
+        Raises GranaryError for what is no image and for a shape that the image processor refuses.
+        """
+        sizes = tuple(tuple(map(size_of, row)) for row in rows)
+        if not sizes:
+            raise GranaryError("no rows: give the images of each row of the batch, as in shown([[image]])")
+        layouts = tuple(
+            tuple(self.layout(*size, len(row), f"image {number} of row {place}") for number, size in enumerate(row))
+            for place, row in enumerate(sizes)
+        )
+        return Shown(self.config.model_type, self.image_id, sizes, layouts)
+
+    def prompt(self, tokenizer: PreTrainedTokenizerBase, text: str, images: Sequence["Image"]) -> dict[str, Any]:
+        """The arguments of the model's forward for a text with one placeholder for each of `images`, RGB and upright.
+
+        The text is what the chat template makes. Raises GranaryError for another number of images than placeholders.
+        """
+        placeholder = str(tokenizer.convert_ids_to_tokens(self.placeholder_id))
+        text = text.replace(placeholder, self.wrapped(tokenizer))
+        ids_L = torch.tensor(placeholder_encoder(tokenizer).encode(text, add_special_tokens=False).ids)
+        is_image_L = ids_L == self.image_id
+        if int(is_image_L.sum()) != len(images):
+            raise GranaryError(
+                f"the text has {int(is_image_L.sum())} placeholders ({placeholder}), and {len(images)} images are given"
+            )
+        counts_L = torch.ones_like(ids_L)
+        layouts = [self.layout(*image.size, len(images), f"image {number}") for number, image in enumerate(images)]
+        counts_L[is_image_L] = torch.tensor([len(layout) for layout in layouts], dtype=counts_L.dtype)
+        return self.inputs(ids_L.repeat_interleave(counts_L), images)
+
     def inputs(self, ids_L: Tensor, images: Sequence["Image"]) -> dict[str, Any]:
         """Keyword arguments of the model's forward for one row, int64 `ids_L` and its images in order; on the CPU."""
         ids_1L = ids_L[None]
@@ -118,6 +152,15 @@ class VisionReader:
             made = self.processor(images=listed, return_tensors="pt")
             given |= {name: value for name, value in made.items() if name != "num_crops"}
         return given
+
+
+def placeholder_encoder(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
+    """A copy of the tokenizer that takes the names of special tokens in a text for these: a placeholder is no text."""
+    encoder = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    encoder.no_truncation()
+    encoder.no_padding()
+    encoder.encode_special_tokens = False
+    return encoder
 
 
 def _chat_template(folder: Path) -> str | None:

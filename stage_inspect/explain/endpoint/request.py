@@ -66,8 +66,10 @@ class Usage:
     written: int
 
 
-def chat(url: str, model: str, system: str, user: str, *, max_tokens: int, logprobs: bool = False) -> Request:
-    """One question, answered as likely as can be (temperature 0)."""
+def chat(
+    url: str, model: str, system: str, user: str | list[dict[str, Any]], *, max_tokens: int, logprobs: bool = False
+) -> Request:
+    """One question, a text or parts of texts and images, answered as likely as can be (temperature 0)."""
     messages = [{"role": "system", "content": system}, {"role": "user", "content": user}]
     body: dict[str, Any] = {"model": model, "messages": messages, "temperature": 0, "max_tokens": max_tokens}
     if logprobs:

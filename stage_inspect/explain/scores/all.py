@@ -8,11 +8,14 @@ from stage_inspect.explain.scores.embedding import Embedding
 from stage_inspect.explain.scores.intervention import Intervention
 from stage_inspect.explain.scores.intruder import Intruder
 from stage_inspect.explain.scores.measure import Result
+from stage_inspect.explain.scores.picture_detection import PictureDetection
 from stage_inspect.explain.scores.scorer import Case, NotPossibleError, Scorer
 from stage_inspect.explain.scores.simulation import Simulation
 from stage_inspect.explain.scores.surprisal import Surprisal
 from stage_inspect.explain.scores.yes_or_no import YesOrNo
 
+PICTURES = "picture_detection"
+"""The score whose examples are pictures."""
 SCORERS: dict[str, Callable[[Case], Scorer]] = {
     "detection": lambda case: YesOrNo(case, "detection"),
     "fuzzing": lambda case: YesOrNo(case, "fuzzing"),
@@ -22,6 +25,7 @@ SCORERS: dict[str, Callable[[Case], Scorer]] = {
     "embedding": Embedding,
     "surprisal": Surprisal,
     "intervention": Intervention,
+    PICTURES: PictureDetection,
 }
 DEFAULT = ("detection", "fuzzing", "fuzzing_active")
 

@@ -32,7 +32,7 @@ class Embedding:
     @cached_property
     def texts(self) -> list[list[Tested]]:
         """The texts of each request."""
-        tested = self.case.chosen.tested
+        tested = self.case.texts.tested
         return [tested[start : start + PER_REQUEST] for start in range(0, len(tested), PER_REQUEST)]
 
     def requests(self, explanation: str) -> list[Request]:

@@ -42,7 +42,7 @@ class Intervention:
 
     @cached_property
     def pairs(self) -> list[Pair]:
-        quiet = [one.example for one in self.case.chosen.silent[:TEXTS]]
+        quiet = [one.example for one in self.case.texts.silent[:TEXTS]]
         try:
             return self.steering.pairs(self.case.chosen.latent, quiet)
         except NoSteeringError as error:

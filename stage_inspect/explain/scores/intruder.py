@@ -41,8 +41,8 @@ class Intruder:
         """(texts, place of the intruder) of each question: as many as there are fours of neighbours by rank."""
         rng = np.random.default_rng([self.case.chosen.latent, TEXTS])
         found: list[tuple[list[Tested], int]] = []
-        by_rank = sorted(self.case.chosen.active, key=lambda one: one.quantile or 0)
-        silent = self.case.chosen.silent
+        by_rank = sorted(self.case.texts.active, key=lambda one: one.quantile or 0)
+        silent = self.case.texts.silent
         for start in range(0, len(by_rank) - TEXTS + 2, TEXTS - 1):
             place = int(rng.integers(TEXTS))
             texts = by_rank[start : start + TEXTS - 1]

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from stage_inspect.explain.examples import Tested
+from stage_inspect.explain.pictures import TestedPicture
 
 MOST_SHOWN = 16  # wrong examples that are kept whole
 
@@ -32,7 +33,7 @@ class Judgement:
     truth: bool
     said: bool | None
     """None: there was no answer, or none that could be read."""
-    of: Tested
+    of: Tested | TestedPicture
     certainty: float | None = None
     """The larger, the surer that it is active: a probability, or a similarity."""
     reason: str | None = None
@@ -189,10 +190,7 @@ def failed(judgements: Sequence[Judgement]) -> list[dict[str, Any]]:
     return [
         {
             "kind": "false negative" if one.truth else "false positive",
-            "tokens": one.of.example.tokens.tolist(),
-            "values": [round(value, 4) for value in one.of.example.values.tolist()],
-            "peak": one.of.example.peak,
-            "place": [one.of.example.context, one.of.example.start + one.of.example.peak],
+            **one.of.record,
         }
         for one in sorted(wrong, key=lambda one: not one.truth)[:MOST_SHOWN]
     ]

@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from shared.basics.errors import GranaryError
+from shared.latents.folder import Latents
 from stage_inspect.explain.endpoint.request import Failure, Request
 from stage_inspect.explain.examples import Chosen
+from stage_inspect.explain.pictures import ChosenPictures
 from stage_inspect.explain.scores.measure import Result
 from stage_inspect.explain.steering import Steering
 
@@ -48,9 +50,23 @@ class Scorer(Protocol):
 class Case:
     """A latent to be scored: its examples, the judge, and who steers the latent, for the score of that."""
 
-    chosen: Chosen
+    chosen: Chosen | ChosenPictures
     judge: Judge
     steering: Steering | None = None
+    latents: Latents | None = None
+    """The folder, which holds the pictures."""
+
+    @property
+    def texts(self) -> Chosen:
+        """The examples of a score of texts."""
+        assert isinstance(self.chosen, Chosen)
+        return self.chosen
+
+    @property
+    def pictures(self) -> ChosenPictures:
+        """The examples of a score of pictures."""
+        assert isinstance(self.chosen, ChosenPictures)
+        return self.chosen
 
 
 def said(explanation: str) -> str:

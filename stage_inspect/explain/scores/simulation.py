@@ -40,7 +40,7 @@ class Simulation:
 
     def requests(self, explanation: str) -> list[Request]:
         found, judge = [], self.case.judge
-        for one in self.case.chosen.tested:
+        for one in self.case.texts.tested:
             strings = one.example.strings
             listed = "\n".join(f"{number}. {text!r}" for number, text in enumerate(strings, 1))
             system, user = self.prompt.filled(count=len(strings), explanation=said(explanation), tokens=listed)
@@ -51,7 +51,7 @@ class Simulation:
     def score(self, answers: Answers) -> Result:
         predicted: list[tuple[Tested, Doubles]] = []
         judged, is_expected = [], True
-        for one, answer in zip(self.case.chosen.tested, answers, strict=True):
+        for one, answer in zip(self.case.texts.tested, answers, strict=True):
             count = len(one.example.values)
             numbers = None if isinstance(answer, Failure) else listed_numbers(text_of(answer), count, LARGEST)
             failure = (

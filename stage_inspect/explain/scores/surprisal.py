@@ -33,7 +33,7 @@ class Surprisal:
 
     @cached_property
     def texts(self) -> list[str]:
-        return [marks.plain(one.example) for one in self.case.chosen.tested]
+        return [marks.plain(one.example) for one in self.case.texts.tested]
 
     def requests(self, explanation: str) -> list[Request]:
         judge = self.case.judge
@@ -44,7 +44,7 @@ class Surprisal:
 
     def score(self, answers: Answers) -> Result:
         judged = []
-        for number, one in enumerate(self.case.chosen.tested):
+        for number, one in enumerate(self.case.texts.tested):
             pair = answers[2 * number : 2 * number + 2]
             text = self.texts[number]
             means = [mean_logprob(answer, text) for answer in pair]

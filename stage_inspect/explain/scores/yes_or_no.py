@@ -22,6 +22,7 @@ from shared.basics.errors import GranaryError
 from stage_inspect.explain import marks
 from stage_inspect.explain.endpoint.request import Failure, Request, Token, chat, text_of, written_tokens
 from stage_inspect.explain.examples import Tested
+from stage_inspect.explain.pictures import TestedPicture
 from stage_inspect.explain.prompts.files import Prompt
 from stage_inspect.explain.scores.measure import Judgement, Result, classified
 from stage_inspect.explain.scores.scorer import NO_LOGPROBS, Answers, Case, NotPossibleError, said
@@ -31,12 +32,18 @@ TOKENS_PER_TEXT = 8  # of an answer
 
 
 @dataclass(frozen=True)
-class Text:
-    """A text to be judged, and the truth."""
+class Judged:
+    """What is to be judged, and the truth."""
+
+    truth: bool
+    of: Tested | TestedPicture
+
+
+@dataclass(frozen=True)
+class Text(Judged):
+    """The same as a text."""
 
     text: str
-    truth: bool
-    of: Tested
 
 
 @dataclass
@@ -76,7 +83,7 @@ class YesOrNo:
         return classified(judged, NO_LOGPROBS)
 
 
-def judgements(texts: Sequence[Text], answer: str | Failure) -> list[Judgement]:
+def judgements(texts: Sequence[Judged], answer: str | Failure) -> list[Judgement]:
     """What an answer says of each text of its question."""
     reason, is_endpoints, numbers = None, False, None
     certainties: Sequence[float | None] = [None] * len(texts)
@@ -84,7 +91,7 @@ def judgements(texts: Sequence[Text], answer: str | Failure) -> list[Judgement]:
         reason, is_endpoints = answer.reason, answer.is_endpoints
     else:
         numbers = listed_numbers(text_of(answer), len(texts), 1)
-        reason = None if numbers is not None else "the answer is no list of as many numbers as there were texts"
+        reason = None if numbers is not None else "the answer is no list of as many numbers as there were examples"
         tokens = written_tokens(answer)
         if numbers is not None and tokens is not None:
             certainties = certainty(tokens, numbers) or certainties
@@ -137,34 +144,34 @@ def certainty(tokens: Sequence[Token], numbers: Sequence[int]) -> list[float] | 
 
 def unmarked(case: Case) -> list[Text]:
     """Texts of detection."""
-    return [Text(marks.plain(one.example), one.is_active, one) for one in case.chosen.tested]
+    return [Text(one.is_active, one, marks.plain(one.example)) for one in case.texts.tested]
 
 
 def marked(case: Case) -> list[Text]:
     """Texts of fuzzing: every one has marks. A silent one takes their number and lengths from an active one."""
-    lengths = [marks.runs(marks.hot_pieces(one.example)) for one in case.chosen.active]
+    lengths = [marks.runs(marks.hot_pieces(one.example)) for one in case.texts.active]
     found, silent = [], 0
-    for one in case.chosen.tested:
+    for one in case.texts.tested:
         if one.is_active:
-            found.append(Text(marks.marked(one.example, marks.hot_pieces(one.example)), True, one))
+            found.append(Text(True, one, marks.marked(one.example, marks.hot_pieces(one.example))))
             continue
         nowhere = [False] * len(one.example.pieces)
         hot = marks.misplaced(nowhere, lengths[silent % len(lengths)], drawn(case, one))
         silent += 1
         if hot is not None:
-            found.append(Text(marks.marked(one.example, hot), False, one))
+            found.append(Text(False, one, marks.marked(one.example, hot)))
     return found
 
 
 def marked_active(case: Case) -> list[Text]:
     """Texts of the other fuzzing: each active one twice, marked right and marked wrong."""
     right, wrong = [], []
-    for one in case.chosen.active:
+    for one in case.texts.active:
         hot = marks.hot_pieces(one.example)
         elsewhere = marks.misplaced(marks.active_pieces(one.example), marks.runs(hot), drawn(case, one))
         if elsewhere is not None:
-            right.append(Text(marks.marked(one.example, hot), True, one))
-            wrong.append(Text(marks.marked(one.example, elsewhere), False, one))
+            right.append(Text(True, one, marks.marked(one.example, hot)))
+            wrong.append(Text(False, one, marks.marked(one.example, elsewhere)))
     if not right:
         raise NotPossibleError("it fires on so much of its windows that no wrong mark has room")
     both = right + wrong
