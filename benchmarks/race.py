@@ -1,6 +1,6 @@
 """The whole job as a user does it, from text to dictionaries in files: Granary, SAELens' runner, sparsify's trainer.
 
-    python benchmarks/race.py [--quick] [--scenario one grid layers] [--peers-python .venv-peers/bin/python]
+    python benchmarks/race.py [--quick] [--scenario one grid layers] [--peers-python .venv-peers/bin/python] [--record]
 
 Scenarios: one SAE (k 32, 8 x); a grid of eight SAEs (k 16 and 32, 2 to 16 x); the same SAE after three layers. The
 model is a LLaMA of 25 M parameters and 8 layers with random weights, whose activations say little about quality, or
@@ -11,6 +11,7 @@ Seconds end with the dictionaries' files; what Granary then takes for its evalua
 report), which the peers do not make, stands beside them. Every dictionary is scored by one formula on the same held-out
 text (``race_jobs.py``).
 
+CPU seconds are of all processes of a contender: on a machine that does other work too, compare those.
 Memory is the largest sum of PSS of all processes of a contender, looked at every 0.2 s; bytes on disk are what lies in
 its folder at the end, caches of data sets and tokens included. With --work a finished part is not run again.
 """
@@ -32,7 +33,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from records import print_result
+from records import RESULTS, Record, append, print_result, processor
+from step import peer_versions
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from shared.lm.identity import MODEL_DIR
@@ -140,12 +142,15 @@ class Race:
             shutil.rmtree(out, ignore_errors=True)
             out.mkdir(parents=True)
             commands = self.granary(scenario, out) if name == "granary" else self.peer(name, scenario, out)
-            seconds, peaks = zip(*(self.timed(command, out) for command in commands), strict=True)
-            scoring = seconds[-1] if name == "granary" else 0.0
+            seconds, work, peaks = zip(*(self.timed(command, out) for command in commands), strict=True)
+            scoring, scoring_work = (seconds[-1], work[-1]) if name == "granary" else (0.0, 0.0)
             found = {
                 "seconds": sum(seconds) - scoring,
                 "scoring": scoring,
+                "cpu_seconds": sum(work) - scoring_work,
+                "scoring_cpu_seconds": scoring_work,
                 "parts": seconds,
+                "parts_cpu_seconds": work,
                 "peak_mb": max(peaks) / 1e6,
                 "disk_mb": size_of(out),
             }
@@ -154,8 +159,8 @@ class Race:
         self.results.append(row)
         print(self.line(row), flush=True)
 
-    def timed(self, command: list[str], out: Path) -> tuple[float, float]:
-        """Seconds of a command in the peers' environment, and the largest sum of its processes' PSS in bytes."""
+    def timed(self, command: list[str], out: Path) -> tuple[float, float, float]:
+        """Seconds and CPU seconds of a command in the peers' environment, and the most bytes of its processes (PSS)."""
         caches = {name: str(out / "cache") for name in ("HF_HOME", "XDG_CACHE_HOME", "TORCHINDUCTOR_CACHE_DIR")}
         environment = {
             **os.environ, **caches, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "",
@@ -176,13 +181,14 @@ class Race:
 
             watcher = threading.Thread(target=watch)
             watcher.start()
-            status = process.wait()
+            _, ended, usage = os.wait4(process.pid, 0)  # of the process, and of those that it waited for
+            status = process.returncode = os.waitstatus_to_exitcode(ended)
             seconds = time.perf_counter() - begin
             is_over.set()
             watcher.join()
         if status:
             sys.exit(f"{' '.join(command)} ended with status {status}: see {log}")
-        return seconds, peak
+        return seconds, usage.ru_utime + usage.ru_stime, peak
 
     def fvu(self, scenario: str, name: str, out: Path) -> list[float]:
         """Of every dictionary in `out`, by the one ruler."""
@@ -206,7 +212,8 @@ class Race:
         fvu = row["fvu"]
         quality = f"{np.mean(fvu):.3f}" if len(fvu) == 1 else f"{np.mean(fvu):.3f} ({min(fvu):.3f} to {max(fvu):.3f})"
         return (
-            f"| {row['scenario']} | {row['contender']} | {row['seconds']:.0f} | {row['scoring']:.0f} | "
+            f"| {row['scenario']} | {row['contender']} | {row['seconds']:.0f} | {row['cpu_seconds']:.0f} | "
+            f"{row['scoring']:.0f} | {row['scoring_cpu_seconds']:.0f} | "
             f"{row['peak_mb']:,.0f} | {row['disk_mb']:,.0f} | {quality} |"
         )
 
@@ -215,11 +222,16 @@ class Race:
         found: dict[str, Any] = {}
         for scenario in dict.fromkeys(row["scenario"] for row in self.results):
             rows = {row["contender"]: row for row in self.results if row["scenario"] == scenario}
+            ours = rows["granary"]
             found[scenario] = {
-                name: {"over_ours": round(row["seconds"] / rows["granary"]["seconds"], 2),
-                       "seconds": round(row["seconds"], 1), "fvu": round(float(np.mean(row["fvu"])), 4)}
+                name: {
+                    "seconds": round(row["seconds"], 1),
+                    "over_ours": round(row["seconds"] / ours["seconds"], 2),
+                    "cpu_over_ours": round(row["cpu_seconds"] / ours["cpu_seconds"], 2),
+                    "fvu": round(float(np.mean(row["fvu"])), 4),
+                }
                 for name, row in rows.items()
-            }  # fmt: skip
+            }
         return found
 
 
@@ -285,6 +297,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--peers-python", default=str(ROOT / ".venv-peers" / "bin" / "python"), metavar="PATH")
     parser.add_argument("--work", help="folder for what is made; default: a temporary one")
+    parser.add_argument("--record", action="store_true", help=f"append the wall times to {RESULTS.name}")
     parser.add_argument("--plot", type=Path, help="draw the times there")
     options = parser.parse_args()
     if not Path(options.peers_python).exists():
@@ -295,10 +308,16 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         options.work = str(Path(options.work or temporary).resolve())
         race = Race(options)
-        print("| scenario | contender | seconds | scoring | peak MB | disk MB | FVU |\n|---|---|---|---|---|---|---|")
+        print("| scenario | contender | seconds | CPU seconds | scoring | its CPU seconds | peak MB | disk MB | FVU |")
+        print("|---|---|---|---|---|---|---|---|---|")
         for scenario in options.scenario:
             for name in options.contender:
                 race.part(scenario, name)
+    if options.record:
+        shape = f"d{race.d_model}_tokens{options.tokens}"
+        found = [Record(f"race-{row['scenario']}", row["contender"], shape, "float32", [row["seconds"]], row["peak_mb"])
+                 for row in race.results]  # fmt: skip
+        append(found, processor(), options.threads, peer_versions(options.peers_python))
     if options.plot:
         draw(race.results, options.plot)
     print_result({"threads": options.threads, "model": options.model, "tokens": options.tokens, **race.ratios()})

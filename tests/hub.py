@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import PurePosixPath
 from threading import Thread
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -26,6 +27,7 @@ class Hub:
         self.private: dict[str, bool] = {}
         self.commits: list[str] = []
         self.large: dict[str, bytes] = {}
+        self.read: list[tuple[str, str | None]] = []  # files that were asked for, and which range of each
         self.url = ""
 
     def add(self, repository: str, files: dict[str, bytes]) -> None:
@@ -39,6 +41,7 @@ class Hub:
 class _Handler(BaseHTTPRequestHandler):
     hub: Hub
     protocol_version = "HTTP/1.1"
+    wbufsize = 1 << 16  # head and body in one packet
 
     def log_message(self, *_: Any) -> None:
         pass
@@ -72,7 +75,8 @@ class _Handler(BaseHTTPRequestHandler):
                 for name, data in sorted(files.items())
                 if name.startswith(inside)
             ]
-            self.answer(told)
+            folders = {str(above) for name in files for above in PurePosixPath(name).parents} - {"."}
+            self.answer([*({"type": "directory", "path": one, "oid": "0"} for one in sorted(folders)), *told])
         elif found := re.fullmatch(r"/(datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
             repository = f"{'datasets' if found[1] else 'models'}/{found[2]}"
             data = self.hub.files.get(repository, {}).get(found[4])
@@ -80,7 +84,14 @@ class _Handler(BaseHTTPRequestHandler):
                 self.answer({"error": "Entry not found"}, 404, {"X-Error-Code": "EntryNotFound"})
                 return
             tag = f'"{hashlib.sha256(data).hexdigest()}"'
-            self.answer(data, headers={"X-Repo-Commit": self.hub.sha(repository), "ETag": tag})
+            told = {"X-Repo-Commit": self.hub.sha(repository), "ETag": tag}
+            self.hub.read.append((found[4], self.headers.get("Range")))
+            if wanted := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
+                start, end = int(wanted[1]), min(int(wanted[2] or len(data)) + 1, len(data))
+                told["Content-Range"] = f"bytes {start}-{end - 1}/{len(data)}"
+                self.answer(data[start:end], 206 if start < len(data) else 416, told)
+                return
+            self.answer(data, headers=told)
         else:
             self.answer({"error": f"no {path}"}, 404)
 

@@ -26,7 +26,7 @@ def run(folder: Path, *arguments: str) -> str:
 def test_a16_predictions_rank_as_ablations_do_with_patterns_and_norms_held(tmp_path: Path) -> None:
     """Above 0.7 over the first prompts, in the mode that a graph's page leads with.
 
-    With everything free it is not: docs/tracing.md has the figures and why; it is printed, and no test asks for it.
+    With everything free it is not: docs/tracing_results.md has the figures and why; it is printed, and not asked for.
     """
     run(tmp_path, "-m", "stage_harvest", *HARVEST.split())
     for layer in range(4):

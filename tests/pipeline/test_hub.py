@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -14,9 +15,12 @@ from granary.hub import main, push_to_hub
 from shared.sae import SAE, load
 from shared.sae.loading import convert
 from shared.sae.releases import is_named, place_of, table
+from shared.store import Store
+from shared.store.io.base import ObjectShortError
+from shared.store.io.open import open_io
 from tests.foreign import write_dictionary_learning, write_gemma_scope, write_llama_scope
 from tests.hub import TOKEN, Hub, serving
-from tests.inspection import inspect_config, small_sae, small_store
+from tests.inspection import HOOK, inspect_config, small_sae, small_store
 
 # How huggingface_hub calls httpx when it sends a large file.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=<...>' to upload raw bytes:DeprecationWarning")
@@ -102,11 +106,47 @@ def test_a_latents_folder_is_published_without_its_notes(hub: Hub, tmp_path: Pat
     assert {name: data for name, data in sent.items() if name != "README.md"} == {
         name: data for name, data in here.items() if not name.startswith(("notes.sqlite", "parts/"))
     }
-    copy = tmp_path / "copy"
-    for name, data in sent.items():
-        (copy / name).parent.mkdir(parents=True, exist_ok=True)
-        (copy / name).write_bytes(data)
-    assert granary.Latents.open(copy).num_latents == granary.Latents.open(folder).num_latents
+    (folder / "notes.sqlite").unlink()
+    local, remote = granary.Latents.open(folder), granary.Latents.open("hf://datasets/me/latents")
+    assert "Latents.open('hf://datasets/me/latents')" in sent["README.md"].decode()
+    for name in local.table:
+        assert np.array_equal(remote.table[name], local.table[name], equal_nan=True), name
+    assert [str(one) for one in remote.top(7, 3)] == [str(one) for one in local.top(7, 3)]
+    assert remote.latent(7).tokens == local.latent(7).tokens
+    with pytest.raises(GranaryError, match="only read: granary push"):
+        remote.io.put("mine", [b"x"])
+
+
+def test_a_store_is_read_from_the_hub_in_ranges_and_at_one_commit(hub: Hub, tmp_path: Path) -> None:
+    local = small_store(tmp_path / "store", num_contexts=9)
+    hub.files["datasets/me/data"] = {f"stores/{name}": data for name, data in files_of(tmp_path / "store").items()}
+    remote = Store.open("hf://datasets/me/data/stores")
+    context = int(local.contexts("heldout")[0])
+    assert torch.equal(remote.read_context(HOOK, context), local.read_context(HOOK, context))
+    ranges = [asked for name, asked in hub.read if name.startswith(f"stores/{HOOK.replace('.', '/')}")]
+    assert ranges
+    assert all(ranges)  # never a whole shard
+    io = open_io("hf://datasets/me/data/stores")
+    assert io.size("_COMPLETE.json")
+    with pytest.raises(ObjectShortError):
+        io.read_into("_COMPLETE.json", 3, [memoryview(bytearray(1 << 20))])
+    hub.files["datasets/me/data"] = {}
+    assert io.size("_COMPLETE.json")  # as it was when the repository was opened
+
+
+@pytest.mark.parametrize(
+    ("url", "line"),
+    [
+        ("hf://datasets/me/none", "there is no such repository, revision or file, or it is not yours"),
+        ("hf://datasets/me", "names no repository: write hf://datasets/owner/name"),
+        ("hf://datasets/me/a b", "names no repository"),
+        ("hf://me/x/latents", "no latents folder at hf://me/x/latents"),
+    ],
+)
+def test_what_the_hub_has_not_is_one_line_at_once(hub: Hub, url: str, line: str) -> None:
+    hub.add("me/x", {"config.json": b"{}"})
+    with pytest.raises(GranaryError, match=line):
+        granary.Latents.open(url)
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import os
 from shared.basics.display import refuse_password
 from shared.store.io.base import ObjectIO
 from shared.store.io.fsspec import FsspecClient
+from shared.store.io.hub import HubClient
 from shared.store.io.local import LocalIO
 from shared.store.io.obstore import ObstoreClient
 from shared.store.io.remote import RemoteIO
@@ -25,6 +26,8 @@ def open_io(url: str | os.PathLike[str] | ObjectIO) -> ObjectIO:
         return LocalIO(text)
     if protocol in ("file", "local"):
         return LocalIO(rest)
+    if protocol == "hf":
+        return RemoteIO(HubClient(text))
     if protocol in ("s3", "s3a") and importlib.util.find_spec("obstore") is not None:
         return RemoteIO(ObstoreClient(text))
     return RemoteIO(FsspecClient(text))
