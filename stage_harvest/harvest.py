@@ -256,19 +256,17 @@ def compute_shards(
     cfg = job.cfg
     is_writer = mesh_rank.part == 0
     gate = WindowGate(store, alone=mesh_rank.tp_mesh is None)
+    points = job.points if is_writer else []
     if job.vision is not None:
-        forward: ShardForward = PicturedForward(trunk, job.points, store, job.vision, device)
+        forward: ShardForward = PicturedForward(trunk, points, store, job.vision, device)
     else:
         forward = ShardForward(
-            trunk,
-            job.points if is_writer else [],
-            packing=cfg.packing.mode,
-            batch_contexts=job.batch_contexts,
-            device=device,
+            trunk, points, packing=cfg.packing.mode, batch_contexts=job.batch_contexts, device=device
         )
     if not is_writer:
         for shard in gate.let_through(shards):
-            forward.run(store.tokens(store.shard_contexts(shard)), store.segments(store.shard_contexts(shard)), {})
+            contexts = store.shard_contexts(shard)
+            forward.run(store.tokens(contexts), store.segments(contexts), {}, first_context=contexts.start)
         return
 
     def fill(

@@ -336,8 +336,8 @@ def check_multimodal(cfg: HarvestSchema, config: PretrainedConfig) -> None:
         raise GranaryError(f"{name}: its rows are run one by one, set packing=separate")
     if cfg.hooks.modules is not None:
         raise GranaryError(f"{name}: hooks.modules is for text decoders, give hooks.layers and hooks.sites")
-    if cfg.tensor_parallel > 1 or cfg.model.quantisation is not None:
-        raise GranaryError(f"{name}: tensor_parallel and model.quantisation are for text decoders, use replicas")
+    if cfg.model.quantisation is not None:
+        raise GranaryError(f"{name}: model.quantisation is for text decoders, use tensor_parallel or fewer layers")
 
 
 def needs_tokenizer(corpus: Corpus) -> bool:

@@ -124,11 +124,12 @@ PLACEHOLDERS = {"qwen2_vl": "<start><image><end>", "gemma3": "<start>"}
 PLACEHOLDERS |= dict.fromkeys(("qwen2_5_vl", "qwen3_vl"), PLACEHOLDERS["qwen2_vl"])
 
 
-def picture_model(family: str, folder: Path) -> PreTrainedModel:
-    """The whole model, saved in `folder` with all that reads rows with images."""
+def picture_model(family: str, folder: Path, **text: int) -> PreTrainedModel:
+    """The whole model, saved in `folder` with all that reads rows with images; `text` changes its decoder."""
     made = tokenizer()
     made.chat_template = TEMPLATE.replace("PLACEHOLDER", PLACEHOLDERS.get(family, "<image>"))
     config, processor = FAMILIES[family](made)
+    config.get_text_config().update(text)
     torch.manual_seed(0)
     model: PreTrainedModel = AutoModelForImageTextToText.from_config(config).eval().requires_grad_(False)
     if family == "gemma3":  # whose projector is zero

@@ -14,9 +14,13 @@ from shared.basics.errors import GranaryError
 
 
 def check_tensor_parallel(config: PretrainedConfig, size: int) -> None:
-    """Raise GranaryError unless the model has a plan and its heads and MLP divide by `size`."""
+    """Raise GranaryError unless the model's text stack has a plan and its heads and MLP divide by `size`.
+
+    A vision tower has no plan: it is whole on every rank.
+    """
     if size == 1:
         return
+    config = config.get_text_config(decoder=True)
     if not getattr(config, "base_model_tp_plan", None):
         raise GranaryError(f"transformers has no tensor-parallel plan for {config.model_type}: use tensor_parallel=1")
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
@@ -33,7 +37,8 @@ def sharded_class(model_class: type[PreTrainedModel], tp_mesh: DeviceMesh) -> ty
     """`model_class` whose ``from_pretrained(distributed_config=...)`` shards over `tp_mesh`.
 
     transformers accepts a mesh of its own making only, with as many ranks as the job has. A mesh with a further axis,
-    for replicas, is the same to everything after that check.
+    for replicas, is the same to everything after that check. The class says that it is of the same module: of models
+    of another's making transformers leaves out the renaming of what their files hold.
     """
 
     def prepare_distribute_model(
@@ -41,9 +46,11 @@ def sharded_class(model_class: type[PreTrainedModel], tp_mesh: DeviceMesh) -> ty
     ) -> tuple[Any, None, DeviceMesh]:
         return distributed_config, None, tp_mesh
 
-    return type(
-        model_class.__name__, (model_class,), {"prepare_distribute_model": classmethod(prepare_distribute_model)}
-    )
+    members = {
+        "__module__": model_class.__module__,
+        "prepare_distribute_model": classmethod(prepare_distribute_model),
+    }
+    return type(model_class.__name__, (model_class,), members)
 
 
 def tensor_parallel_config(tp_mesh: DeviceMesh) -> DistributedConfig:

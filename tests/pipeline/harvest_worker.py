@@ -1,4 +1,5 @@
-"""One of four ranks of test_harvest_ranks: sharded trunks against whole ones, then whole harvests.
+"""One of four ranks of test_harvest_ranks, or of two of test_harvest_images_ranks:
+sharded trunks against whole ones, then whole harvests.
 
 Usage: harvest_worker.py FOLDER JOBS, as torchrun starts it. FOLDER/<family> is a model with 4 key/value heads; JOBS is
 a JSON list of command lines of stage_harvest. Rank 0 prints ``family dtype tp worst-relative-difference
@@ -57,7 +58,8 @@ def compare(folder: Path, tp: int) -> None:
 def main() -> None:
     dist.init_process_group("gloo")
     for tp in (2, 4):
-        compare(Path(sys.argv[1]), tp)
+        if tp <= dist.get_world_size():
+            compare(Path(sys.argv[1]), tp)
     register()
     with initialize_config_module("conf", version_base="1.3"):
         for overrides in json.loads(sys.argv[2]):

@@ -2,14 +2,12 @@
 
 import hashlib
 import json
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import zarr
-from transformers import PreTrainedModel
 
 from shared.basics.images import EncodedImage
 from shared.lm import capture
@@ -17,40 +15,14 @@ from shared.lm.hookpoint import HookPoint
 from shared.lm.vision.reader import VisionReader
 from shared.store import Store
 from shared.store.verify import drop_incomplete, verify
-from tests.cli import ForkServer, Result
-from tests.picture_models import FAMILIES, picture_model
+from tests.cli import ForkServer
+from tests.picture_models import FAMILIES
 
 pytest.importorskip("PIL")
 from tests import picture_corpus
+from tests.picture_harvests import SITES, TIMES, Pictures
 
 QUICK = "llava_next"
-SITES = ("layers.2.resid_pre", "layers.2.mlp_out")
-TIMES = 4
-
-
-class Pictures:
-    """A model of a family, the corpus, and the stages' command lines."""
-
-    def __init__(self, family: str, root: Path, server: ForkServer) -> None:
-        self.root, self.server = root, server
-        self.whole: PreTrainedModel = picture_model(family, root / family)
-        self.model = root / family
-        self.corpus = picture_corpus.write(root / "rows.parquet", TIMES)
-
-    def run(self, store: str = "store", **changes: object) -> Result:
-        keys: dict[str, object] = {
-            "model": self.model, "run_dir": self.root / "run", "store.url": self.root / store, "corpus": "parquet",
-            "corpus.files": self.corpus, "corpus.column": "messages", "corpus.images": "images",
-            "packing": "separate", "packing.seq_len": 320, "hooks.layers": 2, "hooks.sites": "[resid_pre,mlp_out]",
-            "store.shard_contexts": 6, "store.dtype": "float32", "device.threads": 1,
-        }  # fmt: skip
-        keys |= {key.replace("__", "."): value for key, value in changes.items()}
-        return self.server.run("stage_harvest", *(f"{key}={value}" for key, value in keys.items() if value is not None))
-
-    def harvest(self, store: str = "store", **changes: object) -> Store:
-        result = self.run(store, **changes)
-        assert result.code == 0, result.stderr
-        return Store.open(self.root / store)
 
 
 def slow(*values: object) -> object:
@@ -157,6 +129,7 @@ def test_train_and_score_one_kind_of_token(pictures: Pictures) -> None:
         ({"packing": "isolated"}, "reads images beside text: its rows are run one by one, set packing=separate"),
         ({"packing__seq_len": 20}, "rows.parquet row 1 takes"),
         slow({"hooks__modules": "layers.0.mlp"}, "hooks.modules is for text decoders"),
+        slow({"model__quantisation": "bnb_int8"}, "model.quantisation is for text decoders, use tensor_parallel"),
         slow({"model": "bundled"}, "is a llama: rows with images are known for llava"),
         slow(
             {"corpus__images": None, "chat__mark_assistant": "true"}, "chat.mark_assistant=true goes with corpus.images"
