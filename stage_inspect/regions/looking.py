@@ -126,9 +126,7 @@ class Looking:
         if not 0 <= number < len(images):
             raise GranaryError(f"context {context} has {len(images)} images: there is no number {number}")
         rows = {row.id: row for row in images[number]}
-        left, top, right, bottom = given = tuple(float(side) for side in box)
-        if not (left < right and top < bottom) or not np.isfinite(given).all():
-            raise GranaryError(f"the box {list(given)} is empty: give left, top, right and bottom in pixels")
+        given = box_of(box)
         image_T, cell_T = self._pictures.image([context])[0], self._pictures.cell([context])[0]
         with self._lock:
             (batch,) = self._reader.batches(np.array([context]))
@@ -194,12 +192,20 @@ class Looking:
         )
 
 
+def box_of(sides: Sequence[float]) -> BoxOf:
+    """Four numbers as a box; raises GranaryError for what is none, or empty."""
+    found = [float(side) for side in sides]
+    if len(found) != 4 or not np.isfinite(found).all() or not (found[0] < found[2] and found[1] < found[3]):
+        raise GranaryError(f"the box {found} is empty or none: give left, top, right and bottom in pixels")
+    return found[0], found[1], found[2], found[3]
+
+
 def covered(boxes: npt.NDArray[np.float64], box: BoxOf) -> npt.NDArray[np.float64]:
     """The part of each of `boxes` [C, 4] that lies in `box`, 0 to 1 [C]; 0 for one without an area."""
     low, high = np.maximum(boxes[:, :2], box[:2]), np.minimum(boxes[:, 2:], box[2:])
-    both = (high - low).clip(0).prod(1)
-    area = (boxes[:, 2:] - boxes[:, :2]).prod(1)
-    return np.divide(both, area, out=np.zeros(len(boxes)), where=area > 0)
+    both, area = (high - low).clip(0).prod(1), (boxes[:, 2:] - boxes[:, :2]).prod(1)
+    part: npt.NDArray[np.float64] = np.divide(both, area, out=np.zeros(len(boxes)), where=area > 0)
+    return part
 
 
 def in_box(indices_CK: Ints, values_CK: npt.NDArray[np.float32], inside_C: npt.NDArray[np.float64]) -> list[InBox]:
@@ -209,7 +215,7 @@ def in_box(indices_CK: Ints, values_CK: npt.NDArray[np.float32], inside_C: npt.N
     value, weight = values_CK[region, slot].astype(np.float64), inside_C[region]
 
     def sums(terms: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-        return np.bincount(number, weights=terms, minlength=len(latents))
+        return np.bincount(number, weights=terms, minlength=len(latents)).astype(np.float64)
 
     inside = sums(weight * value) / inside_C.sum()
     outside = sums((1 - weight) * value) / max((1 - inside_C).sum(), 1e-12)
@@ -220,7 +226,7 @@ def in_box(indices_CK: Ints, values_CK: npt.NDArray[np.float32], inside_C: npt.N
     np.maximum.at(strength, number[counts], value[counts])
     order = np.lexsort((latents, outside - inside))
     return [
-        InBox(*(int(latents[one]), *(float(column[one]) for column in (strength, inside, outside, share))))
+        InBox(int(latents[one]), *(float(column[one]) for column in (strength, inside, outside, share)))
         for one in order
         if np.isfinite(strength[one])
     ]

@@ -95,7 +95,8 @@ def test_a_region_without_an_area_is_never_inside() -> None:
     ("context", "number", "box", "told"),
     [
         (20, 0, (0, 0, 5, 5), "there is no context 20"), (-1, 0, (0, 0, 5, 5), "there is no context -1"),
-        (3, 1, (0, 0, 5, 5), "there is no number 1"), (3, 0, (5, 0, 5, 5), "is empty"),
+        (3, 1, (0, 0, 5, 5), "there is no number 1"), (3, 0, (0, 0, 5), "is empty or none"),
+        (3, 0, (5, 0, 5, 5), "is empty"),
         (3, 0, (0, 0, float("nan"), 5), "is empty"), (3, 0, (0, 0, float("inf"), 5), "is empty"),
         (3, 0, (31, 0, 40, 5), "meets no region of the image, 30 x 20 pixels"),
     ],
