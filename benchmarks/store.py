@@ -29,6 +29,7 @@ import numpy as np
 import torch
 from records import print_result
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from shared.store import Store
 from shared.store.buffers import bits_of, byte_view
 from shared.store.format.dtypes import BFloat16Bits

@@ -63,6 +63,8 @@ def typed(hint: Any, value: Any, where: str) -> Any:
     if is_plain and isinstance(value, list) and arguments[0] in JSON_TYPES and set(map(type, value)) <= {arguments[0]}:
         return origin(value)  # a long list of numbers, quickly
     if origin is list and isinstance(value, list):
+        if arguments[0] is Any:
+            return list(value)
         return [typed(arguments[0], item, f"{where}[{index}]") for index, item in enumerate(value)]
     if origin is tuple and isinstance(value, list) and (arguments[-1] is ... or len(value) == len(arguments)):
         kinds = [arguments[0]] * len(value) if arguments[-1] is ... else arguments

@@ -5,6 +5,7 @@ Shapes: T positions, D = d_model, n contexts.
 
 import threading
 from collections.abc import Callable, Iterable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from shared.basics.errors import GranaryError
 from shared.launch import commands
 from shared.store.buffers import bits_of, byte_view
 from shared.store.format import layout
-from shared.store.format.checksum import CRC_BYTES, crc32c, crc_from_bytes
+from shared.store.format.checksum import CRC_BYTES, crc32c
 from shared.store.format.dtypes import scales_per_row, storage_type
 from shared.store.format.layout import StorePlan
 from shared.store.format.manifest import DamagedObjectError, ShardRecord
@@ -120,39 +121,43 @@ def damaged(url: str, key: str, shard: int, what: str) -> DamagedObjectError:
 def read_token_contexts(
     io: ObjectIO, plan: StorePlan, name: str, contexts: Iterable[int], shard_of: Callable[[int], int]
 ) -> npt.NDArray[Any]:
-    """Rows of an array of `plan.token_arrays`, [n, T, ...]; `shard_of` says in which shard a context is."""
+    """Rows of an array of `plan.token_arrays`, [n, T, ...]; `shard_of` says in which shard a context is, or raises."""
     array = plan.token_arrays[name]
-    wanted = np.fromiter((int(context) for context in contexts), np.int64)
-    parts: dict[int, list[int]] = {}
-    for number, context in enumerate(wanted.tolist()):
-        parts.setdefault(shard_of(context), []).append(number)
-    rows = np.empty((len(wanted), plan.seq_len, *array.beyond), array.numpy)
+    is_array = isinstance(contexts, np.ndarray)
+    asked = np.asarray(contexts, np.int64) if is_array else np.fromiter((int(one) for one in contexts), np.int64)
+    rows = np.empty((len(asked), plan.seq_len, *array.beyond), array.numpy)
+    order = np.argsort(asked, kind="stable")
+    wanted = asked[order]
+    firsts = np.flatnonzero(np.diff(wanted // plan.shard_contexts, prepend=-(2**62)))
 
-    def read(item: tuple[int, list[int]]) -> None:
-        shard, numbers = item
-        numbers.sort(key=lambda number: wanted[number])
-        slots = (wanted[numbers] - shard * plan.shard_contexts).tolist()
-        rows[numbers] = read_token_rows(io, plan, name, shard, slots)
+    def read(span: tuple[int, int]) -> None:
+        some = wanted[slice(*span)]
+        shard = shard_of(int(some[0]))
+        shard_of(int(some[-1]))  # a shard's contexts are a range: what is between its ends is in it
+        slots = (some - shard * plan.shard_contexts).tolist()
+        rows[order[slice(*span)]] = read_token_rows(io, plan, name, shard, slots)
 
-    on_threads(read, list(parts.items()))
+    on_threads(read, list(pairwise([*firsts.tolist(), len(wanted)])))
     return rows
 
 
 def read_token_rows(io: ObjectIO, plan: StorePlan, name: str, shard: int, slots: Sequence[int]) -> npt.NDArray[Any]:
     """Rows `slots` (ascending) of one shard of an array of `plan.token_arrays`, [n, T, ...]."""
     array = plan.token_arrays[name]
-    out = np.empty((len(slots), plan.seq_len, *array.beyond), array.numpy)
-    row_bytes = array.row_bytes(plan.seq_len) + CRC_BYTES
+    row_bytes = array.row_bytes(plan.seq_len)
     first, last = slots[0], slots[-1]
     key = layout.object_key(name, shard, array.ndim)
-    data = memoryview(bytearray((last - first + 1) * row_bytes))
-    io.read_into(key, first * row_bytes, [data])
-    for number, slot in enumerate(slots):
-        row = data[(slot - first) * row_bytes : (slot - first + 1) * row_bytes]
-        if crc32c(row[:-CRC_BYTES]) != crc_from_bytes(row[-CRC_BYTES:]):
+    read_NB = np.empty((last - first + 1, row_bytes + CRC_BYTES), np.uint8)
+    io.read_into(key, first * read_NB.shape[1], [byte_view(read_NB)])
+    index_n = np.asarray(slots) - first
+    rows_nB = np.ascontiguousarray(read_NB[index_n, :row_bytes])
+    recorded = np.ascontiguousarray(read_NB[index_n, row_bytes:]).view("<u4")[:, 0].tolist()
+    payload, start = byte_view(rows_nB), 0
+    for slot, crc in zip(slots, recorded, strict=True):
+        if crc32c(payload[start : start + row_bytes]) != crc:
             raise damaged(io.url, key, shard, f"fails its checksum in row {slot}")
-        out[number] = np.frombuffer(row[:-CRC_BYTES], array.numpy).reshape(out.shape[1:])
-    return out
+        start += row_bytes
+    return rows_nB.view(array.numpy).reshape(len(slots), plan.seq_len, *array.beyond)
 
 
 def read_moments(io: ObjectIO, record: ShardRecord, hook: str, d_model: int) -> npt.NDArray[np.float64]:

@@ -18,7 +18,8 @@ from shared.basics.documents import typed, typed_at
 from shared.basics.errors import GranaryError
 
 FLOATS = ("total", "total_squared", "maximum", "squared_error")
-BLOCK_ROWS = 64  # 1 MiB of float32 at d_model 4096: stays in the core's own cache
+BLOCK_ROWS = 64  # reduced in float32, so part of the format: 1 MiB of it at d_model 4096
+BLOCK_COLUMNS = 1024  # of a block, centred and squared at a time: 256 KiB, which also a small core's own cache holds
 BINS_PER_OCTAVE = 16  # the norm histogram's bins are 4.4 % wide
 OUTLIER_RATIO = 10.0  # an outlier dimension is one whose RMS is this many times the median dimension's
 MOST_BIN = BINS_PER_OCTAVE * 1000  # beyond, a norm is none that a float can hold
@@ -72,11 +73,17 @@ class NormFigures:
         self.total_squared += float(squared_norms.sum())
         self.maximum = max(self.maximum, float(norms.max(initial=0.0)))
         bins = np.floor(BINS_PER_OCTAVE * np.log2(np.maximum(norms, 2.0**-150))).astype(np.int64)
-        self.histogram.update(count_bins(bins))
-        if positions is not None:
-            groups = np.frexp(positions.astype(np.float64))[1]  # the number of bits
-            for group in np.unique(groups).tolist():
-                self.by_position.setdefault(group, Counter()).update(count_bins(bins[groups == group]))
+        if positions is None:
+            self.histogram.update(count_bins(bins))
+            return
+        groups = np.frexp(positions.astype(np.float64))[1].astype(np.int64)  # the number of bits
+        parts: dict[int, dict[int, int]] = {}
+        for both, count in count_bins(groups * (4 * MOST_BIN) + bins + MOST_BIN).items():  # one sort for all groups
+            group, shifted = divmod(both, 4 * MOST_BIN)
+            parts.setdefault(group, {})[shifted - MOST_BIN] = count
+        for group, part in parts.items():
+            self.histogram.update(part)
+            self.by_position.setdefault(group, Counter()).update(part)
 
     def merge(self, other: "NormFigures") -> None:
         """Add a second set of rows."""
@@ -164,7 +171,7 @@ class RowStatistics:
         """Add the moments of the chosen ones of at most a block of rows; returns their squared norms, for `norms.add`.
 
         The rows are dealt to H parts: part h holds dimensions h, h + H, h + 2 H ... (H is 1 for plain rows).
-        None, and nothing added, where a chosen row is not finite. `x_HNE` is overwritten.
+        None, and nothing added, where a chosen row is not finite. Rows that are not chosen are set to 0 in `x_HNE`.
         """
         n = int(chosen_N.sum())
         left_out = np.flatnonzero(~chosen_N)
@@ -180,9 +187,14 @@ class RowStatistics:
                 return None
             squared = np.einsum("hne,hne->n", x_HNE, x_HNE, dtype=np.float64)  # the square is not in float32
         mean_HE = x_HNE.sum(axis=1) / np.float32(n)
-        np.subtract(x_HNE, mean_HE[:, None], out=x_HNE)
-        x_HNE[:, left_out] = 0
-        m2_HE = np.stack([np.einsum("ne,ne->e", x_NE, x_NE) for x_NE in x_HNE])
+        m2_HE = np.empty_like(mean_HE)
+        for x_NE, mean_E, m2_E in zip(x_HNE, mean_HE, m2_HE, strict=True):
+            # The last takes what is over: a column by itself would be summed in another order.
+            starts = range(0, max(x_NE.shape[1] - BLOCK_COLUMNS, 0) + 1, BLOCK_COLUMNS)
+            for some in map(slice, starts, [*starts[1:], x_NE.shape[1]]):
+                centred_NC = x_NE[:, some] - mean_E[some]
+                centred_NC[left_out] = 0
+                np.einsum("ne,ne->e", centred_NC, centred_NC, out=m2_E[some])
         self.moments.merge(n, in_order(mean_HE), in_order(m2_HE))
         return squared[chosen_N]
 

@@ -1,6 +1,9 @@
 """Is an object still what its record says? Used by verify, and by a writer that finds its key taken."""
 
+import bisect
 import hashlib
+
+import numpy as np
 
 from shared.basics.errors import GranaryError
 from shared.store.format.checksum import CRC_BYTES, crc32c, crc_from_bytes
@@ -22,14 +25,22 @@ def check_array_object(io: ObjectIO, record: ArrayRecord, num_slots: int | None)
     if size != record.num_bytes:
         return f"has {size} bytes instead of {record.num_bytes}"
     largest = int(record.chunk_bytes.max(initial=0))
-    buffer = memoryview(bytearray(largest))
+    buffer = memoryview(bytearray(min(max(largest, READ_BYTES), size)))
+    ends = np.cumsum(record.chunk_bytes).tolist()
     try:
-        for number, offset in enumerate(record.offsets[:-1]):
-            chunk = buffer[: int(record.chunk_bytes[number])]
-            io.read_into(record.key, int(offset), [chunk])
-            payload, crc = chunk[:-CRC_BYTES], crc_from_bytes(chunk[-CRC_BYTES:])
-            if crc != record.crc32c[number] or crc32c(payload) != crc:
-                return f"fails its checksum in chunk {number}"
+        number = start = 0
+        while number < len(ends):
+            # As many chunks as a read may hold, at least one: small ones are not asked for one by one.
+            stop = max(bisect.bisect_right(ends, start + READ_BYTES), number + 1)
+            io.read_into(record.key, start, [buffer[: ends[stop - 1] - start]])
+            position = 0
+            for end, recorded in zip(ends[number:stop], record.crc32c[number:stop].tolist(), strict=True):
+                chunk = buffer[position : end - start]
+                crc = crc_from_bytes(chunk[-CRC_BYTES:])
+                if crc != recorded or crc32c(chunk[:-CRC_BYTES]) != crc:
+                    return f"fails its checksum in chunk {number}"
+                number, position = number + 1, end - start
+            start = ends[stop - 1]
         found = bytearray(len(index))
         if index:
             io.read_into(record.key, size - len(index), [memoryview(found)])

@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Collection
 from dataclasses import asdict, dataclass
-from functools import cache
+from functools import cache, cached_property
 from typing import Any, Self
 
 import numpy as np
@@ -61,7 +61,7 @@ TOKEN_ARRAYS = {TOKENS: TokenArray("int32"), MASK: TokenArray("bool"), SEGMENTS:
 IMAGE_ARRAYS = {KIND: TokenArray("uint8"), IMAGE: TokenArray("int32"), CELL: TokenArray("int16", (2,), ("row_col",))}
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class StorePlan:
     """A plan: everything that fixes the bytes of a store, or of one extension of it."""
 
@@ -170,6 +170,10 @@ class StorePlan:
 
     def hash(self) -> str:
         """SHA-256 of the identity, in hexadecimal."""
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> str:  # every commit record is compared with it, and the provenance may be long
         return hashlib.sha256(canonical_json(self.identity())).hexdigest()
 
     def to_json(self) -> dict[str, Any]:

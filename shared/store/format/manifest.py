@@ -29,7 +29,8 @@ class DamagedObjectError(GranaryError):
 
 def seal(record: dict[str, Any]) -> bytes:
     """Canonical JSON of `record` with its checksum inside."""
-    return canonical_json({"crc32c": crc32c(canonical_json(record)), "record": record})
+    inner = canonical_json(record)
+    return b'{"crc32c":%d,"record":%b}' % (crc32c(inner), inner)  # canonical too, and written out once
 
 
 def unseal(data: bytes, key: str) -> dict[str, Any]:

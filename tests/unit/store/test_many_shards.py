@@ -10,13 +10,16 @@ import numpy as np
 import pytest
 import torch
 
-from shared.store import Store
+from shared.basics.errors import GranaryError
+from shared.store import Store, StorePlan
 from shared.store.__main__ import main
+from shared.store.format import integrity, layout
 from shared.store.format.extent import Extent
+from shared.store.format.integrity import check_array_object
 from shared.store.io.local import LocalIO
-from shared.store.verify import drop_incomplete
+from shared.store.verify import drop_incomplete, verify
 from shared.store.window import Window
-from tests.synthetic import synthetic_plan, synthetic_tokens
+from tests.synthetic import synthetic_plan, synthetic_store, synthetic_tokens
 
 HOOK = "layers.2.resid_post"
 FEW, TIMES = 32, 4
@@ -84,6 +87,66 @@ def test_each_shard_costs_the_same(tmp_path: Path) -> None:
                 work(tmp_path / str(shards), shards)
             counts[name].append(calls[0])
     assert {name: few * MOST_RATIO > many for name, (few, many) in counts.items()} == dict.fromkeys(WORK, True), counts
+
+
+@contextlib.contextmanager
+def calls_of(kind: type, name: str) -> Iterator[list[Any]]:
+    """The arguments of every call of a method within the block."""
+    whole, seen = getattr(kind, name), list[Any]()
+
+    def call(self: Any, *arguments: Any) -> Any:
+        seen.append(arguments)
+        return whole(self, *arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kind, name, call)
+        yield seen
+
+
+def test_contexts_and_chunks_cost_nothing_by_themselves(tmp_path: Path) -> None:
+    shards, contexts = 3, 40
+    plan = synthetic_plan(num_contexts=shards * contexts, seq_len=8, d_model=2, shard_contexts=contexts, chunk_tokens=2)
+    store = synthetic_store(tmp_path / "store", plan)
+    with calls_of(StorePlan, "identity") as asked:  # of a corpus of many files it is long
+        assert len(Store.open(tmp_path / "store").committed()) == shards
+    assert len(asked) <= 1
+    with calls_of(Store, "shard_of") as asked, calls_of(LocalIO, "read_into") as reads:
+        store.mask(range(shards * contexts))
+    assert (len(asked), len(reads)) == (2 * shards, shards)
+    with calls_of(LocalIO, "read_into") as reads:
+        assert verify(str(tmp_path / "store")).intact
+    chunks = [key for key, *_ in reads if "/c/" in key and key.startswith("layers/")]
+    assert len(chunks) == 2 * shards  # all chunks of a shard at once, and its index
+
+
+def test_a_damaged_chunk_is_named_wherever_reads_are_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = synthetic_store(tmp_path / "store", synthetic_plan(num_contexts=8, seq_len=8, d_model=2, chunk_tokens=2))
+    (array,) = [one for path, one in store.committed()[0].arrays.items() if not layout.is_moments(path)]
+    slots, size = len(array.chunk_bytes), int(array.chunk_bytes[0])
+    whole = (tmp_path / "store" / array.key).read_bytes()
+    for read_bytes in (1, size, 3 * size - 1, 3 * size, 1 << 20):
+        monkeypatch.setattr(integrity, "READ_BYTES", read_bytes)
+        for chunk in range(slots):
+            torn = bytearray(whole)
+            torn[chunk * size + 1] ^= 1
+            (tmp_path / "store" / array.key).write_bytes(torn)
+            assert check_array_object(store.io, array, slots) == f"fails its checksum in chunk {chunk}"
+        (tmp_path / "store" / array.key).write_bytes(whole)
+        assert check_array_object(store.io, array, slots) is None
+
+
+def test_token_rows_come_in_the_order_asked_for(tmp_path: Path) -> None:
+    plan = synthetic_plan(num_contexts=10, seq_len=8, d_model=2, chunk_tokens=8)
+    store = synthetic_store(tmp_path / "store", plan)
+    tokens, mask, segments = synthetic_tokens(plan)
+    for contexts in ([], [9, 0, 0, 2, 7, 2], np.array([3, 3, 1], np.int32), range(10)):
+        chosen = np.array(contexts, int)
+        assert np.array_equal(store.tokens(contexts), tokens[chosen])
+        assert np.array_equal(store.mask(contexts), mask[chosen])
+        assert np.array_equal(store.segments(contexts), segments[chosen])
+    for wrong in ([0, 10], [-1, 0], np.array([3, 12])):
+        with pytest.raises(GranaryError, match=r"context (10|-1|12) is not in the store"):
+            store.tokens(wrong)
 
 
 def test_a_window_looks_behind_the_blocks_that_it_knows(tmp_path: Path) -> None:
