@@ -1,7 +1,7 @@
 """What a store costs as its shards grow in number: every step of its use, from open to verify, at four sizes.
 
     python benchmarks/many_shards.py            # 1,250 to 10,000 shards of 100 contexts: minutes, and 1 GB of disk
-    python benchmarks/many_shards.py --quick    # 125 to 1,000 shards: within a minute
+    python benchmarks/many_shards.py --quick    # 50 to 400 shards: within a minute
 
 The contexts are tiny (8 positions of 4 features), so what is timed is the bookkeeping: files, commit records, orders.
 The writer makes one shard of each store and the last ten; those between are copies with a commit record of their own,
@@ -36,7 +36,7 @@ from stage_train.plan.run import PlannedRun
 from tests.synthetic import synthetic_plan, synthetic_tokens
 
 HOOK, CONTEXTS, T, D = "layers.2.resid_post", 100, 8, 4
-SIZES, QUICK_SIZES = [1250, 2500, 5000, 10_000], [125, 250, 500, 1000]
+SIZES, QUICK_SIZES = [1250, 2500, 5000, 10_000], [50, 100, 200, 400]
 ORDER = StreamOrder(batch_size=4096, seed=0, lanes=64, mix_contexts=4, drop_last=True)
 LEFT = 10
 ROWS = torch.randn(CONTEXTS, T, D, generator=torch.Generator().manual_seed(0)).bfloat16()
@@ -141,7 +141,7 @@ def timed(step: Callable[[], object]) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="a tenth of the shards")
+    parser.add_argument("--quick", action="store_true", help="50 to 400 shards")
     parser.add_argument("--folder", type=Path, help="where the stores are made, and removed afterwards")
     parser.add_argument("--profile", choices=list(STEPS), help="also say where this step spends its time")
     options = parser.parse_args()
