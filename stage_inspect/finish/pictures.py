@@ -43,7 +43,7 @@ class Kept:
 
 
 def key(pictures: Any, rows: npt.NDArray[Any]) -> Ints:
-    """Of a picture and a row of the store's table of images."""
+    """A number for each pair of a picture and a row of the store's table of images."""
     return np.asarray(pictures, np.int64) << 32 | rows.astype(np.int64)
 
 

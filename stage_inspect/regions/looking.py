@@ -94,12 +94,15 @@ class Looking:
 
     @classmethod
     def open(cls, url: str, sae: str | None = None, store: str | None = None) -> Self:
-        """Of the latents folder at `url`; `sae` and `store` are None where they lie as it says. Raises GranaryError."""
+        """Begin from the latents folder at `url`; `sae` and `store` are None where they lie as it says.
+
+        Raises GranaryError where one of them is not there, or is another's.
+        """
         return cls.of(Latents.open(url), sae, store)
 
     @classmethod
     def of(cls, latents: Latents, sae: str | None = None, store: str | None = None) -> Self:
-        """As `open`, of a folder that is open."""
+        """Begin as `open` does, from a folder that is open."""
         return cls(Inspected.open(latents, sae, store))
 
     @property

@@ -31,8 +31,10 @@ class Shown:
 
     @classmethod
     def of(cls, store: Store, contexts: Ints, places: Places) -> "Shown | None":
-        """Of contexts whose positions are `places`; None for a store of text alone. Raises GranaryError for a region of
-        an image that the store's table lacks."""
+        """What contexts whose positions are `places` show; None for a store of text alone.
+
+        Raises GranaryError for a region of an image that the store's table lacks.
+        """
         if not store.plan.has_images:
             return None
         stored = store.pictures

@@ -28,7 +28,8 @@ from stage_eval.results.schema import FILE
 from stage_eval.supervised.gather import gather
 from stage_eval.supervised.labels import BITS, CONCEPTS, KINDS
 from stage_eval.supervised.sample import draw, side
-from tests.pipeline.test_eval import fails, read_report, run, run_processes
+from tests.cli import ForkServer
+from tests.pipeline.test_eval import fails, read_report, run
 from tests.python_store import HOOK, T, label_sae, python_store, source
 
 SOURCES = 40
@@ -98,9 +99,11 @@ def test_all_else_is_as_without_them(report: dict[str, Any], study: Path) -> Non
 
 
 @pytest.mark.slow
-def test_two_processes_give_the_same_figures(report: dict[str, Any], study: Path, tmp_path: Path) -> None:
-    done = run_processes(*arguments(study, tmp_path, *SETTINGS), ranks=2)
-    assert done.returncode == 0, done.stderr
+def test_two_processes_give_the_same_figures(
+    stages: ForkServer, report: dict[str, Any], study: Path, tmp_path: Path
+) -> None:
+    for rank in stages.at(tmp_path).ranks(2, "stage_eval", "device.name=cpu", *arguments(study, tmp_path, *SETTINGS)):
+        assert rank.code == 0, rank.stderr
     assert read_report(tmp_path)["supervised"] == report["supervised"]
 
 
