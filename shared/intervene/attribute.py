@@ -202,9 +202,9 @@ def _together(latents: SparseLatents, base: SparseLatents, acts: Tensor) -> tupl
     same = (latents.indices[..., :, None] == base.indices[..., None, :]) & (latents.indices[..., :, None] >= 0)
     values = (same * base.values[..., None, :]).sum(-1)
     is_new = (base.indices >= 0) & ~same.any(-2) & acts[..., None]
-    own, more = latents.values.shape[-1], base.values.shape[-1]
+    width = latents.values.shape[-1] + base.values.shape[-1]
     indices = torch.cat([latents.indices, torch.where(is_new, base.indices, -1)], -1)
-    joined = replace(latents, values=widen(latents.values, own + more, 0), indices=indices)
+    joined = replace(latents, values=widen(latents.values, width, 0), indices=indices)
     return joined, torch.cat([values, torch.where(is_new, base.values, 0)], -1)
 
 

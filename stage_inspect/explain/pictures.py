@@ -15,9 +15,10 @@ import numpy.typing as npt
 
 from shared.basics.errors import GranaryError
 from shared.basics.images import pillow
+from shared.latents.examples import DECILES
 from shared.latents.folder import Latents
 from shared.latents.pictures import SeenPicture
-from stage_inspect.explain.examples import DECILES, FEWEST
+from stage_inspect.explain.examples import FEWEST
 from stage_inspect.explain.sides import Side, Sides
 
 CONVENTION = "the image, the regions above half of its largest activation, a red overlay of all regions"
