@@ -142,7 +142,7 @@ def alive_tensors():
         ("topk", True),
         pytest.param("topk", False, marks=pytest.mark.slow),
         pytest.param("batchtopk", True, marks=pytest.mark.slow),
-        ("batchtopk", False),
+        pytest.param("batchtopk", False, marks=pytest.mark.slow),
     ],
 )
 def test_what_a_step_made_is_freed(kernels, activation, pair_gradients):

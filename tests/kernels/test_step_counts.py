@@ -35,6 +35,7 @@ def test_a_step_never_waits_for_the_device_and_fits(kind, moments):
         assert step["kernel_launches"]["_residual"] == step["kernel_launches"]["_residual_grad"] == 1
 
 
+@pytest.mark.slow
 def test_latents_that_are_all_dead_take_turns_instead_of_memory():
     """Of 262,144 latents of width 4,096; all of them at once would take 30 GB above weights and moments."""
     few, every = counts("--shapes", "b", "--quiet", "1000", "1")

@@ -9,7 +9,7 @@ from tests.disk import BROKEN, FULL, READ_ONLY, FailingDisk, spread
 from tests.disk_commands import COMMANDS, Bench, Command, reading
 
 PARTS = 4  # none may take 300 s, on a busy machine either
-QUICK = [("train", FULL), ("evaluate", READ_ONLY), ("saelens", BROKEN), ("inspect", FULL), ("notes", FULL)]
+QUICK = [("train", FULL), ("saelens", BROKEN), ("inspect", READ_ONLY), ("notes", FULL)]
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,8 @@ import re
 import shlex
 from pathlib import Path
 
+import pytest
+
 from tests.cli import ForkServer
 
 
@@ -14,6 +16,7 @@ def suggested(text: str, start: str) -> list[str]:
     return shlex.split(found[0])
 
 
+@pytest.mark.slow
 def test_each_stage_suggests_the_next_as_it_was_started(stages: ForkServer, tmp_path: Path) -> None:
     here = stages.at(tmp_path)
     done = here.run("granary", "harvest", "debug=tiny_harvest", "corpus.contexts=64", "run_dir='a b'")

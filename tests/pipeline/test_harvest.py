@@ -161,6 +161,7 @@ def test_killed_and_run_again_gives_the_same_bytes(harvester: Harvester) -> None
     assert same_files(harvester.root / "whole", harvester.root / "killed") > 3 * whole.num_shards
 
 
+@pytest.mark.slow
 def test_killed_while_tokenising_goes_on_from_there(harvester: Harvester) -> None:
     """Several batches of documents, of each of which one context is taken."""
     rng = np.random.default_rng(1)

@@ -165,6 +165,7 @@ def test_a_finished_harvest_made_again_writes_nothing(harvester: Harvester) -> N
     assert contents(harvester.root / "finished") == before
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("unshare"), reason="needs to mount a folder read-only")
 def test_a_finished_harvest_on_a_read_only_mount(harvester: Harvester) -> None:
     harvester.harvest("sealed")

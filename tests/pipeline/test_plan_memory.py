@@ -119,6 +119,7 @@ def dead_fraction(run: Path) -> float:
     return float(dead.float().mean())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", QUICK)
 def test_the_plan_is_within_a_tenth_of_the_peak(check: Check, name: str) -> None:
     compare(name, *check(QUICK[name]))

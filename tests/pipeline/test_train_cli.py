@@ -34,6 +34,7 @@ def store(tmp_path_factory: pytest.TempPathFactory, planted_store: Callable[...,
     return folder
 
 
+@pytest.mark.slow
 def test_killed_and_signalled_runs_end_with_the_same_weights(start: Start, store: Path) -> None:
     """SIGKILL once in mid-run, SIGUSR1 once, the same command each time: bit for bit an uninterrupted run."""
     common = [f"store.url={store}", "sae.k=3", "sae.expansion=8", "stream.batch_size=16", "schedule.tokens=24_000"]

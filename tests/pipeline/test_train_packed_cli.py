@@ -96,7 +96,8 @@ def test_killed_and_continued_it_equals_the_sweep_in_turn(sweeps: Sweeps) -> Non
     assert [line["loss"] for line in curves[0]] == [line["loss"] for line in curves[1]]
 
 
-@pytest.mark.parametrize("layout", [pytest.param("ddp", marks=pytest.mark.slow), "latent"])
+@pytest.mark.slow  # tests/unit/train/test_many.py has each run as if alone, tests/distributed the layouts
+@pytest.mark.parametrize("layout", ["ddp", "latent"])
 def test_two_processes_share_every_sae(sweeps: Sweeps, layout: str) -> None:
     sweeps.done(layout, *SWEEP, "packed=true", "nproc=2", f"parallel={layout}")
     assert_same_sweep(sweeps.folder / "turn", sweeps.folder / layout, bound=SAME_RUN)

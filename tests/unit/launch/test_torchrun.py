@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from shared.launch.torchrun import threads_per_rank
 
 REPOSITORY = Path(__file__).resolve().parents[3]
@@ -47,6 +49,7 @@ def test_a_shared_fault_is_told_once(tmp_path: Path) -> None:
     assert done.stderr == "error: the disk is full: free some\n"
 
 
+@pytest.mark.slow
 def test_machines_say_where_they_wait_for_one_another(tmp_path: Path) -> None:
     (tmp_path / "script.py").write_text(SUMMING)
     with socket.socket() as free:
