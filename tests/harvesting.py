@@ -24,11 +24,35 @@ def make_model(folder: Path, model: torch.nn.Module) -> Path:
     return folder
 
 
-class Harvester:
-    """A model, a corpus, and the stage."""
+class Harvests:
+    """The stage, over what `keys` say."""
 
     def __init__(self, root: Path, server: ForkServer) -> None:
         self.root, self.server = root, server
+
+    def keys(self, store: str) -> dict[str, object]:
+        """The configuration of a harvest into a store of that name."""
+        raise NotImplementedError
+
+    def arguments(self, store: str = "store", **changes: object) -> list[str]:
+        """The command line; `__` in a keyword stands for a dot, None leaves a key out."""
+        keys = self.keys(store) | {key.replace("__", "."): value for key, value in changes.items()}
+        return [f"{key}={value}" for key, value in keys.items() if value is not None]
+
+    def run(self, store: str = "store", **changes: object) -> Result:
+        return self.server.run("stage_harvest", *self.arguments(store, **changes))
+
+    def harvest(self, store: str = "store", **changes: object) -> Store:
+        result = self.run(store, **changes)
+        assert result.code == 0, result.stderr
+        return Store.open(self.root / store)
+
+
+class Harvester(Harvests):
+    """A model, a corpus, and the stage."""
+
+    def __init__(self, root: Path, server: ForkServer) -> None:
+        super().__init__(root, server)
         torch.manual_seed(0)
         config = LlamaConfig(
             vocab_size=VOCAB,
@@ -47,9 +71,8 @@ class Harvester:
         self.corpus = root / "corpus.txt"
         self.corpus.write_text("\n---\n".join(self.documents))
 
-    def arguments(self, store: str = "store", **changes: object) -> list[str]:
-        """The command line; `__` in a keyword stands for a dot."""
-        keys: dict[str, object] = {
+    def keys(self, store: str) -> dict[str, object]:
+        return {
             "model": self.model,
             "run_dir": self.root / "run",
             "store.url": self.root / store,
@@ -63,16 +86,6 @@ class Harvester:
             "batch_contexts": 2,
             "device.threads": 1,
         }
-        keys |= {key.replace("__", "."): value for key, value in changes.items()}
-        return [f"{key}={value}" for key, value in keys.items() if value is not None]
-
-    def run(self, store: str = "store", **changes: object) -> Result:
-        return self.server.run("stage_harvest", *self.arguments(store, **changes))
-
-    def harvest(self, store: str = "store", **changes: object) -> Store:
-        result = self.run(store, **changes)
-        assert result.code == 0, result.stderr
-        return Store.open(self.root / store)
 
 
 def twice_the_text(root: Path, server: ForkServer) -> Harvester:

@@ -7,7 +7,7 @@ was seen to be silent, both as whole windows: neither kind can be told by its sh
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, Generic, TypeVar
 
 import numpy as np
 
@@ -17,6 +17,9 @@ from stage_inspect.explain.sides import Side, Sides
 
 FEWEST = 4  # examples without which a latent can't be explained, or not be tested
 SILENT_LOOKED_AT = 8  # times as many silent windows as are wanted: half of them are of the other side
+
+Shown = TypeVar("Shown")
+Asked = TypeVar("Asked")
 
 
 @dataclass(frozen=True)
@@ -46,36 +49,50 @@ class Tested:
 
 
 @dataclass(frozen=True)
-class Chosen:
-    """Examples of one latent on both sides."""
+class BothSides(Generic[Shown, Asked]):
+    """What is shown of one latent, and what is tested on."""
+
+    TO_EXPLAIN: ClassVar[str]
+    TO_TEST: ClassVar[tuple[str, str]]
+    """What `train`, and what `active` and `silent` hold, in the words of the line that says there are too few."""
 
     latent: int
-    train: list[Example]
-    train_silent: list[Example]
-    """Of the training documents, for the explainer that contrasts."""
-    active: list[Tested]
-    silent: list[Tested]
+    train: list[Shown]
+    active: list[Asked]
+    silent: list[Asked]
 
     @property
     def why_not_explained(self) -> str | None:
         """Why no explanation can be made of it, or None."""
-        if len(self.train) >= FEWEST:
-            return None
-        return f"{len(self.train)} examples in the documents for explanations, {FEWEST} are needed"
+        return None if len(self.train) >= FEWEST else f"{len(self.train)} {self.TO_EXPLAIN}, {FEWEST} are needed"
 
     @property
     def why_not_tested(self) -> str | None:
         """Why no score can be had of it, or None."""
-        for found, what in ((self.active, "in which it fires"), (self.silent, "in which it is silent")):
+        for found, what in zip((self.active, self.silent), self.TO_TEST, strict=True):
             if len(found) < FEWEST:
-                return f"{len(found)} windows of the documents for tests {what}, {FEWEST} are needed"
+                return f"{len(found)} {what}, {FEWEST} are needed"
         return None
 
     @property
-    def tested(self) -> list[Tested]:
-        """All examples of the test, in an order that does not tell which are which."""
+    def tested(self) -> list[Asked]:
+        """All of the test, in an order that does not tell which are which."""
         both = self.active + self.silent
         return [both[number] for number in np.random.default_rng(self.latent).permutation(len(both))]
+
+
+@dataclass(frozen=True)
+class Chosen(BothSides[Example, Tested]):
+    """Examples of one latent on both sides."""
+
+    TO_EXPLAIN = "examples in the documents for explanations"
+    TO_TEST = (
+        "windows of the documents for tests in which it fires",
+        "windows of the documents for tests in which it is silent",
+    )
+
+    train_silent: list[Example]
+    """Of the training documents, for the explainer that contrasts."""
 
 
 def choose(latents: Latents, index: int, sides: Sides, num_train: int, num_test: int) -> Chosen:
@@ -95,7 +112,7 @@ def choose(latents: Latents, index: int, sides: Sides, num_train: int, num_test:
         active += [Tested(one, True, quantile) for one in _distinct(_spread(tenth), seen, wanted)]
     quiet = latents.silent(index, SILENT_LOOKED_AT * num_test)
     silent = [Tested(one, False, None) for one in _distinct(_of(quiet, sides, "test"), seen, num_test)]
-    return Chosen(index, train, _of(quiet, sides, "train")[: num_train // 2], active, silent)
+    return Chosen(index, train, active, silent, _of(quiet, sides, "train")[: num_train // 2])
 
 
 def _of(examples: list[Example], sides: Sides, side: Side) -> list[Example]:

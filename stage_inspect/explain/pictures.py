@@ -18,7 +18,7 @@ from shared.basics.images import pillow
 from shared.latents.examples import DECILES
 from shared.latents.folder import Latents
 from shared.latents.pictures import SeenPicture
-from stage_inspect.explain.examples import FEWEST
+from stage_inspect.explain.examples import BothSides
 from stage_inspect.explain.sides import Side, Sides
 
 CONVENTION = "the image, the regions above half of its largest activation, a red overlay of all regions"
@@ -51,34 +51,14 @@ class TestedPicture:
 
 
 @dataclass(frozen=True)
-class ChosenPictures:
+class ChosenPictures(BothSides[SeenPicture, TestedPicture]):
     """Pictures of one latent on both sides."""
 
-    latent: int
-    train: list[SeenPicture]
-    active: list[TestedPicture]
-    silent: list[TestedPicture]
-
-    @property
-    def why_not_explained(self) -> str | None:
-        """Why no explanation can be made of it, or None."""
-        if len(self.train) >= FEWEST:
-            return None
-        return f"{len(self.train)} pictures on the side of explanations, {FEWEST} are needed"
-
-    @property
-    def why_not_tested(self) -> str | None:
-        """Why no score can be had of it, or None."""
-        for found, what in ((self.active, "on which it fires"), (self.silent, "on which it does not")):
-            if len(found) < FEWEST:
-                return f"{len(found)} pictures on the side of tests {what}, {FEWEST} are needed"
-        return None
-
-    @property
-    def tested(self) -> list[TestedPicture]:
-        """All pictures of the test, in an order that does not tell which are which."""
-        both = self.active + self.silent
-        return [both[number] for number in np.random.default_rng(self.latent).permutation(len(both))]
+    TO_EXPLAIN = "pictures on the side of explanations"
+    TO_TEST = (
+        "pictures on the side of tests on which it fires",
+        "pictures on the side of tests on which it does not",
+    )
 
 
 def choose_pictures(latents: Latents, index: int, sides: Sides, num_train: int, num_test: int) -> ChosenPictures:

@@ -5,6 +5,7 @@ import itertools
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -263,7 +264,7 @@ def test_dead_latent_and_one_that_fires_everywhere(folder: Path) -> None:
     opened = Latents.open(folder)
     sides = Sides(None, 0)
     chosen = choose(opened, 0, sides, 40, 20)
-    everywhere = type(chosen)(0, chosen.train, [], chosen.active, [])
+    everywhere = replace(chosen, train_silent=[], silent=[])
     assert "0 windows of the documents for tests in which it is silent" in str(everywhere.why_not_tested)
 
 
