@@ -369,10 +369,10 @@ class Notes:
             return db
         try:
             db = sqlite3.connect(self.path, timeout=30, isolation_level=None)
-            version = db.execute("PRAGMA user_version").fetchone()[0]
             if not db.execute("SELECT count(*) FROM sqlite_schema").fetchone()[0]:
                 db.close()
                 return None
+            version = db.execute("PRAGMA user_version").fetchone()[0]  # after the tables, with which it is committed
         except sqlite3.DatabaseError as error:
             raise GranaryError(f"{self.path} can't be read ({error}): move it away, or restore it") from None
         if version != VERSION:
