@@ -31,7 +31,7 @@ from shared.store.format import layout
 from shared.store.format.manifest import seal
 from shared.store.verify import verify
 from stage_train.data.stream import StoreSlice, StreamOrder, TokenStream, TrainingData
-from stage_train.plan.__main__ import planned, register
+from stage_train.plan.__main__ import planned
 from stage_train.plan.run import PlannedRun
 from tests.synthetic import synthetic_plan, synthetic_tokens
 
@@ -145,7 +145,6 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="where the stores are made, and removed afterwards")
     parser.add_argument("--profile", choices=list(STEPS), help="also say where this step spends its time")
     options = parser.parse_args()
-    register()
     sizes = QUICK_SIZES if options.quick else SIZES
     print(f"seconds at {', '.join(f'{size:,}' for size in sizes)} shards of {CONTEXTS} contexts; exponent")
     seconds: dict[str, list[float]] = {}

@@ -218,11 +218,13 @@ class Race:
         )
 
     def ratios(self) -> dict[str, Any]:
-        """Each peer's seconds over ours, and FVU beside FVU, by scenario."""
+        """Each peer's seconds over ours, and FVU beside FVU, by scenario that we took part in."""
         found: dict[str, Any] = {}
         for scenario in dict.fromkeys(row["scenario"] for row in self.results):
             rows = {row["contender"]: row for row in self.results if row["scenario"] == scenario}
-            ours = rows["granary"]
+            ours = rows.get("granary")
+            if ours is None:
+                continue
             found[scenario] = {
                 name: {
                     "seconds": round(row["seconds"], 1),

@@ -328,14 +328,14 @@ def as_dict(cfg: TrainSchema) -> dict[str, Any]:
     return {str(key): all_masked(value) for key, value in config.items()}
 
 
-def register() -> None:
-    """Put the schemas into Hydra's ConfigStore."""
+def register(schema: type[TrainSchema] = TrainSchema) -> None:
+    """Put the schemas into Hydra's ConfigStore; `schema` is that of the whole."""
     shared.basics.config.register()
     OmegaConf.register_new_resolver("sweep_name", sweep_name, replace=True)
     OmegaConf.register_new_resolver("unnamed_keys", unnamed_keys, replace=True)
     OmegaConf.register_new_resolver("launch_record", launch_record, replace=True)
     store = ConfigStore.instance()
-    store.store(name="train_schema", node=TrainSchema)
+    store.store(name="train_schema", node=schema)
     store.store(group="sae", name="schema", node=SAESchema)
     store.store(group="optim", name="schema", node=OptimSchema)
     store.store(group="schedule", name="schema", node=ScheduleSchema)

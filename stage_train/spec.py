@@ -1,6 +1,7 @@
 """What a run is, computed once from its configuration, the stores and the tokens that are trained on."""
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -145,6 +146,19 @@ class RunSpec:
     def most_on_disk(self) -> int:
         """Bytes that checkpoints and the exported dictionary take at most."""
         return (3 * (self.cfg.checkpoint.keep + 1) + 1) * 4 * self.num_parameters
+
+    def most_picks(self, fullest_row: float) -> int:
+        """Latents of the token that fires most; where their number is free, half of all, as at the start.
+
+        `fullest_row`: what it fires over k where each batch has k on average.
+        """
+        dictionary, learning = self.dictionary, self.learning
+        most: float = max(dictionary.k or 0, self.cfg.schedule.k_start or 0)
+        if getattr(dictionary, "k_scope", "layer") == "all":  # of all groups; what is followed is one's
+            most = math.ceil(most / dictionary.num_groups)
+        most *= learning.multi_topk_factor if learning.multi_topk_weight > 0 else 1
+        most *= fullest_row if dictionary.activation == "batchtopk" else 1
+        return min(round(most) or dictionary.d_latent // 2, dictionary.d_latent)
 
     def describe(self) -> str:
         """The dictionary in one line."""

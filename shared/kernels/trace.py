@@ -5,13 +5,15 @@
     print(trace.storages.peak, trace.flop)
 
 The code that runs is training's own; torch's FakeTensorMode computes shapes and types in place of values. Where the
-program asks for a value that nobody has, it is told that data are tame: a row fires as many latents as `picks` says.
-What a single operation uses inside is not seen.
+program asks for a value that nobody has, it is told that data are tame: a row fires as many latents as `picks` says,
+and all latents fire alike. What a single operation uses inside is not seen.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -20,6 +22,8 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import flop_registry
 from torch.utils.weak import WeakIdKeyDictionary
+
+from shared.kernels.pairs import PairOrder
 
 # glibc's DEFAULT_MMAP_THRESHOLD_MAX on 64-bit machines: from here on a block is a mapping, which goes back when freed.
 MMAP_THRESHOLD = 1 << 25
@@ -70,6 +74,13 @@ class Storages:
         if total > self.peak:
             self.peak, self.at_peak, self.peak_moment = total, blocks, self.moment
 
+    def by_name(self) -> Counter[str]:
+        """Bytes at the peak."""
+        found = Counter[str]()
+        for block, size in self.at_peak:
+            found[block.name] += size
+        return found
+
     def name(self, tensors: Iterable[Tensor], name: str) -> None:
         """Say what tensors that were seen are for."""
         for tensor in tensors:
@@ -85,6 +96,16 @@ class Trace(TorchDispatchMode):
         self.picks, self.lengths, self.storages = picks, lengths, Storages()
         self.flop = 0
         """Of matrix products."""
+
+    def __enter__(self) -> Self:
+        self._tame = patch.object(PairOrder, "starts", _all_alike)
+        self._tame.start()
+        entered: Self = super().__enter__()
+        return entered
+
+    def __exit__(self, *error: Any) -> None:
+        self._tame.stop()
+        super().__exit__(*error)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
         result = self._run(func, args, kwargs or {})
@@ -140,6 +161,11 @@ class Trace(TorchDispatchMode):
     def _as_places(self, index: Tensor | None) -> Sequence[Tensor | None]:
         """What an index by a mask makes of it first."""
         return [index] if index is None or index.dtype != torch.bool else self._places(index).unbind(1)
+
+
+def _all_alike(order: PairOrder) -> list[int]:
+    """Where the pairs of each latent begin."""
+    return [order.indices_NK.numel() * number // order.num_latents for number in range(order.num_latents + 1)]
 
 
 def _compute(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:

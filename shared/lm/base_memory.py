@@ -55,12 +55,17 @@ class BaseMemory:
         return f"{self.name}, {self.layers} of {self.of_layers} layers, split over {self.ranks} ranks"
 
 
-def base_memory(path: str, *, layer: int | None, tensor_parallel: int, dtype: str) -> BaseMemory:
+def base_memory(
+    path: str, *, ranks: int, tensor_parallel: int | None = None, layer: int | None = None, dtype: str = "bfloat16"
+) -> BaseMemory:
     """Memory of the model whose ``config.json`` is at `path` (a folder, the file, or a hub id), in `dtype`.
 
-    It is cut behind decoder layer `layer`, counted from 0; None keeps it whole, but for the head. Raises GranaryError
-    for a model that can't be had, cut or split so.
+    `tensor_parallel` of the `ranks` share it, all where it is None. It is cut behind decoder layer `layer`, counted
+    from 0; None keeps it whole, but for the head. Raises GranaryError for a model that can't be had, cut or split so.
     """
+    tensor_parallel = tensor_parallel or ranks
+    if ranks % tensor_parallel:
+        raise GranaryError(f"base_tensor_parallel={tensor_parallel} does not divide the {ranks} ranks")
     if dtype not in DTYPES:
         raise GranaryError(f"base_dtype={dtype}: choose from {', '.join(DTYPES)}")
     try:

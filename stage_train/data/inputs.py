@@ -23,7 +23,7 @@ from stage_train.data.outliers import DroppedRows, drop_outliers, norm_bounds
 from stage_train.data.sites import site_formats
 from stage_train.data.stores import PinnedStore, combined_statistics
 from stage_train.data.stream import ContextOrder, ContextStream, Order, StreamOrder, TokenStream, TrainingData
-from stage_train.data.stream.sample import sample_contexts, sample_tokens
+from stage_train.data.stream.sample import Formats, sample_contexts, sample_tokens
 
 # Tokens that the initialisation looks at.
 SAMPLE_TOKENS = 8192
@@ -52,6 +52,13 @@ def order_for(cfg: TrainSchema, unit: Unit, seq_len: int) -> Order:
     return ContextOrder(
         batch_size=cfg.stream.batch_size, seq_len=seq_len, seed=seed_of(cfg), drop_last=cfg.stream.drop_last
     )
+
+
+def stream_in(order: Order, data: TrainingData, formats: Formats, **options: Any) -> TokenStream | ContextStream:
+    """The stream of that order; `options` as either takes them."""
+    if isinstance(order, ContextOrder):
+        return ContextStream(data, formats, order, **options)
+    return TokenStream(data, formats, order, **options)
 
 
 def unit_of(sites: Sequence[Sites]) -> Unit:
@@ -231,12 +238,7 @@ class TrainingInputs:
             "pool_device": self._pool_device(order, world),
             "skip_damaged": skips_damaged(self.cfg),
         }
-        stream: TokenStream | ContextStream
-        if isinstance(order, ContextOrder):
-            stream = ContextStream(self.data, self.formats, order, **options)
-        else:
-            assert isinstance(order, StreamOrder)
-            stream = TokenStream(self.data, self.formats, order, **options)
+        stream = stream_in(order, self.data, self.formats, **options)
         stream.stop_at(*end)
         return stream
 

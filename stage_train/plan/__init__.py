@@ -2,7 +2,7 @@
 
     run       the run that is planned, checked as training checks it, and the share of one rank
     memory    what a rank holds: training's own code, followed on tensors without memory
-    report    speed and reading, the table and the JSON
+    pace      speed and reading
 
 docs/planning.md compares the predictions with measured peaks.
 """

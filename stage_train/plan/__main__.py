@@ -4,8 +4,6 @@ import sys
 from collections.abc import Sequence
 from contextlib import suppress
 
-from hydra.core.config_store import ConfigStore
-
 import stage_train.config
 from shared.basics.display import refuse_password, shown
 from shared.basics.errors import GranaryError
@@ -28,14 +26,9 @@ ALTERNATIVES = ([HALF], [LATENT], [FSDP], [LATENT, HALF])
 MICRO_BATCHES = [1 << power for power in range(16, 6, -1)]
 
 
-def register() -> None:
-    """Training's configuration, with the plan's own keys in it."""
-    stage_train.config.register()
-    ConfigStore.instance().store(name="train_schema", node=PlanSchema)
-
-
 def planned(overrides: Sequence[str]) -> PlanSchema:
     """Compose the configuration as ``python -m stage_train`` does; what is for Hydra alone says nothing about a run."""
+    stage_train.config.register(PlanSchema)
     given = [one for one in overrides if not one.startswith("hydra")]
     # Hydra's own node, which names the output folder, is not there: nothing is written.
     filled: PlanSchema = composed("train", ["out_dir=${run_dir}/sae", *given])
@@ -49,14 +42,14 @@ def main() -> None:
         options = (f"  {name:<15} {told[name]} [{getattr(PlanSchema, name)}]" for name in told if name in OWN)
         print(HELP.format(program=program("plan"), options="\n".join(options)))  # noqa: T201
         return
-    register()
     with ending_in_one_line():
         refuse_password(*sys.argv[1:])
         cfg = planned(sys.argv[1:])
         from shared.basics.units import GIB
         from stage_train.plan.memory import find_memory
-        from stage_train.plan.report import as_json, find_pace, table
+        from stage_train.plan.pace import find_pace
         from stage_train.plan.run import PlannedRun
+        from stage_train.show.plan import as_json, table
 
         run = PlannedRun(cfg)
         base = run.base()

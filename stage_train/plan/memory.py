@@ -5,11 +5,9 @@ they are freed. So the peak of a process is the largest sum of large blocks plus
 need not meet. On a GPU, whose allocator is told the sizes, it is the largest sum.
 """
 
-from collections import Counter
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -21,11 +19,9 @@ import stage_train.step.layouts.layers  # noqa: F401 (all, so that LIBRARIES has
 from shared.basics.memory import peak_memory
 from shared.basics.units import GIB
 from shared.kernels.fake_cuda import FakeCuda
-from shared.kernels.pairs import PairOrder
 from shared.kernels.trace import Trace
-from shared.sae.learn import init
-from stage_train.data.inputs import mixes_on_gpu, order_for
-from stage_train.data.stream import ContextStream, TokenStream
+from shared.sae.learn.init import trying_once
+from stage_train.data.inputs import mixes_on_gpu, order_for, stream_in
 from stage_train.plan.run import CPU, PlannedRun
 from stage_train.state.staging import local
 
@@ -56,31 +52,12 @@ class Memory:
         return replace(self, total=self.total + sum(blocks.values()), blocks={**self.blocks, **blocks})
 
 
-def begin_once(run: PlannedRun) -> ExitStack:
-    """Within the context a start does once what it does again and again, which takes the same memory each time."""
-    stack, most = ExitStack(), init.SEARCH_PAIRS // run.spec.dictionary.d_latent
-    stack.enter_context(patch.object(init, "grid_search", lambda loss, coarse, steps: loss(coarse[0])))
-    stack.enter_context(patch.object(init, "SEARCH_TOKENS", max(1, min(init.SEARCH_TOKENS, most))))
-    if run.triton:  # tiles of a product
-        stack.enter_context(
-            patch("shared.kernels.encode_topk.triton.spans", lambda count, size: [slice(0, min(count, size))])
-        )
-    return stack
-
-
-def all_alike(order: PairOrder) -> list[int]:
-    """Where the pairs of each latent begin, of latents that fire alike."""
-    return [order.indices_NK.numel() * number // order.num_latents for number in range(order.num_latents + 1)]
-
-
 def find_memory(run: PlannedRun) -> Memory:
     """Follow the start and one step of a rank."""
     spec, cfg, cuda, held = run.spec, run.cfg, run.cuda, dict[str, list[torch.Tensor]]()
-    ahead = int(cfg.stream.prefetch_gib * GIB)
     order = order_for(cfg, spec.sites.unit, run.tokens.seq_len)
-    kind: Any = TokenStream if spec.sites.unit == "token" else ContextStream
-    stream = kind(run.tokens, run.own, order, world=run.share, prefetch_bytes=ahead, pool_device="meta")
-    pool = stream.buffer_bytes
+    settings = {"prefetch_bytes": int(cfg.stream.prefetch_gib * GIB), "pool_device": "meta"}
+    pool = stream_in(order, run.tokens, run.own, world=run.share, **settings).buffer_bytes
     beside = cuda and not mixes_on_gpu(cfg.stream.buffer, pool, free=(cfg.memory_gib or 80) * GIB)  # an empty one
     masks = run.tokens.mask_bits.nbytes + run.tokens.counts.nbytes
     made = spec.dictionary
@@ -88,15 +65,17 @@ def find_memory(run: PlannedRun) -> Memory:
     dead = {
         count: round(run.dead_fraction * count) for count in (run.num_latents, made.d_latent // made.num_groups, rows)
     }
-    trace = Trace(picks=run.picks, lengths=dead)
+    trace = Trace(picks=spec.most_picks(cfg.fullest_row), lengths=dead)
     found = trace.storages
     with run.layout(cfg.parallel, CPU) as layout, FakeTensorMode(allow_non_fake_inputs=True), trace, ExitStack() as gpu:
-        gpu.enter_context(patch.object(PairOrder, "starts", all_alike))
-        if run.triton:
+        if run.triton:  # of a product's tiles one, as all are alike
             gpu.enter_context(FakeCuda("cpu"))
+            gpu.enter_context(
+                patch("shared.kernels.encode_topk.triton.spans", lambda n, size: [slice(0, min(n, size))])
+            )
         found.moment = "start"
         held["masks of the store"] = [torch.empty(masks * (not cuda), dtype=torch.uint8)]
-        with begin_once(run):
+        with trying_once(made.d_latent):
             trainer, batch = run.begin(layout)
         held["stream"] = [torch.empty(pool * (not beside), dtype=torch.uint8)]
         held["batch"], whole = list(batch.activations.values()), trainer.tensors()
@@ -112,9 +91,7 @@ def find_memory(run: PlannedRun) -> Memory:
                 held["copy of the state for a checkpoint"] = [torch.empty_like(tensor) for tensor in own.values()]
         for name, tensors in held.items():
             found.name(tensors, name)
-    blocks = Counter[str]()
-    for block, size in found.at_peak:
-        blocks[block.name] += size
+    blocks = found.by_name()
     if not cuda:
         blocks["kept by malloc from other moments"] = found.large + found.small - found.peak
         blocks["interpreter, torch, libraries (measured)"] = LIBRARIES

@@ -6,25 +6,18 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
-from shared.basics.config import named_urls
-from shared.basics.errors import GranaryError
 from shared.parallel import World, init_world
 from shared.store.format.dtypes import row_bytes
 from stage_train.config import ParallelSchema
-from stage_train.data.inputs import SAMPLE_TOKENS
 from stage_train.data.kinds import restrict_kinds
 from stage_train.data.sites import site_formats
-from stage_train.data.stores import PinnedStore, pin, urls_of
 from stage_train.data.stream import TrainingData
-from stage_train.data.stream.batch import AnyBatch, whole_batch
-from stage_train.data.stream.sample import SAMPLE_CONTEXTS
-from stage_train.data.unwritten import unwritten_store
+from stage_train.data.stream.batch import AnyBatch
+from stage_train.data.unwritten import UnreadInputs, stores_of
 from stage_train.job import check_kernels
 from stage_train.plan.config import PlanSchema
 from stage_train.run import make_objective, put_together
@@ -53,7 +46,7 @@ class PlannedRun:
         """Whether kernels are followed as a GPU runs them; torch's operations, which stand in for them, take more."""
         check_kernels(cfg.compute.kernels, World(0, 1, 0, CPU))
         self.cfg, self.ranks = cfg, cfg.nproc * cfg.nodes
-        stores = _open_stores(cfg)
+        stores = stores_of(cfg, cfg.d_model, seq_len=cfg.seq_len, dtype=cfg.store_dtype, layers=cfg.layers)
         if tokens is None:
             tokens = TrainingData([part.slice for part in stores])
             restrict_kinds(tokens, stores, cfg.stream.kinds)
@@ -66,41 +59,20 @@ class PlannedRun:
         """Into how many shares a batch is cut; of the first rank the latents, and width and type of its sites."""
         self.rows = math.ceil(cfg.stream.batch_size / self.share)
         """Of the rank's batch."""
-        row = {name: row_bytes(stores[0].store.plan.dtype, width) for name, (width, _) in self.formats.items()}
-        self.reads = self.ranks / self.share * sum(row[name] for name in self.own) / sum(row.values())
-        """How often a token is read, all ranks together."""
-        read = int(np.count_nonzero(self.tokens.counts)) * self.tokens.seq_len
-        self.bytes_per_token = sum(row.values()) * read / self.tokens.num_tokens
-        """Read from the store for each trainable token: contexts are read whole."""
-
-    @property
-    def picks(self) -> int:
-        """Latents of the token that fires most; where their number is free, half of all, as at the start."""
-        cfg, dictionary, learning = self.cfg, self.spec.dictionary, self.spec.learning
-        most: float = max(dictionary.k or 0, cfg.schedule.k_start or 0)
-        if getattr(dictionary, "k_scope", "layer") == "all":  # of all groups; what is followed is one's
-            most = math.ceil(most / dictionary.num_groups)
-        most *= learning.multi_topk_factor if learning.multi_topk_weight > 0 else 1
-        most *= cfg.fullest_row if dictionary.activation == "batchtopk" else 1
-        return min(round(most) or dictionary.d_latent // 2, dictionary.d_latent)
-
-    @property
-    def dead_fraction(self) -> float:
+        self.row_bytes = {n: row_bytes(stores[0].store.plan.dtype, width) for n, (width, _) in self.formats.items()}
+        """Of a position in the store, by site."""
+        revives = self.spec.learning.auxk_alpha > 0 and self.spec.length.tokens > self.spec.learning.dead_after_tokens
+        self.dead_fraction = cfg.dead_fraction if revives else 0.0
         """Share of the latents that AuxK works on."""
-        learning = self.spec.learning
-        dies = learning.auxk_alpha > 0 and self.spec.length.tokens > learning.dead_after_tokens
-        return self.cfg.dead_fraction if dies else 0.0
 
     def base(self) -> "BaseMemory | None":
         """The frozen base on the ranks' devices, where one is named; raises GranaryError where it can't be split so."""
-        cfg, shared = self.cfg, self.cfg.base_tensor_parallel or self.ranks
-        if cfg.base is None:
+        if self.cfg.base is None:
             return None
-        if self.ranks % shared:
-            raise GranaryError(f"base_tensor_parallel={shared} does not divide the {self.ranks} ranks")
         from shared.lm.base_memory import base_memory  # brings transformers, whose memory is none of training's
 
-        return base_memory(cfg.base, layer=cfg.base_layer, tensor_parallel=shared, dtype=cfg.base_dtype)
+        told = {name: getattr(self.cfg, f"base_{name}") for name in ("layer", "tensor_parallel", "dtype")}
+        return base_memory(self.cfg.base, ranks=self.ranks, **told)
 
     @contextmanager
     def layout(self, parallel: ParallelSchema, device: torch.device) -> Iterator[Layout]:
@@ -111,33 +83,9 @@ class PlannedRun:
 
     def begin(self, layout: Layout) -> tuple[Trainer, AnyBatch]:
         """The rank's trainer, made as training makes it, and its rows of a batch, which are random."""
-        device, is_token = layout.world.device, self.spec.sites.unit == "token"
-        T = None if is_token else self.tokens.seq_len
-        sample = min(SAMPLE_TOKENS, (SAMPLE_CONTEXTS if is_token else self.tokens.num_contexts) * self.tokens.seq_len)
-
-        def draw(count: int, place: torch.device) -> AnyBatch:
-            """Rows of tokens, or contexts that are one document each, of as many positions."""
-            shape = (count,) if T is None else (max(1, count // T), T)
-            rows = {name: torch.randn(*shape, width, device=place) for name, (width, _) in self.own.items()}
-            return whole_batch(rows, num_tokens=self.cfg.stream.batch_size)
-
-        ones = {name: torch.ones(width) for name, (width, _) in self.formats.items()}
-        inputs: Any = SimpleNamespace(
-            sample=lambda sites, seed: draw(sample, CPU).parts(sites, None)[0],
-            statistics=lambda site: SimpleNamespace(mean=ones[site], var=ones[site], mean_norm=1.0),
-        )
-        objective = make_objective(self.spec, inputs, device, layout, begins=self.cfg.init_from is None)
+        device, spec = layout.world.device, self.spec
+        inputs: Any = UnreadInputs(self.own, self.formats, unit=spec.sites.unit, tokens=self.tokens)
+        objective = make_objective(spec, inputs, device, layout, begins=self.cfg.init_from is None)
         objective = layout.distribute(objective)  # and the whole is let go
-        trainer = put_together(self.spec, objective, None, layout)  # type: ignore[arg-type]
-        return trainer, draw(self.rows, device)
-
-
-def _open_stores(cfg: PlanSchema) -> list[PinnedStore]:
-    """The configuration's, or, where the width is given, what stands for one."""
-    if cfg.d_model is not None:
-        width, length = cfg.d_model, cfg.seq_len
-        return [unwritten_store(cfg, d_model=width, seq_len=length, dtype=cfg.store_dtype, layers=cfg.layers)]
-    try:
-        return pin(urls_of(cfg), World(0, 1, 0, CPU), named_urls(cfg.store.beside))
-    except GranaryError as error:
-        raise GranaryError(f"{error}; or plan without a store: give d_model=... (and seq_len=...)") from error
+        trainer = put_together(spec, objective, None, layout)  # type: ignore[arg-type]
+        return trainer, inputs.draw(self.rows, device, num_tokens=self.cfg.stream.batch_size)

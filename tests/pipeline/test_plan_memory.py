@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from stage_train.plan.__main__ import planned, register
+from stage_train.plan.__main__ import planned
 from stage_train.plan.memory import LIBRARIES, Memory, find_memory
 from stage_train.plan.run import PlannedRun
 from stage_train.state.checkpoint import newest_checkpoint, read_state
@@ -95,7 +95,6 @@ def check(stores: dict[int, Path], tmp_path: Path) -> Check:
         if not any(change in ("sae=relu", "sae=jumprelu", "sae=gated") for change in changes):
             shared.append("sae.k=4")
         tiny = [*overrides(16, ["stream.batch_size=64", "schedule.tokens=256"]), "sae.d_latent=64", *shared]
-        register()
         cfg = planned(measured)
         jobs = tmp_path / "jobs.json"
         jobs.write_text(json.dumps([tiny, measured]))

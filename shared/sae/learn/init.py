@@ -4,9 +4,11 @@ Shape letters: M tokens of a sample, D a width (D_in of what is read, D_out of w
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, Self
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -108,6 +110,14 @@ def grid_search(loss: Callable[[float], float], coarse: Sequence[float], steps: 
     fine = torch.linspace(low, high, steps + 2).tolist()[1:-1]
     candidates = {coarse[best]: losses[best], **{point: loss(point) for point in fine}}
     return min(candidates, key=lambda point: candidates[point])
+
+
+@contextmanager
+def trying_once(d_latent: int) -> Iterator[None]:
+    """Within the context a start does once what it does again and again, for those who ask for its memory alone."""
+    few = max(1, min(SEARCH_TOKENS, SEARCH_PAIRS // d_latent))
+    with patch.multiple(__name__, grid_search=lambda loss, coarse, steps: loss(coarse[0]), SEARCH_TOKENS=few):
+        yield
 
 
 def into_subspace(W_FD: Tensor, points_MD: Tensor, rank: int) -> Tensor:

@@ -62,6 +62,11 @@ class TrainingData:
         """Trainable tokens of all stores, each counted once."""
         return int(self.counts.sum())
 
+    @property
+    def read_positions(self) -> int:
+        """Positions that are read in an epoch: of every context with a trainable token, as contexts are read whole."""
+        return int(np.count_nonzero(self.counts)) * self.seq_len
+
     @cached_property
     def counts(self) -> NDArray[np.int64]:
         """Trainable tokens of every context, int64 [C]."""

@@ -34,7 +34,7 @@ def test_the_text_stack_of_a_72b_model_is_what_its_shapes_say(large: str) -> Non
     d, m, v, kv = 8192, 29568, 152064, 8 * 128
     linear = d * d + d + 2 * (d * kv + kv) + d * d + 3 * d * m
     for layer, layers in ((32, 33), (None, 80)):
-        found = base_memory(large, layer=layer, tensor_parallel=8, dtype="bfloat16")
+        found = base_memory(large, ranks=8, layer=layer, dtype="bfloat16")
         assert (found.layers, found.of_layers) == (layers, 80)
         assert found.split == 2 * layers * linear // 8
         assert found.whole == 2 * (v * d + layers * 2 * d)
@@ -42,7 +42,7 @@ def test_the_text_stack_of_a_72b_model_is_what_its_shapes_say(large: str) -> Non
     block = 3 * h * h + 3 * h + h * h + h + 3 * h * i + 2 * i + h + 2 * h
     tower = 32 * block + 3 * 2 * 14 * 14 * h + h + (4 * h) ** 2 + 4 * h + 4 * h * 8192 + 8192
     assert found.tower == 2 * tower
-    whole = base_memory(large, layer=None, tensor_parallel=1, dtype="bfloat16")
+    whole = base_memory(large, ranks=1)
     assert whole.split == 0
     assert whole.total == pytest.approx(2 * (80 * (linear + 2 * d) + v * d + tower))
     # 72.7 B parameters less the head, in bfloat16.
@@ -56,7 +56,7 @@ def test_it_is_what_a_model_that_is_made_takes(tmp_path: Path) -> None:
         text = cut.language_model if hasattr(cut, "language_model") else cut
         text.layers, text.norm = text.layers[:3], torch.nn.Identity()
         held = sum(weight.numel() * weight.element_size() for weight in cut.parameters())
-        assert base_memory(str(tmp_path), layer=2, tensor_parallel=1, dtype="float32").total == held
+        assert base_memory(str(tmp_path), ranks=1, layer=2, dtype="float32").total == held
 
 
 def test_what_can_not_be_split_or_had_is_one_line(large: str, tmp_path: Path) -> None:
@@ -68,10 +68,11 @@ def test_what_can_not_be_split_or_had_is_one_line(large: str, tmp_path: Path) ->
             "transformers has no tensor-parallel plan for qwen3_vl_text",
         ),
         ({"tensor_parallel": 3}, "tensor_parallel=3 does not divide the model's 8 key/value heads"),
+        ({"tensor_parallel": 7}, "base_tensor_parallel=7 does not divide the 24 ranks"),
         ({"layer": 80}, "base_layer=80: .* has 80 layers, 0 to 79"),
         ({"dtype": "int3"}, "base_dtype=int3: choose from"),
         ({"path": str(tmp_path / "nowhere")}, r"no config\.json that transformers can read"),
     ):
-        given = {"path": large, "layer": 32, "tensor_parallel": 8, "dtype": "bfloat16", **settings}
+        given = {"path": large, "ranks": 24, "tensor_parallel": 8, "layer": 32, **settings}
         with pytest.raises(GranaryError, match=told):
             base_memory(given.pop("path"), **given)  # type: ignore[arg-type]

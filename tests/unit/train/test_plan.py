@@ -13,13 +13,14 @@ from transformers import LlamaConfig
 
 from shared.basics.units import GIB
 from shared.kernels.linear import linear
+from shared.kernels.pairs import PairOrder
 from shared.kernels.trace import Trace
 from shared.sae import SAE, SAEConfig
 from shared.sae.optim import OPTIMISERS, make_optimiser
 from shared.store import Store
 from stage_train.data.inputs import order_of
 from stage_train.data.stream import TokenStream
-from stage_train.plan.__main__ import planned, register
+from stage_train.plan.__main__ import planned
 from stage_train.plan.memory import find_memory
 from stage_train.plan.run import PlannedRun
 from stage_train.state.staging import HostCopies
@@ -67,12 +68,18 @@ def test_a_trace_knows_no_values_but_counts() -> None:
     assert trace.flop == 2 * (2 * 3 * 4 * 5)
 
 
+def test_in_a_trace_all_latents_fire_alike() -> None:
+    order = PairOrder(torch.zeros(4, 2, dtype=torch.int64), 5)
+    with FakeTensorMode(allow_non_fake_inputs=True), Trace(picks=2, lengths={}):
+        assert order.starts() == [0, 1, 3, 4, 6, 8]
+    assert order.starts() == [0, 8, 8, 8, 8, 8]
+
+
 @pytest.mark.parametrize("kind", ["adam", "muon", "signum"])
 def test_state_is_counted_as_it_is_made(kind: str) -> None:
     sae = SAE(SAEConfig(d_model=8, d_latent=32, k=3))
     optimiser = make_optimiser(sae, OPTIMISERS[kind].config_type(lr=1e-3))
     sizes = [sum(tensor.nbytes for tensor in part.state_dict().values()) for part in (sae, optimiser)]
-    register()
     own = ["d_model=8", "seq_len=16"]
     cfg = planned([*own, "sae.d_latent=32", "sae.k=3", "device.name=cpu", f"optim={kind}", "stream.lanes=4"])
     memory = find_memory(PlannedRun(cfg))
@@ -86,7 +93,6 @@ def test_the_pool_is_as_large_as_the_stream_makes_it(
     planted_store: Callable[..., Store], tmp_path: Path, nproc: int, prefetch: int
 ) -> None:
     url = planted_store(tmp_path / "store").url
-    register()
     # So large a batch that the peak comes in the step, when the stream is there.
     step = ["stream.batch_size=256", "stream.lanes=4", "sae.encoder_init=transpose"]
     cfg = planned([f"store.url={url}", "device.name=cpu", *step])
