@@ -264,7 +264,7 @@ class StoreSchema:
     heldout_placement: HeldoutPlacement = MISSING
     window: str | int | None = MISSING
     """Most bytes of activations that the harvest may be ahead of training, which deletes what it has passed: 2TB,
-    500GB, or bytes; null keeps all. See docs/store.md."""
+    500GB, or bytes; null keeps all. See docs/store_window.md."""
 
 
 @dataclass(kw_only=True)

@@ -39,7 +39,7 @@ def open_corpus(cfg: config.CorpusSchema) -> Corpus:
     """The corpus that `cfg` describes; raises GranaryError when it, or a part of it, is not there."""
     if isinstance(cfg, config.MixtureCorpus):
         if not isinstance(cfg.parts, dict):
-            raise GranaryError("corpus.parts must give each part a name, a kind and a weight: see docs/harvest.md")
+            raise GranaryError("corpus.parts must give each part a name, a kind and a weight: see docs/corpora.md")
         return Mixture({name: _open_part(name, fields, cfg) for name, fields in cfg.parts.items()})
     return _open_source(cfg)
 
