@@ -6,6 +6,7 @@ A job first checks everything, changing nothing; then it says what it will do, c
 
 import logging
 import shutil
+import signal
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
@@ -41,7 +42,6 @@ from stage_train.step.loop import Loop
 log = logging.getLogger(__name__)
 
 # Exit status after Ctrl-C: what shells and make take for "stop here", as the sweep that a run may be part of does.
-INTERRUPTED = 130
 
 
 def train(cfgs: Sequence[TrainSchema]) -> None:
@@ -88,7 +88,7 @@ class Job:
             self.tokens.blocks.check(self._reader[0], self._stream)
 
     def execute(self) -> None:
-        """Train, save, export. Ends the process with status 0 after a stop signal (130: Ctrl-C), when all is saved.
+        """Train, save, export. Ends the process with 128 + a stop signal's number when all is saved.
 
         Raises GranaryError when a run has diverged; if there are others, after they are done.
         """
@@ -243,7 +243,7 @@ class Job:
             stopped = loop.run()
         if stopped is not None:
             self._tell_stopped(stopped, runs)
-            sys.exit(INTERRUPTED if stopped == "SIGINT" else 0)
+            sys.exit(128 + signal.Signals[stopped])
         return {run.spec.folder for run in runs if run in loop.failed}
 
     def _is_exported(self, spec: RunSpec) -> bool:
@@ -260,11 +260,11 @@ class Job:
 
     # ---- after the last --------------------------------------------------------------------------------------------
 
-    def _tell_stopped(self, signal: str, runs: Sequence[Run]) -> None:
+    def _tell_stopped(self, name: str, runs: Sequence[Run]) -> None:
         where = self.starts[0].checkpoints.folder if self.alone else f"{self._folder}/*/checkpoints"
         log.info(
             "stopped by %s after step %d of %d; all is saved in %s: the same command continues",
-            "Ctrl-C" if signal == "SIGINT" else signal,
+            "Ctrl-C" if name == "SIGINT" else name,
             max(run.step for run in runs),
             max(spec.length.steps for spec in self.specs),
             where,

@@ -150,7 +150,7 @@ class Online:
             harvest.terminate()
         status = harvest.wait()
         if self.stopped is not None:
-            return 130 if self.stopped == signal.SIGINT else 0
+            return 128 + self.stopped
         lines = self.log.read_text(errors="replace").splitlines()
         told = [line for line in lines if line.startswith("error")] or lines[-20:]
         print("\n".join(told), file=sys.stderr)  # noqa: T201

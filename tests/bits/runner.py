@@ -108,8 +108,8 @@ class Side:
                 start_new_session=True,
             )
 
-    def _finish(self, case: Case, process: "subprocess.Popen[bytes]") -> None:
-        """Wait; raises CaseFailedError for a status other than 0."""
+    def _finish(self, case: Case, process: "subprocess.Popen[bytes]", saved: Sequence[int] = (0,)) -> None:
+        """Wait; raises CaseFailedError for a status other than those `saved`."""
         self.running.append(process)
         try:
             status = process.wait(SECONDS)
@@ -118,7 +118,7 @@ class Side:
             raise CaseFailedError(f"not done after {SECONDS} s") from None
         finally:
             self.running.remove(process)
-        if status:
+        if status not in saved:
             lines = self._log(case).read_text(errors="replace").strip().splitlines() or [f"status {status}"]
             told = [line for line in lines if line.startswith("error")] or lines
             raise CaseFailedError(f"{told[-1]} (--keep FOLDER leaves its whole log in FOLDER/{self.label}/logs)")
@@ -133,7 +133,7 @@ class Side:
                 break
             time.sleep(0.01)
         process.send_signal(signal.SIGTERM)
-        self._finish(case, process)
+        self._finish(case, process, saved=(0, 128 + signal.SIGTERM))  # 0 in earlier versions
         if (metrics.parent / "sae.safetensors").exists():
             raise CaseFailedError("the run was over before it was stopped")
 

@@ -134,7 +134,7 @@ def stopped(harvester: Harvester, disk: Path, plain: Store, name: str, stop: Cal
 
 
 def test_a_signal_saves_and_leaves_nothing(harvester: Harvester, plain: Store, disk: Path) -> None:
-    for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 0)):
+    for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
         process = stopped(harvester, disk, plain, "signalled", methodcaller("send_signal", number))
         assert process.poll() == code
         assert not any(disk.iterdir())

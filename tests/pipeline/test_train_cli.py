@@ -52,7 +52,7 @@ def test_killed_and_signalled_runs_end_with_the_same_weights(start: Start, store
     wait_for(broken, process, step=400)
     process.send_signal(signal.SIGUSR1)
     stopped = process.finish()
-    assert stopped.code == 0, stopped.stderr
+    assert stopped.code == 128 + signal.SIGUSR1, stopped.stderr
     assert "continuing from step" in stopped.stderr
     assert "stopped by SIGUSR1 after step" in stopped.stderr
     assert "the same command continues" in stopped.stderr

@@ -91,7 +91,7 @@ def test_stopped_together_and_continued(runs: Runs, step: int) -> None:
     """Also where one of them has ended already by then."""
     members = {name: MEMBERS[name] for name in ("plain", "wide", "short")}
     with watching(before=signalled_in(step, which="wide")):
-        assert exit_code(lambda: runs.together(members)) == 0
+        assert exit_code(lambda: runs.together(members)) == 143
     assert {name: newest_checkpoint(runs.folder / name / "checkpoints").name for name in members} == {  # type: ignore[union-attr]
         name: f"step-{min(step, 20 if name == 'short' else 42):08d}" for name in members
     }

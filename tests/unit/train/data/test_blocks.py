@@ -107,7 +107,7 @@ def test_a_signal_while_it_waits_for_the_harvest(
         patch.setattr("stage_train.data.blocks.wait_until", signalled)
         with pytest.raises(SystemExit) as stopped:
             train("a", url, *SETTINGS)
-    assert stopped.value.code == 0
+    assert stopped.value.code == 128 + signal.SIGTERM
     assert store.window is not None
     assert store.window.passed() == 2
     fill(store, range(4, store.num_shards))
