@@ -17,8 +17,9 @@ from shared.lm.load import DTYPES, truncate_config
 from shared.lm.places import final_norm, text_stack
 from shared.lm.tensor_parallel import check_tensor_parallel
 
-# What each style of a plan splits of a linear module, beside its weight.
-SPLIT_WITH_BIAS, SPLIT_WEIGHT = ("colwise", "colwise_gather_output", "packed_colwise"), ("rowwise", "packed_rowwise")
+# What each style of a plan splits of a linear module or an embedding: its bias too, or its weight alone.
+SPLIT_WITH_BIAS = ("colwise", "colwise_gather_output", "packed_colwise")
+SPLIT_WEIGHT = ("rowwise", "packed_rowwise", "embedding_rowwise")
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class BaseMemory:
     split: int
     """The rank's parts of those."""
     whole: int
-    """Weights of the text stack that every rank holds: embedding, norms."""
+    """Weights of the text stack that every rank holds: norms, and the embedding where the plan does not split it."""
     tower: int
     """What lies beside the text stack, whole on every rank."""
     layers: int
@@ -43,7 +44,7 @@ class BaseMemory:
         """What a rank holds, by name."""
         return {
             "frozen base: parts of split weights": self.split,
-            "frozen base: embedding and norms, whole": self.whole,
+            "frozen base: norms and what else is not split, whole": self.whole,
             "frozen base: beside its text stack, whole": self.tower,
         }
 

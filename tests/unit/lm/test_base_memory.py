@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModel, LlamaConfig, Qwen2_5_VLConfig, Qwen3VLConfig
+from transformers import AutoModel, Gemma2Config, LlamaConfig, Qwen2_5_VLConfig, Qwen3VLConfig
 
 from shared.basics.errors import GranaryError
 from shared.lm.base_memory import base_memory
@@ -47,6 +47,15 @@ def test_the_text_stack_of_a_72b_model_is_what_its_shapes_say(large: str) -> Non
     assert whole.total == pytest.approx(2 * (80 * (linear + 2 * d) + v * d + tower))
     # 72.7 B parameters less the head, in bfloat16.
     assert whole.whole / 2 == pytest.approx(72.7e9 - v * d, rel=0.01)
+
+
+def test_an_embedding_that_the_plan_splits_counts_by_the_part_of_a_rank(tmp_path: Path) -> None:
+    config = Gemma2Config(**SMALL, head_dim=8)
+    config.save_pretrained(tmp_path)
+    whole, split = (base_memory(str(tmp_path), ranks=ranks, dtype="float32") for ranks in (1, 2))
+    assert whole.split == 0
+    norms = 4 * (4 * config.num_hidden_layers) * config.hidden_size
+    assert (split.whole, 2 * split.split) == (norms, whole.whole - norms)
 
 
 def test_it_is_what_a_model_that_is_made_takes(tmp_path: Path) -> None:
