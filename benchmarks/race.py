@@ -138,6 +138,8 @@ class Race:
         """One contender in one scenario, unless it is done."""
         out = self.work / scenario / name
         done = out.with_suffix(".json")
+        if not done.exists() and self.options.finished:
+            return
         if not done.exists():
             shutil.rmtree(out, ignore_errors=True)
             out.mkdir(parents=True)
@@ -265,23 +267,27 @@ def pss_of_session(session: int) -> float:
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    """Bars of wall time by scenario, the peers' as a multiple of ours."""
+    """Bars of wall time by scenario, the peers' as a multiple of ours, and the mean FVU beside each."""
     import matplotlib.pyplot as plt
 
-    scenarios = list(dict.fromkeys(row["scenario"] for row in rows))
-    titles = {"one": "one SAE", "grid": "eight SAEs", "layers": "three layers"}
-    figure, axes = plt.subplots(1, len(scenarios), figsize=(3 * len(scenarios), 2.6), layout="constrained")
-    colours: dict[str, str] = dict(zip(CONTENDERS, ("#2a7f62", "#9aa5b1", "#c7ced6"), strict=True))
+    titles = {"one": "one SAE", "grid": "eight SAEs (k, expansion)", "layers": "three layers"}
+    found = {(row["scenario"], row["contender"]): row for row in rows}
+    scenarios = [name for name in titles if (name, "granary") in found]
+    figure, axes = plt.subplots(1, len(scenarios), figsize=(3.4 * len(scenarios), 2.1), layout="constrained")
+    places = range(len(CONTENDERS))
     for axis, scenario in zip(np.atleast_1d(axes), scenarios, strict=True):
-        mine = [row for row in rows if row["scenario"] == scenario]
-        ours = next(row["seconds"] for row in mine if row["contender"] == "granary")
-        bars = axis.barh([r["contender"] for r in mine], [r["seconds"] for r in mine],
-                         color=[colours[r["contender"]] for r in mine])  # fmt: skip
-        labels = [f" {r['seconds']:.0f} s" + (f" ({r['seconds'] / ours:.1f} x)" if r["seconds"] != ours else "")
-                  for r in mine]  # fmt: skip
-        axis.bar_label(bars, labels)
+        own = [found.get((scenario, name)) for name in CONTENDERS]
+        seconds = [row["seconds"] if row else 0 for row in own]
+        bars = axis.barh(places, seconds, color=["#2a7f62", "#9aa5b1", "#c7ced6"])
+        labels = [f" {row['seconds']:.0f} s" if row else " not run" for row in own]
+        for place, row in enumerate(own):
+            if row:
+                labels[place] += f" ({row['seconds'] / seconds[0]:.2g} x)" if place else ""
+                labels[place] += f", FVU {np.mean(row['fvu']):.2f}"
+        axis.bar_label(bars, labels, fontsize=8)
+        axis.set_yticks(places, CONTENDERS if axis is np.atleast_1d(axes)[0] else [])
         axis.set_title(titles[scenario], loc="left", fontsize=10)
-        axis.set_xlim(0, 1.35 * max(r["seconds"] for r in mine))
+        axis.set_xlim(0, 1.9 * max(seconds))
         axis.invert_yaxis()
         axis.set_xticks([])
         axis.tick_params(left=False)
@@ -299,6 +305,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--peers-python", default=str(ROOT / ".venv-peers" / "bin" / "python"), metavar="PATH")
     parser.add_argument("--work", help="folder for what is made; default: a temporary one")
+    parser.add_argument("--finished", action="store_true", help="show the finished parts in --work, and run none")
     parser.add_argument("--record", action="store_true", help=f"append the wall times to {RESULTS.name}")
     parser.add_argument("--plot", type=Path, help="draw the times there")
     options = parser.parse_args()
