@@ -243,7 +243,8 @@ class Job:
             stopped = loop.run()
         if stopped is not None:
             self._tell_stopped(stopped, runs)
-            sys.exit(128 + signal.Signals[stopped])
+            here = signal.Signals.__members__.get(stopped)  # None: a signal to another rank, whose status counts
+            sys.exit(0 if here is None else 128 + here)
         return {run.spec.folder for run in runs if run in loop.failed}
 
     def _is_exported(self, spec: RunSpec) -> bool:

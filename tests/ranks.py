@@ -50,7 +50,8 @@ class Runs:
         """In `world` processes, one job after the other."""
         file = self.folder / f"jobs-{world}.json"
         file.write_text(json.dumps(jobs))
-        for rank in self.stages.at(self.folder).ranks(world, str(WORKER), str(file)):
+        ranks = self.stages.at(self.folder).ranks(world, str(WORKER), str(file))
+        for rank in sorted(ranks, key=lambda one: -one.code):  # the one that failed before those it ended
             assert rank.code == 0, rank.stderr
         ranks = [json.loads(file.with_suffix(f".{rank}").read_text()) for rank in range(world)]
         for index, job in enumerate(jobs):

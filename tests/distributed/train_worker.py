@@ -55,7 +55,7 @@ def run(job: dict[str, Any], world: World) -> str:
     except GranaryError as error:
         return str(error)
     except SystemExit as stopped:
-        return "stopped" if stopped.code == 128 + signal.SIGTERM else f"exit {stopped.code}"
+        return "stopped" if stopped.code in (0, 128 + signal.SIGTERM) else f"exit {stopped.code}"
 
 
 @contextmanager
