@@ -31,6 +31,7 @@ STAGES = (
     "stage_inspect.inspect",
     "stage_trace.job",
     "transformers.models.llama.modeling_llama",
+    "tests.stages_ready",
 )
 
 # A call's child is forked by a process that does nothing but wait for it, and writes down how it ended.
@@ -120,6 +121,11 @@ class Child:
         """What it has written to its standard error so far."""
         return self.files.with_suffix(".2").read_text()
 
+    @property
+    def output(self) -> str:
+        """What it has written to its standard output so far."""
+        return self.files.with_suffix(".1").read_text()
+
     def poll(self) -> int | None:
         """The exit status, minus the signal's number after a signal; None while it runs."""
         code = self.files.with_suffix(".code")
@@ -146,7 +152,7 @@ class Child:
             code = self.wait(timeout)
         finally:
             self.kill()
-        return Result(code, self.files.with_suffix(".1").read_text(), self.errors)
+        return Result(code, self.output, self.errors)
 
 
 class ForkServer:

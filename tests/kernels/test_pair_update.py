@@ -131,6 +131,15 @@ def test_auxk_in_bfloat16_is_close():
         assert 0 < error < 2e-2 if FAST_BFLOAT16 else error == 0  # float32 where that is the faster one
 
 
+@pytest.fixture
+def _few_objects():
+    """The collector looks at what the test makes alone: at all that other tests left it would look for seconds."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
 def alive_tensors():
     gc.collect()
     return sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects())
@@ -145,6 +154,7 @@ def alive_tensors():
         pytest.param("batchtopk", False, marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.usefixtures("_few_objects")
 def test_what_a_step_made_is_freed(kernels, activation, pair_gradients):
     """What autograd's nodes hold must not hold them: no collector could find such a circle."""
     x, dead_R = torch.randn(8, 12, device=DEVICE), torch.tensor([1, 7, 30], device=DEVICE)
