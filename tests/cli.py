@@ -36,9 +36,11 @@ STAGES = (
 
 # A call's child is forked by a process that does nothing but wait for it, and writes down how it ended.
 SERVER = """
-import importlib, json, os, runpy, sys, traceback
+import gc, importlib, json, os, runpy, sys, traceback
 for name in json.loads(sys.argv[1]):
     importlib.import_module(name)
+gc.collect()
+gc.freeze()  # a child's collector would write to every page of what was imported, and copy it
 print("ready", flush=True)
 
 def run(call):
