@@ -5,7 +5,7 @@
 """
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -13,9 +13,10 @@ from hydra import compose, initialize_config_module
 from hydra._internal import config_loader_impl
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.defaults_list import DefaultsList, Overrides
+from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from tests.isolation import REPOSITORY
 
@@ -53,7 +54,7 @@ def prepare(registers: Sequence[Callable[[], None]]) -> None:
 def composed(config_name: str, overrides: Sequence[str]) -> DictConfig:
     """What ``compose(config_name, overrides)`` gives or raises, where Hydra is initialised with ``conf``."""
     groups = [one for one in overrides if one.lstrip("+~").partition("=")[0] in _groups()]
-    cfg = copy.deepcopy(_of_groups(config_name, *groups))
+    cfg = copy.deepcopy(_of_groups(_schemas(), config_name, *groups))
     ConfigLoaderImpl._apply_overrides_to_config([_parsed(one) for one in overrides if one not in groups], cfg)
     return cfg
 
@@ -64,7 +65,7 @@ def _groups() -> set[str]:
 
 
 @cache
-def _of_groups(config_name: str, *groups: str) -> DictConfig:
+def _of_groups(schemas: frozenset[tuple[str, type]], config_name: str, *groups: str) -> DictConfig:
     return compose(config_name, overrides=list(groups))
 
 
@@ -74,8 +75,22 @@ def _parsed(override: str) -> Override:
     return parsed
 
 
-def _sources(repo: Any) -> tuple[tuple[str, str], ...]:
-    return tuple((source.provider, source.path) for source in repo.get_sources())
+def _schemas() -> frozenset[tuple[str, type]]:
+    """What is in Hydra's store: a plan puts its schema in the place of training's."""
+
+    def walk(nodes: Mapping[str, Any], path: str) -> Iterator[tuple[str, type]]:
+        for name, node in nodes.items():
+            if isinstance(node, Mapping):
+                yield from walk(node, f"{path}/{name}")
+            else:
+                yield f"{path}/{name}", OmegaConf.get_type(node.node)
+
+    return frozenset(walk(ConfigStore.instance().repo, ""))
+
+
+def _sources(repo: Any) -> tuple[object, ...]:
+    """All that a composition depends on beside its overrides."""
+    return _schemas(), *((source.provider, source.path) for source in repo.get_sources())
 
 
 def _list_once(
