@@ -126,7 +126,8 @@ class Child:
     @property
     def output(self) -> str:
         """What it has written to its standard output so far."""
-        return self.files.with_suffix(".1").read_text()
+        file = self.files.with_suffix(".1")
+        return file.read_text() if file.exists() else ""  # it may not have begun
 
     def poll(self) -> int | None:
         """The exit status, minus the signal's number after a signal; None while it runs."""

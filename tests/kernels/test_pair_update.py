@@ -50,8 +50,9 @@ RUNS.append(pytest.param("triton", "multi-topk", marks=pytest.mark.slow))
 
 @pytest.mark.parametrize(("kernels", "case"), RUNS, indirect=["kernels"])
 def test_steps_equal_those_with_dense_gradients(kernels, case):
-    expected = trained("reference", pair_gradients=False, **CASES[case])
-    for result, truth in zip(trained(kernels, pair_gradients=True, **CASES[case]), expected, strict=True):
+    given = {"steps": 2 if kernels == "torch" else 1, **CASES[case]}  # the interpreter is slow
+    expected = trained("reference", pair_gradients=False, **given)
+    for result, truth in zip(trained(kernels, pair_gradients=True, **given), expected, strict=True):
         torch.testing.assert_close(result, truth, rtol=2e-4, atol=2e-5)
 
 
