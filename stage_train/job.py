@@ -309,7 +309,7 @@ def check_alike(cfgs: Sequence[TrainSchema]) -> None:
             f"packed runs read one stream in one order, and the seeds {seeds} ask for several: give stream.seed=0, and "
             "they differ in their weights alone"
         )
-    first = shared_keys(as_dict(cfgs[0]))
+    first = shared_keys(as_dict(cfgs[0])) if len(cfgs) > 1 else {}
     for cfg in cfgs[1:]:
         for key, value in shared_keys(as_dict(cfg)).items():
             if value != first.get(key):

@@ -31,13 +31,16 @@ STAGES = (
     "stage_inspect.inspect",
     "stage_trace.job",
     "transformers.models.llama.modeling_llama",
+    "tests.stages_ready",
 )
 
 # A call's child is forked by a process that does nothing but wait for it, and writes down how it ended.
 SERVER = """
-import importlib, json, os, runpy, sys, traceback
+import gc, importlib, json, os, runpy, sys, traceback
 for name in json.loads(sys.argv[1]):
     importlib.import_module(name)
+gc.collect()
+gc.freeze()  # a child's collector would write to every page of what was imported, and copy it
 print("ready", flush=True)
 
 def run(call):
@@ -120,6 +123,12 @@ class Child:
         """What it has written to its standard error so far."""
         return self.files.with_suffix(".2").read_text()
 
+    @property
+    def output(self) -> str:
+        """What it has written to its standard output so far."""
+        file = self.files.with_suffix(".1")
+        return file.read_text() if file.exists() else ""  # it may not have begun
+
     def poll(self) -> int | None:
         """The exit status, minus the signal's number after a signal; None while it runs."""
         code = self.files.with_suffix(".code")
@@ -146,7 +155,7 @@ class Child:
             code = self.wait(timeout)
         finally:
             self.kill()
-        return Result(code, self.files.with_suffix(".1").read_text(), self.errors)
+        return Result(code, self.output, self.errors)
 
 
 class ForkServer:

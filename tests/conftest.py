@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,8 +25,8 @@ if not torch.cuda.is_available():
 if importlib.util.find_spec("hypothesis"):  # the peers' environment has none
     from hypothesis import settings
 
-    settings.register_profile("no deadline", deadline=None)  # a busy machine is no failure
-    settings.load_profile("no deadline")
+    settings.register_profile("whole", deadline=None)  # a busy machine is no failure
+    settings.register_profile("default tests", deadline=None, max_examples=25)
 
 REPOSITORY = isolation.REPOSITORY
 BEFORE, LEFT = pytest.StashKey[set[str]](), pytest.StashKey[list[str]]()
@@ -33,6 +34,12 @@ BEFORE, LEFT = pytest.StashKey[set[str]](), pytest.StashKey[list[str]]()
 
 def pytest_configure(config: pytest.Config) -> None:
     config.option.randomly_reset_seed = False  # pytest-randomly chooses the order alone; numbers are as seeded below
+    if importlib.util.find_spec("hydra"):  # the kernels are tested on machines without it too
+        from tests.composing import remember
+
+        remember()
+    if importlib.util.find_spec("hypothesis"):
+        settings.load_profile("default tests" if "not slow" in config.option.markexpr else "whole")
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
@@ -76,7 +83,10 @@ def _alone(_between_tests: None) -> Iterator[None]:
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup() -> None:
     """Every test, and every fixture made for it, draws the same numbers whatever ran before."""
-    torch.manual_seed(0)
+    if torch.cuda.is_available():
+        torch.manual_seed(0)
+    else:  # the same; that one keeps a stack trace for each device that is not there
+        torch.default_generator.manual_seed(0)
 
 
 @pytest.fixture(scope="module")
@@ -115,12 +125,16 @@ def realdata() -> Path:
 
 
 @pytest.fixture(scope="session")
-def planted_store() -> Callable[..., "Store"]:
-    """``make(folder, ...)``: a small store of sparse combinations of 24 directions.
+def planted_store(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., "Store"]:
+    """``make(folder, ...)``: a small store of sparse combinations of 24 directions; a copy of the first such one.
 
     Shards have 4 contexts of 16 positions of width 12; the last fifth of them is held out. `outliers` tokens, chosen
     among all, are a hundred times too large.
     """
+    # Imported here: the kernels are tested on machines without zarr too.
+    from shared.store import Store, StorePlan
+
+    made: dict[tuple[object, ...], Path] = {}
 
     def make(
         folder: Path,
@@ -128,10 +142,16 @@ def planted_store() -> Callable[..., "Store"]:
         hooks: tuple[str, ...] = ("layers.1.resid_post",),
         seed: int = 0,
         outliers: int = 0,
-    ) -> "Store":
-        # Imported here: the kernels are tested on machines without zarr too.
-        from shared.store import Store, StorePlan
+    ) -> Store:
+        key = (shards, hooks, seed, outliers)
+        if key not in made:
+            first = tmp_path_factory.mktemp("planted") / "store"
+            plant(first, shards, hooks, seed, outliers)
+            made[key] = first
+        shutil.copytree(made[key], folder)
+        return Store.open(folder)
 
+    def plant(folder: Path, shards: int, hooks: tuple[str, ...], seed: int, outliers: int) -> None:
         rng = np.random.default_rng(seed)
         shape = (4 * shards, 16)
         plan = StorePlan(
@@ -156,6 +176,5 @@ def planted_store() -> Callable[..., "Store"]:
         for shard in store.pending():
             span = store.shard_contexts(shard)
             store.write_shard(shard, {hook: activations[span.start : span.stop].contiguous() for hook in hooks})
-        return store
 
     return make

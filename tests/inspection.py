@@ -3,12 +3,13 @@
 Shapes: S contexts, T positions, D width, F latents.
 """
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from hydra import compose, initialize_config_module
+from hydra import initialize_config_module
 from hydra.core.global_hydra import GlobalHydra
 
 from shared.launch.schema import fill
@@ -17,6 +18,7 @@ from shared.sae.sites import Sites
 from shared.sae.variants import SAE
 from shared.store import Store
 from stage_inspect.config import InspectSchema, register
+from tests.composing import composed
 from tests.synthetic import synthetic_plan, synthetic_store
 
 HOOK = "layers.2.resid_post"
@@ -49,16 +51,19 @@ def small_sae(folder: Path, activation: str = "topk", *, seed: int = 0, **change
     return sae
 
 
+registered = cache(register)
+
+
 def inspect_config(folder: Path, **changes: Any) -> InspectSchema:
     """The configuration of an inspection of ``folder``/store and ``folder``/sae, with small numbers."""
     keys = {
         "run_dir": folder, "logits": "false", "device.name": "cpu", "latents.window": 16, "latents.top": 7,
         "latents.sample": 9, "latents.token_sample": 11, "latents.together_tokens": 400, "latents.pool": 12, **changes,
     }  # fmt: skip
-    register()
+    registered()
     GlobalHydra.instance().clear()
     with initialize_config_module("conf", version_base="1.3"):
-        cfg = compose("inspect", overrides=[f"{key}={value}" for key, value in keys.items()])
+        cfg = composed("inspect", [f"{key}={value}" for key, value in keys.items()])
     GlobalHydra.instance().clear()
     filled: InspectSchema = fill(cfg)
     return filled

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from hydra import compose
 from omegaconf import OmegaConf
 
 from shared.basics.metrics_file import read_metrics
@@ -17,6 +16,7 @@ from shared.parallel import World
 from shared.sae.loading import load
 from stage_train.job import Job
 from stage_train.step import loop
+from tests.composing import composed
 
 WORLD = World(0, 1, 0, torch.device("cpu"))
 TIMES = {"tokens_per_s", "wait_share"}
@@ -81,7 +81,7 @@ class Runs:
     def cfg(self, name: str, *overrides: str) -> Any:
         """The configuration of one run."""
         paths = [f"out_dir='{self.folder / name}'", f"store.url={self.folder / 'store'}"]
-        return OmegaConf.to_object(compose("train", overrides=[*self.fixed, *paths, *overrides]))
+        return OmegaConf.to_object(composed("train", [*self.fixed, *paths, *overrides]))
 
     def __call__(self, name: str, *overrides: str) -> Path:
         """Train; returns the run's folder."""

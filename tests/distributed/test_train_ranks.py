@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -38,9 +39,12 @@ STARTS = {
 """Of which a rank makes its part: each activation, search and kind of one group."""
 
 
+# Under latent, whose start is that of fsdp too; the others are slow.
+COMMON = ("topk", "subspace", "jumprelu", "norms", "skip", "crosscoder")
+
+
 def starts_under(layout: str) -> list[str]:
-    """All under latent, whose start is that of fsdp too."""
-    return {"ddp": ["topk"], "fsdp": ["topk", "batchtopk", "skip"], "latent": [*STARTS]}[layout]
+    return {"ddp": ["topk"], "fsdp": ["skip"], "latent": [*COMMON]}[layout]
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +53,6 @@ def runs(stages: ForkServer, tmp_path_factory: pytest.TempPathFactory, planted_s
     runs = Runs(stages, tmp_path_factory.mktemp("ranks"), *FIXED)
     planted_store(runs.folder / "store", outliers=3)
     planted_store(runs.folder / "sites", hooks=("layers.0.mlp_in", "layers.0.mlp_out"))
-    starts = {name: [change.format(folder=runs.folder) for change in changes] for name, changes in STARTS.items()}
     runs.alone(
         runs.job("one"),
         runs.job("to_fsdp", job="signalled", step=9),
@@ -67,11 +70,7 @@ def runs(stages: ForkServer, tmp_path_factory: pytest.TempPathFactory, planted_s
         runs.job("from_latent", "parallel=latent", job="signalled", step=13),
         runs.job("from_ddp", job="signalled", step=13),
         runs.job("poisoned", job="poisoned", step=7),
-        *(
-            runs.job(f"{name}_{layout}", f"parallel={layout}", *starts[name], "sae.d_latent=1024", job="started")
-            for layout in LAYOUTS
-            for name in starts_under(layout)
-        ),
+        *(started(runs, name, layout) for layout in LAYOUTS for name in starts_under(layout)),
         runs.job("lanes", "stream.lanes=3"),
         runs.job("odd", "parallel=latent", "sae.d_latent=95"),
         runs.job("outliers", "stream.max_norm_multiple=1.5"),
@@ -83,9 +82,22 @@ def runs(stages: ForkServer, tmp_path_factory: pytest.TempPathFactory, planted_s
     return runs
 
 
+def started(runs: Runs, name: str, layout: str) -> dict[str, Any]:
+    changes = [change.format(folder=runs.folder) for change in STARTS[name]]
+    return runs.job(f"{name}_{layout}", f"parallel={layout}", *changes, "sae.d_latent=1024", job="started")
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_each_rank_gets_its_part_of_the_start_and_makes_no_more(runs: Runs, layout: str) -> None:
     for name in starts_under(layout):
+        assert runs.ends[f"{name}_{layout}"] == {"the same: True, no more: True"}, name
+
+
+@pytest.mark.slow
+def test_parts_of_the_other_starts(runs: Runs) -> None:
+    others = [(name, "latent") for name in STARTS if name not in COMMON] + [("topk", "fsdp"), ("batchtopk", "fsdp")]
+    runs.together(2, *(started(runs, *other) for other in others))
+    for name, layout in others:
         assert runs.ends[f"{name}_{layout}"] == {"the same: True, no more: True"}, name
 
 

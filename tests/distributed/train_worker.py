@@ -18,7 +18,7 @@ from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
-from hydra import compose, initialize_config_module
+from hydra import initialize_config_module
 from omegaconf import OmegaConf
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -39,6 +39,7 @@ from stage_train.step import loop
 from stage_train.step.layouts import Layout, part
 from stage_train.step.layouts.latent import LatentParallel
 from stage_train.step.trainer import Trainer
+from tests.composing import composed
 
 # What FSDP calls; newer versions of torch have another name for it.
 REDUCE_SCATTER_NAME = "reduce_scatter_single" if hasattr(dist, "reduce_scatter_single") else "reduce_scatter_tensor"
@@ -49,7 +50,7 @@ def run(job: dict[str, Any], world: World) -> str:
     work = JOBS[job.get("job", "train")]
     arguments = {key: value for key, value in job.items() if key not in ("job", "name", "overrides")}
     if "overrides" in job:
-        arguments["cfg"] = OmegaConf.to_object(compose("train", overrides=job["overrides"]))
+        arguments["cfg"] = OmegaConf.to_object(composed("train", job["overrides"]))
     try:
         return work(world, **arguments)
     except GranaryError as error:

@@ -12,6 +12,7 @@ from shared.kernels import (
     sparse_decode,
     sparse_reconstruction,
 )
+from tests.spanning import spanning
 
 NAMES = ("x", "b_pre", "W_enc", "b_enc", "W_dec")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -61,8 +62,11 @@ CASES = [(kernels, shape) for kernels in ("reference", "torch") for shape in SHA
 CASES += [("triton", (3, 13, 50, 7)), ("triton", (2, 70, 17, 17))]
 
 
-@pytest.mark.parametrize("bias", [0.0, -6.0])  # -6: fewer than k positives in most rows
-@pytest.mark.parametrize(("kernels", "shape"), CASES, indirect=["kernels"])
+CHEAP = [number for number, (kernels, _) in enumerate(CASES) if kernels != "triton"]  # the interpreter is slow
+
+
+# A bias of -6: fewer than k positives in most rows.
+@pytest.mark.parametrize(("kernels", "shape", "bias"), spanning(CASES, [0.0, -6.0], CHEAP), indirect=["kernels"])
 def test_every_gradient(kernels, shape, bias):
     n, d, num_latents, k = shape
     p, cotangent = make_problem(n, d, num_latents, bias, torch.float32 if kernels == "triton" else torch.float64)
@@ -75,8 +79,7 @@ def test_every_gradient(kernels, shape, bias):
         assert relative_error(grad, truth) < (1e-6 if kernels == "triton" else 1e-12), f"gradient of {name}"
 
 
-@pytest.mark.parametrize("sink", [False, True])
-@pytest.mark.parametrize(("kernels", "shape"), CASES, indirect=["kernels"])
+@pytest.mark.parametrize(("kernels", "shape", "sink"), spanning(CASES, [False, True], CHEAP), indirect=["kernels"])
 def test_the_loss_in_one_with_every_gradient(kernels, shape, sink):
     n, d, num_latents, k = shape
     dtype = torch.float32 if kernels == "triton" else torch.float64

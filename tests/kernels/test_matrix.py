@@ -25,6 +25,7 @@ from shared.kernels import (
     row_grad,
     row_update,
 )
+from tests.spanning import spanning
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 WIDTHS = (64, 100, 768, 3584, 4096, 5120)
@@ -136,9 +137,17 @@ def test_k(op, kernels, k):
     check(op, kernels, n=2, d=5, num_latents=k + 3 if op.startswith("encode") else 13, k=k)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
-@pytest.mark.parametrize("kernels", PROVIDERS, indirect=True)
-@pytest.mark.parametrize("op", [op for op in OPS if not op.startswith("row_update")])  # masters are float32
+HALVED = [(kernels, op) for kernels in PROVIDERS for op in OPS if not op.startswith("row_update")]  # those are float32
+
+
+@pytest.mark.parametrize(
+    ("kernels", "op", "dtype"),
+    spanning(
+        HALVED, [torch.bfloat16, torch.float16], [n for n, (kernels, _) in enumerate(HALVED) if kernels == "torch"]
+    ),
+    ids=str,
+    indirect=["kernels"],
+)
 def test_half_types(op, kernels, dtype):
     check(op, kernels, n=3, d=64, num_latents=33, k=5, dtype=dtype)
 

@@ -22,6 +22,7 @@ from shared.kernels import (
 )
 from shared.kernels.encode_topk import bounds
 from shared.kernels.row_update import torch_ as update_torch
+from tests.spanning import spanning
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -30,6 +31,10 @@ SHAPES = [(3, 13, 101, 7), (1, 64, 33, 1), (2, 100, 90, 32), (2, 1, 9, 9)]
 CASES = [("torch", shape, dtype) for shape in SHAPES for dtype in (torch.float32, torch.float64)]
 CASES += [("triton", shape, torch.float32) for shape in SHAPES]
 CASES += [("triton", (2, 21, 70, 5), dtype) for dtype in (torch.bfloat16, torch.float16)]
+
+
+# The interpreter is slow: of what would be tried with each of its cases, each has one in the default tests.
+CHEAP = [number for number, (kernels, _, _) in enumerate(CASES) if kernels == "torch"]
 
 
 def in_every_type(test):
@@ -58,8 +63,10 @@ def assert_same(actual, expected):
     assert torch.equal(actual.double(), expected.double())
 
 
-@in_every_type
-@pytest.mark.parametrize("bias", [0.0, -20.0])  # -20: fewer than k positives in most rows
+# A bias of -20: fewer than k positives in most rows.
+@pytest.mark.parametrize(
+    ("kernels", "shape", "dtype", "bias"), spanning(CASES, [0.0, -20.0], CHEAP), ids=str, indirect=["kernels"]
+)
 def test_encode_topk(rng, kernels, shape, dtype, bias):
     n, d, num_latents, k = shape
     x, W = integers(rng, n, d), integers(rng, num_latents, d)
@@ -189,11 +196,14 @@ def test_row_grad_and_latent_sum(rng, kernels, shape, dtype):
         assert_same(op(*cast, num_latents, order, kernels=kernels), expected)
 
 
+# Tiles are of the torch form: 40 elements, several tiles, the last one ragged.
+@pytest.mark.parametrize(
+    ("kernels", "tile_elements"), [("torch", 1 << 20), ("torch", 40), ("triton", 1 << 20)], indirect=["kernels"]
+)
 @pytest.mark.parametrize("unit_rows", [False, True])
 @pytest.mark.parametrize(("num_rows", "d"), [(31, 7), (1, 1500), (3, 64)])
-@pytest.mark.parametrize("tile_elements", [1 << 20, 40])
 def test_row_update(rng, monkeypatch, kernels, unit_rows, num_rows, d, tile_elements):
-    monkeypatch.setattr(update_torch, "TILE_ELEMENTS", tile_elements)  # 40: several tiles, the last one ragged
+    monkeypatch.setattr(update_torch, "TILE_ELEMENTS", tile_elements)
     start = torch.randn(5, num_rows, d, generator=rng, dtype=torch.float64).to(DEVICE)
     if unit_rows:
         start[0] /= start[0].norm(dim=1, keepdim=True)

@@ -8,6 +8,7 @@ import torch
 
 from shared.kernels import Compute, PairOrder, attach_encoder, decode, encode_batchtopk, encode_threshold, smallest_kept
 from shared.kernels.encode_topk import bounds
+from tests.spanning import spanning
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -16,8 +17,14 @@ CASES = [("torch", shape, dtype) for shape in SHAPES for dtype in (torch.float32
 CASES += [("triton", shape, torch.float32) for shape in SHAPES]
 HALVES = (torch.bfloat16, torch.float16)
 CASES += [(kernels, (2, 21, 70, 5), dtype) for kernels in ("torch", "triton") for dtype in HALVES]
-IDS = [f"{kernels}-{shape}-{str(dtype)[6:]}" for kernels, shape, dtype in CASES]
-in_every_type = pytest.mark.parametrize(("kernels", "shape", "dtype"), CASES, ids=IDS, indirect=["kernels"])
+# The interpreter is slow: of what would be tried with each of its cases, each has one in the default tests.
+CHEAP = [number for number, (kernels, _, _) in enumerate(CASES) if kernels == "torch"]
+
+
+def in_every_type(name, values):
+    """Parametrise over implementation, shape, type and `values` of the argument `name`."""
+    names = ("kernels", "shape", "dtype", name)
+    return pytest.mark.parametrize(names, spanning(CASES, values, CHEAP), ids=str, indirect=["kernels"])
 
 
 @pytest.fixture
@@ -56,8 +63,7 @@ def by_loop_batch(z, num):
     return {(row, latent, -minus) for minus, row, latent in sorted(entries)[:num]}
 
 
-@in_every_type
-@pytest.mark.parametrize("threshold", [0.0, 2.5, -3.0, "per latent", 1e4])
+@in_every_type("threshold", [0.0, 2.5, -3.0, "per latent", 1e4])
 def test_encode_threshold(rng, kernels, shape, dtype, threshold):
     n, d, num_latents, _ = shape
     x, W, b = integers(rng, n, d), integers(rng, num_latents, d), integers(rng, num_latents)
@@ -71,8 +77,7 @@ def test_encode_threshold(rng, kernels, shape, dtype, threshold):
         assert values.shape[1] == max(1, int((indices >= 0).sum(1).max()))
 
 
-@in_every_type
-@pytest.mark.parametrize("bias", [0.0, -20.0])  # -20: fewer than N * k positives in most cases
+@in_every_type("bias", [0.0, -20.0])  # -20: fewer than N * k positives in most cases
 def test_encode_batchtopk(rng, kernels, shape, dtype, bias):
     n, d, num_latents, k = shape
     x, W = integers(rng, n, d), integers(rng, num_latents, d)
@@ -86,7 +91,8 @@ def test_encode_batchtopk(rng, kernels, shape, dtype, bias):
 
 
 def test_row_tiles_do_not_change_the_result(rng, monkeypatch, kernels):
-    x, W, b = integers(rng, 23, 8), integers(rng, 50, 8), integers(rng, 50)
+    rows = 23 if kernels == "torch" else 7  # the interpreter is slow
+    x, W, b = integers(rng, rows, 8), integers(rng, 50, 8), integers(rng, 50)
     for op, argument in ((encode_threshold, 3.0), (encode_batchtopk, 4)):
         expected = op(x, W, b, argument, compute=Compute("reference"))
         monkeypatch.setattr(bounds, "TILE_ELEMENTS", 4 * 50 + 7)  # 4 rows at a time, 3 in the last

@@ -50,8 +50,9 @@ RUNS.append(pytest.param("triton", "multi-topk", marks=pytest.mark.slow))
 
 @pytest.mark.parametrize(("kernels", "case"), RUNS, indirect=["kernels"])
 def test_steps_equal_those_with_dense_gradients(kernels, case):
-    expected = trained("reference", pair_gradients=False, **CASES[case])
-    for result, truth in zip(trained(kernels, pair_gradients=True, **CASES[case]), expected, strict=True):
+    given = {"steps": 2 if kernels == "torch" else 1, **CASES[case]}  # the interpreter is slow
+    expected = trained("reference", pair_gradients=False, **given)
+    for result, truth in zip(trained(kernels, pair_gradients=True, **given), expected, strict=True):
         torch.testing.assert_close(result, truth, rtol=2e-4, atol=2e-5)
 
 
@@ -131,6 +132,15 @@ def test_auxk_in_bfloat16_is_close():
         assert 0 < error < 2e-2 if FAST_BFLOAT16 else error == 0  # float32 where that is the faster one
 
 
+@pytest.fixture
+def _few_objects():
+    """The collector looks at what the test makes alone: at all that other tests left it would look for seconds."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
 def alive_tensors():
     gc.collect()
     return sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects())
@@ -145,6 +155,7 @@ def alive_tensors():
         pytest.param("batchtopk", False, marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.usefixtures("_few_objects")
 def test_what_a_step_made_is_freed(kernels, activation, pair_gradients):
     """What autograd's nodes hold must not hold them: no collector could find such a circle."""
     x, dead_R = torch.randn(8, 12, device=DEVICE), torch.tensor([1, 7, 30], device=DEVICE)

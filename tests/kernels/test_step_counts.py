@@ -22,7 +22,9 @@ def counts(*arguments):
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize(("kind", "moments"), [("topk", "float32"), ("transcoder", "bfloat16")])
+@pytest.mark.parametrize(
+    ("kind", "moments"), [("topk", "float32"), pytest.param("transcoder", "bfloat16", marks=pytest.mark.slow)]
+)
 def test_a_step_never_waits_for_the_device_and_fits(kind, moments):
     steps = counts("--shapes", "a", "b", "--kind", kind, "--moments", moments)
     for step, most_gb in zip(steps, (3, 5 if kind == "topk" else 5.5), strict=True):

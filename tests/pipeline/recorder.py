@@ -1,8 +1,9 @@
-"""Once imported, every training step first appends its batch to ``batches.bin`` in the run's out_dir.
+"""``stage_train`` whose every step first appends its batch to ``batches.bin`` in the run's out_dir.
 
 A record is int64 (step, epoch, index in the epoch, values), then the activations in float32: what a kill cannot undo.
 """
 
+import runpy
 import sys
 from pathlib import Path
 
@@ -29,4 +30,6 @@ class Recorder:
         pass
 
 
-loop.observers.append(Recorder())
+if __name__ == "__main__":
+    loop.observers.append(Recorder())
+    runpy.run_module("stage_train", run_name="__main__", alter_sys=True)

@@ -25,7 +25,10 @@ def make(bench: Bench) -> Callable[[str], Command]:
     return lambda name: COMMANDS[name](bench, bench.folder())
 
 
-@pytest.mark.parametrize(("name", "error"), QUICK)
+@pytest.mark.parametrize(
+    ("name", "error"),
+    [pytest.param(name, error, marks=pytest.mark.slow if name == "notes" else ()) for name, error in QUICK],
+)
 def test_a_disk_that_fails(make: Callable[[str], Command], name: str, error: int) -> None:
     command = make(name)
     assert len(command.calls) > 5

@@ -28,6 +28,7 @@ FAST = (
     "granary export",
     "granary trace weights",
 )
+TRAIN = ("stage_train", "debug=tiny_train", "name=demo", "schedule.tokens=2_000")
 TEXT = "def read(self, path):\n    return path.read_text()\n"
 
 
@@ -37,16 +38,14 @@ def is_fast(block: Block) -> bool:
 
 @pytest.fixture(scope="module")
 def study(stages: ForkServer, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the commands presuppose: texts, stores, a trained SAE and a sweep, a folder of another project."""
+    """What the commands presuppose: texts, stores, a trained SAE, a folder of another project."""
     folder = tmp_path_factory.mktemp("study")
     here = stages.at(folder)
-    train = ["stage_train", "debug=tiny_train", "name=demo", "schedule.tokens=2_000"]
     for arguments in (
         ["stage_harvest", "debug=tiny_harvest", "name=demo", "corpus.contexts=64"],
         ["stage_harvest", "debug=tiny_harvest", "name=llama31", "hooks.layers=[1,2]"],
         ["stage_harvest", "debug=tiny_harvest", "name=mlps", "hooks.layers=[0,1,2]", "hooks.sites=[mlp_in,mlp_out]"],
-        train,
-        [*train, "-m", "sae.k=4,8", "packed=true"],
+        TRAIN,
         ["stage_inspect", "name=demo", "contexts=2"],
     ):
         done = here.run(*arguments)
@@ -73,6 +72,15 @@ def study(stages: ForkServer, tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "data").mkdir()
     (folder / "data" / "a.txt").write_text("<|endoftext|>".join([TEXT * 20] * 40))
     return folder
+
+
+@pytest.fixture(scope="module")
+def swept(study: Path, stages: ForkServer) -> Path:
+    """With a sweep beside the trained SAE, which fast commands do not need."""
+    done = stages.at(study).run(*TRAIN, "-m", "sae.k=4,8", "packed=true")
+    assert done.code == 0, done.stderr
+    shutil.copytree(study / "runs/demo/sweep", study / "runs/mine/sweep")
+    return study
 
 
 def what_it_begins_with(study: Path, first: str, work: Path) -> None:
@@ -105,7 +113,11 @@ def test_what_is_not_run_is_there_and_needs_what_it_says() -> None:
 @pytest.mark.parametrize(
     "block", [pytest.param(one, id=str(one), marks=[] if is_fast(one) else pytest.mark.slow) for one in BLOCKS]
 )
-def test_documented(block: Block, study: Path, stages: ForkServer, tmp_path: Path) -> None:
+def test_documented(
+    block: Block, study: Path, stages: ForkServer, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    if not is_fast(block):
+        request.getfixturevalue("swept")
     work = tmp_path / "work"
     what_it_begins_with(study, block.runnable[0], work)
     here = stages.at(work)

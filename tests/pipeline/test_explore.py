@@ -13,7 +13,7 @@ import pytest
 
 from shared.basics.pages_link import slot
 from stage_inspect.explorer.__main__ import main
-from tests.cli import environment
+from tests.cli import ForkServer, environment
 from tests.exploring import Client
 from tests.latents import synthetic_latents
 from tests.planted import planted_study
@@ -26,23 +26,21 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_it_serves_until_it_is_interrupted(study: Path) -> None:
-    command = [sys.executable, "-m", "stage_inspect.explorer", str(study), "--port", "0", "--no-model"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment())
+def test_it_serves_until_it_is_interrupted(study: Path, stages: ForkServer) -> None:
+    process = stages.start("stage_inspect.explorer", str(study), "--port", "0", "--no-model")
     try:
-        assert process.stdout is not None
-        told = process.stdout.readline()
-        assert told.startswith(f"{study.name}: http://127.0.0.1:")
+        wait(lambda: process.output.endswith("\n") or process.poll() is not None)
+        told = process.output
+        assert told.startswith(f"{study.name}: http://127.0.0.1:"), process.errors
         url = told.split()[1]
         with urlopen(f"{url}data/meta.json", timeout=60) as answer:
             assert json.load(answer)["d_latent"] == 30
         process.send_signal(signal.SIGINT)
-        output, errors = process.communicate(timeout=60)
+        done = process.finish(timeout=60)
     finally:
         process.kill()
-        process.communicate()
-    assert (output, errors) == ("", "")
-    assert process.returncode in (0, 130)
+    assert (done.stdout, done.stderr) == (told, "")
+    assert done.code in (0, 130)
 
 
 @pytest.mark.slow

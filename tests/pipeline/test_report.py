@@ -7,7 +7,8 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
@@ -27,6 +28,12 @@ from tests.evaluations import at_site, document, example
 HOSTILE = '<script>alert("x")</script> & <b>"bold"</b>'
 
 
+@cache
+def one_page() -> str:
+    return render(example())
+
+
+@cache
 def sweep_page() -> str:
     reports = [example(k, expansion, f"k={k},expansion={expansion}") for k in (8, 16, 32) for expansion in (8, 16)]
     return render_comparison(compare(reports, [f"{report.sae.name}/report.html" for report in reports]))
@@ -50,9 +57,9 @@ class References(HTMLParser):
                 self.loads += re.findall(r"url\(([^)]*)\)", value)
 
 
-@pytest.mark.parametrize("page", [render(example()), sweep_page()], ids=["one", "sweep"])
-def test_a_page_loads_nothing(page: str) -> None:
-    found = References()
+@pytest.mark.parametrize("make", [one_page, sweep_page])
+def test_a_page_loads_nothing(make: Callable[[], str]) -> None:
+    found, page = References(), make()
     found.feed(page)
     assert not [load for load in found.loads if not load.startswith(("#", "data:"))]
     assert not found.tags & {"script", "iframe", "object", "embed", "img"}
@@ -78,7 +85,7 @@ def test_everything_from_data_is_escaped() -> None:
 
 def test_identifiers_are_unique_on_a_page() -> None:
     two_hooks = [example(), at_site("layers.1.resid_post")]
-    for page in (render(example()), sweep_page(), render_comparison(compare(two_hooks, ["a", "b"]))):
+    for page in (one_page(), sweep_page(), render_comparison(compare(two_hooks, ["a", "b"]))):
         identifiers = re.findall(r'\bid="([^"]+)"', page)
         assert identifiers
         assert len(identifiers) == len(set(identifiers))
@@ -114,7 +121,7 @@ def test_figures_follow_the_colours_of_the_page() -> None:
 
 
 def test_pages_are_reproducible() -> None:
-    assert render(example()) == render(example())
+    assert render(example()) == one_page()
 
 
 def test_a_pareto_front_by_hand() -> None:
@@ -203,7 +210,7 @@ def chromium(profile: Path, *arguments: str, dark: bool = False) -> subprocess.C
 @pytest.mark.browser
 @pytest.mark.parametrize("kind", ["one", "sweep"])
 def test_chromium_draws_it_on_a_phone(tmp_path: Path, kind: str) -> None:
-    (tmp_path / "page.html").write_text(render(example()) if kind == "one" else sweep_page())
+    (tmp_path / "page.html").write_text(one_page() if kind == "one" else sweep_page())
     (tmp_path / "probe.html").write_text(PROBE.format(width=390))
     done = chromium(tmp_path / "profile", "--dump-dom", (tmp_path / "probe.html").as_uri())
     found = json.loads(html.unescape(re.search(r'<pre id="out">(.*?)</pre>', done.stdout, re.DOTALL)[1]))
@@ -227,7 +234,7 @@ FRAME = """<!doctype html><meta name="color-scheme" content="light dark"><title>
 def test_chromium_draws_it_light_and_dark(tmp_path: Path, kind: str, width: int) -> None:
     """Real screenshots, on a desk and on a phone; a window can't be narrower than 500 px, hence the frame."""
     height = 1600
-    (tmp_path / "page.html").write_text(render(example()) if kind == "one" else sweep_page())
+    (tmp_path / "page.html").write_text(one_page() if kind == "one" else sweep_page())
     (tmp_path / "frame.html").write_text(FRAME.format(width=width, height=height))
     pages = {}
     for name in ("light", "dark"):

@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -24,13 +24,13 @@ from stage_train.state.lock import only_run_in
 from tests.cli import ForkServer
 
 TIMES = {"tokens_per_s", "wait_share"}
-KILLS = 6
+KILLS = 4
 RECORD_BYTES = 32 + 16 * 12 * 4
 COMMON = ["sae.k=3", "sae.expansion=8", "stream.batch_size=16", "sae.dead_after_tokens=500", "logger.every=10"]
 COMMON += ["checkpoint.every=25", "checkpoint.keep=2", "logger.progress=false", "logger.curves=false"]
 
-# What tests/pipeline/recorder.py writes; it observes every step, so the processes that train import it and nobody else.
-FILE = "batches.bin"
+# Trains, and writes down every batch.
+RECORDER, FILE = str(Path(__file__).with_name("recorder.py")), "batches.bin"
 
 
 def batches(folder: Path) -> tuple[list[bytes], int]:
@@ -53,11 +53,8 @@ def store(tmp_path_factory: pytest.TempPathFactory, planted_store: Callable[...,
 
 
 @pytest.fixture(scope="module")
-def server(store: Store, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForkServer]:
-    """Processes that are ready to train, and write down every batch."""
-    modules = ["shared.launch.stage", "stage_train.job", "tests.pipeline.recorder"]
-    with ForkServer(tmp_path_factory.mktemp("server"), modules) as server:
-        yield server
+def server(stages: ForkServer, tmp_path_factory: pytest.TempPathFactory) -> ForkServer:
+    return stages.at(tmp_path_factory.mktemp("server"))
 
 
 def command(store: Store, folder: Path, tokens: int) -> list[str]:
@@ -80,17 +77,17 @@ def test_killed_at_random_moments_nothing_is_repeated_or_skipped(
 ) -> None:
     """The batches that count are those of an uninterrupted run, byte for byte; so are weights and metrics."""
     straight, broken = tmp_path / "straight", tmp_path / "broken"
-    assert server.run("stage_train", *command(store, straight, 8_000)).code == 0
+    assert server.run(RECORDER, *command(store, straight, 8_000)).code == 0
     steps = len(read_metrics(straight)) * 10
 
     moments = random.Random(0)
     for _ in range(KILLS):
-        process = server.start("stage_train", *command(store, broken, 8_000))
+        process = server.start(RECORDER, *command(store, broken, 8_000))
         wait_for_growth(broken / FILE, moments.randrange(steps // (2 * KILLS)))
         time.sleep(moments.uniform(0, 0.02))
         process.kill()
         assert process.wait() == -signal.SIGKILL
-    result = server.run("stage_train", *command(store, broken, 8_000))
+    result = server.run(RECORDER, *command(store, broken, 8_000))
     assert result.code == 0, result.stderr
 
     seen, lost = batches(broken)

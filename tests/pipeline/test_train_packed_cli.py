@@ -41,11 +41,17 @@ class Sweeps:
 
 @pytest.fixture(scope="module")
 def sweeps(stages: ForkServer, tmp_path_factory: pytest.TempPathFactory, planted_store: Callable[..., Store]) -> Sweeps:
-    """A store, and the sweep done in turn."""
+    """A folder with a store."""
     sweeps = Sweeps(tmp_path_factory.mktemp("packed"), stages)
     planted_store(sweeps.folder / "store")
-    sweeps.done("turn", *SWEEP)
     return sweeps
+
+
+@pytest.fixture(scope="module")
+def in_turn(sweeps: Sweeps) -> Path:
+    """The sweep, one SAE after the other."""
+    sweeps.done("turn", *SWEEP)
+    return sweeps.folder / "turn"
 
 
 def one_of(run: Path, name: str) -> Path:
@@ -80,7 +86,8 @@ def assert_same_sweep(one: Path, two: Path, bound: float = 0.0) -> None:
             assert_close_in_norm(second[sae][name], tensor, bound, f"{name} after the same batches, {REORDERED}")
 
 
-def test_killed_and_continued_it_equals_the_sweep_in_turn(sweeps: Sweeps) -> None:
+@pytest.mark.slow  # tests/unit/train/test_many.py has each run as if alone, and what was stopped together
+def test_killed_and_continued_it_equals_the_sweep_in_turn(sweeps: Sweeps, in_turn: Path) -> None:
     folder = sweeps.folder
     process = sweeps.start("packed", *SWEEP, "packed=true")
     wait_for(process, folder / "packed", lines=8)
@@ -91,16 +98,16 @@ def test_killed_and_continued_it_equals_the_sweep_in_turn(sweeps: Sweeps) -> Non
     errors = sweeps.done("packed", *SWEEP, "packed=true")
     assert "continuing from step" in errors
     assert "read once for 4 SAEs" in errors
-    assert_same_sweep(folder / "turn", folder / "packed")
-    curves = [read_metrics(one_of(folder / name, "expansion=8,k=3")) for name in ("turn", "packed")]
+    assert_same_sweep(in_turn, folder / "packed")
+    curves = [read_metrics(one_of(run, "expansion=8,k=3")) for run in (in_turn, folder / "packed")]
     assert [line["loss"] for line in curves[0]] == [line["loss"] for line in curves[1]]
 
 
 @pytest.mark.slow  # tests/unit/train/test_many.py has each run as if alone, tests/distributed the layouts
 @pytest.mark.parametrize("layout", ["ddp", "latent"])
-def test_two_processes_share_every_sae(sweeps: Sweeps, layout: str) -> None:
+def test_two_processes_share_every_sae(sweeps: Sweeps, in_turn: Path, layout: str) -> None:
     sweeps.done(layout, *SWEEP, "packed=true", "nproc=2", f"parallel={layout}")
-    assert_same_sweep(sweeps.folder / "turn", sweeps.folder / layout, bound=SAME_RUN)
+    assert_same_sweep(in_turn, sweeps.folder / layout, bound=SAME_RUN)
 
 
 @pytest.mark.parametrize("nproc", [1, pytest.param(2, marks=pytest.mark.slow)])
@@ -121,7 +128,9 @@ def test_a_signal_saves_all_of_them(sweeps: Sweeps, nproc: int) -> None:
     [
         (["packed=true"], "packed=true trains the runs of a sweep together"),
         (["-m", "packed=true", "seed=0,1"], "seeds [0, 1] ask for several: give stream.seed=0"),
-        (["-m", "packed=true", "sae.k=2,900"], "sae.k=900 is more than the 192 latents"),
+        pytest.param(
+            ["-m", "packed=true", "sae.k=2,900"], "sae.k=900 is more than the 192 latents", marks=pytest.mark.slow
+        ),
     ],
 )
 def test_wrong_uses_are_one_line(sweeps: Sweeps, overrides: list[str], message: str) -> None:

@@ -1,11 +1,9 @@
 """What the benchmarks say of the machine that they ran on."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
-from tests.cli import environment
+from tests.cli import ForkServer
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 ASK = """
@@ -20,9 +18,11 @@ print_result({{"ratios": {{}}}})
 """
 
 
-def test_a_benchmark_names_the_class_of_its_machine() -> None:
-    command = [sys.executable, "-c", ASK.format(folder=str(BENCHMARKS))]
-    said = subprocess.run(command, env=environment(), capture_output=True, text=True, check=True).stdout.splitlines()
+def test_a_benchmark_names_the_class_of_its_machine(stages: ForkServer, tmp_path: Path) -> None:
+    (tmp_path / "ask.py").write_text(ASK.format(folder=str(BENCHMARKS)))
+    done = stages.run(str(tmp_path / "ask.py"))
+    assert done.code == 0, done.stderr
+    said = done.stdout.splitlines()
     assert said[:4] == [
         "Intel AVX-512 with VNNI; 8 cores",
         "Intel AVX-512 with AMX, bfloat16; 8 cores",

@@ -33,7 +33,7 @@ def test_a_third_writes_into_the_checkout():
 
 def test_a_session_reads_nothing_of_the_users_and_fails_when_it_leaves_files(tmp_path: Path) -> None:
     (tmp_path / "tests").mkdir()
-    for name in ("conftest.py", "isolation.py"):
+    for name in ("composing.py", "conftest.py", "isolation.py"):
         shutil.copy(isolation.REPOSITORY / "tests" / name, tmp_path / "tests" / name)
     shutil.copy(isolation.REPOSITORY / "pyproject.toml", tmp_path)
     (tmp_path / "runs").mkdir()

@@ -6,7 +6,6 @@ Through the public face alone: ``shared.store.Store``, ``shared.sae.SAE`` and th
 import json
 import re
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -30,10 +29,9 @@ RUN = (
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForkServer]:
-    """Processes that have imported what the stages lean on, and nothing of ours."""
-    with ForkServer(tmp_path_factory.mktemp("old"), ["torch", "transformers", "zarr", "hydra"]) as server:
-        yield server
+def server(stages: ForkServer, tmp_path_factory: pytest.TempPathFactory) -> ForkServer:
+    """The stages in a folder of their own."""
+    return stages.at(tmp_path_factory.mktemp("old"))
 
 
 def contents(folder: Path) -> dict[str, bytes]:

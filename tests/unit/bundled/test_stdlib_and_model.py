@@ -27,6 +27,12 @@ def tokenizer() -> PreTrainedTokenizerBase:
 
 
 @pytest.fixture(scope="module")
+def library() -> dict[str, list[tuple[str, str]]]:
+    """Names and texts of each split."""
+    return {"train": list(stdlib.documents("train")), "heldout": list(stdlib.documents("heldout"))}
+
+
+@pytest.fixture(scope="module")
 def model() -> LlamaForCausalLM:
     return AutoModelForCausalLM.from_pretrained(MODEL_DIR, local_files_only=True, dtype=torch.float32).eval()
 
@@ -93,9 +99,12 @@ def test_tokenizer_ids_are_the_models(tokenizer: PreTrainedTokenizerBase, model:
 
 
 def test_predicts_files_it_never_saw(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, record: dict[str, Any]
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    record: dict[str, Any],
+    library: dict[str, list[tuple[str, str]]],
 ) -> None:
-    files = [(name, text) for name, text in stdlib.documents("heldout") if 4_000 < len(text) < 40_000]
+    files = [(name, text) for name, text in library["heldout"] if 4_000 < len(text) < 40_000]
     contexts = pack(token_stream(tokenizer, ((name, text[:8_000]) for name, text in files)), 1024)[:8]
     loss = next_token_loss(model, contexts).mean().item()
     assert loss < 0.7 * unigram_entropy(contexts)
@@ -147,15 +156,16 @@ def test_record_is_of_the_script_as_it_stands(record: dict[str, Any]) -> None:
     assert (MODEL_DIR / "README.md").read_text() == model_card(record)
 
 
-def test_record_names_this_corpus(record: dict[str, Any]) -> None:
+def test_record_names_this_corpus(record: dict[str, Any], library: dict[str, list[tuple[str, str]]]) -> None:
     if record["corpus"] != stdlib.description("train"):
         pytest.skip(f"the model was trained on the {record['corpus']}")
-    assert stdlib.content_hash(stdlib.documents("train")) == record["corpus_hash"]["train"]
-    assert stdlib.content_hash(stdlib.documents("heldout")) == record["corpus_hash"]["heldout"]
+    for split, documents in library.items():
+        assert stdlib.content_hash(documents) == record["corpus_hash"][split]
 
 
-def test_splits_are_disjoint_and_complete() -> None:
-    ids = {split: [name for name, _ in stdlib.documents(split)] for split in ("train", "heldout", "all")}
+def test_splits_are_disjoint_and_complete(library: dict[str, list[tuple[str, str]]]) -> None:
+    documents = {**library, "all": stdlib.documents("all")}
+    ids = {split: [name for name, _ in texts] for split, texts in documents.items()}
     assert not set(ids["train"]) & set(ids["heldout"])
     assert set(ids["train"]) | set(ids["heldout"]) == set(ids["all"])
     assert len(set(ids["all"])) == len(ids["all"])

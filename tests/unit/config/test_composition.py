@@ -1,6 +1,8 @@
 """Every config of the tree composes, fills its schema, and refuses a key it does not know."""
 
+import re
 from collections.abc import Iterator
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ import stage_trace.config
 import stage_train.config
 from shared.launch.config_errors import describe_config_error
 from shared.launch.overrides import expand_shorthands
+from tests.composing import composed, remember
 
 CONF = Path(__file__).resolve().parents[3] / "conf"
 STAGES = ("harvest", "train", "eval", "inspect", "trace")
@@ -48,7 +51,7 @@ def belongs(stage: str, group: str, name: str) -> bool:
     return stage in stages[0]
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="module")
 def _hydra() -> Iterator[None]:
     stage_harvest.config.register()
     stage_train.config.register()
@@ -75,9 +78,60 @@ def test_defaults_fill_the_schema(stage: str) -> None:
     assert fill(stage).name == "demo"
 
 
-@pytest.mark.parametrize(("stage", "group", "name"), [option for option in options() if belongs(*option)])
-def test_every_option_composes(stage: str, group: str, name: str) -> None:
+OPTIONS = [option for option in options() if belongs(*option)]
+
+
+def together(stage: str) -> list[list[str]]:
+    """All options of a stage in as few command lines as can hold them: the first of each group, the second, ..."""
+    names: dict[str, list[str]] = {}
+    for of, group, name in OPTIONS:
+        if of == stage:
+            names.setdefault(group, []).append(name)
+    lines = zip_longest(*([f"{group}={name}" for name in known] for group, known in names.items()))
+    return [[one for one in line if one is not None] for line in lines]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_all_options_compose(stage: str) -> None:
+    lines = together(stage)
+    assert sum(map(len, lines)) == sum(of == stage for of, _, _ in OPTIONS)
+    for line in lines:
+        compose(stage, overrides=line)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("stage", "group", "name"), OPTIONS)
+def test_every_option_composes_alone(stage: str, group: str, name: str) -> None:
     compose(stage, overrides=[f"{group}={name}"])
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        ["seed=3", "sae=gated", "optim=muon", "optim.lr=1e-2", "sae.k=null", "store.others=[{url:a,weight:0.5}]"],
+        ["variant=molt", 'variant.ranks="{4:2}"', "+variant.more=1", "name='a b'", "parallel=fsdp"],
+        ["variant=transcoder", "hook=null", "reads=[a,b]", "~variant.pre_bias", "schedule.tokens=null"],
+    ],
+)
+def test_tests_compose_as_hydra_does(overrides: list[str]) -> None:
+    for _ in range(2):  # the second is of groups that were composed before
+        try:
+            remember(False)
+            expected = compose("train", overrides=overrides)
+        except HydraException as error:
+            for made in (composed, compose):
+                remember()
+                with pytest.raises(type(error), match=re.escape(str(error).splitlines()[0])):
+                    made("train", overrides)
+            continue
+        finally:
+            remember()
+        for made in (composed, compose):
+            found = made("train", overrides)
+            assert OmegaConf.to_container(found) == OmegaConf.to_container(expected)
+            assert OmegaConf.is_struct(found)
+            found.seed = -1  # which no later one sees
 
 
 WHOLE_NUMBER = {"harvest": "seed", "train": "seed", "eval": "seed", "inspect": "seed", "trace": "batch"}

@@ -24,7 +24,7 @@ from stage_harvest.config import HarvestSchema
 from stage_train.config import TrainSchema, unnamed_keys
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="module")
 def _all_stages(train_configs: None) -> None:
     stage_harvest.config.register()
     stage_eval.config.register()

@@ -1,8 +1,5 @@
 """The runs of the last sweep of a folder, from the records that Hydra leaves of real sweeps of training."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,8 +8,8 @@ from shared.basics.errors import GranaryError
 from shared.sae.finding import expand
 from stage_eval.grid import is_of_grid, last_grid
 from stage_eval.sae_folders import of_last_grid
+from tests.cli import ForkServer
 
-REPOSITORY = Path(__file__).resolve().parents[3]
 # Training's configuration and names of folders without its work.
 APP = """
 import hydra, shared.sae
@@ -22,17 +19,17 @@ hydra.main(version_base="1.3", config_path="pkg://conf", config_name="train")(la
 """
 
 
-def sweep(folder: Path, *overrides: str) -> None:
-    command = [sys.executable, "-c", APP, "-m", f"run_dir={folder}", "nproc=1", "name=mine", *overrides]
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-    subprocess.run(command, check=True, cwd=folder, env=environment, capture_output=True)
+def sweep(stages: ForkServer, folder: Path, *overrides: str) -> None:
+    (folder / "app.py").write_text(APP)
+    done = stages.run(str(folder / "app.py"), "-m", f"run_dir={folder}", "nproc=1", "name=mine", *overrides)
+    assert done.code == 0, done.stderr
 
 
-def test_only_the_runs_of_the_last_sweep_are_its_grid(tmp_path: Path) -> None:
+def test_only_the_runs_of_the_last_sweep_are_its_grid(stages: ForkServer, tmp_path: Path) -> None:
     with pytest.raises(GranaryError, match=r"has no multirun.yaml.*leave out sae.last_grid"):
         last_grid(tmp_path / "sweep")
-    sweep(tmp_path, "sae.k=2,4", "sae.expansion=8", "seed=1")
-    sweep(tmp_path, "sae.k=4,8", "sae.expansion=8,16", "at_layer=1", "reads='layers.${at_layer}.mlp_in'")
+    sweep(stages, tmp_path, "sae.k=2,4", "sae.expansion=8", "seed=1")
+    sweep(stages, tmp_path, "sae.k=4,8", "sae.expansion=8,16", "at_layer=1", "reads='layers.${at_layer}.mlp_in'")
     folder = tmp_path / "sweep"
     grid = last_grid(folder)
     runs = sorted(path for path in folder.iterdir() if path.is_dir())

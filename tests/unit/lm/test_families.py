@@ -1,22 +1,20 @@
 """Packed documents of many families: right or refused, in sdpa and eager, never silently wrong (docs/families.md)."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests.cli import ForkServer
 
 REPOSITORY = Path(__file__).parents[3]
 SCRIPT = REPOSITORY / "benchmarks" / "families.py"
 PAGE = REPOSITORY / "docs" / "families.md"
 
 
-def run(*families: str) -> list[list[str]]:
+def run(stages: ForkServer, *families: str) -> list[list[str]]:
     """The script's lines: family and cells."""
-    command = [sys.executable, str(SCRIPT), *families]
-    environment = {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1800)
-    assert done.returncode == 0, done.stdout + done.stderr
+    done = stages.start(str(SCRIPT), *families).finish(timeout=1800)
+    assert done.code == 0, done.stdout + done.stderr
     return [line.split(" | ") for line in done.stdout.splitlines() if " | " in line]
 
 
@@ -30,8 +28,8 @@ def documented() -> dict[str, list[str]]:
     return verdicts([line.strip("| ").split(" | ") for line in lines])
 
 
-def test_three_families() -> None:
-    found = verdicts(run("mistral", "llama4_text", "opt"))
+def test_three_families(stages: ForkServer) -> None:
+    found = verdicts(run(stages, "mistral", "llama4_text", "opt"))
     assert found == {
         "mistral": ["right"] * 4,
         "llama4_text": ["refused", "right"] * 2,
@@ -41,7 +39,7 @@ def test_three_families() -> None:
 
 
 @pytest.mark.slow
-def test_every_family_is_what_the_table_says() -> None:
-    found = verdicts(run())
+def test_every_family_is_what_the_table_says(stages: ForkServer) -> None:
+    found = verdicts(run(stages))
     assert len(found) >= 25
     assert found == documented()

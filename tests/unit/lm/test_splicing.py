@@ -179,7 +179,7 @@ def test_a_module_that_two_layers_share_is_told() -> None:
         model(prompt(), use_cache=False)
 
 
-@pytest.mark.parametrize("how", ["compile()", "forward = torch.compile(forward)"])
+@pytest.mark.parametrize("how", ["compile()", pytest.param("forward = torch.compile(forward)", marks=pytest.mark.slow)])
 def test_a_model_compiled_before_is_spliced_all_the_same(how: str) -> None:
     model = tiny_llama()
     with torch.no_grad():

@@ -15,6 +15,7 @@ from shared.basics.errors import GranaryError
 from shared.store import Store
 from shared.store.format.dtypes import scales_per_row, storage_type
 from shared.store.format.quantise import quantise
+from tests.examples import examples
 from tests.synthetic import (
     synthetic_context,
     synthetic_plan,
@@ -114,7 +115,7 @@ def test_the_same_store_at_every_kind_of_url(tmp_path, scheme):
     assert torch.equal(store.read_context(HOOK, 7), as_read(synthetic_context(plan, HOOK, 7), "bfloat16"))
 
 
-@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(15), suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     num_contexts=st.integers(1, 9),
     seq_len=st.integers(1, 40),

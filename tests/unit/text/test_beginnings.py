@@ -12,16 +12,15 @@ from shared.text.documents import REACH, documents
 from stage_harvest.config import BosPlacement, LongDocuments, PackingMode
 from tests.latents import synthetic_vocabulary
 from tests.packed import T, document_of, packed_store, scanned
+from tests.spanning import spanning
+
+MODES = [
+    ("isolated", "split", "none"), ("isolated", "split", "document"), ("joined", "split", "context"),
+    ("separate", "split", "context"), ("separate", "truncate", "none"), ("isolated", "truncate", "context"),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize("rows", [3, 64])
-@pytest.mark.parametrize(
-    ("mode", "long_documents", "bos"),
-    [
-        ("isolated", "split", "none"), ("isolated", "split", "document"), ("joined", "split", "context"),
-        ("separate", "split", "context"), ("separate", "truncate", "none"), ("isolated", "truncate", "context"),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("mode", "long_documents", "bos", "rows"), spanning(MODES, [3, 64]))
 def test_beginnings_equal_a_walk_over_all_tokens(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str, long_documents: str, bos: str, rows: int
 ) -> None:
@@ -53,7 +52,7 @@ def test_documents_are_put_together_as_they_are_dealt_out(tmp_path: Path, mode: 
         assert {truth[part] for part in one.parts} == {int(one.places[0])}
 
 
-@pytest.mark.parametrize("mode", ["isolated", "joined"])
+@pytest.mark.parametrize("mode", ["isolated", pytest.param("joined", marks=pytest.mark.slow)])
 def test_a_document_is_known_by_its_first_tokens_from_wherever_it_is_seen(tmp_path: Path, mode: str) -> None:
     """Also from the last of a hundred contexts, further than documents are put together."""
     store = packed_store(tmp_path, PackingMode(mode), LongDocuments.split, BosPlacement.none)

@@ -37,7 +37,14 @@ def train(tmp_path_factory: pytest.TempPathFactory, planted_store: Callable[...,
     return Runs(folder, "schedule.tokens=320")
 
 
-@pytest.mark.parametrize("choice", CHOICES)
+# By default one of each kind: a batch's own threshold, a penalty, an optimiser, moments that round. Others are trained
+# on two ranks and resumed in tests/distributed.
+RESUMED = ("batchtopk", "gated", "muon", "half")
+
+
+@pytest.mark.parametrize(
+    "choice", [pytest.param(name, marks=() if name in RESUMED else pytest.mark.slow) for name in CHOICES]
+)
 def test_a_stopped_run_continues_to_the_same_bits(train: Runs, choice: str) -> None:
     straight = train(f"{choice}_straight", *CHOICES[choice])
     train.killed(f"{choice}_stopped", *CHOICES[choice], "checkpoint.every=8", step=9)
@@ -87,7 +94,7 @@ def test_lr_auto(train: Runs) -> None:
         ("wsd", 0.4, lambda progress: (1 + math.cos(math.pi * progress)) / 2),
     ],
 )
-@pytest.mark.parametrize("warmup", [4, 0.2])
+@pytest.mark.parametrize("warmup", [4, pytest.param(0.2, marks=pytest.mark.slow)])
 def test_named_schedules(train: Runs, name: str, decay: float, shape: Callable[[float], float], warmup: float) -> None:
     """The rate of every step of a run, with lengths in steps and in shares."""
     out = train(

@@ -41,10 +41,14 @@ def test_over_layers(runs: Runs, sae: str) -> None:
 
 
 def test_over_models_stopped_and_continued(runs: Runs) -> None:
-    words = (f"reads=[{ONE},chat:{ONE}]", f"store.beside=[{{name:chat,url:{runs.folder / 'chat'}}}]")
+    words = (
+        f"reads=[{ONE},chat:{ONE}]",
+        f"store.beside=[{{name:chat,url:{runs.folder / 'chat'}}}]",
+        "schedule.tokens=480",
+    )
     straight = runs("pair", *words)
     assert describe(straight).sites == Sites.of(ONE, f"chat:{ONE}")
-    runs.stopped("broken", *words, step=25)
+    runs.stopped("broken", *words, step=22)
     assert_same_run(straight, runs("broken", *words))
 
 

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.usefixtures("train_configs")
 FLAT = ("schedule=constant", "schedule.warmup=4")
 
 
-@pytest.mark.parametrize("length", ["tokens", "epochs"])
+@pytest.mark.parametrize("length", ["tokens", pytest.param("epochs", marks=pytest.mark.slow)])
 def test_a_longer_run_is_as_if_it_had_been_asked_for(train: Runs, length: str) -> None:
     short, long = (f"schedule.tokens={tokens}" for tokens in (320, 640))
     if length == "epochs":
@@ -67,17 +67,14 @@ def test_a_run_begins_with_the_weights_of_an_sae(train: Runs) -> None:
     assert SAE.from_pretrained(train("k", *small, "sae.k=2")).config.k == 2
 
 
-@pytest.mark.parametrize(
-    ("change", "line"),
-    [
+def test_weights_that_mean_something_else_are_refused(train: Runs) -> None:
+    first = train("first", "schedule.tokens=16")
+    for change, line in (
         ("sae.expansion=4", "d_latent is 96 there, 48 here"),
         ("sae.normalisation=none", "normalisation is .* there, none here"),
         ("sae=batchtopk", "activation is topk there, batchtopk here"),
-    ],
-)
-def test_weights_that_mean_something_else_are_refused(train: Runs, change: str, line: str) -> None:
-    first = train("first", "schedule.tokens=16")
-    with pytest.raises(GranaryError, match=line):
-        train("b", change, "sae.k=3", f"init_from={first}")
+    ):
+        with pytest.raises(GranaryError, match=line):
+            train("b", change, "sae.k=3", f"init_from={first}")
     with pytest.raises(GranaryError, match="nowhere"):
         train("c", "init_from=/nowhere")

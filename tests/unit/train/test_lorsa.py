@@ -40,6 +40,12 @@ WORDS = (
 
 
 @pytest.fixture(scope="module")
+def one(runs: Runs) -> Path:
+    """The folder of a trained one."""
+    return runs("one", "sae.k=2")
+
+
+@pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory, train_configs: None, planted_store: Callable[..., Store]) -> Runs:
     folder = tmp_path_factory.mktemp("lorsa")
     planted_store(folder / "store", hooks=(READS, WRITES))
@@ -74,7 +80,7 @@ def test_two_from_one_pass(runs: Runs) -> None:
     assert_same_run(alone, runs.folder / "a")
 
 
-def test_contexts_whole(runs: Runs) -> None:
+def test_contexts_whole(runs: Runs, one: Path) -> None:
     """A Lorsa and a dictionary of tokens do not share a stream, and neither takes what the other reads."""
     tokens = Runs(runs.folder).cfg(
         "tokens", "variant=transcoder", f"reads={READS}", f"writes={WRITES}", "stream.batch_size=64"
@@ -83,7 +89,7 @@ def test_contexts_whole(runs: Runs) -> None:
         Job([runs.cfg("mixed"), tokens], WORLD)
     with pytest.raises(GranaryError, match=r"batch_size=40: this variant learns from whole contexts, of 16 positions"):
         runs("bad", "stream.batch_size=40")
-    made = load(runs("one", "sae.k=2"))
+    made = load(one)
     with pytest.raises(GranaryError, match=r"reads whole contexts .* shuffled tokens have lost what came before them"):
         made.encode(torch.zeros(5, 12))
 
@@ -145,9 +151,9 @@ REFUSED: dict[str, tuple[Callable[[Lorsa, Path], object], str]] = {
 
 
 @pytest.mark.parametrize("what", REFUSED)
-def test_refused_in_one_line(runs: Runs, what: str) -> None:
+def test_refused_in_one_line(one: Path, what: str) -> None:
     """And the trained one is what it was."""
-    folder = runs("one", "sae.k=2")
+    folder = one
     made = load(folder)
     assert isinstance(made, Lorsa)
     before = {path: path.read_bytes() for path in folder.iterdir() if path.is_file()}

@@ -33,7 +33,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory, train_configs: None, planted_
     return Runs(folder, *WORDS, f"reads={READS}", f"writes={WRITES}")
 
 
-@pytest.mark.parametrize("sae", ["topk", "batchtopk", "relu", "jumprelu", "gated"])
+@pytest.mark.parametrize(
+    "sae",
+    ["batchtopk", "jumprelu", *(pytest.param(name, marks=pytest.mark.slow) for name in ("topk", "relu", "gated"))],
+)
 def test_learns_with_every_activation(runs: Runs, sae: str) -> None:
     k = [] if sae in ("topk", "batchtopk") else ["sae.k=null"]
     made = load(out := runs(sae, f"sae={sae}", *k))
@@ -49,11 +52,13 @@ def test_learns_with_every_activation(runs: Runs, sae: str) -> None:
 
 
 def test_stopped_and_continued(runs: Runs) -> None:
-    straight = runs("straight", "optim.ema_decay=0.9")
-    runs.stopped("broken", "optim.ema_decay=0.9", step=50)
-    assert_same_run(straight, runs("broken", "optim.ema_decay=0.9"))
+    words = ("optim.ema_decay=0.9", "schedule.tokens=800")
+    straight = runs("straight", *words)
+    runs.stopped("broken", *words, step=30)
+    assert_same_run(straight, runs("broken", *words))
 
 
+@pytest.mark.slow  # tests/unit/train/test_many.py has SAEs and transcoders from one pass
 def test_two_from_one_pass(runs: Runs) -> None:
     alone = runs("one", "sae.k=3")
     runs.together({"a": ["sae.k=3"], "b": ['variant.ranks="{3:4}"']})

@@ -28,6 +28,7 @@ from shared.store import Store
 from stage_train import config
 from stage_train.job import Job
 from stage_train.state.identity import identity
+from tests.composing import composed
 from tests.learning import LearningSAE
 
 pytestmark = pytest.mark.usefixtures("train_configs")
@@ -49,7 +50,7 @@ def train(tmp_path_factory: pytest.TempPathFactory, planted_store: Callable[...,
         if overrides not in done:
             out = done[overrides] = folder / str(len(done))
             paths = [f"out_dir={out}", f"store.url={folder / 'store'}"]
-            cfg: Any = OmegaConf.to_object(compose("train", overrides=[*SMALL, *paths, *overrides]))
+            cfg: Any = OmegaConf.to_object(composed("train", [*SMALL, *paths, *overrides]))
             Job([cfg], WORLD).execute()
         return done[overrides]
 
@@ -174,7 +175,7 @@ def test_default_settings_that_crash(tmp_path: Path, planted_store: Callable[...
     where = [f"store.url={tmp_path / 'store'}", f"out_dir={tmp_path / 'sae'}", "schedule.tokens=3_000"]
     guarded = ["optim.spike_factor=1.05", "stream.batch_size=64", "checkpoint.resume=never", "logger.curves=false"]
     for more in ([], guarded):
-        cfg: Any = OmegaConf.to_object(compose("train", overrides=[*where, *more]))
+        cfg: Any = OmegaConf.to_object(composed("train", [*where, *more]))
         Job([cfg], WORLD).execute()
         assert SAE.from_pretrained(tmp_path / "sae").config.k == 32
 

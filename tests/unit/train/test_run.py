@@ -23,7 +23,7 @@ from stage_train.state.checkpoint import newest_checkpoint
 from stage_train.state.export import export
 from stage_train.state.tensor_files import TensorWriter
 from tests.closeness import REORDERED, SAME_RUN, assert_close_in_norm
-from tests.training import Runs, assert_same_run, assert_same_weights, timeless, watching, weights
+from tests.training import Runs, assert_same_run, assert_same_weights, watching, weights
 
 pytestmark = pytest.mark.usefixtures("train_configs")
 
@@ -60,27 +60,28 @@ def test_a_run_learns_and_leaves_what_it_promises(train: Runs) -> None:
 
 
 @pytest.mark.parametrize("stop", [pytest.param(1, marks=pytest.mark.slow), 13, 39])
-def test_stopped_and_resumed_equals_uninterrupted(train: Runs, stop: int) -> None:
+def test_stopped_and_resumed_equals_uninterrupted(train: Runs, straight: Callable[[], Path], stop: int) -> None:
     """Bit for bit, weights and metrics, across an epoch's end and with dead latents in play."""
-    straight = train("straight")
-    assert max(line["epoch"] for line in read_metrics(straight)) >= 1
-    assert any(line["auxk"] > 0 for line in read_metrics(straight))
+    whole = straight()
+    assert max(line["epoch"] for line in read_metrics(whole)) >= 1
+    assert any(line["auxk"] > 0 for line in read_metrics(whole))
     parts = train.stopped("parts", step=stop)
     assert not (parts / "sae.safetensors").exists()
     train("parts")
-    assert_same_weights(straight, parts)
-    assert timeless(straight) == timeless(parts)
+    assert_same_run(whole, parts)
 
 
 @pytest.mark.parametrize("stop", [16, pytest.param(23, marks=pytest.mark.slow)])
-def test_resumed_where_dead_latents_take_turns(train: Runs, monkeypatch: pytest.MonkeyPatch, stop: int) -> None:
+def test_resumed_where_dead_latents_take_turns(
+    train: Runs, straight: Callable[[], Path], monkeypatch: pytest.MonkeyPatch, stop: int
+) -> None:
     """One at a time, as where they are too many for AuxK's memory: not what all together give, and as repeatable."""
-    all_together = train("all")
+    all_together = straight()
     monkeypatch.setattr(dead, "DEAD_ELEMENTS", 1)
-    straight = train("straight")
-    assert not torch.equal(weights(all_together)["W_enc"], weights(straight)["W_enc"])
+    in_turns = train("turns")
+    assert not torch.equal(weights(all_together)["W_enc"], weights(in_turns)["W_enc"])
     train.stopped("parts", step=stop)
-    assert_same_weights(straight, train("parts"))
+    assert_same_weights(in_turns, train("parts"))
 
 
 def test_metrics_after_the_checkpoint_are_not_repeated(train: Runs) -> None:
@@ -126,15 +127,16 @@ def test_resume_never_and_must(train: Runs) -> None:
     assert_same_weights(train("a", "sae.k=2"), train("b", "sae.k=2"))
 
 
-@pytest.mark.parametrize(
-    "wrong",
-    ["hook=layers.9.resid_post", "store.url=/nowhere", "sae.k=500", "schedule.epochs=1", "optim.lr=fast",
-     "optim.ema_export=true", "stream.batch_size=100_000", "schedule.warmup=1000", "compute.dtype=float8"],
-)  # fmt: skip
-def test_nothing_is_discarded_before_everything_is_checked(train: Runs, wrong: str) -> None:
-    train.stopped("a", step=5)
-    with pytest.raises(GranaryError):
-        train("a", "checkpoint.resume=never", "stream.drop_last=true", wrong)
+def test_nothing_is_discarded_before_everything_is_checked(train: Runs) -> None:
+    out = train.stopped("a", step=5)
+    before = {path: path.read_bytes() for path in files_of_state(out)}
+    for wrong in (
+        "hook=layers.9.resid_post", "store.url=/nowhere", "sae.k=500", "schedule.epochs=1", "optim.lr=fast",
+        "optim.ema_export=true", "stream.batch_size=100_000", "schedule.warmup=1000", "compute.dtype=float8",
+    ):  # fmt: skip
+        with pytest.raises(GranaryError):
+            train("a", "checkpoint.resume=never", "stream.drop_last=true", wrong)
+        assert {path: path.read_bytes() for path in files_of_state(out)} == before, wrong
     assert [line["step"] for line in read_metrics(train("a", "checkpoint.resume=must"))] == [*range(5, 41, 5), 42]
 
 
@@ -155,16 +157,16 @@ def files_of_state(folder: Path) -> list[Path]:
     return [*(path for path in (folder / "checkpoints").rglob("*") if path.is_file()), folder / "metrics.jsonl"]
 
 
-def test_an_older_export_in_the_folder_is_replaced(train: Runs) -> None:
+def test_an_older_export_in_the_folder_is_replaced(train: Runs, straight: Callable[[], Path]) -> None:
     """Of a run that is discarded, and of one that was exported on its way."""
     train("a", "seed=1")
     train("a", "checkpoint.resume=never")
-    assert_same_weights(train("straight"), train("a"))
+    assert_same_weights(straight(), train("a"))
     out = train.stopped("b", step=13)
     newest = newest_checkpoint(out / "checkpoints")
     assert newest is not None
     export(newest, out)
-    assert_same_weights(train("straight"), train("b"))
+    assert_same_weights(straight(), train("b"))
 
 
 def test_a_store_that_grows_does_not_change_a_run(train: Runs, tmp_path: Path) -> None:
@@ -248,21 +250,20 @@ def test_only_the_newest_checkpoints_are_kept(train: Runs) -> None:
         train("b", "checkpoint.keep=0")
 
 
-def test_a_checkpoint_torn_while_being_written_is_ignored(train: Runs) -> None:
+def test_a_checkpoint_torn_while_being_written_is_ignored(train: Runs, straight: Callable[[], Path]) -> None:
     """What a kill leaves half-written has another name; the pointer still names the one before."""
-    straight = train("straight")
     out = train.stopped("a", step=9)
     partial = out / "checkpoints/step-00000020.partial"
     partial.mkdir()
     (partial / "tensors-00000.safetensors").write_bytes(b"torn")
     train("a")
-    assert_same_weights(straight, out)
+    assert_same_weights(straight(), out)
     assert not partial.exists()
 
 
-def test_a_checkpoint_that_cannot_be_written_is_one_line(train: Runs) -> None:
+def test_a_checkpoint_that_cannot_be_written_is_one_line(train: Runs, straight: Callable[[], Path]) -> None:
     """As on a full disk: no file may grow beyond 8 KiB. The checkpoint before stays, and the run goes on from it."""
-    straight, out = train("straight"), train.stopped("a", step=9)
+    out = train.stopped("a", step=9)
     _, most = limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (8192, most))
     try:
@@ -274,7 +275,7 @@ def test_a_checkpoint_that_cannot_be_written_is_one_line(train: Runs) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert "\n" not in str(caught.value)
     assert (out / "checkpoints/latest").read_text() == "step-00000009"
-    assert_same_weights(straight, train("a"))
+    assert_same_weights(straight(), train("a"))
 
 
 def test_training_goes_on_while_a_checkpoint_is_written(

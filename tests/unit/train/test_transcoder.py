@@ -22,7 +22,14 @@ def runs(tmp_path_factory: pytest.TempPathFactory, train_configs: None, planted_
     return Runs(folder, "variant=transcoder", f"reads={READS}", f"writes={WRITES}", "schedule.tokens=2_000")
 
 
-@pytest.mark.parametrize("sae", ["topk", "batchtopk", "matryoshka", "relu", "jumprelu", "gated"])
+@pytest.mark.parametrize(
+    "sae",
+    [
+        "topk",
+        "jumprelu",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("batchtopk", "matryoshka", "relu", "gated")),
+    ],
+)
 def test_learns_with_every_activation(runs: Runs, sae: str) -> None:
     k = [] if sae in ("topk", "batchtopk", "matryoshka") else ["sae.k=null"]
     out = runs(sae, f"sae={sae}", *k, "sae.expansion=8")
@@ -39,19 +46,21 @@ def test_learns_with_every_activation(runs: Runs, sae: str) -> None:
 
 
 def test_the_record_says_what_it_reads_and_writes(runs: Runs) -> None:
-    found = describe(runs("recorded"))
+    found = describe(runs("recorded", "schedule.tokens=160"))
     assert (found.kind, found.widths.d_in, found.widths.d_out) == ("transcoder", 12, 12)
     assert found.provenance["reads"] == [READS]
     assert found.provenance["writes"] == [WRITES]
     assert "hook" not in found.provenance
 
 
+@pytest.mark.slow  # one with a skip is continued below
 def test_stopped_and_continued(runs: Runs) -> None:
     straight = runs("straight")
     runs.stopped("broken", step=50)
     assert_same_run(straight, runs("broken"))
 
 
+@pytest.mark.slow  # tests/unit/train/test_many.py has one beside an SAE
 def test_two_from_one_pass(runs: Runs) -> None:
     alone = runs("one", "sae.k=2")
     runs.together({"a": ["sae.k=2"], "b": ["sae.k=4"]})
@@ -60,8 +69,9 @@ def test_two_from_one_pass(runs: Runs) -> None:
 
 def test_on_one_site_it_is_the_sae(runs: Runs) -> None:
     site = "layers.1.resid_post"
-    sae = runs("sae", "variant=sae", "reads=null", "writes=null", f"hook={site}", "sae.pre_bias=false")
-    transcoder = runs("same", f"reads={site}", f"writes={site}")
+    short = "schedule.tokens=640"
+    sae = runs("sae", "variant=sae", "reads=null", "writes=null", f"hook={site}", "sae.pre_bias=false", short)
+    transcoder = runs("same", f"reads={site}", f"writes={site}", short)
     one, other = load(sae).state_dict(), load(transcoder).state_dict()
     assert one.keys() == other.keys()
     assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())

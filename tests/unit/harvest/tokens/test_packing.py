@@ -13,6 +13,7 @@ from shared.lm import SpecialIds
 from stage_harvest.config import BosPlacement, LongDocuments, PackingMode, PackingSchema
 from stage_harvest.tokens.packing import Context, Packer
 from stage_harvest.tokens.spool import TokenSpool
+from tests.examples import examples
 
 BOS, EOS, PAD = 1, 2, 0
 SPECIAL = SpecialIds(bos=BOS, eos=EOS, pad=PAD, all=(PAD, BOS, EOS))
@@ -141,7 +142,7 @@ def test_settings_that_cannot_be_packed_are_refused(changes: dict[str, object], 
         Packer.from_config(schema(**changes), SPECIAL)
 
 
-@settings(max_examples=200)
+@settings(max_examples=examples(200))
 @given(
     lengths=st.lists(st.integers(0, 30), max_size=12),
     seq_len=st.integers(2, 17),

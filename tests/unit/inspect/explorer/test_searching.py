@@ -76,6 +76,7 @@ def test_a_match_without_end_is_cancelled(client: Client) -> None:
     assert "'(' is no regular expression: missing )" in waited(client, "failed")["error"]
 
 
+@pytest.mark.slow  # what ends it is what cancels it above; tests/pipeline/test_explore.py ends the command
 def test_the_search_ends_with_the_server(study: Path) -> None:
     latents = Latents.open(study / "latents")
     before = children()

@@ -72,7 +72,9 @@ def test_value_and_every_gradient(kernels, loss, multi, num_dead):
         torch.testing.assert_close(grad, expected_grads[name], msg=lambda text, name=name: f"{name}: {text}")
 
 
-def test_gradcheck_of_the_composed_step():
+@pytest.mark.parametrize("fast", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_gradcheck_of_the_composed_step(fast):
+    """Along random directions, or number by number."""
     sae, x = make_sae(d_latent=20, multi_topk_weight=0.125)
     x = x[:6]
     names = [name for name, _ in sae.named_parameters()]
@@ -90,7 +92,7 @@ def test_gradcheck_of_the_composed_step():
         )
 
     inputs = [parameter.detach().clone().requires_grad_() for parameter in sae.parameters()]
-    assert torch.autograd.gradcheck(loss, inputs)
+    assert torch.autograd.gradcheck(loss, inputs, fast_mode=fast)
 
 
 def test_auxk_gradient_reaches_encoder():

@@ -15,6 +15,7 @@ from shared.store.format import layout
 from shared.store.format.layout import StorePlan
 from shared.store.format.site_path import MAX_LENGTH, check_sites, scale_path, site_path
 from shared.store.verify import drop_incomplete, verify
+from tests.examples import examples
 from tests.synthetic import synthetic_context, synthetic_plan, synthetic_store
 
 PARTS = st.text("abcXYZ019_-", min_size=1, max_size=12)
@@ -99,7 +100,7 @@ def test_sites_that_only_look_alike_are_accepted():
     check_sites(["a.b", "a.bc", "a.b_scale", "a.b-x.c1", "ab"], scaled=False)
 
 
-@settings(max_examples=8, suppress_health_check=[HealthCheck.filter_too_much, HealthCheck.too_slow])
+@settings(max_examples=examples(8), suppress_health_check=[HealthCheck.filter_too_much, HealthCheck.too_slow])
 @given(names=st.lists(NAMES, min_size=1, max_size=4, unique=True), dtype=st.sampled_from(["float32", "int8"]))
 def test_a_store_of_any_accepted_names_is_written_read_and_verified(names: list[str], dtype: str) -> None:
     try:

@@ -4,6 +4,7 @@ import json
 import logging
 import re
 import resource
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -27,12 +28,19 @@ def flip(path: Path, place: float = 0.5) -> None:
     path.write_bytes(content)
 
 
-@pytest.mark.parametrize("victim", ["training.json", "tensors-00000.safetensors", "digests.json"])
-@pytest.mark.parametrize("fault", ["flipped", "short", "missing"])
+VICTIMS, FAULTS = ("training.json", "tensors-00000.safetensors", "digests.json"), ("flipped", "short", "missing")
+# By default each file once and each fault once; every pair under the slow marker.
+DAMAGED = [
+    pytest.param(victim, fault, marks=() if VICTIMS.index(victim) == FAULTS.index(fault) else pytest.mark.slow)
+    for victim in VICTIMS
+    for fault in FAULTS
+]
+
+
+@pytest.mark.parametrize(("victim", "fault"), DAMAGED)
 def test_the_checkpoint_before_a_damaged_one_is_used(
-    train: Runs, victim: str, fault: str, caplog: pytest.LogCaptureFixture
+    train: Runs, straight: Callable[[], Path], victim: str, fault: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    straight = train("straight")
     out = train.killed("a", *TWO, step=25)
     newest, older = (out / f"checkpoints/step-000000{step}" for step in (20, 10))
     path = newest / victim
@@ -47,7 +55,7 @@ def test_the_checkpoint_before_a_damaged_one_is_used(
     assert re.search(rf"checkpoint {newest} is damaged \((it has no )?{victim}", caplog.text)
     assert f"using {older}" in caplog.text
     assert "continuing from step 10 of 42" in caplog.text
-    assert_same_run(straight, out)
+    assert_same_run(straight(), out)
     assert sorted(path.name for path in (out / "checkpoints").glob("step-*")) == ["step-00000040", "step-00000042"]
 
 
@@ -64,8 +72,7 @@ def test_without_an_intact_checkpoint_nothing_is_lost(train: Runs, capsys: pytes
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
 
 
-def test_metrics_behind_a_damaged_line_stay(train: Runs) -> None:
-    straight = train("straight")
+def test_metrics_behind_a_damaged_line_stay(train: Runs, straight: Callable[[], Path]) -> None:
     out = train.stopped("a", step=23)
     lines = (out / "metrics.jsonl").read_bytes().splitlines()
     lines[1] = b'{"step": 10, "lo\xff'
@@ -74,7 +81,7 @@ def test_metrics_behind_a_damaged_line_stay(train: Runs) -> None:
     after = (out / "metrics.jsonl").read_bytes().splitlines()
     assert after[: len(lines)] == lines
     assert [line["step"] for line in read_metrics(out)] == [5, 15, 20, 25, 30, 35, 40, 42]
-    assert read_metrics(out)[3]["fvu"] == read_metrics(straight)[4]["fvu"]
+    assert read_metrics(out)[3]["fvu"] == read_metrics(straight())[4]["fvu"]
 
 
 def test_only_lines_with_a_step_are_metrics(tmp_path: Path) -> None:
@@ -87,10 +94,10 @@ def test_only_lines_with_a_step_are_metrics(tmp_path: Path) -> None:
     assert (tmp_path / "metrics.jsonl").read_text().splitlines() == [*text[:-1], json.dumps({"step": 3, "a": 4})]
 
 
-@pytest.mark.parametrize("most", [0, 100, 8192])
-def test_a_full_disk_is_one_line_at_every_write(train: Runs, most: int) -> None:
+@pytest.mark.parametrize("most", [0, pytest.param(100, marks=pytest.mark.slow), 8192])
+def test_a_full_disk_is_one_line_at_every_write(train: Runs, straight: Callable[[], Path], most: int) -> None:
     """No file may grow beyond `most` bytes. What was saved stays, nothing half-written does, and the run goes on."""
-    straight, out = train("straight", "logger.curves=true"), train.stopped("a", step=9)
+    out = train.stopped("a", step=9)
     before = {path.name for path in out.rglob("*")}
     _, limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (most, limit))
@@ -103,4 +110,4 @@ def test_a_full_disk_is_one_line_at_every_write(train: Runs, most: int) -> None:
     assert {path.name for path in out.rglob("*") if ".partial" in path.name} == set()
     assert before <= {path.name for path in out.rglob("*")}
     train("a", "logger.curves=true")
-    assert_same_run(straight, out)
+    assert_same_run(straight(), out)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from shared.basics.errors import GranaryError
 from stage_train.data.stream import StoreSlice, StreamOrder, TokenStream, TrainingData
+from tests.examples import examples
 
 HOOKS = {"layers.0.resid_post": (2, torch.float32), "layers.1.resid_post": (3, torch.bfloat16)}
 FIRST, SECOND = HOOKS
@@ -82,7 +83,7 @@ def streams(data: TrainingData, order: StreamOrder, world: int, **options: int) 
 shapes = st.tuples(st.integers(1, 24), st.integers(1, 12))
 
 
-@settings(max_examples=40)
+@settings(max_examples=examples(40))
 @given(
     shapes,
     st.integers(1, 40),
@@ -115,7 +116,7 @@ def test_every_token_once_per_epoch_at_any_world_size(
     alone[0].close()
 
 
-@settings(max_examples=25)
+@settings(max_examples=examples(25))
 @given(st.data(), st.integers(1, 30), st.integers(1, 4), st.booleans())
 def test_resume_anywhere_at_another_world_size(draw: st.DataObject, batch_size: int, mix: int, drop_last: bool) -> None:
     data = MemoryStore(13, 9, density=0.9).data()

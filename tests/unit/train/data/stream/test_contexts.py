@@ -14,6 +14,7 @@ from shared.sae.sites import Sites
 from shared.store import DamagedObjectError
 from stage_train.data.stream import ContextBatch, ContextOrder, ContextStream, StoreSlice, TrainingData
 from stage_train.data.stream.length import stream_length
+from tests.examples import examples
 from tests.unit.train.data.stream.test_batches import FIRST, HOOKS, SECOND, MemoryStore
 
 T = 6
@@ -78,7 +79,7 @@ def take(made: Sequence[ContextStream], batches: int | None = None) -> list[list
     return found
 
 
-@settings(max_examples=20)
+@settings(max_examples=examples(20))
 @given(st.integers(1, 14), st.sampled_from([2, 4, 6]), st.integers(0, 3), st.integers(0, 900), st.booleans())
 def test_every_context_once_per_epoch_at_any_world_size(
     contexts: int, size: int, seed: int, prefetch: int, drop_last: bool
@@ -99,7 +100,7 @@ def test_every_context_once_per_epoch_at_any_world_size(
     [stream.close() for stream in [alone, *several]]
 
 
-@settings(max_examples=15)
+@settings(max_examples=examples(15))
 @given(st.integers(0, 8), st.permutations([1, 2, 4]))
 def test_resume_anywhere_at_another_world_size(stop: int, worlds: Sequence[int]) -> None:
     store, by = DocumentStore(14), order(4, 1)

@@ -16,6 +16,7 @@ from shared.basics.metrics_file import read_metrics
 from shared.store import DamagedObjectError, Store
 from stage_train.data.stream import StoreSlice, StreamOrder, TokenStream, TrainingData
 from stage_train.data.stream.sample import sample_tokens
+from tests.examples import examples
 from tests.training import Runs
 
 pytestmark = pytest.mark.usefixtures("train_configs")
@@ -68,7 +69,7 @@ def batches(
     return found, streams[0].state_dict(), skipped
 
 
-@settings(max_examples=25)
+@settings(max_examples=examples(25))
 @given(
     st.integers(4, 16), st.integers(1, 9), st.integers(1, 30), st.integers(1, 3), st.sets(st.integers(0, 15)), st.data()
 )

@@ -11,6 +11,7 @@ from shared.basics.errors import GranaryError
 from stage_train.data.stream.apportion import Apportionment
 from stage_train.data.stream.epoch import EpochPlan, StreamOrder
 from stage_train.data.stream.permutation import Purpose, effective_lanes, group_starts, random_order
+from tests.examples import examples
 
 lane_tokens = st.lists(st.integers(0, 40), min_size=1, max_size=9).filter(lambda counts: sum(counts) > 0)
 
@@ -80,7 +81,7 @@ def test_groups_cover_a_lane(contexts: int, lane: int, mix: int) -> None:
     assert sizes[0] == min(1 + lane % mix, contexts)
 
 
-@settings(max_examples=50)
+@settings(max_examples=examples(50))
 @given(
     st.lists(st.integers(1, 20), min_size=1, max_size=30),
     st.integers(1, 50),

@@ -17,6 +17,7 @@ from stage_train.data.blocks import WindowReader, windowed
 from stage_train.data.stores import pin
 from stage_train.data.stream import StoreSlice, StreamOrder, TokenStream, TrainingData
 from stage_train.data.stream.length import stream_length
+from tests.examples import examples
 from tests.synthetic import synthetic_plan, synthetic_tokens
 
 HOOKS = {"layers.0.resid_post": (2, torch.float32), "layers.1.mlp_out": (3, torch.float32)}
@@ -78,7 +79,7 @@ ANY = {
 SLOW = {"deadline": None, "suppress_health_check": [HealthCheck.function_scoped_fixture]}
 
 
-@settings(max_examples=20, **SLOW)
+@settings(max_examples=examples(20), **SLOW)
 @given(
     st.fixed_dictionaries(ANY), st.sampled_from([1, 2, 4, 8]), st.integers(1, 40), st.integers(1, 3),
     st.booleans(), st.data(),
@@ -131,7 +132,7 @@ class Hesitant:
         self.reader.wait(block)
 
 
-@settings(max_examples=20, **SLOW)
+@settings(max_examples=examples(20), **SLOW)
 @given(
     st.fixed_dictionaries(ANY), st.integers(2, 8), st.sampled_from([1, 2, 4]), st.integers(1, 40),
     st.integers(0, 9), st.data(),
