@@ -62,6 +62,8 @@ SMALL = {
     "stage_inspect": ("name=demo", "contexts=2"),
     "transcoders": ("name=demo", "debug=tiny_train", "schedule.tokens=2_000", "contexts=2"),
     "weights": ("--tokens=1000",),  # of granary trace
+    "examples/shapes.py": ("--pictures=64", "--heldout=16", "--steps=1"),
+    "examples/shape_latents.py": ("--pictures=16", "--steered=1"),
 }
 STAGES = {"harvest": "stage_harvest", "train": "stage_train", "eval": "stage_eval", "inspect": "stage_inspect"}
 TOOLS = ("find", "regions", "box", "export", "import")  # of granary inspect: they take no keys

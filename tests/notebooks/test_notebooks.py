@@ -14,6 +14,7 @@ SAYS = {
     "ten_minutes": ("loss recovered", "fires on", "---"),
     "a_study": ("layers.1.resid_post k 32", "layer 2"),
     "transcoders_and_a_graph": ("loss recovered", "nodes", "edges"),
+    "shapes_in_pictures": ("held-out captions are right", "learnt SAE: IoU", "->"),
     "your_own_module": ("of 60 planted directions", "mean change"),
 }
 
