@@ -58,6 +58,7 @@ def stream_in(order: Order, data: TrainingData, formats: Formats, **options: Any
     """The stream of that order; `options` as either takes them."""
     if isinstance(order, ContextOrder):
         return ContextStream(data, formats, order, **options)
+    assert isinstance(order, StreamOrder)
     return TokenStream(data, formats, order, **options)
 
 

@@ -51,7 +51,7 @@ def find_pace(run: PlannedRun, flop: int) -> dict[str, Any]:
 
 
 def measured_seconds(run: PlannedRun) -> float:
-    """Of a step of one rank on this machine, on random activations."""
+    """Median seconds of a step of one rank on this machine, on random activations."""
     if run.cuda and not torch.cuda.is_available():
         raise GranaryError("measure=true with device.name=cuda, but torch sees no CUDA device: give tflops=... instead")
     parallel = run.cfg.parallel
