@@ -83,6 +83,10 @@ class Bench:
         self.settings = SETTINGS[name]
         self.folder = Path(options.work) / (name if kind == "sae" else f"{name}-mlp")
         self.folder.mkdir(parents=True, exist_ok=True)
+        self.rows = self.folder
+        """Where runs and finished rows are kept."""
+        self.provider = "granary"
+        """What rows of this project's runs are called."""
         self.log = self.folder / "log.txt"
         self.results: list[dict[str, Any]] = []
         self.threads = f"device.threads={options.threads}"
@@ -108,7 +112,7 @@ class Bench:
 
     def training(self, seed: int) -> tuple[list[str], Path]:
         """The command that trains this project's dictionary, and the run's folder."""
-        out = self.folder / f"granary-{self.kind}-{seed}"
+        out = self.rows / f"{self.provider}-{self.kind}-{seed}"
         places = [] if self.kind == "sae" else [f"variant={self.kind}", f"reads={READS}", f"writes={WRITES}"]
         command = [
             sys.executable, "-m", "stage_train", f"run_dir={self.folder}", f"hydra.run.dir={out}", f"seed={seed}",
@@ -138,7 +142,7 @@ class Bench:
             validation, test = (self.sides(half) for half in HALVES)
             return {**score_halves(reconstruct, validation, test, 2048), "seconds": seconds}
 
-        self.row("granary", None, None, seed, job, train)
+        self.row(self.provider, None, None, seed, job, train)
 
     def sides(self, half: str) -> Sides:
         """What ``dump_heldout`` wrote."""
@@ -199,10 +203,10 @@ class Bench:
     def peer(self, provider: str, lr: float | None, lengths: tuple[float, float], seed: int) -> dict[str, Any]:
         """Train a peer in its own process and environment."""
         width = np.load(self.heldout("test")[0], mmap_mode="r").shape[1]
-        result = self.folder / f"{provider}-{self.kind}-{seed}-{lr}-{lengths[0]}.out"
+        result = self.rows / f"{provider}-{self.kind}-{seed}-{lr}-{lengths[0]}.out"
         job = {
             "kind": self.kind, "provider": provider, "lr": lr, "seed": seed, "k": self.settings["k"],
-            "threads": self.options.threads, "d_latent": self.settings["expansion"] * width,
+            "threads": self.options.threads, "d_latent": round(self.settings["expansion"] * width),
             "tokens": self.options.tokens, "warmup": lengths[0], "decay": lengths[1],
             "heldout": [self.heldout(half) for half in HALVES], "out": str(result),
         }  # fmt: skip
@@ -227,7 +231,7 @@ class Bench:
         train: Callable[[], dict[str, float]],
     ) -> dict[str, Any]:
         """The row of an earlier run of the same `job`, or that of a new one; kept and printed."""
-        path = self.folder / f"{provider}-{self.kind}-{seed}-{lr}-{lengths and lengths[0]}.json"
+        path = self.rows / f"{provider}-{self.kind}-{seed}-{lr}-{lengths and lengths[0]}.json"
         kept = json.loads(path.read_text()) if path.exists() else {}
         if kept.get("job") != job:
             kept = {"job": job, "result": train()}
@@ -257,8 +261,12 @@ class Bench:
             for seed in self.options.seeds:
                 self.peer(provider, None, LENGTHS[0], seed)
         for seed in self.options.seeds:
-            for path in self.training_tokens(seed).values():
-                path.unlink(missing_ok=True)
+            self.drop_batches(seed)
+
+    def drop_batches(self, seed: int) -> None:
+        """Delete what ``dump_training`` wrote."""
+        for path in self.training_tokens(seed).values():
+            path.unlink(missing_ok=True)
 
     @property
     def peers(self) -> tuple[str, ...]:
