@@ -13,6 +13,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any, Generic, TypeVar
 
 from shared.basics.errors import GranaryError
+from shared.launch.spawned import without_script
 
 Result = TypeVar("Result")
 END_SECONDS = 5.0  # that a process is given to end before it is killed
@@ -56,7 +57,8 @@ class WorkerPool:
                 # before it has read all of it. So the argument follows by our own pipe.
                 process = context.Process(target=_serve, args=(theirs, start, work), daemon=True)
                 self._processes.append(process)
-                process.start()
+                with without_script():
+                    process.start()
                 theirs.close()  # else the end of the process would not close the pipe
                 self._idle.append(ours)
             for connection in self._idle:

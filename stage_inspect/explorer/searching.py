@@ -18,6 +18,7 @@ from typing import Any
 from shared.basics.disk import telling_disk_errors
 from shared.basics.display import one_line
 from shared.basics.errors import GranaryError
+from shared.launch.spawned import without_script
 from stage_inspect.concepts.question import Question
 
 RUNNING, DONE, FAILED, CANCELLED = "running", "done", "failed", "cancelled"
@@ -77,7 +78,8 @@ class Searching:
             ours, theirs = context.Pipe(duplex=False)
             process = context.Process(target=_search, args=(theirs, self._place, question), daemon=True)
             try:
-                process.start()
+                with without_script():
+                    process.start()
             except OSError as error:
                 ours.close()
                 raise GranaryError(f"no process can be had for the search: {error.strerror}") from error

@@ -3,11 +3,13 @@
 import os
 import signal
 import time
+from pathlib import Path
 
 import pytest
 
 from shared.basics.errors import GranaryError
 from stage_harvest.tokens.workers import WorkerPool
+from tests.cli import ForkServer
 
 BIG = "x" * 3_000_000  # more than a pipe holds
 
@@ -24,6 +26,24 @@ def work(number: int, seconds: float = 0.0) -> tuple[int, int]:
     if number < 0:
         raise ValueError(f"{number} is negative")
     return number, len(_argument)
+
+
+SCRIPT = """
+from stage_harvest.tokens.workers import WorkerPool
+
+print("once")
+pool = WorkerPool(1, str, "", len)
+print(pool.submit("abc").result())
+pool.close()
+"""
+
+
+def test_a_script_without_a_guard_is_not_run_again(stages: ForkServer, tmp_path: Path) -> None:
+    """Python's own way would run it once more in each process, where it may not start processes."""
+    (tmp_path / "script.py").write_text(SCRIPT)
+    done = stages.at(tmp_path).run(str(tmp_path / "script.py"))
+    assert done.code == 0, done.stderr
+    assert done.stdout.split() == ["once", "3"]
 
 
 def test_results_by_task_and_what_the_work_raises() -> None:
