@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -287,11 +287,11 @@ class Bench:
         return min(found, key=lambda settings: found[settings])
 
 
-def groups(rows: list[dict[str, Any]]) -> dict[tuple[Any, ...], list[dict[str, Any]]]:
-    """Rows that differ by the seed alone, under their model, kind, trainer, rate, warm-up and decay."""
+def groups(rows: list[dict[str, Any]], names: Sequence[str] = GROUP) -> dict[tuple[Any, ...], list[dict[str, Any]]]:
+    """Rows that differ by the seed alone, under what `names` has of them: all else that rows of a study differ by."""
     found: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for row in rows:
-        found.setdefault(tuple(row[name] for name in GROUP), []).append(row)
+        found.setdefault(tuple(row[name] for name in names), []).append(row)
     return found
 
 

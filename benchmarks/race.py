@@ -138,9 +138,9 @@ class Race:
         """One contender in one scenario, unless it is done."""
         out = self.work / scenario / name
         done = out.with_suffix(".json")
-        if not done.exists() and self.options.finished:
-            return
         if not done.exists():
+            if self.options.finished:
+                return
             shutil.rmtree(out, ignore_errors=True)
             out.mkdir(parents=True)
             commands = self.granary(scenario, out) if name == "granary" else self.peer(name, scenario, out)
@@ -273,9 +273,10 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     titles = {"one": "one SAE", "grid": "eight SAEs (k, expansion)", "layers": "three layers"}
     found = {(row["scenario"], row["contender"]): row for row in rows}
     scenarios = [name for name in titles if (name, "granary") in found]
-    figure, axes = plt.subplots(1, len(scenarios), figsize=(3.4 * len(scenarios), 2.1), layout="constrained")
+    size = (3.4 * len(scenarios), 2.1)
+    figure, axes = plt.subplots(1, len(scenarios), figsize=size, layout="constrained", squeeze=False)
     places = range(len(CONTENDERS))
-    for axis, scenario in zip(np.atleast_1d(axes), scenarios, strict=True):
+    for axis, scenario in zip(axes[0], scenarios, strict=True):
         own = [found.get((scenario, name)) for name in CONTENDERS]
         seconds = [row["seconds"] if row else 0 for row in own]
         bars = axis.barh(places, seconds, color=["#2a7f62", "#9aa5b1", "#c7ced6"])
@@ -285,7 +286,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
                 labels[place] += f" ({row['seconds'] / seconds[0]:.2g} x)" if place else ""
                 labels[place] += f", FVU {np.mean(row['fvu']):.2f}"
         axis.bar_label(bars, labels, fontsize=8)
-        axis.set_yticks(places, CONTENDERS if axis is np.atleast_1d(axes)[0] else [])
+        axis.set_yticks(places, CONTENDERS if axis is axes[0, 0] else [])
         axis.set_title(titles[scenario], loc="left", fontsize=10)
         axis.set_xlim(0, 1.9 * max(seconds))
         axis.invert_yaxis()

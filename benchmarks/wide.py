@@ -21,7 +21,7 @@ from statistics import mean
 from typing import Any
 
 from law import Point, draw, fit
-from quality import REALDATA, ROOT, SEEDS, SETTINGS, Bench
+from quality import REALDATA, ROOT, SEEDS, SETTINGS, Bench, groups
 from quality_peers import CONTENDERS
 from records import print_result
 
@@ -133,10 +133,7 @@ def prepared(bench: Bench) -> Bench:
 def best_rows(rows: list[dict[str, Any]]) -> dict[tuple[str, int, int], list[dict[str, Any]]]:
     """By trainer, latents and tokens: the seeds of the settings with the least validation FVU, of those with the most
     seeds."""
-    settings: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
-    for row in rows:
-        names = ("provider", "latents", "tokens", "lr", "warmup", "decay")
-        settings.setdefault(tuple(row[name] for name in names), []).append(row)
+    settings = groups(rows, ("provider", "latents", "tokens", "lr", "warmup", "decay"))
     found: dict[tuple[str, int, int], list[dict[str, Any]]] = {}
     for (provider, latents, tokens, *_), mine in settings.items():
         kept = found.setdefault((provider, latents, tokens), mine)

@@ -15,7 +15,7 @@ import argparse
 import json
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +107,7 @@ def scored(found: Mapping[str, Found], heat_NCF: Tensor, covers: Tensor) -> dict
     made = {}
     for concept, one in found.items():
         iou = ious(heat_NCF[..., [one.latent]] > one.threshold, covers[..., [CONCEPTS.index(concept)]])
-        made[concept] = Found(one.latent, one.threshold, one.value, float(iou))
+        made[concept] = replace(one, iou=float(iou))
     return made
 
 

@@ -6,7 +6,6 @@ A job first checks everything, changing nothing; then it says what it will do, c
 
 import logging
 import shutil
-import signal
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
@@ -243,8 +242,7 @@ class Job:
             stopped = loop.run()
         if stopped is not None:
             self._tell_stopped(stopped, runs)
-            here = signal.Signals.__members__.get(stopped)  # None: a signal to another rank, whose status counts
-            sys.exit(0 if here is None else 128 + here)
+            sys.exit(stop.status)
         return {run.spec.folder for run in runs if run in loop.failed}
 
     def _is_exported(self, spec: RunSpec) -> bool:

@@ -39,7 +39,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
         remember()
     if importlib.util.find_spec("hypothesis"):
-        settings.load_profile("default tests" if "not slow" in config.option.markexpr else "whole")
+        settings.load_profile("default tests" if config.option.markexpr.startswith("not slow") else "whole")
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:

@@ -65,6 +65,12 @@ class StopRequest:
         self._exchange = dist.all_reduce(self._flag, dist.ReduceOp.MAX, group=self._group, async_op=True)
         return False
 
+    @property
+    def status(self) -> int:
+        """The exit status once all is saved: 128 + the signal's number, or 0 where another rank received it, as its own
+        status counts."""
+        return 0 if self.received is None else 128 + signal.Signals[self.received]
+
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT:
             now = time.monotonic()

@@ -67,12 +67,12 @@ class PlannedRun:
 
     def base(self) -> "BaseMemory | None":
         """The frozen base on the ranks' devices, where one is named; raises GranaryError where it can't be split so."""
-        if self.cfg.base is None:
+        cfg, cut, shared = self.cfg, self.cfg.base_layer, self.cfg.base_tensor_parallel
+        if cfg.base is None:
             return None
         from shared.lm.base_memory import base_memory  # brings transformers, whose memory is none of training's
 
-        told = {name: getattr(self.cfg, f"base_{name}") for name in ("layer", "tensor_parallel", "dtype")}
-        return base_memory(self.cfg.base, ranks=self.ranks, **told)
+        return base_memory(cfg.base, ranks=self.ranks, layer=cut, tensor_parallel=shared, dtype=cfg.base_dtype)
 
     @contextmanager
     def layout(self, parallel: ParallelSchema, device: torch.device) -> Iterator[Layout]:
