@@ -9,6 +9,7 @@ versions is on the same side in both.
 
 import ast
 import hashlib
+import os
 import platform
 import sysconfig
 from collections.abc import Iterable, Iterator
@@ -99,20 +100,20 @@ def stdlib_root() -> Path:
 
 def _relative_paths(folder: Path, include_tests: bool) -> Iterator[str]:
     """Paths of the corpus files relative to `folder`, sorted as strings, whatever order the file system gives."""
+    left_out = _SKIPPED_FOLDERS if include_tests else _SKIPPED_FOLDERS | _TEST_FOLDERS
     found = []
-    for file in folder.rglob("*"):
-        if file.suffix not in _SUFFIXES:
-            continue
-        parents = file.relative_to(folder).parts[:-1]
-        if _SKIPPED_FOLDERS.intersection(parents):
-            continue
-        if not include_tests and _TEST_FOLDERS.intersection(parents):
-            continue
-        relative = file.relative_to(folder).as_posix()
-        if any(relative.startswith(f"{skipped}/") for skipped in _SKIPPED_DATA_FOLDERS):
-            continue
-        if file.is_file():
-            found.append(relative)
+    for parent, folders, files in os.walk(folder):  # not Path.rglob: it would also read all installed packages
+        here = Path(parent).relative_to(folder)
+        folders[:] = [
+            name
+            for name in folders
+            if name not in left_out and (here / name).as_posix() not in _SKIPPED_DATA_FOLDERS
+        ]
+        found += [
+            (here / name).as_posix()
+            for name in files
+            if os.path.splitext(name)[1] in _SUFFIXES and os.path.isfile(os.path.join(parent, name))
+        ]
     return iter(sorted(found))
 
 
