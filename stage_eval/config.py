@@ -66,6 +66,9 @@ class EvalSchema:
     """Tokens that are drawn for them of each label and half of the documents at most."""
     joint: bool = MISSING
     """With SAEs of several hooks, one per hook: also splice all of them at once."""
+    report: bool = MISSING
+    """Draw report.html and plots, which takes seconds per SAE; false leaves the figures alone, eval.json and
+    latents.safetensors, and removes the report of an earlier evaluation in that place."""
 
 
 def register() -> None:

@@ -202,13 +202,13 @@ def write(cfg: EvalSchema, found: Found, results: Results) -> None:
         all_staged = []
         for place, evaluation, latents in zip(places, results.evaluations, results.per_latent, strict=True):
             staged = stack.enter_context(Staged(place, EVALUATION))
-            stage_evaluation(staged, evaluation, latents)
+            stage_evaluation(staged, evaluation, latents, drawn=cfg.report)
             all_staged.append(staged)
         if several:
-            links = [relative_link(place / "report.html", out) for place in places]
+            links = [relative_link(place / "report.html", out) if cfg.report else None for place in places]
             comparison = compare(results.evaluations, links, results.joint, found.left_out)
             staged = stack.enter_context(Staged(out, COMPARISON))
-            stage_comparison(staged, comparison)
+            stage_comparison(staged, comparison, drawn=cfg.report)
             all_staged.append(staged)
         for staged in all_staged:
             staged.move_in()
@@ -225,15 +225,17 @@ def say_where(place: Path, sae: str) -> None:
     """Name the files of one evaluation, and what to do with its SAE."""
     results = RunFolder(place)
     log.info("figures   %s", results.evaluation)
-    log.info("plots     %s", results.plots)
-    log.info("report    %s", results.report)
+    if results.report.exists():
+        log.info("plots     %s", results.plots)
+        log.info("report    %s", results.report)
     log.info("next      from granary import load; sae = load(%r)", sae)
 
 
 def say_where_comparison(out: Path, comparison: Comparison) -> None:
     """Name the files of a comparison, and what to do with the SAE of least FVU at the first of its sites."""
     log.info("figures   %s, and eval.json beside each SAE", out / "comparison.json")
-    log.info("report    %s", out / "comparison.html")
+    if RunFolder(out).comparison_page.exists():
+        log.info("report    %s", RunFolder(out).comparison_page)
     best = least_fvu(next(iter(comparison.by_site.values())))
     log.info("next      from granary import load; sae = load(%r)", best.path)
 

@@ -115,19 +115,21 @@ def told(place: Path) -> Iterator[None]:
         ) from None
 
 
-def stage_evaluation(staged: Staged, evaluation: Evaluation, latents: dict[str, Tensor]) -> None:
-    """Make eval.json, latents.safetensors, report.html and plots/ of one SAE."""
+def stage_evaluation(staged: Staged, evaluation: Evaluation, latents: dict[str, Tensor], *, drawn: bool) -> None:
+    """Make eval.json and latents.safetensors of one SAE; with `drawn`, report.html and plots/ too."""
     staged.write_json("eval.json", evaluation.to_json())
     staged.write("latents.safetensors", save(latents))
-    staged.write("report.html", render(evaluation).encode())
-    staged.write_plots(evaluation_plots(evaluation))
+    if drawn:
+        staged.write("report.html", render(evaluation).encode())
+        staged.write_plots(evaluation_plots(evaluation))
 
 
-def stage_comparison(staged: Staged, comparison: Comparison) -> None:
-    """Make comparison.json, comparison.html and plots/ of several SAEs."""
+def stage_comparison(staged: Staged, comparison: Comparison, *, drawn: bool) -> None:
+    """Make comparison.json of several SAEs; with `drawn`, comparison.html and plots/ too."""
     staged.write_json("comparison.json", comparison.to_json())
-    staged.write("comparison.html", render_comparison(comparison).encode())
-    staged.write_plots(comparison_plots(comparison))
+    if drawn:
+        staged.write("comparison.html", render_comparison(comparison).encode())
+        staged.write_plots(comparison_plots(comparison))
 
 
 def result_folders(cfg: EvalSchema, folders: Sequence[SAEFolder]) -> list[Path]:

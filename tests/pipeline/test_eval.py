@@ -215,7 +215,8 @@ def run_process(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def evaluate(out: Path, sae: Path, store: Path, *more: str) -> dict[str, Any]:
-    done = run(f"run_dir={out / 'run'}", f"out_dir={out}", f"sae={sae}", f"store.url={store}", *more)
+    """The figures of one SAE, without the report unless `more` asks for it."""
+    done = run(f"run_dir={out / 'run'}", f"out_dir={out}", f"sae={sae}", f"store.url={store}", "report=false", *more)
     assert done.returncode == 0, done.stderr
     return read_report(out)
 
@@ -443,7 +444,7 @@ def test_breakdowns_add_up(sweep: dict[str, Any]) -> None:
 
 
 def test_without_the_language_model(world: World, tmp_path: Path, sweep: dict[str, Any]) -> None:
-    report = evaluate(tmp_path, world.random, world.store, "downstream=false", "model=/not/here")
+    report = evaluate(tmp_path, world.random, world.store, "downstream=false", "model=/not/here", "report=true")
     assert report["ce_clean"] is None
     assert report["fvu"] == pytest.approx(sweep["k=4,expansion=2"]["fvu"], rel=1e-12)
     assert "Next-token loss" not in (tmp_path / "report.html").read_text()
@@ -451,7 +452,7 @@ def test_without_the_language_model(world: World, tmp_path: Path, sweep: dict[st
 
 def test_two_hooks_spliced_at_once(world: World, tmp_path: Path) -> None:
     saes = f"[{world.lower},{world.identity}]"
-    done = run(f"run_dir={tmp_path}", f"sae={saes}", f"store.url={world.store}", "joint=true")
+    done = run(f"run_dir={tmp_path}", f"sae={saes}", f"store.url={world.store}", "joint=true", "report=false")
     assert done.returncode == 0, done.stderr
     joint = json.loads((tmp_path / "comparison.json").read_text())["joint"]
     lower = read_report(world.lower)

@@ -18,6 +18,7 @@ from tests.pipeline.test_eval import BOS, HOOK, evaluate, make_model, make_store
 
 READ, WRITTEN = "layers.1.mlp_in", "layers.1.mlp_out"
 QUICK = ("downstream=false", "contexts=2")
+REPORTS = {"folder": {"../sweep/k%3D2/report.html", "../sweep/k%3D4/report.html"}, "glob": {None}}
 
 
 @pytest.fixture(scope="module")
@@ -39,14 +40,19 @@ def test_an_unfinished_run_is_left_out_of_a_sweep(store: Path, tmp_path: Path) -
     torn = save_sae(sweep / "k=16", plain_sae(16, 4)) / "sae.safetensors"
     torn.write_bytes(torn.read_bytes()[:-10])
     for name, spec in (("folder", str(sweep)), ("glob", f"{sweep}/*")):
-        done = run(f"run_dir={tmp_path / name}", f"sae={spec}", f"store.url={store}", *QUICK)
+        keys = [*QUICK, f"report={str(name == 'folder').lower()}"]
+        done = run(f"run_dir={tmp_path / name}", f"sae={spec}", f"store.url={store}", *keys)
         assert done.returncode == 0, done.stderr
         comparison = json.loads((tmp_path / name / "comparison.json").read_text())
         assert [row["k"] for row in comparison["rows"]] == [2, 4]
         assert [Path(left["path"]).name for left in comparison["left_out"]] == ["k=8", "k=16"]
         assert "k=8 has no sae.safetensors: finish its training" in done.stderr
         assert "k=16/sae.safetensors is damaged" in done.stderr
-        assert "Left out: " in (tmp_path / name / "comparison.html").read_text()
+        assert (tmp_path / name / "comparison.html").exists() == (name == "folder")
+        assert ("report    " in done.stderr) == (name == "folder")
+        assert {row["report"] for row in comparison["rows"]} == REPORTS[name]
+        assert all((folder / "report.html").exists() == (name == "folder") for folder in (sweep / "k=2", sweep / "k=4"))
+    assert "Left out: " in (tmp_path / "folder" / "comparison.html").read_text()
     # What is named itself must be sound; and where nothing is, that is an error.
     for spec in (f"['{sweep}/k=2','{sweep}/k=8']", f"{sweep}/k=8"):
         done = run(f"run_dir={tmp_path}", f"sae={spec}", f"store.url={store}", *QUICK)
