@@ -3,6 +3,7 @@
 Types and meanings here, values in ``conf/``. Imports nothing heavy, so that a wrong key is reported at once.
 """
 
+import copy
 import hashlib
 import re
 from collections.abc import Collection, Sequence
@@ -321,11 +322,21 @@ class TrainSchema:
     device: DeviceSchema = key(DeviceSchema, identity=False, shared=True, named=False)
 
 
+MOST_KEPT = 256
+_plain: dict[str, dict[str, Any]] = {}
+"""By the configuration's text: what took 40 ms to make."""
+
+
 def as_dict(cfg: TrainSchema) -> dict[str, Any]:
     """A configuration in plain types, as ``train.yaml`` holds it: secrets in URLs are masked."""
-    config = OmegaConf.to_container(OmegaConf.structured(cfg), enum_to_str=True)
-    assert isinstance(config, dict)
-    return {str(key): all_masked(value) for key, value in config.items()}
+    text = repr(cfg)  # a start asks for the same one again and again, and many runs learn together
+    if text not in _plain:
+        while len(_plain) >= MOST_KEPT:
+            del _plain[next(iter(_plain))]
+        config = OmegaConf.to_container(OmegaConf.structured(cfg), enum_to_str=True)
+        assert isinstance(config, dict)
+        _plain[text] = {str(key): all_masked(value) for key, value in config.items()}
+    return copy.deepcopy(_plain[text])
 
 
 def register(schema: type[TrainSchema] = TrainSchema) -> None:

@@ -16,7 +16,8 @@ from hydra._internal.defaults_list import DefaultsList, Overrides
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
-from omegaconf import DictConfig, OmegaConf
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf, open_dict
 
 from tests.isolation import REPOSITORY
 
@@ -30,6 +31,8 @@ OFTEN: dict[str, tuple[tuple[str, ...], ...]] = {
 }
 FIRST = (config_loader_impl.create_defaults_list, ConfigLoaderImpl._compose_config_from_defaults_list)
 """Hydra's own functions."""
+LOCAL = {"sae", "optim", "schedule", "stream", "parallel", "logger", "device", "variant"}
+"""Groups of training whose options say what is in the group alone; a variant's overlay ``sae`` too."""
 _lists: dict[object, tuple[DefaultsList, dict[str, Any]]] = {}
 _configs: dict[object, DictConfig] = {}
 
@@ -66,7 +69,28 @@ def _groups() -> set[str]:
 
 @cache
 def _of_groups(schemas: frozenset[tuple[str, type]], config_name: str, *groups: str) -> DictConfig:
-    return compose(config_name, overrides=list(groups))
+    chosen = dict(one.split("=", 1) for one in groups)
+    if config_name != "train" or not chosen or not chosen.keys() <= LOCAL:
+        return compose(config_name, overrides=list(groups))
+    try:
+        options = {group: _option(schemas, group, name) for group, name in chosen.items()}
+    except HydraException:  # which in the words of the whole names the group
+        return compose(config_name, overrides=list(groups))
+    cfg = copy.deepcopy(_of_groups(schemas, config_name))
+    with open_dict(cfg):
+        for group in sorted(options, key="variant".__eq__):  # which overlays the others
+            if group != "variant":
+                cfg[group] = copy.deepcopy(options[group][group])
+                continue
+            del cfg.variant
+            cfg.merge_with(options[group])
+    return cfg
+
+
+@cache
+def _option(schemas: frozenset[tuple[str, type]], group: str, name: str) -> DictConfig:
+    """What an option of a group puts into the whole."""
+    return compose(f"{group}/{name}")
 
 
 @cache

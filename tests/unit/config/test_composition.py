@@ -110,6 +110,9 @@ def test_every_option_composes_alone(stage: str, group: str, name: str) -> None:
     [
         [],
         ["seed=3", "sae=gated", "optim=muon", "optim.lr=1e-2", "sae.k=null", "store.others=[{url:a,weight:0.5}]"],
+        ["variant=molt", "sae=batchtopk", "sae.k=4"],
+        ["sae=batchtopk", "variant=clt", "variant=sae", "schedule=cosine", "optim=signum", "parallel=latent"],
+        ["variant=crosscoder", "sae=topp"],
         ["variant=molt", 'variant.ranks="{4:2}"', "+variant.more=1", "name='a b'", "parallel=fsdp"],
         ["variant=transcoder", "hook=null", "reads=[a,b]", "~variant.pre_bias", "schedule.tokens=null"],
     ],
