@@ -40,7 +40,7 @@ STARTS = {
 
 
 # Under latent, whose start is that of fsdp too; the others are slow.
-COMMON = ("topk", "subspace", "jumprelu", "norms", "skip", "crosscoder")
+COMMON = ("topk", "subspace", "jumprelu", "skip", "crosscoder")
 
 
 def starts_under(layout: str) -> list[str]:

@@ -38,6 +38,7 @@ def test_every_shipped_kernel_compiles_for_sm_80_and_sm_90_without_spilling():
             assert programs == 2, "one program loads while the other computes"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 def test_a_kernel_that_spills_is_refused():
     tight = (

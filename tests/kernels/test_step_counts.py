@@ -45,6 +45,7 @@ def test_latents_that_are_all_dead_take_turns_instead_of_memory():
     assert few["above_state_gb"] < every["above_state_gb"] < 7.6
 
 
+@pytest.mark.slow
 def test_what_waits_is_seen():
     source = (
         "import torch; from shared.kernels.fake_cuda import DEVICE, FakeCuda\n"

@@ -110,7 +110,8 @@ def test_two_processes_share_every_sae(sweeps: Sweeps, in_turn: Path, layout: st
     assert_same_sweep(in_turn, sweeps.folder / layout, bound=SAME_RUN)
 
 
-@pytest.mark.parametrize("nproc", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow  # tests/unit/train/test_many.py stops runs that learn together and continues them
+@pytest.mark.parametrize("nproc", [1, 2])
 def test_a_signal_saves_all_of_them(sweeps: Sweeps, nproc: int) -> None:
     name = f"signalled{nproc}"
     process = sweeps.start(name, *SWEEP, "packed=true", f"nproc={nproc}", "schedule.tokens=20_000_000")
@@ -127,7 +128,11 @@ def test_a_signal_saves_all_of_them(sweeps: Sweeps, nproc: int) -> None:
     ("overrides", "message"),
     [
         (["packed=true"], "packed=true trains the runs of a sweep together"),
-        (["-m", "packed=true", "seed=0,1"], "seeds [0, 1] ask for several: give stream.seed=0"),
+        pytest.param(
+            ["-m", "packed=true", "seed=0,1"],
+            "seeds [0, 1] ask for several: give stream.seed=0",
+            marks=pytest.mark.slow,  # the same without the command line is in tests/unit/train/test_many.py
+        ),
         pytest.param(
             ["-m", "packed=true", "sae.k=2,900"], "sae.k=900 is more than the 192 latents", marks=pytest.mark.slow
         ),

@@ -13,7 +13,7 @@ from stage_train.many import read_list
 BAD = {
     "torn": b"a: [1,\n",
     "bytes": b"\xff\xfe",
-    "deep": b"[" * 100_000,
+    "deep": b"[" * 1_000,
     "alias": b"- {name: &a [*a]}\n",
     "tag": b'- !!python/object/apply:os.system ["touch pwned"]\n',
     "scalar": b"7\n",

@@ -185,6 +185,7 @@ def test_a_pattern_stands_for_as_many_layers_as_are_said(
     assert "give layers=" in server.run("stage_train.plan", *base).error
 
 
+@pytest.mark.slow  # with those below it, and tests/unit/train/test_plan_memory.py, which measures
 def test_less_is_planned_where_less_is_asked_for(plan: Callable[..., dict[str, object]]) -> None:
     base = [
         "d_model=512",

@@ -59,7 +59,7 @@ def test_results_by_task_and_what_the_work_raises() -> None:
     assert not any(process.is_alive() for process in pool._processes)
 
 
-@pytest.mark.parametrize("at", ["work", "rest"])
+@pytest.mark.parametrize("at", ["work", pytest.param("rest", marks=pytest.mark.slow)])
 def test_a_process_killed_at_work_or_at_rest(at: str) -> None:
     pool = WorkerPool(2, start, BIG, work)
     try:

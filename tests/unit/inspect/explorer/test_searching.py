@@ -60,7 +60,7 @@ def test_a_search_ends_on_the_page_of_concepts(client: Client, study: Path) -> N
 
 
 def test_a_match_without_end_is_cancelled(client: Client) -> None:
-    """What hangs is killed; until then nobody else may start, and then anybody; the command's line is told."""
+    """What hangs is killed; until then nobody else may start, and then anybody."""
     before = children()
     assert client.post("/api/find", {"regex": [ENDLESS], "split": "all"}).status == 200
     limit = time.monotonic() + PATIENCE
@@ -72,6 +72,12 @@ def test_a_match_without_end_is_cancelled(client: Client) -> None:
     assert client.get("/api/find").json()["state"] == "running"
     assert client.post("/api/find/cancel", {}).json()["state"] == "cancelled"
     assert not children() - before
+    assert client.post("/api/find", {"regex": ["self"]}).json()["state"] == "running"
+    assert client.post("/api/find/cancel", {}).json()["state"] == "cancelled"
+
+
+@pytest.mark.slow
+def test_what_the_command_refuses_is_told(client: Client) -> None:
     assert client.post("/api/find", {"regex": ["("]}).json()["state"] == "running"
     assert "'(' is no regular expression: missing )" in waited(client, "failed")["error"]
 
