@@ -118,19 +118,19 @@ def test_every_option_composes_alone(stage: str, group: str, name: str) -> None:
     ],
 )
 def test_tests_compose_as_hydra_does(overrides: list[str]) -> None:
-    for _ in range(2):  # the second is of groups that were composed before
-        try:
-            remember(False)
-            expected = compose("train", overrides=overrides)
-        except HydraException as error:
-            for made in (composed, compose):
-                remember()
-                with pytest.raises(type(error), match=re.escape(str(error).splitlines()[0])):
-                    made("train", overrides)
-            continue
-        finally:
-            remember()
+    try:
+        remember(False)
+        expected = compose("train", overrides=overrides)
+    except HydraException as error:
+        remember()
         for made in (composed, compose):
+            with pytest.raises(type(error), match=re.escape(str(error).splitlines()[0])):
+                made("train", overrides)
+        return
+    finally:
+        remember()
+    for made in (composed, compose):
+        for _ in range(2):  # the second is of groups that were composed before
             found = made("train", overrides)
             assert OmegaConf.to_container(found) == OmegaConf.to_container(expected)
             assert OmegaConf.is_struct(found)

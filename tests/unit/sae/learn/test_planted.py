@@ -50,7 +50,11 @@ def train(sae, draw, steps, batch=512, lr=1e-2):
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in ("relu", "matryoshka", "gated") else []) for name in RECIPES]
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] if name in ("relu", "matryoshka", "gated") else [])
+        for name in RECIPES
+    ],
 )
 def test_recovers_the_atoms(name):
     atoms, draw = planted(num_atoms=72, d=32)
