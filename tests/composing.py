@@ -13,6 +13,7 @@ from hydra import compose, initialize_config_module
 from hydra._internal import config_loader_impl
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.defaults_list import DefaultsList, Overrides
+from hydra._internal.hydra import Hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
@@ -29,7 +30,9 @@ OFTEN: dict[str, tuple[tuple[str, ...], ...]] = {
     "inspect": ((),),
     "trace": ((),),
 }
-FIRST = (config_loader_impl.create_defaults_list, ConfigLoaderImpl._compose_config_from_defaults_list)
+FIRST = (
+    config_loader_impl.create_defaults_list, ConfigLoaderImpl._compose_config_from_defaults_list, Hydra.get_mode
+)  # fmt: skip
 """Hydra's own functions."""
 LOCAL = {"sae", "optim", "schedule", "stream", "parallel", "logger", "device", "variant"}
 """Groups of training whose options say what is in the group alone; a variant's overlay ``sae`` too."""
@@ -39,8 +42,8 @@ _configs: dict[object, DictConfig] = {}
 
 def remember(on: bool = True) -> None:
     """From now on Hydra keeps compositions in this process and in those that are forked from it; or no more."""
-    made = (_list_once, _compose_once) if on else FIRST
-    config_loader_impl.create_defaults_list, ConfigLoaderImpl._compose_config_from_defaults_list = made
+    made = (_list_once, _compose_once, _mode) if on else FIRST
+    config_loader_impl.create_defaults_list, ConfigLoaderImpl._compose_config_from_defaults_list, Hydra.get_mode = made
 
 
 def prepare(registers: Sequence[Callable[[], None]]) -> None:
@@ -115,6 +118,11 @@ def _schemas() -> frozenset[tuple[str, type]]:
 def _sources(repo: Any) -> tuple[object, ...]:
     """All that a composition depends on beside its overrides."""
     return _schemas(), *((source.provider, source.path) for source in repo.get_sources())
+
+
+def _mode(self: Hydra, config_name: str | None, overrides: list[str]) -> Any:
+    """Hydra composes all for this; our configurations leave it to the command line's ``-m``."""
+    return FIRST[2](self, config_name, overrides) if any("hydra.mode" in one for one in overrides) else None
 
 
 def _list_once(
