@@ -5,7 +5,7 @@
 """
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -46,14 +46,14 @@ def remember(on: bool = True) -> None:
     config_loader_impl.create_defaults_list, ConfigLoaderImpl._compose_config_from_defaults_list, Hydra.get_mode = made
 
 
-def prepare(registers: Sequence[Callable[[], None]]) -> None:
-    """Compose what is asked for `OFTEN`; `registers` put the stages' schemas into Hydra's store."""
+def prepare(registers: Sequence[Callable[[], None]], stages: Collection[str] = OFTEN) -> None:
+    """Compose what is asked for `OFTEN` of the stages; `registers` put their schemas into Hydra's store."""
     remember()
     for register in registers:
         register()
     with initialize_config_module("conf", version_base="1.3"):
-        for stage, choices in OFTEN.items():
-            for groups in choices:
+        for stage in stages:
+            for groups in OFTEN[stage]:
                 compose(stage, overrides=list(groups))
 
 
