@@ -104,7 +104,8 @@ docs: setup ## the documentation and the Python reference as a site in build/sit
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
 
 # Two workers, one thread each: most tests wait for imports of processes they start.
-PYTEST_ALONE := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
+# Bytecode is kept whatever the user's environment says: the tests start hundreds of processes.
+PYTEST_ALONE := OMP_NUM_THREADS=1 env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -m pytest -q
 PYTEST := $(PYTEST_ALONE) -n 2 --dist loadfile
 
 test: setup ## the default tests, in a random order; ARGS=--randomly-seed=N repeats one
