@@ -187,6 +187,9 @@ class OptimSchema:
     """Decay of muon's and signum's momentum; null for adam."""
     moments: MomentType | None = MISSING
     """In which adam keeps its moments; null for the others."""
+    lazy: bool | None = MISSING
+    """Whether adam leaves a latent's weights and moments as they are in steps that give it no gradient; null for the
+    others."""
     clip_norm: float | None = MISSING
     """Largest global gradient norm; null does not clip."""
     micro_batch: int | None = key(identity=False, count=True)

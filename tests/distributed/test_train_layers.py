@@ -20,7 +20,7 @@ SHARED = ["parallel=layers", "parallel.latent=2"]
 JUMPRELU = ["sae=jumprelu", "sae.k=null", "sae.penalty=tanh", "sae.penalty_weight=1e-3", "sae.bandwidth=0.5"]
 SIDES = (("reads", "mlp_in"), ("writes", "mlp_out"))
 CHOICES = {
-    "topk": ["sae=topk"],
+    "topk": ["sae=topk", "sae.auxk_slope=0.3"],
     "topk_each": ["sae=topk", "variant.k_scope=layer", "sae.k=2"],
     "each": ["variant.k_scope=layer", "sae.k=2", "optim=signum"],
     "jumprelu": [*JUMPRELU, "sae.unit_norm_decoder=false", "sae.preact_weight=1e-2"],
@@ -111,6 +111,7 @@ def test_what_layers_cannot_do_is_said_on_all_ranks(runs: Runs) -> None:
         runs.job("single", LAYERED, *hooks),
         runs.job("sae", LAYERED, "variant=sae", "reads=null", "writes=null", "hook=layers.1.mlp_in"),
         runs.job("muon", LAYERED, "optim=muon"),
+        runs.job("lazy", LAYERED, "optim.lazy=true"),
         runs.job("skip", LAYERED, "stream.on_damage=skip"),
         runs.job("from", LAYERED, "init_from=elsewhere"),
         runs.job("odd", *SHARED, "sae.d_latent=12"),
@@ -119,6 +120,7 @@ def test_what_layers_cannot_do_is_said_on_all_ranks(runs: Runs) -> None:
         ("single", "1 layers can't be dealt among 2 owners: give parallel.latent=..."),
         ("sae", "parallel=layers deals the layers of a clt, not a sae"),
         ("muon", "optim.kind=muon needs whole decoder rows"),
+        ("lazy", "optim.lazy=true needs whole decoder rows"),
         ("skip", "stream.on_damage=skip with parallel=layers"),
         ("from", "init_from with parallel=layers"),
         ("odd", "3 latents of a layer do not divide among parallel.latent=2"),

@@ -15,6 +15,8 @@ from shared.sae.optim.base import Optimiser, OptimiserConfig
 
 # Elements of a tile whose bfloat16 moments are in float32 at a time.
 TILE_ELEMENTS = 1 << 20
+# Elements of the rows with a gradient that are gathered at a time: weight, gradient and both moments of them.
+GATHERED_ELEMENTS = 1 << 22
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +43,8 @@ class AdamConfig(MomentsConfig):
 
     moments: str = "float32"
     """Type of the moments: float32 (the parameters' own type) or bfloat16."""
+    lazy: bool = False
+    """Rows whose gradient is 0 in a step keep weights and moments in it, as in torch's SparseAdam."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -70,6 +74,9 @@ class Adam(WithMoments):
 
     Moments may be kept in bfloat16, which halves their memory: they are rounded to it stochastically, since a second
     moment that changes by a thousandth per step would never leave its nearest bfloat16.
+
+    With ``lazy`` a row of a matrix, or an element of a vector, whose gradient is 0 (its latent neither fired nor took
+    part in AuxK) stays as it is with its moments: no momentum carries a rare latent on between the tokens it fires on.
     """
 
     config_type = AdamConfig
@@ -86,24 +93,49 @@ class Adam(WithMoments):
     def update_from_pairs(
         self, name: str, weight: Tensor, pairs: PairGradient, *, clip: Tensor, lr: float, unit_rows: bool
     ) -> None:
-        if self.half and not self._rounds_in_kernel(weight):
+        if self.config.lazy or (self.half and not self._rounds_in_kernel(weight)):
             super().update_from_pairs(name, weight, pairs, clip=clip, lr=lr, unit_rows=unit_rows)
             return
         first, second = self.moments["first"][name], self.moments["second"][name]
         pairs.update(weight, first, second, self.adam_step(clip, lr, unit_rows), kernels=self.kernels)
 
     def update(self, name: str, weight: Tensor, grad: Tensor, *, clip: Tensor, lr: float, unit_rows: bool) -> None:
-        first, second = self.moment("first", name), self.moment("second", name)
-        if not self.half or self._rounds_in_kernel(weight):
-            self.adam(weight, grad, first, second, clip=clip, lr=lr, unit_rows=unit_rows)
+        whole = (weight, self.moment("first", name), self.moment("second", name))
+        step = self.adam_step(clip, lr, unit_rows)
+        in_tiles = self.half and not self._rounds_in_kernel(weight)
+        generator = torch.Generator(weight.device).manual_seed(self.step_number) if in_tiles else None
+        if not self.config.lazy:
+            self._update(*whole, grad, step, generator)
             return
-        # In tiles, so that no float32 copy of the moments exists.
+        axis = 1 if self.parameters[name].ndim == 1 else 0  # a vector is one row
+        moving_R = (grad != 0).any(1 - axis).nonzero().squeeze(1)
+        if not len(moving_R):
+            return
+        for part_R in moving_R.split(max(1, GATHERED_ELEMENTS // weight.shape[1 - axis])):
+            weight_part, first, second, grad_part = (t.index_select(axis, part_R) for t in (*whole, grad))
+            self._update(weight_part, first, second, grad_part, step, generator)
+            for tensor, moved in zip(whole, (weight_part, first, second), strict=True):
+                tensor.index_copy_(axis, part_R, moved)
+
+    def _update(
+        self,
+        weight: Tensor,
+        first: Tensor,
+        second: Tensor,
+        grad: Tensor,
+        step: AdamStep,
+        generator: torch.Generator | None,
+    ) -> None:
+        """``row_update``, by way of float32 tiles where a generator says how moments in bfloat16 are rounded."""
+        if generator is None:
+            row_update(weight, grad, first, second, step, kernels=self.kernels)
+            return
+        # In tiles, so that no float32 copy of all moments exists.
         rows = max(1, TILE_ELEMENTS // weight.shape[1])
-        generator = torch.Generator(weight.device).manual_seed(self.step_number)
         for start in range(0, len(weight), rows):
             tile = slice(start, start + rows)
             moments = [moment[tile].to(weight.dtype) for moment in (first, second)]
-            self.adam(weight[tile], grad[tile], *moments, clip=clip, lr=lr, unit_rows=unit_rows)
+            row_update(weight[tile], grad[tile], moments[0], moments[1], step, kernels=self.kernels)
             for kept, moment in zip((first, second), moments, strict=True):
                 kept[tile] = round_stochastically(moment, generator)
 

@@ -111,6 +111,8 @@ class LayerParallel(Layout):
                 f"optim.kind={cfg.optim.kind.value} needs whole decoder rows, which parallel=layers cuts: use adam or "
                 "signum"
             )
+        if cfg.optim.lazy:
+            raise GranaryError("optim.lazy=true needs whole decoder rows, which parallel=layers cuts: set it to false")
         if cfg.init_from is not None:
             raise GranaryError("init_from with parallel=layers: a rank begins with its own part, from data; use ddp")
         if cfg.stream.on_damage is OnDamage.skip:

@@ -10,7 +10,7 @@ import torch
 from shared.basics.errors import GranaryError
 from shared.kernels.row_update import torch_ as row_update_cpu
 from shared.sae import SAE, SAEConfig
-from shared.sae.optim import Adam, Adam8bitConfig, AdamConfig, MuonConfig, RowShare, SignumConfig, make_optimiser
+from shared.sae.optim import Adam, Adam8bitConfig, AdamConfig, MuonConfig, RowShare, SignumConfig, adam, make_optimiser
 from shared.sae.optim.adam import round_stochastically
 from stage_train.step.spike_guard import PATIENCE, WINDOW, SpikeGuard
 from stage_train.step.weight_average import WeightAverage
@@ -129,6 +129,52 @@ def test_no_gradient_along_the_rows_enters_the_moments():
     along = (optimiser.moments["first"]["W_dec"] * before).sum(1)
     assert float(along.abs().max()) < 1e-6 * float(optimiser.moments["first"]["W_dec"].norm(dim=1).max())
     assert float(optimiser.moments["first"]["W_dec"].norm()) > 0
+
+
+@pytest.mark.parametrize("pair_gradients", [False, True])
+def test_lazy_equals_torch_sparse_adam(pair_gradients, monkeypatch):
+    """Row by row of the matrices; nearly no latent fires in every step."""
+    monkeypatch.setattr(adam, "GATHERED_ELEMENTS", 100)  # several pieces, the last one ragged
+    ours, theirs = (
+        LearningSAE(d_model=7, d_latent=300, k=2, unit_norm_decoder=False, generator=torch.Generator().manual_seed(0))
+        for _ in range(2)
+    )
+    config = AdamConfig(lr=1e-2, beta1=0.8, beta2=0.95, eps=1e-30, clip_norm=None, lazy=True)
+    optimiser = make_optimiser(ours, config, pair_gradients=pair_gradients)
+    ours.objective.pair_gradients = optimiser.pairs if pair_gradients else None
+    reference = torch.optim.SparseAdam(list(theirs.parameters()), lr=1e-2, betas=(0.8, 0.95), eps=1e-30)
+    fired_F = torch.zeros(300, dtype=torch.int64)
+    for step in range(6):
+        train(ours, optimiser, 1, start=step)
+        losses = theirs.losses(batch(step))
+        losses.total.backward()
+        fired_F += losses.fired
+        for parameter in theirs.parameters():
+            parameter.grad = parameter.grad.to_sparse(1)
+        reference.step()
+        reference.zero_grad()
+    for (name, parameter), expected in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(parameter, expected, rtol=1e-4, atol=1e-6, msg=lambda text, n=name: f"{n}: {text}")
+    assert int((fired_F == 0).sum()) > 10
+    assert int(((fired_F > 0) & (fired_F < 6)).sum()) > 10
+
+
+@pytest.mark.parametrize("moments", ["float32", "bfloat16"])
+def test_lazy_leaves_what_has_no_gradient_as_it_is(moments, monkeypatch):
+    monkeypatch.setattr(adam, "GATHERED_ELEMENTS", 100)
+    sae = make_sae(num_latents=300)
+    optimiser = make_optimiser(sae, AdamConfig(lr=1e-2, lazy=True, moments=moments))
+    train(sae, optimiser, 3)
+    state = {**dict(sae.named_parameters()), **optimiser.state_dict()}
+    before = {name: tensor.detach().clone() for name, tensor in state.items()}
+    losses = sae.losses(batch(9))
+    losses.total.backward()
+    optimiser.step()
+    for name, tensor in state.items():
+        if len(tensor.shape) and len(tensor) == 300:
+            same_F = (tensor == before[name]).reshape(300, -1).all(1)
+            assert torch.equal(same_F, ~losses.fired), name
+    assert 0 < int(losses.fired.sum()) < 300
 
 
 def test_clip_uses_the_joint_norm():
