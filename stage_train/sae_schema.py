@@ -40,6 +40,7 @@ class SAESchema:
     loss: str = MISSING
     auxk_alpha: float = MISSING
     auxk_k: int | None = MISSING
+    auxk_slope: float = MISSING
     multi_topk_weight: float = MISSING
     multi_topk_factor: int = MISSING
     penalty: str = MISSING

@@ -205,8 +205,9 @@ def auxk(
     if num_dead == 0 or learning.auxk_alpha == 0:
         return given_ND.new_zeros(())
     k_aux = learning.num_aux(residual_ND.shape[1])
-    z_NF = torch.relu(pre_NF) * dead_F
-    decoded_ND = written(group, z_NF * keep(z_NF.detach(), min(k_aux, num_dead)), given_ND)
+    z_NF = torch.where(pre_NF > 0, pre_NF, learning.auxk_slope * pre_NF) * dead_F
+    picked = z_NF.detach().masked_fill(~dead_F, -torch.inf).topk(min(k_aux, num_dead)).indices
+    decoded_ND = written(group, z_NF * torch.zeros_like(z_NF).scatter(1, picked, 1.0), given_ND)
     error_N = (residual_ND - decoded_ND).square().sum(1) / residual_ND.square().sum(1)
     return min(num_dead / k_aux, 1.0) * error_N.mean()
 

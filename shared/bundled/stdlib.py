@@ -105,9 +105,7 @@ def _relative_paths(folder: Path, include_tests: bool) -> Iterator[str]:
     for parent, folders, files in os.walk(folder):  # not Path.rglob: it would also read all installed packages
         here = Path(parent).relative_to(folder)
         folders[:] = [
-            name
-            for name in folders
-            if name not in left_out and (here / name).as_posix() not in _SKIPPED_DATA_FOLDERS
+            name for name in folders if name not in left_out and (here / name).as_posix() not in _SKIPPED_DATA_FOLDERS
         ]
         found += [
             (here / name).as_posix()

@@ -3,7 +3,7 @@
 from shared.kernels.adam_step import AdamStep
 from shared.kernels.add_at import add_at
 from shared.kernels.autograd import attach_encoder, sparse_decode, sparse_reconstruction, take_rows
-from shared.kernels.auxk import DeadRows, LatentRanks, auxk_error
+from shared.kernels.auxk import DeadRows, LatentRanks, auxk_error, leaky, leaky_, through_leaky_
 from shared.kernels.compute import COMPUTE_DTYPES, Compute
 from shared.kernels.decode import decode, dot_picks
 from shared.kernels.dispatch import KERNELS, resolve
@@ -38,6 +38,8 @@ __all__ = [
     "encode_threshold",
     "encode_topk",
     "latent_sum",
+    "leaky",
+    "leaky_",
     "product",
     "resolve",
     "row_grad",
@@ -47,5 +49,6 @@ __all__ = [
     "sparse_decode",
     "sparse_reconstruction",
     "take_rows",
+    "through_leaky_",
     "transform_decode",
 ]

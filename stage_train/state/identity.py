@@ -19,6 +19,7 @@ YOUNGER = {
     "variant.tying": "none",
     "init_from": None,
     "stream.kinds": None,
+    "sae.auxk_slope": 0.0,
 }
 # Either may be raised: the run goes on.
 LENGTHS = ("schedule.tokens", "schedule.epochs")

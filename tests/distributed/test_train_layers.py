@@ -20,7 +20,7 @@ SHARED = ["parallel=layers", "parallel.latent=2"]
 JUMPRELU = ["sae=jumprelu", "sae.k=null", "sae.penalty=tanh", "sae.penalty_weight=1e-3", "sae.bandwidth=0.5"]
 SIDES = (("reads", "mlp_in"), ("writes", "mlp_out"))
 CHOICES = {
-    "topk": ["sae=topk"],
+    "topk": ["sae=topk", "sae.auxk_slope=0.3"],
     "topk_each": ["sae=topk", "variant.k_scope=layer", "sae.k=2"],
     "each": ["variant.k_scope=layer", "sae.k=2", "optim=signum"],
     "jumprelu": [*JUMPRELU, "sae.unit_norm_decoder=false", "sae.preact_weight=1e-2"],

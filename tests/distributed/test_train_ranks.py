@@ -39,6 +39,8 @@ STARTS = {
 """Of which a rank makes its part: each activation, search and kind of one group."""
 
 
+# Of wide dictionaries.
+WIDE = ["sae.auxk_slope=0.3"]
 # Under latent, whose start is that of fsdp too; the others are slow.
 COMMON = ("topk", "subspace", "jumprelu", "skip", "crosscoder")
 
@@ -115,6 +117,17 @@ def test_resume_under_another_layout_and_number_of_processes(runs: Runs, name: s
     """Weights, and metrics: those of the logging window that the stop cut, too."""
     assert runs.ends[name] == {"done"}
     assert_same_run(runs, "one", name)
+
+
+@pytest.mark.slow
+def test_a_slope_is_the_same_in_every_layout_and_resumed(runs: Runs) -> None:
+    runs.alone(runs.job("one_wide", *WIDE), runs.job("wide_to_latent", *WIDE, job="signalled", step=13))
+    layouts = {f"wide_{layout}": [f"parallel={layout}", *WIDE] for layout in LAYOUTS}
+    layouts["wide_to_latent"] = layouts["wide_latent"]
+    runs.together(2, *(runs.job(name, *words) for name, words in layouts.items()))
+    for name in layouts:
+        assert runs.ends[name] == {"done"}
+        assert_same_run(runs, "one_wide", name)
 
 
 def test_a_nan_on_one_rank_stops_all_with_the_same_line(runs: Runs) -> None:

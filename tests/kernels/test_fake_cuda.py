@@ -45,7 +45,7 @@ def test_auxk_keeps_float32_sums(compute_dtype, monkeypatch):
     )
     with FakeCuda():
         rows = DeadRows.alone(zeros(5, 4).requires_grad_(), zeros(5).requires_grad_(), zeros(5, 4).requires_grad_())
-        error = blocks.auxk_error(zeros(6, 4), zeros(6, 4), rows, 3, ALONE, compute_dtype)
+        error = blocks.auxk_error(zeros(6, 4), zeros(6, 4), rows, 3, ALONE, 0.3, compute_dtype)
         grads = torch.autograd.grad(error, (rows.W_enc_RD, rows.b_enc_R, rows.W_dec_RD))
     assert [grad.dtype for grad in grads] == [torch.float32] * 3
     assert seen.count(torch.float32) == (5 if compute_dtype == "bfloat16" else 0)

@@ -75,10 +75,10 @@ def run_pairs(p, k, kernels, unit_rows):
     return square, weight, first, second
 
 
-def run_auxk(p, k, kernels):
+def run_auxk(p, k, kernels, slope=0.0):
     dead = [p["W"][:9].clone().requires_grad_(), p["b"][:9].clone().requires_grad_(), p["W"][3:12].clone()]
     dead[2].requires_grad_()
-    error = auxk_error(p["g"], p["x"], DeadRows.alone(*dead), 4, compute=Compute(kernels))
+    error = auxk_error(p["g"], p["x"], DeadRows.alone(*dead), 4, slope=slope, compute=Compute(kernels))
     return error.detach(), *torch.autograd.grad(error, dead)
 
 
@@ -99,6 +99,7 @@ OPS = {
     "pair_update": functools.partial(run_pairs, unit_rows=False),
     "pair_update_unit_rows": functools.partial(run_pairs, unit_rows=True),
     "auxk": run_auxk,
+    "auxk_leaky": functools.partial(run_auxk, slope=0.25),
 }
 
 

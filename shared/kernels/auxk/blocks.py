@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
+from shared.kernels.auxk.leaky import leaky_, through_leaky_
 from shared.kernels.auxk.ranks import DeadRows, LatentRanks
 from shared.kernels.linear import linear
 
@@ -26,6 +27,7 @@ class _AuxKError(torch.autograd.Function):
         W_dec_RD: torch.Tensor,
         num_aux: int,
         ranks: LatentRanks,
+        slope: float,
         num_dead: int,
         compute_dtype: str,
     ) -> torch.Tensor:
@@ -37,14 +39,14 @@ class _AuxKError(torch.autograd.Function):
         rows = max(1, BLOCK_ELEMENTS // max(1, num_dead))  # equally many on all ranks
         for start in range(0, num_rows, rows):
             residual, centred = residual_ND[start : start + rows], centred_ND[start : start + rows].to(dtype)
-            z = _product(centred, W_enc, b_enc_R).relu_()
+            z = leaky_(_product(centred, W_enc, b_enc_R), slope)
             if num_dead > num_aux:
                 z.masked_fill_(z < ranks.kth_largest(z, num_aux), 0)
             energy = residual.square().sum(1, keepdim=True).clamp_min_(torch.finfo(residual.dtype).tiny)
             error = ranks.sum_forward(_product(z.to(dtype), W_dec.T).to(residual.dtype)) - residual
             total += (error.square().sum(1, keepdim=True) / energy).sum()
             grad = (error * (2 / num_rows / energy)).to(dtype)
-            dz = _product(grad, W_dec).masked_fill_(z == 0, 0)
+            dz = through_leaky_(_product(grad, W_dec), z, slope)
             grads[0] += _product(dz.to(dtype).T, centred.T)
             grads[1] += dz.sum(0, dtype=grads[1].dtype)
             grads[2] += _product(z.to(dtype).T, grad.T)
@@ -55,7 +57,7 @@ class _AuxKError(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         dW_enc, db_enc, dW_dec = ctx.saved_tensors
-        return None, None, dW_enc * grad, db_enc * grad, dW_dec * grad, None, None, None, None
+        return None, None, dW_enc * grad, db_enc * grad, dW_dec * grad, None, None, None, None, None
 
 
 def _product(a_NM: torch.Tensor, W_KM: torch.Tensor, b_K: torch.Tensor | None = None) -> torch.Tensor:
@@ -72,10 +74,12 @@ def auxk_error(
     dead: DeadRows,
     num_aux: int,
     ranks: LatentRanks,
+    slope: float,
     compute_dtype: str,
 ) -> torch.Tensor:
     """See ``shared.kernels.auxk.auxk_error``."""
     result: torch.Tensor = _AuxKError.apply(
-        residual_ND, centred_ND, dead.W_enc_RD, dead.b_enc_R, dead.W_dec_RD, num_aux, ranks, dead.count, compute_dtype
-    )
+        residual_ND, centred_ND, dead.W_enc_RD, dead.b_enc_R, dead.W_dec_RD, num_aux, ranks, slope, dead.count,
+        compute_dtype,
+    )  # fmt: skip
     return result

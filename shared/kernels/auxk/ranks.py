@@ -30,7 +30,7 @@ class LatentRanks:
         return partial
 
     def kth_largest(self, values_NR: torch.Tensor, k: int) -> torch.Tensor:
-        """The k-th largest of each row over all of them: [N, 1]. There are at least k, none of them negative."""
+        """The k-th largest of each row over all of them: [N, 1]. There are at least k."""
         return values_NR.topk(k, dim=1, sorted=False).values.amin(dim=1, keepdim=True)
 
 

@@ -2,6 +2,7 @@
 
 import torch
 
+from shared.kernels.auxk.leaky import leaky
 from shared.kernels.auxk.ranks import DeadRows, LatentRanks
 
 
@@ -11,9 +12,10 @@ def auxk_error(
     dead: DeadRows,
     num_aux: int,
     ranks: LatentRanks,
+    slope: float,
 ) -> torch.Tensor:
     """See ``shared.kernels.auxk.auxk_error``."""
-    z_NR = torch.relu(torch.addmm(dead.b_enc_R, centred_ND, dead.W_enc_RD.T))
+    z_NR = leaky(torch.addmm(dead.b_enc_R, centred_ND, dead.W_enc_RD.T), slope)
     if dead.count > num_aux:
         z_NR = z_NR * (z_NR.detach() >= ranks.kth_largest(z_NR.detach(), num_aux))
     error_N = (residual_ND - ranks.sum_forward(z_NR @ dead.W_dec_RD)).square().sum(1)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from shared.kernels import leaky_, through_leaky_
 from shared.sae.learn.layer_ranks import LayerRanks
 
 
@@ -18,15 +19,17 @@ def auxk_over_ranks(
     aux: Sequence[int],
     own: Sequence[tuple[Tensor, Tensor, Tensor]],
     decoders: Sequence[tuple[Tensor, Tensor]],
+    slope: float,
 ) -> Tensor:
     """The mean over layers of ``losses.auxk_loss``: what it adds up to at the columns that are written here, a scalar.
 
     `aux` latents per token help at each layer. `own`: of the layers here, what they read [N, D] and the rows [R, D] and
     biases [R] of the dead latents' encoders. `decoders`: of the first layers on, the residual [N, D] at the columns
-    here, and the dead latents' rows [R, D]; all R of them, wherever they are encoded. Gradients for rows and biases.
+    here, and the dead latents' rows [R, D]; all R of them, wherever they are encoded. `slope`: of their ReLU below 0.
+    Gradients for rows and biases.
     """
     tensors = [tensor for one in (*own, *decoders) for tensor in one]
-    total: Tensor = _AuxK.apply(ranks, aux, len(own), *tensors)
+    total: Tensor = _AuxK.apply(ranks, aux, slope, len(own), *tensors)
     return total
 
 
@@ -37,14 +40,16 @@ class _AuxK(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, ranks: LayerRanks, aux: Sequence[int], num_own: int, *tensors: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, ranks: LayerRanks, aux: Sequence[int], slope: float, num_own: int, *tensors: Tensor
+    ) -> Tensor:
         own = [tensors[3 * number : 3 * number + 3] for number in range(num_own)]
         rest = tensors[3 * num_own :]
         decoders = list(zip(rest[::2], rest[1::2], strict=True))
         rows, counts = len(own[0][0]), [len(latents_R) for latents_R in ranks.dead]
         values = []
         for layer, (given_ND, W_enc_RD, b_enc_R) in zip(ranks.own.layers, own, strict=True):
-            z_NR = torch.addmm(b_enc_R, given_ND, W_enc_RD.T).relu_()
+            z_NR = leaky_(torch.addmm(b_enc_R, given_ND, W_enc_RD.T), slope)
             if counts[layer] > aux[layer]:
                 z_NR.masked_fill_(z_NR < ranks.kth_largest_of_layer(z_NR, aux[layer]), 0)
             values.append(z_NR)
@@ -66,7 +71,7 @@ class _AuxK(torch.autograd.Function):
         back = spans.own(ranks.sum_to_owners(spans.scatter(dz)))
         saved = []
         for (given_ND, _, _), z_NR, dz_NR in zip(own, values, back, strict=True):
-            dz_NR = dz_NR.masked_fill(z_NR == 0, 0)
+            dz_NR = through_leaky_(dz_NR.clone(), z_NR, slope)
             saved += [dz_NR.T @ given_ND, dz_NR.sum(0)]
         ctx.save_for_backward(*saved, *grads)
         ctx.num_own = num_own
@@ -78,7 +83,7 @@ class _AuxK(torch.autograd.Function):
         saved, count = ctx.saved_tensors, 2 * ctx.num_own
         own = [(None, dW * grad, db * grad) for dW, db in zip(saved[:count:2], saved[1:count:2], strict=True)]
         decoders = [(None, dW * grad) for dW in saved[count:]]
-        return None, None, None, *(one for row in (*own, *decoders) for one in row)
+        return None, None, None, None, *(one for row in (*own, *decoders) for one in row)
 
 
 class _Spans:

@@ -208,7 +208,7 @@ class PartOfGroups(ManyGroups):
             (residual_ND[:, writes], take_rows(W_dec, dead_R))
             for (W_dec, writes), dead_R in zip(part.decoders, ranks.dead, strict=False)
         ]
-        return auxk_over_ranks(ranks, aux, own, decoders)
+        return auxk_over_ranks(ranks, aux, own, decoders, self.terms.learning.auxk_slope)
 
     def _dead_of_groups(self, dead: Tensor) -> list[Tensor]:
         """Of the layers here, by the numbers of the latents that they encode here."""

@@ -17,7 +17,7 @@ CHOICES = {
     "encoder_init": ("scaled", "transpose", "norm_search"),
 }
 AT_LEAST_ONE = ("auxk_k", "multi_topk_factor", "dead_after_tokens", "init_subspace")
-NOT_NEGATIVE = ("auxk_alpha", "multi_topk_weight", "penalty_weight", "preact_weight")
+NOT_NEGATIVE = ("auxk_alpha", "auxk_slope", "multi_topk_weight", "penalty_weight", "preact_weight")
 POSITIVE = ("tanh_scale", "frequency_scale", "bandwidth", "threshold_init")
 
 
@@ -38,6 +38,8 @@ class LearningConfig:
     """Weight of the AuxK loss on dead latents (Gao et al. 2024); 0 turns it off."""
     auxk_k: int | None = None
     """Dead latents that regress the residual, per token; null: half the width of what is written."""
+    auxk_slope: float = 0.0
+    """Slope below 0 of the ReLU that dead latents go through in AuxK; 0: a latent below 0 on every token stays dead."""
     multi_topk_weight: float = 0.0
     """Weight of the reconstruction loss with multi_topk_factor * k latents (Gao et al. 2024: 1/8); 0 turns it off."""
     multi_topk_factor: int = 4

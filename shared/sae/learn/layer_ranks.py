@@ -67,9 +67,9 @@ class LayerRanks(LatentShard):
         return out
 
     def kth_largest_of_layer(self, values_NR: Tensor, k: int) -> Tensor:
-        """[N, 1]: the k-th largest of each row over the shares of a layer, zeros where there are fewer."""
+        """[N, 1]: the k-th largest of each row over the shares of a layer, -inf where there are fewer."""
         own = min(k, values_NR.shape[1])
-        best_NK = values_NR.new_zeros(len(values_NR), k)
+        best_NK = values_NR.new_full((len(values_NR), k), -torch.inf)
         best_NK[:, :own] = values_NR.topk(own, dim=1).values
         if self.own.parts == 1:
             return best_NK[:, -1:]

@@ -43,6 +43,7 @@ def auxk_loss(
     dead: DeadRows,
     num_aux: int,
     *,
+    slope: float = 0.0,
     shard: LatentShard = WHOLE,
     compute: Compute = AUTO,
 ) -> torch.Tensor:
@@ -51,9 +52,9 @@ def auxk_loss(
     ``scale * mean_n |e_n - e_hat_n|^2 / |e_n|^2`` with e = x - x_hat (pass it detached) and e_hat the decoding, without
     b_dec, of the num_aux largest of the dead latents; scale = min(dead.count / num_aux, 1). Gradients reach the dead
     latents' rows and encoder biases alone: pass `centred_ND`, the encoder's input, detached. ``dead.count`` is
-    of all parts, R those given here. See ``shared.kernels.auxk_error`` for `compute`.
+    of all parts, R those given here. See ``shared.kernels.auxk_error`` for `slope` and `compute`.
     """
-    error = auxk_error(residual_ND, centred_ND, dead, num_aux, compute=compute, ranks=shard)
+    error = auxk_error(residual_ND, centred_ND, dead, num_aux, slope=slope, compute=compute, ranks=shard)
     return min(dead.count / num_aux, 1.0) * error
 
 

@@ -154,8 +154,10 @@ class GroupTerms:
         if num_dead == 0:
             return None
         group, num_aux = self.group, self.learning.num_aux(residual_ND.shape[1])
+        slope = self.learning.auxk_slope
         if not group.is_two_rows:
-            return auxk_of_any(group, residual_ND, centred, Dead(dead_R, num_dead, num_aux), self.whole.shard)
+            dead_latents = Dead(dead_R, num_dead, num_aux, slope)
+            return auxk_of_any(group, residual_ND, centred, dead_latents, self.whole.shard)
         assert isinstance(centred, Tensor)
         return auxk_loss(
             residual_ND,
@@ -167,6 +169,7 @@ class GroupTerms:
                 num_dead,
             ),
             num_aux,
+            slope=slope,
             shard=self.whole.shard,
             compute=group.compute,
         )

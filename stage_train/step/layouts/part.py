@@ -158,18 +158,18 @@ class GroupShard(LatentShard):
         return self.num_dead
 
     def kth_largest(self, values_NR: Tensor, k: int) -> Tensor:
-        """Find it among all ranks' candidates; every rank sends as many, with zeros where it has fewer."""
-        return self._largest(values_NR, k)[:, -1:]
+        """Find it among all ranks' candidates; every rank sends as many, with -inf where it has fewer."""
+        return self._largest(values_NR, k, -torch.inf)[:, -1:]
 
     def least_of_largest(self, values_NK: Tensor, indices_NK: Tensor, count: int) -> Tensor:
         """Padding is 0, and what is kept is not."""
-        best_P = self._largest(values_NK.reshape(1, -1), count)
+        best_P = self._largest(values_NK.reshape(1, -1), count, 0.0)
         return best_P.masked_fill(best_P == 0, torch.inf).amin()
 
-    def _largest(self, values_NR: Tensor, k: int) -> Tensor:
-        """The k largest of each row of all ranks, [N, k]; zeros where there are fewer."""
+    def _largest(self, values_NR: Tensor, k: int, padding: float) -> Tensor:
+        """The k largest of each row of all ranks, [N, k]; `padding` where there are fewer."""
         own = min(k, values_NR.shape[1])
-        best_NK = values_NR.new_zeros(values_NR.shape[0], k)
+        best_NK = values_NR.new_full((values_NR.shape[0], k), padding)
         best_NK[:, :own] = values_NR.topk(own, dim=1).values
         gathered = [torch.empty_like(best_NK) for _ in range(dist.get_world_size(self.group))]
         dist.all_gather(gathered, best_NK, group=self.group)

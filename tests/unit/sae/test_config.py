@@ -50,6 +50,7 @@ def test_json_round_trip():
         ({"loss": "mse"}, "sae.loss='mse'"),
         ({"bias_init": "median"}, "sae.bias_init='median'"),
         ({"auxk_alpha": -1.0}, "sae.auxk_alpha=-1.0"),
+        ({"auxk_slope": -0.1}, "sae.auxk_slope=-0.1"),
         ({"multi_topk_weight": float("nan")}, "sae.multi_topk_weight=nan"),
         ({"auxk_k": 0}, "sae.auxk_k=0"),
         ({"dead_after_tokens": 0}, "sae.dead_after_tokens=0"),

@@ -43,7 +43,8 @@ def dense_losses(sae, x, dead=None):
         total = total + config.multi_topk_weight * reconstruction(4 * config.k)[1]
     if dead is not None and dead.any():
         residual = -error.detach()
-        z_dead = torch.relu((x - sae.b_dec.detach()) @ sae.W_enc.T + sae.b_enc) * dead
+        z_dead = (x - sae.b_dec.detach()) @ sae.W_enc.T + sae.b_enc
+        z_dead = torch.where(z_dead > 0, z_dead, config.auxk_slope * z_dead).masked_fill(~dead, -torch.inf)
         k_aux = min(D // 2, int(dead.sum()))
         e_hat = keep(z_dead, k_aux) @ sae.W_dec
         aux = ((residual - e_hat).square().sum(1) / residual.square().sum(1)).mean()
@@ -110,6 +111,16 @@ def test_auxk_gradient_reaches_encoder():
         assert (change[10:20] > 1e-6).all(), name
         assert (change[20:] == 0).all(), f"{name}: AuxK moved a living latent"
     assert torch.equal(with_aux["b_dec"], without["b_dec"]), "AuxK moved b_dec"
+
+
+@pytest.mark.parametrize("slope", [0.0, 0.3])
+def test_a_slope_reaches_latents_below_zero_on_every_token(slope):
+    sae, x = make_sae(auxk_alpha=1.0, auxk_slope=slope)
+    with torch.no_grad():
+        sae.b_enc[10:20] = -50
+    found = gradients(sae.losses(x, torch.arange(F) // 10 == 1).total, sae)
+    for name in ("W_enc", "b_enc", "W_dec"):
+        assert ((found[name][10:20] != 0).reshape(10, -1).any(1) == (slope > 0)).all(), name
 
 
 def test_multi_topk_gradient_reaches_encoder():

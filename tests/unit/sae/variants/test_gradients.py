@@ -49,6 +49,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("molt", {"activation": "jumprelu", "penalty": "l0", "normalisation": "scale"}),
     ("molt", {"activation": "relu", "unit_norm_decoder": False}),
     ("molt", {"auxk_k": 1, "normalisation": "none"}),
+    *((kind, {"auxk_k": 2, "auxk_slope": 0.3}) for kind in ("molt", "clt", "crosscoder")),
 ]
 
 
