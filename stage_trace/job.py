@@ -14,8 +14,9 @@ from shared.basics.memory import return_freed_blocks
 from shared.basics.units import human_bytes
 from shared.lm import load_causal_lm, load_config, load_tokenizer, model_identity
 from shared.lm.hookpoint import HookPoint
-from shared.lm.recorded import ModelChoice, check_same_model
+from shared.lm.recorded import ModelChoice
 from shared.parallel import init_world
+from shared.store.same_model import check_same_model
 from stage_trace.attribution import AttributionGraph
 from stage_trace.certificate import Certificate
 from stage_trace.config import TraceSchema

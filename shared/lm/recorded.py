@@ -10,6 +10,7 @@ from shared.lm.identity import model_identity
 from shared.lm.token_bytes import token_bytes
 from shared.lm.tokenizer import load_tokenizer, special_ids, tokenizer_hash
 from shared.store import Store
+from shared.store.same_model import check_same_model
 
 
 @dataclass(frozen=True)
@@ -19,17 +20,6 @@ class ModelChoice:
     path: str
     revision: str | None
     dtype: str
-
-
-def check_same_model(one: str, identity: dict[str, Any], other: str, expected: dict[str, Any]) -> None:
-    """Raise GranaryError if two records of the language model that both exist differ in configuration or weights."""
-    for key in ("config_hash", "weights_hash"):
-        if key in identity and key in expected and identity[key] != expected[key]:
-            what = "configuration" if key == "config_hash" else "weights"
-            raise GranaryError(
-                f"{one} belongs to model {identity.get('id')}, {other} to {expected.get('id')}: the models'"
-                f" {what} differ"
-            )
 
 
 def factory_of(store: Store) -> str | None:

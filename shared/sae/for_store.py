@@ -9,13 +9,13 @@ from safetensors import SafetensorError, safe_open
 
 from shared.basics.errors import GranaryError, first_line
 from shared.basics.run_folder import CONFIG_FILE, WEIGHTS_FILE
-from shared.lm.recorded import check_same_model
 from shared.sae.config import DictionaryConfig
 from shared.sae.folder import Description, describe, is_own, locate
 from shared.sae.loading import KINDS, load
 from shared.sae.sites import Sites, SiteWidths
 from shared.sae.variants import Dictionary
 from shared.store import Store
+from shared.store.same_model import check_same_model
 
 
 @dataclass(frozen=True)

@@ -22,12 +22,12 @@ from shared.intervene.splice import SplicedModel
 from shared.latents import Latents
 from shared.lm import capture, load_causal_lm, load_tokenizer, model_identity, tokenizer_hash
 from shared.lm.modulepoint import ModulePoint
-from shared.lm.recorded import check_same_model
 from shared.lm.targets import point_of
 from shared.sae.for_store import check_whole, weights_sha256
 from shared.sae.loading import load
 from shared.sae.sites import side_by_side
 from shared.sae.variants import Dictionary
+from shared.store.same_model import check_same_model
 from stage_inspect.explorer.explained import short
 from stage_inspect.explorer.limits import GENERATED_TOKENS, TEXT_CHARACTERS, TEXT_TOKENS
 

@@ -22,12 +22,13 @@ from shared.latents.global_weights import MOST, GlobalWeights, GlobalWeightsWrit
 from shared.lm import load_causal_lm
 from shared.lm.frozen import run
 from shared.lm.linear_parts import LinearParts, linear_parts
-from shared.lm.recorded import check_same_model, choose_model
+from shared.lm.recorded import choose_model
 from shared.parallel import init_world
 from shared.sae.for_store import weights_sha256
 from shared.store import Store
 from shared.store.choose import choose_contexts
 from shared.store.io.open import open_io
+from shared.store.same_model import check_same_model
 from stage_trace.known import Known
 from stage_trace.places import check_places
 from stage_trace.plan import latents_per_token

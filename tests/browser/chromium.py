@@ -30,17 +30,16 @@ class Browser:
         self.settle()
 
     def settle(self) -> None:
-        """Wait until the page neither loads nor changes."""
-        seen: list[Any] = [None]
+        """Wait until the page neither loads nor changes: three looks at it are alike."""
+        looks: list[Any] = []
 
         def is_still() -> bool:
             state = self.run(
                 "return document.querySelector('main:not([aria-busy]) h1') && [location.href,"
                 " document.body.innerText.length, performance.getEntriesByType('resource').length]"
             )
-            before, seen[0] = seen[0], state
-            time.sleep(0.15)
-            return state is not None and state == before
+            looks.append(state)
+            return state is not None and looks[-3:] == [state] * 3
 
         self.wait(is_still)
 

@@ -12,7 +12,7 @@ NOTEBOOKS = sorted((REPOSITORY / "notebooks").glob("*.ipynb"))
 # Of what a notebook prints, words that must come again; figures are those of a machine.
 SAYS = {
     "ten_minutes": ("loss recovered", "fires on", "---"),
-    "a_study": ("layers.1.resid_post k 32", "layer 2"),
+    "a_study": ("layers.1.resid_post k  32", "layer 1: L0", "layer 2: L0"),
     "transcoders_and_a_graph": ("loss recovered", "nodes", "edges"),
     "shapes_in_pictures": ("held-out captions are right", "learnt SAE: IoU", "->"),
     "your_own_module": ("of 60 planted directions", "mean change"),

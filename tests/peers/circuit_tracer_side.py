@@ -1,16 +1,19 @@
 """What circuit-tracer makes of a folder, run by the Python of an environment that has it: see test_attribution_graphs.
 
-python circuit_tracer_side.py attribute MODEL CACHE NAME IDS OUT     its graph -> safetensors
-python circuit_tracer_side.py score MATRIX OUT                       its scores and masks of a matrix
-python circuit_tracer_side.py parse GRAPH_JSON                       its models of a graph's JSON
-python circuit_tracer_side.py serve FOLDER SLUG FEATURES             its server, over HTTP
+Commands are read from stdin, each a line of JSON, and answered by a line of JSON:
+["attribute", MODEL, CACHE, NAME, IDS, OUT]     its graph -> safetensors
+["score", MATRIX, OUT]                          its scores and masks of a matrix
+["parse", GRAPH_JSON]                           its models of a graph's JSON
+["serve", FOLDER, SLUG]                         its server, over HTTP
 """
 
 import json
 import os
 import sys
+import traceback
 import types
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -65,15 +68,15 @@ def score(matrix: str, out: str) -> None:
     )
 
 
-def parse(graph: str) -> None:
+def parse(graph: str) -> dict[str, Any]:
     from circuit_tracer.frontend.graph_models import Model
 
     held = Model.model_validate_json(Path(graph).read_text())
     ids = {node.node_id for node in held.nodes}
-    print(json.dumps({"nodes": len(held.nodes), "unique": len(ids), "links": len(held.links)}))  # noqa: T201
+    return {"nodes": len(held.nodes), "unique": len(ids), "links": len(held.links)}
 
 
-def serve(folder: str, slug: str) -> None:
+def serve(folder: str, slug: str) -> dict[str, Any]:
     import urllib.request
 
     from circuit_tracer.frontend.local_server import serve as start
@@ -85,10 +88,24 @@ def serve(folder: str, slug: str) -> None:
             held = json.loads(answer.read())
         with urllib.request.urlopen(f"{base}/data/graph-metadata.json") as answer:
             listed = json.loads(answer.read())
-        print(json.dumps({"nodes": len(held["nodes"]), "slugs": [one["slug"] for one in listed["graphs"]]}))  # noqa: T201
+        return {"nodes": len(held["nodes"]), "slugs": [one["slug"] for one in listed["graphs"]]}
     finally:
         server.stop()
 
 
+def main() -> None:
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what the package prints is no answer
+    commands = {"attribute": attribute, "score": score, "parse": parse, "serve": serve}
+    for line in sys.stdin:
+        name, *arguments = json.loads(line)
+        try:
+            answer = {"value": commands[name](*arguments)}
+        except Exception:
+            answer = {"error": traceback.format_exc()}
+        answers.write(json.dumps(answer) + "\n")
+        answers.flush()
+
+
 if __name__ == "__main__":
-    {"attribute": attribute, "score": score, "parse": parse, "serve": serve}[sys.argv[1]](*sys.argv[2:])
+    main()

@@ -8,7 +8,9 @@ import json
 import os
 import shutil
 import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -36,18 +38,30 @@ PROMPT = [0, 330, 1421, 12, 260, 402, 93, 12, 77]  # begins with BOS
 OFFLINE = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "2", "PYTHONPATH": ""}
 
 
-def side(*arguments: object) -> str:
-    """Run the other side; its stdout."""
+@pytest.fixture(scope="module")
+def side() -> Iterator[Callable[..., Any]]:
+    """``side("parse", path)`` is what the other side answers: one process for all, which imports its packages once."""
     script = Path(__file__).with_name("circuit_tracer_side.py")
-    done = subprocess.run(
-        [str(PYTHON), str(script), *map(str, arguments)],
-        capture_output=True,
+    with subprocess.Popen(
+        [str(PYTHON), str(script)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
         text=True,
         env={**os.environ, **OFFLINE},
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        asked, answers = process.stdin, process.stdout
+
+        def ask(*command: object) -> Any:
+            asked.write(json.dumps(list(map(str, command))) + "\n")
+            asked.flush()
+            answer = json.loads(answers.readline() or '{"error": "it has ended"}')
+            assert "error" not in answer, answer["error"]
+            return answer["value"]
+
+        yield ask
+        asked.close()
 
 
 def export(dictionaries: list[Dictionary], folder: Path, where: Path) -> None:
@@ -81,7 +95,9 @@ def in_its_order(graph: Graph) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("kind", ["plain", "skip", "clt"])
-def test_f51_its_adjacency_from_the_same_transcoders_is_ours(tmp_path: Path, old_model: Path, kind: str) -> None:
+def test_f51_its_adjacency_from_the_same_transcoders_is_ours(
+    tmp_path: Path, old_model: Path, side: Callable[..., Any], kind: str
+) -> None:
     """The prompt is given as ids, since it takes an id of 0 for no BOS."""
     made: list[Dictionary] = [bundled_transcoder(layer, skip=kind == "skip", threshold=0.8) for layer in range(4)]
     if kind == "clt":
@@ -112,7 +128,7 @@ def graph() -> AttributionGraph:
 
 @pytest.mark.parametrize(("node_share", "edge_share"), [(0.8, 0.98), (0.5, 0.9), (0.95, 0.99), (0.0, 0.5)])
 def test_f36_scores_and_masks_are_its_own_on_one_matrix(
-    tmp_path: Path, graph: Graph, node_share: float, edge_share: float
+    tmp_path: Path, graph: Graph, side: Callable[..., Any], node_share: float, edge_share: float
 ) -> None:
     square = in_its_order(graph)
     num_features, n = graph.columns.num_features, len(graph.logits)
@@ -153,14 +169,16 @@ def test_f36_scores_and_masks_are_its_own_on_one_matrix(
 
 
 @pytest.mark.parametrize("has_lorsa", [False, True])
-def test_f40_its_models_and_its_server_read_our_files(tmp_path: Path, graph: AttributionGraph, has_lorsa: bool) -> None:
+def test_f40_its_models_and_its_server_read_our_files(
+    tmp_path: Path, graph: AttributionGraph, side: Callable[..., Any], has_lorsa: bool
+) -> None:
     if has_lorsa:
         made: list[Dictionary] = [bundled_transcoder(layer, threshold=0.8) for layer in range(4)]
         graph = trace("bundled", [*made, bundled_lorsa(1)], TEXT)
     graph.prune(0.95).save(tmp_path / "out")
     shown = json.loads((tmp_path / "out" / "graph.json").read_text())
-    parsed = json.loads(side("parse", tmp_path / "out" / "graph.json"))
+    parsed = side("parse", tmp_path / "out" / "graph.json")
     assert ("lorsa" in {node["feature_type"] for node in shown["nodes"]}) == has_lorsa
     assert parsed == {"nodes": len(shown["nodes"]), "unique": len(shown["nodes"]), "links": len(shown["links"])}
-    served = json.loads(side("serve", tmp_path / "out", "graph"))
+    served = side("serve", tmp_path / "out", "graph")
     assert served == {"nodes": len(shown["nodes"]), "slugs": ["graph"]}

@@ -95,5 +95,6 @@ def test_the_wheel_in_an_empty_environment_does_the_demo_in_another_folder(dist:
     assert "load('runs/debug/sae')" in checked([granary, "eval", "debug=tiny_eval"], work)
     checked([granary, "inspect", "name=debug", "contexts=2"], work)
     read = "load('runs/debug/sae'); Latents.open('runs/debug/latents').top(7, 1)"
-    checked([python, "-c", f"from granary import Latents, load; {read}"], work)
+    # Where Python itself would take the folder's ``shared``, Granary refuses to begin: -P leaves the folder out.
+    checked([python, "-P", "-c", f"from granary import Latents, load; {read}"], work)
     assert (work / "runs/debug/report.html").is_file()

@@ -1,8 +1,5 @@
 """Harvest, training, verify and evaluation on s3:// through the command lines, the server dying in between."""
 
-import os
-import subprocess
-import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -44,22 +41,17 @@ def everything(io):
     return {key: io.get(key) for key in io.listing()}
 
 
-def stage(module: str, *arguments: str, status: int = 0) -> str:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [sys.executable, "-m", module, *arguments], env=environment, capture_output=True, text=True,
-        timeout=300, check=False,
-    )  # fmt: skip
-    assert done.returncode == status, done.stderr
-    return done.stdout + done.stderr
-
-
 def on_s3(harvester: Harvester, url: str, **changes: object) -> list[str]:
     arguments = harvester.arguments(**SETTINGS, **changes)
     return [f"store.url={url}" if argument.startswith("store.url=") else argument for argument in arguments]
 
 
 def test_every_stage_by_command(harvester: Harvester, local: Store, bucket: str, tmp_path: Path) -> None:
+    def stage(module: str, *arguments: str, status: int = 0) -> str:
+        done = harvester.server.run(module, *arguments)
+        assert done.code == status, done.stderr
+        return done.stdout + done.stderr
+
     url = f"s3://{bucket}/stages/store"
     stage("stage_harvest", *on_s3(harvester, url))
     assert everything(open_io(url)) == everything(LocalIO(local.url))
@@ -85,25 +77,20 @@ def test_every_stage_by_command(harvester: Harvester, local: Store, bucket: str,
     assert everything(open_io(url)) == everything(LocalIO(local.url))
 
 
-def test_the_server_dies_in_mid_harvest(harvester: Harvester, local: Store, bucket: str, server, tmp_path) -> None:
+def test_the_server_dies_in_mid_harvest(harvester: Harvester, local: Store, bucket: str, server) -> None:
     """kill -9 of the gateway while the harvest's command runs: it waits, goes on, and nothing is lost or doubled."""
     url = f"s3://{bucket}/dying/store"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    with (tmp_path / "log").open("wb") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "stage_harvest", *on_s3(harvester, url)],
-            env=environment, stdout=log, stderr=log,
-        )  # fmt: skip
+    process = harvester.server.start("stage_harvest", *on_s3(harvester, url))
     io, deadline = open_io(url), time.monotonic() + 90
     while len(io.listing("manifest")) < 2:
-        assert process.poll() is None, (tmp_path / "log").read_text()
+        assert process.poll() is None, process.errors
         assert time.monotonic() < deadline
     server.kill()
     time.sleep(1)
     assert process.poll() is None, "the harvest had ended before the server died"
     server.start()
-    assert process.wait(120) == 0, (tmp_path / "log").read_text()
-    assert "trying again" in (tmp_path / "log").read_text()
+    assert process.wait(120) == 0, process.errors
+    assert "trying again" in process.errors
     assert everything(io) == everything(LocalIO(local.url))
     assert verify(url).intact
 
