@@ -155,6 +155,7 @@ def alive_tensors():
         pytest.param("batchtopk", False, marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.parametrize("kernels", ["torch", pytest.param("triton", marks=pytest.mark.slow)], indirect=True)
 @pytest.mark.usefixtures("_few_objects")
 def test_what_a_step_made_is_freed(kernels, activation, pair_gradients):
     """What autograd's nodes hold must not hold them: no collector could find such a circle."""

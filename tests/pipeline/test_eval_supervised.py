@@ -107,6 +107,7 @@ def test_two_processes_give_the_same_figures(
     assert read_report(tmp_path)["supervised"] == report["supervised"]
 
 
+@pytest.mark.slow  # each is scored as alone; tests/pipeline/test_eval_folders.py compares several
 def test_several_are_compared(report: dict[str, Any], study: Path) -> None:
     out = study / "comparison"
     done = run(f"run_dir={out}", f"sae={study / 'saes'}", f"store.url={study / 'store'}", "sae.per_pass=1", *SETTINGS)

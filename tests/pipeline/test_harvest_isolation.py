@@ -129,8 +129,17 @@ def test_a_long_document_does_not_change_its_short_neighbours(harvester: Harvest
     assert worst_row(store, folder, HookPoint(1, "resid_post")) < 1e-3
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize(("family", "keys"), [("gpt2", {}), ("opt", {"ffn_dim": 48}), ("phi", {})])
+@pytest.mark.parametrize(
+    ("family", "keys", "attention"),
+    [
+        ("gpt2", {}, "sdpa"),
+        pytest.param("gpt2", {}, "eager", marks=pytest.mark.slow),
+        ("opt", {"ffn_dim": 48}, "sdpa"),
+        ("opt", {"ffn_dim": 48}, "eager"),
+        ("phi", {}, "sdpa"),
+        pytest.param("phi", {}, "eager", marks=pytest.mark.slow),
+    ],
+)
 def test_models_whose_layers_have_other_names(
     harvester: Harvester, family: str, keys: dict[str, object], attention: str
 ) -> None:

@@ -52,7 +52,7 @@ def train(sae, draw, steps, batch=512, lr=1e-2):
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=[pytest.mark.slow] if name in ("relu", "matryoshka", "gated") else [])
+        pytest.param(name, marks=[pytest.mark.slow] if name in ("relu", "matryoshka", "gated", "jumprelu") else [])
         for name in RECIPES
     ],
 )
