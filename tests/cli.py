@@ -1,15 +1,16 @@
 """Stages' real command lines in child processes that do not pay for the imports again.
 
 A server process imports everything once and forks for each call: the child sees its own arguments, folder, standard
-streams and exit status, as if started by a shell. Several may run at once.
+streams and exit status, as if started by a shell. Several may run at once. All workers of a session have one server.
 """
 
 import copy
+import fcntl
 import itertools
 import json
 import os
 import signal
-import subprocess
+import socket
 import sys
 import time
 from collections.abc import Iterable, Mapping
@@ -34,14 +35,19 @@ STAGES = (
     "tests.stages_ready",
 )
 
-# A call's child is forked by a process that does nothing but wait for it, and writes down how it ended.
+# A call's child is forked by a process that does nothing but wait for it, and writes down how it ended. The server ends
+# when all processes that called it have said so or are gone.
 SERVER = """
-import gc, importlib, json, os, runpy, sys, traceback
+import gc, importlib, json, os, runpy, socket, sys, traceback
 for name in json.loads(sys.argv[1]):
     importlib.import_module(name)
 gc.collect()
 gc.freeze()  # a child's collector would write to every page of what was imported, and copy it
-print("ready", flush=True)
+users = {int(sys.argv[3])}
+listener = socket.socket(socket.AF_UNIX)
+listener.bind(sys.argv[2])
+listener.listen()
+listener.settimeout(1)
 
 def run(call):
     if call["session"]:
@@ -76,20 +82,41 @@ def reap():
     except ChildProcessError:
         pass
 
-for line in sys.stdin:
+def alive(user):
+    try:
+        os.kill(user, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+while users:
     reap()
-    if os.fork():
+    try:
+        connection, _ = listener.accept()
+    except TimeoutError:
+        users = {user for user in users if alive(user)}
         continue
-    call = json.loads(line)
-    child = os.fork()
-    if child == 0:
-        run(call)
-    print(child, flush=True)
+    with connection, connection.makefile("rw") as stream:
+        call = json.loads(stream.readline())
+        users.add(call["user"])
+        if "leaves" in call:
+            users.remove(call["user"])
+            continue
+        if os.fork():
+            continue
+        listener.close()
+        child = os.fork()
+        if child == 0:
+            stream.close()
+            connection.close()
+            run(call)
+        print(child, file=stream)
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     with open(f"{call['files']}.tmp", "w") as file:
         file.write(str(code))
     os.rename(f"{call['files']}.tmp", f"{call['files']}.code")
     os._exit(0)
+os.unlink(sys.argv[2])
 """
 
 
@@ -161,21 +188,30 @@ class Child:
 class ForkServer:
     """A context manager; `run` is ``python -m module arguments...`` in `folder`."""
 
-    def __init__(self, folder: Path, preload: Iterable[str], library: Path | None = None) -> None:
-        """`preload` are modules; `library` is a shared object that comes before libc, in the commands too."""
-        self.folder, self.library = folder, library
+    def __init__(self, folder: Path, address: Path, preload: Iterable[str], library: Path | None = None) -> None:
+        """The server at `address` in the file system, started where there is none.
+
+        `preload` are modules; `library` is a shared object that comes before libc, in the commands too.
+        """
+        self.folder, self.library, self._address = folder, library, address
         self._calls = folder / "calls"
         self._calls.mkdir()
         self._numbers, self._children = itertools.count(), list[Child]()
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", SERVER, json.dumps(list(preload))],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env=environment() | ({} if library is None else {"LD_PRELOAD": str(library)}),
-            cwd=folder,
-            text=True,
-        )
-        assert self._reply() == "ready"
+        with address.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # another worker may be starting it
+            if not address.exists():
+                self._start_server(preload, library)
+
+    def _start_server(self, preload: Iterable[str], library: Path | None) -> None:
+        """Returns when it answers."""
+        arguments = [sys.executable, "-c", SERVER, json.dumps(list(preload)), str(self._address), str(os.getpid())]
+        variables = environment() | ({} if library is None else {"LD_PRELOAD": str(library)})
+        # No Popen, which would warn of a process that outlives this one; and xdist speaks through this one's stdout.
+        silent = [(os.POSIX_SPAWN_OPEN, stream, os.devnull, os.O_RDWR, 0) for stream in (0, 1)]
+        server = os.posix_spawn(sys.executable, arguments, variables, file_actions=silent)
+        while not self._address.exists():
+            assert os.waitpid(server, os.WNOHANG) == (0, 0), "the server ended before it answered"
+            time.sleep(0.02)
 
     def at(self, folder: Path) -> Self:
         """The same server, whose commands run in another folder."""
@@ -197,10 +233,7 @@ class ForkServer:
         call = {"module": module, "arguments": arguments, "folder": str(self.folder), "session": session}
         files = self._calls / str(next(self._numbers))
         call |= {"files": str(files), "environment": environment() | dict(variables or {})}
-        assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps(call) + "\n")
-        self.process.stdin.flush()
-        child = Child(int(self._reply()), files)
+        child = Child(int(self._ask(call)), files)
         self._children.append(child)
         return child
 
@@ -224,9 +257,17 @@ class ForkServer:
                 child.kill()
         return [child.finish() for child in children]
 
-    def _reply(self) -> str:
-        assert self.process.stdout is not None
-        return self.process.stdout.readline().strip()
+    def _ask(self, call: Mapping[str, object]) -> str:
+        with socket.socket(socket.AF_UNIX) as connection:
+            while True:
+                try:
+                    connection.connect(str(self._address))
+                    break
+                except ConnectionRefusedError:  # it is about to listen
+                    time.sleep(0.01)
+            with connection.makefile("rw") as stream:
+                print(json.dumps({**call, "user": os.getpid()}), file=stream, flush=True)
+                return stream.readline().strip()
 
     def __enter__(self) -> Self:
         return self
@@ -234,14 +275,9 @@ class ForkServer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
         for child in self._children:
             child.kill()
-        self.process.kill()
-        self.process.wait()
-        self.process.stdin.close()
-        self.process.stdout.close()
+        self._ask({"leaves": True})
 
 
 def environment() -> dict[str, str]:

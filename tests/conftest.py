@@ -110,8 +110,10 @@ def stages(tmp_path_factory: pytest.TempPathFactory) -> Iterator["ForkServer"]:
     from tests.cli import STAGES, ForkServer
     from tests.disk import failing_disk_library
 
-    folder = tmp_path_factory.mktemp("stages")
-    with ForkServer(folder, STAGES, failing_disk_library(folder)) as server:
+    folder, session = tmp_path_factory.mktemp("stages"), tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        session = session.parent  # of all workers
+    with ForkServer(folder, session / "stages.socket", STAGES, failing_disk_library(folder)) as server:
         yield server
 
 
