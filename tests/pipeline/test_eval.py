@@ -452,7 +452,7 @@ def test_without_the_language_model(world: World, tmp_path: Path, sweep: dict[st
 
 def test_two_hooks_spliced_at_once(world: World, tmp_path: Path) -> None:
     saes = f"[{world.lower},{world.identity}]"
-    done = run(f"run_dir={tmp_path}", f"sae={saes}", f"store.url={world.store}", "joint=true", "report=false")
+    done = run(f"run_dir={tmp_path}", f"sae={saes}", f"store.url={world.store}", "joint=true")
     assert done.returncode == 0, done.stderr
     joint = json.loads((tmp_path / "comparison.json").read_text())["joint"]
     lower = read_report(world.lower)
