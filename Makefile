@@ -103,10 +103,10 @@ docs: setup ## the documentation and the Python reference as a site in build/sit
 	@$(BIN)/python -c 'import latex2mathml, material, mkdocstrings_handlers' 2>/dev/null || $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev,docs]'
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
 
-# Three workers for two cores, one thread each: they wait for the disk, for sockets and for one another a third of the time.
+# Two workers, one thread each; a third gains nothing on two cores.
 # Bytecode is kept whatever the user's environment says: the tests start hundreds of processes.
 PYTEST_ALONE := OMP_NUM_THREADS=1 env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -m pytest -q
-PYTEST := $(PYTEST_ALONE) -n 3 --dist loadfile
+PYTEST := $(PYTEST_ALONE) -n 2 --dist loadfile
 
 test: setup ## the default tests, in a random order; ARGS=--randomly-seed=N repeats one
 	@$(PYTEST) -m "not slow and not gpu and not s3 and not cluster and not peers and not quantised and not browser and not notebooks and not release" $(ARGS)

@@ -44,8 +44,8 @@ CASES = {
     "no auxk": {"auxk_alpha": 0.0},
     "another loss": {"own_loss": True},
 }
-RUNS = [("torch", name) for name in CASES] + [("triton", "plain")]
-RUNS.append(pytest.param("triton", "multi-topk", marks=pytest.mark.slow))
+RUNS = [("torch", name) for name in CASES]
+RUNS += [pytest.param("triton", name, marks=pytest.mark.slow) for name in ("plain", "multi-topk")]
 
 
 @pytest.mark.parametrize(("kernels", "case"), RUNS, indirect=["kernels"])

@@ -46,6 +46,7 @@ def content(folder: Path) -> tuple[Any, ...]:
     return sorted(told), sorted(scores)
 
 
+@pytest.mark.slow
 def test_kill_anywhere(stages: ForkServer, tmp_path: Path) -> None:
     for name in ("whole", "killed"):
         synthetic_latents(tmp_path / name, 4, top=20, sample=60, num_windows=1536)

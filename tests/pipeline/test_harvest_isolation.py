@@ -97,7 +97,10 @@ def worst_row(store: Store, folder: Path, hook: HookPoint) -> float:
     return worst
 
 
-@pytest.mark.parametrize("family", LEAKING)
+@pytest.mark.parametrize(
+    "family",
+    [pytest.param(name, marks=pytest.mark.slow if name == "granitemoehybrid" else ()) for name in LEAKING],
+)
 def test_a_model_that_leaks_is_refused_and_harvested_separately(harvester: Harvester, family: str) -> None:
     folder = model(harvester, family, **LEAKING[family])
     changes: dict[str, Any] = {"model": folder, "packing__seq_len": 128, "store__heldout_fraction": 0}

@@ -24,7 +24,7 @@ from stage_train.state.lock import only_run_in
 from tests.cli import ForkServer
 
 TIMES = {"tokens_per_s", "wait_share"}
-KILLS = 6
+KILLS = 4
 RECORD_BYTES = 32 + 16 * 12 * 4
 COMMON = ["sae.k=3", "sae.expansion=8", "stream.batch_size=16", "sae.dead_after_tokens=500", "logger.every=10"]
 COMMON += ["checkpoint.every=25", "checkpoint.keep=2", "logger.progress=false", "logger.curves=false"]

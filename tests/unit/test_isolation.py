@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests import isolation
 
 HOSTILE = {"RANK": "3", "WANDB_MODE": "online", "GRANARY_TUNING": "/elsewhere", "COLUMNS": "20", "HF_TOKEN": "mine"}
@@ -31,6 +33,7 @@ def test_a_third_writes_into_the_checkout():
 """
 
 
+@pytest.mark.slow  # a session of its own; each session of the default tests checks what it leaves itself
 def test_a_session_reads_nothing_of_the_users_and_fails_when_it_leaves_files(tmp_path: Path) -> None:
     (tmp_path / "tests").mkdir()
     for name in ("composing.py", "conftest.py", "isolation.py"):

@@ -43,6 +43,7 @@ def test_ranks_find_one_another(tmp_path: Path) -> None:
     assert done.stdout == "sum 3 of 2\n"
 
 
+@pytest.mark.slow
 def test_a_shared_fault_is_told_once(tmp_path: Path) -> None:
     done = launch(FAILING, tmp_path)
     assert done.returncode == 2

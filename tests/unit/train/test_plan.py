@@ -254,9 +254,10 @@ def test_the_table_names_peak_total_and_what_is_assumed(server: ForkServer) -> N
 @pytest.mark.parametrize(
     ("overrides", "line"),
     [
-        (
+        pytest.param(
             [*LARGE, "memory_gib=0.3", "device.name=cuda"],
             r"a rank needs \d+.* memory_gib=0\.3 .*: parallel.layout=latent takes",
+            marks=pytest.mark.slow,
         ),
         pytest.param(
             [*LARGE, "sae.d_latent=8192", "memory_gib=0.01", "device.name=cuda"],
