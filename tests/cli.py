@@ -13,8 +13,8 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -99,8 +99,11 @@ while users:
     with connection, connection.makefile("rw") as stream:
         call = json.loads(stream.readline())
         users.add(call["user"])
-        if "leaves" in call:
+        if call.get("leaves"):
             users.remove(call["user"])
+            if not users:
+                os.unlink(sys.argv[2])  # before the answer: whoever comes next starts another
+        if "leaves" in call:
             continue
         if os.fork():
             continue
@@ -116,7 +119,8 @@ while users:
         file.write(str(code))
     os.rename(f"{call['files']}.tmp", f"{call['files']}.code")
     os._exit(0)
-os.unlink(sys.argv[2])
+if os.path.exists(sys.argv[2]):
+    os.unlink(sys.argv[2])
 """
 
 
@@ -197,10 +201,17 @@ class ForkServer:
         self._calls = folder / "calls"
         self._calls.mkdir()
         self._numbers, self._children = itertools.count(), list[Child]()
-        with address.with_suffix(".lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # another worker may be starting it
+        with self._locked():
             if not address.exists():
                 self._start_server(preload, library)
+            self._ask({"leaves": False})  # it stays for us, even if its starter ends before our first call
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        """No other worker starts the server or leaves it meanwhile."""
+        with self._address.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
 
     def _start_server(self, preload: Iterable[str], library: Path | None) -> None:
         """Returns when it answers."""
@@ -259,12 +270,10 @@ class ForkServer:
 
     def _ask(self, call: Mapping[str, object]) -> str:
         with socket.socket(socket.AF_UNIX) as connection:
-            while True:
-                try:
-                    connection.connect(str(self._address))
-                    break
-                except ConnectionRefusedError:  # it is about to listen
-                    time.sleep(0.01)
+            deadline = time.monotonic() + 10
+            while connection.connect_ex(str(self._address)):  # it is about to listen
+                assert time.monotonic() < deadline, "the server is gone"
+                time.sleep(0.01)
             with connection.makefile("rw") as stream:
                 print(json.dumps({**call, "user": os.getpid()}), file=stream, flush=True)
                 return stream.readline().strip()
@@ -277,7 +286,8 @@ class ForkServer:
     ) -> None:
         for child in self._children:
             child.kill()
-        self._ask({"leaves": True})
+        with self._locked():
+            self._ask({"leaves": True})
 
 
 def environment() -> dict[str, str]:
