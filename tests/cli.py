@@ -20,8 +20,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from torch.distributed import TCPStore
-
 REPOSITORY = Path(__file__).resolve().parent.parent
 # What the three stages import before they begin to work.
 STAGES = (
@@ -250,6 +248,8 @@ class ForkServer:
 
     def ranks(self, size: int, module: str, *arguments: str) -> list[Result]:
         """Run a module or script in processes that meet as torchrun's do, to their ends; one that fails ends all."""
+        from torch.distributed import TCPStore  # here: processes that the tests spawn import this module
+
         meeting = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         variables = {
             "MASTER_ADDR": "127.0.0.1",

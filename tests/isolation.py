@@ -63,11 +63,18 @@ def begin() -> None:
     os.environ |= places_of_session
     os.environ["PYTHONPATH"] = str(REPOSITORY)
     os.environ["HF_HUB_OFFLINE"] = "1"
+    os.environ.setdefault("PYTEST_SHARED", str(_FOLDER / "session" / "shared"))  # by a session's first process
+    shared_folder().mkdir(parents=True, exist_ok=True)
     # It holds a list of the machine's fonts, which takes a second to make: once per session, not per process.
     os.environ["MPLCONFIGDIR"] = str(_FOLDER / "session" / "matplotlib")
 
     # Twenty thousand waits for the disk, of 2 ms each: no test loses power, and what a killed process wrote stays.
     os.fsync = os.fdatasync = lambda fd: None
+
+
+def shared_folder() -> Path:
+    """One folder for all processes of a session of tests."""
+    return Path(os.environ["PYTEST_SHARED"])
 
 
 def end() -> None:
