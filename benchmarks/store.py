@@ -31,7 +31,7 @@ from records import print_result
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from shared.store import Store
-from shared.store.buffers import bits_of, byte_view
+from shared.store.buffers import bits_of, byte_view, empty_to_read, empty_to_write
 from shared.store.format.dtypes import BFloat16Bits
 from shared.store.io.local import LocalIO
 from stage_train.data.stream import StoreSlice, StreamOrder, TokenStream, TrainingData
@@ -53,7 +53,9 @@ class Bench:
         self.plan = self.make_plan("bfloat16", "none")
         self.tokens = synthetic_tokens(self.plan)
         store = Store.create(folder / "seed", self.plan, *self.tokens)
-        self.activations = {hook: rows.bfloat16() for hook, rows in synthetic_shard(store, 0).items()}
+        self.activations = {}
+        for hook, rows in synthetic_shard(store, 0).items():
+            self.activations[hook] = empty_to_write(rows.shape, torch.bfloat16).copy_(rows)
         self.ratios: dict[str, float] = {}
         self.details: dict[str, Any] = {}
 
@@ -170,7 +172,7 @@ def bench_read(bench: Bench) -> None:
     A memmap copy checks nothing; the figures called verified compare every checksum, as training does.
     """
     store = bench.store()
-    out = torch.empty(SHARD, bench.seq_len, D, dtype=torch.bfloat16).fill_(0)
+    out = empty_to_read((SHARD, bench.seq_len, D), torch.bfloat16).fill_(0)
     target = bits_of(out)
     raw = bench.folder / "raw-read"
     raw.mkdir(exist_ok=True)
@@ -210,7 +212,7 @@ def cold_reader(store: Store, threads: int, order: list[int]) -> Callable[[], fl
     slots = iter(range(10**9))
 
     def prepare() -> None:
-        local[next(slots)] = torch.empty(store.seq_len, D, dtype=store.read_dtype).fill_(0)
+        local[next(slots)] = empty_to_read((store.seq_len, D), store.read_dtype).fill_(0)
 
     prepare_all = [prepare() for _ in range(threads)]
     free = list(local.values())
@@ -300,7 +302,7 @@ def bench_zarr(bench: Bench) -> None:
 
     store = bench.store()
     rows = bits_of(bench.activations[HOOK])
-    out = torch.empty(SHARD, bench.seq_len, D, dtype=torch.bfloat16).fill_(0)
+    out = empty_to_read((SHARD, bench.seq_len, D), torch.bfloat16).fill_(0)
     shape = (bench.plan.num_contexts, bench.seq_len, D)
 
     def zarr_write() -> float:

@@ -14,7 +14,7 @@ import torch
 
 from shared.basics.errors import GranaryError
 from shared.launch import commands
-from shared.store.buffers import bits_of, byte_view
+from shared.store.buffers import bits_of, byte_view, empty_to_read
 from shared.store.format import layout
 from shared.store.format.checksum import CRC_BYTES, crc32c
 from shared.store.format.dtypes import scales_per_row, storage_type
@@ -95,7 +95,7 @@ class ContextReader:
         """Lend a tensor, which this thread uses again and again."""
         tensor: torch.Tensor | None = getattr(self._scratch, name, None)
         if tensor is None or tuple(tensor.shape) != shape:
-            tensor = torch.empty(shape, dtype=dtype)
+            tensor = empty_to_read(shape, dtype)
             setattr(self._scratch, name, tensor)
         return tensor
 

@@ -18,6 +18,7 @@ import torch
 from shared.basics.errors import GranaryError
 from shared.launch import commands
 from shared.store.added import AddedIO, additions, check_addition
+from shared.store.buffers import empty_to_read
 from shared.store.format import layout
 from shared.store.format.dtypes import storage_type
 from shared.store.format.extent import Extent, is_foreign, put_same, read_extents, write_extent
@@ -370,7 +371,7 @@ class Store:
             return holder.read_context(hook, context, out, verify=verify)
         shape = (self.seq_len, self.plan.hooks[hook])
         if out is None:
-            out = torch.empty(shape, dtype=self.read_dtype)
+            out = empty_to_read(shape, self.read_dtype)
         elif tuple(out.shape) != shape or out.dtype != self.read_dtype or not out.is_contiguous():
             raise read_dtype_error(hook, out, shape, self.read_dtype)
         record = self._record(self.shard_of(int(context)))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from shared.store import Store
+from shared.store.buffers import empty_to_write
 from stage_harvest.progress import HarvestProgress
 
 STAGING_SETS = 2
@@ -40,7 +41,7 @@ class BackgroundWriter:
         self.store = store
         self.wait_seconds = 0.0
         self._free = [
-            {hook: torch.empty((*shape, d), dtype=dtype, pin_memory=pin) for hook, d in store.plan.hooks.items()}
+            {hook: empty_to_write((*shape, d), dtype, pin=pin) for hook, d in store.plan.hooks.items()}
             for _ in range(min(STAGING_SETS, store.plan.num_shards))
         ]
         self._writing: deque[tuple[Future[None], dict[str, Tensor]]] = deque()

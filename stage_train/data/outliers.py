@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from shared.basics.errors import GranaryError
 from shared.parallel import World
 from shared.store import DamagedObjectError, HookStatistics
+from shared.store.buffers import empty_to_read
 from stage_train.data.stores import PinnedStore, combined_statistics
 from stage_train.data.stream import TrainingData
 
@@ -158,7 +159,7 @@ def _search(
     store = part.store
     widths = {site: store.width(site) for site in names}
     found = DroppedRows.none(bounds, widths)
-    contexts = {site: torch.empty(store.seq_len, width, dtype=store.read_dtype) for site, width in widths.items()}
+    contexts = {site: empty_to_read((store.seq_len, width), store.read_dtype) for site, width in widths.items()}
     records = store.committed()
     row, suspects = first_row, []
     for shard in part.shards:

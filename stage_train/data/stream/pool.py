@@ -15,6 +15,7 @@ from typing import ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
+from shared.store.buffers import empty_to_read
 from stage_train.data.stream.data import TrainingData
 
 P = ParamSpec("P")
@@ -48,7 +49,9 @@ class ContextPool:
         self._data = data
         self._seq_len = data.seq_len
         self.rows_SxT_D = {
-            name: torch.empty(slots * self._seq_len, width, dtype=dtype, device=device)
+            name: empty_to_read((slots * self._seq_len, width), dtype)
+            if device.type == "cpu"
+            else torch.empty(slots * self._seq_len, width, dtype=dtype, device=device)
             for name, (width, dtype) in sites.items()
         }
         self._free = list(range(slots - 1, -1, -1))
@@ -112,5 +115,5 @@ class ContextPool:
         buffers: dict[str, Tensor] = self._local.buffers
         if site not in buffers:
             rows = self.rows_SxT_D[site]
-            buffers[site] = torch.empty(self._seq_len, rows.shape[1], dtype=rows.dtype, pin_memory=True)
+            buffers[site] = empty_to_read((self._seq_len, rows.shape[1]), rows.dtype, pin=True)
         return self._local.stream, buffers[site]

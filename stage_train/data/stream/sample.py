@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from shared.store import DamagedObjectError
+from shared.store.buffers import empty_to_read
 from stage_train.data.stream.data import TrainingData
 from stage_train.data.stream.permutation import Purpose, random_order
 
@@ -63,7 +64,7 @@ def _read(
 
     Raises DamagedObjectError where it is not to be skipped, and where there is nothing but damage.
     """
-    contexts = {site: torch.empty(data.seq_len, width, dtype=dtype) for site, (width, dtype) in sites.items()}
+    contexts = {site: empty_to_read((data.seq_len, width), dtype) for site, (width, dtype) in sites.items()}
     found = False
     for number, row in enumerate(rows.tolist()):
         try:
