@@ -29,9 +29,10 @@ def bits_of(tensor: torch.Tensor) -> npt.NDArray[Any]:
 def empty_to_read(shape: Sequence[int], dtype: torch.dtype, *, pin: bool = False) -> torch.Tensor:
     """`torch.empty` on the CPU for contexts that are read from a store: it begins with a page of memory.
 
-    On AMD Zen 3 and 4 the kernel copies at a quarter of its speed to where the address within a page is 1 to 31 bytes
-    above that of the source (https://sourceware.org/bugzilla/show_bug.cgi?id=30994), and each chunk of a shard lies 4
-    bytes further than the one before, behind its checksum. torch.empty begins 64 bytes into a page: 7 of the first 16.
+    On AMD Zen 3 (measured) and 4 (reported) the kernel copies at a quarter of its speed to where the address within a
+    page is 1 to 31 bytes above that of the source (https://sourceware.org/bugzilla/show_bug.cgi?id=30994), and each
+    chunk of a shard lies 4 bytes further than the one before, behind its checksum. torch.empty begins 64 bytes into a
+    page: 7 of a shard's first 16 chunks.
     """
     return _empty_at(0, shape, dtype, pin)
 
