@@ -209,15 +209,7 @@ def bench_read(bench: Bench) -> None:
 
 def cold_reader(store: Store, threads: int, order: list[int]) -> Callable[[], float]:
     """Contexts in an order, cold, by some threads, checksums included."""
-    local: dict[int, torch.Tensor] = {}
-    slots = iter(range(10**9))
-
-    def prepare() -> None:
-        local[next(slots)] = empty_to_read((store.seq_len, D), store.read_dtype).fill_(0)
-
-    prepare_all = [prepare() for _ in range(threads)]
-    free = list(local.values())
-    assert len(prepare_all) == len(free)
+    free = [empty_to_read((store.seq_len, D), store.read_dtype).fill_(0) for _ in range(threads)]
 
     def read(context: int) -> None:
         out = free.pop()

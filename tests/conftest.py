@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported, which some test's imports may do at any time
 
-# Pytest adds its handlers to each of PyTorch's sixty loggers in each of a test's three phases.
+# Pytest adds its handlers to each of PyTorch's forty loggers in each of a test's three phases.
 for logger in logging.Logger.manager.loggerDict.values():
     if isinstance(logger, logging.Logger) and logger.name.startswith("torch"):
         logger.propagate = True

@@ -19,7 +19,7 @@ import torch
 
 from shared.basics.errors import GranaryError
 from shared.launch import commands
-from shared.store.buffers import Buffer, bits_of
+from shared.store.buffers import Buffer, bits_of, empty_to_write
 from shared.store.format import layout
 from shared.store.format.checksum import crc32c
 from shared.store.format.dtypes import convert, scales_per_row, storage_type
@@ -298,8 +298,8 @@ class ShardWriter:
         try:
             buffer = self._spare.pop()
         except IndexError:
-            buffer = torch.empty((T, D), dtype=self.kind.storage)
-        return buffer if tuple(buffer.shape) == (T, D) else torch.empty((T, D), dtype=self.kind.storage)
+            return empty_to_write((T, D), self.kind.storage)
+        return buffer if tuple(buffer.shape) == (T, D) else empty_to_write((T, D), self.kind.storage)
 
     def _require_finite(
         self, x_ND: torch.Tensor, chosen: npt.NDArray[np.bool_], hook: str, context: int, start: int

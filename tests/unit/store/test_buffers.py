@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from shared.store.buffers import PAGE_BYTES, empty_to_read, empty_to_write
+from shared.store.format.checksum import CRC_BYTES
 
-CHUNK_BYTES, CRC_BYTES = 8 * PAGE_BYTES, 4
+CHUNK_BYTES = 8 * PAGE_BYTES
 SLOW = range(1, 32)
 
 
