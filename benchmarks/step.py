@@ -4,6 +4,9 @@
     python benchmarks/step.py --shape a --variants
     python benchmarks/step.py --quick
 
+Ours have the environment that our commands set, with pages of 2 MB; the others are as their users start them, or have
+them too with ``--large-pages``.
+
 ``--variants`` times transcoder, crosscoder, CLT, MoLT and Lorsa in place of the peers, each beside what it is held
 against.
 
@@ -27,6 +30,8 @@ from records import RESULTS, Record, append, print_result, processor
 from step_providers import PACKAGES, PEERS, SHAPES, Shape
 from step_variants import RATIOS, VARIANT_PROVIDERS
 
+from shared.launch.stage import LARGE_PAGES
+
 HERE = Path(__file__).resolve().parent
 PEERS_PYTHON = HERE.parent / ".venv-peers" / "bin" / "python"
 
@@ -34,10 +39,12 @@ PEERS_PYTHON = HERE.parent / ".venv-peers" / "bin" / "python"
 class Contender:
     """A worker process and the times of its steps."""
 
-    def __init__(self, name: str, python: str, shape: Shape, threads: int) -> None:
+    def __init__(self, name: str, python: str, shape: Shape, threads: int, large_pages: bool) -> None:
         numbers = [shape.d_model, shape.d_latent, shape.k, shape.batch, threads]
         command = [python, str(HERE / "step_worker.py"), name, *map(str, numbers)]
         environment = os.environ | {"OMP_NUM_THREADS": str(threads), "TRANSFORMERS_VERBOSITY": "error"}
+        if large_pages or name.startswith("granary"):
+            environment |= LARGE_PAGES
         self.name = name
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
@@ -69,9 +76,14 @@ class Contender:
         return statistics.median(self.seconds)
 
 
-def race(names: list[str], shape: Shape, rounds: int, threads: int, peers_python: str) -> list[Contender]:
+def race(
+    names: list[str], shape: Shape, rounds: int, threads: int, peers_python: str, large_pages: bool
+) -> list[Contender]:
     """Step all contenders in turn; the first step of each is not counted."""
-    contenders = [Contender(n, peers_python if n in PEERS else sys.executable, shape, threads) for n in names]
+    contenders = [
+        Contender(name, peers_python if name in PEERS else sys.executable, shape, threads, large_pages)
+        for name in names
+    ]
     for contender in contenders:
         contender.ask("step")
     for _ in range(rounds):
@@ -126,6 +138,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--peers-python", default=PEERS_PYTHON, help="of the environment with the peers")
     parser.add_argument("--only", nargs="*", help="these providers alone")
+    parser.add_argument("--large-pages", action="store_true", help="for all, not for ours alone")
     parser.add_argument("--variants", action="store_true", help="the other kinds of dictionaries, not the peers")
     parser.add_argument("--quick", action="store_true", help="a small shape and few rounds, within a minute")
     parser.add_argument("--record", action="store_true", help=f"append to {RESULTS.name}")
@@ -138,7 +151,7 @@ def main() -> None:
     of_saes = ["gemm", "gemm-onednn", "granary", "granary-bfloat16", "dense", *versions]
     of_variants = ["granary", *VARIANT_PROVIDERS]
     names = options.only or (of_variants if options.variants else of_saes)
-    contenders = race(names, shape, rounds, options.threads, peers_python)
+    contenders = race(names, shape, rounds, options.threads, peers_python, options.large_pages)
     by_name = {contender.name: contender for contender in contenders}
     print(f"{shape}, {options.threads} threads, {processor()}, torch {torch.__version__}; median of {rounds} steps")
     for contender in contenders:
@@ -159,6 +172,7 @@ def main() -> None:
         "seconds": {name: round(contender.median, 4) for name, contender in by_name.items()},
         "peak_mb": {name: round(contender.peak["peak_mb"]) for name, contender in by_name.items()},
         "ratios": ratios,
+        "large_pages": "all" if options.large_pages else "ours",
         "versions": {"torch": torch.__version__, **versions},
     })  # fmt: skip
 

@@ -28,6 +28,10 @@ from shared.launch.overrides import (
 )
 from shared.launch.schema import fill, schema_of
 
+# PyTorch reads it at its first allocation. With pages of 2 MB the kernel clears and maps memory at a fraction of the
+# cost: one fault for 512 of the usual ones. Where Linux lets no program ask for them it changes nothing.
+LARGE_PAGES = {"THP_MEM_ALLOC_ENABLE": "1"}
+
 # Logger, and a part of the message.
 CHATTER = (
     ("submitit", "sacct error"),  # at each poll, where a cluster has no accounting
@@ -49,6 +53,8 @@ def run_stage(task: Callable[[Any], None], config_name: str, afterwards: Callabl
     """
     os.environ["HYDRA_FULL_ERROR"] = "1"  # raise, so that the line below is ours and not Hydra's multi-line one
     os.environ.update(slurm.CHOICE_OF_WARNING)
+    for name, value in LARGE_PAGES.items():
+        os.environ.setdefault(name, value)
     drop_chatter()
 
     def run(cfg: DictConfig) -> None:
