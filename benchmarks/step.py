@@ -39,11 +39,11 @@ PEERS_PYTHON = HERE.parent / ".venv-peers" / "bin" / "python"
 class Contender:
     """A worker process and the times of its steps."""
 
-    def __init__(self, name: str, python: str, shape: Shape, threads: int, large_pages: bool) -> None:
+    def __init__(self, name: str, python: str, shape: Shape, threads: int) -> None:
         numbers = [shape.d_model, shape.d_latent, shape.k, shape.batch, threads]
         command = [python, str(HERE / "step_worker.py"), name, *map(str, numbers)]
         environment = os.environ | {"OMP_NUM_THREADS": str(threads), "TRANSFORMERS_VERBOSITY": "error"}
-        if large_pages or name.startswith("granary"):
+        if name.startswith("granary"):
             environment |= LARGE_PAGES
         self.name = name
         self.process = subprocess.Popen(
@@ -76,14 +76,9 @@ class Contender:
         return statistics.median(self.seconds)
 
 
-def race(
-    names: list[str], shape: Shape, rounds: int, threads: int, peers_python: str, large_pages: bool
-) -> list[Contender]:
+def race(names: list[str], shape: Shape, rounds: int, threads: int, peers_python: str) -> list[Contender]:
     """Step all contenders in turn; the first step of each is not counted."""
-    contenders = [
-        Contender(name, peers_python if name in PEERS else sys.executable, shape, threads, large_pages)
-        for name in names
-    ]
+    contenders = [Contender(n, peers_python if n in PEERS else sys.executable, shape, threads) for n in names]
     for contender in contenders:
         contender.ask("step")
     for _ in range(rounds):
@@ -143,6 +138,8 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a small shape and few rounds, within a minute")
     parser.add_argument("--record", action="store_true", help=f"append to {RESULTS.name}")
     options = parser.parse_args()
+    if options.large_pages:
+        os.environ.update(LARGE_PAGES)  # which every contender inherits
     shape = SHAPES[("quick-variants" if options.variants else "quick") if options.quick else options.shape]
     rounds = min(options.rounds, 3 if options.variants else 5) if options.quick else options.rounds
 
@@ -151,7 +148,7 @@ def main() -> None:
     of_saes = ["gemm", "gemm-onednn", "granary", "granary-bfloat16", "dense", *versions]
     of_variants = ["granary", *VARIANT_PROVIDERS]
     names = options.only or (of_variants if options.variants else of_saes)
-    contenders = race(names, shape, rounds, options.threads, peers_python, options.large_pages)
+    contenders = race(names, shape, rounds, options.threads, peers_python)
     by_name = {contender.name: contender for contender in contenders}
     print(f"{shape}, {options.threads} threads, {processor()}, torch {torch.__version__}; median of {rounds} steps")
     for contender in contenders:

@@ -28,7 +28,7 @@ class _Bfloat16Product(torch.autograd.Function):
         a, b = a_NM.bfloat16(), b_MK.bfloat16()
         ctx.save_for_backward(a, b)
         ctx.dtype = a_NM.dtype
-        return _matmul(a, b).to(ctx.dtype)
+        return matmul(a, b).to(ctx.dtype)
 
     @staticmethod
     @once_differentiable
@@ -37,11 +37,12 @@ class _Bfloat16Product(torch.autograd.Function):
         grad = grad_NK.bfloat16()
         need_a, need_b = ctx.needs_input_grad
         return (
-            _matmul(grad, b.T).to(ctx.dtype) if need_a else None,
-            _matmul(a.T, grad).to(ctx.dtype) if need_b else None,
+            matmul(grad, b.T).to(ctx.dtype) if need_a else None,
+            matmul(a.T, grad).to(ctx.dtype) if need_b else None,
         )
 
 
-def _matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """A product of bfloat16 matrices: float32 on a GPU, which sums in it anyway; a CPU has no such product."""
-    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a @ b
+def matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """A product of matrices: of bfloat16 ones float32 on a GPU, which sums in it anyway; a CPU has no such product."""
+    is_rounded = a.is_cuda and a.dtype == torch.bfloat16
+    return torch.mm(a, b, out_dtype=torch.float32) if is_rounded else a @ b

@@ -11,6 +11,7 @@ from torch.autograd.function import once_differentiable
 from shared.kernels.auxk.leaky import leaky_, through_leaky_
 from shared.kernels.auxk.ranks import DeadRows, LatentRanks
 from shared.kernels.linear import linear
+from shared.kernels.product import matmul
 
 # Elements of one [rows, R] block; a few such blocks are alive at once.
 BLOCK_ELEMENTS = 1 << 24
@@ -47,9 +48,10 @@ class _AuxKError(torch.autograd.Function):
             total += (error.square().sum(1, keepdim=True) / energy).sum()
             grad = (error * (2 / num_rows / energy)).to(dtype)
             dz = through_leaky_(_product(grad, W_dec), z, slope)
-            grads[0] += _row_gradient(dz.to(dtype), centred)
+            # Not `linear`: oneDNN would want copies of both, transposed, which cost more than its faster product saves.
+            grads[0] += matmul(dz.to(dtype).T, centred)
             grads[1] += dz.sum(0, dtype=grads[1].dtype)
-            grads[2] += _row_gradient(z.to(dtype), grad)
+            grads[2] += matmul(z.to(dtype).T, grad)
         ctx.save_for_backward(*grads)
         return total / num_rows
 
@@ -63,15 +65,9 @@ class _AuxKError(torch.autograd.Function):
 def _product(a_NM: torch.Tensor, W_KM: torch.Tensor, b_K: torch.Tensor | None = None) -> torch.Tensor:
     """``a W^T + b``. A GPU gives the float32 sums of a bfloat16 product; rounded, they would tie at the k-th place."""
     if a_NM.is_cuda and a_NM.dtype == torch.bfloat16:
-        z_NK = torch.mm(a_NM, W_KM.T, out_dtype=torch.float32)
+        z_NK = matmul(a_NM, W_KM.T)
         return z_NK if b_K is None else z_NK.add_(b_K)
     return linear(a_NM, W_KM, None if b_K is None else b_K.to(a_NM.dtype))
-
-
-def _row_gradient(z_NR: torch.Tensor, x_ND: torch.Tensor) -> torch.Tensor:
-    """``z^T x``. oneDNN would want copies of both, transposed, which cost more than its faster product saves."""
-    is_rounded = z_NR.is_cuda and z_NR.dtype == torch.bfloat16
-    return torch.mm(z_NR.T, x_ND, out_dtype=torch.float32) if is_rounded else torch.mm(z_NR.T, x_ND)
 
 
 def auxk_error(

@@ -12,7 +12,6 @@ from tests.cli import environment
 
 # The stage is asked for without the command's own module; its task makes a tensor of 256 MB.
 STAGE = """
-import sys
 from pathlib import Path
 from shared.launch.stage import run_stage
 from stage_train.config import register
@@ -23,7 +22,6 @@ def task(cfg):
     print(Path("/proc/self/smaps_rollup").read_text())
 
 register()
-sys.argv[1:] = sys.argv[1:] + ["hydra.run.dir=."]
 run_stage(task, "train")
 """
 LINUX = Path("/sys/kernel/mm/transparent_hugepage/enabled")
@@ -32,8 +30,9 @@ LINUX = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 def large_pages_kb(folder: Path, variables: dict[str, str]) -> int:
     """Kilobytes in pages of 2 MB of a stage with a tensor of 256 MB."""
     done = subprocess.run(
-        [sys.executable, "-c", STAGE], cwd=folder, env=variables, capture_output=True, text=True, check=True
-    )
+        [sys.executable, "-c", STAGE, "hydra.run.dir=."],
+        cwd=folder, env=variables, capture_output=True, text=True, check=True,
+    )  # fmt: skip
     (found,) = re.findall(r"AnonHugePages: +(\d+) kB", done.stdout)
     return int(found)
 
