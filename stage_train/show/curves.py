@@ -18,6 +18,8 @@ PANELS = {
     "wait_share": "share of time waiting for data",
 }
 LOGARITHMIC = {"loss", "fvu", "grad_norm"}
+# Of the panels, in shares: a layout that is searched for draws everything four times, and a sweep draws many.
+PLACES = {"left": 0.05, "right": 0.99, "bottom": 0.08, "top": 0.95, "wspace": 0.26, "hspace": 0.35}
 MOST_POINTS = 4000  # beyond what a picture shows
 SHARES = {"dead_fraction", "wait_share"}
 
@@ -33,9 +35,8 @@ def draw_curves(folder: Path) -> Path | None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(15, 6), layout="constrained")
-    FigureCanvasAgg(figure)
-    for axes, (name, title) in zip(figure.subplots(2, 4).flat, PANELS.items(), strict=True):
+    figure = Figure(figsize=(15, 6), dpi=110)
+    for axes, (name, title) in zip(figure.subplots(2, 4, gridspec_kw=PLACES).flat, PANELS.items(), strict=True):
         axes.plot(values["tokens"], values[name], linewidth=1.2)
         axes.set_title(title)
         axes.set_xlabel("tokens")
@@ -43,7 +44,8 @@ def draw_curves(folder: Path) -> Path | None:
         _scale(axes, name, values[name])
     path = RunFolder(folder).curves
     with replacing(path) as file:
-        figure.savefig(file, dpi=110, format="png")
+        canvas: Any = FigureCanvasAgg(figure)
+        canvas.print_png(file)
     return path
 
 
@@ -59,8 +61,11 @@ def _scale(axes: Any, name: str, values: list[float]) -> None:
         axes.yaxis.set_major_formatter(StrMethodFormatter("{x:.3g}"))
         axes.yaxis.set_minor_formatter(NullFormatter())
         return
-    axes.set_ylim(0, 1.1 * max(values) or 0.01)
+    least = 0.01 if name in SHARES else 0.0
+    axes.set_ylim(0, max(1.1 * max(values), least) or 0.01)
     if name in SHARES:
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     elif name == "tokens_per_s":
         axes.yaxis.set_major_formatter(EngFormatter(sep=""))
+    elif name == "lr":
+        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:.3g}"))
