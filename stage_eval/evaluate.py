@@ -171,10 +171,9 @@ def measure(
     """Evaluate SAEs that are in memory together, and add what is found to `results`."""
     loaded = [folder.loaded(session.world.device) for folder in folders]
     conditions = conditions_for(loaded, session) if model is not None else []
-    if model is not None:
-        check_splices(model, conditions)
+    depths = check_splices(model, conditions) if model is not None else set()
     sums, described, diffs = reconstruction_pass(loaded, session)
-    losses = downstream_pass(model, conditions, session) if model is not None else None
+    losses = downstream_pass(model, conditions, session, depths) if model is not None else None
     supervised = [] if labelled is None else labelled.figures(loaded, session)
     if not session.world.is_main:
         return

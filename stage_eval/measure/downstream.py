@@ -7,9 +7,11 @@ Legend: B contexts in a batch, T positions of a context, N scored (predicting) p
 D width of a site, C evaluated contexts, Q conditions, G groups of a breakdown.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
+from functools import partial
+from itertools import chain
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +24,7 @@ from shared.kernels import add_at
 from shared.lm import packed_inputs, splice_through
 from shared.lm.next_token import VocabularyHead, score_next_tokens
 from shared.lm.packed import document_length
+from shared.lm.replay import Kept, is_exact, keeping, layers_before, replaying
 from shared.lm.targets import point_of
 from shared.sae.contexts import Contexts, Given, as_attended
 from shared.sae.sites import Sites
@@ -54,6 +57,12 @@ class Condition:
 
     name: str
     splices: tuple[Splice, ...] = ()
+
+    @property
+    def depth(self) -> int:
+        """How many of the model's first layers run as in a clean forward, whatever is read of them or replaced."""
+        sites = chain.from_iterable((*splice.sites.reads, *splice.sites.writes) for splice in self.splices)
+        return layers_before(map(point_of, sites))
 
 
 @dataclass(frozen=True)
@@ -164,25 +173,48 @@ def run_conditions(
     conditions: Sequence[Condition],
     sums: DownstreamSums,
     rows: Rows,
+    depths: Collection[int] = (),
 ) -> None:
-    """Run the batch under every condition and add its scores; `rows` describes the scored positions in row order."""
-    hidden_QND = [final_hidden(model, batch, condition) for condition in conditions]
+    """Run the batch under every condition and add its scores; `rows` describes the scored positions in row order.
+
+    The first condition is clean. What it makes of the first layers, as many as one of `depths` says, is what other
+    conditions that leave these alone begin with.
+    """
+    trunk = Trunk(model, batch, depths)
+    hidden_QND = [trunk.final_hidden(condition) for condition in conditions]
     labels_BT = batch.tokens_BT.roll(-1, dims=1)
     scores = score_next_tokens(head, hidden_QND, labels_BT[batch.scored_BT])
     sums.add(scores.cross_entropy_QN, scores.kl_QN, scores.agrees_QN, rows)
 
 
-def final_hidden(model: PreTrainedModel, batch: Batch, condition: Condition) -> Tensor:
-    """Hidden states [N, D] after the final norm at the scored positions, the condition's replacements in place."""
-    hidden = []
-    for part in batch.forwards():
+class Trunk:
+    """Forwards of one batch through the layers, up to the vocabulary; those that differ late begin late."""
+
+    def __init__(self, model: PreTrainedModel, batch: Batch, depths: Collection[int] = ()) -> None:
+        self.model, self.depths = model, frozenset(depths) - {0}
+        self.parts: list[tuple[Batch, Kept]] = [(part, {}) for part in batch.forwards()]
+
+    def final_hidden(self, condition: Condition) -> Tensor:
+        """Hidden states [N, D] after the final norm at the scored positions, the condition's replacements in place."""
+        return torch.cat([self._forward(condition, part, kept) for part, kept in self.parts])
+
+    def _forward(self, condition: Condition, part: Batch, kept: Kept) -> Tensor:
         with ExitStack() as stack:
             for splice in condition.splices:
-                stack.enter_context(spliced(model, splice, part))
-            inputs = packed_inputs(model, part.tokens_BT, part.segments_BT, isolated=part.packing == "isolated")
-            output = model.base_model(**inputs)
-        hidden.append(output.last_hidden_state[part.scored_BT])
-    return torch.cat(hidden)
+                stack.enter_context(spliced(self.model, splice, part))
+            if not condition.splices:
+                stack.enter_context(keeping(self.model, self.depths, kept))
+            elif condition.depth in kept:
+                stack.enter_context(replaying(self.model, condition.depth, kept[condition.depth]))
+            inputs = packed_inputs(self.model, part.tokens_BT, part.segments_BT, isolated=part.packing == "isolated")
+            output = self.model.base_model(**inputs)
+        hidden_ND: Tensor = output.last_hidden_state[part.scored_BT]
+        return hidden_ND
+
+
+def final_hidden(model: PreTrainedModel, batch: Batch, condition: Condition) -> Tensor:
+    """Hidden states [N, D] after the final norm at the scored positions, the condition's replacements in place."""
+    return Trunk(model, batch).final_hidden(condition)
 
 
 def spliced(model: PreTrainedModel, splice: Splice, batch: Batch) -> AbstractContextManager[None]:
@@ -204,20 +236,27 @@ def spliced(model: PreTrainedModel, splice: Splice, batch: Batch) -> AbstractCon
     )
 
 
-def check_splices(model: PreTrainedModel, conditions: Sequence[Condition]) -> None:
+def check_splices(model: PreTrainedModel, conditions: Sequence[Condition]) -> set[int]:
     """Run every condition on one token, so that a splice which can't work is told before any long work.
 
-    Raises GranaryError for a site that the model lacks, that is read after it was needed, or that does not run.
+    Returns behind how many layers a forward may begin, for it gave the same there as a whole one, bit for bit. Raises
+    GranaryError for a site that the model lacks, that is read after it was needed, or that does not run.
     """
     here_11 = torch.ones(1, 1, dtype=torch.bool, device=model.device)
     probe_11 = here_11.long()
     batch = Batch(probe_11, torch.zeros_like(probe_11), packing="joined", replaced_BT=here_11, scored_BT=here_11)
+    exact = {condition.depth for condition in conditions} - {0}
+    whole, short = Trunk(model, batch), Trunk(model, batch, exact)
     with torch.inference_mode():
+        short.final_hidden(Condition(CLEAN))
         for condition in conditions:
             try:
-                final_hidden(model, batch, condition)
+                expected = whole.final_hidden(condition)
             except GranaryError as error:
                 raise GranaryError(f"{error}; downstream=false scores the reconstruction alone") from None
+            if condition.depth in exact and not is_exact(partial(short.final_hidden, condition), expected):
+                exact.discard(condition.depth)
+    return exact
 
 
 def downstream_figures(sums: DownstreamSums, spliced: str, zero: str, mean: str) -> Downstream:

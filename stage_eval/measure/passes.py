@@ -7,7 +7,7 @@ replaced positions.
 """
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
@@ -133,8 +133,10 @@ def add_tokens(
 
 
 @torch.inference_mode()
-def downstream_pass(model: PreTrainedModel, conditions: Sequence[Condition], session: Session) -> DownstreamSums:
-    """Sums of the next-token scores under every condition."""
+def downstream_pass(
+    model: PreTrainedModel, conditions: Sequence[Condition], session: Session, depths: Collection[int] = ()
+) -> DownstreamSums:
+    """Sums of the next-token scores under every condition; `depths` as ``check_splices`` found them."""
     data, device = session.data, session.world.device
     head = VocabularyHead(model)
     sums = DownstreamSums(
@@ -149,7 +151,7 @@ def downstream_pass(model: PreTrainedModel, conditions: Sequence[Condition], ses
         for start, stop in ranges:
             batch = data.batch(start, stop, session.settings.splice_bos)
             rows = to_device(data.rows(start, batch.scored_BT, label_offset=1), device)
-            run_conditions(model, head, batch.to(device), conditions, sums, rows)
+            run_conditions(model, head, batch.to(device), conditions, sums, rows, depths)
             bar.update((stop - start) * data.tokens_CT.shape[1])
     sums.all_reduce()
     sums.to_cpu()
