@@ -270,8 +270,9 @@ class Bench:
 
     @property
     def peers(self) -> tuple[str, ...]:
-        """Trainers of this kind."""
-        return tuple(CONTENDERS) if self.kind == "sae" else TRANSCODER_TRAINERS
+        """Trainers of this kind, of those that were asked for."""
+        trainers = tuple(CONTENDERS) if self.kind == "sae" else TRANSCODER_TRAINERS
+        return tuple(name for name in trainers if name in self.options.peers)
 
     def best(self, provider: str, seed: int) -> tuple[float, tuple[float, float]]:
         """The rate and the lengths of warm-up and decay with the least FVU on the validation tokens."""
@@ -320,9 +321,12 @@ def ratios(rows: list[dict[str, Any]], seeds: int) -> dict[str, Any]:
             if len(mine) == seeds:
                 means[key], dead[key] = mean(r["fvu"] for r in mine), mean(r["dead"] for r in mine)
         ours = next(key for key in means if key[2] == "granary")
+        found[name := model if kind == "sae" else f"{model} {kind}"] = {"fvu": round(means[ours], 5)}
+        if len(means) == 1:
+            continue
         best = min((key for key in means if key != ours), key=lambda key: means[key])
-        found[model if kind == "sae" else f"{model} {kind}"] = {
-            "fvu": round(means[ours], 5), "best_peer": list(best[2:]), "best_peer_fvu": round(means[best], 5),
+        found[name] |= {
+            "best_peer": list(best[2:]), "best_peer_fvu": round(means[best], 5),
             "fvu_over_best_peer": round(means[ours] / means[best], 4),
             "dead": round(dead[ours], 5), "best_peer_dead": round(dead[best], 5),
         }  # fmt: skip
@@ -334,6 +338,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one model, one seed, defaults only, 80,000 tokens")
     parser.add_argument("--model", choices=SETTINGS, nargs="+", help="default: all whose files are here")
     parser.add_argument("--kind", choices=KINDS, nargs="+", default=KINDS[:1], help="default: sae")
+    parser.add_argument("--peers", choices=CONTENDERS, nargs="*", default=list(CONTENDERS), help="none: ours alone")
     parser.add_argument("--peers-python", default=str(ROOT / ".venv-peers" / "bin" / "python"), metavar="PATH")
     parser.add_argument("--tokens", type=int, default=1_800_000, help="training tokens of each SAE (default 1.8 M)")
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="the grid is searched on the first")
@@ -341,7 +346,7 @@ def main() -> None:
     parser.add_argument("--work", help="folder for stores and runs; default: a temporary one")
     parser.add_argument("--csv", type=Path, help="write the rows there")
     options = parser.parse_args()
-    if not Path(options.peers_python).exists():
+    if options.peers and not Path(options.peers_python).exists():
         sys.exit(f"{options.peers_python} is not there: run `make setup-peers`, or name one with --peers-python")
     options.heldout = 100_000
     models = options.model or [m for m in SETTINGS if m == "bundled" or REALDATA.exists()]

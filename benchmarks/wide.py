@@ -41,7 +41,7 @@ RECIPES: dict[str, Overrides] = {
     "granary-auxk-8x": lambda k, latents, tokens: ["sae.auxk_alpha=0.25"],
     "granary-auxk-wide": lambda k, latents, tokens: [f"sae.auxk_k={latents // 16}"],
     "granary-auxk-early": lambda k, latents, tokens: [f"sae.dead_after_tokens={tokens // 80}"],
-    "granary-slope": lambda k, latents, tokens: ["sae.auxk_slope=0.3"],
+    "granary-no-slope": lambda k, latents, tokens: ["sae.auxk_slope=0.0"],
     "granary-k-falls": lambda k, latents, tokens: [f"schedule.k_start={4 * k}", "schedule.k_warmup=0.2"],
     "granary-batchtopk": lambda k, latents, tokens: ["sae=batchtopk"],
     "granary-half-rate": lambda k, latents, tokens: [f"optim.lr={rate_by_width(latents) / 2}"],

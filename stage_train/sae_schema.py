@@ -14,6 +14,8 @@ from shared.sae.sites import Sites, SiteWidths
 
 # Gao et al. 2024: ten million tokens, in runs of billions. A run of a few million would end before AuxK began.
 MOST_DEAD_AFTER = 10_000_000
+# Latents per dimension from which many die without a slope in AuxK, and that slope (docs/log.md).
+WIDE, WIDE_AUXK_SLOPE = 64, 0.3
 
 
 @dataclass(kw_only=True)
@@ -40,7 +42,9 @@ class SAESchema:
     loss: str = MISSING
     auxk_alpha: float = MISSING
     auxk_k: int | None = MISSING
-    auxk_slope: float = MISSING
+    auxk_slope: float | str = MISSING
+    """Slope below 0 of the ReLU that dead latents go through in AuxK; 0, as Gao et al. 2024: a latent below 0 on every
+    token stays dead; auto: 0.3 from 64 latents per dimension on, where many would, else 0."""
     multi_topk_weight: float = MISSING
     multi_topk_factor: int = MISSING
     penalty: str = MISSING
@@ -76,6 +80,7 @@ class SAESchema:
         given["d_latent"] = d_latent
         given["prefixes"] = self._latents_of_prefixes(d_latent)
         given["dead_after_tokens"] = self._dead_after_tokens(run_tokens)
+        given["auxk_slope"] = self._auxk_slope(d_latent / widths.d_in)
         artefact = {field.name for field in fields(DictionaryConfig)}
         own = {name: value for name, value in given.items() if name in artefact}
         common = {field.name for field in fields(LearningConfig)}
@@ -116,6 +121,17 @@ class SAESchema:
                 "the run, at most 10 M"
             )
         return self.dead_after_tokens
+
+    def _auxk_slope(self, latents_per_dimension: float) -> float:
+        """The number, or what ``auto`` stands for."""
+        if self.auxk_slope == "auto":
+            return WIDE_AUXK_SLOPE if latents_per_dimension >= WIDE else 0.0
+        if isinstance(self.auxk_slope, str):
+            raise GranaryError(
+                f"sae.auxk_slope={self.auxk_slope}: give a number, or auto for {WIDE_AUXK_SLOPE} from {WIDE} latents "
+                "per dimension on and else 0"
+            )
+        return self.auxk_slope
 
     def _latents_of_prefixes(self, d_latent: int) -> tuple[int, ...] | None:
         if self.prefixes is None:

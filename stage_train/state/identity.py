@@ -38,7 +38,7 @@ def shared_keys(config: Mapping[str, Any]) -> dict[str, Any]:
 def changes(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
     """What differs between two identities, one text per key."""
     return [
-        f"{key} was {saved.get(key)}, is {wanted.get(key)}"
+        f"{key} was {saved.get(key, YOUNGER.get(key))}, is {wanted.get(key, YOUNGER.get(key))}"
         for key in sorted(saved.keys() | wanted.keys())
         if saved.get(key) != wanted.get(key)
     ]

@@ -161,6 +161,19 @@ def test_dead_after_tokens_is_a_number_or_auto():
         configs(schema(dead_after_tokens=0), 4)
 
 
+@pytest.mark.parametrize(
+    ("given", "num_latents", "slope"),
+    [("auto", 4 * 63, 0.0), ("auto", 4 * 64, 0.3), (0.0, 4 * 64, 0.0), (0.5, 4, 0.5)],
+)
+def test_auxk_has_a_slope_in_wide_dictionaries(given, num_latents, slope):
+    assert configs(schema(auxk_slope=given, d_latent=num_latents), 4)[1].auxk_slope == slope
+
+
+def test_auxk_slope_is_a_number_or_auto():
+    with pytest.raises(GranaryError, match=r"auxk_slope=wide: give a number, or auto for 0\.3 from 64 latents"):
+        configs(schema(auxk_slope="wide"), 4)
+
+
 def test_prefixes_are_shares_of_the_latents():
     assert configs(schema(prefixes=[0.25, 0.5, 1.0], d_latent=40), 4)[1].prefixes == (10, 20, 40)
     with pytest.raises(GranaryError, match=r"sae.prefixes=\[10.0\]: shares"):

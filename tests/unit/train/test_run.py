@@ -117,6 +117,15 @@ def test_another_configuration_is_refused_by_name(train: Runs) -> None:
     train("a", "logger.every=10", "checkpoint.every=7", "stream.io_threads=2", "stream.prefetch_gib=0")
 
 
+def test_a_run_from_before_a_key_goes_on_as_it_was(train: Runs) -> None:
+    """AuxK had no slope then, and no key for one."""
+    plain = "sae.auxk_slope=0"
+    train.stopped("a", plain, step=5)
+    with pytest.raises(GranaryError, match=r"sae\.auxk_slope was 0\.0, is auto"):
+        train("a")
+    assert_same_weights(train("a", plain), train("b", plain))
+
+
 def test_resume_never_and_must(train: Runs) -> None:
     with pytest.raises(GranaryError, match="no checkpoint in"):
         train("a", "checkpoint.resume=must")
