@@ -42,7 +42,7 @@ class SAESchema:
     loss: str = MISSING
     auxk_alpha: float = MISSING
     auxk_k: int | None = MISSING
-    auxk_slope: float | str = MISSING
+    auxk_slope: int | float | str = MISSING
     """Slope below 0 of the ReLU that dead latents go through in AuxK; 0, as Gao et al. 2024: a latent below 0 on every
     token stays dead; auto: 0.3 from 64 latents per dimension on, where many would, else 0."""
     multi_topk_weight: float = MISSING
@@ -131,7 +131,7 @@ class SAESchema:
                 f"sae.auxk_slope={self.auxk_slope}: give a number, or auto for {WIDE_AUXK_SLOPE} from {WIDE} latents "
                 "per dimension on and else 0"
             )
-        return self.auxk_slope
+        return float(self.auxk_slope)
 
     def _latents_of_prefixes(self, d_latent: int) -> tuple[int, ...] | None:
         if self.prefixes is None:

@@ -110,8 +110,9 @@ def test_schema_has_the_fields_of_the_config():
     del config["expansion"]  # of a config that is open
     assert schema.pop("prefixes") == list[float] | None  # shares of the latents
     assert config.pop("prefixes") == tuple[int, ...] | None
-    assert schema.pop("dead_after_tokens") == int | str  # auto
-    assert config.pop("dead_after_tokens") is int
+    for name, given, number in (("dead_after_tokens", int, int), ("auxk_slope", int | float, float)):
+        assert schema.pop(name) == given | str  # auto
+        assert config.pop(name) is number
     assert schema == config
 
 
