@@ -83,6 +83,8 @@ class Job:
                 spec = RunSpec.resolve(one, stores, self.tokens.data)
                 self.layout.check(spec.dictionary, one)
                 self.specs.append(spec)
+        for spec, start in zip(self.specs, self.starts, strict=True):
+            start.check_slope(spec.learning)
         if self.tokens.blocks is not None:
             self.tokens.blocks.check(self._reader[0], self._stream)
 

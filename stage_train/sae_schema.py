@@ -125,7 +125,7 @@ class SAESchema:
     def _auxk_slope(self, latents_per_dimension: float) -> float:
         """The number, or what ``auto`` stands for."""
         if self.auxk_slope == "auto":
-            return WIDE_AUXK_SLOPE if latents_per_dimension >= WIDE else 0.0
+            return auxk_slope_of(latents_per_dimension)
         if isinstance(self.auxk_slope, str):
             raise GranaryError(
                 f"sae.auxk_slope={self.auxk_slope}: give a number, or auto for {WIDE_AUXK_SLOPE} from {WIDE} latents "
@@ -140,6 +140,11 @@ class SAESchema:
             if not 0 < share <= 1:
                 raise GranaryError(f"sae.prefixes={self.prefixes}: shares of the latents, above 0 and up to 1.0")
         return tuple(max(1, round(share * d_latent)) for share in self.prefixes)
+
+
+def auxk_slope_of(latents_per_dimension: float) -> float:
+    """What ``sae.auxk_slope=auto`` stands for."""
+    return WIDE_AUXK_SLOPE if latents_per_dimension >= WIDE else 0.0
 
 
 def kind_of(name: str) -> type[DictionaryConfig]:

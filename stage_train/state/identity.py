@@ -6,6 +6,7 @@ from typing import Any
 from shared.basics.config import marks
 from shared.basics.errors import GranaryError
 from stage_train.config import TrainSchema
+from stage_train.sae_schema import auxk_slope_of
 
 # What may change between the parts of one run, and what all runs of a job give alike; marked beside the fields.
 FREE = frozenset(key for key, mark in marks(TrainSchema) if not mark.identity)
@@ -26,8 +27,16 @@ LENGTHS = ("schedule.tokens", "schedule.epochs")
 
 
 def identity(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The keys that fix the result, flattened: ``{"optim.lr": 0.001, ...}``; a key that is not known counts."""
-    return {key: value for key, value in flatten(config) if key not in FREE and (key, value) not in YOUNGER.items()}
+    """The keys that fix the result, flattened: ``{"optim.lr": 0.001, ...}``; a key that is not known counts.
+
+    ``sae.auxk_slope=auto`` counts as the number that it stands for, where ``sae.expansion`` says which, and else not:
+    ``Start.check_slope`` compares it where the widths are known.
+    """
+    found = {key: value for key, value in flatten(config) if key not in FREE}
+    if found.get("sae.auxk_slope") == "auto":
+        by_expansion = found.get("sae.d_latent") is None and found.get("sae.expansion") is not None
+        found["sae.auxk_slope"] = auxk_slope_of(found["sae.expansion"]) if by_expansion else YOUNGER["sae.auxk_slope"]
+    return {key: value for key, value in found.items() if (key, value) not in YOUNGER.items()}
 
 
 def shared_keys(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import Any, Self
 from shared.basics.errors import GranaryError
 from shared.basics.run_folder import RunFolder
 from shared.parallel import World
+from shared.sae.learn.config import LearningConfig
 from stage_train.config import Resume, TrainSchema, as_dict
 from stage_train.state.checkpoint import Checkpoints, read_state
 from stage_train.state.identity import changes, check_same_run, identity, is_extension
@@ -27,6 +28,17 @@ class Start:
     """What the checkpoint holds beside tensors."""
     discards: bool = False
     """Whether an earlier run in the folder gives way, once this one makes its first step."""
+
+    def check_slope(self, learning: LearningConfig) -> None:
+        """Raise GranaryError where ``sae.auxk_slope=auto`` stands for another slope than the run was begun with."""
+        if self.checkpoint is None:
+            return
+        begun = self.state.get("sae", {}).get("training", {}).get("auxk_slope", 0.0)
+        if begun != learning.auxk_slope:
+            raise GranaryError(
+                f"{self.checkpoint} is of a run with AuxK's slope at {begun}, not {learning.auxk_slope}: continue it "
+                f"with sae.auxk_slope={begun}, or begin anew with checkpoint.resume=never"
+            )
 
     @classmethod
     def find(cls, cfg: TrainSchema, world: World) -> Self:

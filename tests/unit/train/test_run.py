@@ -118,12 +118,24 @@ def test_another_configuration_is_refused_by_name(train: Runs) -> None:
 
 
 def test_a_run_from_before_a_key_goes_on_as_it_was(train: Runs) -> None:
-    """AuxK had no slope then, and no key for one."""
-    plain = "sae.auxk_slope=0"
-    train.stopped("a", plain, step=5)
-    with pytest.raises(GranaryError, match=r"sae\.auxk_slope was 0\.0, is auto"):
-        train("a")
-    assert_same_weights(train("a", plain), train("b", plain))
+    """AuxK had no slope then, and no key for one: by default a wide dictionary has one now, and others have none."""
+    plain, wide = "sae.auxk_slope=0", "sae.expansion=64"
+    train.stopped("narrow", plain, step=5)
+    assert_same_weights(train("narrow"), train("plain", plain))
+    train.stopped("wide", plain, wide, step=5)
+    with pytest.raises(GranaryError, match=r"sae\.auxk_slope was 0\.0, is 0\.3"):
+        train("wide", wide)
+    assert_same_weights(train("wide", plain, wide), train("wide plain", plain, wide))
+
+
+def test_what_auto_stands_for_is_compared_where_only_the_store_tells(train: Runs) -> None:
+    """A number of latents says nothing of their number per dimension."""
+    wide = "sae.d_latent=2048"
+    train.stopped("a", "sae.auxk_slope=0", wide, step=5)
+    with pytest.raises(GranaryError, match=r"slope at 0\.0, not 0\.3: continue it with sae\.auxk_slope=0\.0"):
+        train("a", wide)
+    train.stopped("b", wide, step=5)
+    assert_same_weights(train("b", wide), train("c", wide))
 
 
 def test_resume_never_and_must(train: Runs) -> None:
