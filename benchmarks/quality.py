@@ -321,7 +321,8 @@ def ratios(rows: list[dict[str, Any]], seeds: int) -> dict[str, Any]:
             if len(mine) == seeds:
                 means[key], dead[key] = mean(r["fvu"] for r in mine), mean(r["dead"] for r in mine)
         ours = next(key for key in means if key[2] == "granary")
-        found[name := model if kind == "sae" else f"{model} {kind}"] = {"fvu": round(means[ours], 5)}
+        name = model if kind == "sae" else f"{model} {kind}"
+        found[name] = {"fvu": round(means[ours], 5)}
         if len(means) == 1:
             continue
         best = min((key for key in means if key != ours), key=lambda key: means[key])

@@ -78,12 +78,11 @@ class Job:
                 sites.append(resolve_sites(one, stores))
         self.tokens = PinnedTokens.choose(cfg, stores, sites, world)
         self.specs: list[RunSpec] = []
-        for one in cfgs:
+        for one, start in zip(cfgs, self.starts, strict=True):
             with self.blaming(one.out_dir):
                 spec = RunSpec.resolve(one, stores, self.tokens.data)
                 self.layout.check(spec.dictionary, one)
                 self.specs.append(spec)
-        for spec, start in zip(self.specs, self.starts, strict=True):
             start.check_slope(spec.learning)
         if self.tokens.blocks is not None:
             self.tokens.blocks.check(self._reader[0], self._stream)

@@ -5,13 +5,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from shared.lm import capture
 from shared.lm.attention import heads_of, shape_of
 from shared.lm.hookpoint import HookPoint
 from shared.sae import Lorsa
 from shared.sae.sites import Sites, SiteWidths
+from stage_eval.measure.downstream import Batch, Condition, Trunk
 from tests.variants import make
 
 D, F, K, VOCAB, BOS = 16, 40, 5, 50, 1
@@ -40,6 +41,23 @@ def prompt(batch: int = 2, length: int = 7) -> Tensor:
     tokens = torch.randint(2, VOCAB, (batch, length), generator=torch.Generator().manual_seed(2))
     tokens[:, 0] = BOS
     return tokens
+
+
+def packed_batch(packing: str) -> Batch:
+    """Two contexts of documents and padding, whose first token is not replaced."""
+    tokens_BT = torch.randint(3, VOCAB, (2, 11), generator=torch.Generator().manual_seed(3))
+    segments_BT = torch.tensor([[0] * 4 + [1] * 6 + [-1], [0] * 9 + [-1] * 2])
+    if packing == "separate":
+        segments_BT[0, 4:] = -1
+    scored_BT = segments_BT >= 0
+    replaced_BT = scored_BT.clone()
+    replaced_BT[:, 0] = False
+    return Batch(tokens_BT, segments_BT, packing, replaced_BT, scored_BT)
+
+
+def final_hidden(model: PreTrainedModel, run: Batch, condition: Condition) -> Tensor:
+    """Of a whole pass."""
+    return Trunk(model, run).final_hidden(condition)
 
 
 def activation(model: LlamaForCausalLM, hook: str = HOOK, **inputs: Any) -> Tensor:

@@ -35,7 +35,8 @@ def _layers_before(point: Point) -> int:
 
 @contextmanager
 def keeping(model: nn.Module, depths: Collection[int], kept: Kept) -> Iterator[None]:
-    """Within the context each forward puts into `kept` what the layers before each of `depths` made, no copies."""
+    """Within the context each forward puts into `kept` what the first layers made, 1 or more of them, as
+    many as each of `depths` says; no copies."""
     blocks = decoder_blocks(model)
     with ExitStack() as stack:
         for depth in depths:
@@ -43,8 +44,7 @@ def keeping(model: nn.Module, depths: Collection[int], kept: Kept) -> Iterator[N
             def keep(_module: nn.Module, _args: Any, output: Any, depth: int = depth) -> None:
                 kept[depth] = output
 
-            if depth:
-                stack.callback(blocks[depth - 1].register_forward_hook(keep).remove)
+            stack.callback(blocks[depth - 1].register_forward_hook(keep).remove)
         yield
 
 

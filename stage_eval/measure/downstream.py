@@ -173,7 +173,7 @@ def run_conditions(
     conditions: Sequence[Condition],
     sums: DownstreamSums,
     rows: Rows,
-    depths: Collection[int] = (),
+    depths: Collection[int],
 ) -> None:
     """Run the batch under every condition and add its scores; `rows` describes the scored positions in row order.
 
@@ -191,7 +191,7 @@ class Trunk:
     """Forwards of one batch through the layers, up to the vocabulary; those that differ late begin late."""
 
     def __init__(self, model: PreTrainedModel, batch: Batch, depths: Collection[int] = ()) -> None:
-        self.model, self.depths = model, frozenset(depths) - {0}
+        self.model, self.depths = model, depths
         self.parts: list[tuple[Batch, Kept]] = [(part, {}) for part in batch.forwards()]
 
     def final_hidden(self, condition: Condition) -> Tensor:
@@ -199,22 +199,18 @@ class Trunk:
         return torch.cat([self._forward(condition, part, kept) for part, kept in self.parts])
 
     def _forward(self, condition: Condition, part: Batch, kept: Kept) -> Tensor:
+        depth = condition.depth
         with ExitStack() as stack:
             for splice in condition.splices:
                 stack.enter_context(spliced(self.model, splice, part))
             if not condition.splices:
                 stack.enter_context(keeping(self.model, self.depths, kept))
-            elif condition.depth in kept:
-                stack.enter_context(replaying(self.model, condition.depth, kept[condition.depth]))
+            elif depth in kept:
+                stack.enter_context(replaying(self.model, depth, kept[depth]))
             inputs = packed_inputs(self.model, part.tokens_BT, part.segments_BT, isolated=part.packing == "isolated")
             output = self.model.base_model(**inputs)
         hidden_ND: Tensor = output.last_hidden_state[part.scored_BT]
         return hidden_ND
-
-
-def final_hidden(model: PreTrainedModel, batch: Batch, condition: Condition) -> Tensor:
-    """Hidden states [N, D] after the final norm at the scored positions, the condition's replacements in place."""
-    return Trunk(model, batch).final_hidden(condition)
 
 
 def spliced(model: PreTrainedModel, splice: Splice, batch: Batch) -> AbstractContextManager[None]:

@@ -134,7 +134,7 @@ def add_tokens(
 
 @torch.inference_mode()
 def downstream_pass(
-    model: PreTrainedModel, conditions: Sequence[Condition], session: Session, depths: Collection[int] = ()
+    model: PreTrainedModel, conditions: Sequence[Condition], session: Session, depths: Collection[int]
 ) -> DownstreamSums:
     """Sums of the next-token scores under every condition; `depths` as ``check_splices`` found them."""
     data, device = session.data, session.world.device

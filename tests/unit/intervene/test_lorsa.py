@@ -17,10 +17,10 @@ from shared.lm.packed import DOCUMENT_SDPA, segment_positions
 from shared.sae import SAE, Lorsa, SAEConfig
 from shared.sae.contexts import Contexts
 from shared.sae.sites import SiteWidths
-from stage_eval.measure.downstream import Batch, Condition, Splice, final_hidden
+from stage_eval.measure.downstream import Batch, Condition, Splice
 from stage_eval.measure.passes import reconstruct
 from stage_eval.measure.session import Loaded
-from tests.splicing import ATTENTION, BOS, HOOK, D, attention_itself, prompt, tiny_llama
+from tests.splicing import ATTENTION, BOS, HOOK, D, attention_itself, final_hidden, prompt, tiny_llama
 from tests.unit.intervene.test_recomputation import assert_same, batches, gradients, trainable
 from tests.unit.intervene.test_variants import fitted
 

@@ -9,13 +9,12 @@ from shared.lm import capture, packed_inputs
 from shared.lm.hookpoint import HookPoint
 from shared.sae.contexts import Contexts, as_attended
 from shared.sae.sites import SiteWidths
-from stage_eval.measure.downstream import CLEAN, Batch, Condition, Splice, final_hidden
+from stage_eval.measure.downstream import CLEAN, Condition, Splice
 from stage_eval.measure.passes import reconstruct
 from stage_eval.measure.session import Loaded
-from tests.splicing import ATTENTION, D, attention_itself, tiny_llama
+from tests.splicing import ATTENTION, D, attention_itself, final_hidden, packed_batch, tiny_llama
 
 READS, WRITES = (*ATTENTION.reads, *ATTENTION.writes)
-T = 11
 
 
 @pytest.fixture(scope="module")
@@ -23,22 +22,10 @@ def model() -> LlamaForCausalLM:
     return tiny_llama()
 
 
-def batch(packing: str) -> Batch:
-    """Two contexts of documents and padding, whose first token of each document is not replaced."""
-    tokens_BT = torch.randint(3, 50, (2, T), generator=torch.Generator().manual_seed(3))
-    segments_BT = torch.tensor([[0] * 4 + [1] * 6 + [-1], [0] * 9 + [-1] * 2])
-    if packing == "separate":
-        segments_BT[0, 4:] = -1
-    scored_BT = segments_BT >= 0
-    replaced_BT = scored_BT.clone()
-    replaced_BT[:, 0] = False
-    return Batch(tokens_BT, segments_BT, packing, replaced_BT, scored_BT)
-
-
 @torch.no_grad()
 @pytest.mark.parametrize("packing", ["isolated", "joined", "separate"])
 def test_attention_in_its_own_place_changes_nothing(model: LlamaForCausalLM, packing: str) -> None:
-    lorsa, run = attention_itself(model), batch(packing)
+    lorsa, run = attention_itself(model), packed_batch(packing)
     widths = SiteWidths((D,), (D,))
     splice = Splice(ATTENTION, reconstruct(Loaded("lorsa", ATTENTION, widths, lorsa)), widths.writes)
     clean = final_hidden(model, run, Condition(CLEAN))
@@ -51,7 +38,7 @@ def test_attention_in_its_own_place_changes_nothing(model: LlamaForCausalLM, pac
 def test_it_reads_documents_as_the_model_ran_them(model: LlamaForCausalLM) -> None:
     lorsa = attention_itself(model)
     for packing in ("isolated", "joined"):
-        run = batch(packing)
+        run = packed_batch(packing)
         seen: dict[HookPoint, Tensor]
         hooks = [HookPoint.parse(name) for name in (READS, WRITES)]
         with capture(model, hooks) as seen:

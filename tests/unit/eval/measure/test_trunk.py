@@ -10,10 +10,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM, Pre
 
 from shared.sae.contexts import Given
 from shared.sae.sites import Sites
-from stage_eval.measure.downstream import CLEAN, Batch, Condition, Splice, Trunk, check_splices, final_hidden
-from tests.splicing import D, tiny_llama
+from stage_eval.measure.downstream import CLEAN, Condition, Splice, Trunk, check_splices
+from tests.splicing import D, final_hidden, packed_batch, tiny_llama
 
-T, LAYERS = 11, 3
+LAYERS = 3
 SIZES: dict[str, Any] = {
     "vocab_size": 50, "hidden_size": D, "intermediate_size": 24, "num_hidden_layers": LAYERS, "num_attention_heads": 2,
     "num_key_value_heads": 1, "head_dim": 8, "initializer_range": 0.4, "pad_token_id": 0,
@@ -24,18 +24,6 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3": {},
     "gpt2": {"n_embd": D, "n_layer": LAYERS, "n_head": 2, "n_positions": 32, "vocab_size": 50},
 }
-
-
-def batch(packing: str = "isolated") -> Batch:
-    """Two contexts of documents and padding, whose first token is not replaced."""
-    tokens_BT = torch.randint(3, 50, (2, T), generator=torch.Generator().manual_seed(3))
-    segments_BT = torch.tensor([[0] * 4 + [1] * 6 + [-1], [0] * 9 + [-1] * 2])
-    if packing == "separate":
-        segments_BT[0, 4:] = -1
-    scored_BT = segments_BT >= 0
-    replaced_BT = scored_BT.clone()
-    replaced_BT[:, 0] = False
-    return Batch(tokens_BT, segments_BT, packing, replaced_BT, scored_BT)
 
 
 def bent(x: Given) -> Tensor:
@@ -74,7 +62,7 @@ def test_every_pass_ends_as_a_whole_one(model: LlamaForCausalLM, packing: str) -
     assert [one.depth for one in CONDITIONS] == list(CONDITIONS.values())
     depths = check_splices(model, [Condition(CLEAN), *CONDITIONS])
     assert depths == {1, 2, 3}
-    run = batch(packing)
+    run = packed_batch(packing)
     trunk = Trunk(model, run, depths)
     clean = trunk.final_hidden(Condition(CLEAN))
     assert torch.equal(clean, final_hidden(model, run, Condition(CLEAN)))
@@ -92,7 +80,7 @@ def test_the_shared_layers_run_once(model: LlamaForCausalLM) -> None:
         block.mlp.register_forward_hook(lambda *_, number=number: ran.update([number]))
         for number, block in enumerate(model.model.layers)
     ]
-    trunk = Trunk(model, batch(), {1, 2, 3})
+    trunk = Trunk(model, packed_batch("isolated"), {1, 2, 3})
     for one in (Condition(CLEAN), *CONDITIONS):
         trunk.final_hidden(one)
     for handle in handles:
@@ -109,7 +97,7 @@ def test_other_families(family: str) -> None:
     chosen = [condition(f"layers.{layer}.resid_post") for layer in range(LAYERS)]
     depths = check_splices(model, [Condition(CLEAN), *chosen])
     assert depths == {1, 2, 3}
-    trunk = Trunk(model, run := batch("joined"), depths)
+    trunk = Trunk(model, run := packed_batch("joined"), depths)
     trunk.final_hidden(Condition(CLEAN))
     for one in chosen:
         assert torch.equal(trunk.final_hidden(one), final_hidden(model, run, one))
