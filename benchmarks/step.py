@@ -4,8 +4,8 @@
     python benchmarks/step.py --shape a --variants
     python benchmarks/step.py --quick
 
-Ours have the environment that our commands set, with pages of 2 MB; the others are as their users start them, or have
-them too with ``--large-pages``.
+Ours have memory as our stages ask for it (``shared.launch.memory``); the others are as their users start them, or have
+it too with ``--same-memory``.
 
 ``--variants`` times transcoder, crosscoder, CLT, MoLT and Lorsa in place of the peers, each beside what it is held
 against.
@@ -30,7 +30,7 @@ from records import RESULTS, Record, append, print_result, processor
 from step_providers import PACKAGES, PEERS, SHAPES, Shape
 from step_variants import RATIOS, VARIANT_PROVIDERS
 
-from shared.launch.stage import LARGE_PAGES
+from shared.launch.memory import as_environment
 
 HERE = Path(__file__).resolve().parent
 PEERS_PYTHON = HERE.parent / ".venv-peers" / "bin" / "python"
@@ -44,7 +44,7 @@ class Contender:
         command = [python, str(HERE / "step_worker.py"), name, *map(str, numbers)]
         environment = os.environ | {"OMP_NUM_THREADS": str(threads), "TRANSFORMERS_VERBOSITY": "error"}
         if name.startswith("granary"):
-            environment |= LARGE_PAGES
+            environment |= as_environment()
         self.name = name
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
@@ -133,13 +133,13 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--peers-python", default=PEERS_PYTHON, help="of the environment with the peers")
     parser.add_argument("--only", nargs="*", help="these providers alone")
-    parser.add_argument("--large-pages", action="store_true", help="for all, not for ours alone")
+    parser.add_argument("--same-memory", action="store_true", help="for all, not for ours alone")
     parser.add_argument("--variants", action="store_true", help="the other kinds of dictionaries, not the peers")
     parser.add_argument("--quick", action="store_true", help="a small shape and few rounds, within a minute")
     parser.add_argument("--record", action="store_true", help=f"append to {RESULTS.name}")
     options = parser.parse_args()
-    if options.large_pages:
-        os.environ.update(LARGE_PAGES)  # which every contender inherits
+    if options.same_memory:
+        os.environ.update(as_environment())  # which every contender inherits
     shape = SHAPES[("quick-variants" if options.variants else "quick") if options.quick else options.shape]
     rounds = min(options.rounds, 3 if options.variants else 5) if options.quick else options.rounds
 
@@ -169,7 +169,7 @@ def main() -> None:
         "seconds": {name: round(contender.median, 4) for name, contender in by_name.items()},
         "peak_mb": {name: round(contender.peak["peak_mb"]) for name, contender in by_name.items()},
         "ratios": ratios,
-        "large_pages": "all" if options.large_pages else "ours",
+        "memory_as_stages": "all" if options.same_memory else "ours",
         "versions": {"torch": torch.__version__, **versions},
     })  # fmt: skip
 

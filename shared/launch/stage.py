@@ -17,6 +17,7 @@ from shared.basics.display import masked, refuse_password
 from shared.basics.files import write_text
 from shared.launch import slurm
 from shared.launch.counts import expand_counts
+from shared.launch.memory import ask_for_memory
 from shared.launch.orphans import environment_of_child
 from shared.launch.outcome import ending_in_one_line, fail
 from shared.launch.overrides import (
@@ -27,10 +28,6 @@ from shared.launch.overrides import (
     rank_overrides,
 )
 from shared.launch.schema import fill, schema_of
-
-# PyTorch reads it at its first allocation. With pages of 2 MB the kernel clears and maps memory at a fraction of the
-# cost: one fault for 512 of the usual ones. Where Linux lets no program ask for them it changes nothing.
-LARGE_PAGES = {"THP_MEM_ALLOC_ENABLE": "1"}
 
 # Logger, and a part of the message.
 CHATTER = (
@@ -53,8 +50,7 @@ def run_stage(task: Callable[[Any], None], config_name: str, afterwards: Callabl
     """
     os.environ["HYDRA_FULL_ERROR"] = "1"  # raise, so that the line below is ours and not Hydra's multi-line one
     os.environ.update(slurm.CHOICE_OF_WARNING)
-    for name, value in LARGE_PAGES.items():
-        os.environ.setdefault(name, value)
+    ask_for_memory()
     drop_chatter()
 
     def run(cfg: DictConfig) -> None:
