@@ -9,6 +9,7 @@ import torch
 from shared.kernels import AdamStep, Compute, DeadRows, PairGradient, PairOrder, auxk_error, row_grad, take_rows
 from shared.kernels.auxk import blocks
 from shared.kernels.linear import FAST_BFLOAT16
+from shared.kernels.row_update import torch_ as row_update_in_tiles
 from shared.sae.optim import AdamConfig, make_optimiser
 from tests.learning import LearningSAE
 
@@ -77,6 +78,32 @@ def test_no_pair_at_all_is_a_gradient_of_zero(kernels):
     assert torch.equal(state[1], torch.full_like(weight, 0.5))
     assert torch.equal(state[2], torch.full_like(weight, 0.5))
     torch.testing.assert_close(state[0], weight - 0.1)
+
+
+@pytest.mark.parametrize("unit_rows", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_tiles_of_rows_equal_the_whole_gradient(unit_rows, dtype, monkeypatch):
+    """Tiles of 4 of 18 latents, of which some have no pair, some a further row, and the last tile has 2."""
+    rng = torch.Generator().manual_seed(0)
+    monkeypatch.setattr(row_update_in_tiles, "TILE_ELEMENTS", 4 * 6)
+    indices = torch.randint(-1, 14, (7, 3), generator=rng)
+    indices[indices == 5] = 9
+    values, rows = (torch.randn(*shape, generator=rng, dtype=dtype) for shape in ((7, 3), (7, 6)))
+    latents, extra = torch.tensor([17, 3, 4, 16, 5]), torch.randn(5, 6, generator=rng, dtype=dtype)
+    weight = torch.nn.functional.normalize(torch.randn(18, 6, generator=rng, dtype=dtype), dim=1)
+    found = []
+    for kernels in ("reference", "torch"):
+        gradient = PairGradient()
+        gradient.add(values, indices, PairOrder(indices, 18), rows)
+        gradient.add_rows(latents, extra)
+        state = [weight.clone(), weight / 8, weight.square() / 8]
+        square = gradient.squared_norm(weight, kernels=kernels)
+        adam = AdamStep(0.1, (0.8, 0.95), 1e-3, step=3, clip=0.5 / square.sqrt(), unit_rows=unit_rows)
+        gradient.update(*state, adam, kernels=kernels)
+        assert not gradient
+        found.append([square, *state])
+    for actual, truth in zip(*found, strict=True):
+        torch.testing.assert_close(actual, truth)
 
 
 def test_take_rows_hands_its_gradient_over():

@@ -1,12 +1,13 @@
 """A weight's gradient kept as the pairs it is a sum over, and the optimiser's pass that consumes it.
 
-The gradient of [F, D] weights from N * K pairs is as large as the weights. On a GPU it need not exist: the norm for
-clipping and the update each sum a row's pairs in registers, once per step each. There is only the kernel: elsewhere the
-gradient is made by ``row_grad`` and consumed by ``row_update``, which are the kernel's truth too.
+The gradient of [F, D] weights from N * K pairs is as large as the weights. It need not exist: the norm for clipping and
+the update each sum a row's pairs, once per step each, in a GPU's registers or in a CPU's cache. The reference makes it
+by ``row_grad`` and consumes it by ``row_update``.
 
 Shapes: N rows, D d_model, F latents, K picks per row, R rows with a further, dense gradient.
 """
 
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -67,7 +68,8 @@ class PairGradient:
     def squared_norm(self, weight: torch.Tensor, *, kernels: str = "auto") -> torch.Tensor:
         """Sum of the squares of the gradient of `weight` [F, D], a float32 or float64 scalar tensor."""
         if self._fuses(weight, kernels):
-            norm: torch.Tensor = implementation("pair_update", kernels, weight).squared_norm(weight, self._get_walk())
+            module = implementation("pair_update", kernels, weight)
+            norm: torch.Tensor = module.squared_norm(weight, self._get_walk(module))
             return norm
         return torch.linalg.vector_norm(self.dense(weight, kernels)).square()
 
@@ -83,7 +85,7 @@ class PairGradient:
         """``row_update`` with this gradient, which is used up: the object is cleared."""
         if self._fuses(weight, kernels):
             module = implementation("pair_update", kernels, weight)
-            module.pair_update(weight, first, second, adam, self._get_walk())
+            module.pair_update(weight, first, second, adam, self._get_walk(module))
         else:
             row_update(weight, self.dense(weight, kernels), first, second, adam, kernels=kernels)
         self.clear()
@@ -91,19 +93,17 @@ class PairGradient:
     def _fuses(self, weight: torch.Tensor, kernels: str) -> bool:
         # Several terms (Multi-TopK, micro-batches) would need several walks per row: those make the gradient.
         return (
-            resolve(kernels, weight) == "triton"
+            resolve(kernels, weight) != "reference"
             and len(self.terms) == 1
             and len(self.extra) <= 1
             and self._dense_FD is None
         )
 
-    def _get_walk(self) -> Any:
-        """What the kernels read, made once for the norm and the update."""
+    def _get_walk(self, module: ModuleType) -> Any:
+        """What the implementation reads, made once for the norm and the update."""
         if self._walk is None:
-            from shared.kernels.pair_update.triton import make_walk
-
             (coefficients_NK, _, order, rows_ND), (latents_R, extra_RD) = self.terms[0], (*self.extra, (None, None))[0]
-            self._walk = make_walk(coefficients_NK, order, rows_ND, latents_R, extra_RD)
+            self._walk = module.make_walk(coefficients_NK, order, rows_ND, latents_R, extra_RD)
         return self._walk
 
 

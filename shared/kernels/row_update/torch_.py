@@ -8,6 +8,11 @@ from shared.kernels.adam_step import AdamStep
 TILE_ELEMENTS = 1 << 19
 
 
+def tile_rows(weight: torch.Tensor) -> int:
+    """Rows of a tile."""
+    return max(1, TILE_ELEMENTS // weight.shape[1])
+
+
 def row_update(
     weight: torch.Tensor,
     grad: torch.Tensor,
@@ -17,9 +22,9 @@ def row_update(
 ) -> None:
     """See ``shared.kernels.row_update.row_update``."""
     divisor = adam.clip.reciprocal().float()  # the type the fused kernel reads
-    tile_rows = max(1, TILE_ELEMENTS // weight.shape[1]) if adam.unit_rows else max(1, weight.shape[0])
-    for start in range(0, weight.shape[0], tile_rows):
-        tile = slice(start, start + tile_rows)
+    size = tile_rows(weight) if adam.unit_rows else max(1, weight.shape[0])
+    for start in range(0, weight.shape[0], size):
+        tile = slice(start, start + size)
         rows = weight[tile]
         if adam.unit_rows:
             along = (grad[tile] * rows).sum(1, keepdim=True)
