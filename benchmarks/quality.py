@@ -29,9 +29,10 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
-from quality_peers import CONTENDERS, TRANSCODER_TRAINERS, Sides, score_halves
+from quality_peers import CONTENDERS, TRANSCODER_TRAINERS, Sides, score_all
 from records import print_result
 
+from shared.launch.memory import as_environment
 from shared.parallel import World
 from shared.sae.loading import load
 from shared.store import Store
@@ -68,7 +69,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 def run(command: list[str], log: Path) -> None:
     """Run a command of this project or a peer; its output goes to `log`."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    # What our stages ask for by themselves is as good for the peers.
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **as_environment()}
     with log.open("a") as out:
         status = subprocess.run(command, cwd=ROOT, env=environment, stdout=out, stderr=out, check=False).returncode
     if status:
@@ -81,6 +83,8 @@ class Bench:
     def __init__(self, name: str, kind: str, options: argparse.Namespace) -> None:
         self.name, self.kind, self.options = name, kind, options
         self.settings = SETTINGS[name]
+        self.parts = HALVES
+        """Of the store's tokens, those that are scored."""
         self.folder = Path(options.work) / (name if kind == "sae" else f"{name}-mlp")
         self.folder.mkdir(parents=True, exist_ok=True)
         self.rows = self.folder
@@ -106,9 +110,9 @@ class Bench:
             return hook, hook
         return READS, WRITES
 
-    def heldout(self, half: str) -> list[str]:
-        """Files of both sides of a half of the held-out tokens."""
-        return [str(self.folder / f"{half}-{site}.npy") for site in self.sites]
+    def files(self, part: str) -> list[str]:
+        """Files of both sides of one of the `parts`."""
+        return [str(self.folder / f"{part}-{site}.npy") for site in self.sites]
 
     def training(self, seed: int) -> tuple[list[str], Path]:
         """The command that trains this project's dictionary, and the run's folder."""
@@ -139,25 +143,34 @@ class Bench:
                 fired_F[latents.indices[latents.indices >= 0]] = True
                 return dictionary.decode(latents), fired_F
 
-            validation, test = (self.sides(half) for half in HALVES)
-            return {**score_halves(reconstruct, validation, test, 2048), "seconds": seconds}
+            scored = {part: self.sides(part) for part in self.parts}
+            return {**score_all(reconstruct, scored, 2048), "seconds": seconds}
 
         self.row(self.provider, None, None, seed, job, train)
 
-    def sides(self, half: str) -> Sides:
-        """What ``dump_heldout`` wrote."""
-        x_ND, y_ND = (torch.from_numpy(np.load(path)) for path in self.heldout(half))
+    def sides(self, part: str) -> Sides:
+        """What ``dump`` wrote."""
+        x_ND, y_ND = (torch.from_numpy(np.load(path)) for path in self.files(part))
         return x_ND, y_ND
 
     def dump_heldout(self) -> None:
-        """Held-out trainable tokens, float32 [n, d_model]: of the first half of the contexts, and of the second."""
-        store = Store.open(str(self.folder / "store"))
-        contexts = [int(c) for c in store.contexts("heldout")]
+        """Held-out tokens: of the first half of the contexts, and of the second."""
+        contexts = Store.open(str(self.folder / "store")).contexts("heldout")
         middle = len(contexts) // 2
         for half, chosen in zip(HALVES, (contexts[:middle], contexts[middle:]), strict=True):
-            for path, site in zip(self.heldout(half), self.sites, strict=True):
-                parts = [store.read_context(site, c).float()[torch.from_numpy(store.mask([c])[0])] for c in chosen]
-                np.save(path, torch.cat(parts)[: self.options.heldout].numpy())
+            self.dump(half, chosen, self.options.heldout)
+
+    def dump(self, part: str, contexts: np.ndarray, tokens: int) -> None:
+        """The first `tokens` trainable tokens of `contexts`, float32 [n, d_model]."""
+        store = Store.open(str(self.folder / "store"))
+        for path, site in zip(self.files(part), self.sites, strict=True):
+            rows, left = [], tokens
+            for context in map(int, contexts):
+                rows.append(store.read_context(site, context).float()[torch.from_numpy(store.mask([context])[0])])
+                left -= len(rows[-1])
+                if left <= 0:
+                    break
+            np.save(path, torch.cat(rows)[:tokens].numpy())
 
     def training_tokens(self, seed: int) -> dict[str, Path]:
         """Where ``dump_training`` writes each site."""
@@ -202,13 +215,13 @@ class Bench:
 
     def peer(self, provider: str, lr: float | None, lengths: tuple[float, float], seed: int) -> dict[str, Any]:
         """Train a peer in its own process and environment."""
-        width = np.load(self.heldout("test")[0], mmap_mode="r").shape[1]
+        width = np.load(self.files("test")[0], mmap_mode="r").shape[1]
         result = self.rows / f"{provider}-{self.kind}-{seed}-{lr}-{lengths[0]}.out"
         job = {
             "kind": self.kind, "provider": provider, "lr": lr, "seed": seed, "k": self.settings["k"],
             "threads": self.options.threads, "d_latent": round(self.settings["expansion"] * width),
             "tokens": self.options.tokens, "warmup": lengths[0], "decay": lengths[1],
-            "heldout": [self.heldout(half) for half in HALVES], "out": str(result),
+            "scored": {part: self.files(part) for part in self.parts}, "out": str(result),
         }  # fmt: skip
 
         def train() -> dict[str, float]:

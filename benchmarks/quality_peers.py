@@ -3,9 +3,9 @@
     .venv-peers/bin/python benchmarks/quality_peers.py JOB.json
 
 JOB.json: kind (sae, transcoder, skip_transcoder), provider, lr (null: the peer's own recipe), warmup, decay, seed,
-threads, k, d_latent, batch_size, out, train, heldout (validation and test); each of the last is what is read and what
-must be produced, ``.npy``, float32, [tokens, d_model], in training order, one file twice for an SAE. Imports torch,
-numpy and the peer alone.
+threads, k, d_latent, batch_size, out, train, and scored (the parts of ``score_all``); train and each part are what is
+read and what must be produced, ``.npy``, float32, [tokens, d_model], in training order, one file twice for an SAE.
+Imports torch, numpy and the peer alone.
 
 At lr null the peer's optimiser, rate and schedule are its own, with the warm-up cut to the share `warmup` of the run
 where it would not end; at a given lr every peer uses Adam, warmed up over the share `warmup` and decayed linearly,
@@ -26,6 +26,8 @@ import torch
 
 Sides = tuple[torch.Tensor, torch.Tensor]
 """What is read and what must be produced, [N, D] each."""
+Reconstruct = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+"""``Contender.reconstruct``."""
 
 
 class Contender(Protocol):
@@ -174,26 +176,25 @@ TRANSCODER_TRAINERS = ("sparsify",)
 
 
 @torch.no_grad()
-def score(
-    reconstruct: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]], heldout: Sides, chunk: int
-) -> dict[str, float]:
-    """FVU about the mean, and the share of latents that do not fire, on held-out tokens; sums in float64."""
+def score(reconstruct: Reconstruct, sides: Sides, chunk: int) -> dict[str, float]:
+    """FVU about the mean, and the share of latents that do not fire; sums in float64."""
     error, fired_F = 0.0, None
-    for x_ND, y_ND in zip(*(side_ND.split(chunk) for side_ND in heldout), strict=True):
+    for x_ND, y_ND in zip(*(side_ND.split(chunk) for side_ND in sides), strict=True):
         y_hat_ND, now_F = reconstruct(x_ND)
         error += float((y_ND.double() - y_hat_ND.double()).square().sum())
         fired_F = now_F if fired_F is None else fired_F | now_F
-    wanted_ND = heldout[1].double()
+    wanted_ND = sides[1].double()
     variance = float((wanted_ND - wanted_ND.mean(0)).square().sum())
     assert fired_F is not None
     return {"fvu": error / variance, "dead": 1 - float(fired_F.float().mean())}
 
 
-def score_halves(
-    reconstruct: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]], validation: Sides, test: Sides, chunk: int
-) -> dict[str, float]:
-    """``score`` of the test tokens, and the FVU of the validation tokens to choose by."""
-    return {**score(reconstruct, test, chunk), "validation_fvu": score(reconstruct, validation, chunk)["fvu"]}
+def score_all(reconstruct: Reconstruct, scored: dict[str, Sides], chunk: int) -> dict[str, float]:
+    """``score`` of the test tokens, and the FVU of the validation tokens to choose by. If there is a census, which is
+    many training tokens: the share of latents that fire on none of those, ``dead_in_census``."""
+    found = {part: score(reconstruct, sides, chunk) for part, sides in scored.items()}
+    dead = {"dead_in_census": found["census"]["dead"]} if "census" in found else {}
+    return {**found["test"], "validation_fvu": found["validation"]["fvu"], **dead}
 
 
 def main() -> None:
@@ -201,7 +202,6 @@ def main() -> None:
     torch.set_num_threads(job["threads"])
     torch.manual_seed(job["seed"])
     train = [np.load(path, mmap_mode="r") for path in job["train"]]
-    halves = [[np.load(path) for path in sides] for sides in job["heldout"]]
     batch, d = job["batch_size"], train[0].shape[1]
     scales = [d**0.5 / float(np.linalg.norm(side[: 50 * batch], axis=1).mean()) for side in train]
     steps = len(train[0]) // batch
@@ -213,10 +213,11 @@ def main() -> None:
         contender.step(x_ND, y_ND, number)
     contender.finish()
     seconds = time.perf_counter() - start
-    validation, test = (
-        tuple(torch.from_numpy(side * scale) for side, scale in zip(half, scales, strict=True)) for half in halves
-    )
-    result = score_halves(contender.reconstruct, validation, test, batch)
+    scored = {
+        part: tuple(torch.from_numpy(np.load(path) * scale) for path, scale in zip(paths, scales, strict=True))
+        for part, paths in job["scored"].items()
+    }
+    result = score_all(contender.reconstruct, scored, batch)
     Path(job["out"]).write_text(json.dumps({**result, "seconds": seconds}))
 
 

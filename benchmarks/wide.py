@@ -6,8 +6,11 @@
 The long study is days of two cores, so it is made to be stopped: with --work a finished row is kept, and --minutes
 begins no further row after so long. The same command goes on, on any later day. For each number of latents: our recipes
 (``RECIPES``) on every seed, then the peers as in ``quality.py``, at their best of the same grid on the same batches,
-chosen on the validation half. The law takes the first recipe, and the first peer at its best rate for that many
-latents and tokens, on the first seed. Harvested once, from the whole corpus; a longer run passes over it several times.
+chosen on the validation half. With --grid-tokens the grid is searched in runs of so many tokens, and at full length on
+the first seed only its best rate and the next lower one, since longer runs want lower rates. The law takes the first
+recipe, and the first peer at its best rate for that many latents and tokens, on the first seed. Harvested once, from
+the whole corpus; a longer run passes over it several times. ``dead`` is the share of latents that fire on none of
+100,000 held-out tokens, ``dead_in_census`` on none of a million training tokens, with the finished weights.
 """
 
 import argparse
@@ -20,8 +23,9 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+import numpy as np
 from law import Point, draw, fit
-from quality import REALDATA, ROOT, SEEDS, SETTINGS, Bench, groups
+from quality import RATES, REALDATA, ROOT, SEEDS, SETTINGS, Bench, groups
 from quality_peers import CONTENDERS
 from records import print_result
 
@@ -32,8 +36,9 @@ LATENTS, TOKENS = (8192, 16384), 20_000_000
 LAW_LATENTS = (1024, 2048, 4096, 8192, 16384, 32768)
 LAW_TOKENS = (500_000, 2_000_000, 8_000_000, 20_000_000)
 FIGURE = ROOT / "docs" / "images" / "law.png"
-COLUMNS = ("model", "latents", "tokens", "provider", "lr", "warmup", "decay", "seed", "fvu", "dead", "validation_fvu",
-           "seconds")  # fmt: skip
+CENSUS = 1_000_000
+COLUMNS = ("model", "latents", "tokens", "provider", "lr", "warmup", "decay", "seed", "fvu", "dead", "dead_in_census",
+           "validation_fvu", "seconds")  # fmt: skip
 Overrides = Callable[[int, int, int], list[str]]
 """Of k, latents and tokens."""
 RECIPES: dict[str, Overrides] = {
@@ -59,6 +64,7 @@ class Wide(Bench):
     def __init__(self, name: str, recipe: str, latents: int, options: argparse.Namespace) -> None:
         super().__init__(name, "sae", options)
         self.provider, self.latents = recipe, latents
+        self.parts = (*self.parts, "census")
         self.rows = self.folder / f"{latents}-{options.tokens}"
         self.rows.mkdir(exist_ok=True)
         corpus = [f"corpus.contexts={options.contexts or 'null'}"]
@@ -84,6 +90,27 @@ class Wide(Bench):
         found = super().row(provider, *known, in_time)
         found |= {"latents": self.latents, "tokens": self.options.tokens}
         return found
+
+    def dump_census(self) -> None:
+        """Training tokens of contexts from all over the store."""
+        contexts = Store.open(str(self.folder / "store")).contexts("train")
+        self.dump("census", np.random.default_rng(0).permutation(contexts), CENSUS)
+
+    def best(self, provider: str, seed: int) -> tuple[float, tuple[float, float]]:
+        """Of the whole grid, or of the two rates that shorter runs leave."""
+        if self.options.grid_tokens in (None, self.options.tokens):
+            return super().best(provider, seed)
+        short = argparse.Namespace(**{**vars(self.options), "tokens": self.options.grid_tokens})
+        grid = Wide(self.name, self.provider, self.latents, short)
+        try:
+            grid.ours(seed)
+            lr, lengths = grid.best(provider, seed)
+        finally:
+            self.results += grid.results
+        grid.drop_batches(seed)
+        rates = RATES[max(RATES.index(lr) - 1, 0) : RATES.index(lr) + 1]
+        tried = {rate: self.peer(provider, rate, lengths, seed)["validation_fvu"] for rate in reversed(rates)}
+        return min(tried, key=lambda rate: tried[rate]), lengths
 
     def all_peers(self) -> None:
         """Each at its best of the grid on all seeds. Needs our run of each seed, whose batches they see.
@@ -124,10 +151,11 @@ def law(model: str, options: argparse.Namespace, benches: list[Bench]) -> None:
             bench.all_peers()
 
 
-def prepared(bench: Bench) -> Bench:
-    """Its store and held-out tokens are there."""
+def prepared(bench: Wide) -> Wide:
+    """Its store and the tokens that are scored are there."""
     bench.harvest()
     bench.dump_heldout()
+    bench.dump_census()
     return bench
 
 
@@ -151,7 +179,7 @@ def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Means over seeds, each trainer at its best."""
     return [
         {"latents": latents, "tokens": tokens, "provider": provider, "lr": mine[0]["lr"], "seeds": len(mine),
-         "fvu": round(mean(row["fvu"] for row in mine), 5), "dead": round(mean(row["dead"] for row in mine), 4)}
+         **{name: round(mean(row[name] for row in mine), 5) for name in ("fvu", "dead", "dead_in_census")}}
         for (provider, latents, tokens), mine in sorted(best_rows(rows).items(), key=lambda item: item[0][1:])
     ]  # fmt: skip
 
@@ -189,6 +217,7 @@ def main() -> None:
     parser.add_argument("--model", choices=SETTINGS, nargs="+", help="default: all whose files are here")
     parser.add_argument("--latents", type=int, nargs="+", default=LATENTS)
     parser.add_argument("--tokens", type=int, default=TOKENS, help="of each run (default 20 M)")
+    parser.add_argument("--grid-tokens", type=int, help="of the runs by which the peers' rates are chosen")
     parser.add_argument("--law-latents", type=int, nargs="+", default=LAW_LATENTS)
     parser.add_argument("--law-tokens", type=int, nargs="+", default=LAW_TOKENS)
     parser.add_argument("--recipes", choices=RECIPES, nargs="+", default=["granary"])
