@@ -236,9 +236,10 @@ def sparse_reconstruction(
             values_NK, indices_NK, W_dec_FD, b_D, target_ND, weight_D, metric_D, order, compute, sink
         )
         return result
-    error_ND = sparse_decode(values_NK, indices_NK, W_dec_FD, order, compute=compute, sink=sink) + b_D - target_ND
-    metric = (error_ND.detach().square() @ metric_D).mean()
-    return (error_ND.square() @ weight_D).mean(), metric, -error_ND.detach()
+    decoded_ND = sparse_decode(values_NK, indices_NK, W_dec_FD, order, compute=compute, sink=sink)
+    error_ND = decoded_ND.add_(b_D).sub_(target_ND)
+    square_ND = error_ND.square()
+    return (square_ND @ weight_D).mean(), (square_ND.detach() @ metric_D).mean(), -error_ND.detach()
 
 
 def take_rows(weight_FD: torch.Tensor, latents_R: torch.Tensor, sink: PairGradient | None = None) -> torch.Tensor:

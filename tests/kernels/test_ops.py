@@ -82,9 +82,13 @@ def test_encode_topk_in_row_tiles_equals_one_tile(rng, monkeypatch):
     x, W, b = integers(rng, 23, 8), integers(rng, 50, 8), torch.zeros(50, dtype=torch.float64, device=DEVICE)
     whole = encode_topk(x, W, b, 6, compute=Compute("torch"))
     monkeypatch.setattr(bounds, "TILE_ELEMENTS", 4 * 50 + 7)  # 4 rows at a time, 3 in the last
-    tiled = encode_topk(x, W, b, 6, compute=Compute("torch"))
-    assert torch.equal(tiled[0], whole[0])
-    assert torch.equal(tiled[1], whole[1])
+    monkeypatch.setattr(bounds, "LARGE_TILE_ELEMENTS", 6 * 50)
+    for largest, rows in ((W.numel(), 4), (W.numel() - 1, 6)):
+        monkeypatch.setattr(bounds, "LARGE_WEIGHT", largest)
+        assert len(bounds.row_tiles(x, W)[0]) == rows
+        tiled = encode_topk(x, W, b, 6, compute=Compute("torch"))
+        assert torch.equal(tiled[0], whole[0])
+        assert torch.equal(tiled[1], whole[1])
 
 
 @pytest.mark.parametrize("num_latents", [640, 650])  # 650 is no multiple of the group size

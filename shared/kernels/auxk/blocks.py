@@ -44,7 +44,7 @@ class _AuxKError(torch.autograd.Function):
             if num_dead > num_aux:
                 z.masked_fill_(z < ranks.kth_largest(z, num_aux), 0)
             energy = residual.square().sum(1, keepdim=True).clamp_min_(torch.finfo(residual.dtype).tiny)
-            error = ranks.sum_forward(_product(z.to(dtype), W_dec.T).to(residual.dtype)) - residual
+            error = ranks.sum_forward(_product(z.to(dtype), W_dec.T).to(residual.dtype)).sub_(residual)
             total += (error.square().sum(1, keepdim=True) / energy).sum()
             grad = (error * (2 / num_rows / energy)).to(dtype)
             dz = through_leaky_(_product(grad, W_dec), z, slope)

@@ -21,6 +21,8 @@ from shared.kernels.ragged import true_places
 # Elements of one tile of pre-activations. Large enough for the matrix product to run at full speed, small enough that
 # the tile is still in the last-level cache when the selection reads it.
 TILE_ELEMENTS = 1 << 22
+# The same where every tile reads a matrix of so many elements from memory anew: fewer tiles then save more.
+LARGE_TILE_ELEMENTS, LARGE_WEIGHT = 6 << 20, 1 << 24
 # Elements of a tile of rows on their way to bfloat16.
 ROUNDED_ELEMENTS = 1 << 18
 # What is stored in bfloat16 differs from the number that was rounded by at most this part of itself: 8 bits.
@@ -45,9 +47,10 @@ class Bounds:
 
     def tiles(self) -> list[torch.Tensor]:
         """Rows [T] of every tile."""
+        num_latents = self._W_FD.shape[0]
         norm_N, order_N = self._norm_N.sort(descending=True, stable=True)
         _, counts = torch.frexp(norm_N).exponent.unique_consecutive(return_counts=True)
-        return [tile for rows in order_N.split(counts.tolist()) for tile in _tiles(rows, self._W_FD.shape[0])]
+        return [tile for rows in order_N.split(counts.tolist()) for tile in _tiles(rows, num_latents, TILE_ELEMENTS)]
 
     def of(self, rows_T: torch.Tensor) -> torch.Tensor:
         """u [T, F] in bfloat16 with ``z <= u + ROUNDING |u|`` for z in float32; NaN where there is no finite bound."""
@@ -72,7 +75,8 @@ def bounds_apply(x_ND: torch.Tensor) -> bool:
 
 def row_tiles(x_ND: torch.Tensor, W_FD: torch.Tensor) -> list[torch.Tensor]:
     """Rows [T] of every tile, in order."""
-    return _tiles(torch.arange(x_ND.shape[0], device=x_ND.device), W_FD.shape[0])
+    elements = TILE_ELEMENTS if W_FD.numel() <= LARGE_WEIGHT else LARGE_TILE_ELEMENTS
+    return _tiles(torch.arange(x_ND.shape[0], device=x_ND.device), W_FD.shape[0], elements)
 
 
 def pairs_from(
@@ -108,8 +112,8 @@ def exact_values(
     return pair_dots(x_ND, W_FD, rows_P, latents_P) + b_F[latents_P]
 
 
-def _tiles(rows_N: torch.Tensor, num_latents: int) -> list[torch.Tensor]:
-    return list(rows_N.split(max(1, TILE_ELEMENTS // num_latents))) if rows_N.numel() else []
+def _tiles(rows_N: torch.Tensor, num_latents: int, elements: int) -> list[torch.Tensor]:
+    return list(rows_N.split(max(1, elements // num_latents))) if rows_N.numel() else []
 
 
 def _round(rows_RD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
