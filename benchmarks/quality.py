@@ -32,7 +32,7 @@ import yaml
 from quality_peers import CONTENDERS, TRANSCODER_TRAINERS, Sides, score_all
 from records import print_result
 
-from shared.launch.memory import as_environment
+from shared.launch.allocator import as_environment
 from shared.parallel import World
 from shared.sae.loading import load
 from shared.store import Store

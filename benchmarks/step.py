@@ -4,8 +4,8 @@
     python benchmarks/step.py --shape a --variants
     python benchmarks/step.py --quick
 
-Ours have memory as our stages ask for it (``shared.launch.memory``); the others are as their users start them, or have
-it too with ``--same-memory``.
+Ours have memory as our stages ask for it (``shared.launch.allocator``); the others are as their users start them, or
+have it too with ``--same-memory``.
 
 ``--variants`` times transcoder, crosscoder, CLT, MoLT and Lorsa in place of the peers, each beside what it is held
 against.
@@ -30,7 +30,7 @@ from records import RESULTS, Record, append, print_result, processor
 from step_providers import PACKAGES, PEERS, SHAPES, Shape
 from step_variants import RATIOS, VARIANT_PROVIDERS
 
-from shared.launch.memory import as_environment
+from shared.launch.allocator import as_environment
 
 HERE = Path(__file__).resolve().parent
 PEERS_PYTHON = HERE.parent / ".venv-peers" / "bin" / "python"

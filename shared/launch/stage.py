@@ -16,8 +16,8 @@ from omegaconf import DictConfig
 from shared.basics.display import masked, refuse_password
 from shared.basics.files import write_text
 from shared.launch import slurm
+from shared.launch.allocator import ask_for_memory
 from shared.launch.counts import expand_counts
-from shared.launch.memory import ask_for_memory
 from shared.launch.orphans import environment_of_child
 from shared.launch.outcome import ending_in_one_line, fail
 from shared.launch.overrides import (

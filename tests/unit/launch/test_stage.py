@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from shared.launch.memory import LARGE_PAGES, MALLOPT, as_environment
+from shared.launch.allocator import LARGE_PAGES, MALLOPT, as_environment
 from tests.cli import environment
 
 # The stage is asked for without the command's own module; its task makes a tensor of 256 MB, then many small ones.
