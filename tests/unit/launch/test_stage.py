@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from shared.launch.allocator import LARGE_PAGES, MALLOPT, as_environment
+from shared.launch.allocator import MALLOPT, as_environment, is_chosen_by_user
 from tests.cli import environment
 
-# The stage is asked for without the command's own module; its task makes a tensor of 256 MB, then many small ones.
+# The stage is asked for without the command's own module; its task makes a tensor of 256 MB, then many of 16.
 STAGE = """
 import resource
 from pathlib import Path
@@ -35,42 +35,47 @@ LINUX = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 UNSET = {name: value for name, value in environment().items() if name not in as_environment()}
 
 
-def of_stage(pattern: str, folder: Path, variables: dict[str, str]) -> int:
-    """The number that the stage's task tells of itself."""
+def memory_of_stage(folder: Path, variables: dict[str, str]) -> tuple[int, int]:
+    """Kilobytes in pages of 2 MB while a tensor of 256 MB is held; faults of ten of 16 MB where as many were freed."""
     done = subprocess.run(
         [sys.executable, "-c", STAGE, "hydra.run.dir=."],
         cwd=folder, env=variables, capture_output=True, text=True, check=True,
     )  # fmt: skip
-    (found,) = re.findall(pattern, done.stdout)
-    return int(found)
-
-
-def large_pages_kb(folder: Path, variables: dict[str, str]) -> int:
-    """Kilobytes in pages of 2 MB of a stage with a tensor of 256 MB."""
-    return of_stage(r"AnonHugePages: +(\d+) kB", folder, variables)
-
-
-def faults(folder: Path, variables: dict[str, str]) -> int:
-    """Of ten tensors of 16 MB, where as many were freed; pages are of 4 kB."""
-    return of_stage(r"faults: (\d+)", folder, variables | dict.fromkeys(LARGE_PAGES, "0"))
+    (large_kb,), (faults,) = (re.findall(f"{name}: +(\\d+)", done.stdout) for name in ("AnonHugePages", "faults"))
+    return int(large_kb), int(faults)
 
 
 @pytest.mark.skipif(
     not LINUX.exists() or "[madvise]" not in LINUX.read_text(), reason="asks where Linux gives them to who asks"
 )
-def test_tensors_lie_in_large_pages(tmp_path: Path) -> None:
-    """Where the user's environment does not say otherwise."""
-    assert large_pages_kb(tmp_path, UNSET) > 100 << 10
-    assert large_pages_kb(tmp_path, UNSET | dict.fromkeys(LARGE_PAGES, "0")) < 100 << 10
-
-
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="asks glibc")
-def test_memory_that_was_freed_is_taken_again(tmp_path: Path) -> None:
+def test_tensors_lie_in_large_pages_and_in_memory_that_was_freed(tmp_path: Path) -> None:
     """Where the user's environment does not say otherwise."""
-    assert faults(tmp_path, UNSET) < 1000
-    assert faults(tmp_path, UNSET | {"MALLOC_TRIM_THRESHOLD_": "131072"}) > 30_000
-    assert faults(tmp_path, UNSET | {"GLIBC_TUNABLES": "glibc.malloc.trim_threshold=131072"}) > 30_000
-    assert faults(tmp_path, UNSET | as_environment()) < 1000
+    large_kb, faults = memory_of_stage(tmp_path, UNSET)
+    assert large_kb > 100 << 10
+    assert faults < 1000
+    otherwise = {"THP_MEM_ALLOC_ENABLE": "0", "MALLOC_TRIM_THRESHOLD_": "131072"}
+    large_kb, faults = memory_of_stage(tmp_path, UNSET | otherwise)
+    assert large_kb < 100 << 10
+    assert faults > 30_000
+
+
+@pytest.mark.parametrize(
+    ("variables", "is_chosen"),
+    [
+        ({"MALLOC_MMAP_THRESHOLD_": "65536"}, True),
+        ({"GLIBC_TUNABLES": "glibc.cpu.hwcaps=-AVX2:glibc.malloc.trim_threshold=131072"}, True),
+        (as_environment(), True),
+        ({"GLIBC_TUNABLES": "glibc.cpu.hwcaps=-AVX2", "MALLOC_ARENA_MAX": "2"}, False),
+    ],
+)
+def test_a_choice_of_the_environment_is_seen(
+    variables: dict[str, str], is_chosen: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of what glibc does with freed memory; another of its settings is none."""
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert is_chosen_by_user() == is_chosen
 
 
 def test_what_is_asked_for_has_the_number_and_the_name_of_malloc_h() -> None:
