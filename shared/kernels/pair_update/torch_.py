@@ -28,8 +28,8 @@ class PairWalk:
     offsets_F: torch.Tensor
     """int32 [F + 1]: pairs of latent f are ``offsets_F[f] : offsets_F[f + 1]``."""
     rows_ND: torch.Tensor
-    latents_R: torch.Tensor | None
-    extra_RD: torch.Tensor | None
+    latents_R: torch.Tensor
+    extra_RD: torch.Tensor
 
     def tiles(self, weight: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
         """Latents, and the gradient of these rows of `weight`, in its type."""
@@ -37,7 +37,7 @@ class PairWalk:
         starts = list(range(0, len(weight), size))
         edges = torch.tensor([*starts, len(weight)], device=weight.device)
         pairs = self.offsets_F[edges].tolist()
-        extra = [0] * len(edges) if self.latents_R is None else torch.searchsorted(self.latents_R, edges).tolist()
+        extra = torch.searchsorted(self.latents_R, edges).tolist()
         for number, start in enumerate(starts):
             tile = slice(start, min(start + size, len(weight)))
             mine, more = slice(*pairs[number : number + 2]), slice(*extra[number : number + 2])
@@ -49,7 +49,7 @@ class PairWalk:
                 mode="sum",
                 include_last_offset=True,
             ).to(weight.dtype)
-            if self.latents_R is not None and self.extra_RD is not None and more.start < more.stop:
+            if more.start < more.stop:
                 grad.index_add_(0, self.latents_R[more] - start, self.extra_RD[more])
             yield tile, grad
 
@@ -62,11 +62,11 @@ def make_walk(
     extra_RD: torch.Tensor | None,
 ) -> PairWalk:
     """Sorts what the norm and the update both walk over."""
-    if latents_R is not None and extra_RD is not None:
-        latents_R, order_R = latents_R.sort()
-        extra_RD = extra_RD[order_R]
+    if latents_R is None or extra_RD is None:
+        latents_R, extra_RD = order.get().order_P[:0], rows_ND[:0]
+    latents_R, order_R = latents_R.sort()
     return PairWalk(
-        order.sort(coefficients_NK), order.rows(), order.get().offsets_F.int(), rows_ND, latents_R, extra_RD
+        order.sort(coefficients_NK), order.rows(), order.get().offsets_F.int(), rows_ND, latents_R, extra_RD[order_R]
     )
 
 
