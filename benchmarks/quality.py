@@ -38,6 +38,7 @@ from shared.sae.loading import load
 from shared.store import Store
 from stage_train.data.stores import pin
 from stage_train.data.stream import StreamOrder, TokenStream, TrainingData
+from stage_train.data.stream.length import stream_length
 
 ROOT = Path(__file__).resolve().parent.parent
 REALDATA = Path(os.environ.get("GRANARY_REALDATA", ROOT.parent / "shared" / "realdata"))
@@ -125,11 +126,15 @@ class Bench:
         ]  # fmt: skip
         return command, out
 
+    def job(self, seed: int) -> str:
+        """The whole configuration of this project's run, as YAML."""
+        command, _ = self.training(seed)
+        return subprocess.run([*command, "--cfg", "job"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+
     def ours(self, seed: int) -> None:
         """Train by the command line and score."""
         command, out = self.training(seed)
-        resolved = subprocess.run([*command, "--cfg", "job"], cwd=ROOT, capture_output=True, text=True, check=True)
-        job = {"config": resolved.stdout, "heldout": self.options.heldout}
+        job = {"config": self.job(seed), "heldout": self.options.heldout}
 
         def train() -> dict[str, float]:
             start = time.perf_counter()
@@ -177,10 +182,9 @@ class Bench:
         return {site: self.folder / f"train-{seed}-{self.options.tokens}-{site}.npy" for site in self.sites}
 
     def dump_training(self, seed: int) -> dict[str, Path]:
-        """The batches that the run of `seed` saw, in order, float32 [tokens, d_model], by site."""
+        """The batches that a run of `seed` sees, in order, float32 [tokens, d_model], by site. It need not exist."""
         paths = self.training_tokens(seed)
-        trained = self.training(seed)[1]
-        config = yaml.safe_load((trained / "train.yaml").read_text())
+        config = yaml.safe_load(self.job(seed))
         stream_config = config["stream"]
         self.batch_size = stream_config["batch_size"]
         if all(path.exists() for path in paths.values()):
@@ -192,8 +196,7 @@ class Bench:
             batch_size=self.batch_size, seed=config["seed"], lanes=stream_config["lanes"],
             mix_contexts=stream_config["mix_contexts"], drop_last=stream_config["drop_last"],
         )  # fmt: skip
-        lines = (trained / "metrics.jsonl").read_text().splitlines()
-        steps = json.loads(lines[-1])["step"]
+        steps = stream_length(data, order, tokens=self.options.tokens).steps
         widths = {site: store.plan.hooks[site] for site in paths}
         aside = {site: path.with_suffix(".npy.part") for site, path in paths.items()}
         outs = {

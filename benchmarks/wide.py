@@ -4,16 +4,18 @@
     python benchmarks/wide.py --work FOLDER --law                # 1,024 to 32,768 latents, 0.5 M to 20 M tokens
 
 The long study is days of two cores, so it is made to be stopped: with --work a finished row is kept, and --minutes
-begins no further row after so long. The same command goes on, on any later day. For each number of latents: our recipes
-(``RECIPES``) on every seed, then the peers as in ``quality.py``, at their best of the same grid on the same batches,
-chosen on the validation half. With --grid-tokens the grid is searched in runs of so many tokens, and at full length on
-the first seed only its best rate and the next lower one, since longer runs want lower rates. The law takes the first
-recipe, and the first peer at its best rate for that many latents and tokens, on the first seed. Harvested once, from
-the whole corpus; a longer run passes over it several times. ``dead`` is the share of latents that fire on none of
-100,000 held-out tokens, ``dead_in_census`` on none of a million training tokens, with the finished weights.
+begins no further row after so long. The same command goes on, on any later day, and from the rows of --csv on
+another machine. For each number of latents: our recipes (``RECIPES``) on every seed, then the peers as in
+``quality.py``, at their best of the same grid on the same batches, chosen on the validation half. With --grid-tokens
+the grid is searched in runs of so many tokens, and at full length on the first seed only its best rate and the next
+lower one, since longer runs want lower rates. The law takes the first recipe, and the first peer at its best rate for
+that many latents and tokens, on the first seed. Harvested once, from the whole corpus; a longer run passes over it
+several times. ``dead`` is the share of latents that fire on none of 100,000 held-out tokens, ``dead_in_census`` on none
+of a million training tokens, with the finished weights.
 """
 
 import argparse
+import csv
 import os
 import sys
 import tempfile
@@ -37,8 +39,8 @@ LAW_LATENTS = (1024, 2048, 4096, 8192, 16384, 32768)
 LAW_TOKENS = (500_000, 2_000_000, 8_000_000, 20_000_000)
 FIGURE = ROOT / "docs" / "images" / "law.png"
 CENSUS = 1_000_000
-COLUMNS = ("model", "latents", "tokens", "provider", "lr", "warmup", "decay", "seed", "fvu", "dead", "dead_in_census",
-           "validation_fvu", "seconds")  # fmt: skip
+SCORES = ("fvu", "dead", "dead_in_census", "validation_fvu", "seconds")
+COLUMNS = ("model", "latents", "tokens", "provider", "lr", "warmup", "decay", "seed", *SCORES)
 Overrides = Callable[[int, int, int], list[str]]
 """Of k, latents and tokens."""
 RECIPES: dict[str, Overrides] = {
@@ -77,19 +79,41 @@ class Wide(Bench):
         command, out = super().training(seed)
         return [*command, *RECIPES[self.provider](self.settings["k"], self.latents, self.options.tokens)], out
 
-    def row(self, provider: str, *recipe: Any) -> dict[str, Any]:
-        """None is begun when the time is over."""
-        *known, train = recipe
+    def row(
+        self,
+        provider: str,
+        lr: float | None,
+        lengths: tuple[float, float] | None,
+        seed: int,
+        job: dict[str, Any],
+        train: Callable[[], dict[str, float]],
+    ) -> dict[str, Any]:
+        """One that is known is not run again, and none is begun when the time is over."""
+        settings = ("default",) * 3 if lr is None or lengths is None else (lr, *lengths)
+        here = (self.name, self.latents, self.options.tokens, provider, *settings, seed)
+        known = next((row for row in self.known_rows() if row[: len(here)] == [str(value) for value in here]), None)
 
         def in_time() -> dict[str, float]:
+            if known:
+                return dict(zip(SCORES, map(float, known[len(here) :]), strict=True))
             if time.monotonic() > self.options.until:
                 raise OutOfTimeError
-            found: dict[str, float] = train()
-            return found
+            return train()
 
-        found = super().row(provider, *known, in_time)
+        found = super().row(provider, lr, lengths, seed, job, in_time)
         found |= {"latents": self.latents, "tokens": self.options.tokens}
+        if self.options.csv and not known:
+            with self.options.csv.open("a", newline="") as out:
+                csv.writer(out, lineterminator="\n").writerow(found[column] for column in COLUMNS)
         return found
+
+    def known_rows(self) -> list[list[str]]:
+        """Of the file --csv, which is begun where it is not there."""
+        if not self.options.csv:
+            return []
+        if not self.options.csv.exists():
+            self.options.csv.write_text(",".join(COLUMNS) + "\n")
+        return list(csv.reader(self.options.csv.open(newline="")))
 
     def dump_census(self) -> None:
         """Training tokens of contexts from all over the store."""
@@ -228,7 +252,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, help="begin no row after so long")
     parser.add_argument("--threads", type=int, default=max(1, (os.cpu_count() or 2) // 2))
     parser.add_argument("--work", help="folder for stores, runs and finished rows; default: a temporary one")
-    parser.add_argument("--csv", type=Path, help="write the rows there")
+    parser.add_argument("--csv", type=Path, help="add each row to this file; the rows in it are not run again")
     parser.add_argument("--figure", type=Path, help=f"draw the law there, such as {FIGURE.relative_to(ROOT)}")
     options = parser.parse_args()
     options.heldout = 100_000
@@ -250,9 +274,6 @@ def main() -> None:
             told[model] = {"done": is_done, "means": summary(mine), "law": laws}
             if options.figure and fitted:
                 draw(fitted, f"{model}, k {SETTINGS[model]['k']}", options.figure.with_stem(f"law_{model}"))
-    if options.csv:
-        lines = [",".join(COLUMNS), *(",".join(str(row[column]) for column in COLUMNS) for row in rows)]
-        options.csv.write_text("\n".join(lines) + "\n")
     print_result(told)
 
 
