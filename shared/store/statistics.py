@@ -19,7 +19,6 @@ from shared.basics.errors import GranaryError
 
 FLOATS = ("total", "total_squared", "maximum", "squared_error")
 BLOCK_ROWS = 64  # reduced in float32, so part of the format: 1 MiB of it at d_model 4096
-BLOCK_COLUMNS = 1024  # of a block, centred and squared at a time: 256 KiB, which also a small core's own cache holds
 BINS_PER_OCTAVE = 16  # the norm histogram's bins are 4.4 % wide
 OUTLIER_RATIO = 10.0  # an outlier dimension is one whose RMS is this many times the median dimension's
 MOST_BIN = BINS_PER_OCTAVE * 1000  # beyond, a norm is none that a float can hold
@@ -166,47 +165,42 @@ class RowStatistics:
         return cls(Moments.empty(d_model), NormFigures())
 
     def add_block(
-        self, x_HNE: npt.NDArray[np.float32], chosen_N: npt.NDArray[np.bool_]
+        self, parts: Iterable[npt.NDArray[np.float32]], chosen_N: npt.NDArray[np.bool_]
     ) -> npt.NDArray[np.float64] | None:
         """Add the moments of the chosen ones of at most a block of rows; returns their squared norms, for `norms.add`.
 
-        The rows are dealt to H parts: part h holds dimensions h, h + H, h + 2 H ... (H is 1 for plain rows).
-        None, and nothing added, where a chosen row is not finite. Rows that are not chosen are set to 0 in `x_HNE`.
+        The rows [N, D] come dealt to H parts [N, D/H]: part h holds dimensions h, h + H, h + 2 H ... (H is 1 for plain
+        rows). Each part is changed, and all may be made in the same memory one after the other.
+        None, and nothing added, where a chosen row is not finite.
         """
         n = int(chosen_N.sum())
-        left_out = np.flatnonzero(~chosen_N)
-        x_HNE[:, left_out] = 0  # cheaper than a copy without them
         if n == 0:
             return np.empty(0)
+        left_out = np.flatnonzero(~chosen_N)
         squared = np.zeros(len(chosen_N))
-        with np.errstate(over="ignore", invalid="ignore"):  # looked at below
-            for x_NE in x_HNE:
-                squared += np.vecdot(x_NE, x_NE)
-        if not np.isfinite(squared).all():
-            if not np.isfinite(x_HNE).all():
-                return None
-            squared = np.einsum("hne,hne->n", x_HNE, x_HNE, dtype=np.float64)  # the square is not in float32
-        mean_HE = x_HNE.sum(axis=1) / np.float32(n)
-        m2_HE = np.empty_like(mean_HE)
-        for x_NE, mean_E, m2_E in zip(x_HNE, mean_HE, m2_HE, strict=True):
-            # The last takes what is over: a column by itself would be summed in another order.
-            starts = range(0, max(x_NE.shape[1] - BLOCK_COLUMNS, 0) + 1, BLOCK_COLUMNS)
-            for some in map(slice, starts, [*starts[1:], x_NE.shape[1]]):
-                centred_NC = x_NE[:, some] - mean_E[some]
-                centred_NC[left_out] = 0
-                np.einsum("ne,ne->e", centred_NC, centred_NC, out=m2_E[some])
-        self.moments.merge(n, in_order(mean_HE), in_order(m2_HE))
+        mean_D, m2_D = np.empty((2, len(self.moments.mean)))
+        for h, x_NE in enumerate(parts):
+            H = mean_D.size // x_NE.shape[1]
+            x_NE[left_out] = 0  # cheaper than a copy without them
+            with np.errstate(over="ignore", invalid="ignore"):  # looked at below
+                squared_here = np.vecdot(x_NE, x_NE)
+            if not np.isfinite(squared_here).all():
+                if not np.isfinite(x_NE).all():
+                    return None
+                squared_here = np.einsum("ne,ne->n", x_NE, x_NE, dtype=np.float64)  # the square is not in float32
+            squared += squared_here
+            mean_E = x_NE.sum(axis=0) / np.float32(n)
+            np.subtract(x_NE, mean_E, out=x_NE)
+            x_NE[left_out] = 0
+            mean_D[h::H] = mean_E
+            m2_D[h::H] = np.einsum("ne,ne->e", x_NE, x_NE)
+        self.moments.merge(n, mean_D, m2_D)
         return squared[chosen_N]
 
     def merge(self, other: "RowStatistics") -> None:
         """Add a second set of rows."""
         self.moments.merge(other.moments.count, other.moments.mean, other.moments.m2)
         self.norms.merge(other.norms)
-
-
-def in_order(parts_HE: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
-    """[H, E] as dealt by `RowStatistics.add_block` back to [D]."""
-    return parts_HE.T.reshape(-1).astype(np.float64)
 
 
 @dataclass(frozen=True, slots=True)

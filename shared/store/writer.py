@@ -228,19 +228,20 @@ class ShardWriter:
         for start in range(0, T, BLOCK_ROWS):
             block = slice(start, min(start + BLOCK_ROWS, T))
             chosen = mask[block]
+            parts: Iterable[npt.NDArray[np.float32]]
             if source.dtype == torch.bfloat16 and D % 2 == 0:
-                values_HNE = widen_halves(bits_of(source)[block], scratch.numpy())
+                parts = widened_halves(bits_of(source)[block], scratch.numpy())
             else:
                 convert(source[block], scratch[: len(chosen)])
-                values_HNE = scratch[: len(chosen)].numpy()[None]
-            squared_norms.append(self._add(statistics, values_HNE, source[block], chosen, hook, context, start))
+                parts = [scratch[: len(chosen)].numpy()]
+            squared_norms.append(self._add(statistics, parts, source[block], chosen, hook, context, start))
         statistics.norms.add(np.concatenate(squared_norms), np.flatnonzero(mask))
         return statistics
 
     def _add(
         self,
         statistics: RowStatistics,
-        values_HNE: npt.NDArray[np.float32],
+        parts: Iterable[npt.NDArray[np.float32]],
         source_ND: torch.Tensor,
         chosen_N: npt.NDArray[np.bool_],
         hook: str,
@@ -248,7 +249,7 @@ class ShardWriter:
         start: int,
     ) -> npt.NDArray[np.float64]:
         """`RowStatistics.add_block`; raises GranaryError where a chosen row is not finite, as offered or as stored."""
-        squared = statistics.add_block(values_HNE, chosen_N)
+        squared = statistics.add_block(parts, chosen_N)
         if squared is None:
             self._require_finite(source_ND, chosen_N, hook, context, start)
             raise GranaryError(
@@ -284,8 +285,9 @@ class ShardWriter:
                 convert(stored_TD[block], values_ND)
             if converted:
                 statistics.norms.squared_error += _squared_error(offered_ND, values_ND, chosen, scratch[1])
-            values_1ND = values_ND.numpy()[None]
-            squared_norms.append(self._add(statistics, values_1ND, source[block], chosen, hook, context, start))
+            squared_norms.append(
+                self._add(statistics, [values_ND.numpy()], source[block], chosen, hook, context, start)
+            )
         statistics.norms.add(np.concatenate(squared_norms), np.flatnonzero(mask))
         chunks = encode_chunks(bits_of(stored_TD), self.plan.chunk_rows, self.plan.codec)
         scale_chunks = []
@@ -322,16 +324,18 @@ def drain(running: Iterable[Future[Any]]) -> None:
             future.exception()
 
 
-def widen_halves(bits_ND: npt.NDArray[np.uint16], scratch: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """Contiguous bfloat16 bits as float32 [2, N, D/2]: even dimensions, odd dimensions, in the memory of `scratch`.
+def widened_halves(
+    bits_ND: npt.NDArray[np.uint16], scratch: npt.NDArray[np.float32]
+) -> Iterator[npt.NDArray[np.float32]]:
+    """Contiguous bfloat16 bits as float32 [N, D/2]: even dimensions, then odd ones, both in the memory of `scratch`.
 
-    A float32 whose low half is zero is a bfloat16, so a shift and a mask over pairs convert at memory speed.
+    A float32 whose low half is zero is a bfloat16, so a shift and a mask over pairs convert at memory speed. One half
+    at a time stays in a core's own cache.
     """
     pairs = bits_ND.view("<u4")
-    halves = scratch.reshape(-1)[: bits_ND.size].view(np.uint32).reshape(2, *pairs.shape)
-    np.left_shift(pairs, 16, out=halves[0])
-    np.bitwise_and(pairs, np.uint32(0xFFFF0000), out=halves[1])
-    return halves.view(np.float32)
+    half = scratch.reshape(-1)[: pairs.size].view(np.uint32).reshape(pairs.shape)
+    yield np.left_shift(pairs, 16, out=half).view(np.float32)
+    yield np.bitwise_and(pairs, np.uint32(0xFFFF0000), out=half).view(np.float32)
 
 
 def _squared_error(

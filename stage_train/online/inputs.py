@@ -29,8 +29,8 @@ class BufferedInputs:
         """Return those of the first filling. Raises GranaryError where an activation is not finite."""
         found = RowStatistics.empty(self.rows[site].shape[1])
         for block_ND in torch.split(self.rows[site], BLOCK_ROWS):
-            block_1ND = block_ND.float().cpu().numpy().copy()[None]
-            squared_norms = found.add_block(block_1ND, np.ones(len(block_ND), np.bool_))
+            block = [block_ND.float().cpu().numpy().copy()]
+            squared_norms = found.add_block(block, np.ones(len(block_ND), np.bool_))
             if squared_norms is None:
                 raise GranaryError(f"an activation at {site} is not finite: run the model in float32 or bfloat16")
             found.norms.add(squared_norms)
