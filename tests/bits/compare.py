@@ -63,7 +63,7 @@ IGNORED = (
 )
 
 # Every rename that the later code makes: Moved("*/eval.json", "sae.config", "sae.settings", "why").
-MOVED: tuple[Moved, ...] = (Moved("*/config.json", None, "sha256", "the digest of each tensor"),)
+MOVED: tuple[Moved, ...] = ()
 
 
 def compare_files(
