@@ -293,7 +293,7 @@ class Bench:
     def best(self, provider: str, seed: int) -> tuple[float, tuple[float, float]]:
         """The rate and the lengths of warm-up and decay with the least FVU on the validation tokens."""
         found: dict[tuple[float, tuple[float, float]], float] = {}
-        for lengths in LENGTHS:
+        for lengths in LENGTHS[: self.options.schedules]:
             tried: dict[float, float] = {}
             wanted = list(RATES[MIDDLE])
             while wanted:
@@ -359,6 +359,7 @@ def main() -> None:
     parser.add_argument("--peers-python", default=str(ROOT / ".venv-peers" / "bin" / "python"), metavar="PATH")
     parser.add_argument("--tokens", type=int, default=1_800_000, help="training tokens of each SAE (default 1.8 M)")
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="the grid is searched on the first")
+    parser.add_argument("--schedules", type=int, default=len(LENGTHS), help="of the grid: 1 or 2 (default)")
     parser.add_argument("--threads", type=int, default=max(1, (os.cpu_count() or 2) // 2))
     parser.add_argument("--work", help="folder for stores and runs; default: a temporary one")
     parser.add_argument("--csv", type=Path, help="write the rows there")

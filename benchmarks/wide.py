@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 from law import Point, draw, fit
-from quality import RATES, REALDATA, ROOT, SEEDS, SETTINGS, Bench, groups
+from quality import LENGTHS, RATES, REALDATA, ROOT, SEEDS, SETTINGS, Bench, groups
 from quality_peers import CONTENDERS
 from records import print_result
 
@@ -248,6 +248,7 @@ def main() -> None:
     parser.add_argument("--peers", choices=CONTENDERS, nargs="*", default=list(CONTENDERS))
     parser.add_argument("--peers-python", default=str(ROOT / ".venv-peers" / "bin" / "python"), metavar="PATH")
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="the grid is searched on the first")
+    parser.add_argument("--schedules", type=int, default=len(LENGTHS), help="of the peers' grid: 1 or 2 (default)")
     parser.add_argument("--contexts", type=int, help="contexts that are harvested; default: the whole corpus")
     parser.add_argument("--minutes", type=float, help="begin no row after so long")
     parser.add_argument("--threads", type=int, default=max(1, (os.cpu_count() or 2) // 2))
