@@ -7,11 +7,11 @@ The long study is days of two cores, so it is made to be stopped: with --work a 
 begins no further row after so long. The same command goes on, on any later day, and from the rows of --csv on
 another machine. For each number of latents: our recipes (``RECIPES``) on every seed, then the peers as in
 ``quality.py``, at their best of the same grid on the same batches, chosen on the validation half. With --grid-tokens
-the grid is searched in runs of so many tokens, and at full length on the first seed only its best rate and the next
-lower one, since longer runs want lower rates. The law takes the first recipe, and the first peer at its best rate for
-that many latents and tokens, on the first seed. Harvested once, from the whole corpus; a longer run passes over it
-several times. ``dead`` is the share of latents that fire on none of 100,000 held-out tokens, ``dead_in_census`` on none
-of a million training tokens, with the finished weights.
+the grid is searched in runs of so many tokens, and at full length on the first seed only its best rate and lower ones
+until they are worse, since longer runs want lower rates. The law takes the first recipe, and the first peer at its
+best rate for that many latents and tokens, on the first seed. Harvested once, from the whole corpus; a longer run
+passes over it several times. ``dead`` is the share of latents that fire on none of 100,000 held-out tokens,
+``dead_in_census`` on none of a million training tokens, with the finished weights.
 """
 
 import argparse
@@ -121,7 +121,7 @@ class Wide(Bench):
         self.dump("census", np.random.default_rng(0).permutation(contexts), CENSUS)
 
     def best(self, provider: str, seed: int) -> tuple[float, tuple[float, float]]:
-        """Of the whole grid, or of the two rates that shorter runs leave."""
+        """Of the whole grid, or of the best rate of shorter runs and lower ones."""
         if self.options.grid_tokens in (None, self.options.tokens):
             return super().best(provider, seed)
         short = argparse.Namespace(**{**vars(self.options), "tokens": self.options.grid_tokens})
@@ -132,8 +132,11 @@ class Wide(Bench):
         finally:
             self.results += grid.results
         grid.drop_batches(seed)
-        rates = RATES[max(RATES.index(lr) - 1, 0) : RATES.index(lr) + 1]
-        tried = {rate: self.peer(provider, rate, lengths, seed)["validation_fvu"] for rate in reversed(rates)}
+        tried: dict[float, float] = {}
+        for rate in reversed(RATES[: RATES.index(lr) + 1]):
+            tried[rate] = self.peer(provider, rate, lengths, seed)["validation_fvu"]
+            if tried[rate] > min(tried.values()):
+                break
         return min(tried, key=lambda rate: tried[rate]), lengths
 
     def all_peers(self) -> None:
