@@ -126,6 +126,38 @@ def test_quantiles_of_norms_are_within_a_bin():
     assert np.isnan(NormFigures().quantile(0.5))
 
 
+@pytest.mark.parametrize("parts", [2, 4])
+def test_dimensions_that_come_dealt_add_up_to_the_same(parts):
+    generator = np.random.default_rng(parts)
+    x_ND = (generator.standard_normal((40, 24)) + 3).astype(np.float32)
+    chosen_N = generator.random(40) < 0.7
+    whole, dealt = RowStatistics.empty(24), RowStatistics.empty(24)
+    memory = np.empty((40, 24 // parts), np.float32)  # every part is made in it
+
+    def in_turn(x_ND):
+        for part in range(parts):
+            memory[:] = x_ND[:, part::parts]
+            yield memory
+
+    squared = whole.add_block([x_ND.copy()], chosen_N)
+    np.testing.assert_allclose(dealt.add_block(in_turn(x_ND), chosen_N), squared, rtol=1e-6)
+    for found, wanted in zip(
+        (dealt.moments.mean, dealt.moments.m2),
+        (x_ND[chosen_N].mean(0), x_ND[chosen_N].var(0) * chosen_N.sum()),
+        strict=True,
+    ):
+        np.testing.assert_allclose(found, wanted, rtol=1e-5)
+    np.testing.assert_array_equal(dealt.moments.m2, whole.moments.m2)
+
+    before = dealt.moments.mean.copy()
+    for dimension in range(parts):
+        bad_ND = x_ND.copy()
+        bad_ND[np.flatnonzero(chosen_N)[-1], dimension] = np.nan
+        assert dealt.add_block(in_turn(bad_ND), chosen_N) is None
+        np.testing.assert_array_equal(dealt.moments.mean, before)
+    assert dealt.moments.count == chosen_N.sum()
+
+
 def test_norms_whose_square_overflows_float32_are_still_counted():
     squared = RowStatistics.empty(2).add_block(np.array([[[3e25, 4e25]]], np.float32), np.ones(1, bool))
     np.testing.assert_allclose(np.sqrt(squared), 5e25, rtol=1e-6)
