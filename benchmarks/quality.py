@@ -22,6 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -76,6 +77,25 @@ def run(command: list[str], log: Path) -> None:
         status = subprocess.run(command, cwd=ROOT, env=environment, stdout=out, stderr=out, check=False).returncode
     if status:
         sys.exit(f"{' '.join(command)} ended with status {status}: see {log}")
+
+
+@dataclass(frozen=True)
+class Training:
+    """Who trained, how, and from which seed."""
+
+    provider: str
+    lr: float | None
+    """None: the provider's own recipe."""
+    lengths: tuple[float, float] | None
+    """Shares of warm-up and decay."""
+    seed: int
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """As columns of a row."""
+        if self.lr is None or self.lengths is None:
+            return {"lr": "default", "warmup": "default", "decay": "default"}
+        return {"lr": self.lr, "warmup": self.lengths[0], "decay": self.lengths[1]}
 
 
 class Bench:
@@ -151,7 +171,7 @@ class Bench:
             scored = {part: self.sides(part) for part in self.parts}
             return {**score_all(reconstruct, scored, 2048), "seconds": seconds}
 
-        self.row(self.provider, None, None, seed, job, train)
+        self.row(Training(self.provider, None, None, seed), job, train)
 
     def sides(self, part: str) -> Sides:
         """What ``dump`` wrote."""
@@ -235,27 +255,18 @@ class Bench:
             run([self.options.peers_python, str(ROOT / "benchmarks" / "quality_peers.py"), str(path)], self.log)
             return json.loads(result.read_text())
 
-        return self.row(provider, lr, lengths, seed, job, train)
+        return self.row(Training(provider, lr, lengths, seed), job, train)
 
-    def row(
-        self,
-        provider: str,
-        lr: float | None,
-        lengths: tuple[float, float] | None,
-        seed: int,
-        job: dict[str, Any],
-        train: Callable[[], dict[str, float]],
-    ) -> dict[str, Any]:
+    def row(self, training: Training, job: dict[str, Any], train: Callable[[], dict[str, float]]) -> dict[str, Any]:
         """The row of an earlier run of the same `job`, or that of a new one; kept and printed."""
-        path = self.rows / f"{provider}-{self.kind}-{seed}-{lr}-{lengths and lengths[0]}.json"
+        provider, seed, lengths = training.provider, training.seed, training.lengths
+        path = self.rows / f"{provider}-{self.kind}-{seed}-{training.lr}-{lengths and lengths[0]}.json"
         kept = json.loads(path.read_text()) if path.exists() else {}
         if kept.get("job") != job:
             kept = {"job": job, "result": train()}
             path.write_text(json.dumps(kept))
-        recipe: dict[str, Any] = {"lr": "default", "warmup": "default", "decay": "default"}
-        if lr is not None and lengths is not None:
-            recipe = {"lr": lr, "warmup": lengths[0], "decay": lengths[1]}
-        row = {"model": self.name, "kind": self.kind, "provider": provider, **recipe, "seed": seed, **kept["result"]}
+        row = {"model": self.name, "kind": self.kind, "provider": provider, **training.recipe, "seed": seed}
+        row |= kept["result"]
         self.results.append(row)
         told = f"lr {row['lr']!s:8} warm-up {row['warmup']!s:8} seed {row['seed']}"
         scores = f"FVU {row['fvu']:.4f}  dead {row['dead']:.2%}  {row['seconds']:.0f} s"

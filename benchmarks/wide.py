@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 from law import Point, draw, fit
-from quality import LENGTHS, RATES, REALDATA, ROOT, SEEDS, SETTINGS, Bench, groups
+from quality import LENGTHS, RATES, REALDATA, ROOT, SEEDS, SETTINGS, Bench, Training, groups
 from quality_peers import CONTENDERS
 from records import print_result
 
@@ -79,18 +79,10 @@ class Wide(Bench):
         command, out = super().training(seed)
         return [*command, *RECIPES[self.provider](self.settings["k"], self.latents, self.options.tokens)], out
 
-    def row(
-        self,
-        provider: str,
-        lr: float | None,
-        lengths: tuple[float, float] | None,
-        seed: int,
-        job: dict[str, Any],
-        train: Callable[[], dict[str, float]],
-    ) -> dict[str, Any]:
+    def row(self, training: Training, job: dict[str, Any], train: Callable[[], dict[str, float]]) -> dict[str, Any]:
         """One that is known is not run again, and none is begun when the time is over."""
-        settings = ("default",) * 3 if lr is None or lengths is None else (lr, *lengths)
-        here = (self.name, self.latents, self.options.tokens, provider, *settings, seed)
+        tokens, recipe = self.options.tokens, training.recipe.values()
+        here = (self.name, self.latents, tokens, training.provider, *recipe, training.seed)
         known = next((row for row in self.known_rows() if row[: len(here)] == [str(value) for value in here]), None)
 
         def in_time() -> dict[str, float]:
@@ -100,8 +92,8 @@ class Wide(Bench):
                 raise OutOfTimeError
             return train()
 
-        found = super().row(provider, lr, lengths, seed, job, in_time)
-        found |= {"latents": self.latents, "tokens": self.options.tokens}
+        found = super().row(training, job, in_time)
+        found |= {"latents": self.latents, "tokens": tokens}
         if self.options.csv and not known:
             with self.options.csv.open("a", newline="") as out:
                 csv.writer(out, lineterminator="\n").writerow(found[column] for column in COLUMNS)
