@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
-from quality_peers import CONTENDERS, TRANSCODER_TRAINERS, Sides, score_all
+from quality_peers import CONTENDERS, EARLY, TRANSCODER_TRAINERS, Sides, score_all
 from records import print_result
 
 from shared.launch.allocator import as_environment
@@ -202,7 +202,10 @@ class Bench:
         return {site: self.folder / f"train-{seed}-{self.options.tokens}-{site}.npy" for site in self.sites}
 
     def dump_training(self, seed: int) -> dict[str, Path]:
-        """The batches that a run of `seed` sees, in order, float32 [tokens, d_model], by site. It need not exist."""
+        """The tokens that a run of `seed` sees, in order, float32 [tokens, d_model], by site. It need not exist.
+
+        Of batches of a full size from the first to the last: the short one that ends an epoch is not apart here.
+        """
         paths = self.training_tokens(seed)
         config = yaml.safe_load(self.job(seed))
         stream_config = config["stream"]
@@ -216,21 +219,21 @@ class Bench:
             batch_size=self.batch_size, seed=config["seed"], lanes=stream_config["lanes"],
             mix_contexts=stream_config["mix_contexts"], drop_last=stream_config["drop_last"],
         )  # fmt: skip
-        steps = stream_length(data, order, tokens=self.options.tokens).steps
+        length = stream_length(data, order, tokens=self.options.tokens)
         widths = {site: store.plan.hooks[site] for site in paths}
         aside = {site: path.with_suffix(".npy.part") for site, path in paths.items()}
         outs = {
-            site: np.lib.format.open_memmap(
-                aside[site], mode="w+", dtype=np.float32, shape=(steps * self.batch_size, width)
-            )
+            site: np.lib.format.open_memmap(aside[site], mode="w+", dtype=np.float32, shape=(length.tokens, width))
             for site, width in widths.items()
         }
+        at = 0
         with TokenStream(data, {site: (width, store.read_dtype) for site, width in widths.items()}, order) as stream:
-            for number, batch in zip(range(steps), stream, strict=False):
-                at = number * self.batch_size
+            for _, batch in zip(range(length.steps), stream, strict=False):
+                given = batch.num_tokens
                 for site, out in outs.items():
-                    rows = batch.activations[site].float().numpy()
-                    out[at : at + len(rows)] = rows
+                    out[at : at + given] = batch.activations[site].float().numpy()
+                at += given
+        assert at == length.tokens
         for site, out in outs.items():
             out.flush()
             aside[site].rename(paths[site])
@@ -298,8 +301,9 @@ class Bench:
     @property
     def peers(self) -> tuple[str, ...]:
         """Trainers of this kind, of those that were asked for."""
-        trainers = tuple(CONTENDERS) if self.kind == "sae" else TRANSCODER_TRAINERS
-        return tuple(name for name in trainers if name in self.options.peers)
+        return tuple(
+            name for name in self.options.peers if self.kind == "sae" or EARLY.get(name, name) in TRANSCODER_TRAINERS
+        )
 
     def best(self, provider: str, seed: int) -> tuple[float, tuple[float, float]]:
         """The rate and the lengths of warm-up and decay with the least FVU on the validation tokens."""
@@ -366,7 +370,9 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one model, one seed, defaults only, 80,000 tokens")
     parser.add_argument("--model", choices=SETTINGS, nargs="+", help="default: all whose files are here")
     parser.add_argument("--kind", choices=KINDS, nargs="+", default=KINDS[:1], help="default: sae")
-    parser.add_argument("--peers", choices=CONTENDERS, nargs="*", default=list(CONTENDERS), help="none: ours alone")
+    parser.add_argument(
+        "--peers", choices=(*CONTENDERS, *EARLY), nargs="*", default=list(CONTENDERS), help="none: ours alone"
+    )
     parser.add_argument("--peers-python", default=str(ROOT / ".venv-peers" / "bin" / "python"), metavar="PATH")
     parser.add_argument("--tokens", type=int, default=1_800_000, help="training tokens of each SAE (default 1.8 M)")
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="the grid is searched on the first")

@@ -7,6 +7,9 @@ threads, k, d_latent, batch_size, out, train, and scored (the parts of ``score_a
 read and what must be produced, ``.npy``, float32, [tokens, d_model], in training order, one file twice for an SAE.
 Imports torch, numpy and the peer alone.
 
+How long a latent must be silent for AuxK to take it for dead is the peer's own: 10 M tokens, or 1,000 steps of SAELens,
+so that AuxK never begins in shorter runs. The providers of `EARLY` take it for dead after a twentieth of the run.
+
 At lr null the peer's optimiser, rate and schedule are its own, with the warm-up cut to the share `warmup` of the run
 where it would not end; at a given lr every peer uses Adam, warmed up over the share `warmup` and decayed linearly,
 which all of them offer, over the share `decay`. Both sides are scaled to mean norm sqrt(d_model) for all. Shape
@@ -56,7 +59,7 @@ class SAELens:
         from sae_lens.saes.topk_sae import TopKTrainingSAE, TopKTrainingSAEConfig
         from sae_lens.training.sae_trainer import SAETrainer
 
-        lr = job["lr"]
+        lr, dead_after = job["lr"], job.get("dead_after")
         self.sae = TopKTrainingSAE(TopKTrainingSAEConfig(d_in=d, d_sae=job["d_latent"], k=job["k"]))
         config = SAETrainerConfig(
             n_checkpoints=0, checkpoint_path=None, save_final_checkpoint=False, device="cpu", autocast=False,
@@ -64,7 +67,8 @@ class SAELens:
             lr=lr or 3e-4, lr_end=(lr or 3e-4) / 10, lr_scheduler_name="constant",  # lr_end: for cosine alone
             lr_warm_up_steps=0 if lr is None else round(job["warmup"] * steps),
             lr_decay_steps=0 if lr is None else round(job["decay"] * steps),
-            n_restart_cycles=1, adam_beta1=0.9, adam_beta2=0.999, dead_feature_window=1000,
+            n_restart_cycles=1, adam_beta1=0.9, adam_beta2=0.999,
+            dead_feature_window=1000 if dead_after is None else dead_after // job["batch_size"],
             feature_sampling_window=2000, logger=LoggingConfig(log_to_wandb=False),
         )  # fmt: skip
         self.trainer = SAETrainer(config, self.sae, iter([]))
@@ -93,6 +97,7 @@ class DictionaryLearning:
             lr=job["lr"], warmup_steps=min(1000, round(job["warmup"] * steps)), seed=job["seed"], device="cpu",
             decay_start=None if job["lr"] is None else steps - round(job["decay"] * steps),
         )  # fmt: skip
+        self.trainer.dead_feature_threshold = job.get("dead_after") or self.trainer.dead_feature_threshold
 
     def step(self, x_ND: torch.Tensor, y_ND: torch.Tensor, number: int) -> None:
         self.trainer.update(number, x_ND)
@@ -122,7 +127,7 @@ class Sparsify:
         )
         self.coder = SparseCoder(d, config, dtype=torch.float32)
         self.since_fired_F = torch.zeros(num_latents, dtype=torch.long)
-        self.steps, self.lr = steps, job["lr"]
+        self.steps, self.lr, self.dead_after = steps, job["lr"], job.get("dead_after") or 10_000_000
         self.warmup, self.decay = round(job["warmup"] * steps), round(job["decay"] * steps)
         self.optimiser: Any
         if self.lr is None:  # its default: schedule-free signum, no AuxK
@@ -142,7 +147,7 @@ class Sparsify:
                 self.coder.encoder.bias.data = -x_ND.mean(0) @ self.coder.encoder.weight.data.T
         if not self.transcodes:  # whose decoder its Trainer leaves free
             self.coder.set_decoder_norm_to_unit_norm()
-        out = self.coder(x_ND, y_ND, dead_mask=self.since_fired_F > 10_000_000 if self.lr else None)
+        out = self.coder(x_ND, y_ND, dead_mask=self.since_fired_F > self.dead_after if self.lr else None)
         (out.fvu + out.auxk_loss / 32).backward()
         if not self.transcodes:
             self.coder.remove_gradient_parallel_to_decoder_directions()
@@ -171,6 +176,8 @@ CONTENDERS: dict[str, Callable[[int, dict[str, Any], int], Contender]] = {
     "dictionary-learning": DictionaryLearning,
     "sae-lens": SAELens,
 }
+EARLY = {f"{provider}-auxk-early": provider for provider in CONTENDERS}
+"""The same, with AuxK from a twentieth of the run on, where ours begins by default."""
 TRANSCODER_TRAINERS = ("sparsify",)
 """The others train SAEs alone."""
 
@@ -205,6 +212,8 @@ def main() -> None:
     batch, d = job["batch_size"], train[0].shape[1]
     scales = [d**0.5 / float(np.linalg.norm(side[: 50 * batch], axis=1).mean()) for side in train]
     steps = len(train[0]) // batch
+    if job["provider"] in EARLY:
+        job |= {"provider": EARLY[job["provider"]], "dead_after": steps * batch // 20}
     contender = CONTENDERS[job["provider"]](d, job, steps)
     start = time.perf_counter()
     for number in range(steps):
