@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -28,11 +29,11 @@ from typing import Any
 import numpy as np
 from law import Point, draw, fit
 from quality import LENGTHS, RATES, REALDATA, ROOT, SEEDS, SETTINGS, Bench, Training, groups
-from quality_peers import CONTENDERS
+from quality_peers import CONTENDERS, EARLY
 from records import print_result
 
 from shared.store import Store
-from stage_train.step.schedule import rate_by_width
+from stage_train.step.schedule import peak_rate
 
 LATENTS, TOKENS = (8192, 16384), 20_000_000
 LAW_LATENTS = (1024, 2048, 4096, 8192, 16384, 32768)
@@ -41,6 +42,7 @@ FIGURE = ROOT / "docs" / "images" / "law.png"
 CENSUS = 1_000_000
 SCORES = ("fvu", "dead", "dead_in_census", "validation_fvu", "seconds")
 COLUMNS = ("model", "latents", "tokens", "provider", "lr", "warmup", "decay", "seed", *SCORES)
+BY_WIDTH = partial(peak_rate, "by_width", steps=1)
 Overrides = Callable[[int, int, int], list[str]]
 """Of k, latents and tokens."""
 RECIPES: dict[str, Overrides] = {
@@ -51,9 +53,12 @@ RECIPES: dict[str, Overrides] = {
     "granary-no-slope": lambda k, latents, tokens: ["sae.auxk_slope=0.0"],
     "granary-k-falls": lambda k, latents, tokens: [f"schedule.k_start={4 * k}", "schedule.k_warmup=0.2"],
     "granary-batchtopk": lambda k, latents, tokens: ["sae=batchtopk"],
-    "granary-half-rate": lambda k, latents, tokens: [f"optim.lr={rate_by_width(latents) / 2}"],
+    "granary-by-width": lambda k, latents, tokens: ["optim.lr=by_width"],
+    "granary-double-rate": lambda k, latents, tokens: [f"optim.lr={2 * BY_WIDTH(latents)}"],
+    "granary-half-rate": lambda k, latents, tokens: [f"optim.lr={BY_WIDTH(latents) / 2}"],
+    "granary-quarter-rate": lambda k, latents, tokens: [f"optim.lr={BY_WIDTH(latents) / 4}"],
 }
-"""Ours, by name: what each has beside the defaults."""
+"""Ours, by name: what each has beside the defaults; rates as multiples of ``by_width``."""
 
 
 class OutOfTimeError(Exception):
@@ -240,7 +245,7 @@ def main() -> None:
     parser.add_argument("--law-latents", type=int, nargs="+", default=LAW_LATENTS)
     parser.add_argument("--law-tokens", type=int, nargs="+", default=LAW_TOKENS)
     parser.add_argument("--recipes", choices=RECIPES, nargs="+", default=["granary"])
-    parser.add_argument("--peers", choices=CONTENDERS, nargs="*", default=list(CONTENDERS))
+    parser.add_argument("--peers", choices=(*CONTENDERS, *EARLY), nargs="*", default=list(CONTENDERS))
     parser.add_argument("--peers-python", default=str(ROOT / ".venv-peers" / "bin" / "python"), metavar="PATH")
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="the grid is searched on the first")
     parser.add_argument("--schedules", type=int, default=len(LENGTHS), help="of the peers' grid: 1 or 2 (default)")

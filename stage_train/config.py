@@ -173,7 +173,8 @@ class OptimSchema:
     kind: OptimKind = MISSING
 
     lr: int | float | str = MISSING
-    """Peak learning rate; by_width: 1e-2 sqrt(2048 / F); auto: 2e-4 / sqrt(F / 2^14)."""
+    """Peak learning rate; by_width: 1e-2 sqrt(2048 / F); by_width_and_length: that, and times sqrt(2000 / steps) in
+    longer runs; auto: 2e-4 / sqrt(F / 2^14)."""
     decoder_factor: float = MISSING
     """W_dec learns at lr times this."""
     bias_factor: int | float | str = MISSING

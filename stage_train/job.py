@@ -83,7 +83,7 @@ class Job:
                 spec = RunSpec.resolve(one, stores, self.tokens.data)
                 self.layout.check(spec.dictionary, one)
                 self.specs.append(spec)
-            start.check_slope(spec.learning)
+            start.check_values(spec.learning.auxk_slope, spec.schedules.rate, spec.dictionary.decoder_rows)
         if self.tokens.blocks is not None:
             self.tokens.blocks.check(self._reader[0], self._stream)
 

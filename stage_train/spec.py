@@ -25,7 +25,7 @@ from stage_train.data.stream import TrainingData
 from stage_train.data.stream.length import StreamLength, stream_length
 from stage_train.show.loggers import check_loggers
 from stage_train.state.export import run_id
-from stage_train.state.identity import identity
+from stage_train.state.identity import comparable, identity
 from stage_train.step.optimiser import optimiser_config
 from stage_train.step.schedule import (
     LatentsPerToken,
@@ -130,7 +130,7 @@ class RunSpec:
             dictionary=dictionary,
             learning=learning,
             num_parameters=sum(parameter.numel() for parameter in made.parameters()),
-            optimiser=optimiser_config(cfg.optim, dictionary),
+            optimiser=optimiser_config(cfg.optim, dictionary, length.steps),
             length=length,
             schedules=make_schedules(cfg.schedule, cfg.optim.lr, dictionary, length.steps),
             save_every=length_in_steps(cfg.checkpoint.every, length.steps, "checkpoint.every"),
@@ -140,7 +140,7 @@ class RunSpec:
     @property
     def id(self) -> str:
         """The same whenever the run is continued."""
-        return run_id(self.folder, self.identity)
+        return run_id(self.folder, comparable(self.identity))
 
     @property
     def most_on_disk(self) -> int:
@@ -184,7 +184,7 @@ def make_schedules(cfg: ScheduleSchema, lr: float | str, dictionary: DictionaryC
         return length_in_steps(getattr(cfg, name), total_steps, f"schedule.{name}")
 
     rate = LearningRate(
-        peak=peak_rate(lr, dictionary.decoder_rows),
+        peak=peak_rate(lr, dictionary.decoder_rows, total_steps),
         total_steps=total_steps,
         warmup_steps=steps("warmup"),
         decay_steps=steps("decay"),

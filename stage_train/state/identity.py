@@ -22,6 +22,9 @@ YOUNGER = {
     "stream.kinds": None,
     "sae.auxk_slope": 0.0,
 }
+# A younger default and the older one that it equals in all but long runs: older runs go on by it, where
+# `Start.check_values` finds that both stand for the same.
+ALIKE = {"optim.lr": ("by_width_and_length", "by_width")}
 # Either may be raised: the run goes on.
 LENGTHS = ("schedule.tokens", "schedule.epochs")
 
@@ -30,7 +33,7 @@ def identity(config: Mapping[str, Any]) -> dict[str, Any]:
     """The keys that fix the result, flattened: ``{"optim.lr": 0.001, ...}``; a key that is not known counts.
 
     ``sae.auxk_slope=auto`` counts as the number that it stands for, where ``sae.expansion`` says which, and else not:
-    ``Start.check_slope`` compares it where the widths are known.
+    ``Start.check_values`` compares it where the widths are known.
     """
     found = {key: value for key, value in flatten(config) if key not in FREE}
     if found.get("sae.auxk_slope") == "auto":
@@ -44,8 +47,18 @@ def shared_keys(config: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in flatten(config) if key in SHARED}
 
 
+def comparable(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """An identity with the older of each two values that are `ALIKE`."""
+    found = dict(identity)
+    for key, (younger, older) in ALIKE.items():
+        if found.get(key) == younger:
+            found[key] = older
+    return found
+
+
 def changes(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
     """What differs between two identities, one text per key."""
+    saved, wanted = comparable(saved), comparable(wanted)
     return [
         f"{key} was {saved.get(key, YOUNGER.get(key))}, is {wanted.get(key, YOUNGER.get(key))}"
         for key in sorted(saved.keys() | wanted.keys())
@@ -55,6 +68,7 @@ def changes(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
 
 def is_extension(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
     """Whether `wanted` is the same run, only longer."""
+    saved, wanted = comparable(saved), comparable(wanted)
     changed = [key for key in saved.keys() | wanted.keys() if saved.get(key) != wanted.get(key)]
     if len(changed) != 1 or changed[0] not in LENGTHS:
         return False

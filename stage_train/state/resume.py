@@ -9,10 +9,10 @@ from typing import Any, Self
 from shared.basics.errors import GranaryError
 from shared.basics.run_folder import RunFolder
 from shared.parallel import World
-from shared.sae.learn.config import LearningConfig
 from stage_train.config import Resume, TrainSchema, as_dict
 from stage_train.state.checkpoint import Checkpoints, read_state
 from stage_train.state.identity import changes, check_same_run, identity, is_extension
+from stage_train.step.schedule import LearningRate, peak_rate
 
 log = logging.getLogger(__name__)
 
@@ -29,16 +29,24 @@ class Start:
     discards: bool = False
     """Whether an earlier run in the folder gives way, once this one makes its first step."""
 
-    def check_slope(self, learning: LearningConfig) -> None:
-        """Raise GranaryError where ``sae.auxk_slope=auto`` stands for another slope than the run was begun with."""
+    def check_values(self, slope: float, rate: LearningRate, rows: int) -> None:
+        """Raise GranaryError where a default stands for another number than what the run was begun with.
+
+        AuxK's slope and the learning rate are as they are now, of a dictionary with so many `rows` of its decoder.
+        """
         if self.checkpoint is None:
             return
         begun = self.state.get("sae", {}).get("training", {}).get("auxk_slope", 0.0)
-        if begun != learning.auxk_slope:
-            raise GranaryError(
-                f"{self.checkpoint} is of a run with AuxK's slope at {begun}, not {learning.auxk_slope}: continue it "
-                f"with sae.auxk_slope={begun}, or begin anew with checkpoint.resume=never"
-            )
+        if begun != slope:
+            raise self._differs(f"with AuxK's slope at {begun}, not {slope}", f"sae.auxk_slope={begun}")
+        named = self.state["identity"]["optim.lr"]
+        if (peak := peak_rate(named, rows, rate.total_steps)) != rate.peak:
+            raise self._differs(f"whose learning rate peaks at {peak:g}, not {rate.peak:g}", f"optim.lr={named}")
+
+    def _differs(self, how: str, mend: str) -> GranaryError:
+        return GranaryError(
+            f"{self.checkpoint} is of a run {how}: continue it with {mend}, or begin anew with checkpoint.resume=never"
+        )
 
     @classmethod
     def find(cls, cfg: TrainSchema, world: World) -> Self:

@@ -14,8 +14,11 @@ COMMON = {field.name for field in fields(OptimiserConfig)}
 SPECIAL = sorted({field.name for kind in OPTIMISERS.values() for field in fields(kind.config_type)} - COMMON)
 
 
-def optimiser_config(cfg: OptimSchema, sae: DictionaryConfig) -> OptimiserConfig:
-    """Options of the optimiser that `cfg` asks for. Raises GranaryError for a value that it does not take, or lacks."""
+def optimiser_config(cfg: OptimSchema, sae: DictionaryConfig, steps: int) -> OptimiserConfig:
+    """Options of the optimiser that `cfg` asks for in a run of `steps`.
+
+    Raises GranaryError for a value that it does not take, or lacks.
+    """
     kind = cfg.kind.value
     config_type = OPTIMISERS[kind].config_type
     taken = {field.name for field in fields(config_type)}
@@ -24,7 +27,7 @@ def optimiser_config(cfg: OptimSchema, sae: DictionaryConfig) -> OptimiserConfig
         for name in sorted(names):
             raise GranaryError(f"optim.kind={kind} {need} optim.{name}: begin from optim={kind}")
     return config_type(
-        lr=peak_rate(cfg.lr, sae.decoder_rows),
+        lr=peak_rate(cfg.lr, sae.decoder_rows, steps),
         clip_norm=cfg.clip_norm,
         decoder_factor=cfg.decoder_factor,
         bias_factor=bias_factor(cfg.bias_factor, sae),

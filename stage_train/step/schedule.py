@@ -10,6 +10,8 @@ SHAPES = ("linear", "cosine", "sqrt")
 K_SHAPES = ("linear", "exponential")
 # a of the exponential k schedule (Language-Model-SAEs).
 STEEPNESS = 3.0
+# Steps from which on a longer run wants a lower rate.
+LONG = 2000
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -107,17 +109,22 @@ class PenaltyScale:
         return min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps else 1.0
 
 
-def automatic_rate(num_latents: int) -> float:
+def automatic_rate(num_latents: int, steps: int) -> float:
     """``2e-4 / sqrt(F / 2^14)``: the rule of sparsify and OpenSAE, after the fits of Gao et al. 2024."""
     return 2e-4 / math.sqrt(num_latents / 2**14)
 
 
-def rate_by_width(num_latents: int) -> float:
+def rate_by_width(num_latents: int, steps: int) -> float:
     """``1e-2 sqrt(2048 / F)``: that rule through the best rates found at 512 and 2,048 latents (docs/log.md)."""
     return 1e-2 * math.sqrt(2048 / num_latents)
 
 
-RATES = {"auto": automatic_rate, "by_width": rate_by_width}
+def rate_by_width_and_length(num_latents: int, steps: int) -> float:
+    """``rate_by_width``, times ``sqrt(LONG / steps)`` in runs of more than `LONG` steps (docs/log.md)."""
+    return rate_by_width(num_latents, steps) * math.sqrt(min(1, LONG / steps))
+
+
+RATES = {"auto": automatic_rate, "by_width": rate_by_width, "by_width_and_length": rate_by_width_and_length}
 
 
 def bias_factor_by_width(num_latents: int) -> float:
@@ -135,14 +142,15 @@ def bias_factor(value: float | str, sae: DictionaryConfig) -> float:
     return value
 
 
-def peak_rate(lr: float | str, rows: int) -> float:
+def peak_rate(lr: float | str, rows: int, steps: int) -> float:
     """The number, or what a name in RATES stands for, F being the decoder's `rows`; raises GranaryError for others."""
     if isinstance(lr, str):
         if lr not in RATES:
             raise GranaryError(
-                f"optim.lr={lr}: give a number, by_width for 1e-2 sqrt(2048 / F), or auto for 2e-4 / sqrt(F / 2^14)"
+                f"optim.lr={lr}: give a number, by_width for 1e-2 sqrt(2048 / F), by_width_and_length for that times "
+                f"sqrt({LONG} / steps) in longer runs, or auto for 2e-4 / sqrt(F / 2^14)"
             )
-        return RATES[lr](rows)
+        return RATES[lr](rows, steps)
     return lr
 
 

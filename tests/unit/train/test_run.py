@@ -22,6 +22,7 @@ from shared.store import Store
 from stage_train.state.checkpoint import newest_checkpoint
 from stage_train.state.export import export
 from stage_train.state.tensor_files import TensorWriter
+from stage_train.step import schedule
 from tests.closeness import REORDERED, SAME_RUN, assert_close_in_norm
 from tests.training import Runs, assert_same_run, assert_same_weights, watching, weights
 
@@ -136,6 +137,23 @@ def test_what_auto_stands_for_is_compared_where_only_the_store_tells(train: Runs
         train("a", wide)
     train.stopped("b", wide, step=5)
     assert_same_weights(train("b", wide), train("c", wide))
+
+
+def test_a_long_run_goes_on_at_the_rate_it_was_begun_with(train: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By default the rate went by the width alone; in short runs it still does."""
+    older, younger = "optim.lr=by_width", "optim.lr=by_width_and_length"
+    train.stopped("short", older, step=5)
+    assert_same_weights(train("short", younger), train("by width", older))
+    monkeypatch.setattr(schedule, "LONG", 2)
+    train.stopped("long", older, step=5)
+    with pytest.raises(GranaryError, match=r"rate peaks at .*, not .*: continue it with optim\.lr=by_width, or begin"):
+        train("long", younger)
+    train.stopped("slow", younger, step=5)
+    with pytest.raises(GranaryError, match=r"continue it with optim\.lr=by_width_and_length, or begin"):
+        train("slow", older)
+    assert_same_weights(train("long", older), train("by width", older))
+    slow, fast = (read_metrics(out)[0]["lr"] for out in (train("slow", younger), train("long", older)))
+    assert slow < 0.9 * fast
 
 
 def test_resume_never_and_must(train: Runs) -> None:

@@ -9,6 +9,7 @@ import pytest
 from shared.basics.errors import GranaryError
 from shared.sae import SAEConfig
 from stage_train.step.schedule import (
+    LONG,
     LatentsPerToken,
     LearningRate,
     PenaltyScale,
@@ -103,11 +104,17 @@ def test_penalty_rises_to_one() -> None:
 
 
 def test_rates_by_name() -> None:
-    assert peak_rate(3e-3, 77) == 3e-3
-    assert peak_rate("auto", 2**16) == 1e-4
-    assert [peak_rate("by_width", latents) for latents in (512, 2048, 8192)] == [2e-2, 1e-2, 5e-3]
+    assert peak_rate(3e-3, 77, 10**6) == 3e-3
+    assert peak_rate("auto", 2**16, 10**6) == 1e-4
+    assert [peak_rate("by_width", latents, 10**6) for latents in (512, 2048, 8192)] == [2e-2, 1e-2, 5e-3]
     with pytest.raises(GranaryError, match=r"optim\.lr=fast: give a number, by_width for"):
-        peak_rate("fast", 2048)
+        peak_rate("fast", 2048, 1)
+
+
+def test_a_long_run_has_a_lower_rate() -> None:
+    rates = [peak_rate("by_width_and_length", 2048, steps) for steps in (1, LONG - 1, LONG, 4 * LONG, 100 * LONG)]
+    assert rates == pytest.approx([1e-2, 1e-2, 1e-2, 5e-3, 1e-3])
+    assert rates[:3] == [peak_rate("by_width", 2048, 1)] * 3
 
 
 def test_factor_of_the_biases() -> None:
@@ -116,7 +123,7 @@ def test_factor_of_the_biases() -> None:
 
     assert bias_factor(5, sae(77)) == 5
     for latents in (512, 2048, 8192):
-        assert bias_factor("by_width", sae(latents)) * peak_rate("by_width", latents) == pytest.approx(6e-2)
+        assert bias_factor("by_width", sae(latents)) * peak_rate("by_width", latents, 1) == pytest.approx(6e-2)
     gated = sae(2048, activation="gated", k=None)
     assert bias_factor("by_width", gated) == 1
     with pytest.raises(GranaryError, match=r"optim\.bias_factor=fast: give a number, or by_width for"):
@@ -124,5 +131,5 @@ def test_factor_of_the_biases() -> None:
 
 
 def test_automatic_rate() -> None:
-    assert automatic_rate(2**14) == 2e-4
-    assert automatic_rate(262_144) == pytest.approx(5e-5)
+    assert automatic_rate(2**14, 1) == 2e-4
+    assert automatic_rate(262_144, 1) == pytest.approx(5e-5)
