@@ -59,16 +59,16 @@ class SAELens:
         from sae_lens.saes.topk_sae import TopKTrainingSAE, TopKTrainingSAEConfig
         from sae_lens.training.sae_trainer import SAETrainer
 
-        lr, dead_after = job["lr"], job.get("dead_after")
+        lr, batch = job["lr"], job["batch_size"]
         self.sae = TopKTrainingSAE(TopKTrainingSAEConfig(d_in=d, d_sae=job["d_latent"], k=job["k"]))
         config = SAETrainerConfig(
             n_checkpoints=0, checkpoint_path=None, save_final_checkpoint=False, device="cpu", autocast=False,
-            total_training_samples=steps * job["batch_size"], train_batch_size_samples=job["batch_size"],
+            total_training_samples=steps * batch, train_batch_size_samples=batch,
             lr=lr or 3e-4, lr_end=(lr or 3e-4) / 10, lr_scheduler_name="constant",  # lr_end: for cosine alone
             lr_warm_up_steps=0 if lr is None else round(job["warmup"] * steps),
             lr_decay_steps=0 if lr is None else round(job["decay"] * steps),
             n_restart_cycles=1, adam_beta1=0.9, adam_beta2=0.999,
-            dead_feature_window=1000 if dead_after is None else dead_after // job["batch_size"],
+            dead_feature_window=job.get("dead_after", 1000 * batch) // batch,
             feature_sampling_window=2000, logger=LoggingConfig(log_to_wandb=False),
         )  # fmt: skip
         self.trainer = SAETrainer(config, self.sae, iter([]))
@@ -97,7 +97,7 @@ class DictionaryLearning:
             lr=job["lr"], warmup_steps=min(1000, round(job["warmup"] * steps)), seed=job["seed"], device="cpu",
             decay_start=None if job["lr"] is None else steps - round(job["decay"] * steps),
         )  # fmt: skip
-        self.trainer.dead_feature_threshold = job.get("dead_after") or self.trainer.dead_feature_threshold
+        self.trainer.dead_feature_threshold = job.get("dead_after", self.trainer.dead_feature_threshold)
 
     def step(self, x_ND: torch.Tensor, y_ND: torch.Tensor, number: int) -> None:
         self.trainer.update(number, x_ND)
@@ -127,7 +127,7 @@ class Sparsify:
         )
         self.coder = SparseCoder(d, config, dtype=torch.float32)
         self.since_fired_F = torch.zeros(num_latents, dtype=torch.long)
-        self.steps, self.lr, self.dead_after = steps, job["lr"], job.get("dead_after") or 10_000_000
+        self.steps, self.lr, self.dead_after = steps, job["lr"], job.get("dead_after", 10_000_000)
         self.warmup, self.decay = round(job["warmup"] * steps), round(job["decay"] * steps)
         self.optimiser: Any
         if self.lr is None:  # its default: schedule-free signum, no AuxK

@@ -120,6 +120,7 @@ class RunSpec:
             made = VARIANTS[dictionary.kind](dictionary, kernels=cfg.compute.kernels, compute_dtype=cfg.compute.dtype)
         check_loggers(cfg.logger)
         check_guards(cfg.optim)
+        schedules = make_schedules(cfg.schedule, cfg.optim.lr, dictionary, length.steps)
         return cls(
             cfg=cfg,
             config=config,
@@ -130,9 +131,9 @@ class RunSpec:
             dictionary=dictionary,
             learning=learning,
             num_parameters=sum(parameter.numel() for parameter in made.parameters()),
-            optimiser=optimiser_config(cfg.optim, dictionary, length.steps),
+            optimiser=optimiser_config(cfg.optim, dictionary, schedules.rate.peak),
             length=length,
-            schedules=make_schedules(cfg.schedule, cfg.optim.lr, dictionary, length.steps),
+            schedules=schedules,
             save_every=length_in_steps(cfg.checkpoint.every, length.steps, "checkpoint.every"),
             attention=attention,
         )

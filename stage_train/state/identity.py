@@ -56,20 +56,23 @@ def comparable(identity: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
+def changed_keys(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    """The keys in which two identities differ, sorted."""
+    before, after = comparable(saved), comparable(wanted)
+    return [key for key in sorted(before.keys() | after.keys()) if before.get(key) != after.get(key)]
+
+
 def changes(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
     """What differs between two identities, one text per key."""
-    saved, wanted = comparable(saved), comparable(wanted)
     return [
         f"{key} was {saved.get(key, YOUNGER.get(key))}, is {wanted.get(key, YOUNGER.get(key))}"
-        for key in sorted(saved.keys() | wanted.keys())
-        if saved.get(key) != wanted.get(key)
+        for key in changed_keys(saved, wanted)
     ]
 
 
 def is_extension(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
     """Whether `wanted` is the same run, only longer."""
-    saved, wanted = comparable(saved), comparable(wanted)
-    changed = [key for key in saved.keys() | wanted.keys() if saved.get(key) != wanted.get(key)]
+    changed = changed_keys(saved, wanted)
     if len(changed) != 1 or changed[0] not in LENGTHS:
         return False
     before, after = saved.get(changed[0]), wanted.get(changed[0])

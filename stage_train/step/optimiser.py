@@ -7,15 +7,15 @@ from shared.basics.errors import GranaryError
 from shared.sae.config import DictionaryConfig
 from shared.sae.optim import OPTIMISERS, OptimiserConfig
 from stage_train.config import OptimSchema
-from stage_train.step.schedule import bias_factor, peak_rate
+from stage_train.step.schedule import bias_factor
 
 COMMON = {field.name for field in fields(OptimiserConfig)}
 # Keys that are for some kinds alone, and null for the others.
 SPECIAL = sorted({field.name for kind in OPTIMISERS.values() for field in fields(kind.config_type)} - COMMON)
 
 
-def optimiser_config(cfg: OptimSchema, sae: DictionaryConfig, steps: int) -> OptimiserConfig:
-    """Options of the optimiser that `cfg` asks for in a run of `steps`.
+def optimiser_config(cfg: OptimSchema, sae: DictionaryConfig, lr: float) -> OptimiserConfig:
+    """Options of the optimiser that `cfg` asks for; `lr` is what its rate stands for.
 
     Raises GranaryError for a value that it does not take, or lacks.
     """
@@ -27,7 +27,7 @@ def optimiser_config(cfg: OptimSchema, sae: DictionaryConfig, steps: int) -> Opt
         for name in sorted(names):
             raise GranaryError(f"optim.kind={kind} {need} optim.{name}: begin from optim={kind}")
     return config_type(
-        lr=peak_rate(cfg.lr, sae.decoder_rows, steps),
+        lr=lr,
         clip_norm=cfg.clip_norm,
         decoder_factor=cfg.decoder_factor,
         bias_factor=bias_factor(cfg.bias_factor, sae),
