@@ -1,39 +1,43 @@
-"""FVU as a function of latents and tokens: ``E + A F^-a + B T^-b``, fitted and drawn.
+"""FVU as a function of latents and tokens, fitted and drawn: ``((A F^-a)^q + (B T^-b)^q)^(1/q)``.
 
-The form is that of Hoffmann et al. 2022 (2203.15556) for losses of language models; Gao et al. 2024 fit SAEs by powers
-of latents and k. Points are rows of ``wide.py``, all of one k.
+``A F^-a`` is what so many latents allow, ``B T^-b`` what so many tokens teach, and the scarcer of the two decides: q
+says how sharply. The sum of powers that Hoffmann et al. 2022 (2203.15556) fit to losses of language models is near
+q = 1; that of SAEs has a corner, since after few tokens more latents gain nothing. Gao et al. 2024 (2406.04093) fit
+SAEs by powers of latents and k. Points are rows of ``wide.py``, all of one k.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 import numpy as np
+import torch
 
-EXPONENTS = np.linspace(0.02, 2.0, 12)
-"""Tried for both, then as many on each side of the best, up to two of the last steps away."""
-REFINEMENTS = 6
+STARTS = tuple(product((0.2, 1.0), (0.2, 1.0), (1.0, 4.0)))
+"""Of a, b and q."""
 
 
 @dataclass(frozen=True)
 class Law:
     """The fit; `latents` and `tokens` are exponents."""
 
-    floor: float
     by_latents: float
     latents: float
     by_tokens: float
     tokens: float
+    sharpness: float
     error: float
     """Root mean square of the relative errors at the points."""
 
     def at(self, latents: float, tokens: float) -> float:
         """FVU that it foretells."""
-        return self.floor + self.by_latents * latents**-self.latents + self.by_tokens * tokens**-self.tokens
+        limits = np.array([self.by_latents * latents**-self.latents, self.by_tokens * tokens**-self.tokens])
+        return float((limits**self.sharpness).sum() ** (1 / self.sharpness))
 
     def __str__(self) -> str:
-        terms = f"{self.by_latents:.3g} F^-{self.latents:.2f} + {self.by_tokens:.3g} T^-{self.tokens:.2f}"
-        return f"{self.floor:.4f} + {terms}, relative error {self.error:.1%}"
+        limits = f"{self.by_latents:.3g} F^-{self.latents:.2f} and {self.by_tokens:.3g} T^-{self.tokens:.2f}"
+        return f"{limits}, q {self.sharpness:.1f}, relative error {self.error:.1%}"
 
 
 Point = tuple[float, float, float]
@@ -41,43 +45,41 @@ Point = tuple[float, float, float]
 
 
 def fit(points: Sequence[Point]) -> Law:
-    """The law with the least squared relative error, factors not negative. ValueError for fewer than five numbers to
-    fit five by, or a single number of latents or of tokens, which leaves an exponent open."""
-    found = np.asarray(points, dtype=float)
-    if len(found) < 5 or min(len(set(found[:, 0])), len(set(found[:, 1]))) < 2:
+    """The law with the least squared relative error. ValueError for fewer than five points, as it has five numbers, or
+    a single number of latents or of tokens, which leaves an exponent open."""
+    latents, tokens, fvu = np.asarray(points, dtype=float).T
+    if len(fvu) < 5 or min(len(set(latents)), len(set(tokens))) < 2:
         raise ValueError("the law has five numbers: it takes five points, over several latents and several tokens")
-    tries, step = [EXPONENTS, EXPONENTS], float(EXPONENTS[1] - EXPONENTS[0])
-    best: Law | None = None
-    for _ in range(REFINEMENTS):
-        tried = [_factors(found, a, b) for a in tries[0] for b in tries[1]]
-        best = min([*tried, *([best] if best else [])], key=lambda law: law.error)
-        tries = [
-            np.linspace(max(middle - 2 * step, 1e-3), middle + 2 * step, len(EXPONENTS))
-            for middle in (best.latents, best.tokens)
-        ]
-        step *= 4 / (len(EXPONENTS) - 1)
-    assert best is not None
-    return best
+    # Relative to the middle, so that both limits begin at the points.
+    middles = [float(np.median(column)) for column in (latents, tokens, fvu)]
+    f, t, y = (torch.from_numpy(np.log(c / m)) for c, m in zip((latents, tokens, fvu), middles, strict=True))
+
+    def error(at: torch.Tensor) -> torch.Tensor:
+        """Mean square; `at` is [log A, log a, log B, log b, log q] in those units."""
+        a, b, q = at[1].exp(), at[3].exp(), at[4].exp()
+        foretold = torch.logaddexp(q * (at[0] - a * f), q * (at[2] - b * t)) / q
+        return (torch.expm1(foretold - y) ** 2).mean()
+
+    starts = [torch.tensor([1.0, a, 1.0, b, q], dtype=torch.float64).log() for a, b, q in STARTS]
+    found = min((_descended(error, start) for start in starts), key=error)
+    a, b, q = found[[1, 3, 4]].exp().tolist()
+    factors = float(found[0].exp()) * middles[2] * middles[0] ** a, float(found[2].exp()) * middles[2] * middles[1] ** b
+    return Law(factors[0], a, factors[1], b, q, float(error(found)) ** 0.5)
 
 
-def _factors(points: np.ndarray, a: float, b: float) -> Law:
-    """The best factors at given exponents: least squares without negative ones, over all choices of which are 0."""
-    latents, tokens, fvu = points.T
-    # Relative to the middle, so that columns are alike in size.
-    scale = np.array([1.0, np.median(latents) ** -a, np.median(tokens) ** -b])
-    columns = np.stack([np.ones_like(fvu), latents**-a, tokens**-b], 1) / scale / fvu[:, None]
-    best = (np.inf, np.zeros(3))
-    for kept in ([0, 1, 2], [0, 1], [0, 2], [1, 2], [0], [1], [2]):
-        solved = np.linalg.lstsq(columns[:, kept], np.ones_like(fvu), rcond=None)[0]
-        if (solved >= 0).all():
-            factors = np.zeros(3)
-            factors[kept] = solved
-            error = float(np.sqrt(np.mean((columns @ factors - 1) ** 2)))
-            best = min(best, (error, factors), key=lambda pair: pair[0])
-            if len(kept) == 3:  # fewer can't be better
-                break
-    floor, by_latents, by_tokens = best[1] / scale
-    return Law(float(floor), float(by_latents), float(a), float(by_tokens), float(b), best[0])
+def _descended(error: Callable[[torch.Tensor], torch.Tensor], start: torch.Tensor) -> torch.Tensor:
+    """Where the least of `error` near `start` is."""
+    at = start.clone().requires_grad_()
+    descent = torch.optim.LBFGS([at], max_iter=500, tolerance_change=1e-14, line_search_fn="strong_wolfe")
+
+    def closure() -> torch.Tensor:
+        descent.zero_grad()
+        found = error(at)
+        found.backward()
+        return found
+
+    descent.step(closure)
+    return at.detach()
 
 
 def draw(trainers: dict[str, list[Point]], title: str, path: Path) -> None:
