@@ -14,6 +14,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from stage_eval.show.theme import LIGHT, style
+
 STARTS = tuple(product((0.2, 1.0), (0.2, 1.0), (1.0, 4.0)))
 """Of a, b and q."""
 
@@ -83,27 +85,38 @@ def _descended(error: Callable[[torch.Tensor], torch.Tensor], start: torch.Tenso
 
 
 def draw(trainers: dict[str, list[Point]], title: str, path: Path) -> None:
-    """One panel per trainer: FVU against latents, a line per number of tokens, dashes where the fit has it."""
+    """One panel per trainer that a law can be fitted to: FVU against latents, a colour per number of tokens, the fit
+    dashed; dotted what it foretells with tokens without end."""
+    from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter, NullLocator, StrMethodFormatter
 
-    figure = Figure(figsize=(5 * len(trainers), 4), layout="constrained")
-    FigureCanvasAgg(figure)
-    panels = figure.subplots(1, len(trainers), sharey=True, squeeze=False)[0]
-    for panel, (trainer, points) in zip(panels, trainers.items(), strict=True):
-        for tokens in sorted({point[1] for point in points}):
-            mine = sorted((latents, fvu) for latents, seen, fvu in points if seen == tokens)
-            (line,) = panel.plot(*zip(*mine, strict=True), "o", label=f"{tokens / 1e6:g} M tokens")
-            try:
-                law = fit(points)
-            except ValueError:
-                continue
-            curve = np.geomspace(mine[0][0], mine[-1][0], 50)
-            panel.plot(curve, [law.at(latents, tokens) for latents in curve], "--", color=line.get_color())
+    with rc_context(style(LIGHT)):
+        figure = Figure(figsize=(5.5 * len(trainers), 4.2), layout="constrained")
+        FigureCanvasAgg(figure)
+        panels = figure.subplots(1, len(trainers), sharey=True, squeeze=False)[0]
+        for panel, (trainer, points) in zip(panels, trainers.items(), strict=True):
+            law = fit(points)
+            for i, tokens in enumerate(sorted({tokens for _, tokens, _ in points})):
+                mine = sorted((latents, fvu) for latents, seen, fvu in points if seen == tokens)
+                color = LIGHT.series(i)
+                panel.plot(*zip(*mine, strict=True), "o", color=color)
+                curve = np.geomspace(mine[0][0], mine[-1][0], 50)
+                panel.plot(curve, [law.at(latents, tokens) for latents in curve], "--", color=color, linewidth=1.2)
+                place = {"xytext": (8, 0), "textcoords": "offset points", "va": "center"}
+                panel.annotate(f"{tokens / 1e6:g} M", mine[-1], color=color, fontsize=8, **place)
+            widths = sorted({latents for latents, _, _ in points})
+            panel.plot(widths, [law.at(latents, np.inf) for latents in widths], ":", color=LIGHT.muted, linewidth=1)
+            panel.set(xscale="log", yscale="log", xlim=(widths[0] / 1.2, widths[-1] * 1.6))
+            panel.set_xticks(widths, [f"{width:,.0f}" for width in widths], fontsize=8)
+            panel.xaxis.set_minor_locator(NullLocator())
+            panel.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 5, 6, 8)))
+            panel.yaxis.set_major_formatter(StrMethodFormatter("{x:.3g}"))
+            panel.yaxis.set_minor_formatter(NullFormatter())
+            panel.set_title(trainer, loc="left", fontsize=10)
             panel.set_xlabel(f"latents F\n{law}", fontsize=8)
-        panel.set(title=trainer, xscale="log", yscale="log")
-        panel.legend(fontsize=8)
-    panels[0].set_ylabel("held-out FVU")
-    figure.suptitle(title, fontsize=9)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+        panels[0].set_ylabel("held-out FVU, by training tokens")
+        figure.suptitle(title, fontsize=9)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=160, facecolor=LIGHT.surface)
