@@ -14,8 +14,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from stage_eval.show.theme import LIGHT, style
-
 STARTS = tuple(product((0.2, 1.0), (0.2, 1.0), (1.0, 4.0)))
 """Of a, b and q."""
 
@@ -84,28 +82,30 @@ def _descended(error: Callable[[torch.Tensor], torch.Tensor], start: torch.Tenso
     return at.detach()
 
 
-def draw(trainers: dict[str, list[Point]], title: str, path: Path) -> None:
-    """One panel per trainer that a law can be fitted to: FVU against latents, a colour per number of tokens, the fit
-    dashed; dotted what it foretells with tokens without end."""
+def draw(trainers: dict[str, tuple[list[Point], Law]], title: str, path: Path) -> None:
+    """One panel per trainer: FVU against latents, a colour per number of tokens, the fit dashed; dotted what it
+    foretells with tokens without end."""
     from matplotlib import rc_context
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, NullFormatter, NullLocator, StrMethodFormatter
 
+    from stage_eval.show.theme import LIGHT, style
+
+    lengths = sorted({tokens for points, _ in trainers.values() for _, tokens, _ in points})
+    colors = {tokens: LIGHT.series(i) for i, tokens in enumerate(lengths)}
     with rc_context(style(LIGHT)):
         figure = Figure(figsize=(5.5 * len(trainers), 4.2), layout="constrained")
-        FigureCanvasAgg(figure)
         panels = figure.subplots(1, len(trainers), sharey=True, squeeze=False)[0]
-        for panel, (trainer, points) in zip(panels, trainers.items(), strict=True):
-            law = fit(points)
-            for i, tokens in enumerate(sorted({tokens for _, tokens, _ in points})):
+        for panel, (trainer, (points, law)) in zip(panels, trainers.items(), strict=True):
+            for tokens in sorted({tokens for _, tokens, _ in points}):
                 mine = sorted((latents, fvu) for latents, seen, fvu in points if seen == tokens)
-                color = LIGHT.series(i)
+                color = colors[tokens]
                 panel.plot(*zip(*mine, strict=True), "o", color=color)
                 curve = np.geomspace(mine[0][0], mine[-1][0], 50)
                 panel.plot(curve, [law.at(latents, tokens) for latents in curve], "--", color=color, linewidth=1.2)
-                place = {"xytext": (8, 0), "textcoords": "offset points", "va": "center"}
-                panel.annotate(f"{tokens / 1e6:g} M", mine[-1], color=color, fontsize=8, **place)
+                panel.annotate(
+                    f"{tokens / 1e6:g} M", mine[-1], (8, 0), textcoords="offset points", va="center", color=color
+                )
             widths = sorted({latents for latents, _, _ in points})
             panel.plot(widths, [law.at(latents, np.inf) for latents in widths], ":", color=LIGHT.muted, linewidth=1)
             panel.set(xscale="log", yscale="log", xlim=(widths[0] / 1.2, widths[-1] * 1.6))

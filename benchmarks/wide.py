@@ -27,7 +27,7 @@ from statistics import mean
 from typing import Any
 
 import numpy as np
-from law import Point, draw, fit
+from law import Law, Point, draw, fit
 from quality import LENGTHS, RATES, REALDATA, ROOT, SEEDS, SETTINGS, Bench, Training, groups
 from quality_peers import CONTENDERS, EARLY
 from records import print_result
@@ -208,18 +208,17 @@ def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
-def points(rows: list[dict[str, Any]]) -> dict[str, list[Point]]:
-    """Of each trainer with enough of them for the law."""
+def laws(rows: list[dict[str, Any]]) -> dict[str, tuple[list[Point], Law]]:
+    """The points of each trainer with enough of them, and the law fitted to them."""
     found: dict[str, list[Point]] = {}
     for (provider, latents, tokens), mine in best_rows(rows).items():
         found.setdefault(provider, []).append((latents, tokens, mean(row["fvu"] for row in mine)))
     fitted = {}
     for provider, seen in found.items():
         try:
-            fit(seen)
+            fitted[provider] = seen, fit(seen)
         except ValueError:
             continue
-        fitted[provider] = seen
     return fitted
 
 
@@ -270,9 +269,9 @@ def main() -> None:
         for model in models:
             mine, is_done = run_all(model, options)
             rows += mine
-            fitted = points(mine)
-            laws = {provider: str(fit(seen)) for provider, seen in fitted.items()}
-            told[model] = {"done": is_done, "means": summary(mine), "law": laws}
+            fitted = laws(mine)
+            texts = {provider: str(found) for provider, (_, found) in fitted.items()}
+            told[model] = {"done": is_done, "means": summary(mine), "law": texts}
             if options.figure and fitted:
                 draw(fitted, f"{model}, k {SETTINGS[model]['k']}", options.figure.with_stem(f"law_{model}"))
     print_result(told)
