@@ -1,9 +1,10 @@
-"""The law of latents and tokens that benchmarks/wide.py fits: a planted one is found again, and foretells."""
+"""The law of latents and tokens that benchmarks/wide.py fits: a planted one is found again, foretells, and is drawn."""
 
 import json
 import subprocess
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
@@ -24,6 +25,16 @@ for points in ([(1, 1, 1)] * 4, [(1024, T, 0.1) for T in range(1, 9)]):
     except ValueError as error:
         print(error)
 """
+DRAW = """
+import sys; sys.path.insert(0, {folder!r})
+from pathlib import Path
+from matplotlib import rc_context
+from law import draw, fit
+points = [(F, T, F**-0.5 + T**-0.3) for F in (1024, 4096, 16384) for T in (5e5, 2e6, 8e6)]
+few = points[:2] + points[3:5] + points[6:7]
+with rc_context({{"svg.fonttype": "none"}}):
+    draw({{"ours": (points, fit(points)), "theirs": (few, fit(few))}}, "a model, k 32", Path({path!r}))
+"""
 
 
 def test_a_planted_law_is_found_and_foretells() -> None:
@@ -35,3 +46,12 @@ def test_a_planted_law_is_found_and_foretells() -> None:
         assert foretold == pytest.approx(wanted, rel=0.005)
     assert len(said) == 4
     assert all("it takes five points" in line for line in said[2:])
+
+
+def test_the_figure_has_a_panel_per_trainer_and_names_its_tokens(tmp_path: Path) -> None:
+    path = tmp_path / "images" / "law.svg"
+    command = [sys.executable, "-W", "error", "-c", DRAW.format(folder=str(BENCHMARKS), path=str(path))]
+    subprocess.run(command, env=environment(), capture_output=True, check=True)
+    texts = [text for element in ElementTree.parse(path).iter() if (text := (element.text or "").strip())]
+    assert {"a model, k 32", "ours", "theirs", "latents F", "held-out FVU, by training tokens"} <= set(texts)
+    assert [texts.count(f"{tokens} M") for tokens in ("0.5", "2", "8")] == [2, 2, 1]
