@@ -24,6 +24,7 @@ from shared.intervene.record import widen
 from shared.intervene.splice import SplicedModel
 from shared.lm.calls import arguments_of
 from shared.lm.modulepoint import Point
+from shared.lm.recomputation import is_checkpointed
 from shared.sae.latents import SparseLatents
 from shared.sae.variants import Dictionary
 from shared.sae.variants.one_group import OneGroup
@@ -114,7 +115,7 @@ def attribute(
     if inactive < 0:
         raise GranaryError(f"inactive={inactive}: give how many, or 0 for none")
     splice = _Pathed(model, dictionary, hook, include_bos=include_bos)
-    if getattr(splice.inner, "is_gradient_checkpointing", False) and splice.inner.training:
+    if splice.inner.training and is_checkpointed(splice.inner):
         raise GranaryError("gradient checkpointing runs layers again in the backward pass: model.eval() first")
     if baseline is not None:
         with torch.no_grad():

@@ -34,7 +34,7 @@ from shared.lm.calls import filled_slots, named_arguments
 from shared.lm.hookpoint import HookPoint
 from shared.lm.modulepoint import Point
 from shared.lm.places import body_of, device_of, trunk, without_wrappers
-from shared.lm.recomputation import remembering
+from shared.lm.recomputation import is_checkpointed, remembering
 from shared.lm.targets import resolve
 from shared.lm.vision.shown import Shown
 from shared.sae.latents import SparseLatents
@@ -138,8 +138,7 @@ class SplicedModel:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The model's forward, spliced; all of its tokens count as prompt unless they continue a cache."""
         if self._stack is None:
-            is_checkpointed = getattr(self.inner, "is_gradient_checkpointing", False)
-            if torch.is_grad_enabled() and self.inner.training and is_checkpointed:
+            if torch.is_grad_enabled() and self.inner.training and is_checkpointed(self.inner):
                 raise GranaryError(
                     "gradient checkpointing runs layers again in the backward pass, when this call's splice is gone: "
                     "put `with SplicedModel(...) as spliced:` around both"
@@ -162,9 +161,7 @@ class SplicedModel:
             if has_beams:
                 raise GranaryError("what a lorsa has read can't follow beams that change rows: leave num_beams=1")
             if filled_slots(kwargs):
-                raise GranaryError(
-                    "a lorsa attends to what it has read since generate began: leave past_key_values out"
-                )
+                raise GranaryError("a lorsa attends to what it has read since generate began: leave the cache out")
         if has_beams and not kwargs.keys().isdisjoint(BESIDE_TOKENS):
             raise GranaryError("what beams over images have processed can't be followed: leave num_beams=1")
         if self._stack is None:

@@ -19,6 +19,7 @@ from shared.basics.errors import GranaryError
 from shared.intervene.padding import attended
 from shared.intervene.record import Record
 from shared.kernels.attention.pattern import may_attend
+from shared.lm.calls import cache_of
 from shared.sae.contexts import Contexts
 from shared.sae.latents import SparseLatents
 from shared.sae.variants import Lorsa
@@ -113,7 +114,7 @@ def _caches(model: PreTrainedModel, named: Mapping[str, Any]) -> bool:
     """Whether the forward fills a cache."""
     asked = named.get("use_cache")
     is_asked = model.config.get_text_config().use_cache if asked is None else asked
-    return bool(is_asked) or named.get("past_key_values") is not None
+    return bool(is_asked) or cache_of(named) is not None
 
 
 def _jumps(named: Mapping[str, Any], padding_BS: Tensor, past: int) -> Tensor:

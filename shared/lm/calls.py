@@ -9,6 +9,9 @@ from torch import Tensor, nn
 
 from shared.lm.places import device_of
 
+# What a forward calls the cache of keys and values: newer versions of transformers, and older ones.
+CACHES = ("cache", "past_key_values")
+
 
 @dataclass(frozen=True)
 class Masked:
@@ -52,7 +55,12 @@ def named_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[st
     return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
+def cache_of(named: Mapping[str, Any]) -> Any:
+    """The cache that a forward is given, of its arguments by name; None without one."""
+    return next((named[name] for name in CACHES if named.get(name) is not None), None)
+
+
 def filled_slots(named: Mapping[str, Any]) -> int:
     """How many slots of the cache are filled before the forward; 0 without a cache."""
-    length = getattr(named.get("past_key_values"), "get_seq_length", None)
+    length = getattr(cache_of(named), "get_seq_length", None)
     return 0 if length is None else int(length())

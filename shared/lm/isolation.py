@@ -98,6 +98,22 @@ def pack_documents(documents: Sequence[Tensor], seq_len: int) -> list[list[int]]
     return contexts
 
 
+def at_the_end(documents: Sequence[Tensor], seq_len: int) -> tuple[Tensor, list[int]]:
+    """A context whose front is filled with other tokens: those, and the numbers of the documents that end it.
+
+    What a model makes of places in a context rather than in a document may be right at the front alone, as a bias by
+    distance in bfloat16, which counts to 256. Documents are taken in order while they fill no more than half.
+    """
+    numbers, room = [], seq_len // 2
+    for number, ids_L in enumerate(documents):
+        if len(ids_L) <= room:
+            numbers.append(number)
+            room -= len(ids_L)
+    tokens = torch.cat(list(documents))
+    fill = seq_len - (seq_len // 2 - room)
+    return tokens.repeat(-(-fill // len(tokens)))[:fill], numbers
+
+
 def measure_isolation(
     model: PreTrainedModel,
     hooks: Sequence[Point],
@@ -108,8 +124,9 @@ def measure_isolation(
 ) -> Isolation:
     """Compare `documents` (int64 [L] on the model's device) packed into contexts with each one alone, at every hook.
 
-    Contexts of at most `seq_len` tokens go through the model `batch_contexts` at a time. No more than one such batch
-    of activations is held at once, and one document's. Raises GranaryError where the model's forward fails.
+    Contexts of at most `seq_len` tokens go through the model `batch_contexts` at a time, and then one of `seq_len`
+    tokens with documents at its end. No more than one such batch of activations is held at once, and one document's.
+    Raises GranaryError where the model's forward fails.
 
     In float32 no position may be beyond the tolerance. In 16 bits rounding alone may flip a router of experts at single
     positions, so each document is also run twice in a batch of two: one position more than twice those that this moves
@@ -119,13 +136,21 @@ def measure_isolation(
     is_exact = model.dtype == torch.float32
     tallies = {hook: _Tally() for hook in hooks}
     contexts = pack_documents(documents, seq_len)
-    for first in range(0, len(contexts), batch_contexts):
-        batch = contexts[first : first + batch_contexts]
-        packed = _run_packed(model, hooks, documents, batch)
+    batches = [contexts[first : first + batch_contexts] for first in range(0, len(contexts), batch_contexts)]
+    filler_L, numbers = at_the_end(documents, seq_len)
+    filler = len(documents)
+    if numbers:
+        batches.append([[filler, *numbers]])
+    laid = [*documents, filler_L]
+    for batch in batches:
+        packed = _run_packed(model, hooks, laid, batch)
         for row, numbers in enumerate(batch):
             start = 0
             for number in numbers:
-                ids_L = documents[number]
+                ids_L = laid[number]
+                if number == filler:
+                    start += len(ids_L)
+                    continue
                 alone = _run_alone(model, hooks, ids_L)
                 twice = alone if is_exact else _run_alone(model, hooks, ids_L, copies=2)
                 for hook in hooks:

@@ -13,6 +13,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from shared.basics.errors import GranaryError
 from shared.lm.places import trunk
@@ -20,9 +21,21 @@ from shared.lm.places import trunk
 # Where a module of transformers keeps the function that runs it now and again in the backward pass.
 FUNCTION = "_gradient_checkpointing_func"
 
+# The method of a model that switches it on; older versions of transformers have another name alone.
+SWITCH = next(
+    name
+    for name in ("activation_checkpointing_enable", "gradient_checkpointing_enable")
+    if hasattr(PreTrainedModel, name)
+)
+
 Again = Callable[[], AbstractContextManager[None]]
 # Per trunk: what is to be taken along, asked for at each call of a checkpointed function.
 _TAKERS: WeakKeyDictionary[nn.Module, list[Callable[[], Again]]] = WeakKeyDictionary()
+
+
+def is_checkpointed(model: nn.Module) -> bool:
+    """Whether a layer of the model, one of transformers, is run again in a backward pass of training."""
+    return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
 
 
 @contextmanager

@@ -36,7 +36,8 @@ def _anew(
     """Cosines and sines as of a module that has met no sequence yet."""
     for name, original in list(module.named_buffers(recurse=False)):
         if name.endswith(ORIGINAL):
-            module.register_buffer(f"{name.removesuffix(ORIGINAL)}inv_freq", original, persistent=False)
+            # A copy, since newer versions of transformers write the frequencies of a long sequence into it.
+            module.register_buffer(f"{name.removesuffix(ORIGINAL)}inv_freq", original.clone(), persistent=False)
     for name in vars(module):
         if name.endswith(LONGEST):
             setattr(module, name, module.original_max_seq_len)

@@ -23,7 +23,7 @@ from shared.lm.hookpoint import HookPoint
 from shared.lm.hooks import hook_at
 from shared.lm.modulepoint import ModulePoint, Point
 from shared.lm.places import body_of, decoder_blocks, locate
-from shared.lm.recomputation import remembering
+from shared.lm.recomputation import SWITCH, remembering
 from shared.lm.uncompiled import uncompiled
 
 Where = Callable[[Tensor], Tensor | None]
@@ -164,7 +164,7 @@ class _Splice:
         if self.is_inside and seen.has_grad and not torch.is_grad_enabled() and self._spans_layers:
             raise GranaryError(
                 "reentrant gradient checkpointing cuts the gradient between the layers that this dictionary reads and"
-                " writes: model.gradient_checkpointing_enable({'use_reentrant': False})"
+                f" writes: model.{SWITCH}({{'use_reentrant': False}})"
             )
         if hook in self.reads:
             if not self.is_inside:
@@ -214,7 +214,7 @@ def _check_same(before: Tensor | None, again: Tensor, hook: Point) -> None:
     raise GranaryError(
         f"the layer of {hook} runs outside a forward of the model, on other tokens than those of the last one: a"
         " backward pass that runs layers again must follow its own forward, unless they are checkpointed by"
-        " model.gradient_checkpointing_enable()"
+        f" model.{SWITCH}()"
     )
 
 

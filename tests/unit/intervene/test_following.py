@@ -15,6 +15,7 @@ from shared.intervene.splice import SplicedModel
 from shared.lm import capture
 from shared.lm.hookpoint import HookPoint
 from shared.sae import SAE, SAEConfig
+from tests.cached import cache_in, checkpoint_layers, continuing
 from tests.families import FAMILIES, MORE_FAMILIES
 from tests.splicing import BOS, HOOK, D, F, K, activation, prompt, tiny_llama
 
@@ -98,9 +99,9 @@ def test_features_are_those_of_the_final_tokens(family: str, sae: SAE) -> None:
 def test_a_cropped_cache_takes_back_what_was_behind(sae: SAE) -> None:
     model, tokens = tiny_llama(), prompt(1, 8)
     with torch.no_grad(), SplicedModel(model, sae, HOOK) as spliced:
-        cache = spliced(tokens[:, :6], use_cache=True).past_key_values
+        cache = cache_in(spliced(tokens[:, :6], use_cache=True))
         cache.crop(3)
-        spliced(tokens[:, 5:8], past_key_values=cache, use_cache=True)
+        spliced(tokens[:, 5:8], **continuing(cache), use_cache=True)
         kept = torch.cat([tokens[:, :3], tokens[:, 5:8]], 1)
         wanted = sae.encode(activation(model, input_ids=kept)).to_dense(F)
         torch.testing.assert_close(spliced.features.before.to_dense(F), wanted, rtol=1e-4, atol=1e-4)
@@ -112,7 +113,7 @@ def test_a_recomputed_layer_is_on_record_once(sae: SAE, reentrant: bool) -> None
     for checkpointing in (False, True):
         model = tiny_llama().requires_grad_(True).train()
         if checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+            checkpoint_layers(model, reentrant=reentrant)
         with SplicedModel(model, sae, HOOK, edits=[Edit([3], "add", 2.0)]) as spliced:
             spliced(tokens, labels=tokens, use_cache=False).loss.backward()
         assert spliced.features.applied.shape == tokens.shape
@@ -132,7 +133,7 @@ def test_padding_is_found_in_any_form_of_mask(attention: str, side: str) -> None
     flat = torch.ones(3, 6, dtype=torch.int64)
     flat[1, :2], flat[2, :5] = 0, 0
     flat = flat if side == "left" else flat.flip(1)
-    square = create_causal_mask(model.config, torch.zeros(3, 6, D), flat, past_key_values=None)
+    square = create_causal_mask(model.config, torch.zeros(3, 6, D), flat, **continuing(None))
     shape, device = torch.Size((3, 6)), torch.device("cpu")
     for mask in (flat, flat.bool(), square, {"full_attention": square}, {"other": None, "sliding": square}):
         assert torch.equal(padding_of(mask, 0, shape, device), flat == 0)

@@ -20,6 +20,7 @@ from shared.sae.sites import SiteWidths
 from stage_eval.measure.downstream import Batch, Condition, Splice
 from stage_eval.measure.passes import reconstruct
 from stage_eval.measure.session import Loaded
+from tests.cached import cache_in, continuing
 from tests.splicing import ATTENTION, BOS, HOOK, D, attention_itself, final_hidden, prompt, tiny_llama
 from tests.unit.intervene.test_recomputation import assert_same, batches, gradients, trainable
 from tests.unit.intervene.test_variants import fitted
@@ -171,9 +172,9 @@ def test_layers_that_run_again_read_their_own_forward(reentrant: bool) -> None:
 
 
 def cached(model: LlamaForCausalLM, spliced: SplicedModel) -> None:
-    cache = model(prompt(2, 4), use_cache=True).past_key_values
+    cache = cache_in(model(prompt(2, 4), use_cache=True))
     with spliced:
-        model(prompt(2, 1), past_key_values=cache)
+        model(prompt(2, 1), **continuing(cache))
 
 
 def with_beams_of_another(model: LlamaForCausalLM, spliced: SplicedModel) -> None:
@@ -186,14 +187,14 @@ def from_a_cache(model: LlamaForCausalLM, spliced: SplicedModel) -> None:
     tokens = prompt(2, 4)
     made = spliced.generate(tokens, max_new_tokens=2, return_dict_in_generate=True)
     spliced.generate(tokens, max_new_tokens=3)
-    spliced.generate(made.sequences, past_key_values=made.past_key_values, max_new_tokens=2)
+    spliced.generate(made.sequences, **continuing(cache_in(made)), max_new_tokens=2)
 
 
 AHEAD = {"attention_mask": torch.ones(2, 1, T, T, dtype=torch.bool)}
 BETWEEN = {"attention_mask": torch.tensor([[1, 1, 0, 1, 1, 1, 1, 1]] * 2)}
 REFUSED: dict[str, tuple[Any, str]] = {
     "a cache from elsewhere": (cached, r"it has those of spliced\.generate\(\.\.\.\) alone"),
-    "a cache of an earlier call": (from_a_cache, "leave past_key_values out"),
+    "a cache of an earlier call": (from_a_cache, "leave the cache out"),
     "beams": (lambda _, spliced: spliced.generate(prompt(2, 4), num_beams=2), "leave num_beams=1"),
     "beams of another splice": (with_beams_of_another, "leave num_beams=1"),
     "tokens that see later ones": (lambda _, spliced: spliced(prompt(2, T), **AHEAD), "attends causally within doc"),

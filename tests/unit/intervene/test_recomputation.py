@@ -16,6 +16,7 @@ from shared.intervene.splice import SplicedModel
 from shared.lm import splice_through
 from shared.lm.hookpoint import HookPoint
 from shared.lm.recomputation import FUNCTION
+from tests.cached import checkpoint_layers
 from tests.splicing import BOS, HOOK, VOCAB, D, activation, prompt, tiny_llama
 from tests.unit.intervene.test_following import F, sae  # noqa: F401 (a fixture)
 
@@ -40,7 +41,7 @@ def trainable(reentrant: bool | None = None) -> LlamaForCausalLM:
     """A model in training; `reentrant` None: nothing is computed a second time."""
     model = tiny_llama().requires_grad_(True).train()
     if reentrant is not None:
-        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        checkpoint_layers(model, reentrant=reentrant)
     return model
 
 

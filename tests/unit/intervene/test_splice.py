@@ -12,6 +12,7 @@ from shared.basics.errors import GranaryError
 from shared.intervene.edits import Edit, apply_edits, apply_edits_by_eviction
 from shared.intervene.splice import SplicedModel
 from shared.sae import SAE, SAEConfig, SparseLatents
+from tests.cached import cache_in, continuing
 from tests.splicing import HOOK, D, F, K, activation, prompt, tiny_llama
 
 
@@ -237,6 +238,6 @@ def test_wrong_settings_are_one_line(model: LlamaForCausalLM, sae: SAE) -> None:
 def test_prompt_only_needs_to_know_the_prompt(model: LlamaForCausalLM, sae: SAE) -> None:
     tokens = prompt()
     with SplicedModel(model, sae, HOOK, edits=EDITS, prompt_only=True) as spliced:
-        cache = spliced(tokens[:, :4], use_cache=True).past_key_values
+        cache = cache_in(spliced(tokens[:, :4], use_cache=True))
         with pytest.raises(GranaryError, match="which knows the prompt"):
-            spliced(tokens[:, 4:], past_key_values=cache)
+            spliced(tokens[:, 4:], **continuing(cache))

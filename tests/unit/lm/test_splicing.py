@@ -8,6 +8,7 @@ from transformers import LlamaForCausalLM
 from shared.basics.errors import GranaryError
 from shared.lm import capture, splice, splice_through
 from shared.lm.hookpoint import HookPoint
+from tests.cached import checkpoint_layers
 from tests.splicing import D, prompt, tiny_llama
 
 MLP_IN, MLP_OUT = HookPoint(1, "mlp_in"), HookPoint(1, "mlp_out")
@@ -205,7 +206,7 @@ def test_gradients_flow_through_checkpointed_layers() -> None:
         model = tiny_llama().train()
         model.requires_grad_(True)
         if checkpointed:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            checkpoint_layers(model, reentrant=False)
         with splice_through(model, [HookPoint(0, "mlp_in")], [MLP_OUT], lambda x: x @ weight):
             loss = model(prompt(), labels=prompt(), use_cache=False).loss
             gradients.append(torch.autograd.grad(loss, weight)[0])
