@@ -32,9 +32,10 @@ from shared.lm.hookpoint import HookPoint
 from shared.lm.isolation import measure_isolation, position_differences, probe_lengths
 
 PAGE = Path(__file__).parent.parent / "docs" / "families.md"
-VOCAB, LAYERS, SEQ_LEN = 64, 4, 160
+VOCAB, LAYERS = 64, 4
 TOLERANCE = 1e-3
 TRUE_LENGTHS = (12, 40, 5, 100, 3, 60, 25, 9, 70)
+SEQ_LEN = sum(TRUE_LENGTHS)
 
 SIZES = {
     "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": LAYERS,

@@ -30,7 +30,7 @@ from shared.intervene.tokens import of_activation
 from shared.intervene.where import where_masks
 from shared.intervene.whole import whole_of
 from shared.lm import splice_through
-from shared.lm.calls import filled_slots, named_arguments
+from shared.lm.calls import filled_slots, images_in_the_forward, named_arguments
 from shared.lm.hookpoint import HookPoint
 from shared.lm.modulepoint import Point
 from shared.lm.places import body_of, device_of, trunk, without_wrappers
@@ -171,9 +171,10 @@ class SplicedModel:
             attention_mask = torch.ones_like(input_ids)
         _PROMPTS[self.inner] = attention_mask
         try:
-            made = self.model.generate(  # type: ignore[operator]
-                input_ids=input_ids, attention_mask=attention_mask, **kwargs
-            )
+            with images_in_the_forward(self.inner):
+                made = self.model.generate(  # type: ignore[operator]
+                    input_ids=input_ids, attention_mask=attention_mask, **kwargs
+                )
             self._follow(made if isinstance(made, Tensor) else made.sequences, attention_mask, anew=has_beams)
             return made
         finally:

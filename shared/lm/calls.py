@@ -1,6 +1,7 @@
 """What a forward of a model is called with."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from inspect import Parameter, signature
 from typing import Any
@@ -11,6 +12,10 @@ from shared.lm.places import device_of
 
 # What a forward calls the cache of keys and values: newer versions of transformers, and older ones.
 CACHES = ("cache", "past_key_values")
+
+
+# What newer versions of transformers ask a model before they encode its images ahead of the first forward.
+ENCODES_AHEAD = "_supports_mm_encoder_outputs"
 
 
 @dataclass(frozen=True)
@@ -64,3 +69,16 @@ def filled_slots(named: Mapping[str, Any]) -> int:
     """How many slots of the cache are filled before the forward; 0 without a cache."""
     length = getattr(cache_of(named), "get_seq_length", None)
     return 0 if length is None else int(length())
+
+
+@contextmanager
+def images_in_the_forward(model: nn.Module) -> Iterator[None]:
+    """Within the context, ``model.generate`` encodes images in its first forward, where hooks look for them."""
+    if not hasattr(model, ENCODES_AHEAD):
+        yield
+        return
+    setattr(model, ENCODES_AHEAD, lambda: False)
+    try:
+        yield
+    finally:
+        delattr(model, ENCODES_AHEAD)

@@ -4,10 +4,12 @@ Each rank of the axis holds its part of every sharded weight, read straight from
 model. The residual stream is replicated, so hooks see the same full activation on every rank of the axis.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import PretrainedConfig, PreTrainedModel
+from transformers.distributed import utils
 from transformers.distributed.configuration_utils import DistributedConfig
 
 from shared.basics.errors import GranaryError
@@ -21,7 +23,7 @@ def check_tensor_parallel(config: PretrainedConfig, size: int) -> None:
     if size == 1:
         return
     config = config.get_text_config(decoder=True)
-    if not getattr(config, "base_model_tp_plan", None):
+    if not any(rule.startswith("layers.") for rule in getattr(config, "base_model_tp_plan", None) or ()):
         raise GranaryError(f"transformers has no tensor-parallel plan for {config.model_type}: use tensor_parallel=1")
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     for count, name in (
@@ -33,6 +35,16 @@ def check_tensor_parallel(config: PretrainedConfig, size: int) -> None:
             raise GranaryError(f"tensor_parallel={size} does not divide the model's {count} {name}")
 
 
+@dataclass(frozen=True)
+class _Meshes:
+    """What newer versions of transformers ask for the mesh of some axes: this one, of tensor parallelism alone."""
+
+    tp_mesh: DeviceMesh
+
+    def get_mesh(self, dims: str | tuple[str, ...]) -> DeviceMesh:
+        return self.tp_mesh
+
+
 def sharded_class(model_class: type[PreTrainedModel], tp_mesh: DeviceMesh) -> type[PreTrainedModel]:
     """`model_class` whose ``from_pretrained(distributed_config=...)`` shards over `tp_mesh`.
 
@@ -41,10 +53,12 @@ def sharded_class(model_class: type[PreTrainedModel], tp_mesh: DeviceMesh) -> ty
     of another's making transformers leaves out the renaming of what their files hold.
     """
 
+    meshes = _Meshes(tp_mesh) if hasattr(utils, "TransformersDeviceMesh") else tp_mesh
+
     def prepare_distribute_model(
         cls: type, distributed_config: Any, *, device_mesh: Any = None, device_map: Any = None
-    ) -> tuple[Any, None, DeviceMesh]:
-        return distributed_config, None, tp_mesh
+    ) -> tuple[Any, None, Any]:
+        return distributed_config, None, meshes
 
     members = {
         "__module__": model_class.__module__,

@@ -9,6 +9,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import date, datetime
+from string import ascii_letters
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -20,6 +21,19 @@ from stage_harvest.tokens.assistant import Spans, has_generation_tags
 
 # What a template calls to learn the time.
 CLOCK = re.compile(r"\bstrftime_now\b")
+# Before such a template, on its first line. A macro, since transformers from 5.24 on hands templates plain data alone:
+# of the codes of strftime what they stand for.
+FIXED_CLOCK = (
+    "{%- macro strftime_now(format) -%}"
+    "{%- for part in format.split('%%') -%}"
+    "{%- set told = namespace(text=part) -%}"
+    "{%- for code, value in granary_clock.items() -%}"
+    "{%- set told.text = told.text.replace(code, value) -%}"
+    "{%- endfor -%}"
+    "{{ '%' if not loop.first }}{{ told.text }}"
+    "{%- endfor -%}"
+    "{%- endmacro -%}"
+)
 
 
 @dataclass(slots=True)
@@ -44,16 +58,18 @@ class ChatRenderer:
         return self._rendered(chat, where, None)
 
     def _rendered(self, chat: Chat, where: str, spans: Spans | None) -> str:
-        template = self.template
-        midnight = datetime.combine(self.today, datetime.min.time())
-        variables = {**self.tokenizer.special_tokens_map, "strftime_now": midnight.strftime, **self.variables}
+        template, variables = self.template, dict(self.variables)
+        if CLOCK.search(template):
+            template = FIXED_CLOCK + template
+            variables["granary_clock"] = clock(self.today)
         try:
             if spans is None:
                 return str(
                     self.tokenizer.apply_chat_template(
-                        chat.messages, tokenize=False, strftime_now=midnight.strftime, **self.variables
+                        chat.messages, chat_template=template, tokenize=False, **variables
                     )
                 )
+            variables = {**self.tokenizer.special_tokens_map, **variables}
             made: Any = render_jinja_template(
                 [chat.messages], chat_template=template, return_assistant_tokens_mask=True, **variables
             )
@@ -90,3 +106,10 @@ class ChatRenderer:
         if CLOCK.search(self.template):
             record["date"] = self.today.isoformat()
         return record
+
+
+def clock(today: date) -> dict[str, str]:
+    """What each code of strftime stands for at midnight of `today`, without a leading zero ("%-d") too."""
+    midnight = datetime.combine(today, datetime.min.time())
+    codes = [f"%{zeros}{letter}" for zeros in ("", "-") for letter in ascii_letters]
+    return {code: told for code in codes if (told := midnight.strftime(code)) != code}

@@ -100,7 +100,7 @@ def test_a_cropped_cache_takes_back_what_was_behind(sae: SAE) -> None:
     model, tokens = tiny_llama(), prompt(1, 8)
     with torch.no_grad(), SplicedModel(model, sae, HOOK) as spliced:
         cache = cache_in(spliced(tokens[:, :6], use_cache=True))
-        cache.crop(3)
+        cache.crop(-3)
         spliced(tokens[:, 5:8], **continuing(cache), use_cache=True)
         kept = torch.cat([tokens[:, :3], tokens[:, 5:8]], 1)
         wanted = sae.encode(activation(model, input_ids=kept)).to_dense(F)

