@@ -9,6 +9,7 @@ BIN := $(VENV)/bin
 VENV_PEERS ?= .venv-peers
 VENV_TRACER ?= .venv-tracer
 VENV_CLUSTERS ?= .venv-clusters
+VENV_NEWEST ?= .venv-newest
 ARGS ?=
 NPROC ?= 1
 NNODES ?= 1
@@ -32,8 +33,8 @@ endif
 LOCKED := $(if $(shell command -v flock),flock pyproject.toml)
 
 .PHONY: help setup setup-peers demo harvest plan train eval inspect explore trace sweep transcoders check compile-kernels docs docs-config bench
-.PHONY: bench-gpu clean bit-identical test test-all test-browser test-notebooks test-processors test-s3 test-peers test-quantised
-.PHONY: test-cluster test-containers dist test-release
+.PHONY: bench-gpu clean bit-identical test test-all test-browser test-newest test-notebooks test-processors test-s3 test-peers
+.PHONY: test-quantised test-cluster test-containers dist test-release
 
 help: ## this list
 	@echo 'usage: make TARGET [ARGS="key=value ..."] [NPROC=processes] [NNODES=machines RDZV=host:port]'
@@ -124,6 +125,14 @@ test-processors: setup ## the default tests as on processors with fewer instruct
 	@status=0; for processor in $(PROCESSORS); do \
 	  echo "== $$processor"; env $$processor $(MAKE) --no-print-directory test || status=$$?; \
 	done; exit $$status
+
+# What pip installs for a user today. torch as pinned: a newer one would bring CUDA.
+test-newest: ## the default tests with the newest packages that pyproject.toml allows, torch aside
+	@test -x $(VENV_NEWEST)/bin/python || $(PYTHON) -m venv $(VENV_NEWEST)
+	@$(VENV_NEWEST)/bin/python -m pip install -q --disable-pip-version-check --upgrade --upgrade-strategy eager \
+	  -c <(grep -E '^(torch|triton)==' constraints.txt) -e ".[dev]"
+	@touch $(VENV_NEWEST)/.installed
+	@$(MAKE) --no-print-directory VENV=$(VENV_NEWEST) test
 
 # circuit-tracer needs an nnsight and a transformers that neither this project nor the other peers work with.
 $(VENV_TRACER)/.installed: constraints-tracer.txt

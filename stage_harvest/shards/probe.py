@@ -1,7 +1,7 @@
 """The probe before a harvest with ``packing=isolated``: does this model, loaded like this, isolate packed documents?
 
-It costs at most `most_tokens` tokens packed and the same alone (twice in 16 bits), so never more than a few contexts of
-the harvest, whose shards hold dozens.
+It costs at most `most_tokens` tokens packed and the same alone (twice in 16 bits), and one context more, so never more
+than a few contexts of the harvest, whose shards hold dozens.
 """
 
 import logging

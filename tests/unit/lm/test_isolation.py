@@ -69,6 +69,18 @@ def test_what_is_computed_from_the_whole_batch_is_found() -> None:
         assert found.holds is holds
 
 
+def test_what_is_right_at_the_front_of_a_context_alone_is_found() -> None:
+    """As a bias by distance in bfloat16, which counts to 256."""
+    model = build()
+    model.layers[1].register_forward_hook(
+        lambda _m, _a, out: out * (1 + 0.1 * (torch.arange(out.shape[1]) > 50))[:, None]
+    )
+    assert measure_isolation(model, HOOKS, documents(), seq_len=51, batch_contexts=2).holds
+    found = measure_isolation(model, HOOKS, documents(), seq_len=64, batch_contexts=2)
+    assert not found.holds
+    assert found.where.startswith("layers.1.resid_post at positions")
+
+
 def test_attention_across_documents_is_found() -> None:
     model = build()
     model.set_attn_implementation("sdpa")  # without the spans, and the mask that stands in their place
