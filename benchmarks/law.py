@@ -93,6 +93,7 @@ def draw(trainers: dict[str, tuple[list[Point], Law]], title: str, path: Path) -
 
     lengths = sorted({tokens for points, _ in trainers.values() for _, tokens, _ in points})
     colors = {tokens: LIGHT.series(i) for i, tokens in enumerate(lengths)}
+    widths = sorted({latents for points, _ in trainers.values() for latents, _, _ in points})
     with rc_context(style(LIGHT)):
         figure = Figure(figsize=(5.5 * len(trainers), 4.2), layout="constrained")
         panels = figure.subplots(1, len(trainers), sharey=True, squeeze=False)[0]
@@ -106,8 +107,8 @@ def draw(trainers: dict[str, tuple[list[Point], Law]], title: str, path: Path) -
                 panel.annotate(
                     f"{tokens / 1e6:g} M", mine[-1], (8, 0), textcoords="offset points", va="center", color=color
                 )
-            widths = sorted({latents for latents, _, _ in points})
-            panel.plot(widths, [law.at(latents, np.inf) for latents in widths], ":", color=LIGHT.muted, linewidth=1)
+            own = sorted({latents for latents, _, _ in points})
+            panel.plot(own, [law.at(latents, np.inf) for latents in own], ":", color=LIGHT.muted, linewidth=1)
             panel.set(xscale="log", yscale="log", xlim=(widths[0] / 1.2, widths[-1] * 1.6))
             panel.set_xticks(widths, [f"{width:,.0f}" for width in widths], fontsize=8)
             panel.xaxis.set_minor_locator(NullLocator())
