@@ -137,10 +137,10 @@ def measure_isolation(
     tallies = {hook: _Tally() for hook in hooks}
     contexts = pack_documents(documents, seq_len)
     batches = [contexts[first : first + batch_contexts] for first in range(0, len(contexts), batch_contexts)]
-    filler_L, numbers = at_the_end(documents, seq_len)
+    filler_L, last = at_the_end(documents, seq_len)
     filler = len(documents)
-    if numbers:
-        batches.append([[filler, *numbers]])
+    if last:
+        batches.append([[filler, *last]])
     laid = [*documents, filler_L]
     for batch in batches:
         packed = _run_packed(model, hooks, laid, batch)
@@ -148,7 +148,7 @@ def measure_isolation(
             start = 0
             for number in numbers:
                 ids_L = laid[number]
-                if number == filler:
+                if number == filler:  # in front of the others, and not compared
                     start += len(ids_L)
                     continue
                 alone = _run_alone(model, hooks, ids_L)

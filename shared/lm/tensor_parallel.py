@@ -23,7 +23,8 @@ def check_tensor_parallel(config: PretrainedConfig, size: int) -> None:
     if size == 1:
         return
     config = config.get_text_config(decoder=True)
-    if not any(rule.startswith("layers.") for rule in getattr(config, "base_model_tp_plan", None) or ()):
+    # A plan that names no layers, by a star, splits the embedding alone.
+    if not any("*" in rule for rule in getattr(config, "base_model_tp_plan", None) or ()):
         raise GranaryError(f"transformers has no tensor-parallel plan for {config.model_type}: use tensor_parallel=1")
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     for count, name in (
