@@ -53,7 +53,7 @@ def test_tensors_lie_in_large_pages_and_in_memory_that_was_freed(tmp_path: Path)
     """Where the user's environment does not say otherwise."""
     large_kb, faults = memory_of_stage(tmp_path, UNSET)
     assert large_kb > 100 << 10
-    assert faults < 1000
+    assert faults < 5000  # some hundred; 2,600 with a build of PyTorch for CUDA, which reads more of itself in
     otherwise = {"THP_MEM_ALLOC_ENABLE": "0", "MALLOC_TRIM_THRESHOLD_": "131072"}
     large_kb, faults = memory_of_stage(tmp_path, UNSET | otherwise)
     assert large_kb < 100 << 10
