@@ -110,7 +110,7 @@ def at_the_end(documents: Sequence[Tensor], seq_len: int) -> tuple[Tensor, list[
             numbers.append(number)
             room -= len(ids_L)
     tokens = torch.cat(list(documents))
-    fill = seq_len - (seq_len // 2 - room)
+    fill = seq_len - sum(len(documents[number]) for number in numbers)
     return tokens.repeat(-(-fill // len(tokens)))[:fill], numbers
 
 

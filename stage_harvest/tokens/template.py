@@ -9,6 +9,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import date, datetime
+from functools import cache
 from string import ascii_letters
 from typing import Any
 
@@ -108,6 +109,7 @@ class ChatRenderer:
         return record
 
 
+@cache  # for each chat again otherwise
 def clock(today: date) -> dict[str, str]:
     """What each code of strftime stands for at midnight of `today`, without a leading zero ("%-d") too."""
     midnight = datetime.combine(today, datetime.min.time())
