@@ -84,6 +84,13 @@ class Found:
     """``explanation`` or ``note``."""
 
 
+class _Connection(sqlite3.Connection):
+    """One that is closed where its last reference goes: with its thread, or with the notes."""
+
+    def __del__(self) -> None:
+        self.close()
+
+
 class Notes:
     """The notes of one latents folder. Safe to use from several threads; each call is a transaction."""
 
@@ -368,7 +375,10 @@ class Notes:
         if db is not None or not self.path.exists():
             return db
         try:
-            db = sqlite3.connect(self.path, timeout=30, isolation_level=None)
+            # The last reference to a thread's own may go in another thread, which must be able to close it.
+            db = sqlite3.connect(
+                self.path, timeout=30, isolation_level=None, factory=_Connection, check_same_thread=False
+            )
             if not db.execute("SELECT count(*) FROM sqlite_schema").fetchone()[0]:
                 db.close()
                 return None
