@@ -199,6 +199,7 @@ check: setup ## lint, types, and composing every config
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
+	@$(BIN)/mypy --platform darwin --cache-dir .mypy_cache/darwin
 	@$(BIN)/python -m pytest -q tests/unit/config/test_composition.py
 
 docs-config: setup ## docs/config.md: every key, from the schemas and conf/

@@ -36,7 +36,7 @@ STAGES = (
 # A call's child is forked by a process that does nothing but wait for it, and writes down how it ended. The server ends
 # when all processes that called it have said so or are gone.
 SERVER = """
-import gc, importlib, json, os, runpy, socket, sys, traceback
+import atexit, gc, importlib, json, os, runpy, socket, sys, traceback
 for name in json.loads(sys.argv[1]):
     importlib.import_module(name)
 gc.collect()
@@ -69,6 +69,7 @@ def run(call):
     except BaseException:
         traceback.print_exc()
         code = 1
+    atexit._run_exitfuncs()  # as at the end of a process of its own
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

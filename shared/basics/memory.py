@@ -3,11 +3,13 @@
 import ctypes
 import re
 import resource
+import sys
 from contextlib import suppress
 from pathlib import Path
 
 M_MMAP_THRESHOLD = -3  # of mallopt(3)
 BLOCK_BYTES = 1 << 21
+STATUS = Path("/proc/self/status")
 
 
 def return_freed_blocks() -> None:
@@ -26,6 +28,7 @@ def peak_memory() -> int:
     Not `ru_maxrss` where /proc tells it: that of a process begins at what the one that started it held.
     """
     with suppress(OSError):
-        if found := re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text()):
+        if found := re.search(r"VmHWM:\s+(\d+) kB", STATUS.read_text()):
             return 1024 * int(found[1])
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    unit = 1 if sys.platform == "darwin" else 1024  # getrusage(2) counts bytes there, and kilobytes elsewhere
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

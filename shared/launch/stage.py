@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
@@ -18,6 +17,7 @@ from shared.basics.files import write_text
 from shared.launch import slurm
 from shared.launch.allocator import ask_for_memory
 from shared.launch.counts import expand_counts
+from shared.launch.hydra_main import hydra_main
 from shared.launch.orphans import environment_of_child
 from shared.launch.outcome import ending_in_one_line, fail
 from shared.launch.overrides import (
@@ -72,7 +72,7 @@ def run_stage(task: Callable[[Any], None], config_name: str, afterwards: Callabl
         arguments = expand_launcher(spelt_out(sys.argv[1:], schema))
         sys.argv[1:] = name_swept_keys(arguments, schema) + rank_overrides()
         try:
-            hydra.main(version_base="1.3", config_path="pkg://conf", config_name=config_name)(run)()
+            hydra_main(run, config_name)
         except Exception as error:
             if not is_failed_job(error):
                 raise

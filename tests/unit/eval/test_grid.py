@@ -12,10 +12,11 @@ from tests.cli import ForkServer
 
 # Training's configuration and names of folders without its work.
 APP = """
-import hydra, shared.sae
+import shared.sae
+from shared.launch.hydra_main import hydra_main
 from stage_train.config import register
 register()
-hydra.main(version_base="1.3", config_path="pkg://conf", config_name="train")(lambda cfg: None)()
+hydra_main(lambda cfg: None, "train")
 """
 
 

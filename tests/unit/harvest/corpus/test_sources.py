@@ -165,7 +165,7 @@ def test_jsonl(tmp_path: Path) -> None:
         (b'{"body": "x", "id": 3}', r"bad\.jsonl line 2 has no field 'text': there are body, id"),
         (b'["text"]', r"line 2 has no field 'text': there are list"),
         (b'{"text": "a", "n": 1' + b"0" * 5000 + b"}", r"bad\.jsonl line 2 can't be read: Exceeds the limit"),
-        (b'{"text": ' + b"[" * 20_000 + b"]" * 20_000 + b"}", r"bad\.jsonl line 2 is nested too deeply"),
+        (b'{"text": ' + b"[" * 1_000_000 + b"]" * 1_000_000 + b"}", r"bad\.jsonl line 2 is nested too deeply"),
         (b'{"text": [3, 4.5]}', r"line 2, field 'text' holds a list of float and int"),
         (b'{"text": [true, false]}', r"line 2, field 'text' holds a list of bool"),
         (b'{"text": [1' + b"0" * 30 + b"]}", r"line 2, field 'text' holds 10+, which is no token id"),

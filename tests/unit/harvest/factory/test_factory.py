@@ -230,7 +230,7 @@ def test_what_fails_in_batches_and_forwards_is_one_line(tmp_path: Path, monkeypa
     with pytest.raises(GranaryError, match=r"batches of .*:failing: KeyError: 'seven' \(.*my_factories.py, line 12\)"):
         list(failing.iterate(0))
     saes = attach(wide.model, {"0": PLACE})
-    with pytest.raises(GranaryError, match=r"a forward of the model of .*my_factories:wide: RuntimeError: mat1 and"):
+    with pytest.raises(GranaryError, match=r"a forward of the model of .*my_factories:wide: RuntimeError: .*mat1 and"):
         list(Survey(wide, saes, seed=0, seq_len=4, limit=None).contexts())
 
 
