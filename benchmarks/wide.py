@@ -2,6 +2,7 @@
 
     python benchmarks/wide.py [--quick] --work FOLDER [--latents 8192 16384] [--tokens 20_000_000] [--minutes 90]
     python benchmarks/wide.py --work FOLDER --law                # 1,024 to 32,768 latents, 0.5 M to 20 M tokens
+    python benchmarks/wide.py --law --recorded --model bundled --figure docs/images/law.png   # of benchmarks/wide.csv
 
 The long study is days of two cores, so it is made to be stopped: with --work a finished row is kept, and --minutes
 begins no further row after so long. The same command goes on, on any later day, and from the rows of --csv on
@@ -9,7 +10,7 @@ another machine. For each number of latents: our recipes (``RECIPES``) on every 
 ``quality.py``, at their best of the same grid on the same batches, chosen on the validation half. With --grid-tokens
 the grid is searched in runs of so many tokens, and at full length on the first seed only its best rate and lower ones
 until they are worse, since longer runs want lower rates. The law takes the first recipe, and the first peer at its
-best rate for that many latents and tokens, on the first seed. Harvested once, from the whole corpus; a longer run
+best rate for that many latents and tokens, on the first seed; --recorded runs nothing. Harvested once, from the whole corpus; a longer run
 passes over it several times. ``dead`` is the share of latents that fire on none of 100,000 held-out tokens,
 ``dead_in_census`` on none of a million training tokens, with the finished weights.
 """
@@ -38,6 +39,7 @@ from stage_train.step.schedule import peak_rate
 LATENTS, TOKENS = (8192, 16384), 20_000_000
 LAW_LATENTS = (1024, 2048, 4096, 8192, 16384, 32768)
 LAW_TOKENS = (500_000, 2_000_000, 8_000_000, 20_000_000)
+RECORDED = ROOT / "benchmarks" / "wide.csv"
 FIGURE = ROOT / "docs" / "images" / "law.png"
 CENSUS = 1_000_000
 SCORES = ("fvu", "dead", "dead_in_census", "validation_fvu", "seconds")
@@ -222,8 +224,25 @@ def laws(rows: list[dict[str, Any]]) -> dict[str, tuple[list[Point], Law]]:
     return fitted
 
 
+def recorded(model: str, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """The points of the law among the rows of --csv."""
+    asked = {
+        "model": [model],
+        "provider": [options.recipes[0], *options.peers[:1]],
+        "latents": list(map(str, options.law_latents)),
+        "tokens": list(map(str, options.law_tokens)),
+        "seed": [str(options.seeds[0])],
+    }
+    with options.csv.open(newline="") as file:
+        mine = [row for row in csv.DictReader(file) if all(row[column] in asked[column] for column in asked)]
+    whole = {"latents": int, "tokens": int, **dict.fromkeys(SCORES, float)}
+    return [row | {column: kind(row[column]) for column, kind in whole.items()} for row in mine]
+
+
 def run_all(model: str, options: argparse.Namespace) -> tuple[list[dict[str, Any]], bool]:
     """The rows there are, in order, and whether none is left to do."""
+    if options.recorded:
+        return recorded(model, options), True
     benches: list[Bench] = []
     is_done = True
     try:
@@ -253,6 +272,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=max(1, (os.cpu_count() or 2) // 2))
     parser.add_argument("--work", help="folder for stores, runs and finished rows; default: a temporary one")
     parser.add_argument("--csv", type=Path, help="add each row to this file; the rows in it are not run again")
+    parser.add_argument(
+        "--recorded", action="store_true", help="with --law: of the rows of --csv alone, nothing is run"
+    )
     parser.add_argument("--figure", type=Path, help=f"draw the law there, such as {FIGURE.relative_to(ROOT)}")
     options = parser.parse_args()
     options.heldout = 100_000
@@ -260,7 +282,11 @@ def main() -> None:
     if options.quick:
         options.latents, options.tokens, options.seeds, options.peers = (512,), 40_000, (0,), []
         options.heldout, options.law, models = 20_000, False, models[:1]
-    if options.peers and not Path(options.peers_python).exists():
+    if options.recorded:
+        if not options.law or options.quick:
+            sys.exit("--recorded goes with --law, and not with --quick")
+        options.csv = options.csv or RECORDED
+    elif options.peers and not Path(options.peers_python).exists():
         sys.exit(f"{options.peers_python} is not there: run `make setup-peers`, name one by --peers-python, or --peers")
     options.until = time.monotonic() + (options.minutes * 60 if options.minutes is not None else float("inf"))
     rows, told = [], {}

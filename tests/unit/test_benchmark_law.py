@@ -1,6 +1,7 @@
 """The law of latents and tokens that benchmarks/wide.py fits: a planted one is found again, foretells, and is drawn."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -55,3 +56,17 @@ def test_the_figure_has_a_panel_per_trainer_and_names_its_tokens(tmp_path: Path)
     texts = [text for element in ElementTree.parse(path).iter() if (text := (element.text or "").strip())]
     assert {"a model, k 32", "ours", "theirs", "latents F", "held-out FVU, by training tokens"} <= set(texts)
     assert [texts.count(f"{tokens} M") for tokens in ("0.5", "2", "8")] == [2, 2, 1]
+
+
+def test_the_page_tells_the_law_of_the_recorded_rows(tmp_path: Path) -> None:
+    command = [sys.executable, "wide.py", "--law", "--recorded", "--model", "bundled"]
+    command += ["--figure", str(tmp_path / "law.png")]
+    done = subprocess.run(command, cwd=BENCHMARKS, env=environment(), capture_output=True, text=True, check=True)
+    told = json.loads(done.stdout.splitlines()[-1])["bundled"]["law"]
+    page = (BENCHMARKS.parent / "docs" / "other_trainers.md").read_text()
+    for law in (told["granary"], told["sparsify"]):
+        powers, error = re.findall(r"[FT]\^-[\d.]+", law), law.split()[-1].replace("%", " %")
+        assert len(powers) == 2
+        assert all(power in page for power in powers)
+        assert error in page
+    assert (tmp_path / "law_bundled.png").exists()
