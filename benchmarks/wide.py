@@ -10,9 +10,9 @@ another machine. For each number of latents: our recipes (``RECIPES``) on every 
 ``quality.py``, at their best of the same grid on the same batches, chosen on the validation half. With --grid-tokens
 the grid is searched in runs of so many tokens, and at full length on the first seed only its best rate and lower ones
 until they are worse, since longer runs want lower rates. The law takes the first recipe, and the first peer at its
-best rate for that many latents and tokens, on the first seed; --recorded runs nothing. Harvested once, from the whole corpus; a longer run
-passes over it several times. ``dead`` is the share of latents that fire on none of 100,000 held-out tokens,
-``dead_in_census`` on none of a million training tokens, with the finished weights.
+best rate for that many latents and tokens, on the first seed; --recorded runs nothing. Harvested once, from the whole
+corpus; a longer run passes over it several times. ``dead`` is the share of latents that fire on none of 100,000
+held-out tokens, ``dead_in_census`` on none of a million training tokens, with the finished weights.
 """
 
 import argparse
