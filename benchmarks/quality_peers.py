@@ -5,7 +5,8 @@
 JOB.json: kind (sae, transcoder, skip_transcoder), provider, lr (null: the peer's own recipe), warmup, decay, seed,
 threads, k, d_latent, batch_size, out, train, and scored (the parts of ``score_all``); train and each part are what is
 read and what must be produced, ``.npy``, float32, [tokens, d_model], in training order, one file twice for an SAE.
-Imports torch, numpy and the peer alone.
+Imports torch, numpy, dill and the peer alone. A run that was killed goes on, with the same command, from what it saved
+last beside JOB.json, which it does every `SAVE_SECONDS`, or the job's ``save_seconds``.
 
 How long a latent must be silent for AuxK to take it for dead is the peer's own: 10 M tokens, or 1,000 steps of SAELens,
 so that AuxK never begins in shorter runs. The providers of `EARLY` take it for dead after a twentieth of the run.
@@ -21,11 +22,16 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import dill
 import numpy as np
 import torch
+
+SAVE_SECONDS = 300.0
+dill.settings["byref"] = True  # classes and functions of this file by name
 
 Sides = tuple[torch.Tensor, torch.Tensor]
 """What is read and what must be produced, [N, D] each."""
@@ -204,30 +210,67 @@ def score_all(reconstruct: Reconstruct, scored: dict[str, Sides], chunk: int) ->
     return {**found["test"], "validation_fvu": found["validation"]["fvu"], **dead}
 
 
+@dataclass
+class Progress:
+    """A run as far as it has come."""
+
+    job: dict[str, Any]
+    contender: Contender
+    generator: torch.Tensor
+    """State of torch's generator."""
+    steps: int = 0
+    seconds: float = 0.0
+
+    def save(self, path: Path) -> None:
+        """Whole or not at all; by dill, since a peer's schedule may be a lambda."""
+        self.generator = torch.get_rng_state()
+        part = path.with_suffix(".part")
+        torch.save(self, part, pickle_module=dill)
+        part.replace(path)
+
+
+def progress_of(job: dict[str, Any], path: Path, d: int, steps: int) -> Progress:
+    """What an earlier process saved of this job, or its beginning."""
+    if path.exists():
+        found: Progress = torch.load(path, pickle_module=dill, weights_only=False)
+        if found.job == job:
+            torch.set_rng_state(found.generator)
+            return found
+    settings = dict(job)
+    if job["provider"] in EARLY:
+        settings |= {"provider": EARLY[job["provider"]], "dead_after": steps * job["batch_size"] // 20}
+    return Progress(job, CONTENDERS[settings["provider"]](d, settings, steps), torch.get_rng_state())
+
+
 def main() -> None:
-    job = json.loads(Path(sys.argv[1]).read_text())
+    path = Path(sys.argv[1])
+    job, saved = json.loads(path.read_text()), path.with_suffix(".saved")
     torch.set_num_threads(job["threads"])
     torch.manual_seed(job["seed"])
     train = [np.load(path, mmap_mode="r") for path in job["train"]]
     batch, d = job["batch_size"], train[0].shape[1]
     scales = [d**0.5 / float(np.linalg.norm(side[: 50 * batch], axis=1).mean()) for side in train]
     steps = len(train[0]) // batch
-    if job["provider"] in EARLY:
-        job |= {"provider": EARLY[job["provider"]], "dead_after": steps * batch // 20}
-    contender = CONTENDERS[job["provider"]](d, job, steps)
-    start = time.perf_counter()
-    for number in range(steps):
+    progress = progress_of(job, saved, d, steps)
+    contender, before, start = progress.contender, progress.seconds, time.perf_counter()
+    save_at = start + job.get("save_seconds", SAVE_SECONDS)
+    for number in range(progress.steps, steps):
         rows = slice(number * batch, (number + 1) * batch)
         x_ND, y_ND = (torch.from_numpy(side[rows] * scale) for side, scale in zip(train, scales, strict=True))
         contender.step(x_ND, y_ND, number)
+        now = time.perf_counter()
+        progress.steps, progress.seconds = number + 1, before + now - start
+        if now > save_at:
+            progress.save(saved)
+            save_at = time.perf_counter() + job.get("save_seconds", SAVE_SECONDS)
     contender.finish()
-    seconds = time.perf_counter() - start
     scored = {
         part: tuple(torch.from_numpy(np.load(path) * scale) for path, scale in zip(paths, scales, strict=True))
         for part, paths in job["scored"].items()
     }
     result = score_all(contender.reconstruct, scored, batch)
-    Path(job["out"]).write_text(json.dumps({**result, "seconds": seconds}))
+    Path(job["out"]).write_text(json.dumps({**result, "seconds": progress.seconds}))
+    saved.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":
