@@ -126,13 +126,14 @@ test-processors: setup ## the default tests as on processors with fewer instruct
 	  echo "== $$processor"; env $$processor $(MAKE) --no-print-directory test || status=$$?; \
 	done; exit $$status
 
-# What pip installs for a user today. torch as pinned: a newer one would bring CUDA.
-test-newest: ## the default tests with the newest packages that pyproject.toml allows, torch aside
+# What pip installs for a user today. torch as pinned, since a newer one may bring CUDA, 6 GB; PINNED= takes that too.
+PINNED := torch triton
+test-newest: ## the default tests and the kernels with the newest packages that pyproject.toml allows, torch aside (PINNED=: torch too)
 	@test -x $(VENV_NEWEST)/bin/python || $(PYTHON) -m venv $(VENV_NEWEST)
 	@$(VENV_NEWEST)/bin/python -m pip install -q --disable-pip-version-check --upgrade --upgrade-strategy eager \
-	  -c <(grep -E '^(torch|triton)==' constraints.txt) -e ".[dev]"
+	  -c <(for name in $(PINNED); do grep "^$$name==" constraints.txt; done) -e ".[dev]"
 	@touch $(VENV_NEWEST)/.installed
-	@$(MAKE) --no-print-directory VENV=$(VENV_NEWEST) test
+	@$(MAKE) --no-print-directory VENV=$(VENV_NEWEST) test compile-kernels
 
 # circuit-tracer needs an nnsight and a transformers that neither this project nor the other peers work with.
 $(VENV_TRACER)/.installed: constraints-tracer.txt

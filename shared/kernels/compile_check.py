@@ -131,7 +131,7 @@ def _transform_cases(d_model: int, weights: str) -> Iterator[Case]:
     types |= dict.fromkeys(("D", "H", "first_column", "num_columns"), "i32")
     for kernel in (transform._project, transform._expand, transform._outer):
         label = f"transform{kernel.fn.__name__} d={d_model} {weights[1:]}"
-        yield _tuned_case(label, kernel, types, transform.block_config(d_model))
+        yield _tuned_case(label, kernel, types, transform.block_config(d_model, DTYPES[weights[1:]]))
 
 
 def _adam_types(moments: str) -> dict[str, str]:

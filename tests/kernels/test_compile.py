@@ -11,7 +11,7 @@ import pytest
 def compile_check(*arguments, **environment):
     """Run the check in a process of its own: the interpreter, which the other tests use, replaces the compiler."""
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | environment
-    command = [sys.executable, "-m", "shared.kernels.compile_check", *arguments]
+    command = [sys.executable, "-W", "error", "-m", "shared.kernels.compile_check", *arguments]
     return subprocess.run(command, env=env, capture_output=True, text=True, check=False)
 
 

@@ -113,10 +113,12 @@ def _outer(
         tl.store(out_at, total, mask=has_rank[:, None] & inside[None, :])
 
 
-def block_config(width: int) -> dict[str, int]:
-    """Blocks of all three for rows of this width, and warps."""
+def block_config(width: int, dtype: torch.dtype) -> dict[str, int]:
+    """Blocks of all three for rows of this width and type, and warps."""
     block_d = max(16, min(BLOCK_D, triton.next_power_of_2(width)))
-    return {"BLOCK_P": BLOCK_P, "BLOCK_R": BLOCK_R, "BLOCK_D": block_d, "num_warps": 4}
+    # Float32 has no tensor cores here: with 4 warps the products take 150 to 190 registers, and spill with Triton 3.9.
+    warps = 8 if dtype == torch.float32 else 4
+    return {"BLOCK_P": BLOCK_P, "BLOCK_R": BLOCK_R, "BLOCK_D": block_d, "num_warps": warps}
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +152,7 @@ class Tiles:
 def project(rows_ND: torch.Tensor, W_RD: torch.Tensor, order: PairOrder, tiles: Tiles, ranks: Ranks) -> torch.Tensor:
     """``W_i row`` of every sorted pair, float32 [P, H], H the highest rank; 0 beyond a transform's rank."""
     out_PH = torch.zeros(order.indices_NK.numel(), ranks.largest, dtype=torch.float32, device=rows_ND.device)
-    config = block_config(rows_ND.shape[1])
+    config = block_config(rows_ND.shape[1], rows_ND.dtype)
     _project[(len(tiles.firsts_T), triton.cdiv(ranks.largest, config["BLOCK_R"]))](
         rows_ND.contiguous(), order.rows(), *tiles.arguments, ranks.on(rows_ND.device), W_RD, out_PH,
         rows_ND.shape[1], ranks.largest, **config,
@@ -163,7 +165,7 @@ def outer(
 ) -> torch.Tensor:
     """Sums over each transform's pairs of ``value h row^T``, float32 [R, D]."""
     out_RD = torch.empty(ranks.total, rows_ND.shape[1], dtype=torch.float32, device=rows_ND.device)
-    config = block_config(rows_ND.shape[1])
+    config = block_config(rows_ND.shape[1], rows_ND.dtype)
     blocks = (triton.cdiv(ranks.largest, config["BLOCK_R"]), triton.cdiv(rows_ND.shape[1], config["BLOCK_D"]))
     _outer[(order.num_latents, *blocks)](
         h_PH, values_P, order.rows(), order.get().offsets_F, ranks.on(rows_ND.device), rows_ND.contiguous(), out_RD,
@@ -186,7 +188,7 @@ def forward(
     places_NK = torch.where(order.indices_NK < 0, -1, order.unsort(torch.arange(num_pairs, device=x_ND.device)))
     ones_NK = torch.ones(places_NK.shape, dtype=torch.float32, device=x_ND.device)
     y_NE = torch.empty(len(x_ND), width, dtype=torch.float32, device=x_ND.device)
-    config = block_config(width)
+    config = block_config(width, U_RE.dtype)
     for start in range(0, width, COLUMNS):
         columns = min(COLUMNS, width - start)
         part_PC = torch.empty(num_pairs, columns, dtype=torch.float32, device=x_ND.device)
