@@ -125,7 +125,7 @@ def described(schema: type, one: Field[Any], value: Any) -> tuple[str, str, str]
 
 def read(path: Path) -> tuple[list[str], dict[str, Any]]:
     """The comment lines at the top of a file of ``conf/``, and its values."""
-    lines = path.read_text().splitlines()
+    lines = path.read_text(encoding="utf-8").splitlines()
     first = next((number for number, line in enumerate(lines) if not line.startswith("#")), len(lines))
     values = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
     return [line.removeprefix("#").strip() for line in lines[:first]], {str(k): v for k, v in dict(values).items()}  # type: ignore[arg-type]

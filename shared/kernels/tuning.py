@@ -64,7 +64,7 @@ def save(gpu: str, choices: dict[str, dict[str, int]]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(_read(path) | choices, indent=1, sort_keys=True) + "\n"
     aside = path.with_suffix(f".{os.getpid()}.tmp")
-    aside.write_text(text)
+    aside.write_text(text, encoding="utf-8")
     aside.replace(path)  # whole or not at all, for the ranks that read it
     _table.cache_clear()
     return path

@@ -45,7 +45,9 @@ def rendezvous() -> list[str]:
 def supervise(command: Sequence[str]) -> None:
     """Run `command` to its end, requeueing the job when Slurm's warning comes; raises GranaryError when it fails."""
     environment = {name: value for name, value in os.environ.items() if name != MARKER}
-    process = subprocess.Popen(list(command), env=environment, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        list(command), env=environment, stderr=subprocess.PIPE, encoding="utf-8", errors="replace"
+    )
     received: list[int] = []
 
     def forward(number: int, _frame: object) -> None:

@@ -94,7 +94,7 @@ def mask_saved() -> None:
     saved = [Path(job.runtime.output_dir, job.output_subdir)] if job.output_subdir is not None else []
     files = [file for folder in saved for file in folder.glob("*.yaml")]
     for file in [*files, Path(job.sweep.dir, "multirun.yaml")]:
-        text = file.read_text() if file.is_file() else ""
+        text = file.read_text(encoding="utf-8") if file.is_file() else ""
         if masked(text) != text:
             write_text(file, masked(text))
 

@@ -38,7 +38,7 @@ class JsonlLogger:
         with replacing(path) as kept:
             for line in lines_up_to(folder, first_step) if first_step else ():
                 kept.write(line + b"\n")
-        self._file = path.open("a")
+        self._file = path.open("a", encoding="utf-8")
 
     def write(self, metrics: Metrics) -> None:
         """Append one line, visible to readers at once."""
