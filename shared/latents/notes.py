@@ -10,7 +10,7 @@ import tempfile
 import threading
 import weakref
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.resources import files
@@ -84,11 +84,14 @@ class Found:
     """``explanation`` or ``note``."""
 
 
-class _Connection(sqlite3.Connection):
-    """One that is closed where its last reference goes: with its thread, or with the notes."""
+@dataclass(frozen=True, eq=False)
+class _Held:
+    """A thread's connection, closed once nothing holds this; alone it is in a cycle, and waits for the collector."""
 
-    def __del__(self) -> None:
-        self.close()
+    db: sqlite3.Connection
+
+    def __post_init__(self) -> None:
+        weakref.finalize(self, self.db.close)
 
 
 class Notes:
@@ -371,25 +374,27 @@ class Notes:
 
         A file without a table is one whose first writer found the disk full, or was killed: it counts as none.
         """
-        db: sqlite3.Connection | None = getattr(self._local, "db", None)
-        if db is not None or not self.path.exists():
-            return db
-        try:
-            # The last reference to a thread's own may go in another thread, which must be able to close it.
-            db = sqlite3.connect(
-                self.path, timeout=30, isolation_level=None, factory=_Connection, check_same_thread=False
-            )
-            if not db.execute("SELECT count(*) FROM sqlite_schema").fetchone()[0]:
-                db.close()
-                return None
-            version = db.execute("PRAGMA user_version").fetchone()[0]  # after the tables, with which it is committed
-        except sqlite3.DatabaseError as error:
-            raise GranaryError(f"{self.path} can't be read ({error}): move it away, or restore it") from None
-        if version != VERSION:
-            raise GranaryError(f"{self.path} has version {version} of the notes, this Granary reads {VERSION}")
-        db.execute("PRAGMA foreign_keys = ON")
-        db.execute("PRAGMA trusted_schema = OFF")  # the file may come from a stranger
-        self._local.db = db
+        held: _Held | None = getattr(self._local, "held", None)
+        if held is not None:
+            return held.db
+        if not self.path.exists():
+            return None
+        with ExitStack() as opened:
+            try:
+                # Another thread may be the one in which the notes go.
+                db = sqlite3.connect(self.path, timeout=30, isolation_level=None, check_same_thread=False)
+                opened.callback(db.close)
+                if not db.execute("SELECT count(*) FROM sqlite_schema").fetchone()[0]:
+                    return None
+                version = db.execute("PRAGMA user_version").fetchone()[0]  # after the tables: committed with them
+            except sqlite3.DatabaseError as error:
+                raise GranaryError(f"{self.path} can't be read ({error}): move it away, or restore it") from None
+            if version != VERSION:
+                raise GranaryError(f"{self.path} has version {version} of the notes, this Granary reads {VERSION}")
+            db.execute("PRAGMA foreign_keys = ON")
+            db.execute("PRAGMA trusted_schema = OFF")  # the file may come from a stranger
+            opened.pop_all()
+        self._local.held = _Held(db)
         return db
 
 

@@ -1,5 +1,7 @@
 """Explanations, notes, labels, lists, and the search over them."""
 
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -77,6 +79,31 @@ def test_a_copy_is_not_written(tmp_path: Path) -> None:
     (tmp_path / "notes.sqlite").write_bytes(b"no database at all, but long enough to look like a file of one" * 20)
     with pytest.raises(GranaryError, match="can't be read"):
         Notes(tmp_path / "notes.sqlite", writable=True).note(1)
+
+
+def test_what_cannot_be_opened_is_one_line_and_leaves_nothing_to_close(notes: Notes) -> None:
+    notes.path.mkdir(parents=True)
+    with pytest.raises(GranaryError, match=r"can't be read \(unable to open"):
+        notes.search("anything")
+
+
+def test_a_thread_closes_its_own_connection_with_its_end(notes: Notes) -> None:
+    notes.set_note(3, "said")
+    here = open_files(notes.path)
+    with ThreadPoolExecutor(3) as threads:
+        assert list(threads.map(notes.note, [3] * 9)) == ["said"] * 9
+    assert open_files(notes.path) == here == 1
+    del notes._local.held
+    assert open_files(notes.path) == 0
+
+
+def open_files(path: Path) -> int:
+    """Descriptors of this process on the file."""
+    found = 0
+    for descriptor in Path("/proc/self/fd").iterdir():
+        with suppress(FileNotFoundError):
+            found += descriptor.readlink() == path
+    return found
 
 
 def test_a_first_writer_that_was_stopped_leaves_no_notes(notes: Notes) -> None:
