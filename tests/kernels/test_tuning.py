@@ -85,7 +85,7 @@ def test_a_torn_write_leaves_the_file_as_it_was(monkeypatch):
     path = tuning.save("NVIDIA H200", {tuning.key("decode", 64): {"BLOCK_D": 32}})
     before = path.read_text()
 
-    def torn(self, text):
+    def torn(self, text, encoding):
         with self.open("w") as file:
             file.write(text[: len(text) // 2])
         raise OSError("no space left on device")
