@@ -252,17 +252,18 @@ def main() -> None:
     scales = [d**0.5 / float(np.linalg.norm(side[: 50 * batch], axis=1).mean()) for side in train]
     steps = len(train[0]) // batch
     progress = progress_of(job, saved, d, steps)
-    contender, before, start = progress.contender, progress.seconds, time.perf_counter()
-    save_at = start + job.get("save_seconds", SAVE_SECONDS)
+    contender, every = progress.contender, job.get("save_seconds", SAVE_SECONDS)
+    save_at = time.perf_counter() + every
+    start = time.perf_counter() - progress.seconds
     for number in range(progress.steps, steps):
         rows = slice(number * batch, (number + 1) * batch)
         x_ND, y_ND = (torch.from_numpy(side[rows] * scale) for side, scale in zip(train, scales, strict=True))
         contender.step(x_ND, y_ND, number)
         now = time.perf_counter()
-        progress.steps, progress.seconds = number + 1, before + now - start
+        progress.steps, progress.seconds = number + 1, now - start
         if now > save_at:
             progress.save(saved)
-            save_at = time.perf_counter() + job.get("save_seconds", SAVE_SECONDS)
+            save_at = time.perf_counter() + every
     contender.finish()
     scored = {
         part: tuple(torch.from_numpy(np.load(path) * scale) for path, scale in zip(paths, scales, strict=True))

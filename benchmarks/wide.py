@@ -31,7 +31,7 @@ import numpy as np
 from law import Law, Point, draw, fit
 from quality import LENGTHS, RATES, REALDATA, ROOT, SEEDS, SETTINGS, Bench, Training, groups
 from quality_peers import CONTENDERS, EARLY
-from records import print_result
+from records import print_result, read
 
 from shared.store import Store
 from stage_train.step.schedule import peak_rate
@@ -233,8 +233,7 @@ def recorded(model: str, options: argparse.Namespace) -> list[dict[str, Any]]:
         "tokens": list(map(str, options.law_tokens)),
         "seed": [str(options.seeds[0])],
     }
-    with options.csv.open(newline="") as file:
-        mine = [row for row in csv.DictReader(file) if all(row[column] in asked[column] for column in asked)]
+    mine = [row for row in read(options.csv) if all(row[column] in asked[column] for column in asked)]
     whole = {"latents": int, "tokens": int, **dict.fromkeys(SCORES, float)}
     return [row | {column: kind(row[column]) for column, kind in whole.items()} for row in mine]
 

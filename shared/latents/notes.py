@@ -10,7 +10,7 @@ import tempfile
 import threading
 import weakref
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.resources import files
@@ -379,23 +379,20 @@ class Notes:
             return held.db
         if not self.path.exists():
             return None
-        with ExitStack() as opened:
-            try:
-                # Another thread may be the one in which the notes go.
-                db = sqlite3.connect(self.path, timeout=30, isolation_level=None, check_same_thread=False)
-                opened.callback(db.close)
-                if not db.execute("SELECT count(*) FROM sqlite_schema").fetchone()[0]:
-                    return None
-                version = db.execute("PRAGMA user_version").fetchone()[0]  # after the tables: committed with them
-            except sqlite3.DatabaseError as error:
-                raise GranaryError(f"{self.path} can't be read ({error}): move it away, or restore it") from None
-            if version != VERSION:
-                raise GranaryError(f"{self.path} has version {version} of the notes, this Granary reads {VERSION}")
-            db.execute("PRAGMA foreign_keys = ON")
-            db.execute("PRAGMA trusted_schema = OFF")  # the file may come from a stranger
-            opened.pop_all()
-        self._local.held = _Held(db)
-        return db
+        try:
+            # Another thread may be the one in which the notes go.
+            held = _Held(sqlite3.connect(self.path, timeout=30, isolation_level=None, check_same_thread=False))
+            if not held.db.execute("SELECT count(*) FROM sqlite_schema").fetchone()[0]:
+                return None
+            version = held.db.execute("PRAGMA user_version").fetchone()[0]  # after the tables: committed with them
+        except sqlite3.DatabaseError as error:
+            raise GranaryError(f"{self.path} can't be read ({error}): move it away, or restore it") from None
+        if version != VERSION:
+            raise GranaryError(f"{self.path} has version {version} of the notes, this Granary reads {VERSION}")
+        held.db.execute("PRAGMA foreign_keys = ON")
+        held.db.execute("PRAGMA trusted_schema = OFF")  # the file may come from a stranger
+        self._local.held = held
+        return held.db
 
 
 def _index(db: sqlite3.Connection, row: int, kind: str, latent: int, text: str) -> None:

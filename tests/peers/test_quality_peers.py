@@ -1,8 +1,6 @@
 """The peers' side of the comparison of trainers: a run that is killed goes on to the very same dictionary."""
 
 import json
-import os
-import signal
 import subprocess
 import sys
 import time
@@ -39,7 +37,7 @@ def test_a_killed_run_ends_as_one_that_was_not(provider: str, tmp_path: Path) ->
     while not saved.exists():
         assert process.poll() is None
         time.sleep(0.001)
-    os.kill(process.pid, signal.SIGKILL)
+    process.kill()
     process.wait()
     assert not (tmp_path / "killed.out").exists()
     again = finished(started(tmp_path / "killed.job", job | {"save_seconds": 0.0}), tmp_path / "killed.out")
